@@ -1,0 +1,78 @@
+"""CSNet, a salient-object detector of 100k parameters (Gao et al., "Highly Efficient Salient Object Detection with 100K
+Parameters", ECCV 2020; Cheng et al., TPAMI 2021), written from the papers' facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunekit.layers import FusionHead, InLayerBlock, branch_size, split_channels
+from prunekit.layers.blocks import STEP_SCALE
+from prunekit.registry import register_backbone
+
+# (blocks, channels as a multiple of the width) of stages 1 to 4; stage 0 is one 3×3 block of the plain width.
+STAGES = ((3, 1), (4, 2), (6, 4), (4, 4))
+
+
+class CSNet(nn.Module):
+    """The extractor of five stages and the cross-stage fusion head.
+
+    Shape:
+        input: (N, 3, H, W), any H and W; output: logits (N, 1, H, W).
+    """
+
+    def __init__(self, width: int, split: Sequence[float]):
+        super().__init__()
+        channels = split_channels(width, split)
+        self.stage0 = nn.ModuleList([InLayerBlock([3], channels, 3)])
+        sides = []
+        for index, (blocks, multiple) in enumerate(STAGES, start=1):
+            stage = nn.ModuleList()
+            for block in range(blocks):
+                first = index > 1 and block == 0
+                # Stages 2 to 4 end in one branch: it is the next stage's input and the head's.
+                last = index > 1 and block == blocks - 1
+                out = [width * multiple] if last else split_channels(width * multiple, split)
+                stage.append(InLayerBlock(channels, out, 3 if first else 1, stride=2 if first else 1))
+                channels = out
+            self.add_module(f"stage{index}", stage)
+            if index > 1:
+                sides.append(width * multiple)
+        self.head = FusionHead(sides)
+        self.classifier = nn.Conv2d(self.head.out_channels, 1, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = image.shape[-2], image.shape[-1]
+        xs, sides, at = [image], [], size
+        for index in range(len(STAGES) + 1):
+            for block in getattr(self, f"stage{index}"):
+                xs = block(xs, at)
+                at = branch_size(at, 0, block.mix.stride)
+            if index == 2:
+                finest = at
+            if index > 1:
+                sides.append(xs[0])
+        logits = self.classifier(self.head(sides, finest))
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+    def step_scales(self) -> dict[str, float]:
+        """How much larger each parameter is stored than the published model stores it (see DESIGN: the factor 100)."""
+        return {
+            f"{name}.weight": STEP_SCALE
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Conv2d) and (".depthwise" in name or ".dilated." in name)
+        }
+
+
+@register_backbone("csnet")
+def csnet(width: int = 20, split: Sequence[float] = (0.5, 0.5)) -> nn.Module:
+    """CSNet for saliency: width 20 is the published ×1, 40 the ×2; split is the share of channels of each resolution.
+
+    Raises:
+        ValueError: a width that is too small for every branch to have a channel, or shares that do not add up to 1.
+    """
+    if width < 8:
+        raise ValueError(f"width is at least 8 (the published ones are 20 and 40), got {width}")
+    return CSNet(width, split)

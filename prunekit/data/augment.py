@@ -1,0 +1,67 @@
+"""Augmentations of whole batches: pure functions of tensors and a random generator."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from prunekit.registry import register_augmentation
+
+
+@register_augmentation("none")
+def none(
+    images: torch.Tensor, targets: torch.Tensor, sizes: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and targets as they are, as float32."""
+    return images.float(), targets.float()
+
+
+@register_augmentation("crop_flip")
+def crop_flip(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    sizes: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    crop: int = 15,
+    hflip: float = 0.25,
+    vflip: float = 0.25,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crop up to ``crop`` original pixels off each side, flip, resize back: CSNet's published augmentation.
+
+    Args:
+        images: [B, 3, S, S], levels 0 to 255 (uint8 or float).
+        targets: masks [B, 1, S, S] of 0 and 1.
+        sizes: [B, 2], height and width of the original images in pixels: the crop is counted in those.
+        generator: a CPU generator; the same state gives the same result on every device.
+        crop: most pixels off a side; each side gets its own whole number from 0 to this. At most a third of the image
+            goes off a side.
+        hflip: probability of a left-right flip.
+        vflip: probability of an upside-down flip.
+
+    Returns:
+        Images float32 [B, 3, S, S], levels 0 to 255; masks float32 [B, 1, S, S] of 0 and 1 (bilinear, cut at one half).
+
+    Raises:
+        ValueError: a negative crop, or a probability outside 0 … 1.
+    """
+    if crop < 0 or not 0 <= hflip <= 1 or not 0 <= vflip <= 1:
+        raise ValueError(f"crop_flip takes crop >= 0 and hflip, vflip in 0 … 1, not {crop}, {hflip}, {vflip}")
+    count = len(images)
+    # All numbers are drawn whatever the options, so that changing one leaves the others' course as it was.
+    cuts = torch.randint(0, crop + 1, (count, 2, 2), generator=generator)
+    flips = torch.rand(count, 2, generator=generator) < torch.tensor([vflip, hflip])
+    shares = (cuts / sizes.cpu()[:, :, None]).clamp(max=1 / 3)
+    before, after = shares.unbind(-1)
+    # In grid_sample's coordinates an image spans -1 … 1, so a share off one side is twice that.
+    scale = (1 - before - after) * torch.where(flips, -1.0, 1.0)
+    shift = before - after
+    matrix = torch.zeros(count, 2, 3)
+    # Rows of the matrix are x, y; sizes and shares are y, x.
+    matrix[:, 0, 0], matrix[:, 0, 2] = scale[:, 1], shift[:, 1]
+    matrix[:, 1, 1], matrix[:, 1, 2] = scale[:, 0], shift[:, 0]
+    both = torch.cat([images.float(), targets.float()], 1)
+    where = F.affine_grid(matrix.to(both.device), list(both.shape), align_corners=False)
+    both = F.grid_sample(both, where, mode="bilinear", padding_mode="border", align_corners=False)
+    # Interpolation may overshoot by a rounding error.
+    return both[:, :-1].clamp(0, 255), (both[:, -1:] >= 0.5).float()

@@ -1,0 +1,133 @@
+"""Reading images and masks, and writing maps, with Pillow: whatever the mode, whatever is wrong with the file."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from prunekit.errors import DataError
+
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    return frozenset(s for s, form in Image.registered_extensions().items() if form in Image.OPEN)
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether the name ends as that of an image that Pillow opens (.jpg, .PNG, .avif …); hidden files are none."""
+    path = Path(path)
+    return not path.name.startswith(".") and path.suffix.lower() in _suffixes()
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """One photograph as RGB: uint8 [H, W, 3].
+
+    Grey, palette, CMYK and 16-bit files are converted; what is transparent lies on black; the orientation that the
+    camera noted (EXIF) is applied.
+
+    Raises:
+        DataError: the file is missing, empty, cut off, too large to be safe, or no image.
+    """
+    picture = _open(path)
+    if picture.mode in _DEEP:
+        return np.repeat(_eight_bits(picture)[..., None], 3, axis=-1)
+    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """One mask as grey levels: uint8 [H, W], 0 for background to 255 for object, whatever its mode.
+
+    1-bit, palette, RGB, 16-bit and graded masks come out on the same scale; alpha is ignored. A mask whose levels
+    are only 0 and 1 is read as 0 and 255.
+
+    Raises:
+        DataError: as for :func:`read_image`.
+    """
+    picture = _open(path)
+    if picture.mode in _DEEP:
+        levels = _eight_bits(picture)
+    else:
+        levels = np.array((picture if picture.mode in ("1", "L") else picture.convert("RGB")).convert("L"))
+    # Some tools write the class number itself; as a grey level it would be an empty mask.
+    return levels * np.uint8(255) if levels.size and levels.max() == 1 else levels
+
+
+def turned_like(levels: np.ndarray, photo: str | Path) -> np.ndarray:
+    """Turn an array [H, W] as the photograph's EXIF orientation turns the photograph itself.
+
+    Raises:
+        DataError: the photograph cannot be read.
+    """
+    try:
+        with Image.open(photo) as picture:
+            exif = picture.getexif()
+    except Exception as error:
+        raise DataError(f"{photo} cannot be read as an image ({_one_line(error)}); copy it again") from error
+    picture = Image.fromarray(levels)
+    picture.getexif()[ExifTags.Base.Orientation] = exif.get(ExifTags.Base.Orientation, 1)
+    return np.array(ImageOps.exif_transpose(picture))
+
+
+def write_map(path: str | Path, levels: np.ndarray) -> None:
+    """Write uint8 [H, W] as a grey image, its form by the suffix.
+
+    Raises:
+        DataError: the file cannot be written, or the suffix names no form.
+    """
+    try:
+        Image.fromarray(levels).save(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot write {path} ({_one_line(error)}); choose another folder or the suffix .png"
+        ) from error
+
+
+def _open(path: str | Path) -> Image.Image:
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty (0 bytes); copy it again, or remove it together with its partner")
+        with warnings.catch_warnings():
+            # Pillow only warns of a bomb up to twice its limit; for us both are the same.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Palettes with transparency in bytes, odd EXIF: no fault of the pixels.
+            warnings.simplefilter("ignore", UserWarning)
+            with Image.open(path) as picture:
+                picture.load()
+                return ImageOps.exif_transpose(picture)
+    except DataError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is too large to be read safely ({_one_line(error)}); make it smaller") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; check the path") from error
+    except PermissionError as error:
+        raise DataError(f"{path} may not be read; change its permissions") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file.
+        raise DataError(
+            f"{path} cannot be read as an image ({_one_line(error)}); copy it again, or remove it with its partner"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _eight_bits(picture: Image.Image) -> np.ndarray:
+    """Grey of more than 8 bits → uint8 [H, W]: its levels end at 65535, or at 255 (float: 1) where none is above."""
+    levels = np.array(picture).astype(np.float64)
+    highest = levels.max(initial=0)
+    # A file of 16 bits that holds 0 and 255 was meant so: read as 16 bits it would be black.
+    top = 255.0 if highest <= 255 else 65535.0
+    if picture.mode == "F" and highest <= 1:
+        top = 1.0
+    return np.clip(np.rint(levels * (255 / top)), 0, 255).astype(np.uint8)

@@ -1,0 +1,149 @@
+"""CSNet's two building blocks (Gao et al., ECCV 2020, sections 3.2 and 3.3), out of gOctConvs and ordinary convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.layers.goctconv import Feature, GOctConv
+from prunekit.layers.optional import DepthwiseModules, MultiScaleLayer, OptionalModules
+
+# The published model multiplies the weight of its depthwise and dilated convolutions by this in the forward pass, as a
+# step-size device under Adam. Here it stands in the stored weight, and `step_scales` tells the optimiser.
+STEP_SCALE = 100.0
+
+
+class NormAct(nn.Module):
+    """BatchNorm and per-channel PReLU for each branch that has channels."""
+
+    def __init__(self, channels: Sequence[int]):
+        super().__init__()
+        self.norms = OptionalModules({str(b): nn.BatchNorm2d(n) for b, n in enumerate(channels) if n})
+        self.acts = OptionalModules({str(b): nn.PReLU(n) for b, n in enumerate(channels) if n})
+
+    def forward(self, xs: Sequence[Tensor | None]) -> Feature:
+        return [None if x is None else self.acts[str(b)](self.norms[str(b)](x)) for b, x in enumerate(xs)]
+
+
+class InLayerBlock(MultiScaleLayer):
+    """In-layer multi-scale block: a gOctConv, then two depthwise 3×3 convolutions in each branch, all with norm and PReLU.
+
+    All three units have one split. There is no exchange between branches after the gOctConv and no residual connection.
+
+    Args:
+        in_channels, out_channels: channels of each branch.
+        kernel_size: of the gOctConv.
+        stride: of the gOctConv.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        kernel_size: int = 1,
+        *,
+        stride: int = 1,
+        downsample: str = "pool",
+    ):
+        super().__init__()
+        self.mix = GOctConv(in_channels, out_channels, kernel_size, stride=stride, downsample=downsample)
+        self.mix_out = NormAct(out_channels)
+        self.depthwise1 = _depthwise(out_channels)
+        self.depthwise1_out = NormAct(out_channels)
+        self.depthwise2 = _depthwise(out_channels)
+        self.depthwise2_out = NormAct(out_channels)
+
+    def forward(self, xs: Sequence[Tensor | None], size: tuple[int, int] | None = None) -> Feature:
+        ys = self.mix_out(self.mix(xs, size))
+        ys = self.depthwise1_out(_each(self.depthwise1, ys))
+        return self.depthwise2_out(_each(self.depthwise2, ys))
+
+
+class DilatedConvs(MultiScaleLayer):
+    """Parallel dilated 3×3 convolutions in each branch, each over all of its channels; concatenated under one norm and PReLU.
+
+    A branch of n channels has ⌊n/k⌋ outputs from each of its k dilations, and the last one what is left over.
+    """
+
+    def __init__(self, channels: Sequence[int], dilations: Sequence[int]):
+        super().__init__()
+        self.branches = OptionalModules()
+        for b, n in enumerate(channels):
+            if not n:
+                continue
+            share = n // len(dilations)
+            widths = [share] * (len(dilations) - 1) + [n - share * (len(dilations) - 1)]
+            convs = OptionalModules()
+            for dilation, width in zip(dilations, widths, strict=True):
+                if width:
+                    convs[str(dilation)] = _scaled(
+                        nn.Conv2d(n, width, 3, padding=dilation, dilation=dilation, bias=False)
+                    )
+            self.branches[str(b)] = convs
+        self.out = NormAct(channels)
+
+    def forward(self, xs: Sequence[Tensor | None]) -> Feature:
+        ys: Feature = []
+        for b, x in enumerate(xs):
+            convs = self.branches.take(b)
+            ys.append(torch.cat([conv(x) for conv in convs.values()], 1) if convs else None)
+        return self.out(ys)
+
+
+class FuseLayer(MultiScaleLayer):
+    """A gOctConv with norm and PReLU."""
+
+    def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int]):
+        super().__init__()
+        self.mix = GOctConv(in_channels, out_channels)
+        self.mix_out = NormAct(out_channels)
+
+    def forward(self, xs: Sequence[Tensor | None], size: tuple[int, int] | None = None) -> Feature:
+        return self.mix_out(self.mix(xs, size))
+
+
+class FusionHead(nn.Module):
+    """Cross-stage fusion: the side outputs of the stages as the branches of one feature, mixed, seen at several dilations,
+    and mixed into one branch.
+
+    Args:
+        side_channels: channels of each stage's output, finest first; each is half the size of the one before.
+        reduction: a branch inside has ⌊side channels / reduction⌋ channels.
+
+    Shape:
+        output: (N, Σ⌊side/reduction⌋, H, W) at the size of the finest side output.
+    """
+
+    def __init__(
+        self,
+        side_channels: Sequence[int],
+        reduction: int = 3,
+        dilations: Sequence[int] = (1, 2, 4, 8, 16),
+    ):
+        super().__init__()
+        widths = [n // reduction for n in side_channels]
+        self.out_channels = sum(widths)
+        self.fuse = FuseLayer(side_channels, widths)
+        self.dilated = DilatedConvs(widths, dilations)
+        self.merge = FuseLayer(widths, [self.out_channels])
+
+    def forward(self, xs: Sequence[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
+        return self.merge(self.dilated(self.fuse(xs, size)), size)[0]
+
+
+def _depthwise(channels: Sequence[int]) -> DepthwiseModules:
+    return DepthwiseModules(
+        {str(b): _scaled(nn.Conv2d(n, n, 3, padding=1, groups=n, bias=False)) for b, n in enumerate(channels) if n}
+    )
+
+
+def _scaled(conv: nn.Conv2d) -> nn.Conv2d:
+    with torch.no_grad():
+        conv.weight.mul_(STEP_SCALE)
+    return conv
+
+
+def _each(convs: OptionalModules, xs: Sequence[Tensor | None]) -> Feature:
+    return [None if x is None else convs[str(b)](x) for b, x in enumerate(xs)]

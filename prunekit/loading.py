@@ -1,0 +1,106 @@
+"""Run folder → model, and model → run folder: weights as safetensors, the shape from the recipe's builder and the plan."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunekit import yaml12
+from prunekit.backbones import build
+from prunekit.errors import CheckpointError, PrunekitError
+from prunekit.plan import Plan
+from prunekit.pruning.slim import apply_plan
+from prunekit.rundir import RunDir
+from prunekit.schema import Recipe
+
+MODELS = ("dense", "slim", "finetuned")
+
+
+def read_recipe(run: RunDir) -> Recipe:
+    """The resolved recipe of a run folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    document = yaml12.parse(run.read_text("recipe.yaml"))
+    try:
+        return Recipe.model_validate(document.value)
+    except ValueError as error:
+        raise CheckpointError(f"{run.path / 'recipe.yaml'} is damaged; start the run again with --overwrite") from error
+
+
+def build_dense(recipe: Recipe) -> nn.Module:
+    """The dense model of a recipe, its first weights drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    return build(recipe.backbone.name, recipe.backbone.options, recipe.backbone.file)
+
+
+def input_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Channels, height and width of an input."""
+    return 3, recipe.data.size, recipe.data.size
+
+
+def read_plan(run: RunDir) -> Plan:
+    """The plan of a run folder; raises PlanError where it is none."""
+    return Plan.from_json(run.read_json("plan.json"), str(run.path / "plan.json"))
+
+
+def newest_model(run: RunDir) -> str:
+    """The last of "dense", "slim" and "finetuned" that the folder holds.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    for name in reversed(MODELS):
+        if (run.path / name / "model.safetensors").is_file():
+            return name
+    raise CheckpointError(f"{run.path} holds no model yet; finish its training with: prunekit run … --resume")
+
+
+def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Module:
+    """The "dense", "slim" or "finetuned" model of a run folder, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: its file is missing, damaged or of another shape.
+        PlanError: the plan does not fit the recipe's builder.
+    """
+    recipe = recipe or read_recipe(run)
+    weights = run.read_tensors(f"{name}/model.safetensors")
+    model = build_dense(recipe)
+    if name != "dense":
+        model = apply_plan(model, read_plan(run), torch.zeros(1, *input_shape(recipe)))
+    fit_weights(model, weights, f"{run.path}/{name}/model.safetensors")
+    return model.eval()
+
+
+def fit_weights(model: nn.Module, weights: dict[str, np.ndarray], where: str) -> None:
+    """Load arrays into a model; raises CheckpointError, naming ``where`` and the first array that does not fit."""
+    wanted = model.state_dict()
+    for name in [*wanted, *weights]:
+        if name not in weights:
+            raise CheckpointError(f"{where} lacks {name}; it belongs to another plan or recipe")
+        if name not in wanted:
+            raise CheckpointError(f"{where} has {name}, which the model does not; it belongs to another plan or recipe")
+        if tuple(wanted[name].shape) != weights[name].shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {weights[name].shape}, the model needs {tuple(wanted[name].shape)}; "
+                "it belongs to another plan or recipe"
+            )
+    model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})
+
+
+def save_model(run: RunDir, name: str, model: nn.Module) -> str:
+    """Write a model's weights into the run folder; the hash of what was written.
+
+    Raises:
+        PrunekitError: a weight is not finite.
+    """
+    arrays = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
+    for key, value in arrays.items():
+        if not np.isfinite(value).all():
+            raise PrunekitError(f"{key} of the {name} model is not finite; train with a lower rate")
+    path = run.write_tensors(f"{name}/model.safetensors", arrays)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,172 @@
+"""Dynamic weight decay (Gao et al., ECCV 2020, section 3.4): gates whose channels respond more are decayed more.
+
+    penalty = λ · ½ · Σ_gate w_gate · mean over images( |spatial mean of y| ) · γ²
+
+y is the response behind the norm, through the activation that follows it; it is a weight, not a term to learn by, so it is
+detached.
+
+The responses are collected by hooks that exist only inside ``with`` (an attribute of the module, or a counter in it, would
+live on in copies and checkpoints; a custom BatchNorm class would have to be taught to every tool that looks at the model).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunekit.errors import TrainingError
+from prunekit.plan import Group
+from prunekit.registry import register_decay
+
+
+class Decay:
+    """What training asks of a decay: a context in which forwards are seen, and a penalty for what was seen."""
+
+    weight: float = 0.0
+    norms: Sequence[str] = ()
+
+    def penalty(self) -> Tensor:
+        """The penalty for the forwards since the last call, a scalar with gradient to the gates."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+@register_decay("none")
+class NoDecay(Decay):
+    """No penalty on the gates."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], weight: float = 0.0):
+        pass
+
+    def penalty(self) -> Tensor:
+        return torch.zeros(())
+
+
+@register_decay("dynamic")
+class DynamicWeightDecay(Decay):
+    """Decay of the gates in proportion to their channels' responses (Gao et al., ECCV 2020).
+
+    Args:
+        model: the model that will be trained, in the state in which its groups were found.
+        groups: from ``find_groups``; the gates of those that can be cut are decayed.
+        weight: λ.
+        branch_weights: "none", or "flops" to weigh each gate by the side length of its feature map (twice for a branch twice
+            as fine, half for a stage half as large), relative to the mean over all gates.
+        exclude: patterns (as in a shell) of norms to leave out, for example ["head.*"].
+
+    Raises:
+        TrainingError: no gate is left to decay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        weight: float = 1e-2,
+        branch_weights: Literal["none", "flops"] = "none",
+        exclude: list[str] | tuple[str, ...] = (),
+    ):
+        self.weight = weight
+        self.branch_weights = branch_weights
+        activations = {
+            gate.norm: gate.activation
+            for group in groups
+            if group.reason is None
+            for gate in group.gates
+            if not any(fnmatchcase(gate.norm, pattern) for pattern in exclude)
+        }
+        if not activations:
+            raise TrainingError("no gate to decay: every group is excluded or cannot be cut; see decay.options.exclude")
+        self.norms = tuple(activations)
+        self._gates = [model.get_submodule(name).weight for name in self.norms]
+        self._seen = [_Watch(model, name, activations[name]) for name in self.norms]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        self._hooks = [watch.start() for watch in self._seen]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for watch in self._seen:
+            watch.clear()
+        self._hooks = []
+
+    def penalty(self) -> Tensor:
+        """The penalty for all images of the forwards since the last call; the responses are forgotten.
+
+        Raises:
+            TrainingError: no forward in train mode since the last call.
+        """
+        silent = [name for name, watch in zip(self.norms, self._seen, strict=True) if not watch.images]
+        if silent:
+            where = "outside of `with`" if not self._hooks else f"{silent[0]} has seen none"
+            raise TrainingError(f"penalty() needs a forward in train mode since its last call; {where}")
+        responses = [watch.mean() for watch in self._seen]
+        if self.branch_weights == "flops":
+            sides = torch.tensor([watch.side for watch in self._seen])
+            counts = torch.tensor([float(len(gate)) for gate in self._gates])
+            weights = sides / ((sides * counts).sum() / counts.sum())
+            responses = [response * w for response, w in zip(responses, weights.tolist(), strict=True)]
+        for watch in self._seen:
+            watch.clear()
+        # One product for all gates: there are a hundred norms, and each would be several small operations.
+        gates = torch.cat(self._gates)
+        return 0.5 * self.weight * torch.dot(torch.cat(responses).to(gates.dtype), gates * gates)
+
+
+class _Watch:
+    """Sums the responses behind one norm over the images of all forwards."""
+
+    def __init__(self, model: nn.Module, norm: str, activation: str | None):
+        self.function = None
+        target = norm
+        if activation is not None:
+            if hasattr(F, activation):
+                self.function = getattr(F, activation)
+            else:
+                target = activation
+        # A deep copy of the model (EMA, a teacher) carries the hook along; only this very module is listened to.
+        self.module = weakref.ref(model.get_submodule(target))
+        self.clear()
+
+    def clear(self) -> None:
+        self.total: Tensor | None = None
+        self.images = 0
+        self.side = 0.0
+
+    def start(self) -> Any:
+        watch = self
+
+        def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+            if module.training and module is watch.module():
+                watch.see(output.detach())
+
+        return self.module().register_forward_hook(hook)
+
+    @torch.no_grad()
+    def see(self, y: Tensor) -> None:
+        if self.function is not None:
+            y = self.function(y)
+        sums = y.float().flatten(2).mean(2).abs().sum(0) if y.dim() > 2 else y.float().abs().sum(0)
+        self.total = sums if self.total is None else self.total + sums
+        self.images += len(y)
+        self.side = float(y[0, 0].numel()) ** 0.5
+
+    def mean(self) -> Tensor:
+        return self.total / self.images

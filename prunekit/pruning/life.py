@@ -1,0 +1,97 @@
+"""How gates combine along the way of a channel.
+
+A *life* says which gates can end a channel. It is a tree over norms: gates in a row (``serial``), any of which ends it when it
+is zero; and side by side (``parallel``), all of which must be. A channel that no gate can end is ``ALIVE``.
+
+The score of a channel says how much of it is left, in units that can be compared between layers: the *effective gate* of the
+last norm of a row, |γ|·√(v/(v+ε)) with v the running variance, since the next norm rescales whatever the gates before it
+shrink; zero if any gate of the row is zero. The score of a sum is the largest of its sides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from prunekit.plan import Gate, Group
+
+Life = tuple  # ("alive",) | ("gate", norm, offset) | ("serial", Life, …) | ("parallel", Life, …)
+
+ALIVE: Life = ("alive",)
+
+
+def gated(past: Life, norm: str, offset: int) -> Life:
+    """The life of channels that have passed one more norm, standing in it from ``offset`` on."""
+    gate = ("gate", norm, offset)
+    if past == ALIVE:
+        return gate
+    return (*past, gate) if past[0] == "serial" else ("serial", past, gate)
+
+
+def parallel(lives: list[Life]) -> Life:
+    """The life of a sum, or of channels that several readers see differently: over only when all are."""
+    sides: dict[Life, None] = {}
+    for one in lives:
+        sides.update(dict.fromkeys(one[1:] if one[0] == "parallel" else (one,)))
+    if ALIVE in sides:
+        return ALIVE
+    return next(iter(sides)) if len(sides) == 1 else ("parallel", *sides)
+
+
+def shift(one: Life, by: int) -> Life:
+    """The same life for channels that begin ``by`` further on."""
+    if by == 0 or one == ALIVE:
+        return one
+    if one[0] == "gate":
+        return ("gate", one[1], one[2] + by)
+    return (one[0], *(shift(part, by) for part in one[1:]))
+
+
+def resolve(one: Life, channels: int) -> tuple[list[Gate], Any]:
+    """The gates of a life and the tree over their indices, as a Group holds them; ([], None) where it is ALIVE."""
+    gates: dict[tuple[str, int], int] = {}
+
+    def walk(part: Life) -> Any:
+        if part[0] == "gate":
+            return gates.setdefault((part[1], part[2]), len(gates))
+        return {part[0]: [walk(p) for p in part[1:]]}
+
+    if one == ALIVE:
+        return [], None
+    tree = walk(one)
+    return [Gate(norm=norm, slice=(start, start + channels)) for norm, start in gates], tree
+
+
+def effective_gates(norm: nn.Module) -> np.ndarray:
+    """|γ|·√(v/(v+ε)) of each channel of a BatchNorm, (C,) float64: the deviation of its output over the data."""
+    gamma = norm.weight.detach().double().abs()
+    if norm.running_var is None:
+        return gamma.cpu().numpy()
+    variance = norm.running_var.detach().double()
+    return (gamma * (variance / (variance + norm.eps)).sqrt()).cpu().numpy()
+
+
+def scores(model: nn.Module, group: Group) -> np.ndarray:
+    """How much of each channel of the group is left, (channels,) float64; 0 is dead, ∞ where no gate decides."""
+    if group.combine is None:
+        return np.full(group.channels, np.inf)
+    norms = [model.get_submodule(gate.norm) for gate in group.gates]
+    cut = [slice(*gate.slice) for gate in group.gates]
+    effective = [effective_gates(norm)[part] for norm, part in zip(norms, cut, strict=True)]
+    dead = [norm.weight.detach().cpu().numpy()[part] == 0 for norm, part in zip(norms, cut, strict=True)]
+
+    def walk(part: Any) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(part, int):
+            return effective[part], dead[part]
+        kind, parts = next(iter(part.items()))
+        values, ends = zip(*map(walk, parts), strict=True)
+        if kind == "serial":
+            over = np.logical_or.reduce(ends)
+            return np.where(over, 0.0, values[-1]), over
+        over = np.logical_and.reduce(ends)
+        return np.maximum.reduce(values), over
+
+    values, over = walk(group.combine)
+    return np.where(over, 0.0, values)

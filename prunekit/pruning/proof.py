@@ -1,0 +1,128 @@
+"""The proof: that a slim model computes what the dense one does with its dead gates at zero.
+
+In float64 on the CPU, on data, at two sizes: max|a − b| ≤ 1e-6 · max(1, max|a|). In float32 the two differ by rounding alone,
+which is measured beside it. A network that is dead agrees with everything, so an output that is not finite, or that is the same
+for all inputs, proves nothing and fails.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from prunekit.plan import Group, Plan
+
+TOLERANCE = 1e-6
+
+
+@dataclass
+class Proof:
+    """The measured difference between the slim model and the dense one with its dead gates at zero.
+
+    Attributes:
+        max_abs_diff: in float64, over all inputs and outputs.
+        tolerance: what it may be, 1e-6 · max(1, max|dense|).
+        inputs: shapes of the inputs.
+        float32_diff: the same difference in float32.
+        holds: whether the proof holds; ``reason`` says why not.
+        given_back: dead channels that had to be kept, because cutting them changes the output.
+        folded: dead channels whose constants were folded.
+        carriers: dead channels kept as constants.
+        plan: the plan that held.
+    """
+
+    max_abs_diff: float
+    tolerance: float
+    inputs: list[list[int]]
+    float32_diff: float = float("nan")
+    holds: bool = False
+    reason: str | None = None
+    given_back: int = 0
+    folded: int = 0
+    carriers: int = 0
+    plan: Plan | None = field(default=None, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        del data["plan"]
+        return {key: value for key, value in data.items() if value is not None and value == value}
+
+
+def gate_off(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> nn.Module:
+    """A copy of the model, in eval mode, with every gate of these channels at zero."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for group in groups:
+            channels = torch.tensor(sorted(dead.get(group.id, ())), dtype=torch.long)
+            for gate in group.gates:
+                if len(channels):
+                    model.get_submodule(gate.norm).weight[channels + gate.slice[0]] = 0
+    return model
+
+
+def proof_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tensor]:
+    """Two batches in float64 on the CPU: of the data, and of another size with odd sides where the model takes one."""
+    data = example.detach()[:limit].double().cpu()
+    if len(data) == 1:
+        # Something to vary against.
+        data = torch.cat([data, 0.5 * data.flip(-1)])
+    inputs = [data]
+    if data.dim() == 4:
+        other = F.interpolate(data, size=[side + side // 4 + 1 - side // 4 % 2 for side in data.shape[2:]], mode="bilinear")
+        try:
+            with torch.inference_mode():
+                model(other.to(next(model.parameters()).dtype))
+            inputs.append(other)
+        except RuntimeError:
+            pass  # A model of one size only: the shapes in the proof say so.
+    return inputs
+
+
+@torch.inference_mode()
+def prove(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor]) -> Proof:
+    """Compare two models in float64 (both must be in it) and eval mode."""
+    worst, scale, varies, finite = 0.0, 1.0, False, True
+    for batch in inputs:
+        for a, b in zip(_outputs(gated, batch), _outputs(slim, batch), strict=True):
+            finite &= bool(torch.isfinite(a).all() and torch.isfinite(b).all())
+            if a.shape != b.shape:
+                return Proof(float("inf"), TOLERANCE, _shapes(inputs), reason=f"output {tuple(b.shape)}, not {tuple(a.shape)}")
+            worst = max(worst, float((a - b).abs().max()))
+            scale = max(scale, float(a.abs().max()))
+            varies |= bool((a[1:] != a[:1]).any())
+    proof = Proof(worst, TOLERANCE * scale, _shapes(inputs))
+    if not finite:
+        proof.reason = "an output is not finite"
+    elif not varies:
+        proof.reason = "the output is the same for every input: the network is dead"
+    elif not worst <= proof.tolerance:
+        proof.reason = f"the outputs differ by {worst:.2g}, more than {proof.tolerance:.2g}"
+    proof.holds = proof.reason is None
+    return proof
+
+
+@torch.inference_mode()
+def difference(a: nn.Module, b: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, float]:
+    """Largest and mean absolute difference between two models' outputs, in their own precision."""
+    largest, total, count = 0.0, 0.0, 0
+    for batch in inputs:
+        for x, y in zip(_outputs(a, batch), _outputs(b, batch), strict=True):
+            gap = (x.double() - y.double()).abs()
+            largest, total, count = max(largest, float(gap.max())), total + float(gap.sum()), count + gap.numel()
+    return largest, total / max(count, 1)
+
+
+def _outputs(model: nn.Module, batch: Tensor) -> list[Tensor]:
+    first = next(model.parameters())
+    return [x for x in tp.utils.flatten_as_list(model(batch.to(first.device, first.dtype))) if isinstance(x, Tensor)]
+
+
+def _shapes(inputs: Sequence[Tensor]) -> list[list[int]]:
+    return [list(batch.shape) for batch in inputs]

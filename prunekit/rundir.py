@@ -1,0 +1,365 @@
+"""The run folder: all that a run leaves behind, written so that a kill at any moment leaves something to go on from.
+
+Its files are in :mod:`prunekit.runfiles`, its training states in :mod:`prunekit.checkpoints`; here are its life and its
+stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import shutil
+import socket
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from prunekit import __version__
+from prunekit.checkpoints import CheckpointStore
+from prunekit.errors import CheckpointError, RunFolderError
+from prunekit.files import TEMPORARY, FolderLock, alive, reason
+from prunekit.runfiles import RECIPE, STAGES, STATE, SUMMARY, RunFiles, stage_index
+from prunekit.yaml12 import parse
+
+__all__ = ["FORMAT", "STAGES", "RunDir", "holds_run"]
+
+FORMAT = 1
+
+# What a start that was killed can leave; recipe.yaml is written last, so without it nothing of worth is there.
+_BEGINNINGS = {"lock", STATE, "environment.json", SUMMARY}
+
+logger = logging.getLogger(__name__)
+
+
+class RunDir(RunFiles):
+    """One run folder; made by :meth:`start` or :meth:`open`.
+
+    As a context manager it sets the run's status when it is left (complete, interrupted or failed) and gives
+    the lock back.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path, state: dict[str, Any], lock: FolderLock | None):
+        super().__init__(path, state, lock)
+        self._checkpoints = CheckpointStore(path / "checkpoints")
+
+    @classmethod
+    def start(
+        cls,
+        path: str | Path,
+        recipe_text: str,
+        environment: dict[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Self:
+        """Make the folder of a run, or take up one that is there, and lock it.
+
+        Args:
+            path: the folder; its parents are made too.
+            recipe_text: the resolved recipe, written to ``recipe.yaml``.
+            environment: written to ``environment.json``.
+            resume: go on with the run that is there; where none is there, start one.
+            overwrite: remove the run that is there first.
+
+        Raises:
+            RunFolderError: the folder holds a run and neither flag is set, holds something else, is in use, or its
+                recipe is another one.
+            CheckpointError: a file cannot be written, or the state of the run to resume is damaged.
+        """
+        path = Path(path)
+        if resume and overwrite:
+            raise RunFolderError("--resume and --overwrite exclude each other; give one of them")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            foreign = not holds_run(path) and any(
+                e.name not in _BEGINNINGS and not e.name.startswith(TEMPORARY) for e in path.iterdir()
+            )
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot use {path} as a run folder: {reason(error)}; choose another --out DIR"
+            ) from error
+        if foreign:
+            raise RunFolderError(
+                f"{path} holds files and no run, so nothing is written there; choose another --out DIR"
+            )
+        lock = FolderLock(path)
+        lock.acquire()
+        try:
+            run = cls(path, {}, lock)
+            if holds_run(path):
+                if not (resume or overwrite):
+                    raise RunFolderError(
+                        f"{path} holds a run already; go on with it by --resume, replace it by --overwrite, "
+                        "or choose another --out DIR"
+                    )
+                if resume:
+                    run._take_up(recipe_text, environment)
+                    return run
+                run._clear()
+            run._set_up(recipe_text, environment)
+            return run
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path, *, write: bool = False) -> Self:
+        """Look at a run folder; with ``write`` also lock it, so that files can be added to it.
+
+        Raises:
+            RunFolderError: the folder is no run folder, needs a newer prunekit, or (``write``) is in use.
+            CheckpointError: ``state.json`` is damaged.
+        """
+        path = Path(path)
+        if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):
+            raise RunFolderError(f"{path} is no run folder (no {RECIPE} in it); give one that prunekit run has made")
+        lock = FolderLock(path) if write else None
+        if lock is not None:
+            lock.acquire()
+        try:
+            _refuse_newer(path)
+            return cls(path, _read_state(path), lock)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+    def _set_up(self, recipe_text: str, environment: dict[str, Any]) -> None:
+        self._write_state(_fresh_state())
+        self.write_json("environment.json", environment)
+        self.write_json(
+            SUMMARY, {"format": FORMAT, "recipe": _recipe_name(recipe_text, self.path), "status": "running"}
+        )
+        self.write_text(RECIPE, recipe_text)
+
+    def _take_up(self, recipe_text: str, environment: dict[str, Any]) -> None:
+        _refuse_newer(self.path)
+        self._state = _read_state(self.path)
+        self._remove_temporaries()
+        held = self.read_text(RECIPE)
+        if held != recipe_text:
+            lines = difflib.unified_diff(held.splitlines(), recipe_text.splitlines(), RECIPE, "now", lineterm="", n=0)
+            shown = list(islice(lines, 13))
+            if len(shown) > 12:
+                shown[12:] = ["…"]
+            raise RunFolderError(
+                f"{self.path} was started with another recipe; use that one, or --overwrite, or another --out DIR:\n"
+                + "\n".join(shown)
+            )
+        self.write_json("environment.json", environment)
+        self._set_status("running")
+
+    def _clear(self) -> None:
+        # A kill in between must leave a run that can be overwritten and, if resumed, starts at the first stage.
+        self._write_state(_fresh_state())
+        try:
+            entries = [e for e in self.path.iterdir() if e.name not in ("lock", STATE, RECIPE)]
+            for entry in [*entries, self.path / RECIPE]:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"cannot empty {self.path}: {reason(error)}; choose another --out DIR") from error
+
+    def _remove_temporaries(self) -> None:
+        for path in self.path.rglob(f"{TEMPORARY}*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._lock is not None and self._state["status"] == "running":
+                if error is None and self.is_done(STAGES[-1]):
+                    self.finish()
+                else:
+                    self._set_status(
+                        "interrupted" if error is None or isinstance(error, KeyboardInterrupt) else "failed"
+                    )
+        except CheckpointError as second:
+            # On a full disk the status cannot be written either; what went wrong first is what counts.
+            if error is None:
+                raise
+            logger.warning("%s", second)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the lock back and leave the status as it is."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    # ---- state
+
+    @property
+    def status(self) -> str:
+        """running, complete, interrupted or failed; a run whose process is gone counts as interrupted."""
+        status, host, pid = (self._state.get(key) for key in ("status", "host", "pid"))
+        gone = self._lock is None and host == socket.gethostname() and isinstance(pid, int) and not alive(pid)
+        return "interrupted" if status == "running" and gone else str(status)
+
+    @property
+    def done(self) -> list[str]:
+        """The stages that are done, in their order."""
+        return [stage for stage in STAGES if stage in self._state["done"]]
+
+    def begin(self, stage: str) -> None:
+        """Note that this stage has begun."""
+        stage_index(stage)
+        if self._state["status"] != "running":
+            self._set_status("running")
+        self._write_state({**self._state, "stage": stage, "pid": os.getpid(), "host": socket.gethostname()})
+
+    def end(self, stage: str) -> None:
+        """Note that this stage is done."""
+        stage_index(stage)
+        self._write_state(
+            {**self._state, "stage": stage, "done": [s for s in STAGES if s in {*self._state["done"], stage}]}
+        )
+
+    def is_done(self, stage: str) -> bool:
+        """Whether this stage is done."""
+        stage_index(stage)
+        return stage in self._state["done"]
+
+    def finish(self) -> None:
+        """Note that the run is complete."""
+        self._set_status("complete")
+
+    def restart_from(self, stage: str) -> None:
+        """Forget that this stage and the later ones are done, with their checkpoints, metrics and seconds.
+
+        Raises:
+            RunFolderError: no such stage, or an earlier one is not done.
+        """
+        first = stage_index(stage)
+        for earlier in STAGES[:first]:
+            if not self.is_done(earlier):
+                raise RunFolderError(
+                    f"{self.path}: cannot start from {stage}, {earlier} is not done; use --from {earlier} or --resume"
+                )
+        self._write_state({**self._state, "stage": stage, "done": list(STAGES[:first])})
+        for later in STAGES[first:]:
+            for epoch in self._checkpoints.epochs(later):
+                self._checkpoints.discard(later, epoch)
+        self.truncate_metrics(stage, 0)
+        summary = self.read_json(SUMMARY)
+        if "seconds" in summary:
+            kept = {s: seconds for s, seconds in summary["seconds"].items() if s in STAGES[:first]}
+            self.update_summary("seconds", kept)
+
+    def _set_status(self, status: str) -> None:
+        # state.json last: while it says "running", a reader looks whether the process is still there.
+        self.write_json(SUMMARY, {**self.read_json(SUMMARY), "status": status})
+        self._write_state({**self._state, "status": status, "pid": os.getpid(), "host": socket.gethostname()})
+
+    # ---- summary
+
+    def update_summary(self, part: str, value: Any) -> None:
+        """Set one part of ``summary.json``."""
+        self.write_json(SUMMARY, {**self.read_json(SUMMARY), part: value})
+
+    def remove_summary(self, part: str) -> None:
+        """Take one part out of ``summary.json``, where it is there."""
+        summary = self.read_json(SUMMARY)
+        if part in summary:
+            self.write_json(SUMMARY, {key: value for key, value in summary.items() if key != part})
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to the seconds that this stage has taken, over all resumptions."""
+        stage_index(stage)
+        taken = self.read_json(SUMMARY).get("seconds", {})
+        self.update_summary("seconds", {**taken, stage: taken.get(stage, 0.0) + seconds})
+
+    # ---- checkpoints
+
+    def save_checkpoint(
+        self, stage: str, epoch: int, tensors: dict[str, np.ndarray], state: dict[str, Any], keep: int
+    ) -> None:
+        """Write the training state after ``epoch`` and remove all but the newest ``keep`` of this stage.
+
+        Raises:
+            CheckpointError: the system refused; the states written before still stand.
+        """
+        self._may_write()
+        self._checkpoints.save(stage, epoch, tensors, state, keep)
+
+    def load_checkpoint(self, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """Tensors and state of the newest training state that is whole; a damaged one is logged and passed over."""
+        found = self._checkpoints.load(stage)
+        return found and found[1:]
+
+    def latest_checkpoint(self, stage: str) -> int | None:
+        """The epoch of what :meth:`load_checkpoint` gives, or None."""
+        found = self._checkpoints.load(stage)
+        return found and found[0]
+
+
+def holds_run(path: Path) -> bool:
+    """Whether prunekit made this folder: a recipe alone could be anybody's."""
+    return (path / RECIPE).is_file() and ((path / STATE).is_file() or (path / SUMMARY).is_file())
+
+
+def _fresh_state() -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "prunekit": __version__,
+        "stage": None,
+        "status": "running",
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "done": [],
+        "checksums": {},
+    }
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """``state.json``, or an empty one where there is none, as in a folder that was copied in part."""
+    empty = {**_fresh_state(), "status": "unknown", "pid": None, "host": None}
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        if not (
+            isinstance(state["format"], int)
+            and isinstance(state["done"], list)
+            and isinstance(state["checksums"], dict)
+        ):
+            raise ValueError("it is no state of a run")
+    except FileNotFoundError:
+        return empty
+    except OSError as error:
+        raise CheckpointError(f"{path / STATE} cannot be read: {reason(error)}; mend its permissions") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE} is damaged ({error}); start again with --overwrite") from error
+    return {**empty, **state}
+
+
+def _refuse_newer(path: Path) -> None:
+    for name in (STATE, SUMMARY):
+        # What cannot be read here is told by whoever needs it.
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            held = json.loads((path / name).read_bytes())
+            if held.get("format", FORMAT) > FORMAT:
+                raise RunFolderError(
+                    f"{path} has format {held['format']}, this prunekit ({__version__}) reads up to {FORMAT}; it needs "
+                    f"prunekit {held.get('prunekit', 'of a newer version')} or newer: pip install --upgrade prunekit"
+                )
+
+
+def _recipe_name(recipe_text: str, path: Path) -> str:
+    recipe = parse(recipe_text).value
+    return str(recipe["name"]) if isinstance(recipe, dict) and recipe.get("name") else path.name

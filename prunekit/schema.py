@@ -1,0 +1,169 @@
+"""What may stand in a recipe: keys, types, ranges and defaults.
+
+The order of the fields is the order in which a resolved recipe is written. The text of an error comes from
+:mod:`prunekit.recipe`, which knows the place; here stand the rules alone.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from prunekit import yaml12
+
+Options = dict[str, Any]
+
+
+def _folder_name(name: str) -> str:
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        raise ValueError("is no name for a folder; write one without slashes, such as 'csnet'")
+    if name != name.strip() or any(unicodedata.category(c).startswith("C") for c in name):
+        raise ValueError("has blanks around it or invisible characters; remove them")
+    if len(name.encode()) > 200:
+        raise ValueError("is longer than 200 bytes, too long for a folder; shorten it")
+    return name
+
+
+class Section(BaseModel):
+    """Base of all parts: no unknown keys, no conversions (``True`` or ``1.5`` is no whole number), not changeable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Named(Section):
+    """A registered name with its options; in a recipe the name may stand alone.
+
+    ``options`` hold plain YAML values (a list where the builder has a tuple), so that a recipe equals itself after a
+    round trip through its file.
+    """
+
+    name: str
+    options: Options = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Backbone(Section):
+    """The dense model: a registered name, or the function ``name`` in ``file``."""
+
+    name: str
+    file: str | None = None
+    options: Options = {}
+
+
+class Data(Section):
+    """Where images come from. ``val_holdout`` is the share of ``root`` kept for validation; ``size`` in pixels."""
+
+    name: str
+    root: str | None = None
+    val_root: str | None = None
+    val_holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
+    size: Annotated[int, Field(ge=1)] = 224
+    on_error: Literal["raise", "skip"] = "raise"
+    options: Options = {}
+
+
+class Checkpoint(Section):
+    """Training state is written each ``every`` epochs; the last ``keep`` files stay."""
+
+    every: Annotated[int, Field(ge=1)] = 1
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+class Training(Section):
+    """One stage of training; ``gate_lr`` None means ``lr``."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    optimizer: Named = Named(name="adam")
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    gate_lr: Annotated[float, Field(gt=0)] | None = None
+    schedule: Named = Named(name="constant")
+    precision: Literal["float32", "bf16"] = "float32"
+    augment: Named = Named(name="none")
+    checkpoint: Checkpoint = Checkpoint()
+
+
+class Decay(Section):
+    """What drives gates to zero, and how strongly."""
+
+    name: str = "dynamic"
+    weight: Annotated[float, Field(ge=0)] = 1e-2
+    options: Options = {}
+
+
+class Slim(Section):
+    """How gates become a plan; ``threshold`` is compared with the effective gate."""
+
+    threshold: Annotated[float, Field(ge=0)] = 1e-3
+    constants: Literal["fold", "carrier", "drop"] = "carrier"
+    min_channels: Annotated[int, Field(ge=1)] = 1
+
+
+class Export(Section):
+    """The files that need no prunekit."""
+
+    onnx: bool = True
+
+
+class Recipe(Section):
+    """All that a run needs, with every default filled in; made by :func:`prunekit.recipe.load`."""
+
+    name: Annotated[str, AfterValidator(_folder_name)]
+    # Above 32 bits numpy takes no seed.
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    init: str | None = None
+    backbone: Backbone
+    task: str = "saliency"
+    data: Data
+    baseline: bool = False
+    train: Training
+    decay: Decay = Decay()
+    slim: Slim = Slim()
+    finetune: Training
+    export: Export = Export()
+
+    def dump(self) -> str:
+        """The recipe as YAML, every default written out; it loads again to an equal recipe."""
+        return yaml12.dump(self.model_dump(mode="json"))
+
+
+# Where a name is looked up: path of the section → the table in prunekit.registry.
+NAMED = {
+    (stage, key): table
+    for stage in ("train", "finetune")
+    for key, table in (("optimizer", "optimizers"), ("schedule", "schedules"), ("augment", "augmentations"))
+}
+REGISTRIES = {("backbone",): "backbones", ("data",): "datasets", ("decay",): "decays", **NAMED}
+
+
+def section(path: yaml12.Path) -> type[Section] | None:
+    """The model that stands at this path, or None where there is none."""
+    model: type[Section] | None = Recipe
+    for key in path:
+        field = model.model_fields.get(key) if model else None
+        kind = field.annotation if field else None
+        model = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    return model
+
+
+def all_keys(path: yaml12.Path = ()) -> list[yaml12.Path]:
+    """The path of every key below ``path``, sections included, in their order."""
+    found = []
+    model = section(path)
+    for key in model.model_fields if model else ():
+        found += [(*path, key), *all_keys((*path, key))]
+    return found
+
+
+def default_name(path: yaml12.Path) -> str | None:
+    """The name that a section of :data:`REGISTRIES` has where the recipe gives none."""
+    default = section(path).model_fields["name"].default
+    if path in NAMED:
+        default = section(path[:-1]).model_fields[path[-1]].default.name
+    return default if isinstance(default, str) else None

@@ -1,0 +1,252 @@
+"""One training loop, for sparse training and for fine-tuning.
+
+Nothing random is carried from step to step: every epoch seeds its generators from (seed, stage, epoch). So a run that goes on
+from the state after some epoch does what it would have done without the stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunekit import registry
+from prunekit.data.pairs import Tensors, normalise
+from prunekit.errors import CheckpointError, TrainingError
+from prunekit.optimizers import shares
+from prunekit.plan import Group
+from prunekit.pruning.decay import Decay
+from prunekit.pruning.life import effective_gates, scores
+from prunekit.rundir import RunDir
+from prunekit.schema import Named, Training
+
+# Below this a parameter is set to zero after each epoch. Decay leaves numbers on their way to zero; past 1e-38 they are
+# subnormal, and a processor takes many times as long for each.
+FLUSH = 1e-30
+LOOK_EVERY = 10  # steps between two looks at loss and gates: a look waits for the device
+
+
+class Reporter(Protocol):
+    """What the loop tells while it runs."""
+
+    def start(self, stage: str, steps: int, done: int) -> None: ...
+
+    def step(self, done: int, loss: float, penalty: float, alive: int, of: int) -> None: ...
+
+    def epoch(self, line: dict[str, Any]) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Job:
+    """What one stage trains: everything but the model."""
+
+    stage: str
+    section: Training
+    task: Any
+    train: Tensors
+    val: Tensors
+    seed: int
+    run: RunDir
+    reporter: Reporter
+    device: torch.device
+    threshold: float = 0.0
+
+
+def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> None:
+    """Train a model in place; goes on from the newest training state in the run folder where there is one.
+
+    Args:
+        model: on ``job.device``.
+        groups: of the model, for the count of living channels and the record of gates.
+        decay: what drives the gates; see ``pruning.decay``.
+
+    Raises:
+        TrainingError: loss or penalty is not finite; says epoch, step and which.
+        CheckpointError: the training state does not fit the model.
+    """
+    section = job.section
+    optimizer = _build(registry.optimizers, section.optimizer, shares(model, section.lr, section.gate_lr, decay.norms))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = _options(registry.schedules, section.schedule)
+    augment = _options(registry.augmentations, section.augment)
+    gates = _Gates(model, groups, job.threshold)
+    batch = min(section.batch_size, len(job.train))
+    steps = len(job.train) // batch
+    first = _restore(model, optimizer, gates, job)
+    job.run.truncate_metrics(job.stage, first)
+    total = max(1, section.epochs * steps)
+    job.reporter.start(job.stage, section.epochs * steps, first * steps)
+    try:
+        with decay, _flush_denormals():
+            for epoch in range(first, section.epochs):
+                began = time.perf_counter()
+                generator = seeded(job.seed, job.stage, epoch)
+                order = torch.randperm(len(job.train), generator=generator)
+                sums = torch.zeros(2, dtype=torch.float64)
+                model.train()
+                for step in range(steps):
+                    factor = schedule((epoch * steps + step) / total)
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * factor
+                    rows = order[step * batch : (step + 1) * batch]
+                    images, targets = augment(
+                        job.train.images[rows], job.train.masks[rows], job.train.sizes[rows], generator
+                    )
+                    loss, penalty = _step(model, optimizer, decay, job, images, targets)
+                    sums += torch.stack([loss, penalty]).cpu()
+                    if step % LOOK_EVERY == 0 or step == steps - 1:
+                        _check(loss, penalty, epoch, step)
+                        alive, of = gates.count()
+                        job.reporter.step(epoch * steps + step + 1, float(loss), float(penalty), alive, of)
+                _flush(model)
+                gates.record()
+                mean = (sums / steps).tolist()
+                alive, of = gates.count()
+                line = {
+                    "stage": job.stage,
+                    "epoch": epoch + 1,
+                    "step": (epoch + 1) * steps,
+                    "loss": mean[0],
+                    "penalty": mean[1],
+                    "lambda": decay.weight,
+                    "lr": section.lr * factor,
+                    "alive": alive,
+                    "of": of,
+                    "metrics": job.task.quick(model, job.val, 4 * batch),
+                    "seconds": time.perf_counter() - began,
+                }
+                if (epoch + 1) % section.checkpoint.every == 0 or epoch + 1 == section.epochs:
+                    _save(model, optimizer, gates, job, epoch + 1)
+                job.run.append_metrics(line)
+                job.reporter.epoch(line)
+    finally:
+        job.reporter.stop()
+    if job.stage == "train":
+        job.run.write_arrays("gates.npz", gates.arrays())
+
+
+def seeded(seed: int, stage: str, epoch: int) -> torch.Generator:
+    """The generator of one epoch; torch's global one is seeded alike, for models that draw numbers themselves."""
+    number = int.from_bytes(hashlib.sha256(f"{seed}/{stage}/{epoch}".encode()).digest()[:7], "big")
+    torch.manual_seed(number)
+    return torch.Generator().manual_seed(number)
+
+
+def _step(
+    model: nn.Module, optimizer: Any, decay: Decay, job: Job, images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    images = normalise(images.to(job.device)).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=job.section.precision == "bf16"):
+        output = model(images)
+    loss = job.task.loss(output, targets.to(job.device))
+    penalty = decay.penalty()
+    optimizer.zero_grad(set_to_none=True)
+    (loss + penalty.to(loss.device)).backward()
+    optimizer.step()
+    return loss.detach(), penalty.detach().to(loss.device)
+
+
+def _check(loss: Tensor, penalty: Tensor, epoch: int, step: int) -> None:
+    for name, value in (("loss", loss), ("penalty", penalty)):
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} is {float(value)} at epoch {epoch + 1}, step {step + 1}; "
+                "try a lower train.lr or decay.weight, or precision: float32"
+            )
+
+
+def _build(table: registry.Registry, named: Named, *args: Any) -> Any:
+    return table.get(named.name)(*args, **named.options)
+
+
+def _options(table: registry.Registry, named: Named) -> Callable[..., Any]:
+    build = table.get(named.name)
+    return lambda *args: build(*args, **named.options)
+
+
+class _Gates:
+    """The gates of a model under training: how many live, and their course."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], threshold: float):
+        self.model = model
+        self.groups = [group for group in groups if group.reason is None]
+        self.threshold = threshold
+        self.norms = list(dict.fromkeys(gate.norm for group in self.groups for gate in group.gates))
+        self.course: dict[str, list[np.ndarray]] = {name: [] for name in self.norms}
+
+    def count(self) -> tuple[int, int]:
+        """Living channels, of all."""
+        alive = sum(int((scores(self.model, group) > self.threshold).sum()) for group in self.groups)
+        return alive, sum(group.channels for group in self.groups)
+
+    def record(self) -> None:
+        for name in self.norms:
+            self.course[name].append(effective_gates(self.model.get_submodule(name)).astype(np.float32))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Norm → (epochs, channels) float32."""
+        return {name: np.stack(rows) for name, rows in self.course.items() if rows}
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        self.course = {name: list(arrays[name]) if name in arrays else [] for name in self.norms}
+
+
+def _save(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, job: Job, epoch: int) -> None:
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+    arrays |= {f"gates/{name}": rows for name, rows in gates.arrays().items()}
+    job.run.save_checkpoint(job.stage, epoch, arrays, {"epoch": epoch}, job.section.checkpoint.keep)
+
+
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, job: Job) -> int:
+    """Load the newest training state; the number of epochs that are done."""
+    found = job.run.load_checkpoint(job.stage)
+    if found is None:
+        return 0
+    arrays, state = found
+    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "gates": {}}
+    for name, value in arrays.items():
+        kind, _, rest = name.partition("/")
+        parts[kind][rest] = value if kind == "gates" else torch.from_numpy(value.copy())
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in parts["optimizer"].items():
+        index, _, key = name.partition("/")
+        moments.setdefault(int(index), {})[key] = value
+    try:
+        model.load_state_dict(parts["model"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(
+            f"the training state of {job.stage} in {job.run.path} does not fit the model ({reason}); "
+            f"start the stage again with --from {job.stage}"
+        ) from error
+    gates.load(parts["gates"])
+    return int(state["epoch"])
+
+
+@torch.no_grad()
+def _flush(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.masked_fill_(parameter.abs() < FLUSH, 0.0)
+
+
+@contextmanager
+def _flush_denormals() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunekit.data.augment import crop_flip, none
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(count=4, side=16, seed=1):
+    images = torch.randint(0, 256, (count, 3, side, side), generator=seeded(seed), dtype=torch.uint8)
+    masks = (torch.rand(count, 1, side, side, generator=seeded(seed)) > 0.5).to(torch.uint8)
+    return images, masks, torch.full((count, 2), 300.0)
+
+
+def test_none_changes_nothing():
+    images, masks, sizes = batch()
+    out, targets = none(images, masks, sizes, seeded())
+    assert out.dtype == targets.dtype == torch.float32
+    assert torch.equal(out, images.float()) and torch.equal(targets, masks.float())
+
+
+def test_without_crop_and_flips_nothing_moves():
+    images, masks, sizes = batch()
+    out, targets = crop_flip(images, masks, sizes, seeded(), crop=0, hflip=0, vflip=0)
+    assert out.dtype == targets.dtype == torch.float32
+    assert (out - images.float()).abs().max() < 1e-2 and torch.equal(targets, masks.float())
+
+
+@pytest.mark.parametrize(
+    ("options", "axes"), [({"hflip": 1}, [3]), ({"vflip": 1}, [2]), ({"hflip": 1, "vflip": 1}, [2, 3])]
+)
+def test_flips_are_exact(options, axes):
+    images, masks, sizes = batch()
+    out, targets = crop_flip(images, masks, sizes, seeded(), **{"crop": 0, "hflip": 0, "vflip": 0, **options})
+    assert (out - images.float().flip(axes)).abs().max() < 1e-2
+    assert torch.equal(targets, masks.float().flip(axes))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), crop=st.integers(0, 60), side=st.integers(8, 40), size=st.integers(10, 500))
+def test_image_and_mask_move_together(seed, crop, side, size):
+    _, masks, sizes = batch(6, side, seed)
+    images = (masks * 255).expand(-1, 3, -1, -1)
+    out, targets = crop_flip(images, masks, sizes * 0 + size, seeded(seed), crop=crop)
+    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 255
+    assert set(targets.unique().tolist()) <= {0.0, 1.0}
+    # Where rounding decides (exactly between two pixels) either side is right.
+    clear = (out[:, :1] - 127.5).abs() > 0.1
+    assert torch.equal((out[:, :1] > 127.5)[clear], targets.bool()[clear])
+
+
+def test_the_crop_is_counted_in_original_pixels():
+    """A ramp shows which share of the image is left: 15 pixels of 100 are much, 15 of 1,500 little."""
+    ramp = torch.linspace(0, 255, 64).view(1, 1, 1, 64).expand(200, 3, 64, 64)
+    masks = torch.zeros(200, 1, 64, 64)
+    spans = {}
+    for size in (100, 1500):
+        out, _ = crop_flip(ramp, masks, torch.full((200, 2), float(size)), seeded(), hflip=0, vflip=0)
+        spans[size] = (out[:, 0, 0, -1] - out[:, 0, 0, 0]) / 255
+    # At most 15 off either side: at least 70 of 100 pixels stay.
+    assert spans[100].min() > 0.68 and spans[100].min() < 0.75 and spans[100].mean() == pytest.approx(0.85, abs=0.02)
+    assert spans[1500].min() > 0.97
+
+
+def test_each_side_of_a_lying_image_is_cropped_by_its_own_length():
+    rows = torch.linspace(0, 255, 64).view(1, 1, 64, 1).expand(100, 1, 64, 64)
+    images = torch.cat([rows, rows.mT, rows], 1)
+    out, _ = crop_flip(images, rows * 0, torch.tensor([[30.0, 3000.0]]).expand(100, 2), seeded(), hflip=0, vflip=0)
+    height = (out[:, 0, -1, 32] - out[:, 0, 0, 32]) / 255
+    width = (out[:, 1, 32, -1] - out[:, 1, 32, 0]) / 255
+    assert height.mean() < 0.7 and width.min() > 0.97 and height.min() > 0.25
+
+
+def test_flips_come_with_their_probability():
+    ramp = torch.linspace(0, 255, 8).view(1, 1, 1, 8).expand(2000, 3, 8, 8)
+    out, _ = crop_flip(ramp, ramp[:, :1] * 0, torch.full((2000, 2), 300.0), seeded(), hflip=0.25)
+    assert (out[:, 0, 0, 0] > out[:, 0, 0, -1]).float().mean() == pytest.approx(0.25, abs=0.04)
+
+
+def test_the_generator_decides_everything():
+    images, masks, sizes = batch(8)
+    state = torch.random.get_rng_state()
+    first, again = crop_flip(images, masks, sizes, seeded(5)), crop_flip(images, masks, sizes, seeded(5))
+    other = crop_flip(images, masks, sizes, seeded(6))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
+    assert torch.equal(images, batch(8)[0]), "the input is left alone"
+
+
+@pytest.mark.parametrize("options", [{"crop": -1}, {"hflip": 1.5}, {"vflip": -0.1}])
+def test_options_outside_their_range_are_refused(options):
+    with pytest.raises(ValueError, match="crop_flip"):
+        crop_flip(*batch(), seeded(), **options)

@@ -1,0 +1,67 @@
+"""Training states: which are kept, and which one is taken up after damage."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from prunekit.errors import CheckpointError
+from prunekit.rundir import RunDir
+
+RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDir.start(tmp_path / "run", RECIPE, {"threads": 1}) as made:
+        yield made
+
+
+def failing(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_only_the_newest_checkpoints_are_kept(run):
+    for epoch in range(1, 6):
+        run.save_checkpoint("train", epoch, {"v": np.full(2, epoch)}, {"epoch": epoch}, keep=2)
+    run.save_checkpoint("finetune", 1, {}, {}, keep=1)
+    (run.path / "checkpoints" / "train-0009.safetensors").write_bytes(b"left by a kill")
+    run.save_checkpoint("train", 6, {"v": np.full(2, 6)}, {"epoch": 6}, keep=2)
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == [
+        "finetune-0001.json",
+        "finetune-0001.safetensors",
+        *(f"train-{epoch:04d}.{kind}" for epoch in (5, 6) for kind in ("json", "safetensors")),
+    ]
+    assert run.latest_checkpoint("train") == 6
+
+
+@pytest.mark.parametrize("name", ["train-0002.safetensors", "train-0002.json"])
+@pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-9]), "flip"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(run, caplog, name, harm):
+    for epoch in (1, 2):
+        run.save_checkpoint("train", epoch, {"v": np.full(2, epoch)}, {"epoch": epoch, "loss": 0.1 * epoch}, keep=2)
+    path = run.path / "checkpoints" / name
+    if harm == "flip":
+        path.write_bytes(path.read_bytes().replace(b'epoch": 2', b'epoch": 3').replace(b"\x02", b"\x03"))
+    else:
+        harm(path)
+    tensors, state = run.load_checkpoint("train")
+    assert state == {"epoch": 1, "loss": 0.1} and tensors["v"].tolist() == [1, 1]
+    assert run.latest_checkpoint("train") == 1
+    assert "train-0002" in caplog.text or not path.exists()
+
+
+def test_no_checkpoint(run):
+    assert run.load_checkpoint("train") is None and run.latest_checkpoint("train") is None
+
+
+def test_same_epoch_again_survives_a_kill_with_the_state_before(run, monkeypatch):
+    for epoch in (1, 2):
+        run.save_checkpoint("train", epoch, {"v": np.full(3, epoch)}, {}, 2)
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(CheckpointError):
+        run.save_checkpoint("train", 2, {"v": np.full(3, 9)}, {}, 2)
+    assert run.load_checkpoint("train")[0]["v"][0] == 1

@@ -1,0 +1,592 @@
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunekit import recipe, registry, sources, yaml12
+from prunekit.errors import RecipeError
+
+GOOD = """\
+name: toy run
+backbone:
+  name: toy
+  options: {width: 3}
+data:
+  name: shapes
+train:
+  epochs: 2
+finetune:
+  epochs: 1
+"""
+
+
+def toy(width: int, *, depth: int = 2, split: tuple[float, ...] = (0.5, 0.5), mode: int | str | None = None):
+    """Stands in for a backbone."""
+
+
+def shapes(split, *, size, seed, count: int = 10):
+    """A data set without a folder."""
+
+
+def folder(split, root, *, size, val_root=None, val_holdout=None, copy: bool = False):
+    """A data set in a folder."""
+
+
+def dynamic(model, groups, weight, *, momentum: float = 0):
+    """Its default is a whole number where the annotation has any number."""
+
+
+def l1(model, groups, weight, *, power: float = 1.0, **others):
+    """Takes any further option."""
+
+
+def misfit(model, groups, weight, *, power: float = "much"):
+    """Its default is not what its annotation says."""
+
+
+def unwritable(model, groups, weight, *, power=object()):  # noqa: B008
+    """Its default is nothing that YAML has."""
+
+
+def unresolved(model, groups, weight, *, power: Nowhere = 1):  # noqa: F821
+    """Its annotation names nothing."""
+
+
+def plain(*, rate: float = 0.5):
+    """Stands in for whatever else has a name."""
+
+
+def cosine(progress, *, warmup: float = 0.0):
+    """Stands in for a schedule."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """Stand-ins for all that is registered; none of the real builders is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_plugins", registry._Plugins())
+        patch.setattr(registry._plugins, "loaded", True)
+        for table, builders in {
+            registry.backbones: {"toy": toy},
+            registry.datasets: {"shapes": shapes, "folder": folder},
+            registry.tasks: {"saliency": plain},
+            registry.decays: {
+                "dynamic": dynamic, "l1": l1, "misfit": misfit, "unwritable": unwritable, "unresolved": unresolved
+            },
+            registry.optimizers: {"adam": plain, "sgd": plain},
+            registry.schedules: {"constant": lambda progress: 1.0, "cosine": cosine},
+            registry.augmentations: {"none": lambda images, targets, sizes, generator: None},
+        }.items():  # fmt: skip
+            patch.setattr(table, "_entries", {name: registry.Entry(name, b, "test") for name, b in builders.items()})
+        yield
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(text, name): a file in the current folder, which is empty otherwise; its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="r.yaml"):
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return name
+
+    return write
+
+
+@pytest.fixture
+def ship(tmp_path, monkeypatch):
+    """ship(**texts): the recipes that come with the package."""
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(sources.importlib.resources, "files", lambda name: {"prunekit.recipes": package}[name])
+
+    def ship(**texts):
+        for name, text in texts.items():
+            (package / f"{name}.yaml").write_text(text)
+        (package / "README.md").write_text("no recipe")
+        return package
+
+    return ship
+
+
+def mistakes(*args):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(*args)
+    return str(caught.value).split("\n")
+
+
+def mistake(*args):
+    (line,) = mistakes(*args)
+    return line
+
+
+# What comes out
+
+
+def test_defaults_are_filled_in_also_those_of_the_builders(write):
+    r = recipe.load(write(GOOD))
+    assert (r.name, r.seed, r.init, r.task, r.baseline) == ("toy run", 0, None, "saliency", False)
+    assert r.backbone.options == {"width": 3, "depth": 2, "split": [0.5, 0.5], "mode": None}
+    assert r.data == recipe.Data(name="shapes", options={"count": 10})
+    assert (r.data.size, r.data.on_error) == (224, "raise")
+    assert r.train == recipe.Training(
+        epochs=2,
+        optimizer=recipe.Named(name="adam", options={"rate": 0.5}),
+        schedule="constant",
+        augment="none",
+    )
+    assert (r.train.batch_size, r.train.lr, r.train.gate_lr, r.train.precision) == (16, 1e-3, None, "float32")
+    assert r.train.checkpoint == recipe.Checkpoint(every=1, keep=2)
+    assert r.decay == recipe.Decay(name="dynamic", weight=1e-2, options={"momentum": 0.0})
+    assert r.slim == recipe.Slim(threshold=1e-3, constants="carrier", min_channels=1)
+    assert r.finetune.epochs == 1 and r.export.onnx is True
+
+
+def test_dump_has_every_key_in_the_order_of_the_schema_and_null_for_none(write):
+    lines = recipe.load(write(GOOD)).dump().splitlines()
+    top = [line.partition(":")[0] for line in lines if line[0] != " "]
+    assert top == list(recipe.Recipe.model_fields)
+    assert "init: null" in lines and "  gate_lr: null" in lines
+    assert lines[3:7] == ["backbone:", "  name: toy", "  file: null", "  options:"]
+
+
+def test_whole_numbers_become_numbers_where_numbers_are_meant(write):
+    dumped = recipe.load(write(GOOD), ["train.lr=1", "decay.options.momentum=1"]).dump()
+    assert "  lr: 1.0\n" in dumped and "    momentum: 1.0\n" in dumped
+
+
+def test_loads_without_torch(write):
+    # A process of its own, because others in this one import torch.
+    code = "import sys; sys.modules['torch'] = None; import prunekit.recipe, prunekit.schedules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+paths = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+rates = st.floats(1e-300, 1e300)
+names = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="/\\"), min_size=1, max_size=8)
+plains = st.fixed_dictionaries(
+    {"name": st.sampled_from(["adam", "sgd"]), "options": st.fixed_dictionaries({}, optional={"rate": rates})}
+)
+trainings = st.fixed_dictionaries(
+    {"epochs": st.integers(0, 1000)},
+    optional={
+        "batch_size": st.integers(1, 1000),
+        "optimizer": plains | st.sampled_from(["adam", "sgd"]),
+        "lr": rates | st.integers(1, 9),
+        "gate_lr": st.none() | rates,
+        "schedule": st.sampled_from(["constant", "cosine", {"name": "cosine", "options": {"warmup": 0.1}}]),
+        "precision": st.sampled_from(["float32", "bf16"]),
+        "checkpoint": st.fixed_dictionaries({}, optional={"every": st.integers(1, 9), "keep": st.integers(1, 9)}),
+    },
+)
+toys = st.fixed_dictionaries(
+    {
+        "name": st.just("toy"),
+        "options": st.fixed_dictionaries(
+            {"width": st.integers(-9, 9)},
+            optional={
+                "mode": st.none() | st.integers(0, 9) | st.sampled_from(["1e-4", "no", "~", ""]),
+                "split": st.lists(rates, max_size=3),
+            },
+        ),
+    }
+)
+from_files = st.fixed_dictionaries(
+    {
+        "name": names,
+        "file": st.just("net.py"),
+        "options": st.dictionaries(names, st.none() | rates | names, max_size=3),
+    }
+)
+datasets = st.fixed_dictionaries(
+    {"name": st.just("shapes")}, optional={"size": st.integers(1, 999)}
+) | st.fixed_dictionaries(
+    {"name": st.just("folder"), "root": paths.filter(lambda path: path is not None)},
+    optional={"val_root": paths, "val_holdout": st.floats(0.01, 0.99)},
+)
+trees = st.fixed_dictionaries(
+    {
+        "name": names.filter(lambda name: name not in (".", "..")),
+        "backbone": toys | from_files,
+        "data": datasets,
+        "train": trainings,
+        "finetune": trainings,
+    },
+    optional={
+        "seed": st.integers(0, (1 << 32) - 1),
+        "init": paths,
+        "baseline": st.booleans(),
+        "decay": st.fixed_dictionaries({}, optional={"name": st.just("l1"), "weight": rates}),
+        "slim": st.fixed_dictionaries({}, optional={"threshold": rates, "constants": st.just("fold")}),
+        "export": st.fixed_dictionaries({}, optional={"onnx": st.booleans()}),
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(trees)
+def test_a_dumped_recipe_loads_to_an_equal_one(tmp_path_factory, tree):
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    path.write_text(yaml12.dump(tree), encoding="utf-8")
+    first = recipe.load(path)
+    path.write_text(first.dump(), encoding="utf-8")
+    second = recipe.load(path)
+    assert second == first and second.dump() == first.dump()
+
+
+@settings(max_examples=60)
+@given(
+    st.binary(max_size=80) | st.text(max_size=80).map(lambda t: GOOD.encode() + t.encode("utf-8", "replace")),
+    st.lists(st.text(max_size=20) | st.text(alphabet="name.=data{}[]:1 ", max_size=20), max_size=3),
+)
+def test_anything_else_raises_recipe_errors_with_places(tmp_path_factory, content, overrides):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes(content)
+    try:
+        recipe.load(path, overrides)
+    except RecipeError as error:
+        for line in str(error).splitlines():
+            assert line.startswith((f"{path}:", "override "))
+
+
+@settings(max_examples=60)
+@given(st.text(max_size=300))
+def test_any_name_is_found_or_refused(text):
+    try:
+        recipe.find(text)
+    except RecipeError as error:
+        assert "\n" not in str(error)
+
+
+# Mistakes in values
+
+
+def test_all_mistakes_of_both_passes_at_once_in_their_order(write):
+    text = """\
+name: a/b
+backbone: {name: toy, options: {widht: 3, depth: "2"}}
+data: {name: shaps, size: many}
+train:
+  epocs: 3
+  lr: .inf
+  optimizer: adm
+  checkpoint: {every: 0}
+finetune: {epochs: 1}
+export: {onnx: on}
+"""
+    starts = [line.split(": ")[:2] for line in mistakes(write(text), ["seed=true", "trian.lr=1"])]
+    assert starts == [
+        ["r.yaml:1:1", "name"],
+        ["r.yaml:2:23", "backbone.options.width"],
+        ["r.yaml:2:33", "backbone.options.widht"],
+        ["r.yaml:2:43", "backbone.options.depth"],
+        ["r.yaml:3:8", "data.name"],
+        ["r.yaml:3:21", "data.size"],
+        ["r.yaml:4:1", "train.epochs"],
+        ["r.yaml:5:3", "train.epocs"],
+        ["r.yaml:6:3", "train.lr"],
+        ["r.yaml:7:3", "train.optimizer.name"],
+        ["r.yaml:8:16", "train.checkpoint.every"],
+        ["r.yaml:10:10", "export.onnx"],
+        ["override 'seed=true'", "seed"],
+        ["override 'trian.lr=1'", "trian"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs=many", "train.epochs: 'many' is not a whole number; give one"),
+        ("train.epochs=true", "train.epochs: true is not a whole number"),
+        ("train.epochs=1.5", "train.epochs: 1.5 is not a whole number"),
+        ("train.epochs=1e2", "train.epochs: 100.0 is not a whole number; write 100"),
+        ("train.epochs='3'", "train.epochs: '3' is text; remove the quotes"),
+        ("train.epochs=-1", "train.epochs: -1 is too low; it must be at least 0"),
+        ("train.epochs=", "train.epochs: null is not a whole number"),
+        ("train.lr=fast", "train.lr: 'fast' is not a number"),
+        ("train.lr=0", "train.lr: 0 is too low; it must be above 0"),
+        ("train.lr=.inf", "train.lr: '.inf' is not finite"),
+        ("baseline=no", "baseline: 'no' is not true or false"),
+        ("name=12", "name: 12 is not text; put it in quotes"),
+        ("name=..", "name: '..' is no name for a folder; write one"),
+        ("name=''", "name: '' is no name for a folder"),
+        ("name=' x'", "name: ' x' has blanks"),
+        ("seed=4294967296", "seed: 4294967296 is too high"),
+        ("data.on_error=ignore", "data.on_error: 'ignore' is not known; give 'raise' or 'skip'"),
+        ("train=3", "train: 3 is not a mapping"),
+        ("slim=", "slim: null is not a mapping"),
+        ("decay=l1", "decay: 'l1' is not a mapping; set decay.name instead"),
+        ("train.optimizer=[a]", "train.optimizer: ['a'] is not a mapping; set train.optimizer.name instead"),
+        ("train.epocs=1", "train.epocs: unknown key, did you mean 'train.epochs'?"),
+        ("weight=1", "weight: unknown key, it belongs elsewhere; write decay.weight"),
+        ("qqq=1", "qqq: unknown key; remove it, known here: name, seed"),
+        ("train.optimizer.lr=1", "train.optimizer.lr: unknown key, it belongs elsewhere; write train.lr"),
+        ("task=salience", "task: unknown task 'salience', did you mean 'saliency'?"),
+        ("decay.name=l2", "decay.name: unknown decay 'l2'; known: dynamic, l1, "),
+        ("finetune.schedule=cos", "finetune.schedule.name: unknown schedule 'cos', did you mean 'cosine'?"),
+        (
+            "decay.options.momentun=1",
+            "momentun: decay 'dynamic' has no such option, did you mean 'momentum'? known: mom",
+        ),
+        (
+            "decay.options.weight=1",
+            "decay.options.weight: decay 'dynamic' has no such option; write it as decay.weight",
+        ),
+        ("decay.options.momentum=x", "decay.options.momentum: 'x' is not a number"),
+        ("decay.options=[1]", "decay.options: [1] is not a mapping"),
+        ("backbone.options.split=[1, x]", "backbone.options.split[1]: 'x' is not a number"),
+        ("backbone.options.mode=[]", "backbone.options.mode: [] is not a whole number and is not text; give one"),
+        (
+            "data.root=/x",
+            "data.root: data set 'shapes' takes no root; remove it (data.root=null) or use data.name=folder",
+        ),
+        ("data.val_holdout=0.1", "data.val_holdout: data set 'shapes' takes no val_holdout; remove it"),
+        ("data.name=folder", "data.root: data set 'folder' reads a folder; name it with data.root=FOLDER"),
+        (
+            "decay.name=misfit",
+            "decay.options.power: the default of decay 'misfit', 'much' is not a number; give another",
+        ),
+        ("decay.name=unwritable", "decay.options: a default of decay 'unwritable' cannot stand in YAML"),
+        ("decay.name=unresolved", "the signature of decay 'unresolved' cannot be read (NameError"),
+    ],
+)
+def test_mistake_names_key_fault_and_mend(write, override, words):
+    line = mistake(write(GOOD), [override])
+    assert words in line
+    assert line.startswith((f"override {override!r}: ", f'override "{override}": ', "r.yaml:"))
+
+
+def test_a_bound_is_said_without_decimals_of_its_own(write):
+    assert "override 'data.val_holdout=1': data.val_holdout: 1 is too high; it must be below 1" in mistakes(
+        write(GOOD), ["data.val_holdout=1"]
+    )
+
+
+def test_options_of_a_builder_that_takes_any(write):
+    given = ["decay.name=l1", "decay.options.extra=3", "decay.options.power=2"]
+    assert recipe.load(write(GOOD), given).decay.options == {"power": 2.0, "extra": 3}
+
+
+def test_options_without_a_name_are_those_of_the_default(write):
+    r = recipe.load(write(GOOD), ["train.optimizer.options.rate=1", "decay.options.momentum=2"])
+    assert r.train.optimizer == recipe.Named(name="adam", options={"rate": 1.0})
+    assert r.decay == recipe.Decay(name="dynamic", options={"momentum": 2.0})
+
+
+def test_missing_keys_name_the_section_that_lacks_them(write):
+    assert mistakes(write("name: x\n\ndata:\n  size: 3\n")) == [
+        "r.yaml:1:1: backbone: is missing; add the section with name",
+        "r.yaml:1:1: train: is missing; add the section with epochs",
+        "r.yaml:1:1: finetune: is missing; add the section with epochs",
+        "r.yaml:3:1: data.name: is missing; add 'name: …'",
+    ]
+    assert mistake(write(GOOD.replace("{width: 3}", "{}"))) == (
+        "r.yaml:4:3: backbone.options.width: is missing; backbone 'toy' needs it, add 'width: …'"
+    )
+
+
+def test_a_value_that_cannot_be_read_is_one_mistake(write):
+    assert len(mistakes(write(GOOD.replace("epochs: 2", "epochs: !!python/name:os.system")))) == 1
+
+
+def test_mistakes_of_the_text_come_with_those_of_the_values(write):
+    assert [line.split(": ")[0] for line in mistakes(write(GOOD + "seed: x\nseed: 1\ntask: 3\n1: 2\n"))] == [
+        "r.yaml:12:1",
+        "r.yaml:13:1",
+        "r.yaml:14:1",
+    ]
+
+
+def test_failed_plugins_are_said_in_one_line(write, monkeypatch):
+    monkeypatch.setattr(registry._plugins, "failures", [RecipeError("plugin 'p' failed:\n  boom")])
+    assert "plugin 'p' failed: boom" in mistake(write(GOOD), ["decay.name=l2"])
+
+
+def test_a_backbone_from_a_file_is_not_looked_up(write):
+    r = recipe.load(write(GOOD), ["backbone.file=net.py", "backbone.name=build", "backbone.options={x: [1]}"])
+    assert r.backbone == recipe.Backbone(name="build", file="net.py", options={"x": [1]})
+    assert "backbone.name: 3 is not text" in mistake("r.yaml", ["backbone.file=net.py", "backbone.name=3"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "r.yaml:1:1: a recipe is made of 'key: value' lines, it is empty"),
+        (b"- 1", "r.yaml:1:1: a recipe is made of 'key: value' lines, this is [1]"),
+        (b"a: \xff", "r.yaml:1:4: byte 0xff is not UTF-8"),
+        (b"a: [", "r.yaml:1:5: not YAML"),
+        (b"a: 1\n---\n", "r.yaml:2:1: a second document"),
+    ],
+)
+def test_what_is_no_recipe_at_all(write, content, words):
+    assert mistake(write(content)).startswith(words)
+
+
+# Overrides
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(write):
+    r = recipe.load(
+        write(GOOD),
+        [
+            "train.lr=1e-4",
+            "train.lr=1e-5",
+            "finetune={optimizer: sgd, lr: 1}",
+            "backbone.options.split=[0.1]",
+            "init=on",
+        ],
+    )
+    assert (r.train.lr, r.finetune.lr, r.finetune.epochs, r.init) == (1e-5, 1.0, 1, "on")
+    assert r.finetune.optimizer.name == "sgd" and r.backbone.options["split"] == [0.1]
+
+
+def test_values_may_hold_an_equals_sign(write):
+    assert recipe.load(write(GOOD), ["init=a=b"]).init == "a=b"
+
+
+@pytest.mark.parametrize(
+    "text", ["lr", "=1", "train..lr=1", ".=1", " =1", "a\tb=1", "\udc80=1", ".".join("a" * 60) + "=1"]
+)
+def test_overrides_that_are_none(write, text):
+    assert mistake(write(GOOD), [text]).startswith("override ")
+
+
+def test_base_is_no_override(write):
+    assert "base: can stand only in a file" in mistake(write(GOOD), ["base=x"])
+
+
+@pytest.mark.parametrize("name", ["finetune.optimizer=sgd", "finetune.optimizer.name=sgd", "finetune={optimizer: sgd}"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_options_given_with_a_new_name_stay_in_any_order(write, name, turned):
+    overrides = [name, "finetune.optimizer.options.rate=0.1"]
+    r = recipe.load(write(GOOD), overrides[:: -1 if turned else 1])
+    assert r.finetune.optimizer == recipe.Named(name="sgd", options={"rate": 0.1})
+
+
+# Bases
+
+
+@pytest.mark.parametrize("through", ["base", "override"])
+@pytest.mark.parametrize(
+    ("held", "new", "kept"),
+    [
+        ({"name": "adam", "options": {"rate": 9}}, {"name": "sgd"}, False),
+        ({"name": "adam", "options": {"rate": 9}}, "sgd", False),
+        ({"name": "adam", "options": {"rate": 9}}, {"name": "adam"}, True),
+        ({"name": "adam", "options": {"rate": 9}}, "adam", True),
+        ({"name": "adam", "options": {"rate": 9}}, {}, True),
+        ({"options": {"rate": 9}}, "sgd", False),
+        ({"options": {"rate": 9}}, "adam", True),
+        ("sgd", {"options": {"rate": 9}}, True),
+    ],
+)
+def test_a_new_name_drops_the_options_of_the_old_one(write, through, held, new, kept):
+    tree = yaml12.parse(GOOD).value
+    tree["train"]["optimizer"] = held
+    text = yaml12.dump(tree)
+    if through == "base":
+        write(text, "below.yaml")
+        r = recipe.load(write(yaml12.dump({"base": "below.yaml", "train": {"optimizer": new}})))
+    else:
+        flow = repr(new).replace("'", '"')
+        r = recipe.load(write(text), [f"train.optimizer={flow}"])
+    assert r.train.optimizer.options == {"rate": 9.0 if kept else 0.5}
+
+
+def test_merges_mappings_and_replaces_the_rest(write):
+    write(GOOD.replace("{width: 3}", "{width: 3, split: [1, 2, 3], depth: 5}"), "below.yaml")
+    write("base: below.yaml\nseed: 7\ntrain: {lr: 1}\n", "middle.yaml")
+    r = recipe.load(write("base: middle.yaml\nbackbone: {options: {split: [4]}}\ntrain: {epochs: 9}\n"))
+    assert r.backbone.options == {"width": 3, "split": [4.0], "depth": 5, "mode": None}
+    assert (r.seed, r.train.epochs, r.train.lr) == (7, 9, 1.0)
+
+
+def test_base_stands_beside_its_file_wherever_one_is(write):
+    Path("deep").mkdir()
+    write(GOOD, "deep/below.yaml")
+    write("base: below.yaml\n", "deep/r.yaml")
+    assert recipe.load("deep/r.yaml").train.epochs == 2
+    assert "base: 'below.yaml': no such file" in mistake(write("base: below.yaml\n"))
+
+
+def test_mistakes_name_the_file_that_the_value_came_from(write):
+    write(GOOD.replace("epochs: 2", "epochs: x\n  lr: 0"), "below.yaml")
+    assert mistakes(write("base: below.yaml\nseed: x\ntrain: {lr: 1}\n")) == [
+        "r.yaml:2:1: seed: 'x' is not a whole number; give one, such as 10",
+        "below.yaml:8:3: train.epochs: 'x' is not a whole number; give one, such as 10",
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_bases_in_a_circle(write, length):
+    names = [f"{i}.yaml" for i in range(length)]
+    for name, following in itertools.pairwise([*names, names[0]]):
+        write(f"base: {following}\n", name)
+    line = mistake(names[0])
+    assert line.startswith(f"{names[-1]}:1:1: base: the bases go in a circle ({' → '.join([*names, names[0]])})")
+
+
+def test_a_base_that_cannot_be_had_leaves_the_other_mistakes(write, ship):
+    ship(csnet=GOOD)
+    assert mistakes(write("base: csnt\ntrain: {lr: x}\n")) == [
+        "r.yaml:1:1: base: 'csnt': no such file, nor a shipped recipe of this name; "
+        "did you mean 'csnet'? shipped: csnet",
+        "r.yaml:2:9: train.lr: 'x' is not a number; give one, such as 0.1",
+    ]
+    assert "base: 3 is not text" in mistake(write("base: 3"))
+    assert "base: '\\x00'" in mistake(write('base: "\\0"'))
+    assert mistake(write("base: below.yaml\n") and write("base: [", "below.yaml") and "r.yaml").startswith(
+        "below.yaml:1:"
+    )
+
+
+# Finding
+
+
+def test_shipped_recipes_are_found_by_bare_name_and_serve_as_bases(write, ship):
+    package = ship(csnet=GOOD, other="base: csnet.yaml\nseed: 5\n")
+    assert recipe.shipped() == ["csnet", "other"]
+    assert recipe.find("csnet") == recipe.find("csnet.yaml") == package / "csnet.yaml"
+    assert recipe.load("other").seed == 5
+    assert recipe.load(write("base: other\nname: mine\n")).seed == 5
+
+
+def test_a_file_comes_before_a_shipped_recipe_and_a_folder_after_it(write, ship):
+    package = ship(csnet=GOOD)
+    Path("csnet").mkdir()
+    assert recipe.find("csnet") == package / "csnet.yaml"
+    assert recipe.find(write(GOOD, "csnet.yaml")) == Path("csnet.yaml")
+
+
+def test_a_recipe_that_is_not_there(write, ship):
+    ship(csnet=GOOD, other=GOOD)
+    for name in ("csnt", "csnt.yaml", Path("recipes/csnt.yaml")):
+        with pytest.raises(RecipeError, match=r"no such file.*did you mean 'csnet'\? shipped: csnet, other$"):
+            recipe.find(name)
+    for name in ("", "x" * 5000, "a\0b", "~nobody-of-this-name/x"):
+        with pytest.raises(RecipeError):
+            recipe.find(name)
+
+
+def test_a_folder_is_no_recipe(write):
+    Path("runs").mkdir()
+    with pytest.raises(RecipeError, match="runs: is a folder, not a recipe"):
+        recipe.find("runs")
+    write(GOOD, "runs/recipe.yaml")
+    with pytest.raises(RecipeError, match=r"did you mean runs/recipe\.yaml\?"):
+        recipe.find("runs")
+
+
+def test_a_file_that_cannot_be_read(write, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    write(GOOD)
+    monkeypatch.setattr(Path, "open", refuse)  # Permissions do not bind root, who may run the tests.
+    assert mistake("r.yaml") == "r.yaml: cannot be read (Permission denied); mend its permissions or path"

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from types import SimpleNamespace
+
+import pytest
+
+from prunekit import registry
+from prunekit.errors import PluginError, RecipeError
+
+
+class Point:
+    """Stands in for importlib.metadata.EntryPoint."""
+
+    def __init__(self, name, dist, load):
+        self.name, self.value, self.load = name, f"{name}.module", load
+        self.dist = SimpleNamespace(name=dist) if dist else None
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """install(*points): the plugins there are, none of them loaded yet, and empty tables."""
+    monkeypatch.setattr(registry, "_plugins", registry._Plugins())
+    for table in (registry.backbones, registry.decays):
+        monkeypatch.setattr(table, "_entries", {})
+
+    def with_points(*points):
+        def entry_points(*, group):
+            assert group == "prunekit.plugins"
+            return points
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+
+    with_points()
+    return with_points
+
+
+def builder(summary):
+    def build(width: int = 4):
+        raise AssertionError("looking up builds nothing")
+
+    build.__doc__ = summary
+    build.__qualname__ = summary
+    return build
+
+
+def registers(name, summary):
+    return lambda: registry.register_backbone(name)(builder(summary))
+
+
+def fails(error):
+    def load():
+        raise error
+
+    return load
+
+
+def test_loads_at_the_first_look_up_and_once(install):
+    loads = []
+    install(Point("ours", "prunekit", lambda: loads.append(1)))
+    assert not loads
+    assert registry.backbones.names() == [] and "x" not in registry.decays
+    assert loads == [1]
+
+
+def test_a_failing_plugin_is_kept_and_the_others_go_on(install):
+    install(
+        Point("broken", "bad-dist", fails(ImportError("no module named foo"))),
+        Point("fine", "good-dist", registers("fine", "A fine net.")),
+    )
+    entry = registry.backbones.entry("fine")
+    assert (entry.origin, entry.summary) == ("good-dist", "A fine net.")
+    (failure,) = registry.plugin_failures()
+    assert isinstance(failure, PluginError)
+    for words in ("'broken'", "bad-dist", "ImportError: no module named foo", "pip uninstall bad-dist"):
+        assert words in str(failure)
+    with pytest.raises(RecipeError, match="not loaded: plugin 'broken' of bad-dist"):
+        registry.backbones.get("missing")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_plugin_cannot_take_a_name_of_ours(install, order):
+    points = [
+        Point("a", "greedy", registers("csnet", "Another.")),
+        Point("z", "prunekit", registers("csnet", "The real one.")),
+    ]
+    install(*points[::order])
+    assert registry.backbones.entry("csnet").summary == "The real one."
+    (failure,) = registry.plugin_failures()
+    assert "'csnet' of greedy is already taken by prunekit" in str(failure)
+
+
+def test_a_module_that_is_imported_twice_takes_no_name(install):
+    build = builder("A net.")
+    registry.register_backbone("net")(build)
+    assert registry.register_backbone("net")(build) is build
+    with pytest.raises(PluginError, match="already taken"):
+        registry.register_backbone("net")(builder("Another net."))
+
+
+def test_a_plugin_that_looks_something_up_while_loading(install):
+    install(Point("curious", "curious-dist", lambda: registry.decays.names()))
+    assert registry.backbones.names() == []
+    assert registry.plugin_failures() == []
+
+
+def test_unknown_name(install):
+    for name in ("csnet", "resnet"):
+        registry.register_backbone(name)(builder(name))
+    with pytest.raises(RecipeError, match=r"^unknown backbone 'csnt', did you mean 'csnet'\? known: csnet, resnet$"):
+        registry.backbones.get("csnt")
+    assert registry.backbones.unknown("zzz") == "unknown backbone 'zzz'; known: csnet, resnet"
+    assert registry.decays.unknown("l1") == "unknown decay 'l1'; known: none"
+
+
+def test_options_leave_out_what_prunekit_fills_in_and_resolve_annotations(install):
+    @registry.register_decay("l1")
+    def l1(model, groups, weight: float, /, *, power: int | None = None, shares: tuple[float, ...] = (1.0,)):
+        """L1."""
+
+    assert isinstance(l1.__annotations__["power"], str)  # Or the test shows nothing.
+    options = registry.decays.options("l1")
+    assert list(options) == ["power", "shares"]
+    assert options["power"].annotation == int | None
+    assert options["shares"].annotation == tuple[float, ...]
+    assert options["shares"].default == (1.0,)
+    assert options["power"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_iterates_in_order_of_names(install):
+    for name in ("b", "a"):
+        registry.register_backbone(name)(builder(name))
+    assert [entry.name for entry in registry.backbones] == ["a", "b"]
+
+
+def test_nearest():
+    assert registry.nearest("epocs", ["epochs", "lr"]) == "epochs"
+    assert registry.nearest("zzz", ["epochs", "lr"]) is None

@@ -1,0 +1,266 @@
+"""The files of a run folder: what stands after a kill, a full disk and a flipped bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from prunekit import files
+from prunekit.errors import CheckpointError
+from prunekit.rundir import STAGES, RunDir
+
+RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDir.start(tmp_path / "run", RECIPE, {"threads": 1}) as made:
+        yield made
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def leftovers(path: Path) -> list[Path]:
+    return list(path.rglob(f"{files.TEMPORARY}*"))
+
+
+# ---- files
+
+WRITES = {
+    "text": lambda run, v: run.write_text("sub/a.txt", f"{v}"),
+    "json": lambda run, v: run.write_json("sub/a.json", {"v": v}),
+    "arrays": lambda run, v: run.write_arrays("sub/a.npz", {"v": np.full(3, v)}),
+    "tensors": lambda run, v: run.write_tensors("sub/a.safetensors", {"v": np.full(3, v)}),
+    "metrics": lambda run, v: run.append_metrics({"stage": "train", "epoch": v}),
+    "summary": lambda run, v: run.update_summary("part", v),
+    "seconds": lambda run, v: run.add_seconds("train", v),
+    "begin": lambda run, v: run.begin(STAGES[v]),
+    "end": lambda run, v: run.end(STAGES[v]),
+    "checkpoint": lambda run, v: run.save_checkpoint("train", v, {"v": np.full(3, v)}, {"v": v}, 1),
+}
+
+
+def failing(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def readable(run: RunDir) -> None:
+    """Everything that has a checksum can be read."""
+    fresh = RunDir.open(run.path)
+    for name in json.loads((run.path / "state.json").read_text())["checksums"]:
+        fresh.read_bytes(name)
+    fresh.read_metrics()
+
+
+# Metrics are appended, so nothing is replaced there.
+FAILURES = [(n, call) for n in WRITES for call in ("open", "fsync", "replace") if (n, call) != ("metrics", "replace")]
+
+
+@pytest.mark.parametrize(("name", "call"), FAILURES)
+def test_a_full_disk_leaves_the_old_files_and_no_temporary_ones(run, monkeypatch, name, call):
+    write = WRITES[name]
+    write(run, 1)
+    before = contents(run.path)
+    with monkeypatch.context() as patch:
+        if call == "open":
+            for module in ("prunekit.files.open", "prunekit.runfiles.open"):
+                patch.setattr(module, failing, raising=False)
+        else:
+            patch.setattr(os, call, failing)
+        with pytest.raises(CheckpointError) as error:
+            write(run, 2)
+    assert str(run.path) in one_line(error) and "No space left" in one_line(error)
+    after = contents(run.path)
+    # Not state.json: the checksum of a file about to be replaced is dropped first.
+    assert {k: v for k, v in after.items() if k != "state.json"} == {
+        k: v for k, v in before.items() if k != "state.json"
+    }
+    assert not leftovers(run.path)
+    readable(run)
+    write(run, 2)
+    readable(run)
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: from its moment on, every call to the system raises it."""
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_kill_between_any_two_calls_leaves_something_to_go_on_from(tmp_path, write):
+    for moment in range(100):
+        with RunDir.start(tmp_path / str(moment), RECIPE, {}) as run:
+            write(run, 1)
+            left = moment
+
+            def counted(call):
+                def count(*args, **options):
+                    nonlocal left
+                    left -= 1
+                    if left < 0:
+                        raise Killed
+                    return call(*args, **options)
+
+                return count
+
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("replace", "fsync", "unlink"):
+                    patch.setattr(os, name, counted(getattr(os, name)))
+                try:
+                    write(run, 2)
+                except Killed:
+                    survived = False
+                else:
+                    survived = True
+            readable(run)
+            if write is WRITES["checkpoint"]:
+                tensors, state = run.load_checkpoint("train")
+                assert state["v"] == tensors["v"][0] and state["v"] in (1, 2)
+            if survived:
+                assert moment > 0
+                return
+    pytest.fail("the write never ended")
+
+
+def test_files_get_the_usual_permissions(run):
+    mask = os.umask(0o022)
+    try:
+        path = run.write_text("a.txt", "")
+    finally:
+        os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("plan.json", "extract"), ("dense/model.safetensors", "train"), ("x", None)]
+)
+def test_a_flipped_bit_is_found(run, name, stage):
+    data = bytearray(run.write_bytes(name, b"[1, 2, 3]").read_bytes())
+    data[1] ^= 1
+    (run.path / name).write_bytes(data)
+    with pytest.raises(CheckpointError) as error:
+        RunDir.open(run.path).read_bytes(name)
+    assert name in one_line(error) and "damaged" in one_line(error) and "--overwrite" in one_line(error)
+    assert stage is None or f"--from {stage}" in one_line(error)
+    (run.path / name).unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        run.read_bytes(name)
+
+
+@pytest.mark.parametrize("read", ["read_json", "read_arrays", "read_tensors"])
+@pytest.mark.parametrize("data", [b"", b"{", b"PK\x03\x04", b"\xff" * 20, b"\x93NUMPY", b"[1"])
+def test_a_damaged_file_without_a_checksum_is_named(run, read, data):
+    (run.path / "odd").write_bytes(data)
+    with pytest.raises(CheckpointError) as error:
+        getattr(run, read)("odd")
+    assert "odd" in one_line(error)
+
+
+def test_no_pickle_goes_in_or_out(run):
+    with pytest.raises(ValueError, match=r"[Oo]bject"):
+        run.write_arrays("a.npz", {"a": np.array([{}], dtype=object)})
+    np.savez(run.path / "evil.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(CheckpointError):
+        run.read_arrays("evil.npz")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array([1.0, -np.inf])])
+def test_a_number_that_is_not_finite_is_refused_with_its_place(run, value):
+    with pytest.raises(CheckpointError) as error:
+        run.write_json("a.json", {"metrics": [{"mae": value}]})
+    assert "metrics[0].mae" in one_line(error)
+    assert not (run.path / "a.json").exists()
+    with pytest.raises(CheckpointError):
+        run.append_metrics({"loss": value})
+    assert run.read_metrics() == []
+
+
+def test_names_stay_inside(run):
+    for name in ("../a", "/tmp/a", "a/../../b"):
+        with pytest.raises(ValueError, match="inside"):
+            run.write_text(name, "")
+
+
+def test_at_most_one_metadata_key(run):
+    with pytest.raises(ValueError, match="one key"):
+        run.write_tensors("a.safetensors", {}, {"a": "1", "b": "2"})
+
+
+SHAPES = arrays.array_shapes(min_dims=0, max_dims=3, min_side=0)
+ARRAYS = st.dictionaries(
+    st.text("abcfile._0", min_size=1, max_size=6),
+    arrays.arrays(st.sampled_from([np.float32, np.int64, np.bool_]), SHAPES),
+    max_size=3,
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(ARRAYS)
+def test_arrays_and_tensors_come_back_as_they_were(values):
+    with tempfile.TemporaryDirectory() as folder, RunDir.start(folder, RECIPE, {}) as run:
+        for write, read in ((run.write_arrays, run.read_arrays), (run.write_tensors, run.read_tensors)):
+            first = write("a", {k: v.T for k, v in values.items()}).read_bytes()
+            back = read("a")
+            assert set(back) == set(values)
+            for key, value in values.items():
+                assert back[key].dtype == value.dtype and back[key].shape == value.T.shape
+                np.testing.assert_array_equal(back[key], value.T)
+            assert write("a", {k: v.T for k, v in values.items()}).read_bytes() == first
+
+
+# ---- metrics
+
+
+def test_half_a_line_is_dropped_and_does_not_swallow_the_next(run):
+    run.append_metrics({"stage": "train", "epoch": 1})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "tr')
+    assert len(RunDir.open(run.path).read_metrics()) == 1
+    run.append_metrics({"stage": "train", "epoch": 2})
+    assert [m["epoch"] for m in run.read_metrics()] == [1, 2]
+
+
+def test_a_damaged_line_is_named(run):
+    (run.path / "metrics.jsonl").write_text('{"stage": "train"}\n{oops}\n{}\n')
+    with pytest.raises(CheckpointError) as error:
+        run.read_metrics()
+    assert "line 2" in one_line(error)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(STAGES), st.integers(1, 5))), st.sampled_from(STAGES), st.integers(0, 5))
+def test_truncate_keeps_just_what_comes_before(lines, stage, epoch):
+    with tempfile.TemporaryDirectory() as folder, RunDir.start(folder, RECIPE, {}) as run:
+        for where, number in lines:
+            run.append_metrics({"stage": where, "epoch": number})
+        run.truncate_metrics(stage, epoch)
+        order = STAGES.index
+        expected = [(s, e) for s, e in lines if order(s) < order(stage) or (s == stage and e <= epoch)]
+        assert [(m["stage"], m["epoch"]) for m in run.read_metrics()] == expected
+
+
+# ---- summary
+
+
+def test_summary_parts(run):
+    run.update_summary("dense", {"params": np.int64(5)})
+    run.update_summary("slim", {"params": 3})
+    run.remove_summary("dense")
+    run.remove_summary("dense")
+    assert run.read_json("summary.json") == {"format": 1, "recipe": "tiny", "status": "running", "slim": {"params": 3}}
