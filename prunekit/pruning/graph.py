@@ -35,6 +35,7 @@ class Node:
         shape: of the output, for modules that were seen.
         is_output: what it computes is the model's output, or one of them.
         mixes_parameter: the operation combines a feature with a parameter that belongs to no known layer.
+        late: inputs that are computed after it, where it is a module that is called more than once.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Node:
     shape: tuple[int, ...] = ()
     is_output: bool = False
     mixes_parameter: bool = False
+    late: list[Node] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Node({self.index}, {self.name or self.op})"
@@ -124,8 +126,8 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
         nodes[id(raw)].is_output = raw.grad_fn in ends
         nodes[id(raw)].inputs = [nodes[id(n)] for n in raw.inputs]
         nodes[id(raw)].outputs = [nodes[id(n)] for n in raw.outputs]
-    ordered = _from_input(_sort(list(nodes.values())), start[-1])
-    return Graph(ordered, {names[m] for m, count in calls.items() if count > 1 and any(True for _ in m.parameters())})
+    reused = {names[m] for m, count in calls.items() if count > 1 and any(True for _ in m.parameters())}
+    return Graph(_from_input(_sort(list(nodes.values()), reused), start[-1]), reused)
 
 
 def follow(node: Node, ops: tuple[str, ...]) -> Node | None:
@@ -170,19 +172,31 @@ def _op(raw: Any, depthwise: set[nn.Module]) -> str:
     return raw.grad_fn.name() if hasattr(raw.grad_fn, "name") else "unknown"
 
 
-def _sort(nodes: list[Node]) -> list[Node]:
+def _sort(nodes: list[Node], reused: set[str]) -> list[Node]:
+    """Inputs first. The tracer has one node for a module however often it is called, so there may be a circle through it;
+    it is cut there."""
     waiting = {node.index: len(node.inputs) for node in nodes}
     ready = [node for node in nodes if not node.inputs]
+    placed: set[int] = set()
     ordered = []
-    while ready:
+    while len(ordered) < len(nodes):
+        if not ready:
+            stuck = [n for n in nodes if n.index not in placed and n.name in reused]
+            if not stuck:
+                raise PlanError("the model computes in a circle, which cannot be traced")
+            node = next((n for n in stuck if any(i.index in placed for i in n.inputs)), stuck[0])
+            node.late = [n for n in node.inputs if n.index not in placed]
+            node.inputs = [n for n in node.inputs if n.index in placed]
+            ready.append(node)
         node = ready.pop()
+        if node.index in placed:
+            continue
+        placed.add(node.index)
         ordered.append(node)
         for out in node.outputs:
             waiting[out.index] -= 1
             if waiting[out.index] == 0:
                 ready.append(out)
-    if len(ordered) < len(nodes):
-        raise PlanError("the model calls a module in a loop, which cannot be traced; unroll it into separate modules")
     return ordered
 
 

@@ -120,6 +120,9 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
         outputs[node.index] = _visit(node, [outputs[n.index] for n in node.inputs], walk, graph, example)
         if node.is_output:
             walk.lock(outputs[node.index], "the model's output")
+    for node in graph.nodes:
+        for late in node.late:
+            walk.lock(outputs.get(late.index, []), f"read by {node.name}, which is called more than once")
     return _assemble(model, graph, walk)
 
 

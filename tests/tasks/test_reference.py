@@ -7,12 +7,14 @@ from prunekit.tasks.reference import centre, colour_distance, constant, otsu, re
 from prunekit.tasks.saliency import Saliency
 
 
-def on_ground(side=32):
+def on_ground(side=32, shaded=False):
     """A red disc, and nothing else, off the centre of a blue picture; its mask."""
     rows, columns = np.mgrid[:side, :side]
     mask = np.where((rows - 10) ** 2 + (columns - 20) ** 2 < 40, 255, 0).astype(np.uint8)
     image = np.full((side, side, 3), (10, 20, 200), np.uint8)
     image[mask > 0] = (220, 30, 30)
+    if shaded:
+        image[mask > 0, 0] = np.linspace(150, 250, np.count_nonzero(mask))
     return image, mask
 
 
@@ -52,8 +54,9 @@ def test_the_generated_set_cannot_be_solved_without_looking():
 def test_the_better_of_the_two_colour_maps_counts():
     class One(type(salient_shapes("val", size=16, val=1))):
         def pair(self, index):
-            return on_ground()
+            return on_ground(shaded=True)
 
+    # The distance map is uneven over a shaded disc, its cut is not.
     found = reference(One("val", 1, 32, 0))
     assert found["colour"]["max_f"] == pytest.approx(1) and found["colour"]["mae"] == pytest.approx(0, abs=1e-3)
 

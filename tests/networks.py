@@ -1,0 +1,131 @@
+"""Small networks for tests, with norms that have seen data and gates that are dead."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prunekit.backbones.csnet import csnet
+from prunekit.layers import layer_of
+from prunekit.pruning.groups import find_groups
+
+
+class Row(nn.Module):
+    """Convolution, norm, activation, depthwise, norm, and a reader: one row of gates."""
+
+    def __init__(self, padding: int = 0):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=padding, bias=False)
+        self.bn3 = nn.BatchNorm2d(6)
+        self.out = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.silu(self.bn2(self.depthwise(x)))
+        return self.out(F.relu(self.bn3(self.conv2(x))))
+
+
+class Residual(nn.Module):
+    """Two norms that meet in a sum, then a flatten and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.stem_bn = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 4, 1, bias=False)
+        self.last_bn = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem_bn(self.stem(x)))
+        x = F.relu(x + self.bn(self.conv(x)))
+        x = F.relu(self.last_bn(self.last(x)))
+        return self.head(F.adaptive_avg_pool2d(x, 4).flatten(1))
+
+
+class Concat(nn.Module):
+    """Two norms side by side in a concatenation, under one more norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.b = nn.Conv2d(3, 3, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.out(F.relu(self.bn(torch.cat([self.a(x), self.b(x)], 1))))
+
+
+class Shared(nn.Module):
+    """One convolution that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.twice = nn.Conv2d(4, 4, 1, bias=False)
+        self.out = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.stem(x)))
+        return self.out(F.relu(self.twice(F.relu(self.twice(x)))))
+
+
+def settle(model: nn.Module, seed: int = 0, size: int = 32, beta: float = 0.1) -> torch.Tensor:
+    """Let the norms see data, give them a β, and return a batch: (4, 3, size, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(20):
+        model(torch.randn(4, 3, size, size, generator=generator))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.normal_(0, beta, generator=generator)
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+    model.eval()
+    return torch.randn(4, 3, size, size, generator=generator)
+
+
+def kill(model: nn.Module, groups: list, share: float, seed: int = 0, whole: float = 0.0) -> dict[str, list[int]]:
+    """Set every gate of a random share of channels to zero, and all of a coarser branch with probability ``whole``.
+
+    In the finest branch of a layer one channel always lives, lest the network be dead as a whole.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    killed = {}
+    with torch.no_grad():
+        for group in groups:
+            if group.reason is not None:
+                continue
+            dead = torch.rand(group.channels, generator=generator) < share
+            whole_group = torch.rand((), generator=generator) < whole
+            if layer_of(model, group.producers[0])[1]:
+                dead |= whole_group
+            else:
+                dead[torch.randint(group.channels, (), generator=generator)] = False
+            killed[group.id] = dead.nonzero().flatten().tolist()
+            for gate in group.gates:
+                model.get_submodule(gate.norm).weight[gate.slice[0] : gate.slice[1]][dead] = 0
+    return killed
+
+
+def csnet_with_dead_gates(seed: int, share: float = 0.5, whole: float = 0.1, size: int = 32):
+    """A small CSNet, its groups and a batch; a share of its gates is dead, and some branches as a whole."""
+    torch.manual_seed(seed)
+    model = csnet(width=10)
+    example = settle(model, seed, size)
+    groups = find_groups(model, example)
+    kill(model, groups, share, seed, whole)
+    return model, groups, example
+
+
+def params(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

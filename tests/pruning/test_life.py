@@ -1,0 +1,62 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from prunekit.plan import Gate, Group
+from prunekit.pruning import life
+
+
+def gates_of(*weights, variances=None):
+    """A model of norms n0, n1, … with these γ, and their gates."""
+    model = nn.Module()
+    for i, weight in enumerate(weights):
+        norm = nn.BatchNorm2d(len(weight))
+        norm.weight.data = torch.tensor(weight)
+        if variances is not None:
+            norm.running_var = torch.tensor(variances[i])
+        model.add_module(f"n{i}", norm)
+    return model, [Gate(norm=f"n{i}", slice=(0, len(w))) for i, w in enumerate(weights)]
+
+
+def score(combine, *weights, **options):
+    model, gates = gates_of(*weights, **options)
+    return life.scores(model, Group(id="g", channels=len(weights[0]), members=[], gates=gates, combine=combine))
+
+
+def test_a_row_scores_as_its_last_norm_unless_a_gate_is_zero():
+    found = score({"serial": [0, 1]}, [1e-3, 0.0, 5.0], [2.0, 3.0, 0.0])
+    np.testing.assert_allclose(found, [2.0, 0.0, 0.0], rtol=1e-4)
+
+
+def test_a_sum_scores_as_its_largest_side():
+    found = score({"parallel": [0, 1]}, [1.0, 0.0, 0.0], [2.0, 3.0, 0.0])
+    np.testing.assert_allclose(found, [2.0, 3.0, 0.0], rtol=1e-4)
+
+
+def test_rows_inside_a_sum():
+    found = score({"parallel": [{"serial": [0, 1]}, 2]}, [0.0, 1.0], [9.0, 2.0], [0.0, 1.0])
+    np.testing.assert_allclose(found, [0.0, 2.0], rtol=1e-4)
+
+
+def test_effective_gate_counts_what_the_variance_leaves():
+    found = score(0, [1.0, -1.0, 1.0], variances=[[1.0, 1e-5, 0.0]])
+    np.testing.assert_allclose(found, [1.0, 0.5**0.5, 0.0], rtol=1e-4)
+
+
+def test_lives_of_a_graph():
+    a = life.gated(life.ALIVE, "a", 0)
+    assert life.gated(a, "b", 2) == ("serial", a, ("gate", "b", 2))
+    both = life.parallel([a, life.gated(life.ALIVE, "b", 0)])
+    assert both == life.parallel([both, a])
+    assert life.parallel([a, life.ALIVE]) == life.ALIVE
+    assert life.shift(both, 3) == ("parallel", ("gate", "a", 3), ("gate", "b", 3))
+    gates, tree = life.resolve(life.shift(both, 3), 2)
+    assert [tuple(g.slice) for g in gates] == [(3, 5), (3, 5)] and tree == {"parallel": [0, 1]}
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=3, max_size=3))
+def test_a_sum_is_dead_only_if_all_sides_are(values):
+    assert (score({"parallel": [0, 1, 2]}, *[[v] for v in values])[0] == 0) == (not any(values))
+    assert (score({"serial": [0, 1, 2]}, *[[v] for v in values])[0] == 0) == (not all(values))

@@ -1,0 +1,123 @@
+"""Small builders in the place of the registered ones, and fixtures, for the tests of recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prunekit import recipe, registry, sources
+from prunekit.errors import RecipeError
+
+GOOD = """\
+name: toy run
+backbone:
+  name: toy
+  options: {width: 3}
+data:
+  name: shapes
+train:
+  epochs: 2
+finetune:
+  epochs: 1
+"""
+
+
+def toy(width: int, *, depth: int = 2, split: tuple[float, ...] = (0.5, 0.5), mode: int | str | None = None):
+    """Stands in for a backbone."""
+
+
+def shapes(split, *, size, seed, count: int = 10):
+    """A data set without a folder."""
+
+
+def folder(split, root, *, size, val_root=None, val_holdout=None, copy: bool = False):
+    """A data set in a folder."""
+
+
+def dynamic(model, groups, weight, *, momentum: float = 0):
+    """Its default is a whole number where the annotation has any number."""
+
+
+def l1(model, groups, weight, *, power: float = 1.0, limit: float = None, **others):  # noqa: RUF013
+    """Takes any further option; its None is not in the annotation, as is common."""
+
+
+def misfit(model, groups, weight, *, power: float = "much"):
+    """Its default is not what its annotation says."""
+
+
+def unwritable(model, groups, weight, *, power=object()):  # noqa: B008
+    """Its default is nothing that YAML has."""
+
+
+def unresolved(model, groups, weight, *, power: Nowhere = 1):  # noqa: F821
+    """Its annotation names nothing."""
+
+
+def plain(*, rate: float = 0.5):
+    """Stands in for whatever else has a name."""
+
+
+def cosine(progress, *, warmup: float = 0.0):
+    """Stands in for a schedule."""
+
+
+@pytest.fixture(scope="module", autouse=True)  # For the modules that import it.
+def registered():
+    """Stand-ins for all that is registered; none of the real builders is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_plugins", registry._Plugins())
+        patch.setattr(registry._plugins, "loaded", True)
+        for table, builders in {
+            registry.backbones: {"toy": toy},
+            registry.datasets: {"shapes": shapes, "folder": folder},
+            registry.tasks: {"saliency": plain},
+            registry.decays: {
+                "dynamic": dynamic, "l1": l1, "misfit": misfit, "unwritable": unwritable, "unresolved": unresolved
+            },
+            registry.optimizers: {"adam": plain, "sgd": plain},
+            registry.schedules: {"constant": lambda progress: 1.0, "cosine": cosine},
+            registry.augmentations: {"none": lambda images, targets, sizes, generator: None},
+        }.items():  # fmt: skip
+            patch.setattr(table, "_entries", {name: registry.Entry(name, b, "test") for name, b in builders.items()})
+        yield
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(text, name): a file in the current folder, which is empty otherwise; its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="r.yaml"):
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return name
+
+    return write
+
+
+@pytest.fixture
+def ship(tmp_path, monkeypatch):
+    """ship(**texts): the recipes that come with the package."""
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(sources.importlib.resources, "files", lambda name: {"prunekit.recipes": package}[name])
+
+    def ship(**texts):
+        for name, text in texts.items():
+            (package / f"{name}.yaml").write_text(text)
+        (package / "README.md").write_text("no recipe")
+        return package
+
+    return ship
+
+
+def mistakes(*args):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(*args)
+    return str(caught.value).split("\n")
+
+
+def mistake(*args):
+    (line,) = mistakes(*args)
+    return line
