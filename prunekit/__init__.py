@@ -1,4 +1,4 @@
-"""prunekit: learn how many channels each layer and each resolution of a network needs, and rebuild it with just those."""
+"""prunekit: learn how many channels each layer and resolution of a network needs, and rebuild it with just those."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _fail(message: str, status: int, debug: bool) -> None:
     sys.exit(status)
 
 
-def _console():  # noqa: ANN202 - rich is imported late
+def _console():
     from rich.console import Console
 
     return Console()

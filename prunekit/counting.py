@@ -1,10 +1,11 @@
 """Parameters, MACs and paper FLOPs, module by module and layer by layer; and what independent counters say.
 
-* MACs: one multiply-add is 1, at the size given, batch 1; convolutions and linear layers. A bias, a norm, an activation, a
-  pooling or a sum adds nothing.
-* Paper FLOPs: the published CSNet counter's convention, always at 224×224 (Gao et al., ECCV 2020): one multiply-add 1; a bias
-  1 an output element; average-pooling 5 an input element; max-pooling k² a pooled element, k the kernel of the convolution
-  that reads it; up-sampling 9, BatchNorm 4 and PReLU 3 an output element. Not defined for networks with other layers.
+* MACs: one multiply-add is 1, at the size given, batch 1; convolutions and linear layers. A bias, a norm, an
+  activation, a pooling or a sum adds nothing.
+* Paper FLOPs: the published CSNet counter's convention, always at 224×224 (Gao et al., ECCV 2020): one multiply-add 1;
+  a bias 1 an output element; average-pooling 5 an input element; max-pooling k² a pooled element, k the kernel of the
+  convolution that reads it; up-sampling 9, BatchNorm 4 and PReLU 3 an output element. Not defined for networks with
+  other layers.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def count(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], l
         shape: of one input without the batch, (C, H, W).
 
     Returns:
-        the count of each leaf module by name, in the model's order; and the modules with parameters whose MACs are not known
-        (they are not counted as anything).
+        the count of each leaf module by name, in the model's order; and the modules with parameters whose MACs are
+        not known (they are not counted as anything).
     """
     leaves = {name: module for name, module in model.named_modules() if not any(True for _ in module.children())}
     defined = _paper_defined(model, leaves)
@@ -59,7 +60,9 @@ def count(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], l
         _, paper = _trace(model, leaves, (shape[0], *PAPER_SIZE))
         for name, value in paper.items():
             found[name].paper_flops = value
-    unknown = [n for n in found if not isinstance(leaves[n], (*_CONVS, nn.ConvTranspose2d, nn.Linear, _NORMS, nn.PReLU))]
+    unknown = [
+        n for n in found if not isinstance(leaves[n], (*_CONVS, nn.ConvTranspose2d, nn.Linear, _NORMS, nn.PReLU))
+    ]
     return found, unknown
 
 
@@ -94,8 +97,8 @@ def counters(model: nn.Module, shape: tuple[int, ...]) -> dict[str, dict[str, An
 
 
 def layer_rows(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One row a layer and branch, in the network's order: channels, params, MACs, paper FLOPs, and fvcore's and thop's MACs,
-    before and after."""
+    """One row a layer and branch, in the network's order: channels, params, MACs, paper FLOPs, and fvcore's and
+    thop's MACs, before and after."""
     sides = [_by_layer(dense, shape), _by_layer(slim, shape) if slim is not None else {}]
     rows = []
     for layer, branch in sides[0]:
@@ -127,8 +130,8 @@ def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int],
         )
         row["params"] += one.params
         row["macs"] += one.macs
-        row["paper_flops"] = None if one.paper_flops is None or row["paper_flops"] is None else (
-            row["paper_flops"] + one.paper_flops
+        row["paper_flops"] = (
+            None if one.paper_flops is None or row["paper_flops"] is None else (row["paper_flops"] + one.paper_flops)
         )
         for counter, modules in others.items():
             row[counter] += modules.get(name, 0)
@@ -225,9 +228,13 @@ def _thop(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     kept = logging.root.manager.disable
     try:
         # Norms, activations and poolings are set to nothing: those are no multiply-adds.
-        silent = {m: zero_ops for m in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU, nn.AdaptiveAvgPool2d)}
+        free = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU, nn.AdaptiveAvgPool2d)
         macs, params, info = profile(
-            model, inputs=(_input(model, shape),), custom_ops=silent, verbose=False, ret_layer_info=True
+            model,
+            inputs=(_input(model, shape),),
+            custom_ops=dict.fromkeys(free, zero_ops),
+            verbose=False,
+            ret_layer_info=True,
         )
     finally:
         logging.disable(kept)

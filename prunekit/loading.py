@@ -1,4 +1,4 @@
-"""Run folder → model, and model → run folder: weights as safetensors, the shape from the recipe's builder and the plan."""
+"""Run folder → model, and model → run folder: weights from safetensors, the shape from the builder and the plan."""
 
 from __future__ import annotations
 

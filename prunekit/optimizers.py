@@ -1,7 +1,7 @@
 """Optimisers by name, with gates and stored step scales as parameter groups of their own.
 
-A backbone may store a parameter ``s`` times as large as its model is defined with (``step_scales``). Then, for the model to
-train as if it were stored plainly, its learning rate, ε and weight decay follow from s:
+A backbone may store a parameter ``s`` times as large as its model is defined with (``step_scales``). Then, for the
+model to train as if it were stored plainly, its learning rate, ε and weight decay follow from s:
 
 =======  ==========  =====  ============
 rule     rate        ε      weight decay
@@ -51,7 +51,9 @@ def shares(model: nn.Module, lr: float, gate_lr: float | None = None, decayed_no
     offered = getattr(model, "step_scales", dict)()
     steered = {f"{name}.weight" for name in decayed_norms}
     norms = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
     }
     found: dict[tuple[bool, float, bool], Share] = {}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The stages of a run, from top to bottom. Each writes its result into the run folder, and can be picked up from there."""
+"""The stages of a run, from top to bottom. Each writes its result into the run folder and can be picked up there."""
 
 from __future__ import annotations
 
@@ -141,7 +141,10 @@ class Work:
         for stage in ("train", "finetune"):
             section: Training = getattr(self.recipe, stage)
             tries: list[tuple[str, Callable[[], Any]]] = [
-                ("optimizer", lambda s=section: _named(registry.optimizers, s.optimizer)(shares(model, s.lr, s.gate_lr))),
+                (
+                    "optimizer",
+                    lambda s=section: _named(registry.optimizers, s.optimizer)(shares(model, s.lr, s.gate_lr)),
+                ),
                 ("schedule", lambda s=section: _named(registry.schedules, s.schedule)(0.5)),
                 (
                     "augment",
@@ -319,7 +322,9 @@ def _pending(out: Path, resume: bool, start_from: str | None) -> tuple[str, ...]
     if start_from is not None and start_from not in STAGES:
         near = registry.nearest(start_from, list(STAGES))
         raise RecipeError(
-            f"--from {start_from}: no such stage" + (f", did you mean {near!r}?" if near else "") + f" ({', '.join(STAGES)})"
+            f"--from {start_from}: no such stage"
+            + (f", did you mean {near!r}?" if near else "")
+            + f" ({', '.join(STAGES)})"
         )
     if not (resume and holds_run(out)):
         if start_from not in (None, STAGES[0]):

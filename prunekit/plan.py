@@ -1,15 +1,16 @@
 """Groups and plans: what can be cut together, and what is kept. Both are JSON, and neither needs torch.
 
-A plan holds, for each group, the channels kept, not a mask of weights: with the dense builder it says how to rebuild the slim
-model, and no pickle is needed. (Two other forms were weighed. A list of channel counts is smaller but cannot say which
-channels of the dense model live on, so nothing could be proved. A slim architecture of its own would need every backbone to
-understand widths.)
+A plan holds, for each group, the channels kept, not a mask of weights: with the dense builder it says how to rebuild
+the slim model, and no pickle is needed. (Two other forms were weighed. A list of channel counts is smaller but cannot
+say which channels of the dense model live on, so nothing could be proved. A slim architecture of its own would need
+every backbone to understand widths.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -51,8 +52,8 @@ class Group(_Schema):
         channels: how many there are.
         members: the axes that lose an entry with a channel.
         gates: the norms' γ that decide.
-        combine: how: an index into ``gates``, or {"serial": [...]} (one dead gate kills a channel), or {"parallel": [...]}
-            (all must be dead), nested; None where nothing decides.
+        combine: how: an index into ``gates``, or {"serial": [...]} (one dead gate kills a channel), or {"parallel":
+            [...]} (all must be dead), nested; None where nothing decides.
         params, macs: what one channel costs, in parameters and in multiply-adds at the example's size.
         reason: why the group cannot be cut; None where it can.
     """
@@ -115,7 +116,7 @@ class Plan(_Schema):
         """
         kept = self.groups.get(group.id, group.channels)
         kept = list(range(kept)) if isinstance(kept, int) else kept
-        if kept and (kept[0] < 0 or kept[-1] >= group.channels or any(a >= b for a, b in zip(kept, kept[1:]))):
+        if kept and (kept[0] < 0 or kept[-1] >= group.channels or any(a >= b for a, b in pairwise(kept))):
             raise PlanError(
                 f"the plan keeps channels of {group.id} that it does not have (it has {group.channels}); "
                 "extract the plan again from this model"
@@ -131,7 +132,9 @@ class Plan(_Schema):
         known = {group.id: group for group in groups}
         for name in self.groups:
             if name not in known:
-                raise PlanError(f"the plan names a group {name!r} that the model does not have; it was made for another model")
+                raise PlanError(
+                    f"the plan names a group {name!r} that the model does not have; it was made for another model"
+                )
         for group in groups:
             if len(self.kept(group)) < group.channels and group.reason:
                 raise PlanError(f"the plan cuts {group.id}, which cannot be cut: {group.reason}")

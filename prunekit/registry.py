@@ -1,8 +1,8 @@
 """Names → builders, for backbones, data sets, tasks and decays.
 
-Everything registered, the package's own included, comes in through the entry-point group ``prunekit.plugins``: each entry
-point names a module whose import registers something. They are loaded at the first look-up, so that importing prunekit
-costs nothing, and this module imports nothing above it.
+Everything registered, the package's own included, comes in through the entry-point group ``prunekit.plugins``: each
+entry point names a module whose import registers something. They are loaded at the first look-up, so that importing
+prunekit costs nothing, and this module imports nothing above it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Registry:
                 build.__module__,
                 build.__qualname__,
             ):
+                origin = _plugins.loading or build.__module__
                 raise PluginError(
-                    f"{self.kind} {name!r} of {_plugins.loading or build.__module__} is already taken by {held.origin}; "
+                    f"{self.kind} {name!r} of {origin} is already taken by {held.origin}; "
                     "register it under another name"
                 )
             self._entries[name] = Entry(name, build, _plugins.loading or build.__module__)

@@ -1,7 +1,7 @@
 """One training loop, for sparse training and for fine-tuning.
 
-Nothing random is carried from step to step: every epoch seeds its generators from (seed, stage, epoch). So a run that goes on
-from the state after some epoch does what it would have done without the stop.
+Nothing random is carried from step to step: every epoch seeds its generators from (seed, stage, epoch). So a run that
+goes on from the state after some epoch does what it would have done without the stop.
 """
 
 from __future__ import annotations

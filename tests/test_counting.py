@@ -13,7 +13,13 @@ SIZE = (3, 224, 224)
 
 def test_independent_counters_agree():
     found = counters(csnet(20), SIZE)
-    assert found["ours"]["macs"] == found["fvcore"]["macs"] == found["thop"]["macs"] == found["torch"]["macs"] == 432_819_744
+    assert (
+        found["ours"]["macs"]
+        == found["fvcore"]["macs"]
+        == found["thop"]["macs"]
+        == found["torch"]["macs"]
+        == 432_819_744
+    )
     assert found["ours"]["params"] == found["fvcore"]["params"] == found["thop"]["params"] == 210_985
     for other in ("fvcore", "thop"):
         for name, macs in found["ours"]["modules"].items():

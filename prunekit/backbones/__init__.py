@@ -1,4 +1,4 @@
-"""Backbones: functions that build a dense model. A recipe names a registered one, or a function in a file of the user's."""
+"""Backbones: functions that build a dense model. A recipe names a registered one, or a function in a user's file."""
 
 from __future__ import annotations
 

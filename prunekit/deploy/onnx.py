@@ -101,7 +101,13 @@ def _strip(file: object) -> None:
     file.producer_version = ""
     del file.metadata_props[:]
     for graph in [file.graph, *file.functions]:
-        for part in [graph, *graph.node, *graph.value_info, *getattr(graph, "input", []), *getattr(graph, "output", [])]:
+        for part in [
+            graph,
+            *graph.node,
+            *graph.value_info,
+            *getattr(graph, "input", []),
+            *getattr(graph, "output", []),
+        ]:
             if hasattr(part, "metadata_props"):
                 del part.metadata_props[:]
             if hasattr(part, "doc_string"):

@@ -1,4 +1,4 @@
-"""CSNet's two building blocks (Gao et al., ECCV 2020, sections 3.2 and 3.3), out of gOctConvs and ordinary convolutions."""
+"""CSNet's building blocks (Gao et al., ECCV 2020, sections 3.2 and 3.3), out of gOctConvs and ordinary convolutions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class NormAct(nn.Module):
 
 
 class InLayerBlock(MultiScaleLayer):
-    """In-layer multi-scale block: a gOctConv, then two depthwise 3×3 convolutions in each branch, all with norm and PReLU.
+    """In-layer multi-scale block: a gOctConv, then two depthwise 3×3 convolutions in each branch, all with norm and
+    PReLU.
 
     All three units have one split. There is no exchange between branches after the gOctConv and no residual connection.
 
@@ -62,7 +63,8 @@ class InLayerBlock(MultiScaleLayer):
 
 
 class DilatedConvs(MultiScaleLayer):
-    """Parallel dilated 3×3 convolutions in each branch, each over all of its channels; concatenated under one norm and PReLU.
+    """Parallel dilated 3×3 convolutions in each branch, each over all of its channels; concatenated under one norm
+    and PReLU.
 
     A branch of n channels has ⌊n/k⌋ outputs from each of its k dilations, and the last one what is left over.
     """
@@ -105,8 +107,8 @@ class FuseLayer(MultiScaleLayer):
 
 
 class FusionHead(nn.Module):
-    """Cross-stage fusion: the side outputs of the stages as the branches of one feature, mixed, seen at several dilations,
-    and mixed into one branch.
+    """Cross-stage fusion: the side outputs of the stages as the branches of one feature, mixed, seen at several
+    dilations, and mixed into one branch.
 
     Args:
         side_channels: channels of each stage's output, finest first; each is half the size of the one before.

@@ -1,5 +1,5 @@
-"""gOctConv, the generalised octave convolution (Gao et al., "Highly Efficient Salient Object Detection with 100K Parameters",
-ECCV 2020, section 3.1), as one ordinary ``Conv2d`` for each path between two resolutions.
+"""gOctConv, the generalised octave convolution (Gao et al., "Highly Efficient Salient Object Detection with 100K
+Parameters", ECCV 2020, section 3.1), as one ordinary ``Conv2d`` for each path between two resolutions.
 
 A multi-scale feature is a list of tensors, one a *branch*: branch ``b`` has 1/2^b of the height and width of branch 0.
 A branch of zero channels is None in the list, and has no modules.
@@ -21,16 +21,16 @@ Feature = list[Tensor | None]
 class GOctConv(nn.Module):
     """Convolution between all resolutions of a multi-scale feature.
 
-    Path i→j convolves input branch i into output branch j, at the coarser of the two resolutions; what arrives at an output
-    branch is summed. No bias; "same" zero padding. Sides that do not divide are rounded up, so any size works.
+    Path i→j convolves input branch i into output branch j, at the coarser of the two resolutions; what arrives at an
+    output branch is summed. No bias; "same" zero padding. Sides that do not divide are rounded up, so any size works.
 
     Args:
         in_channels: channels of each input branch; 0 for an absent one.
         out_channels: channels of each output branch; 0 for an absent one.
         kernel_size: odd.
         stride: 1, or 2 to halve the resolution of every branch.
-        downsample: how a path goes to a coarser resolution. "pool": max-pooling between branches and average-pooling for
-            ``stride`` (CSNet's way); "stride": a strided convolution for both.
+        downsample: how a path goes to a coarser resolution. "pool": max-pooling between branches and average-pooling
+            for ``stride`` (CSNet's way); "stride": a strided convolution for both.
 
     Shape:
         input: list of (N, in_channels[i], ⌈H/2^i⌉, ⌈W/2^i⌉); output: list of
@@ -56,7 +56,9 @@ class GOctConv(nn.Module):
                 f"got {list(in_channels)} → {list(out_channels)}"
             )
         if kernel_size % 2 == 0:
-            raise ValueError(f"a gOctConv needs an odd kernel for 'same' padding, got {kernel_size}; try {kernel_size + 1}")
+            raise ValueError(
+                f"a gOctConv needs an odd kernel for 'same' padding, got {kernel_size}; try {kernel_size + 1}"
+            )
         if downsample not in ("pool", "stride"):
             raise ValueError(f"downsample is 'pool' or 'stride', got {downsample!r}")
         if stride < 1:
@@ -94,8 +96,8 @@ class GOctConv(nn.Module):
 
         Args:
             xs: the input branches.
-            size: height and width of input branch 0. Needed only where that branch is absent and its sides are odd, since
-                the coarser branches cannot tell.
+            size: height and width of input branch 0. Needed only where that branch is absent and its sides are odd,
+                since the coarser branches cannot tell.
         """
         if size is None:
             size = finest_size(xs)

@@ -1,7 +1,7 @@
 """Containers whose entries may be absent, and the layers that hold them.
 
-PyTorch's convolutions and norms fail on zero channels. So a branch without channels is a missing entry, and slimming may
-delete entries of these containers (and of no others).
+PyTorch's convolutions and norms fail on zero channels. So a branch without channels is a missing entry, and slimming
+may delete entries of these containers (and of no others).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class OptionalModules(nn.ModuleDict):
 
     def take(self, key: object) -> nn.Module | None:
         """The entry of this key, or None where it is missing."""
-        return self[str(key)] if str(key) in self else None
+        return self._modules.get(str(key))
 
 
 class MultiScaleLayer(nn.Module):
@@ -24,5 +24,6 @@ class MultiScaleLayer(nn.Module):
 class DepthwiseModules(OptionalModules):
     """Depthwise convolutions, one a branch.
 
-    With one channel left, a depthwise convolution has the same attributes as an ordinary one; standing in here says which.
+    With one channel left, a depthwise convolution has the same attributes as an ordinary one; standing in here says
+    which.
     """

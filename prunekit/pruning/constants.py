@@ -1,12 +1,14 @@
 """What dead channels still say. A gate of zero leaves β, so a dead channel hands a constant to whatever reads it.
 
-Where nothing pads the reader's input, the constant is a shift of the reader's output: it is folded, exactly, into the running
-mean of the norm behind (no parameter is added, and in train mode that norm would have taken the shift out anyway), or into a
-bias. Where the reader pads with zeros, the border sees another sum than the inside; there a *carrier* is exact: one dead
-channel is kept, and each reader's weight for it is the sum of what the cut ones would have given.
+Where nothing pads the reader's input, the constant is a shift of the reader's output: it is folded, exactly, into the
+running mean of the norm behind (no parameter is added, and in train mode that norm would have taken the shift out
+anyway), or into a bias. Where the reader pads with zeros, the border sees another sum than the inside; there a
+*carrier* is exact: one dead channel is kept, and each reader's weight for it is the sum of what the cut ones would
+have given.
 
-The constants are measured at the readers on the model with its dead gates at zero, not derived: whatever stands between a norm
-and a reader (activations, poolings, sums) is then right by itself, and a channel that is not constant is found out.
+The constants are measured at the readers on the model with its dead gates at zero, not derived: whatever stands
+between a norm and a reader (activations, poolings, sums) is then right by itself, and a channel that is not constant
+is found out.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ NEGLIGIBLE = 1e-9
 
 @dataclass
 class Report:
-    """What became of the constants: how many dead channels were folded, the biases that modules are still to get (of all
-    their channels, dead ones included), and the carriers by group."""
+    """What became of the constants: how many dead channels were folded, the biases that modules are still to get (of
+    all their channels, dead ones included), and the carriers by group."""
 
     folded: int = 0
     biases: dict[str, Tensor] = field(default_factory=dict)

@@ -2,11 +2,12 @@
 
     penalty = λ · ½ · Σ_gate w_gate · mean over images( |spatial mean of y| ) · γ²
 
-y is the response behind the norm, through the activation that follows it; it is a weight, not a term to learn by, so it is
-detached.
+y is the response behind the norm, through the activation that follows it; it is a weight, not a term to learn by, so
+it is detached.
 
-The responses are collected by hooks that exist only inside ``with`` (an attribute of the module, or a counter in it, would
-live on in copies and checkpoints; a custom BatchNorm class would have to be taught to every tool that looks at the model).
+The responses are collected by hooks that exist only inside ``with`` (an attribute of the module, or a counter in it,
+would live on in copies and checkpoints; a custom BatchNorm class would have to be taught to every tool that looks at
+the model).
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class DynamicWeightDecay(Decay):
         model: the model that will be trained, in the state in which its groups were found.
         groups: from ``find_groups``; the gates of those that can be cut are decayed.
         weight: λ.
-        branch_weights: "none", or "flops" to weigh each gate by the side length of its feature map (twice for a branch twice
-            as fine, half for a stage half as large), relative to the mean over all gates.
+        branch_weights: "none", or "flops" to weigh each gate by the side length of its feature map (twice for a
+            branch twice as fine, half for a stage half as large), relative to the mean over all gates.
         exclude: patterns (as in a shell) of norms to leave out, for example ["head.*"].
 
     Raises:

@@ -18,8 +18,9 @@ from prunekit.pruning.surgery import Cutter
 def extract(model: nn.Module, groups: Sequence[Group], threshold: float = 1e-3, min_channels: int = 1) -> Plan:
     """Read the gates.
 
-    A channel is dead where its score (see ``life``) is at most the threshold. Where a whole layer would die, its best channels
-    stay: ``min_channels`` of each group whose modules the model cannot do without, and one in all of the branches of a layer.
+    A channel is dead where its score (see ``life``) is at most the threshold. Where a whole layer would die, its best
+    channels stay: ``min_channels`` of each group whose modules the model cannot do without, and one in all of the
+    branches of a layer.
 
     Args:
         model: the trained dense model.
@@ -37,7 +38,9 @@ def extract(model: nn.Module, groups: Sequence[Group], threshold: float = 1e-3, 
     values = {group.id: scores(model, group) for group in groups if group.reason is None}
     for group in groups:
         if group.reason is None and not np.isfinite(values[group.id]).all():
-            raise PlanError(f"a gate of {group.id} is not finite, so nothing can be read from it; train with a lower rate")
+            raise PlanError(
+                f"a gate of {group.id} is not finite, so nothing can be read from it; train with a lower rate"
+            )
     alive = {name: value > threshold for name, value in values.items()}
     cuttable = [group for group in groups if group.reason is None]
     for group in cuttable:
@@ -55,7 +58,7 @@ def extract(model: nn.Module, groups: Sequence[Group], threshold: float = 1e-3, 
         starved = [layer for layer in layers if all(len(settled[group.id]) == group.channels for group in layer)]
         if not starved:
             return make_plan(model, groups, settled)
-        # Each layer had a living branch, but they did not meet (one layer kept its fine branch, the next its coarse one).
+        # Each layer had a living branch, but they did not meet: one layer kept its fine one, the next its coarse one.
         for group in {group.id: group for layer in starved for group in layer}.values():
             _keep_best(alive[group.id], values[group.id], int(alive[group.id].sum()) + 1)
 

@@ -1,8 +1,8 @@
 """What computes what: a model's modules and operations as a graph in order of computation.
 
-The tracing is torch-pruning's (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023), which follows autograd
-from the output back to the input; so it sees functional operations as well as modules. Only its trace is used: the grouping
-on top of it is in ``groups``.
+The tracing is torch-pruning's (Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023), which follows
+autograd from the output back to the input; so it sees functional operations as well as modules. Only its trace is
+used: the grouping on top of it is in ``groups``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from prunekit.layers import DepthwiseModules
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Operations through which a constant channel stays constant and adds up linearly, so that it can be moved to the norm behind.
+# Operations through which a constant channel stays constant and adds up linearly, so that it can be moved to the norm
+# behind.
 LINEAR_OPS = ("AddBackward0", "UpsampleBilinear2DBackward0", "UpsampleNearest2DBackward0", "UpsampleBicubic2DBackward0")
 
 
@@ -66,7 +67,7 @@ class Graph:
 
 
 class _Tracer(tp.DependencyGraph):
-    """torch-pruning's tracer without the dependency lists and index maps that it builds next (they cost most of its time)."""
+    """torch-pruning's tracer without the dependency lists and index maps that it builds next (most of its time)."""
 
     def run(self, model: nn.Module, forward: Callable[[nn.Module, Any], Any], example: Any) -> list[Any]:
         self.model = model
@@ -117,9 +118,13 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
         for module, mode in modes.items():
             module.training = mode
     names = {module: name for name, module in model.named_modules()}
-    depthwise = {m for container in model.modules() if isinstance(container, DepthwiseModules) for m in container.values()}
+    depthwise = {
+        m for container in model.modules() if isinstance(container, DepthwiseModules) for m in container.values()
+    }
     nodes = {
-        id(raw): Node(i, names.get(raw.module), _op(raw, depthwise), _module(raw), raw.grad_fn, shape=shapes.get(raw.module, ()))
+        id(raw): Node(
+            i, names.get(raw.module), _op(raw, depthwise), _module(raw), raw.grad_fn, shape=shapes.get(raw.module, ())
+        )
         for i, raw in enumerate(traced)
     }
     for raw in traced:
@@ -173,8 +178,8 @@ def _op(raw: Any, depthwise: set[nn.Module]) -> str:
 
 
 def _sort(nodes: list[Node], reused: set[str]) -> list[Node]:
-    """Inputs first. The tracer has one node for a module however often it is called, so there may be a circle through it;
-    it is cut there."""
+    """Inputs first. The tracer has one node for a module however often it is called, so there may be a circle through
+    it; it is cut there."""
     waiting = {node.index: len(node.inputs) for node in nodes}
     ready = [node for node in nodes if not node.inputs]
     placed: set[int] = set()

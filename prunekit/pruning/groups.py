@@ -1,28 +1,31 @@
 """Groups: which channels can only be cut together, which gates decide, and what a channel costs.
 
-One pass over the graph in order of computation carries, for every tensor, the identity of each of its channels. A convolution
-makes new ones; a norm, an activation or a depthwise convolution hands them on; a sum makes its inputs' channels the same; a
-concatenation puts them side by side. Channels that turn out to be the same everywhere are a group. The work is linear in the
-channels that pass each operation.
+One pass over the graph in order of computation carries, for every tensor, the identity of each of its channels. A
+convolution makes new ones; a norm, an activation or a depthwise convolution hands them on; a sum makes its inputs'
+channels the same; a concatenation puts them side by side. Channels that turn out to be the same everywhere are a
+group. The work is linear in the channels that pass each operation.
 
-With the identities goes the *life* of the channels: which gates they have passed, and how those combine (see ``scores``).
+With the identities goes the *life* of the channels: which gates they have passed, and how those combine (see
+``scores``).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from prunekit.plan import Gate, Group, Member
+from prunekit.plan import Group, Member
 from prunekit.pruning import life
 from prunekit.pruning.graph import Graph, Node, follow, trace
 
-# Operations that work on each channel alone and keep their number; anything not known here makes its channels uncuttable.
+# Operations that work on each channel alone and keep their number; anything not known here makes its channels
+# uncuttable.
 ACTIVATIONS = {
     "ReluBackward0": "relu",
     "LeakyReluBackward0": "leaky_relu",
@@ -211,7 +214,7 @@ def _sum(a: list[_Segment], b: list[_Segment], walk: _Walk) -> list[_Segment]:
     """Channels that meet in a sum are the same from now on; they die only if both sides do."""
     out = []
     bounds = sorted({0, *np.cumsum([len(s) for s in a]).tolist(), *np.cumsum([len(s) for s in b]).tolist()})
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         x, y = _slice(a, start, stop), _slice(b, start, stop)
         walk.tie(x.ids, y.ids)
         out.append(_Segment(x.ids, life.parallel([x.life, y.life])))
@@ -238,7 +241,8 @@ def _assemble(model: nn.Module, graph: Graph, walk: _Walk) -> list[Group]:
     ties = np.concatenate([np.stack(pair) for pair in walk.same], 1) if walk.same else np.zeros((2, 0), int)
     matrix = coo_matrix((np.ones(ties.shape[1]), (ties[0], ties[1])), (walk.total, walk.total))
     _, label = connected_components(matrix, directed=False)
-    # Runs of channels that always appear together, in the same order, are one group: cut every use at the others' bounds.
+    # Runs of channels that always appear together, in the same order, are one group: cut every use at the others'
+    # bounds.
     starts = np.zeros(label.max(initial=-1) + 2, bool)
     spans = [label[use.ids] for use in walk.uses] + [label[ids] for ids, _ in walk.locked]
     for span in spans:

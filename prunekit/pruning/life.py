@@ -1,11 +1,11 @@
 """How gates combine along the way of a channel.
 
-A *life* says which gates can end a channel. It is a tree over norms: gates in a row (``serial``), any of which ends it when it
-is zero; and side by side (``parallel``), all of which must be. A channel that no gate can end is ``ALIVE``.
+A *life* says which gates can end a channel. It is a tree over norms: gates in a row (``serial``), any of which ends
+it when it is zero; and side by side (``parallel``), all of which must be. A channel that no gate can end is ``ALIVE``.
 
-The score of a channel says how much of it is left, in units that can be compared between layers: the *effective gate* of the
-last norm of a row, |γ|·√(v/(v+ε)) with v the running variance, since the next norm rescales whatever the gates before it
-shrink; zero if any gate of the row is zero. The score of a sum is the largest of its sides.
+The score of a channel says how much of it is left, in units that can be compared between layers: the *effective gate*
+of the last norm of a row, |γ|·√(v/(v+ε)) with v the running variance, since the next norm rescales whatever the gates
+before it shrink; zero if any gate of the row is zero. The score of a sum is the largest of its sides.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The proof: that a slim model computes what the dense one does with its dead gates at zero.
 
-In float64 on the CPU, on data, at two sizes: max|a − b| ≤ 1e-6 · max(1, max|a|). In float32 the two differ by rounding alone,
-which is measured beside it. A network that is dead agrees with everything, so an output that is not finite, or that is the same
-for all inputs, proves nothing and fails.
+In float64 on the CPU, on data, at two sizes: max|a − b| ≤ 1e-6 · max(1, max|a|). In float32 the two differ by
+rounding alone, which is measured beside it. A network that is dead agrees with everything, so an output that is not
+finite, or that is the same for all inputs, proves nothing and fails.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def proof_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tens
         data = torch.cat([data, 0.5 * data.flip(-1)])
     inputs = [data]
     if data.dim() == 4:
-        other = F.interpolate(data, size=[side + side // 4 + 1 - side // 4 % 2 for side in data.shape[2:]], mode="bilinear")
+        other = F.interpolate(
+            data, size=[side + side // 4 + 1 - side // 4 % 2 for side in data.shape[2:]], mode="bilinear"
+        )
         try:
             with torch.inference_mode():
                 model(other.to(next(model.parameters()).dtype))
@@ -93,7 +95,9 @@ def prove(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor]) -> Proof:
         for a, b in zip(_outputs(gated, batch), _outputs(slim, batch), strict=True):
             finite &= bool(torch.isfinite(a).all() and torch.isfinite(b).all())
             if a.shape != b.shape:
-                return Proof(float("inf"), TOLERANCE, _shapes(inputs), reason=f"output {tuple(b.shape)}, not {tuple(a.shape)}")
+                return Proof(
+                    float("inf"), TOLERANCE, _shapes(inputs), reason=f"output {tuple(b.shape)}, not {tuple(a.shape)}"
+                )
             worst = max(worst, float((a - b).abs().max()))
             scale = max(scale, float(a.abs().max()))
             varies |= bool((a[1:] != a[:1]).any())

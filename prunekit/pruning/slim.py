@@ -32,13 +32,13 @@ def slim(
         plan: from ``extract``.
         example: a batch of data, (N, C, H, W); the proof runs on it.
         groups: of the model, where they are known already.
-        constants: what becomes of the constants that dead channels emit to readers that pad with zeros. "carrier": one dead
-            channel of a group is kept to carry them; "fold": they are folded as if nothing padded. Where the proof does not
-            hold then, channels are given back, largest constant first, until it does.
+        constants: what becomes of the constants that dead channels emit to readers that pad with zeros. "carrier":
+            one dead channel of a group is kept to carry them; "fold": they are folded as if nothing padded. Where the
+            proof does not hold then, channels are given back, largest constant first, until it does.
 
     Returns:
-        the slim model, in the dense one's precision, on its device and in its mode; and the proof, whose ``plan`` is the plan
-        that held.
+        the slim model, in the dense one's precision, on its device and in its mode; and the proof, whose ``plan`` is
+        the plan that held.
 
     Raises:
         PlanError: the plan does not fit the model, or the proof fails.

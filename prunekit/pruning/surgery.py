@@ -94,7 +94,9 @@ class Cutter:
         """
         vital = self.vital(removed)
         if vital:
-            raise PlanError(f"nothing would be left of {vital[0]}, and the model cannot do without it; keep a channel of it")
+            raise PlanError(
+                f"nothing would be left of {vital[0]}, and the model cannot do without it; keep a channel of it"
+            )
         axes: dict[str, list[tuple[str, int, torch.Tensor]]] = {}
         masks = self.masks(dead)
         for (tensor, axis), mask in masks.items():
@@ -130,7 +132,7 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def _makes(model: nn.Module, name: str) -> bool:
-    """Whether this module makes the group's channels out of others (a norm or a depthwise convolution hands them on)."""
+    """Whether this module makes its channels out of others (a norm or a depthwise convolution hands them on)."""
     module = model.get_submodule(name)
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() < 2:

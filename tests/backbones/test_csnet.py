@@ -54,7 +54,7 @@ def test_backbone_from_a_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import torch\ndef net(n=1):\n    return torch.nn.Conv2d(3, n, 1)\ndef wrong():\n    return 3\n")
     assert build("net", {"n": 4}, str(file)).out_channels == 4
-    with pytest.raises(PluginError, match="returned int, not a torch.nn.Module"):
+    with pytest.raises(PluginError, match="returned int, not a"):
         build("wrong", {}, str(file))
     with pytest.raises(PluginError, match="did you mean 'net'"):
         build("nett", {}, str(file))

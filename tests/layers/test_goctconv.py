@@ -32,7 +32,9 @@ def test_two_branches_on_even_sides_are_the_papers_formula(kernel):
     fine, coarse = feature([4, 3], (8, 12))
     weight = {key: conv.weight for key, conv in layer.paths.items()}
     pad = kernel // 2
-    up = F.interpolate(F.conv2d(coarse, weight["1to0"], padding=pad), scale_factor=2, mode="bilinear", align_corners=False)
+    up = F.interpolate(
+        F.conv2d(coarse, weight["1to0"], padding=pad), scale_factor=2, mode="bilinear", align_corners=False
+    )
     y0 = F.conv2d(fine, weight["0to0"], padding=pad) + up
     y1 = F.conv2d(F.max_pool2d(fine, 2), weight["0to1"], padding=pad) + F.conv2d(coarse, weight["1to1"], padding=pad)
     out = layer([fine, coarse])

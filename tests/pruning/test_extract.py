@@ -57,7 +57,7 @@ def test_a_branch_may_vanish_but_not_a_layer():
 
 
 def test_layers_whose_living_branches_do_not_meet_are_kept_apart_from_death():
-    """The head keeps its fine branch in one layer and its coarse one in the next: alone, each would starve the other."""
+    """One layer of the head keeps its fine branch and the next its coarse one: alone, each would starve the other."""
     model = csnet(10)
     example = settle(model)
     with torch.no_grad():

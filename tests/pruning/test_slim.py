@@ -149,7 +149,7 @@ def test_the_dense_model_is_left_as_it_was_and_modes_are_kept():
 
 def gated_pair(seed=3):
     model, groups, example = csnet_with_dead_gates(seed)
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
+    small, _proof = slim(model, extract(model, groups), example, groups=groups)
     gated = gate_off(model.double(), groups, {})
     return gated, small.double().eval(), proof_inputs(gated, example)
 
@@ -199,7 +199,7 @@ def test_a_plan_of_another_model_is_refused():
         apply_plan(csnet(10), plan, example)
     plan = extract(model, groups)
     plan.removed = [*plan.removed, "stage1.0"]
-    with pytest.raises(PlanError, match="disagree about stage1.0"):
+    with pytest.raises(PlanError, match=r"disagree about stage1\.0"):
         apply_plan(csnet(10), plan, example)
 
 

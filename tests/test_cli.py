@@ -1,0 +1,194 @@
+"""What the person at the terminal sees."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from prunekit.cli import main
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        out = capsys.readouterr()
+        return stop.value.code, out.out, out.err
+
+    return run
+
+
+def one_line(error):
+    return error.count("\n") == 1 and error.startswith("prunekit: ") and "Traceback" not in error
+
+
+def recipe(**lines):
+    text = {
+        "name": "test",
+        "backbone": "{name: csnet}",
+        "data": "{name: salient_shapes}",
+        "train": "{epochs: 1}",
+        "finetune": "{epochs: 1}",
+        **lines,
+    }
+    Path("mine.yaml").write_text("".join(f"{key}: {value}\n" for key, value in text.items()))
+    return "mine.yaml"
+
+
+def folder_with(images, masks):
+    for name, files in (("images", images), ("GT", masks)):
+        folder = Path("photos") / name
+        folder.mkdir(parents=True)
+        for file in files:
+            Image.new("RGB", (20, 20)).save(folder / file)
+    return "photos"
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ({"train": "{epoch: 1, epochs: 2}"}, ["mine.yaml:4:", "train.epoch", "did you mean 'train.epochs'"]),
+        ({"train": "{epochs: many}"}, ["mine.yaml:4:", "train.epochs", "'many' is not a whole number"]),
+        ({"backbone": "{name: csnett}"}, ["mine.yaml:2:", "unknown backbone 'csnett'", "csnet"]),
+        ({"data": "{name: folder, root: nowhere}"}, ["nowhere"]),
+    ],
+)
+def test_wrong_recipes_are_one_line_and_leave_nothing(call, lines, words):
+    status, _, error = call("run", recipe(**lines))
+    assert status == 2 and one_line(error)
+    for word in words:
+        assert word in error
+    assert not Path("runs").exists()
+
+
+def test_all_errors_of_a_recipe_are_said_at_once(call):
+    lines = {"train": "{epochs: -1, optimiser: adam}", "backbone": "{name: nothing}", "extra": "1", "data": "{name: 3}"}
+    status, _, error = call("run", recipe(**lines))
+    assert status == 2 and "Traceback" not in error
+    for word in ("train.epochs", "train.optimiser", "unknown backbone", "extra", "data.name"):
+        assert sum(word in line for line in error.splitlines()) == 1, word
+
+
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("gone.yaml", None, "no such file"),
+        ("latin.yaml", "name: é".encode("latin-1"), "UTF-8"),
+        ("broken.yaml", b"name: [1, 2", "broken.yaml:1:"),
+        ("list.yaml", b"- 1\n- 2\n", "list.yaml:1:1: a recipe is made of"),
+        ("binary.yaml", bytes(range(256)), "binary.yaml"),
+        ("tag.yaml", b"name: !!python/object/apply:os.system [true]\n", "tag.yaml:1:"),
+    ],
+)
+def test_files_that_are_no_recipe(call, name, content, word):
+    if content is not None:
+        Path(name).write_bytes(content)
+    status, _, error = call("run", name)
+    assert status == 2 and word in error and "Traceback" not in error and not Path("runs").exists()
+
+
+def test_missing_pairs_and_unreadable_images_are_named(call):
+    folder = folder_with([], [])
+    data = f"{{name: folder, root: {folder}}}"
+    status, _, error = call("run", recipe(data=data))
+    assert status == 2 and one_line(error) and folder in error
+    for name in ("images", "GT"):
+        for i in range(12):
+            Image.new("RGB", (20, 20)).save(Path(folder) / name / f"{i}.png")
+    (Path(folder) / "images" / "7.png").write_bytes(b"not an image")
+    status, _, error = call("run", recipe(data=data))
+    assert status == 2 and one_line(error) and "7.png" in error and not Path("runs").exists()
+    status, _, error = call("run", recipe(data="{name: folder}"))
+    assert status == 2 and one_line(error) and "data.root" in error
+
+
+def test_overrides_are_named(call):
+    status, _, error = call("run", recipe(), "train.epocs=3", "seed=x")
+    assert status == 2 and "train.epocs" in error and "epochs" in error and "seed" in error
+    status, _, error = call("run", recipe(), "nonsense")
+    assert status == 2 and "nonsense" in error
+
+
+def test_stages_and_flags(call):
+    status, _, error = call("run", recipe(), "--from", "slimm")
+    assert status == 2 and "did you mean 'slim'" in error
+    status, _, error = call("run", recipe(), "--from", "slim")
+    assert status == 2 and one_line(error)
+    status, _, error = call("run", recipe(), "--resume", "--overwrite")
+    assert status == 2 and "exclude each other" in error
+
+
+def test_folders_that_are_no_run(call):
+    Path("photos").mkdir()
+    for arguments in (("report", "photos"), ("report", "gone"), ("predict", "gone", "photos", "--out", "maps")):
+        status, _, error = call(*arguments)
+        assert status == 2 and one_line(error) and "no run folder" in error, arguments
+    Path("runs").mkdir()
+    Path("runs/test").write_text("a file")
+    status, _, error = call("run", recipe())
+    assert status == 2 and one_line(error) and "runs/test" in error
+
+
+def test_a_mistyped_command_is_a_users_mistake(call):
+    status, _, error = call("rum")
+    assert status == 2 and "Traceback" not in error
+
+
+def test_debug_shows_the_traceback(call):
+    status, _, error = call("run", "gone.yaml", "--debug")
+    assert status == 2 and "Traceback" in error
+
+
+def test_what_nobody_expected_is_one_line_too(call, monkeypatch):
+    import prunekit.recipe
+
+    def broken(*_):
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(prunekit.recipe, "load", broken)
+    status, _, error = call("run", "x.yaml")
+    assert status == 3 and one_line(error) and "--debug" in error
+
+
+def test_interrupted(call, monkeypatch):
+    import prunekit.recipe
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prunekit.recipe, "load", interrupt)
+    assert call("run", "x.yaml")[0] == 130
+
+
+def test_list_names_everything(call):
+    status, out, _ = call("list")
+    assert status == 0
+    for word in (
+        "csnet",
+        "folder",
+        "salient_shapes",
+        "saliency",
+        "dynamic",
+        "adam",
+        "one_cycle",
+        "crop_flip",
+        "csnet_duts",
+    ):
+        assert word in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None;"
+        "from prunekit.cli import main; main(['{}', '--help'])"
+    )
+    for command in ("run", "report", "predict", "list"):
+        done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Usage" in done.stdout
