@@ -16,6 +16,7 @@ from prunekit.pruning.slim import apply_plan
 from prunekit.rundir import RunDir
 from prunekit.schema import Recipe
 
+# "dense" is the model that was trained with decay: the builder's, or (with `init`) what another run ended with.
 MODELS = ("dense", "slim", "finetuned")
 
 
@@ -38,6 +39,12 @@ def build_dense(recipe: Recipe) -> nn.Module:
     return build(recipe.backbone.name, recipe.backbone.options, recipe.backbone.file)
 
 
+def shaped(recipe: Recipe, plan: Plan | None) -> nn.Module:
+    """The dense model of a recipe in the shape of a plan, its weights not yet loaded."""
+    model = build_dense(recipe)
+    return model if plan is None else apply_plan(model, plan, torch.zeros(1, *input_shape(recipe)))
+
+
 def input_shape(recipe: Recipe) -> tuple[int, int, int]:
     """Channels, height and width of an input."""
     return 3, recipe.data.size, recipe.data.size
@@ -48,6 +55,16 @@ def read_plan(run: RunDir) -> Plan:
     return Plan.from_json(run.read_json("plan.json"), str(run.path / "plan.json"))
 
 
+def start_plan(run: RunDir) -> Plan | None:
+    """The plan of the model that the run began with, where that was slim already."""
+    return Plan.from_json(run.read_json("init.json"), str(run.path / "init.json")) if run.has("init.json") else None
+
+
+def plan_of(run: RunDir, name: str) -> Plan | None:
+    """The plan, from the builder's model, of the "dense", "slim" or "finetuned" model; None where nothing is cut."""
+    return start_plan(run) if name == "dense" else read_plan(run)
+
+
 def newest_model(run: RunDir) -> str:
     """The last of "dense", "slim" and "finetuned" that the folder holds.
 
@@ -55,7 +72,7 @@ def newest_model(run: RunDir) -> str:
         CheckpointError: it holds none.
     """
     for name in reversed(MODELS):
-        if (run.path / name / "model.safetensors").is_file():
+        if run.has(f"{name}/model.safetensors"):
             return name
     raise CheckpointError(f"{run.path} holds no model yet; finish its training with: prunekit run … --resume")
 
@@ -69,9 +86,7 @@ def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Modul
     """
     recipe = recipe or read_recipe(run)
     weights = run.read_tensors(f"{name}/model.safetensors")
-    model = build_dense(recipe)
-    if name != "dense":
-        model = apply_plan(model, read_plan(run), torch.zeros(1, *input_shape(recipe)))
+    model = shaped(recipe, plan_of(run, name))
     fit_weights(model, weights, f"{run.path}/{name}/model.safetensors")
     return model.eval()
 

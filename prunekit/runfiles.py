@@ -26,6 +26,8 @@ STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report"
 RECIPE, STATE, SUMMARY, METRICS = "recipe.yaml", "state.json", "summary.json", "metrics.jsonl"
 _UNCHECKED = (STATE, METRICS, "run.log")
 _MADE_BY = {
+    "init": "train",
+    "init.json": "train",
     "gates.npz": "train",
     "dense": "train",
     "plan.json": "extract",
@@ -158,6 +160,10 @@ class RunFiles:
             return decode_tensors(self.read_bytes(name))
         except (SafetensorError, ValueError, KeyError) as error:
             raise self._damage(name, f"damaged ({error})") from error
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds this file."""
+        return self._inside(name).is_file()
 
     def checksum(self, name: str) -> str:
         """The SHA-256 of a file as it was written; errors as for :meth:`read_bytes`."""

@@ -33,6 +33,8 @@ FLOORS = {
     "deploy": 4,
     "reporting": 4,
     "loading": 5,
+    "work": 6,
+    "stages": 6,
     "training": 5,
     "prediction": 6,
     "pipeline": 6,

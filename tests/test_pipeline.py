@@ -128,7 +128,7 @@ def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch):
 
     out = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        patch.setitem(pipeline._STAGES, "slim", interrupted)
+        patch.setitem(pipeline.STAGE_FUNCTIONS, "slim", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(load("csnet", QUICK), out, quiet())
     assert summary_of(out)["status"] == "interrupted"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from functools import cache
 from pathlib import Path
@@ -89,6 +90,13 @@ def write_map(path: str | Path, levels: np.ndarray) -> None:
         raise DataError(
             f"cannot write {path} ({_one_line(error)}); choose another folder or the suffix .png"
         ) from error
+
+
+def encode_png(levels: np.ndarray) -> bytes:
+    """Uint8 [H, W] or [H, W, 3] as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _open(path: str | Path) -> Image.Image:

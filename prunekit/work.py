@@ -1,0 +1,184 @@
+"""What the stages of a run share: the recipe, its data, its task, and where its model comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from prunekit import registry
+from prunekit.counting import count, total
+from prunekit.data.pairs import PairSet, Tensors, load_tensors, normalise
+from prunekit.errors import RecipeError
+from prunekit.loading import (
+    build_dense,
+    fit_weights,
+    input_shape,
+    load_model,
+    newest_model,
+    plan_of,
+    read_recipe,
+    save_model,
+    shaped,
+    start_plan,
+)
+from prunekit.optimizers import shares
+from prunekit.plan import Group
+from prunekit.progress import Reporter
+from prunekit.pruning.decay import Decay
+from prunekit.pruning.groups import find_groups
+from prunekit.rundir import RunDir
+from prunekit.schema import Recipe, Training
+from prunekit.training import Job, fit
+
+PROOF_IMAGES = 8
+
+
+class Work:
+    """What the stages share: the recipe, its data, its task."""
+
+    def __init__(self, recipe: Recipe, reporter: Reporter):
+        self.recipe = recipe
+        self.reporter = reporter
+        self.task = registry.tasks.get(recipe.task)()
+        self.device = PartialState().device
+        self.shape = input_shape(recipe)
+        self._pairs: dict[str, PairSet] = {}
+        self._tensors: dict[str, Tensors] = {}
+
+    def pairs(self, split: str) -> PairSet:
+        """The training or the validation set."""
+        if split not in self._pairs:
+            data = self.recipe.data
+            builder = registry.datasets.get(data.name)
+            given = {
+                "root": data.root,
+                "val_root": data.val_root,
+                "val_holdout": data.val_holdout,
+                "size": data.size,
+                "seed": self.recipe.seed,
+                "on_error": data.on_error,
+            }
+            taken = registry.parameters(builder)
+            keys = {key: value for key, value in given.items() if key in taken and value is not None}
+            self._pairs[split] = builder(split, **keys, **data.options)
+        return self._pairs[split]
+
+    def tensors(self, split: str) -> Tensors:
+        """The set in memory, at the recipe's size."""
+        if split not in self._tensors:
+            self._tensors[split] = load_tensors(self.pairs(split), self.recipe.data.size)
+        return self._tensors[split]
+
+    def example(self) -> Tensor:
+        """A batch of normalised validation images, (N, 3, S, S), for tracing, proofs and checks."""
+        return normalise(self.tensors("val").images[:PROOF_IMAGES])
+
+    def start_model(self, run: RunDir) -> nn.Module:
+        """The model that training begins with: the builder's, or what the run that the recipe names has ended with.
+
+        That run may be gone later, so its model is copied into this folder.
+        """
+        if self.recipe.init is None:
+            return build_dense(self.recipe)
+        if not run.has("init/model.safetensors"):
+            source = self._source()
+            name = newest_model(source)
+            plan = plan_of(source, name)
+            if plan is not None:
+                run.write_json("init.json", plan.to_json())
+            save_model(run, "init", load_model(source, name))
+        model = shaped(self.recipe, start_plan(run))
+        fit_weights(model, run.read_tensors("init/model.safetensors"), str(run.path / "init"))
+        return model
+
+    def builder(self) -> tuple[nn.Module, list[Group]]:
+        """The builder's dense model and its groups."""
+        model = build_dense(self.recipe)
+        return model, find_groups(model, torch.zeros(1, *self.shape))
+
+    def _source(self) -> RunDir:
+        """The run that the recipe begins from; raises RecipeError where it is of another backbone."""
+        source = RunDir.open(Path(self.recipe.init).expanduser())
+        theirs, ours = read_recipe(source).backbone, self.recipe.backbone
+        if theirs != ours:
+            raise RecipeError(
+                f"init: {self.recipe.init} has the backbone {theirs.name} {theirs.options}, "
+                f"the recipe {ours.name} {ours.options}; give them the same"
+            )
+        return source
+
+    def rehearse(self, load: bool) -> None:
+        """Build everything once that the recipe names, so that what is wrong is said before anything is written.
+
+        Raises:
+            PrunekitError: what is wrong.
+        """
+        model = build_dense(self.recipe)
+        if self.recipe.init is not None and load:
+            source = self._source()
+            load_model(source, newest_model(source))
+        for split in ("train", "val"):
+            self.pairs(split)
+        for split in ("train", "val") if load else ():
+            self.tensors(split)
+        for stage in ("train", "finetune"):
+            section: Training = getattr(self.recipe, stage)
+            tries: list[tuple[str, Callable[[], Any]]] = [
+                (
+                    "optimizer",
+                    lambda s=section: _named(registry.optimizers, s.optimizer)(shares(model, s.lr, s.gate_lr)),
+                ),
+                ("schedule", lambda s=section: _named(registry.schedules, s.schedule)(0.5)),
+                (
+                    "augment",
+                    lambda s=section: _named(registry.augmentations, s.augment)(
+                        torch.zeros(1, 3, 8, 8),
+                        torch.zeros(1, 1, 8, 8),
+                        torch.full((1, 2), 8.0),
+                        torch.Generator().manual_seed(0),
+                    ),
+                ),
+            ]
+            for key, call in tries:
+                try:
+                    call()
+                except (TypeError, ValueError) as error:
+                    raise RecipeError(f"{stage}.{key}: {error}") from error
+
+    def decay(self, model: nn.Module, groups: list[Group]) -> Decay:
+        section = self.recipe.decay
+        return registry.decays.get(section.name)(model, groups, section.weight, **section.options)
+
+    def train(self, run: RunDir, stage: str, model: nn.Module, groups: list[Group], decay: Decay) -> None:
+        model.to(self.device)
+        job = Job(
+            stage=stage,
+            section=getattr(self.recipe, stage),
+            task=self.task,
+            train=self.tensors("train"),
+            val=self.tensors("val"),
+            seed=self.recipe.seed,
+            run=run,
+            reporter=self.reporter,
+            device=self.device,
+            threshold=self.recipe.slim.threshold,
+        )
+        fit(model, job, groups, decay)
+        model.cpu().eval()
+
+    def measure(self, run: RunDir, part: str, model: nn.Module) -> None:
+        """Write a model's size into its part of the summary."""
+        counts, unknown = count(model, self.shape)
+        held = run.read_json("summary.json").get(part, {})
+        run.update_summary(part, {**held, **total(counts)})
+        for name in unknown:
+            self.reporter.say(f"not counted: {name} ({type(model.get_submodule(name)).__name__})")
+
+
+def _named(table: registry.Registry, named: Any) -> Callable[..., Any]:
+    return lambda *args: table.get(named.name)(*args, **named.options)
