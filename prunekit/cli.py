@@ -21,6 +21,12 @@ app = typer.Typer(
     "3 failed while running, 130 interrupted.",
 )
 
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation itself
+    typer.Argument(metavar="[KEY=VALUE]...", help="Set keys of the recipe, e.g. train.epochs=2."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")]
+
 
 @app.callback()
 def _options(
@@ -36,13 +42,10 @@ def _options(
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer reads the annotation itself
-        typer.Argument(metavar="[KEY=VALUE]...", help="Set keys of the recipe, e.g. train.epochs=2."),
-    ] = None,
+    overrides: Overrides = None,
     out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/NAME.")] = None,  # noqa: UP045
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
+    overwrite: Overwrite = False,
     start_from: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--from", metavar="STAGE", help="Do this stage and the later ones again (implies --resume)."),
@@ -66,16 +69,49 @@ def run(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(help="Run folders; with --published none is needed."),
+    ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for tables and plots; default RUN/report, for several runs ./report."),
     ] = None,
+    published: Annotated[bool, typer.Option("--published", help="Add the published CSNet models, on ECSSD.")] = False,
 ) -> None:
     """Tables and plots of one run, or of several side by side."""
     from prunekit.reporting import report as make
 
-    make(runs, out, _console())
+    make(runs or [], out, _console(), published=published)
+
+
+@app.command(name="eval")
+def eval_(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FOLDER", help="A set and its folder, which holds images/ and GT/; repeatable."),
+    ],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="dense, slim or finetuned; default the last that the run has."),
+    ] = None,
+    size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Side of the square that the model sees; default that of the run's recipe."),
+    ] = None,
+    own_size: Annotated[
+        bool, typer.Option("--own-size", help="Let it see each image at its own size, up to the next multiple of 16.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images in hand at once.")] = 16,
+    on_error: Annotated[
+        str, typer.Option(metavar="raise|skip", help="What to do with images that have no mask or cannot be read.")
+    ] = "raise",
+) -> None:
+    """Measure a model on data sets: max F, MAE, S- and E-measure, by the published protocol."""
+    from prunekit.evaluation import evaluate
+
+    evaluate(run, data, _console(), model=model, size=size, own_size=own_size, batch_size=batch_size, on_error=on_error)
 
 
 @app.command()
@@ -92,6 +128,74 @@ def predict(
     from prunekit.prediction import predict as make
 
     make(run, images, out, model, _console())
+
+
+@app.command()
+def slim(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="New run folder; default RUN-slim.")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
+) -> None:
+    """Extract and slim again what a run has trained, e.g. with slim.threshold=5e-2, into a new run folder."""
+    from prunekit.exchange import derived_recipe
+
+    recipe = derived_recipe(run, overrides or [])
+    from prunekit.pipeline import slim_run
+
+    slim_run(run, recipe, out or run.with_name(f"{run.resolve().name}-slim"), _console(), overwrite=overwrite)
+
+
+@app.command()
+def finetune(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="New run folder; default RUN-finetuned.")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune a run's slim model, e.g. with finetune.epochs=5, evaluate and export it, into a new run folder."""
+    from prunekit.exchange import derived_recipe
+
+    recipe = derived_recipe(run, overrides or [])
+    from prunekit.pipeline import finetune_run
+
+    finetune_run(run, recipe, out or run.with_name(f"{run.resolve().name}-finetuned"), _console(), overwrite=overwrite)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    form: Annotated[str, typer.Option("--format", help="onnx, or csnet (the published files).")],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="dense, slim or finetuned; default the last that the run has."),
+    ] = None,
+) -> None:
+    """Write a run's model as a file that needs no prunekit, into the run folder."""
+    from prunekit.exchange import export_run
+
+    export_run(run, form, _console(), model=model)
+
+
+@app.command(name="import")
+def import_(
+    kind: Annotated[str, typer.Argument(help="csnet: the published CSNet files.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The .pth.tar file.")],
+    out: Annotated[Path, typer.Option(help="New run folder.")],
+    layout: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Its .bin file; none for a dense model."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a run folder of a model that was trained elsewhere."""
+    from prunekit.errors import RecipeError
+
+    if kind != "csnet":
+        raise RecipeError(f"import {kind}: what can be imported is csnet, as in: prunekit import csnet FILE [LAYOUT] …")
+    from prunekit.exchange import import_run
+
+    import_run(checkpoint, layout, out, _console(), overwrite=overwrite)
 
 
 @app.command(name="list")

@@ -113,6 +113,24 @@ def layer_rows(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...])
     return rows
 
 
+def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What ``layers.json`` holds: ``layer_rows``, and the totals of all counters for each model."""
+    sides = {"dense": dense, "slim": slim}
+    return {
+        "format": 1,
+        "size": list(shape[1:]),
+        "layers": layer_rows(dense, slim, shape),
+        "counters": {
+            side: {
+                name: {key: value for key, value in one.items() if key != "modules"}
+                for name, one in counters(model, shape).items()
+            }
+            for side, model in sides.items()
+            if model is not None
+        },
+    }
+
+
 def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int | None]]:
     counts, _ = count(model, shape)
     others = {"fvcore_macs": _fvcore(model, shape)["modules"], "thop_macs": _thop(model, shape)["modules"]}

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from prunekit.counting import count, total
+from prunekit.counting import count, layers_table, total
 from prunekit.deploy.onnx import check_onnx, export_onnx
 from prunekit.environment import environment
 from prunekit.errors import RecipeError
 from prunekit.interop.csnet import Layout, export_csnet, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout, write_checkpoint, write_layout
-from prunekit.loading import input_shape, load_model, newest_model, read_recipe, save_model
+from prunekit.loading import build_dense, input_shape, load_model, newest_model, read_recipe, save_model
 from prunekit.plan import Builder, digest
 from prunekit.progress import Reporter
 from prunekit.registry import nearest
@@ -22,8 +22,8 @@ from prunekit.schema import Recipe
 
 FORMATS = ("onnx", "csnet")
 
-# What the published models were trained and fine-tuned with (Gao et al., ECCV 2020); a run that goes on from an imported
-# model begins with this, and with the data that its user names.
+# What the published models were trained and fine-tuned with (Gao et al., ECCV 2020); a run that goes on from an
+# imported model begins with this, and with the data that its user names.
 _PUBLISHED = {
     "data": {"name": "folder", "size": 224},
     "train": {"epochs": 0, "batch_size": 24, "lr": 1e-4},
@@ -53,7 +53,11 @@ def import_run(checkpoint: Path, layout: Path | None, out: Path, console: Consol
     width, plan, model = import_csnet(state, learned, str(checkpoint))
     try:
         recipe = Recipe.model_validate(
-            {"name": out.name, "backbone": {"name": "csnet", "options": {"width": width, "split": [0.5, 0.5]}}, **_PUBLISHED}
+            {
+                "name": out.name,
+                "backbone": {"name": "csnet", "options": {"width": width, "split": [0.5, 0.5]}},
+                **_PUBLISHED,
+            }
         )
     except ValueError:
         raise RecipeError(f"--out {out}: {out.name!r} is no name for a run; choose another") from None
@@ -66,14 +70,14 @@ def import_run(checkpoint: Path, layout: Path | None, out: Path, console: Consol
             plan.input = list(input_shape(recipe))
             plan.recipe_hash = digest(recipe.model_dump(mode="json"))
             run.write_json("plan.json", plan.to_json())
-        counts, _ = count(model, input_shape(recipe))
-        run.update_summary(part, total(counts))
-        rows = {name: {"params": c.params, "macs": c.macs, "paper_flops": c.paper_flops} for name, c in counts.items()}
-        run.write_json("counts.json", {"format": 1, "size": list(input_shape(recipe)[1:]), "modules": rows})
+        sums = total(count(model, input_shape(recipe))[0])
+        run.update_summary(part, sums)
+        # Beside a slim model stands the dense one that it is a plan of: which channels of each layer were learned.
+        sides = (model, None) if plan is None else (build_dense(recipe), model)
+        run.write_json("layers.json", layers_table(*sides, input_shape(recipe)))
         for stage in ("train",) if plan is None else ("train", "extract", "slim"):
             run.end(stage)
         run.finish()
-    sums = total(counts)
     reporter.say(
         f"{out}: CSNet ×{width // 20}, {part}, {sums['params']:,} params, {sums['macs']:,} MACs, "
         f"{sums['paper_flops']:,} paper FLOPs (224×224)"
@@ -133,5 +137,3 @@ def derived_recipe(folder: Path, overrides: list[str]) -> Recipe:
 
     RunDir.open(folder)
     return load(folder / "recipe.yaml", overrides)
-
-

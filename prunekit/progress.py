@@ -78,7 +78,7 @@ class Reporter:
 class _Counter:
     def __init__(self, console: Console, title: str):
         self._bar = Progress(
-            TextColumn(f"{title:9}"),
+            TextColumn("{task.description:9}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),

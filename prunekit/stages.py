@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from prunekit.counting import counters, layer_rows
+from prunekit.counting import layers_table
 from prunekit.data.images import encode_png
 from prunekit.deploy.onnx import check_onnx, export_onnx
 from prunekit.loading import MODELS, input_shape, load_model, newest_model, read_plan, save_model, start_plan
@@ -77,7 +77,7 @@ def slim_stage(work: Work, run: RunDir) -> None:
     summary = run.read_json("summary.json")
     ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
     run.update_summary("kept", {"channels": kept, "of": of, **ratios})
-    _write_layers(work, run, dense, rebuilt)
+    run.write_json("layers.json", layers_table(dense, rebuilt, work.shape))
     work.reporter.say(_outcome(proof, kept, of, largest))
 
 
@@ -148,20 +148,6 @@ def _outcome(proof: Proof, kept: int, of: int, drift: float) -> str:
         f"slim: {kept} of {of} channels kept{carriers}{given}; proof holds: largest difference "
         f"{proof.max_abs_diff:.1e} (tolerance {proof.tolerance:.0e}); drift {drift:.3g}"
     )
-
-
-def _write_layers(work: Work, run: RunDir, dense: nn.Module, rebuilt: nn.Module) -> None:
-    sides = {name: counters(model, work.shape) for name, model in (("dense", dense), ("slim", rebuilt))}
-    rows = {
-        "format": 1,
-        "size": list(work.shape[1:]),
-        "layers": layer_rows(dense, rebuilt, work.shape),
-        "counters": {
-            side: {name: {k: v for k, v in one.items() if k != "modules"} for name, one in by.items()}
-            for side, by in sides.items()
-        },
-    }
-    run.write_json("layers.json", rows)
 
 
 def _write_plan(run: RunDir, recipe: Recipe, plan: Plan) -> None:

@@ -188,7 +188,7 @@ def test_help_needs_no_torch():
         "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None;"
         "from prunekit.cli import main; main(['{}', '--help'])"
     )
-    for command in ("run", "report", "predict", "list"):
+    for command in ("run", "report", "predict", "eval", "list"):
         done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout

@@ -33,10 +33,13 @@ FLOORS = {
     "deploy": 4,
     "reporting": 4,
     "loading": 5,
+    "interop": 5,
+    "exchange": 6,
     "work": 6,
     "stages": 6,
     "training": 5,
     "prediction": 6,
+    "evaluation": 6,
     "pipeline": 6,
     "cli": 7,
 }

@@ -26,7 +26,7 @@ QUICK = [
     "train.batch_size=8",
     "train.gate_lr=0.1",
     "decay.weight=20",
-    "slim.threshold=0.3",
+    "slim.threshold=0.8",
     "finetune.epochs=1",
     "finetune.batch_size=8",
 ]

@@ -1,8 +1,8 @@
-"""The published CSNet files in and out: a checkpoint whose multi-branch convolutions are one weight each, and a layout of the
-learned channels.
+"""The published CSNet files in and out: a checkpoint whose multi-branch convolutions are one weight each, and a layout
+of the learned channels.
 
-In the checkpoint a multi-branch convolution is one weight (Σ out, Σ in, k, k) whose branches are contiguous slices; here it
-is one convolution a path. The depthwise and the dilated weights are stored a hundred times as large here (see
+In the checkpoint a multi-branch convolution is one weight (Σ out, Σ in, k, k) whose branches are contiguous slices;
+here it is one convolution a path. The depthwise and the dilated weights are stored a hundred times as large here (see
 ``layers.blocks``).
 """
 
@@ -36,8 +36,8 @@ SUBNORMAL = 1.2e-38  # below this a float32 has no full precision, and arithmeti
 
 @dataclass
 class Layout:
-    """The channels of every multi-branch layer: in and out of each block, of the head's first and last layer, and of each
-    dilation of each branch between."""
+    """The channels of every multi-branch layer: in and out of each block, of the head's first and last layer, and of
+    each dilation of each branch between."""
 
     blocks: dict[tuple[int, int], tuple[list[int], list[int]]]
     fuse: tuple[list[int], list[int]]
@@ -56,7 +56,9 @@ class Layout:
         pairs = [_pair(entry, f"{where}: entry {n}") for n, entry in enumerate(held[:-1])]
         depths = held[-1] if isinstance(held[-1], list) else []
         if depths != [n for n, _ in STAGES]:
-            raise CheckpointError(f"{where}: the blocks of a stage are {[n for n, _ in STAGES]}, this layout has {depths}")
+            raise CheckpointError(
+                f"{where}: the blocks of a stage are {[n for n, _ in STAGES]}, this layout has {depths}"
+            )
         for n in range(1, len(BLOCKS)):
             if pairs[n][0] != pairs[n - 1][1]:
                 raise CheckpointError(
@@ -66,7 +68,9 @@ class Layout:
         entry = held[len(BLOCKS) + 1]
         table = np.asarray(entry[2]) if len(entry) > 2 else np.zeros(0)
         if table.shape != (len(fuse[1]), len(DILATIONS)):
-            raise CheckpointError(f"{where}: entry {len(BLOCKS) + 1} needs a table of branches × {len(DILATIONS)} dilations")
+            raise CheckpointError(
+                f"{where}: entry {len(BLOCKS) + 1} needs a table of branches × {len(DILATIONS)} dilations"
+            )
         rows = [_whole(row, f"{where}: entry {len(BLOCKS) + 1}") for row in table]
         if dilated[0] != fuse[1] or [sum(row) for row in rows] != dilated[1] or merge[0] != dilated[1]:
             raise CheckpointError(f"{where}: the layers of the head do not fit each other")
@@ -92,7 +96,9 @@ class Layout:
         for b in range(len(sides)):
             convs = head.dilated.branches.take(b)
             rows.append([convs[str(d)].out_channels if convs and str(d) in convs else 0 for d in DILATIONS])
-        return cls(blocks, (sides, widths), rows, ([sum(row) for row in rows], [_width(head.merge.mix_out.norms.take(0))]))
+        return cls(
+            blocks, (sides, widths), rows, ([sum(row) for row in rows], [_width(head.merge.mix_out.norms.take(0))])
+        )
 
     def dump(self) -> list[Any]:
         """As the published files have it."""
@@ -100,7 +106,9 @@ class Layout:
         def array(values: Sequence[Any]) -> np.ndarray:
             return np.array(values, np.float64)
 
-        entries = [[ins[0] if n == 0 else array(ins), array(outs)] for n, (ins, outs) in enumerate(self.blocks.values())]
+        entries = [
+            [ins[0] if n == 0 else array(ins), array(outs)] for n, (ins, outs) in enumerate(self.blocks.values())
+        ]
         return [
             *entries,
             [array(self.fuse[0]), array(self.fuse[1])],
@@ -119,8 +127,8 @@ def import_csnet(state: dict[str, Tensor], layout: Layout | None, where: str) ->
         where: the file, for errors.
 
     Returns:
-        the width of the dense builder, the plan (None for a dense model), and the model in eval mode. Subnormal weights are
-        zero in it: they move no output, and more than double the time on a CPU.
+        the width of the dense builder, the plan (None for a dense model), and the model in eval mode. Subnormal weights
+        are zero in it: they move no output, and more than double the time on a CPU.
 
     Raises:
         CheckpointError: a key is missing, not known, or of a shape that does not fit the layout.
@@ -258,7 +266,9 @@ def _plan(model: nn.Module, groups: Sequence[Group], layout: Layout, where: str)
         row = counts.get((layer, branch), [0])
         kept = row[DILATIONS.index(int(group.id.rpartition(".")[2]))] if layer == "head.dilated" else row[0]
         if kept > group.channels:
-            raise CheckpointError(f"{where}: {layer} keeps {kept} channels in branch {branch}, and has {group.channels}")
+            raise CheckpointError(
+                f"{where}: {layer} keeps {kept} channels in branch {branch}, and has {group.channels}"
+            )
         dead[group.id] = set(range(kept, group.channels))
     plan = make_plan(model, groups, dead)
     if not all(any(split) for split in plan.splits.values()):
@@ -299,7 +309,10 @@ def _descale(value: Tensor, scale: float) -> Tensor:
     """What, multiplied by ``scale`` in float32, gives ``value`` again; the nearest where nothing does."""
     near = value / scale
     best = near
-    for other in (torch.nextafter(near, torch.full_like(near, torch.inf)), torch.nextafter(near, -torch.full_like(near, torch.inf))):
+    for other in (
+        torch.nextafter(near, torch.full_like(near, torch.inf)),
+        torch.nextafter(near, -torch.full_like(near, torch.inf)),
+    ):
         best = torch.where((best * scale != value) & (other * scale == value), other, best)
     return best
 

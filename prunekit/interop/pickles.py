@@ -1,7 +1,8 @@
 """Pickles from strangers, read without running anything they say.
 
-A pickle is a program: it may name any function and call it. A checkpoint is read by PyTorch's own restricted reader. A layout
-is read here: three names are known, and even those stand for plain records, so that NumPy never sees what the file says.
+A pickle is a program: it may name any function and call it. A checkpoint is read by PyTorch's own restricted reader. A
+layout is read here: three names are known, and even those stand for plain records, so that NumPy never sees what the
+file says.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def read_layout(path: Path) -> list[Any]:
     try:
         held = _plain(_Reader(io.BytesIO(data)).load())
     except _Refused as error:
-        raise CheckpointError(f"{path} asks to run {error}, which no layout needs; it was not run, and is not read") from None
+        raise CheckpointError(
+            f"{path} asks to run {error}, which no layout needs; it was not run, and is not read"
+        ) from None
     except RecursionError:
         raise CheckpointError(f"{path} is nested too deeply for a layout") from None
     except Exception as error:  # A damaged pickle makes the reader stumble in any way.

@@ -22,13 +22,17 @@ from prunekit.reporting.tables import (
 )
 
 
-def report(paths: Sequence[str | Path], out: str | Path | None, console: Console) -> list[Path]:
+def report(
+    paths: Sequence[str | Path], out: str | Path | None, console: Console, *, published: bool = False
+) -> list[Path]:
     """Write the tables and plots of these runs, and print the summary.
 
     Args:
         paths: run folders, complete or not; one that is given twice counts once.
         out: the folder for the files; None means ``RUN/report`` for one run and ``report`` for several.
         console: where the summary and the list of files go.
+        published: put the published CSNet models below the runs; without a run their table is printed alone, and
+            written only where ``out`` is given.
 
     Returns:
         The files written. For several runs the names of those about one run begin with the run's name.
@@ -39,16 +43,16 @@ def report(paths: Sequence[str | Path], out: str | Path | None, console: Console
     """
     distinct = {Path(path).resolve(): Path(path) for path in reversed(paths)}
     runs = _distinctly_named([load_run(path) for path in reversed(distinct.values())])
-    if not runs:
+    if not (runs or published):
         raise RunFolderError("no run folder is given; name one, such as runs/csnet")
     folder = Path(out) if out is not None else runs[0].path / "report" if len(runs) == 1 else Path("report")
-    written = _write(runs, folder)
-    _print(runs, written, console)
+    written = _write(runs, folder, published) if runs or out is not None else []
+    _print(runs, written, console, published)
     return written
 
 
-def _write(runs: Sequence[Run], folder: Path) -> list[Path]:
-    summary = summary_table(runs)
+def _write(runs: Sequence[Run], folder: Path, published: bool) -> list[Path]:
+    summary = summary_table(runs, published)
     written = [write_csv(summary, folder / "summary.csv"), write_markdown(summary, folder / "summary.md")]
     for run in runs:
         prefix = f"{run.name}-" if len(runs) > 1 else ""
@@ -62,18 +66,18 @@ def _write(runs: Sequence[Run], folder: Path) -> list[Path]:
             written.append(write_markdown(table, folder / f"{prefix}layers.md"))
             written += write_figure(channels_figure(run), folder / f"{prefix}channels")
             written += write_figure(params_macs_figure(run), folder / f"{prefix}params_macs")
-    if len(runs) > 1 and len(summary):
+    if len(runs) > 1 and len(summary_table(runs)):
         written += write_figure(totals_figure(runs), folder / "totals")
     return written
 
 
-def _print(runs: Sequence[Run], written: Sequence[Path], console: Console) -> None:
+def _print(runs: Sequence[Run], written: Sequence[Path], console: Console, published: bool) -> None:
     if len(runs) == 1:
         console.print(Text(f"{runs[0].name} ({runs[0].status})"))
-    if len(summary_table(runs)):
-        console.print(terminal_table(runs, console))
-    else:
+    if runs and not len(summary_table(runs)):
         console.print("no model has been measured yet")
+    if len(summary_table(runs, published)):
+        console.print(terminal_table(runs, console, published))
     for run in runs:
         if len(runs) > 1 and run.status != "complete":
             console.print(Text(f"{run.name} is not complete ({run.status})"))
@@ -81,7 +85,8 @@ def _print(runs: Sequence[Run], written: Sequence[Path], console: Console) -> No
             console.print(Text(f"missing in {run.path}: {line}"), soft_wrap=True)
         if not len(run.layers):
             console.print(Text(f"without its layers, {run.name} gets no tables and plots of layers"))
-    console.print("written:")
+    if written:
+        console.print("written:")
     for path in written:
         console.print(Text(f"  {path}"), soft_wrap=True)
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from prunekit.files import write_atomic
 from prunekit.reporting.load import COUNTERS, PARTS, Run
+from prunekit.reporting.published import LABEL, PUBLISHED
 
 METRICS = ("max_f", "mae", "s_measure", "max_e", "top1")
 PAPER_FLOPS = "paper FLOPs (224×224)"
@@ -44,8 +45,9 @@ def macs_title(run: Run) -> str:
     return f"MACs {size_text(run.size)}"
 
 
-def summary_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each run and model (baseline, dense, slim, finetuned) that is there.
+def summary_table(runs: Sequence[Run], published: bool = False) -> pd.DataFrame:
+    """A row for each run and model (baseline, dense, slim, finetuned) that is there; with ``published`` one for each
+    published CSNet below them, whose run is called "published, ECSSD".
 
     Columns: run, model, params, MACs (one column for each image size), paper FLOPs, the task's metrics, and params and
     MACs as ratios to the dense model of the same run. What is not known is missing (NA).
@@ -70,6 +72,9 @@ def summary_table(runs: Sequence[Run]) -> pd.DataFrame:
                     MACS_RATIO: _ratio(part.get("macs"), dense.get("macs")),
                 }
             )
+    for one in PUBLISHED if published else ():
+        sizes = {"params": one.params, PAPER_FLOPS: one.paper_flops}
+        rows.append({"run": LABEL, "model": one.name, **sizes, **one.metrics})
     found = list(dict.fromkeys(key for row in rows for key in row))
     macs = [key for key in found if key.startswith("MACs (")]
     first = ["run", "model", "params", *macs, PAPER_FLOPS]
@@ -188,9 +193,12 @@ def short(value: Any) -> str:
 # ---- terminal
 
 
-def terminal_table(runs: Sequence[Run], console: Console) -> Table:
-    """The summary as a table no wider than the console; columns that do not fit are named below it."""
-    table = summary_table(runs)
+def terminal_table(runs: Sequence[Run], console: Console, published: bool = False) -> Table:
+    """The summary as a table no wider than the console; columns that do not fit are named below it.
+
+    The published models stand in a section of their own, under a line that says what they are.
+    """
+    table = summary_table(runs, published)
     columns = [c for c in table.columns if c not in ("run", "model") and table[c].notna().any()]
     # The files have every column; what goes first here is what the others nearly say.
     optional = [c for c in reversed(columns) if c not in (*METRICS, "params", PARAMS_RATIO, MACS_RATIO, PAPER_FLOPS)]
@@ -202,19 +210,22 @@ def terminal_table(runs: Sequence[Run], console: Console) -> Table:
         PARAMS_RATIO,
         "mae",
     ]
+    if published:
+        # Of what says how large a model is, this and the parameters are all that the published ones share.
+        optional.sort(key=lambda column: column == PAPER_FLOPS)
     left_out: list[str] = []
-    shown = _rich(table, columns, runs, left_out)
+    shown = _rich(table, columns, runs, left_out, published)
     for column in optional:
         if Measurement.get(console, console.options.update(width=10_000), shown).maximum <= console.width:
             break
         if column in columns:
             columns.remove(column)
             left_out.append(column)
-            shown = _rich(table, columns, runs, left_out)
+            shown = _rich(table, columns, runs, left_out, published)
     return shown
 
 
-def _rich(table: pd.DataFrame, columns: list[str], runs: Sequence[Run], left_out: list[str]) -> Table:
+def _rich(table: pd.DataFrame, columns: list[str], runs: Sequence[Run], left_out: list[str], published: bool) -> Table:
     macs = [c for c in columns if c.startswith("MACs (")]
     sizes = ", ".join(c.removeprefix("MACs ").strip("()") for c in macs)
     notes = [f"MACs at {sizes}"] if macs else []
@@ -238,7 +249,12 @@ def _rich(table: pd.DataFrame, columns: list[str], runs: Sequence[Run], left_out
         head = "MACs" if column in macs else heads.get(column, column)
         out.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     previous = None
-    for _, row in table.iterrows():
+    last = len(table) - len(PUBLISHED) if published else len(table)
+    for index, row in table.iterrows():
+        if index == last:
+            out.add_section()
+            out.add_row(Text(LABEL.replace(", ", ",\n")))
+            previous = LABEL
         cells = [row["run"] if row["run"] != previous else ""] if several else []
         cells.append(row["model"])
         for column in [c for c in columns if c not in macs[1:]]:

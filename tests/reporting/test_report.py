@@ -120,3 +120,23 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(make_run, console, mon
 def test_nothing_of_torch_or_pyplot_is_needed():
     code = "import sys, prunekit.reporting; assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_published_models_alone_are_printed_and_written_only_where_asked(console, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report([], None, console, published=True) == [] and list(tmp_path.iterdir()) == []
+    text = console.file.getvalue()
+    assert "ECSSD" in text and "CSNet-L ×1" in text and "0.898" in text and "no model has been" not in text
+    written = report([], "out", console, published=True)
+    assert [p.name for p in written] == ["summary.csv", "summary.md"]
+    assert '"published, ECSSD",CSNet-L ×2,140894,718394292,0.9156' in written[0].read_text()
+
+
+def test_published_models_go_into_the_files_of_a_run(make_run, console):
+    for stop in (None, "train"):
+        path = make_run(str(stop), units=UNITS, stop=stop)
+        report([path], None, console, published=True)
+        assert "CSNet-L ×1" in (path / "report" / "summary.md").read_text()
+        report([path], None, console)
+        assert "CSNet-L ×1" not in (path / "report" / "summary.md").read_text()
+    assert "no model has been measured yet" in console.file.getvalue()

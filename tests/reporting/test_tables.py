@@ -148,3 +148,25 @@ def test_a_run_of_unknown_size_has_its_macs(make_run):
     assert json.loads((path / "summary.json").read_text())["dense"]["macs"]
     table = summary_table([load_run(path)])
     assert "MACs (size unknown)" in table and len(table) == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_published_models_stand_below_the_runs(make_run, several):
+    runs = [load_run(make_run(name)) for name in ("a", "b")][: 1 + several]
+    table = summary_table(runs, published=True)
+    own = summary_table(runs)
+    pd.testing.assert_frame_equal(table.iloc[: len(own)], own)
+    rows = table.iloc[len(own) :].set_index("model")
+    assert set(rows["run"]) == {"published, ECSSD"}
+    assert rows["params"].to_dict() == {
+        "CSNet ×1": 210_985, "CSNet ×2": 788_631, "CSNet-L ×1": 93_647, "CSNet-L ×2": 140_894,
+    }  # fmt: skip
+    assert rows.loc["CSNet-L ×2", ["max_f", "mae", "s_measure", "max_e"]].tolist() == [0.9156, 0.0645, 0.8928, 0.9310]
+    assert rows.loc["CSNet ×2", ["max_f", "mae", "s_measure", "max_e"]].isna().all()
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(terminal_table(runs, console, published=True))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.index("finetuned") < text.index("published,") < text.index("ECSSD") < text.index("CSNet-L ×2")
+    # The columns of sizes that the published models share with the runs stay to the last.
+    assert "718 M" in text and "0.916" in text

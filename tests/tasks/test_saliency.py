@@ -151,6 +151,35 @@ def test_images_of_different_sizes_share_a_batch_and_keep_their_own():
     assert np.array_equal(found.maps[1], task.predict(Red(), pairs.image(1), 16))
 
 
+def test_at_its_own_size_an_image_is_seen_alone_and_rounded_up_to_multiples_of_16():
+    pairs = Pairs([(red(square(16)), square(16)), (red(square(24)[:20]), square(24)[:20])])
+    model = Red()
+    found = task.evaluate(model, pairs, None, 8, keep=[0, 1])
+    assert [shape for shape, *_ in model.seen] == [(1, 3, 16, 16), (1, 3, 32, 32)]
+    assert np.array_equal(found.maps[0] > 200, square(16) > 0)
+    assert np.array_equal(found.maps[1], task.predict(Red(), pairs.image(1), None))
+
+
+def test_a_large_batch_is_taken_in_parts_on_a_cpu():
+    model = Red()
+    task.evaluate(model, Pairs([(red(square()), square())] * 6), 224, 6)
+    assert [shape[0] for shape, *_ in model.seen] == [4, 2]
+    model = Red()
+    task.evaluate(model, Pairs([(red(square()), square())] * 6), 64, 6)
+    assert [shape[0] for shape, *_ in model.seen] == [6]
+
+
+def test_a_model_that_takes_views_of_its_features_is_evaluated_too():
+    class Views(Red):
+        def forward(self, x):
+            return super().forward(x.view(-1).view_as(x))
+
+    model = Views()
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(1, 3, 8, 8).contiguous(memory_format=torch.channels_last))
+    assert np.array_equal(task.predict(model, red(square()), 16), task.predict(Red(), red(square()), 16))
+
+
 def test_quick_agrees_with_evaluate_at_the_tensors_size():
     pairs = salient_shapes("val", size=32, val=6)
     quick = task.quick(Red(), load_tensors(pairs, 32), 4)

@@ -1,0 +1,28 @@
+"""The published figures are those that the package counts, and the README shows the same."""
+
+from pathlib import Path
+
+import pytest
+
+from prunekit.backbones.csnet import csnet
+from prunekit.counting import count, total
+from prunekit.reporting.published import PUBLISHED
+
+
+@pytest.mark.parametrize("name, width", [("CSNet ×1", 20), ("CSNet ×2", 40)])
+def test_the_dense_models_are_those_that_are_built(name, width):
+    published = next(one for one in PUBLISHED if one.name == name)
+    counted = total(count(csnet(width), (3, 32, 32))[0])
+    assert (counted["params"], counted["paper_flops"]) == (published.params, published.paper_flops)
+
+
+def test_the_readme_has_the_same_rows():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    section = text.split("## Published models")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| CSNet")]
+    assert len(rows) == len(PUBLISHED)
+    for row, one in zip(rows, PUBLISHED, strict=True):
+        figures = [f"{one.metrics[key]:.4f}" if one.metrics else "–" for key in ("max_f", "mae", "s_measure", "max_e")]
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        assert name.removesuffix(", dense") == one.name
+        assert cells == [f"{one.params:,}", f"{one.paper_flops:,}", *figures]

@@ -1,0 +1,249 @@
+"""A run's model on folders of photographs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from prunekit.cli import main
+from prunekit.data.images import read_image, read_mask
+from prunekit.data.pairs import normalise
+from prunekit.loading import build_dense, load_model, save_model
+from prunekit.recipe import load
+from prunekit.rundir import RunDir
+from prunekit.tasks.saliency import Meter, own_size
+
+SIZES = [(40, 56), (33, 47), (64, 20)]
+METRICS = {"max_f", "mae", "s_measure", "max_e"}
+
+
+def write_set(folder, sizes=SIZES, seed=0):
+    """A red square on noise for each size (height, width), and its mask."""
+    random = np.random.default_rng(seed)
+    for name in ("images", "GT"):
+        (folder / name).mkdir(parents=True)
+    for number, (height, width) in enumerate(sizes):
+        image = random.integers(0, 90, (height, width, 3), dtype=np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        mask[5:15, 4:14] = 255
+        image[mask > 0, 0] = 240
+        Image.fromarray(image).save(folder / "images" / f"{number}.png")
+        Image.fromarray(mask).save(folder / "GT" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run that holds a dense model without metrics, as an imported one does; and a set."""
+    here = tmp_path_factory.mktemp("evaluation")
+    recipe = load("csnet", ["backbone.options.width=10", "data.size=32"])
+    model = build_dense(recipe)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(4, 3, 32, 32))
+    with RunDir.start(here / "run", recipe.dump(), {}) as run:
+        save_model(run, "dense", model)
+        run.update_summary("dense", {"params": 1, "macs": 2, "paper_flops": None})
+    write_set(here / "photos")
+    return here
+
+
+@pytest.fixture
+def call(made, tmp_path, monkeypatch, capsys):
+    """Calls ``prunekit eval run …`` beside copies of both, and gives status, output and error."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["eval", *map(str, arguments)])
+        out = capsys.readouterr()
+        return stop.value.code, out.out, out.err
+
+    return run
+
+
+def sets():
+    held = json.loads(Path("run/eval.json").read_text())
+    assert held["format"] == 1
+    return held["sets"]
+
+
+def test_what_is_measured_is_noted(call):
+    status, out, _ = call("run", "--data", "first=photos", "--data", "second=./photos")
+    assert status == 0 and max(map(len, out.splitlines())) <= 80
+    assert "dense model, size 32" in out and "first" in out and "second" in out
+    first, second = sets()
+    assert set(first) == {"name", "folder", "model", "mode", "images", "skipped", "metrics", "seconds"}
+    assert set(first["metrics"]) == METRICS and first["seconds"] > 0
+    told = {key: first[key] for key in ("name", "folder", "model", "mode", "images", "skipped")}
+    assert told == {
+        "name": "first",
+        "folder": "photos",
+        "model": "dense",
+        "mode": "size 32",
+        "images": 3,
+        "skipped": 0,
+    }
+    assert second["folder"] == "./photos" and second["metrics"] == first["metrics"]
+    for value in first["metrics"].values():
+        assert f"{value:.4f}" in out
+
+
+def test_a_set_replaces_itself_and_nothing_else(call):
+    call("run", "--data", "a=photos", "--data", "b=photos")
+    call("run", "--data", "a=photos", "--size", 48)
+    write_set(Path("other"), SIZES[:2], seed=1)
+    call("run", "--data", "a=other", "--data", "c=other")
+    assert [(one["name"], one["mode"], one["folder"]) for one in sets()] == [
+        ("a", "size 32", "other"),
+        ("b", "size 32", "photos"),
+        ("a", "size 48", "photos"),
+        ("c", "size 32", "other"),
+    ]
+    assert sets()[0]["images"] == 2
+
+
+def by_hand(model, size_of):
+    """The protocol written out: one image at a time, float64 for what is not the network."""
+    meter = Meter()
+    for number in range(len(SIZES)):
+        image, mask = (
+            read_image(f"photos/images/{number}.png"),
+            read_mask(f"photos/GT/{number}.png"),
+        )
+        planes = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
+        planes = F.interpolate(planes, size_of(*mask.shape), mode="bilinear", align_corners=False)
+        with torch.no_grad():
+            scores = torch.sigmoid(model(normalise(planes)))
+        levels = F.interpolate(scores, mask.shape, mode="bilinear", align_corners=False)[0, 0].numpy() * 255
+        meter.add(levels.astype(np.uint8), mask)
+    return meter.metrics()
+
+
+@pytest.mark.parametrize(
+    "option, mode, size_of",
+    [
+        ([], "size 32", lambda height, width: (32, 32)),
+        (["--size", 48], "size 48", lambda height, width: (48, 48)),
+        (["--own-size"], "own size", lambda height, width: ((height + 15) // 16 * 16, (width + 15) // 16 * 16)),
+    ],
+)
+def test_figures_are_those_of_the_protocol_by_hand(call, option, mode, size_of):
+    assert call("run", "--data", "a=photos", "--model", "dense", *option)[0] == 0
+    assert sets()[0]["mode"] == mode
+    expected = by_hand(load_model(RunDir.open("run"), "dense"), size_of)
+    # A grey level here and there lies on the edge of truncation.
+    assert sets()[0]["metrics"] == pytest.approx(expected, abs=2e-4)
+
+
+def test_own_size_is_the_next_multiple_of_16():
+    assert own_size(33, 47) == (48, 48) and own_size(64, 20) == (64, 32) and own_size(1, 16) == (16, 16)
+
+
+def test_the_batch_size_does_not_matter(call):
+    for batch in (1, 2, 16):
+        call("run", "--data", f"{batch}=photos", "--batch-size", batch)
+    one, *others = (entry["metrics"] for entry in sets())
+    for other in others:
+        assert other == pytest.approx(one, abs=2e-4)
+
+
+def test_metrics_go_into_the_summary_of_a_model_that_has_none(call):
+    call("run", "--data", "own=photos", "--own-size", "--data", "b=photos")
+    dense = json.loads(Path("run/summary.json").read_text())["dense"]
+    assert dense == {"params": 1, "macs": 2, "paper_flops": None}, "another protocol than the run's"
+    call("run", "--data", "a=photos")
+    first = json.loads(Path("run/summary.json").read_text())["dense"]
+    assert first == {"params": 1, "macs": 2, "paper_flops": None, "metrics": sets()[-1]["metrics"]}
+    write_set(Path("other"), SIZES[:1], seed=3)
+    call("run", "--data", "c=other")
+    assert json.loads(Path("run/summary.json").read_text())["dense"] == first
+
+
+def test_what_cannot_be_read_can_be_left_out(call):
+    Path("photos/images/1.png").write_bytes(b"no image")
+    Image.new("RGB", (20, 20)).save("photos/images/lonely.png")
+    status, _, error = call("run", "--data", "a=photos")
+    assert status == 2 and "lonely.png" in error and "--on-error skip" in error and "data.on_error" not in error
+    status, out, _ = call("run", "--data", "a=photos", "--on-error", "skip")
+    assert status == 0 and "a: 2 left out" in out
+    assert (sets()[0]["images"], sets()[0]["skipped"]) == (2, 2)
+
+
+def test_a_name_is_no_markup(call):
+    status, out, _ = call("run", "--data", "[red]{x}=photos")
+    assert status == 0 and "[red]{x}" in out and sets()[0]["name"] == "[red]{x}"
+
+
+def empty(folder):
+    for name in ("images", "GT"):
+        (Path(folder) / name).mkdir(parents=True)
+
+
+def unpaired(folder):
+    write_set(Path(folder), SIZES[:1])
+    (Path(folder) / "GT" / "0.png").rename(Path(folder) / "GT" / "other.png")
+
+
+def unreadable(folder):
+    write_set(Path(folder), SIZES[:1])
+    (Path(folder) / "images" / "0.png").write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(
+    "arguments, prepare, words",
+    [
+        (["photos"], None, ["--data photos", "NAME=FOLDER"]),
+        (["=photos"], None, ["NAME=FOLDER"]),
+        (["a="], None, ["NAME=FOLDER"]),
+        (["a=photos", "a=photos"], None, ["a is taken"]),
+        (["a=photos", "b=gone"], None, ["--data b", "gone", "does not exist"]),
+        (["a=photos", "b=run"], None, ["--data b", "images/"]),
+        (["a=photos", "b=bad"], empty, ["--data b", "no pair", "0 images"]),
+        (["a=photos", "b=bad"], unpaired, ["--data b", "no pair"]),
+        (["b=bad"], unreadable, ["--data b", "0.png"]),
+        (["b=bad", "--on-error", "skip"], unreadable, ["--data b", "none of the 1 pairs"]),
+        (["a=photos", "--on-error", "stop"], None, ["--on-error stop"]),
+        (["a=photos", "--model", "best"], None, ["--model best", "finetuned"]),
+        (["a=photos", "--model", "slim"], None, ["slim/model.safetensors is missing"]),
+        (["a=photos", "--size", "8"], None, ["--size 8", "16 or more"]),
+        (["a=photos", "--size", "64", "--own-size"], None, ["exclude each other"]),
+        (["a=photos", "--batch-size", "0"], None, ["--batch-size 0"]),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(call, arguments, prepare, words):
+    if prepare:
+        prepare("bad")
+    before = Path("run/summary.json").read_bytes()
+    options = [part for one in arguments for part in (["--data", one] if "=" in one or one == "photos" else [one])]
+    status, _, error = call("run", *options)
+    assert status == 2 and error.count("\n") == 1 and error.startswith("prunekit: ") and "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert not Path("run/eval.json").exists() and Path("run/summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "sets": []}', '{"format": 1, "sets": [3]}'])
+def test_a_damaged_eval_json_is_said_before_a_model_runs(call, content):
+    Path("run/eval.json").write_text(content)
+    status, _, error = call("run", "--data", "a=photos")
+    assert status == 2 and error.count("\n") == 1 and "run/eval.json" in error and "remove it" in error
+    Path("run/eval.json").unlink()
+    assert call("run", "--data", "a=photos")[0] == 0
+
+
+def test_folders_that_are_no_run(call):
+    for folder in ("gone", "photos"):
+        status, _, error = call(folder, "--data", "a=photos")
+        assert status == 2 and error.count("\n") == 1 and "no run folder" in error
+    Path("run/dense/model.safetensors").unlink()
+    status, _, error = call("run", "--data", "a=photos")
+    assert status == 2 and error.count("\n") == 1 and "no model" in error
+    assert call("run")[0] == 2, "a set is needed"
