@@ -36,22 +36,23 @@ class Count:
 
 
 def count(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], list[str]]:
-    """Count a model, leaf module by leaf module.
+    """Count a model, module by module.
 
     Args:
         model: its parameters are not touched.
         shape: of one input without the batch, (C, H, W).
 
     Returns:
-        the count of each leaf module by name, in the model's order; and the modules with parameters whose MACs are
-        not known (they are not counted as anything).
+        the count of each module that has parameters of its own, by name, in the model's order; and those of them whose
+        MACs are not known (they are not counted as anything).
     """
     leaves = {name: module for name, module in model.named_modules() if not any(True for _ in module.children())}
     defined = _paper_defined(model, leaves)
+    # A module that holds others may have parameters of its own beside them.
     found = {
-        name: Count(sum(p.numel() for p in module.parameters()), 0, 0 if defined else None)
-        for name, module in leaves.items()
-        if any(True for _ in module.parameters())
+        name: Count(sum(p.numel() for p in module.parameters(recurse=False)), 0, 0 if defined else None)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
     }
     macs, _ = _trace(model, leaves, shape)
     for name, value in macs.items():
@@ -60,9 +61,8 @@ def count(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], l
         _, paper = _trace(model, leaves, (shape[0], *PAPER_SIZE))
         for name, value in paper.items():
             found[name].paper_flops = value
-    unknown = [
-        n for n in found if not isinstance(leaves[n], (*_CONVS, nn.ConvTranspose2d, nn.Linear, _NORMS, nn.PReLU))
-    ]
+    known = (*_CONVS, nn.ConvTranspose2d, nn.Linear, _NORMS, nn.PReLU)
+    unknown = [name for name in found if not isinstance(model.get_submodule(name), known)]
     return found, unknown
 
 
@@ -138,7 +138,7 @@ def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int],
     last: tuple[str, int] | None = None
     for name, one in counts.items():
         module = model.get_submodule(name)
-        layer, branch = layer_of(model, name)
+        layer, branch = layer_of(model, name) if name else ("(model)", None)
         maker = isinstance(module, (*_CONVS, nn.ConvTranspose2d, nn.Linear))
         # Outside of multi-scale layers, a norm or an activation belongs to the convolution before it.
         key = (layer, branch) if branch is not None else last if last and not maker else (layer, 0)
@@ -161,7 +161,7 @@ def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int],
 def _paper_defined(model: nn.Module, leaves: dict[str, nn.Module]) -> bool:
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.PReLU, nn.Identity)
     multi = any(isinstance(module, GOctConv) for module in model.modules())
-    empty = [m for m in leaves.values() if not isinstance(m, kinds) and any(True for _ in m.parameters())]
+    empty = [m for m in model.modules() if not isinstance(m, kinds) and any(True for _ in m.parameters(recurse=False))]
     plain = all(isinstance(m, (*kinds, nn.ModuleDict, nn.ModuleList)) for m in leaves.values())
     return multi and plain and not empty
 

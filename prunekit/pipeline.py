@@ -10,8 +10,8 @@ from rich.console import Console
 
 from prunekit import registry
 from prunekit.environment import environment
-from prunekit.errors import CheckpointError, PrunekitError, RecipeError
-from prunekit.loading import newest_model
+from prunekit.errors import PrunekitError, RecipeError
+from prunekit.loading import load_model, newest_model, read_recipe
 from prunekit.plan import Plan
 from prunekit.progress import Reporter
 from prunekit.reporting import report
@@ -68,14 +68,14 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
         PrunekitError: as ``run_recipe``.
     """
     work = Work(recipe, Reporter(console))
-    work.rehearse(load=True)
     old = RunDir.open(source)
+    part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
+    work.rehearse(load=True)
     with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
         work.reporter.log = out / "run.log"
-        part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
         _copy(old, run, f"{part}/model.safetensors", "dense/model.safetensors")
         _copy(old, run, "init.json" if part == "dense" else "plan.json", "init.json")
-        run.update_summary("dense", old.read_json("summary.json")[part])
+        _adopt(work, old, run, {part: "dense"})
         run.end("train")
         _run_stages(work, run, ("extract", "slim"))
         run.finish()
@@ -89,23 +89,23 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     Args and errors as for ``slim_run``.
     """
     work = Work(recipe, Reporter(console))
-    work.rehearse(load=True)
     old = RunDir.open(source)
+    newest_model(old)
+    work.rehearse(load=True)
     with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
         work.reporter.log = out / "run.log"
         for name in ("dense/model.safetensors", "slim/model.safetensors", "init.json", "plan.json", "layers.json"):
             _copy(old, run, name, name)
-        summary = old.read_json("summary.json")
-        for part in ("dense", "slim", "kept", "proof", "drift"):
-            if part in summary:
-                run.update_summary(part, summary[part])
         if not run.has("slim/model.safetensors"):
-            if not run.has("dense/model.safetensors"):
-                raise CheckpointError(f"{source} holds no model yet; finish its training with: prunekit run … --resume")
             # Nothing is cut from a dense model that was never slimmed.
             _copy(run, run, "dense/model.safetensors", "slim/model.safetensors")
             run.write_json("plan.json", Plan().to_json())
-            run.update_summary("slim", summary["dense"])
+        parts = [part for part in ("dense", "slim") if run.has(f"{part}/model.safetensors")]
+        _adopt(work, old, run, {part: part for part in parts})
+        summary = old.read_json("summary.json")
+        for part in ("kept", "proof", "drift"):
+            if part in summary:
+                run.update_summary(part, summary[part])
         for stage in ("train", "extract", "slim"):
             run.end(stage)
         _run_stages(work, run, STAGES)
@@ -125,6 +125,18 @@ def _run_stages(work: Work, run: RunDir, stages: Sequence[str]) -> None:
         finally:
             run.add_seconds(stage, round(time.perf_counter() - began, 3))
         run.end(stage)
+
+
+def _adopt(work: Work, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
+    """Take over the figures of models that were copied: their sizes are measured at the new recipe's image size, their
+    metrics hold on the same data only."""
+    summary = old.read_json("summary.json")
+    same_data = read_recipe(old).data == work.recipe.data
+    for theirs, ours in parts.items():
+        work.measure(run, ours, load_model(run, ours))
+        metrics = summary.get(theirs, {}).get("metrics")
+        if same_data and metrics:
+            run.update_summary(ours, {**run.read_json("summary.json")[ours], "metrics": metrics})
 
 
 def _copy(source: RunDir, target: RunDir, name: str, to: str) -> None:

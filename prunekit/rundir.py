@@ -24,7 +24,7 @@ from prunekit import __version__
 from prunekit.checkpoints import CheckpointStore
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.files import TEMPORARY, FolderLock, alive, reason
-from prunekit.runfiles import RECIPE, STAGES, STATE, SUMMARY, RunFiles, stage_index
+from prunekit.runfiles import PARTS, RECIPE, STAGES, STATE, SUMMARY, RunFiles, stage_index
 from prunekit.yaml12 import parse
 
 __all__ = ["FORMAT", "STAGES", "RunDir", "holds_run"]
@@ -242,7 +242,7 @@ class RunDir(RunFiles):
         self._set_status("complete")
 
     def restart_from(self, stage: str) -> None:
-        """Forget that this stage and the later ones are done, with their checkpoints, metrics and seconds.
+        """Forget this stage and the later ones: that they are done, and all that they have left.
 
         Raises:
             RunFolderError: no such stage, or an earlier one is not done.
@@ -253,15 +253,20 @@ class RunDir(RunFiles):
                 raise RunFolderError(
                     f"{self.path}: cannot start from {stage}, {earlier} is not done; use --from {earlier} or --resume"
                 )
+        # First of all that they are not done: a kill in between must not leave a stage that is done without its files.
         self._write_state({**self._state, "stage": stage, "done": list(STAGES[:first])})
+        self._forget_from(stage)
         for later in STAGES[first:]:
             for epoch in self._checkpoints.epochs(later):
                 self._checkpoints.discard(later, epoch)
         self.truncate_metrics(stage, 0)
-        summary = self.read_json(SUMMARY)
+        summary = {k: v for k, v in self.read_json(SUMMARY).items() if k not in PARTS or PARTS[k] in STAGES[:first]}
         if "seconds" in summary:
-            kept = {s: seconds for s, seconds in summary["seconds"].items() if s in STAGES[:first]}
-            self.update_summary("seconds", kept)
+            summary["seconds"] = {s: seconds for s, seconds in summary["seconds"].items() if s in STAGES[:first]}
+        for part in ("dense", "slim", "finetuned"):
+            if part in summary and stage_index("evaluate") >= first:
+                summary[part] = {key: value for key, value in summary[part].items() if key != "metrics"}
+        self.write_json(SUMMARY, summary)
 
     def _set_status(self, status: str) -> None:
         # state.json last: while it says "running", a reader looks whether the process is still there.

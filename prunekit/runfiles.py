@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,24 @@ _MADE_BY = {
     "slim": "slim",
     "finetuned": "finetune",
     "curves.json": "evaluate",
-    "eval.json": "evaluate",
     "gallery": "evaluate",
     "model.onnx": "export",
     "exports": "export",
-    "bench.json": "export",
 }
+# Parts of summary.json → the stage that makes them.
+PARTS = {
+    "baseline": "train",
+    "dense": "train",
+    "slim": "slim",
+    "kept": "slim",
+    "proof": "slim",
+    "drift": "slim",
+    "finetuned": "finetune",
+    "reference": "evaluate",
+    "export": "export",
+}
+# What the models of a run were measured to do holds for those models only.
+_OF_MODELS = ("eval.json", "bench.json")
 
 
 class RunFiles:
@@ -173,6 +186,23 @@ class RunFiles:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name!r} is no path inside a run folder")
         return self.path / name
+
+    def _forget_from(self, stage: str) -> None:
+        """Remove what this stage and the later ones have written; the model that a run began with stays."""
+        first = stage_index(stage)
+        gone = [n for n, by in _MADE_BY.items() if stage_index(by) >= first and not n.startswith("init")]
+        gone += _OF_MODELS if first <= stage_index("finetune") else ()
+        kept = {k: v for k, v in self._state["checksums"].items() if k.partition("/")[0] not in gone}
+        self._write_state({**self._state, "checksums": kept})
+        try:
+            for name in gone:
+                path = self.path / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot remove {path}: {reason(error)}; mend its permissions") from error
 
     def _damage(self, name: str, what: str) -> CheckpointError:
         stage = _MADE_BY.get(name.partition("/")[0])

@@ -11,9 +11,9 @@ from torch import nn
 from prunekit.counting import layers_table
 from prunekit.data.images import encode_png
 from prunekit.deploy.onnx import check_onnx, export_onnx
-from prunekit.loading import MODELS, input_shape, load_model, newest_model, read_plan, save_model, start_plan
+from prunekit.loading import MODELS, input_shape, load_model, newest_model, save_model, start_plan
 from prunekit.plan import Builder, Group, Plan, digest
-from prunekit.pruning.compose import compose, relative
+from prunekit.pruning.compose import compose
 from prunekit.pruning.decay import NoDecay
 from prunekit.pruning.extract import dead_channels, extract
 from prunekit.pruning.groups import find_groups
@@ -60,10 +60,9 @@ def slim_stage(work: Work, run: RunDir) -> None:
     dense = load_model(run, "dense", recipe)
     example = work.example()
     groups = find_groups(dense, example)
-    plan, first = read_plan(run), start_plan(run)
-    if first is not None:
-        # The plan speaks of the builder's channels, the surgery is done on what the run began with.
-        plan = relative(work.builder()[1], plan, first, groups)
+    # From the gates, not from plan.json: that becomes the plan that held, and a stage that is done again must begin as
+    # it began before.
+    plan, first = extract(dense, groups, recipe.slim.threshold, recipe.slim.min_channels), start_plan(run)
     rebuilt, proof = slim(dense, plan, example, groups=groups, constants=recipe.slim.constants)
     held = proof.plan
     _write_plan(run, recipe, held if first is None else compose(*work.builder(), first, groups, held))

@@ -64,6 +64,24 @@ def test_a_module_that_is_not_known_is_told():
     assert unknown == ["scale"] and counts["scale"].params == 128
 
 
+def test_parameters_beside_other_modules_are_counted():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, 1, 1))
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x) * self.scale
+
+    model = nn.Sequential(Scaled())
+    counts, unknown = count(model, (3, 8, 8))
+    assert total(counts)["params"] == 20 and unknown == ["0"]
+    assert sum(row["params"]["before"] for row in layer_rows(model, None, (3, 8, 8))) == 20
+    assert total(count(Scaled(), (3, 8, 8))[0])["params"] == 20
+    assert sum(row["params"]["before"] for row in layer_rows(Scaled(), None, (3, 8, 8))) == 20
+
+
 def test_macs_by_hand():
     model = Row()
     counts, _ = count(model, (3, 10, 10))

@@ -1,5 +1,6 @@
 """A run's model on folders of photographs."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
 
 from prunekit.cli import main
 from prunekit.data.images import read_image, read_mask
 from prunekit.data.pairs import normalise
 from prunekit.loading import build_dense, load_model, save_model
+from prunekit.progress import Reporter
 from prunekit.recipe import load
 from prunekit.rundir import RunDir
 from prunekit.tasks.saliency import Meter, own_size
@@ -247,3 +250,11 @@ def test_folders_that_are_no_run(call):
     status, _, error = call("run", "--data", "a=photos")
     assert status == 2 and error.count("\n") == 1 and "no model" in error
     assert call("run")[0] == 2, "a set is needed"
+
+
+def test_a_bar_takes_any_name():
+    console = Console(force_terminal=True, width=80, file=io.StringIO(), color_system=None)
+    counter = Reporter(console).counter("[/]{x}")
+    counter(1, 2)
+    counter.close()
+    assert "[/]{x}" in console.file.getvalue()

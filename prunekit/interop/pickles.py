@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     data = _bytes(path)
     try:
-        held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"`?(\S+?)`? was not an allowed", str(error))
         if found:
@@ -70,6 +73,8 @@ def read_layout(path: Path) -> list[Any]:
     data = _bytes(path)
     if len(data) > LARGEST_LAYOUT:
         raise CheckpointError(f"{path} has {len(data)} bytes, too many for a layout; is it the checkpoint?")
+    if not data.endswith(pickle.STOP):
+        raise CheckpointError(f"{path} is no layout or is cut off; get it again")
     try:
         held = _plain(_Reader(io.BytesIO(data)).load())
     except _Refused as error:

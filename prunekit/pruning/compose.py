@@ -41,22 +41,6 @@ def compose(model: nn.Module, groups: Sequence[Group], first: Plan, slim_groups:
     return plan
 
 
-def relative(groups: Sequence[Group], whole: Plan, first: Plan, slim_groups: Sequence[Group]) -> Plan:
-    """What is left to do of ``whole`` on the slim model that ``first`` has made: in that model's channels.
-
-    Raises:
-        PlanError: ``whole`` keeps what ``first`` has cut.
-    """
-    kept = {}
-    for group, slim_group in _pairs(groups, first, slim_groups):
-        place = {channel: k for k, channel in enumerate(first.kept(group))}
-        wanted = whole.kept(group)
-        if not set(wanted) <= set(place):
-            raise PlanError(f"the plan keeps channels of {group.id} that the model it begins with does not have")
-        kept[slim_group.id] = [place[channel] for channel in wanted]
-    return Plan(groups=kept)
-
-
 def _pairs(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     """Each group that is left of the builder's, with the slim model's own. Their names may differ, since a group is
     named after its first module and that may be gone; a module that makes channels is in the same group in both."""

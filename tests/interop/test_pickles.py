@@ -1,0 +1,152 @@
+"""Files from strangers: nothing that they say is run."""
+
+import builtins
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunekit.errors import CheckpointError
+from prunekit.interop.pickles import read_checkpoint, read_layout, write_checkpoint, write_layout
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Nested:
+    """A reduce whose argument is a reduce."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __reduce__(self):
+        return list, ([self.inner],)
+
+
+def hostile(mark):
+    """Pickles that leave this file if they are run; each with the name that must be refused."""
+    system = Calls(os.system, f"touch {mark}")
+    evaluates = Calls(builtins.eval, f"open({str(mark)!r}, 'w').close()")
+    loader = Calls(np.load, str(mark))
+    return {"system": system, "eval": evaluates, "load": loader, "nested": Nested(system)}
+
+
+NAMES = {"system": "posix.system", "eval": "eval", "load": "load", "nested": "list"}
+
+
+@pytest.mark.parametrize("kind", sorted(NAMES))
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_layout_that_calls_is_refused_by_name(tmp_path, kind, protocol):
+    mark, file = tmp_path / "mark", tmp_path / "a.bin"
+    for value in (hostile(mark)[kind], [[3, hostile(mark)[kind]]]):
+        file.write_bytes(pickle.dumps(value, protocol=protocol))
+        with pytest.raises(CheckpointError, match=rf"asks to run \S*{NAMES[kind]}.*not run") as error:
+            read_layout(file)
+        assert "\n" not in str(error.value) and not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["system", "eval", "load", "nested"])
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_checkpoint_that_calls_is_refused_by_name(tmp_path, kind, form):
+    mark, file = tmp_path / "mark", tmp_path / "a.pth.tar"
+    value = {"state_dict": {"a": torch.ones(1)}, "epoch": hostile(mark)[kind]}
+    torch.save(value, file, _use_new_zipfile_serialization=form == "zip")
+    names = {**NAMES, "nested": "system|list"}
+    with pytest.raises(CheckpointError, match=rf"asks to run \S*({names[kind]}).*not run") as error:
+        read_checkpoint(file)
+    assert "\n" not in str(error.value) and not mark.exists()
+
+
+def test_objects_inside_arrays_are_refused(tmp_path):
+    file = tmp_path / "a.bin"
+    file.write_bytes(pickle.dumps([np.array([1, "a"], object)]))
+    with pytest.raises(CheckpointError, match="no layout"):
+        read_layout(file)
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, "text", 3, [None], [[True]], [[[[[[1]]]]]], [set()]])
+def test_what_holds_no_numbers_is_no_layout(tmp_path, value):
+    file = tmp_path / "a.bin"
+    file.write_bytes(pickle.dumps(value))
+    with pytest.raises(CheckpointError):
+        read_layout(file)
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.lists(st.integers(0, 200).map(float), min_size=1, max_size=4).map(np.array), min_size=2, max_size=3
+        ),
+        max_size=5,
+    )
+)
+def test_layouts_come_back(tmp_path_factory, layout):
+    file = tmp_path_factory.mktemp("layout") / "a.bin"
+    file.write_bytes(write_layout([*layout, [3, 4, 6, 4]]))
+    assert b"numpy._core" not in file.read_bytes()
+    held = read_layout(file)
+    assert held[-1] == [3, 4, 6, 4]
+    for a, b in zip(held, layout, strict=False):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+    # NumPy itself reads it too.
+    assert len(pickle.loads(file.read_bytes())) == len(layout) + 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_error_of_ours(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("fuzz") / "a"
+    for content in (data, b"\x80\x03" + data, b"PK\x03\x04" + data):
+        file.write_bytes(content)
+        for read in (read_layout, read_checkpoint):
+            try:
+                read(file)
+            except CheckpointError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_file_that_is_cut_off_is_said_to_be(tmp_path, share):
+    layout = write_layout([[3, np.array([1.0, 2.0])]] * 20)
+    checkpoint = write_checkpoint({"a": torch.randn(50, 50)})
+    for data, read in ((layout, read_layout), (checkpoint, read_checkpoint)):
+        file = tmp_path / "a"
+        file.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(CheckpointError, match="get it again"):
+            read(file)
+
+
+def test_files_that_are_not_there_or_not_it(tmp_path):
+    for read in (read_layout, read_checkpoint):
+        with pytest.raises(CheckpointError, match="is not there"):
+            read(tmp_path / "none")
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read(tmp_path)
+    file = tmp_path / "a"
+    file.write_bytes(bytes(2_000_000))
+    with pytest.raises(CheckpointError, match="too many for a layout"):
+        read_layout(file)
+    buffer = io.BytesIO()
+    torch.save({"epoch": 3}, buffer)
+    file.write_bytes(buffer.getvalue())
+    with pytest.raises(CheckpointError, match="no state dict"):
+        read_checkpoint(file)
+
+
+def test_a_checkpoint_of_data_parallel_loses_its_prefix(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(write_checkpoint({"module.a": torch.ones(2), "module.b": torch.zeros(1)}))
+    assert set(read_checkpoint(file)) == {"a", "b"}
