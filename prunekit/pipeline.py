@@ -46,7 +46,10 @@ def run_recipe(
     pending = _pending(out, resume, start_from)
     work = Work(recipe, Reporter(console))
     # Before the folder is made, so that a wrong recipe or a broken image leaves nothing behind.
-    work.rehearse(load=any(stage in pending for stage in ("train", "finetune")))
+    work.rehearse(
+        load=any(stage in pending for stage in ("train", "finetune")),
+        begin="train" in pending and (overwrite or not (out / "init" / "model.safetensors").is_file()),
+    )
     with RunDir.start(out, recipe.dump(), environment(recipe.seed), resume=resume, overwrite=overwrite) as run:
         work.reporter.log = out / "run.log"
         if start_from is not None:

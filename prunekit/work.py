@@ -112,14 +112,18 @@ class Work:
             )
         return source
 
-    def rehearse(self, load: bool) -> None:
+    def rehearse(self, load: bool, begin: bool = False) -> None:
         """Build everything once that the recipe names, so that what is wrong is said before anything is written.
+
+        Args:
+            load: read the data too.
+            begin: look at the run that this one begins from, too.
 
         Raises:
             PrunekitError: what is wrong.
         """
         model = build_dense(self.recipe)
-        if self.recipe.init is not None and load:
+        if self.recipe.init is not None and begin:
             source = self._source()
             load_model(source, newest_model(source))
         for split in ("train", "val"):
