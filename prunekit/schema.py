@@ -101,7 +101,7 @@ class Slim(Section):
     """How gates become a plan; ``threshold`` is compared with the effective gate."""
 
     threshold: Annotated[float, Field(ge=0)] = 1e-3
-    constants: Literal["fold", "carrier", "drop"] = "carrier"
+    constants: Literal["fold", "carrier"] = "carrier"
     min_channels: Annotated[int, Field(ge=1)] = 1
 
 
@@ -121,7 +121,6 @@ class Recipe(Section):
     backbone: Backbone
     task: str = "saliency"
     data: Data
-    baseline: bool = False
     train: Training
     decay: Decay = Decay()
     slim: Slim = Slim()

@@ -17,7 +17,7 @@ from prunekit.errors import RecipeError
 
 def test_defaults_are_filled_in_also_those_of_the_builders(write):
     r = recipe.load(write(GOOD))
-    assert (r.name, r.seed, r.init, r.task, r.baseline) == ("toy run", 0, None, "saliency", False)
+    assert (r.name, r.seed, r.init, r.task) == ("toy run", 0, None, "saliency")
     assert r.backbone.options == {"width": 3, "depth": 2, "split": [0.5, 0.5], "mode": None}
     assert r.data == recipe.Data(name="shapes", options={"count": 10})
     assert (r.data.size, r.data.on_error) == (224, "raise")
@@ -107,7 +107,6 @@ trees = st.fixed_dictionaries(
     optional={
         "seed": st.integers(0, (1 << 32) - 1),
         "init": paths,
-        "baseline": st.booleans(),
         "decay": st.fixed_dictionaries({}, optional={"name": st.just("l1"), "weight": rates}),
         "slim": st.fixed_dictionaries({}, optional={"threshold": rates, "constants": st.just("fold")}),
         "export": st.fixed_dictionaries({}, optional={"onnx": st.booleans()}),
@@ -198,7 +197,7 @@ export: {onnx: on}
         ("train.lr=fast", "train.lr: 'fast' is not a number"),
         ("train.lr=0", "train.lr: 0 is too low; it must be above 0"),
         ("train.lr=.inf", "train.lr: '.inf' is not finite"),
-        ("baseline=no", "baseline: 'no' is not true or false"),
+        ("export.onnx=no", "export.onnx: 'no' is not true or false"),
         ("name=12", "name: 12 is not text; put it in quotes"),
         ("name=..", "name: '..' is no name for a folder; write one"),
         ("name=''", "name: '' is no name for a folder"),
