@@ -89,7 +89,7 @@ def export_run(folder: Path, form: str, console: Console, *, model: str | None =
     """Write a run's model in another form, into the run folder.
 
     Args:
-        form: "onnx" (``model.onnx``) or "csnet" (the published form, ``exports/csnet.pth.tar`` and ``.bin``).
+        form: "onnx" (``model.onnx``; ``exports/NAME.onnx`` for a model that is not the last) or "csnet" (the published form, ``exports/csnet.pth.tar`` and ``.bin``).
         model: "dense", "slim" or "finetuned"; None for the last that the run has.
 
     Returns:
@@ -114,8 +114,12 @@ def export_run(folder: Path, form: str, console: Console, *, model: str | None =
             example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
             file = export_onnx(network, example)
             gap = check_onnx(file, network, [example[:1], example, example[..., : shape[1] - 3, : shape[2] - 5]])
-            written = [run.write_bytes("model.onnx", file)]
-            run.update_summary("export", {"path": "model.onnx", "max_abs_diff": gap})
+            # model.onnx is the run's result; another of its models stands beside it.
+            result = name == newest_model(run)
+            path = "model.onnx" if result else f"exports/{name}.onnx"
+            written = [run.write_bytes(path, file)]
+            if result:
+                run.update_summary("export", {"path": path, "max_abs_diff": gap})
         else:
             state, layout = export_csnet(network)
             written = [

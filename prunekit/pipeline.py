@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prunekit import registry
 from prunekit.environment import environment
-from prunekit.errors import PrunekitError, RecipeError
+from prunekit.errors import PrunekitError, RecipeError, RunFolderError
 from prunekit.loading import load_model, newest_model, read_recipe
 from prunekit.plan import Plan
 from prunekit.progress import Reporter
@@ -43,6 +43,8 @@ def run_recipe(
     Raises:
         PrunekitError: what went wrong; the folder then says how far the run came.
     """
+    if overwrite and recipe.init is not None:
+        _elsewhere(Path(recipe.init).expanduser(), out)
     pending = _pending(out, resume, start_from)
     work = Work(recipe, Reporter(console))
     # Before the folder is made, so that a wrong recipe or a broken image leaves nothing behind.
@@ -70,6 +72,7 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
     Raises:
         PrunekitError: as ``run_recipe``.
     """
+    _elsewhere(source, out)
     work = Work(recipe, Reporter(console))
     old = RunDir.open(source)
     part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
@@ -91,6 +94,7 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
 
     Args and errors as for ``slim_run``.
     """
+    _elsewhere(source, out)
     work = Work(recipe, Reporter(console))
     old = RunDir.open(source)
     newest_model(old)
@@ -140,6 +144,12 @@ def _adopt(work: Work, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
         metrics = summary.get(theirs, {}).get("metrics")
         if same_data and metrics:
             run.update_summary(ours, {**run.read_json("summary.json")[ours], "metrics": metrics})
+
+
+def _elsewhere(source: Path, out: Path) -> None:
+    """Refuse to replace the very run that is to be read."""
+    if source.resolve() == out.resolve():
+        raise RunFolderError(f"{out} is the run to begin from, and would be replaced; choose another --out DIR")
 
 
 def _copy(source: RunDir, target: RunDir, name: str, to: str) -> None:

@@ -58,10 +58,11 @@ class Reporter:
 
     def epoch(self, line: dict[str, Any]) -> None:
         """An epoch is done; ``line`` is what metrics.jsonl holds of it."""
-        metrics = " ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
+        metrics = " ".join(f"{name} {value:.3f}" for name, value in line["metrics"].items())
+        # At most 80 columns with two metrics.
         self.say(
-            f"{line['stage']:8} epoch {line['epoch']:3}  loss {line['loss']:.4f}  penalty {line['penalty']:.3g}  "
-            f"alive {line['alive']}/{line['of']}  {metrics}  {line['seconds']:.0f} s"
+            f"{line['stage']:8} {line['epoch']:3} loss {line['loss']:.3f} pen {line['penalty']:.2g} "
+            f"alive {line['alive']}/{line['of']} {metrics} {line['seconds']:.0f} s"
         )
 
     def stop(self) -> None:

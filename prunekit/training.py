@@ -125,9 +125,11 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
                     "metrics": job.task.quick(model, job.val, 4 * batch),
                     "seconds": time.perf_counter() - began,
                 }
+                # The line first: one without its state is dropped and written again, a state without its line would
+                # leave a gap.
+                job.run.append_metrics(line)
                 if (epoch + 1) % section.checkpoint.every == 0 or epoch + 1 == section.epochs:
                     _save(model, optimizer, gates, job, epoch + 1)
-                job.run.append_metrics(line)
                 job.reporter.epoch(line)
     finally:
         job.reporter.stop()
@@ -145,7 +147,7 @@ def seeded(seed: int, stage: str, epoch: int) -> torch.Generator:
 def _step(
     model: nn.Module, optimizer: Any, decay: Decay, job: Job, images: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    images = normalise(images.to(job.device)).contiguous(memory_format=torch.channels_last)
+    images = normalise(images.to(job.device))
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.section.precision == "bf16"):
         output = model(images)
     loss = job.task.loss(output, targets.to(job.device))

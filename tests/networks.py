@@ -87,7 +87,7 @@ def settle(model: nn.Module, seed: int = 0, size: int = 32, beta: float = 0.1) -
         model(torch.randn(4, 3, size, size, generator=generator))
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
                 module.bias.normal_(0, beta, generator=generator)
                 module.weight.uniform_(0.5, 1.5, generator=generator)
     model.eval()

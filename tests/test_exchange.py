@@ -24,6 +24,7 @@ QUICK = [
     "data={name: salient_shapes, size: 32, options: {train: 16, val: 8}}",
     "finetune.epochs=1",
     "finetune.batch_size=8",
+    "export.onnx=false",
 ]
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from prunekit.errors import DataError, RecipeError, RunFolderError
 from prunekit.loading import load_model
-from prunekit.pipeline import run_recipe
+from prunekit.pipeline import finetune_run, run_recipe, slim_run
 from prunekit.prediction import predict
 from prunekit.recipe import load
 from prunekit.reporting import load_run
@@ -46,6 +46,15 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def run(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "toy"))
+
+
+@pytest.fixture
+def without_export(monkeypatch):
+    """The export has been seen in the whole run; it takes longer than all else."""
+    from prunekit import stages
+
+    monkeypatch.setattr(stages, "export_onnx", lambda *_: b"a file")
+    monkeypatch.setattr(stages, "check_onnx", lambda *_: 0.0)
 
 
 def summary_of(folder):
@@ -112,7 +121,7 @@ def test_a_finished_run_resumes_to_itself(run):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
-def test_stages_can_be_done_again_with_the_same_result(run):
+def test_stages_can_be_done_again_with_the_same_result(run, without_export):
     before = {name: (run / name).read_bytes() for name in ("plan.json", "finetuned/model.safetensors")}
     metrics = summary_of(run)["finetuned"]
     run_recipe(load("csnet", QUICK), run, quiet(), resume=True, start_from="extract")
@@ -120,7 +129,7 @@ def test_stages_can_be_done_again_with_the_same_result(run):
     assert summary_of(run)["finetuned"] == metrics
 
 
-def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch):
+def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch, without_export):
     from prunekit import pipeline
 
     def interrupted(*_):
@@ -136,6 +145,17 @@ def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch):
     for name in ("dense", "slim", "finetuned"):
         assert (out / name / "model.safetensors").read_bytes() == (whole / name / "model.safetensors").read_bytes()
     assert summary_of(out)["status"] == "complete"
+
+
+@pytest.mark.parametrize("command", [slim_run, finetune_run, None])
+def test_a_run_is_never_replaced_by_what_is_to_read_it(run, command):
+    recipe = load(run / "recipe.yaml")
+    with pytest.raises(RunFolderError, match="is the run to begin from"):
+        if command is None:
+            run_recipe(load(run / "recipe.yaml", [f"init={run}"]), run, quiet(), overwrite=True)
+        else:
+            command(run, recipe, run.parent / "." / run.name, quiet(), overwrite=True)
+    assert (run / "dense/model.safetensors").is_file()
 
 
 def test_a_run_that_is_there_is_not_touched(run):
@@ -201,7 +221,11 @@ def test_real_photographs(tmp_path):
     overrides = [o for o in QUICK if not o.startswith("data.")]
     folders = [f"data.root={REAL}/DUTS-TR-mini", f"data.val_root={REAL}/DUTS-TR-mini"]
     run_recipe(
-        load("csnet", [*overrides, "data.name=folder", "data.size=32", *folders, "train.epochs=1"]), out, quiet()
+        load(
+            "csnet", [*overrides, "data.name=folder", "data.size=32", *folders, "train.epochs=1", "export.onnx=false"]
+        ),
+        out,
+        quiet(),
     )
     summary = summary_of(out)
     assert summary["status"] == "complete" and summary["proof"]["holds"]

@@ -118,6 +118,22 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(tmp_path, data, after):
     assert next(iter(gates[0].values())).shape[0] == 3
 
 
+def test_a_stop_beside_the_writing_of_a_state_leaves_no_gap(tmp_path, data, monkeypatch):
+    append = RunDir.append_metrics
+
+    def stopped(run, line):
+        if line["epoch"] == 2:
+            raise KeyboardInterrupt
+        append(run, line)
+
+    monkeypatch.setattr(RunDir, "append_metrics", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", data)
+    monkeypatch.setattr(RunDir, "append_metrics", append)
+    train(tmp_path / "run", data, resume=True)
+    assert [line["epoch"] for line in RunDir.open(tmp_path / "run").read_metrics()] == [1, 2, 3]
+
+
 def test_resuming_from_an_older_state_forgets_the_lines_after_it(tmp_path, data):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", data, stop_after=3, checkpoint={"every": 2})

@@ -4,7 +4,8 @@ Where nothing pads the reader's input, the constant is a shift of the reader's o
 running mean of the norm behind (no parameter is added, and in train mode that norm would have taken the shift out
 anyway), or into a bias. Where the reader pads with zeros, the border sees another sum than the inside; there a
 *carrier* is exact: one dead channel is kept, and each reader's weight for it is the sum of what the cut ones would
-have given.
+have given. Where no single one is other than zero at all of these readers (each may see another activation), there are
+several.
 
 The constants are measured at the readers on the model with its dead gates at zero, not derived: whatever stands
 between a norm and a reader (activations, poolings, sums) is then right by itself, and a channel that is not constant
@@ -26,6 +27,8 @@ from prunekit.pruning.surgery import entries
 
 # Below this a constant is not worth a carrier channel; it is dropped, and the proof has the last word.
 NEGLIGIBLE = 1e-9
+# A carrier that is smaller than this share of the largest constant at a reader does not serve that reader.
+COVERS = 1e-3
 
 
 @dataclass
@@ -67,14 +70,18 @@ class Constants:
         high: dict[str, Tensor] = {}
 
         def hook(name: str) -> Any:
-            def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                flat = args[0].transpose(0, 1).flatten(1) if args[0].dim() > 1 else args[0][:, None]
+            def see(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+                given = args[0] if args else next(iter(named.values()))
+                flat = given.transpose(0, 1).flatten(1) if given.dim() > 1 else given[:, None]
                 low[name] = torch.minimum(low.get(name, flat.amin(1)), flat.amin(1))
                 high[name] = torch.maximum(high.get(name, flat.amax(1)), flat.amax(1))
 
             return see
 
-        hooks = [self.model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in sorted(self.readers)]
+        hooks = [
+            self.model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True)
+            for n in sorted(self.readers)
+        ]
         try:
             with torch.inference_mode():
                 for batch in inputs:
@@ -107,13 +114,15 @@ class Constants:
         The dead channels can be cut afterwards, but for the carriers; and after that the biases can be added.
         """
         report = Report()
-        after = {node.name: node for node in trace(self.model, self.example[:1]).nodes if node.name}
+        # Two images: a norm without running statistics takes no single one.
+        graph = trace(self.model, self.example[:2])
+        after = graph.by_name()
         shifts: dict[str, Tensor] = {}
         for group in self.groups:
             dead = self.dead[group.id]
-            carrier = self._carrier(group) if carry else None
-            if carrier is not None:
-                report.carriers[group.id] = [int(dead[carrier])]
+            carriers = self._carriers(group) if carry else []
+            if carriers:
+                report.carriers[group.id] = sorted(int(dead[k]) for k in carriers)
             moved = False
             for member in group.readers:
                 name = member.tensor.removesuffix(".weight")
@@ -122,11 +131,14 @@ class Constants:
                 where = entries(member, dead)
                 value = value.repeat_interleave(member.stride)
                 weight = module.weight.detach()
-                if carrier is not None:
+                if carriers:
                     # What the cut channels gave is put on the carrier where the reader pads; elsewhere they are folded,
                     # and the carrier goes on giving its own.
-                    cut = torch.arange(len(dead)) != carrier
-                    if pads_zeros(module):
+                    cut = torch.ones(len(where), dtype=torch.bool)
+                    runs = torch.tensor(carriers)[:, None] * member.stride + torch.arange(member.stride)
+                    cut[runs.flatten()] = False
+                    if pads_zeros(module) and member.stride == 1 and value.abs().max() > NEGLIGIBLE:
+                        carrier = max(carriers, key=lambda k, value=value: float(value[k].abs()))
                         ratio = value[cut] / value[carrier]
                         weight[:, where[carrier]] += torch.einsum("ok...,k->o...", weight[:, where[cut]], ratio)
                         continue
@@ -138,33 +150,42 @@ class Constants:
                 moved = True
             report.folded += moved * len(dead)
         for name, shift in shifts.items():
-            self._shift(after[name], shift, report)
+            self._shift(after[name], shift, report, graph.reused)
         return report
 
-    def _shift(self, node: Any, shift: Tensor, report: Report) -> None:
+    def _shift(self, node: Any, shift: Tensor, report: Report, reused: set[str]) -> None:
         """Add ``shift`` to what a reader puts out."""
         norm = follow(node, LINEAR_OPS)
-        if norm is not None and norm.op == "norm" and norm.module.running_mean is not None:
+        own = norm is not None and norm.op == "norm" and norm.name not in reused
+        if own and norm.module.running_mean is not None:
             norm.module.running_mean -= shift
         elif node.module.bias is not None:
             node.module.bias.data += shift
         else:
             report.biases[node.name] = shift
 
-    def _carrier(self, group: Group) -> int | None:
-        """Which of the dead channels carries the constants to readers that pad; None where none is needed."""
-        dead = self.dead[group.id]
+    def _carriers(self, group: Group) -> list[int]:
+        """Which of the dead channels (as indices into them) carry the constants to readers that pad: as few as make
+        each of these readers see one that is not zero there."""
         padded = []
         for member in group.readers:
             name = member.tensor.removesuffix(".weight")
             if pads_zeros(self.model.get_submodule(name)) and member.stride == 1:
-                padded.append(self._at(name, member, dead)[0].abs())
+                padded.append(self._at(name, member, self.dead[group.id])[0].abs())
         if not padded:
-            return None
-        # The largest, so that no ratio exceeds 1 and rounding stays where it was.
-        size = torch.stack(padded).amin(0)
-        best = int(size.argmax())
-        return best if size[best] > NEGLIGIBLE else None
+            return []
+        size = torch.stack(padded)
+        size = size[size.amax(1) > NEGLIGIBLE]
+        chosen: list[int] = []
+        while len(size):
+            seen = size > (COVERS * size.amax(1, keepdim=True)).clamp(min=NEGLIGIBLE)
+            covered = seen.sum(0)
+            # Among the best the largest, so that ratios stay small and rounding where it was.
+            least = torch.where(seen, size, torch.inf).amin(0)
+            best = int(torch.where(covered == covered.max(), least, -1.0).argmax())
+            chosen.append(best)
+            size = size[~seen[:, best]]
+        return chosen
 
     def _at(self, name: str, member: Any, dead: Tensor) -> tuple[Tensor, Tensor]:
         """The channels' value at this reader, and how far it varies."""

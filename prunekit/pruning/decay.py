@@ -138,10 +138,11 @@ class _Watch:
         self.function = None
         target = norm
         if activation is not None:
-            if hasattr(F, activation):
-                self.function = getattr(F, activation)
-            else:
+            # A PReLU may be called "prelu" or "relu" in its model.
+            if isinstance(dict(model.named_modules()).get(activation), nn.PReLU):
                 target = activation
+            else:
+                self.function = getattr(F, activation)
         # A deep copy of the model (EMA, a teacher) carries the hook along; only this very module is listened to.
         self.module = weakref.ref(model.get_submodule(target))
         self.clear()

@@ -59,8 +59,13 @@ def extract(model: nn.Module, groups: Sequence[Group], threshold: float = 1e-3, 
         if not starved:
             return make_plan(model, groups, settled)
         # Each layer had a living branch, but they did not meet: one layer kept its fine one, the next its coarse one.
+        before = sum(int(mask.sum()) for mask in alive.values())
         for group in {group.id: group for layer in starved for group in layer}.values():
             _keep_best(alive[group.id], values[group.id], int(alive[group.id].sum()) + 1)
+        if sum(int(mask.sum()) for mask in alive.values()) == before:
+            raise PlanError(
+                f"nothing reads {starved[0][0].id}, with all of its channels alive; the model has a gap there"
+            )
 
 
 def make_plan(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> Plan:

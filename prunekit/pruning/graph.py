@@ -14,12 +14,15 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import PlanError
 from prunekit.layers import DepthwiseModules
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+SUMS = ("AddBackward0", "SubBackward0")
 
 # Operations through which a constant channel stays constant and adds up linearly, so that it can be moved to the norm
 # behind.
@@ -36,6 +39,8 @@ class Node:
         shape: of the output, for modules that were seen.
         is_output: what it computes is the model's output, or one of them.
         mixes_parameter: the operation combines a feature with a parameter that belongs to no known layer.
+        adds_tensor: it adds a tensor that does not depend on the input and has a value of its own for each channel.
+        width: channels of the output, where they are known.
         late: inputs that are computed after it, where it is a module that is called more than once.
     """
 
@@ -49,6 +54,8 @@ class Node:
     shape: tuple[int, ...] = ()
     is_output: bool = False
     mixes_parameter: bool = False
+    adds_tensor: bool = False
+    width: int | None = None
     late: list[Node] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -78,8 +85,28 @@ class _Tracer(tp.DependencyGraph):
         return list(self._trace(model, example, forward, None).values())
 
 
+class _Addends(TorchFunctionMode):
+    """Notes the sums of which one side has no gradient and a value for each channel. To autograd a buffer that is added
+    looks like a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.grad_fn is not None and out.grad_fn.name() in SUMS:
+            for side in (*args, *(kwargs or {}).values()):
+                if isinstance(side, Tensor) and not side.requires_grad:
+                    axis = side.dim() - out.dim() + 1
+                    if axis >= 0 and side.shape[axis] != 1:
+                        self.sums.add(out.grad_fn)
+        return out
+
+
 def trace(model: nn.Module, example: Tensor) -> Graph:
-    """The graph of ``model`` on ``example`` (a batch of inputs). The model's mode and gradients are left as they were.
+    """The graph of ``model`` on ``example`` (a batch of inputs). The model's mode, hooks and gradients are left as they
+    were.
 
     Raises:
         PlanError: the model fails on the example.
@@ -95,6 +122,8 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
     hooks = [leaf.register_forward_hook(seen) for leaf in leaves]
     modes = {module: module.training for module in model.modules()}
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    addends = _Addends()
     start: list[Any] = []
     ends: set[Any] = set()
 
@@ -103,18 +132,25 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
         # multiplication gives the input itself a place in the graph.
         fed = example.detach().clone().requires_grad_() * 1.0
         start.append(fed.grad_fn)
-        out = model(fed)
-        ends.update(tensor.grad_fn for tensor in tp.utils.flatten_as_list(out) if isinstance(tensor, Tensor))
-        return out
+        with addends:
+            found = [tensor for tensor in tensors_in(model(fed)) if tensor.grad_fn is not None]
+        if not found:
+            raise ValueError("no gradient reaches its output from its parameters; is it wrapped in no_grad?")
+        ends.update(tensor.grad_fn for tensor in found)
+        return found
 
     try:
         with torch.enable_grad():
             traced = _Tracer().run(model, forward, example)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise PlanError(f"the model fails on an input of shape {tuple(example.shape)}: {_first_line(error)}") from error
+    except Exception as error:  # It is the user's code, and fails in any way.
+        raise PlanError(f"the model fails on an input of shape {tuple(example.shape)}: {first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
+        for module, kept in before.items():
+            # Where the model fails, the tracer leaves its own behind.
+            for key in set(module._forward_hooks) - kept:
+                del module._forward_hooks[key]
         for module, mode in modes.items():
             module.training = mode
     names = {module: name for name, module in model.named_modules()}
@@ -129,6 +165,8 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     }
     for raw in traced:
         nodes[id(raw)].is_output = raw.grad_fn in ends
+        nodes[id(raw)].adds_tensor = raw.grad_fn in addends.sums
+        nodes[id(raw)].width = _width(raw.grad_fn)
         nodes[id(raw)].inputs = [nodes[id(n)] for n in raw.inputs]
         nodes[id(raw)].outputs = [nodes[id(n)] for n in raw.outputs]
     reused = {names[m] for m, count in calls.items() if count > 1 and any(True for _ in m.parameters())}
@@ -136,8 +174,9 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
 
 
 def follow(node: Node, ops: tuple[str, ...]) -> Node | None:
-    """What comes after ``node`` and a chain of these operations; None where the chain branches."""
-    while len(node.outputs) == 1:
+    """What comes after ``node`` and a chain of these operations; None where the chain branches, or weighs what it
+    adds."""
+    while len(node.outputs) == 1 and not node.is_output and getattr(node.grad_fn, "_saved_alpha", 1) == 1:
         node = node.outputs[0]
         if node.op not in ops:
             return node
@@ -205,5 +244,24 @@ def _sort(nodes: list[Node], reused: set[str]) -> list[Node]:
     return ordered
 
 
-def _first_line(error: Exception) -> str:
+def _width(grad_fn: Any) -> int | None:
+    """Size of axis 1 of what this operation puts out; None where autograd does not say."""
+    try:
+        shape = grad_fn._input_metadata[0].shape
+        return int(shape[1]) if len(shape) > 1 else None
+    except (AttributeError, IndexError, RuntimeError):
+        return None
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of a model's output: one, or lists, tuples and dicts of them, nested."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [tensor for part in output for tensor in tensors_in(part)] if isinstance(output, list | tuple) else []
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from prunekit.plan import Group, Member
 from prunekit.pruning import life
-from prunekit.pruning.graph import Graph, Node, follow, trace
+from prunekit.pruning.graph import SUMS, Graph, Node, follow, trace
 
 # Operations that work on each channel alone and keep their number; anything not known here makes its channels
 # uncuttable.
@@ -50,7 +50,6 @@ CHANNELWISE = {
     "CloneBackward0",
     "ToCopyBackward0",
 }
-SUMS = {"AddBackward0", "SubBackward0"}
 FLATTENS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1"}
 
 
@@ -120,12 +119,18 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
     walk = _Walk()
     outputs: dict[int, list[_Segment]] = {}
     for node in graph.nodes:
-        outputs[node.index] = _visit(node, [outputs[n.index] for n in node.inputs], walk, graph, example)
+        made = _visit(node, [outputs[n.index] for n in node.inputs], walk, graph, example)
+        if node.width not in (None, sum(len(segment) * segment.stride for segment in made)):
+            # An operation that changes the number of channels, such as a mean over them.
+            walk.lock(made, f"passes {node.name or _plain(node)}, which is not followed")
+            made = _opaque(node.width, f"made by {node.name or _plain(node)}, which is not followed", walk)
+        outputs[node.index] = made
         if node.is_output:
             walk.lock(outputs[node.index], "the model's output")
     for node in graph.nodes:
         for late in node.late:
             walk.lock(outputs.get(late.index, []), f"read by {node.name}, which is called more than once")
+    _lock_computed(model, walk)
     return _assemble(model, graph, walk)
 
 
@@ -148,6 +153,9 @@ def _visit(node: Node, inputs: list[list[_Segment]], walk: _Walk, graph: Graph, 
     if node.mixes_parameter:
         walk.lock(first, "multiplied or added with a parameter that belongs to no known layer")
         return first
+    if node.adds_tensor:
+        walk.lock(first, "added to a tensor that is no parameter and has a value for each channel")
+        return first
     if node.op in SUMS and len(inputs) == 2 and sum(map(len, inputs[0])) == sum(map(len, inputs[1])):
         return _sum(inputs[0], inputs[1], walk)
     if node.op in SUMS and len(inputs) == 1:
@@ -159,8 +167,28 @@ def _visit(node: Node, inputs: list[list[_Segment]], walk: _Walk, graph: Graph, 
     if node.op in FLATTENS and node.outputs and all(out.op == "linear" for out in node.outputs):
         return _flatten(node, first)
     for segments in inputs:
-        walk.lock(segments, f"passes {node.op.removesuffix('0').removesuffix('Backward')}, which is not followed")
+        walk.lock(segments, f"passes {_plain(node)}, which is not followed")
     return first
+
+
+def _plain(node: Node) -> str:
+    return node.op.rstrip("0123456789").removesuffix("Backward")
+
+
+def _lock_computed(model: nn.Module, walk: _Walk) -> None:
+    """Lock the channels of weights that cannot be cut in their place: computed ones, and those of several modules."""
+    owners: dict[int, int] = defaultdict(int)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] += 1
+    for use in walk.uses:
+        module = model.get_submodule(use.module)
+        for name in _tensors(module):
+            tensor = getattr(module, name)
+            if name not in module._parameters and name not in module._buffers:
+                walk.locked.append((use.ids, f"the {name} of {use.module} is computed from others (a parametrization)"))
+            elif owners[id(tensor)] > 1:
+                walk.locked.append((use.ids, f"the {name} of {use.module} is another module's too"))
 
 
 def _opaque(count: int, reason: str, walk: _Walk) -> list[_Segment]:
@@ -195,7 +223,7 @@ def _carry(node: Node, segments: list[_Segment], walk: _Walk) -> list[_Segment]:
     shared = node.op == "prelu" and node.module.num_parameters == 1
     gated = node.op == "norm" and node.module.affine
     for segment in segments:
-        if not shared:
+        if not shared and _tensors(node.module):
             walk.uses.append(_Use(node.name, 0, offset, segment.ids))
         past = life.gated(segment.life, node.name, offset) if gated else segment.life
         out.append(_Segment(segment.ids, past))
@@ -291,7 +319,7 @@ def _group(
             lives.append(life.shift(use.life, at))
     gates, combine = life.resolve(life.parallel(lives) if lives else life.ALIVE, channels)
     for gate in gates:
-        gate.activation = _activation(nodes[gate.norm])
+        gate.activation = _activation(nodes[gate.norm], nodes)
     if reason is None and combine is None:
         reason = "no gate: " + ("nothing reads it" if not lives else "it reaches a reader without passing a norm")
     name = members[0].tensor.rpartition(".")[0] if members[0].axis == 0 else "input"
@@ -313,8 +341,10 @@ def _tensors(module: nn.Module) -> list[str]:
     return [name for name in names if isinstance(getattr(module, name, None), Tensor)]
 
 
-def _activation(norm: Node) -> str | None:
+def _activation(norm: Node, nodes: dict[str, Node]) -> str | None:
     after = follow(norm, ())
     if after is None:
         return None
-    return after.name if after.op == "prelu" else ACTIVATIONS.get(after.op)
+    name = after.name if after.op == "prelu" else ACTIVATIONS.get(after.op)
+    # A function of which a PReLU has the name could not be told from it.
+    return None if after.op != "prelu" and name in nodes else name

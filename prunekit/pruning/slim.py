@@ -12,6 +12,7 @@ from prunekit.errors import PlanError
 from prunekit.plan import Group, Plan
 from prunekit.pruning.constants import Constants
 from prunekit.pruning.extract import dead_channels, make_plan
+from prunekit.pruning.graph import first_line
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.proof import Proof, difference, gate_off, proof_inputs, prove
 from prunekit.pruning.surgery import Cutter
@@ -45,7 +46,13 @@ def slim(
     """
     groups = find_groups(model, example) if groups is None else groups
     plan.check(list(groups))
-    reference = copy.deepcopy(model).double().cpu().eval()
+    try:
+        reference = copy.deepcopy(model).double().cpu().eval()
+    except RuntimeError as error:
+        raise PlanError(
+            f"the model cannot be copied ({first_line(error)}); does it hold on to what it computed, as the old "
+            "spectral_norm does? Take that out first (torch.nn.utils.remove_spectral_norm)"
+        ) from error
     inputs = proof_inputs(reference, example)
     dead = dead_channels(groups, plan)
     attempt = _Attempt(reference, groups, inputs, carry=constants == "carrier")

@@ -26,8 +26,8 @@ class Cutter:
         self.length = {}
         for group in groups:
             for member in group.members:
-                tensor = model.get_parameter(member.tensor) if _is_parameter(model, member.tensor) else None
-                tensor = model.get_buffer(member.tensor) if tensor is None else tensor
+                module, _, name = member.tensor.rpartition(".")
+                tensor = getattr(model.get_submodule(module), name)
                 self.length[member.tensor, member.axis] = tensor.shape[member.axis]
 
     def masks(self, dead: Mapping[str, Iterable[int]]) -> dict[tuple[str, int], torch.Tensor]:
@@ -148,10 +148,12 @@ def _slice(module: nn.Module, cuts: Sequence[tuple[str, int, torch.Tensor]]) -> 
         if isinstance(tensor, nn.Parameter):
             kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
         setattr(module, name, kept)
-    weight = module.weight
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        module.num_features = len(weight)
-    elif isinstance(module, nn.PReLU):
+        # One without affine parameters has statistics alone.
+        module.num_features = len(kept)
+        return
+    weight = module.weight
+    if isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
@@ -159,8 +161,3 @@ def _slice(module: nn.Module, cuts: Sequence[tuple[str, int, torch.Tensor]]) -> 
         if module.groups > 1:
             module.groups = weight.shape[0]
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
-
-
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    module, _, tensor = name.rpartition(".")
-    return tensor in model.get_submodule(module)._parameters

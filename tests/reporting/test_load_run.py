@@ -6,7 +6,7 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import layer_rows
+from fake_run import layer_rows
 
 from prunekit.errors import RunFolderError
 from prunekit.reporting import load_run
