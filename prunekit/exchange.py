@@ -89,7 +89,8 @@ def export_run(folder: Path, form: str, console: Console, *, model: str | None =
     """Write a run's model in another form, into the run folder.
 
     Args:
-        form: "onnx" (``model.onnx``; ``exports/NAME.onnx`` for a model that is not the last) or "csnet" (the published form, ``exports/csnet.pth.tar`` and ``.bin``).
+        form: "onnx" (``model.onnx``; ``exports/NAME.onnx`` for a model that is not the last) or "csnet" (the published
+            form, ``exports/csnet.pth.tar`` and ``.bin``).
         model: "dense", "slim" or "finetuned"; None for the last that the run has.
 
     Returns:
