@@ -56,7 +56,7 @@ def test_penalty_is_the_hand_computed_one(two):
     x = torch.randn(5, 3, 6, 6)
     with DynamicWeightDecay(model, groups, 0.3) as decay:
         model(x)
-        assert float(decay.penalty()) == pytest.approx(by_hand(model, [x], 0.3), rel=1e-5)
+        assert decay.penalty().item() == pytest.approx(by_hand(model, [x], 0.3), rel=1e-5)
 
 
 def test_responses_are_averaged_over_the_images_of_all_forwards(two):
@@ -65,7 +65,7 @@ def test_responses_are_averaged_over_the_images_of_all_forwards(two):
     with DynamicWeightDecay(model, groups, 0.3) as decay:
         for x in batches:
             model(x)
-        assert float(decay.penalty()) == pytest.approx(by_hand(model, batches, 0.3), rel=1e-5)
+        assert decay.penalty().item() == pytest.approx(by_hand(model, batches, 0.3), rel=1e-5)
 
 
 def test_gradient_goes_to_the_gates_alone(two):
@@ -112,7 +112,7 @@ def test_a_copy_of_the_model_is_not_listened_to(two):
         teacher(100 * torch.randn(2, 3, 6, 6))
         model(x)
         teacher(100 * torch.randn(2, 3, 6, 6))
-        assert float(decay.penalty()) == pytest.approx(by_hand(model, [x], 0.3), rel=1e-5)
+        assert decay.penalty().item() == pytest.approx(by_hand(model, [x], 0.3), rel=1e-5)
 
 
 def test_patterns_leave_norms_out():
