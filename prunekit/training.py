@@ -6,6 +6,7 @@ goes on from the state after some epoch does what it would have done without the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -75,10 +76,10 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
         CheckpointError: the training state does not fit the model.
     """
     section = job.section
-    optimizer = _build(registry.optimizers, section.optimizer, shares(model, section.lr, section.gate_lr, decay.norms))
+    optimizer = chosen(registry.optimizers, section.optimizer)(shares(model, section.lr, section.gate_lr, decay.norms))
     rates = [group["lr"] for group in optimizer.param_groups]
-    schedule = _options(registry.schedules, section.schedule)
-    augment = _options(registry.augmentations, section.augment)
+    schedule = chosen(registry.schedules, section.schedule)
+    augment = chosen(registry.augmentations, section.augment)
     gates = _Gates(model, groups, job.threshold)
     batch = min(section.batch_size, len(job.train))
     steps = len(job.train) // batch
@@ -167,13 +168,9 @@ def _check(loss: Tensor, penalty: Tensor, epoch: int, step: int) -> None:
             )
 
 
-def _build(table: registry.Registry, named: Named, *args: Any) -> Any:
-    return table.get(named.name)(*args, **named.options)
-
-
-def _options(table: registry.Registry, named: Named) -> Callable[..., Any]:
-    build = table.get(named.name)
-    return lambda *args: build(*args, **named.options)
+def chosen(table: registry.Registry, named: Named) -> Callable[..., Any]:
+    """The builder that a recipe names, with the recipe's options."""
+    return functools.partial(table.get(named.name), **named.options)
 
 
 class _Gates:

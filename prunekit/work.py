@@ -33,7 +33,7 @@ from prunekit.pruning.decay import Decay
 from prunekit.pruning.groups import find_groups
 from prunekit.rundir import RunDir
 from prunekit.schema import Recipe, Training
-from prunekit.training import Job, fit
+from prunekit.training import Job, chosen, fit
 
 PROOF_IMAGES = 8
 
@@ -135,12 +135,12 @@ class Work:
             tries: list[tuple[str, Callable[[], Any]]] = [
                 (
                     "optimizer",
-                    lambda s=section: _named(registry.optimizers, s.optimizer)(shares(model, s.lr, s.gate_lr)),
+                    lambda s=section: chosen(registry.optimizers, s.optimizer)(shares(model, s.lr, s.gate_lr)),
                 ),
-                ("schedule", lambda s=section: _named(registry.schedules, s.schedule)(0.5)),
+                ("schedule", lambda s=section: chosen(registry.schedules, s.schedule)(0.5)),
                 (
                     "augment",
-                    lambda s=section: _named(registry.augmentations, s.augment)(
+                    lambda s=section: chosen(registry.augmentations, s.augment)(
                         torch.zeros(1, 3, 8, 8),
                         torch.zeros(1, 1, 8, 8),
                         torch.full((1, 2), 8.0),
@@ -182,7 +182,3 @@ class Work:
         run.update_summary(part, {**held, **total(counts)})
         for name in unknown:
             self.reporter.say(f"not counted: {name} ({type(model.get_submodule(name)).__name__})")
-
-
-def _named(table: registry.Registry, named: Any) -> Callable[..., Any]:
-    return lambda *args: table.get(named.name)(*args, **named.options)

@@ -13,6 +13,7 @@ the model).
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -27,15 +28,15 @@ from prunekit.plan import Group
 from prunekit.registry import register_decay
 
 
-class Decay:
+class Decay(ABC):
     """What training asks of a decay: a context in which forwards are seen, and a penalty for what was seen."""
 
     weight: float = 0.0
     norms: Sequence[str] = ()
 
+    @abstractmethod
     def penalty(self) -> Tensor:
         """The penalty for the forwards since the last call, a scalar with gradient to the gates."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -130,8 +130,6 @@ def test_a_branch_and_a_dilation_of_no_channels():
 
 
 def test_biases_move_into_the_norms_behind():
-    from prunekit.plan import Group  # noqa: F401
-
     model, _groups, example = settled(20, 1, share=0.5)
     with torch.no_grad():
         for b in "012":
