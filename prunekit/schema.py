@@ -6,10 +6,11 @@ The order of the fields is the order in which a resolved recipe is written. The 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from prunekit import yaml12
 
@@ -97,12 +98,56 @@ class Decay(Section):
     options: Options = {}
 
 
-class Slim(Section):
-    """How gates become a plan; ``threshold`` is compared with the effective gate."""
+def _quantity(value: Any) -> Any:
+    """A whole number, where it is written as people say it: 100k, 0.4G."""
+    if not isinstance(value, str):
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]?)", value.strip())
+    if match is None:
+        raise ValueError("is no number; write it as 100000, 100k, 1.5M or 0.4G")
+    return round(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]])
 
+
+Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Target(Section):
+    """How large the slim model is to be, by one of four measures; ratios are slim ÷ dense. None given: no budget, and
+    ``slim.threshold`` alone decides."""
+
+    params: Quantity | None = None
+    macs: Quantity | None = None
+    params_ratio: Ratio | None = None
+    macs_ratio: Ratio | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Target:
+        given = [key for key in type(self).model_fields if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"gives {' and '.join(given)}; keep one of them")
+        return self
+
+
+class Slim(Section):
+    """How a trained model becomes a plan, and what the plan may do.
+
+    ``criterion`` scores the channels; ``threshold`` is compared with the effective gate and holds for the criterion
+    "gate" without a target; ``scope`` compares scores over the whole model, or takes the same share of each layer;
+    ``steps`` cuts in as many rounds, fine-tuned in between; ``keep_layers`` are patterns of modules that are not cut;
+    ``round_to`` makes channel counts multiples; ``recalibrate`` is how many batches of training data the norms'
+    statistics are measured on anew before fine-tuning.
+    """
+
+    criterion: Named = Named(name="gate")
+    scope: Literal["global", "layer"] = "global"
+    steps: Annotated[int, Field(ge=1)] = 1
     threshold: Annotated[float, Field(ge=0)] = 1e-3
-    constants: Literal["fold", "carrier"] = "carrier"
+    constants: Literal["carrier", "fold", "keep", "drop"] = "carrier"
     min_channels: Annotated[int, Field(ge=1)] = 1
+    round_to: Annotated[int, Field(ge=1)] = 1
+    keep_layers: list[str] = []
+    recalibrate: Annotated[int, Field(ge=0)] = 0
 
 
 class Export(Section):
@@ -123,6 +168,7 @@ class Recipe(Section):
     data: Data
     train: Training
     decay: Decay = Decay()
+    target: Target = Target()
     slim: Slim = Slim()
     finetune: Training
     export: Export = Export()
@@ -138,6 +184,7 @@ NAMED = {
     for stage in ("train", "finetune")
     for key, table in (("optimizer", "optimizers"), ("schedule", "schedules"), ("augment", "augmentations"))
 }
+NAMED["slim", "criterion"] = "criteria"
 REGISTRIES = {("backbone",): "backbones", ("data",): "datasets", ("decay",): "decays", **NAMED}
 
 
