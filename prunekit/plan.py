@@ -95,6 +95,7 @@ class Plan(_Schema):
         added_bias: convolutions that got a bias from constants folded into them.
         carriers: for each group's id the kept channels that carry only a constant.
         splits: for each multi-scale layer the channels kept in each branch.
+        notes: what is not as it was asked for (nothing cut, a tie, a layer left whole), a sentence each.
     """
 
     format: int = FORMAT
@@ -107,6 +108,7 @@ class Plan(_Schema):
     added_bias: list[str] = []
     carriers: dict[str, list[int]] = {}
     splits: dict[str, list[int]] = {}
+    notes: list[str] = []
 
     def kept(self, group: Group) -> list[int]:
         """The channels of this group that stay; all of them where the plan does not name it.
