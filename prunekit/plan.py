@@ -25,12 +25,19 @@ class _Schema(BaseModel):
 
 
 class Member(_Schema):
-    """An axis of a tensor that a group cuts: channel k stands at offset + k·stride … offset + (k+1)·stride − 1."""
+    """An axis of a tensor that a group cuts: channel k stands at offset + k·stride … offset + (k+1)·stride − 1.
+
+    ``reads`` is true where the axis takes the channels in, false where it makes them or hands them on. Along the input
+    axis of a convolution with groups, places are counted over all of its input channels. ``into`` names the norm behind
+    a reader, where whatever is added to the reader's output can be taken from that norm's running mean instead.
+    """
 
     tensor: str
     axis: int = Field(ge=0)
     offset: int = Field(0, ge=0)
     stride: int = Field(1, ge=1)
+    reads: bool = False
+    into: str | None = None
 
 
 class Gate(_Schema):
@@ -70,12 +77,12 @@ class Group(_Schema):
     @property
     def producers(self) -> list[str]:
         """The modules whose output channels are this group's."""
-        return [m.tensor.removesuffix(".weight") for m in self.members if m.axis == 0 and m.tensor.endswith(".weight")]
+        return [m.tensor.removesuffix(".weight") for m in self.members if not m.reads and m.tensor.endswith(".weight")]
 
     @property
     def readers(self) -> list[Member]:
         """The input axes that read this group's channels."""
-        return [m for m in self.members if m.axis == 1]
+        return [m for m in self.members if m.reads]
 
 
 class Builder(_Schema):

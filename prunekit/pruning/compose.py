@@ -48,7 +48,7 @@ def _pairs(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group]) -
     for group in groups:
         if group.reason is None and first.kept(group):
             for member in group.members:
-                if member.axis == 0:
+                if not member.reads:
                     places[member.tensor].append((member.offset, group))
     found = []
     for slim_group in slim_groups:
@@ -56,7 +56,7 @@ def _pairs(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group]) -
             continue
         member = slim_group.members[0]
         mine = sorted(
-            (m.offset, g.id) for g in slim_groups for m in g.members if m.tensor == member.tensor and m.axis == 0
+            (m.offset, g.id) for g in slim_groups for m in g.members if m.tensor == member.tensor and not m.reads
         )
         theirs = sorted(places[member.tensor], key=lambda item: item[0])
         at = mine.index((member.offset, slim_group.id))

@@ -7,6 +7,11 @@ anyway), or into a bias. Where the reader pads with zeros, the border sees anoth
 have given. Where no single one is other than zero at all of these readers (each may see another activation), there are
 several.
 
+What a transposed convolution makes of a constant differs from place to place as well, so it counts as one that pads.
+A depthwise convolution that pads hands a constant on with a border of its own, for each channel another: no carrier
+can stand for those, and nothing but giving such a channel back is exact. (That concerns a channel whose norm before
+the depthwise convolution is dead and whose norm behind it is not; where that one is dead too, nothing comes through.)
+
 The constants are measured at the readers on the model with its dead gates at zero, not derived: whatever stands
 between a norm and a reader (activations, poolings, sums) is then right by itself, and a channel that is not constant
 is found out.
@@ -21,10 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.plan import Group
-from prunekit.pruning.graph import LINEAR_OPS, follow, trace
+from prunekit.plan import Group, Member
+from prunekit.pruning.axes import groups_of
+from prunekit.pruning.graph import TRANSPOSED
 from prunekit.pruning.surgery import entries
 
+# A dead channel that moves less than this between places and inputs, relative to its size, is a constant.
+STEADY = 1e-9
 # Below this a constant is not worth a carrier channel; it is dropped, and the proof has the last word.
 NEGLIGIBLE = 1e-9
 # A carrier that is smaller than this share of the largest constant at a reader does not serve that reader.
@@ -33,12 +41,54 @@ COVERS = 1e-3
 
 @dataclass
 class Report:
-    """What became of the constants: how many dead channels were folded, the biases that modules are still to get (of
-    all their channels, dead ones included), and the carriers by group."""
+    """What became of the constants.
+
+    Attributes:
+        folded: how many dead channels were folded.
+        biases: those that modules are still to get, of all their channels, dead ones included.
+        carriers: by group.
+        inexact: for each reader that something is lost at, the most that its output moves by it (inside the image).
+    """
 
     folded: int = 0
     biases: dict[str, Tensor] = field(default_factory=dict)
     carriers: dict[str, list[int]] = field(default_factory=dict)
+    inexact: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Slot:
+    """A module that reads dead channels, or one group of a convolution with groups: what sees the same weights.
+
+    Attributes:
+        rows: its outputs.
+        weight: of these rows, a view, (rows, inputs, …).
+        chosen: which of the dead channels it reads.
+        where: where they stand along its inputs.
+        value, spread: of those channels there.
+        exact: whether a constant that is folded is the same everywhere.
+    """
+
+    name: str
+    rows: slice
+    weight: Tensor
+    chosen: Tensor
+    where: Tensor
+    value: Tensor
+    spread: Tensor
+    stride: int
+    exact: bool
+
+    def of(self, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """Places and values of some of ``chosen`` (a mask), entry by entry."""
+        runs = self.where[picked][:, None] + torch.arange(self.stride)
+        return runs.flatten(), self.value[picked].repeat_interleave(self.stride)
+
+    def shift(self, picked: Tensor) -> Tensor:
+        """What these channels add to the outputs."""
+        where, value = self.of(picked)
+        taken = self.weight[:, where]
+        return (taken.flatten(2).sum(2) if taken.dim() > 2 else taken) @ value
 
 
 class Constants:
@@ -59,10 +109,12 @@ class Constants:
         inputs: Sequence[Tensor],
     ):
         self.model = model
-        self.example = inputs[0]
         self.groups = [group for group in groups if dead.get(group.id)]
         self.dead = {group.id: torch.tensor(sorted(dead[group.id])) for group in self.groups}
         self.readers = {m.tensor.removesuffix(".weight") for group in self.groups for m in group.readers}
+        self.into = {
+            m.tensor.removesuffix(".weight"): m.into for group in self.groups for m in group.readers if m.into
+        }
         self.low, self.high = self._measure(inputs)
 
     def _measure(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -98,80 +150,105 @@ class Constants:
         for group in self.groups:
             dead = self.dead[group.id]
             worst = torch.zeros(len(dead), dtype=torch.float64)
-            for member in group.readers:
-                name = member.tensor.removesuffix(".weight")
-                value, spread = self._at(name, member, dead)
-                loose = spread > 1e-9 * value.abs().clamp(min=1)
-                if pads_zeros(self.model.get_submodule(name)) and not carried:
-                    loose |= value != 0
-                worst = torch.maximum(worst, torch.where(loose, value.abs() + spread, 0.0))
+            for slot in self._slots(group):
+                loose = slot.spread > STEADY * slot.value.abs().clamp(min=1)
+                if not slot.exact and not carried:
+                    loose |= slot.value != 0
+                lost = torch.where(loose, slot.value.abs() + slot.spread, 0.0)
+                worst[slot.chosen] = torch.maximum(worst[slot.chosen], lost)
             found += [(float(w), group.id, int(k)) for w, k in zip(worst, dead, strict=True) if w > 0]
         return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
+
+    def speaking(self) -> list[tuple[float, str, int]]:
+        """Dead channels that some reader sees as anything but zero, as ``inexact`` lists them."""
+        found = []
+        for group in self.groups:
+            size = torch.zeros(len(self.dead[group.id]), dtype=torch.float64)
+            for slot in self._slots(group):
+                size[slot.chosen] = torch.maximum(size[slot.chosen], slot.value.abs() + slot.spread)
+            found += [
+                (float(w), group.id, int(k))
+                for w, k in zip(size, self.dead[group.id], strict=True)
+                if w > NEGLIGIBLE
+            ]
+        return found
+
+    def losses(self, carried: bool, dropped: bool = False) -> dict[str, float]:
+        """For each reader at which the constants are not replaced exactly, the most that its output moves if they are
+        cut all the same."""
+        found: dict[str, float] = {}
+        for group in self.groups:
+            for slot in self._slots(group):
+                loose = slot.spread > STEADY * slot.value.abs().clamp(min=1)
+                if dropped or (not slot.exact and not carried):
+                    loose |= slot.value.abs() > NEGLIGIBLE
+                if loose.any():
+                    size = float(slot.shift(loose).abs().max())
+                    found[slot.name] = max(found.get(slot.name, 0.0), size)
+        return found
 
     def fold(self, carry: bool) -> Report:
         """Put the constants into the readers, in place: folds everywhere, carriers (with ``carry``) where readers pad.
 
-        The dead channels can be cut afterwards, but for the carriers; and after that the biases can be added.
+        The dead channels can be cut afterwards, but for the carriers; and after that the biases can be added. One that
+        stays all the same adds nothing any more.
         """
         report = Report()
-        # Two images: a norm without running statistics takes no single one.
-        graph = trace(self.model, self.example[:2])
-        after = graph.by_name()
         shifts: dict[str, Tensor] = {}
         for group in self.groups:
-            dead = self.dead[group.id]
-            carriers = self._carriers(group) if carry else []
+            slots = self._slots(group)
+            carriers = self._carriers(slots) if carry else []
             if carriers:
-                report.carriers[group.id] = sorted(int(dead[k]) for k in carriers)
+                report.carriers[group.id] = sorted(int(self.dead[group.id][k]) for k in carriers)
             moved = False
-            for member in group.readers:
-                name = member.tensor.removesuffix(".weight")
-                module = self.model.get_submodule(name)
-                value, _ = self._at(name, member, dead)
-                where = entries(member, dead)
-                value = value.repeat_interleave(member.stride)
-                weight = module.weight.detach()
-                if carriers:
-                    # What the cut channels gave is put on the carrier where the reader pads; elsewhere they are folded,
-                    # and the carrier goes on giving its own.
-                    cut = torch.ones(len(where), dtype=torch.bool)
-                    runs = torch.tensor(carriers)[:, None] * member.stride + torch.arange(member.stride)
-                    cut[runs.flatten()] = False
-                    if pads_zeros(module) and member.stride == 1 and value.abs().max() > NEGLIGIBLE:
-                        carrier = max(carriers, key=lambda k, value=value: float(value[k].abs()))
-                        ratio = value[cut] / value[carrier]
-                        weight[:, where[carrier]] += torch.einsum("ok...,k->o...", weight[:, where[cut]], ratio)
-                        continue
-                    where, value = where[cut], value[cut]
-                if not len(where) or not value.any():
+            for slot in slots:
+                # What the cut channels gave is put on the carrier where the reader pads; elsewhere they are folded, and
+                # the carrier goes on giving its own.
+                carrying = torch.isin(slot.chosen, torch.tensor(carriers, dtype=torch.long))
+                where, value = slot.of(~carrying)
+                if not len(where):
                     continue
-                taken = weight[:, where].flatten(2).sum(2) if weight.dim() > 2 else weight[:, where]
-                shifts[name] = shifts.get(name, 0) + taken @ value
-                moved = True
-            report.folded += moved * len(dead)
+                size = slot.value.abs()
+                if carrying.any() and not slot.exact and slot.stride == 1 and float(size.max()) > NEGLIGIBLE:
+                    carrier = int(torch.where(carrying, size, -1.0).argmax())
+                    ratio = value / slot.value[carrier]
+                    gift = torch.einsum("ok...,k->o...", slot.weight[:, where], ratio)
+                    slot.weight[:, slot.where[carrier]] += gift
+                elif value.any():
+                    if slot.name not in shifts:
+                        shifts[slot.name] = torch.zeros(self._outputs(slot.name), dtype=torch.float64)
+                    shifts[slot.name][slot.rows] += slot.shift(~carrying)
+                    moved = True
+                slot.weight[:, where] = 0
+            report.folded += moved * len(self.dead[group.id])
         for name, shift in shifts.items():
-            self._shift(after[name], shift, report, graph.reused)
+            self._shift(name, shift, report)
         return report
 
-    def _shift(self, node: Any, shift: Tensor, report: Report, reused: set[str]) -> None:
-        """Add ``shift`` to what a reader puts out."""
-        norm = follow(node, LINEAR_OPS)
-        own = norm is not None and norm.op == "norm" and norm.name not in reused
-        if own and norm.module.running_mean is not None:
-            norm.module.running_mean -= shift
-        elif node.module.bias is not None:
-            node.module.bias.data += shift
-        else:
-            report.biases[node.name] = shift
+    def _outputs(self, name: str) -> int:
+        module = self.model.get_submodule(name)
+        return getattr(module, "out_channels", None) or module.out_features
 
-    def _carriers(self, group: Group) -> list[int]:
+    def _shift(self, name: str, shift: Tensor, report: Report) -> None:
+        """Add ``shift`` to what a reader puts out."""
+        module = self.model.get_submodule(name)
+        norm = self.into.get(name)
+        if norm is not None:
+            self.model.get_submodule(norm).running_mean -= shift
+        elif module.bias is not None:
+            module.bias.data += shift
+        else:
+            report.biases[name] = shift
+
+    def _carriers(self, slots: Sequence[_Slot]) -> list[int]:
         """Which of the dead channels (as indices into them) carry the constants to readers that pad: as few as make
         each of these readers see one that is not zero there."""
         padded = []
-        for member in group.readers:
-            name = member.tensor.removesuffix(".weight")
-            if pads_zeros(self.model.get_submodule(name)) and member.stride == 1:
-                padded.append(self._at(name, member, self.dead[group.id])[0].abs())
+        for slot in slots:
+            if not slot.exact and slot.stride == 1:
+                seen = torch.zeros(int(max(s.chosen.max() for s in slots)) + 1, dtype=torch.float64)
+                seen[slot.chosen] = slot.value.abs()
+                padded.append(seen)
         if not padded:
             return []
         size = torch.stack(padded)
@@ -187,7 +264,34 @@ class Constants:
             size = size[~seen[:, best]]
         return chosen
 
-    def _at(self, name: str, member: Any, dead: Tensor) -> tuple[Tensor, Tensor]:
+    def _slots(self, group: Group) -> list[_Slot]:
+        return [slot for member in group.readers for slot in self._slots_of(member, self.dead[group.id])]
+
+    def _slots_of(self, member: Member, dead: Tensor) -> list[_Slot]:
+        name = member.tensor.removesuffix(".weight")
+        module = self.model.get_submodule(name)
+        turned = isinstance(module, TRANSPOSED)
+        weight = module.weight.detach()
+        weight = weight.transpose(0, 1) if turned else weight
+        where = member.offset + dead * member.stride
+        value, spread = self._at(name, member, dead)
+        exact = not turned and not pads_zeros(module)
+        blocks = groups_of(self.model, name)
+        if blocks == 1:
+            everything = torch.arange(len(dead))
+            return [_Slot(name, slice(None), weight, everything, where, value, spread, member.stride, exact)]
+        rows, width = len(weight) // blocks, weight.shape[1]
+        found = []
+        for block in (where // width).unique().tolist():
+            chosen = (where // width == block).nonzero().flatten()
+            span = slice(block * rows, (block + 1) * rows)
+            at = where[chosen] - block * width
+            found.append(
+                _Slot(name, span, weight[span], chosen, at, value[chosen], spread[chosen], member.stride, exact)
+            )
+        return found
+
+    def _at(self, name: str, member: Member, dead: Tensor) -> tuple[Tensor, Tensor]:
         """The channels' value at this reader, and how far it varies."""
         if name not in self.low:  # never called
             return torch.zeros(len(dead), dtype=torch.float64), torch.zeros(len(dead), dtype=torch.float64)

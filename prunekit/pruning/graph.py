@@ -21,8 +21,10 @@ from prunekit.layers import DepthwiseModules
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 SUMS = ("AddBackward0", "SubBackward0")
+PRODUCT = "MulBackward0"
 
 # Operations through which a constant channel stays constant and adds up linearly, so that it can be moved to the norm
 # behind.
@@ -35,12 +37,14 @@ class Node:
 
     Attributes:
         name: the module's name, or None for an operation.
-        op: "conv", "depthwise", "linear", "norm", "prelu", or the operation's autograd name such as "AddBackward0".
-        shape: of the output, for modules that were seen.
+        op: "conv", "depthwise", "transposed", "linear", "norm", "prelu", or the operation's autograd name such as
+            "AddBackward0".
+        shape: of the output, for modules that were seen, and ``in_shape`` of their input.
         is_output: what it computes is the model's output, or one of them.
         mixes_parameter: the operation combines a feature with a parameter that belongs to no known layer.
-        adds_tensor: it adds a tensor that does not depend on the input and has a value of its own for each channel.
-        width: channels of the output, where they are known.
+        mixes_tensor: it adds or multiplies with a tensor that does not depend on the input and has a value of its own
+            for each channel.
+        made: shape of what it puts out, where autograd says it.
         late: inputs that are computed after it, where it is a module that is called more than once.
     """
 
@@ -52,14 +56,20 @@ class Node:
     inputs: list[Node] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)
     shape: tuple[int, ...] = ()
+    in_shape: tuple[int, ...] = ()
     is_output: bool = False
     mixes_parameter: bool = False
-    adds_tensor: bool = False
-    width: int | None = None
+    mixes_tensor: bool = False
+    made: tuple[int, ...] | None = None
     late: list[Node] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Node({self.index}, {self.name or self.op})"
+
+    @property
+    def width(self) -> int | None:
+        """Channels of the output, where they are known."""
+        return self.made[1] if self.made and len(self.made) > 1 else None
 
 
 @dataclass
@@ -85,22 +95,22 @@ class _Tracer(tp.DependencyGraph):
         return list(self._trace(model, example, forward, None).values())
 
 
-class _Addends(TorchFunctionMode):
-    """Notes the sums of which one side has no gradient and a value for each channel. To autograd a buffer that is added
+class _Tensors(TorchFunctionMode):
+    """Notes the sums and products of which one side has no gradient and a value for each channel. To autograd a buffer
     looks like a number."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sums: set[Any] = set()
+        self.mixed: set[Any] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.grad_fn is not None and out.grad_fn.name() in SUMS:
+        if isinstance(out, Tensor) and out.grad_fn is not None and out.grad_fn.name() in (*SUMS, PRODUCT):
             for side in (*args, *(kwargs or {}).values()):
                 if isinstance(side, Tensor) and not side.requires_grad:
                     axis = side.dim() - out.dim() + 1
                     if axis >= 0 and side.shape[axis] != 1:
-                        self.sums.add(out.grad_fn)
+                        self.mixed.add(out.grad_fn)
         return out
 
 
@@ -113,17 +123,20 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     """
     calls: dict[nn.Module, int] = {}
     shapes: dict[nn.Module, tuple[int, ...]] = {}
+    in_shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-    def seen(module: nn.Module, _: Any, output: Any) -> None:
+    def seen(module: nn.Module, given: Any, output: Any) -> None:
         calls[module] = calls.get(module, 0) + 1
         if isinstance(output, Tensor):
             shapes[module] = tuple(output.shape)
+        if given and isinstance(given[0], Tensor):
+            in_shapes[module] = tuple(given[0].shape)
 
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
     hooks = [leaf.register_forward_hook(seen) for leaf in leaves]
     modes = {module: module.training for module in model.modules()}
     before = {module: set(module._forward_hooks) for module in model.modules()}
-    addends = _Addends()
+    tensors = _Tensors()
     start: list[Any] = []
     ends: set[Any] = set()
 
@@ -132,7 +145,7 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
         # multiplication gives the input itself a place in the graph.
         fed = example.detach().clone().requires_grad_() * 1.0
         start.append(fed.grad_fn)
-        with addends:
+        with tensors:
             found = [tensor for tensor in tensors_in(model(fed)) if tensor.grad_fn is not None]
         if not found:
             raise ValueError("no gradient reaches its output from its parameters; is it wrapped in no_grad?")
@@ -159,14 +172,20 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     }
     nodes = {
         id(raw): Node(
-            i, names.get(raw.module), _op(raw, depthwise), _module(raw), raw.grad_fn, shape=shapes.get(raw.module, ())
+            i,
+            names.get(raw.module),
+            _op(raw, depthwise),
+            _module(raw),
+            raw.grad_fn,
+            shape=shapes.get(raw.module, ()),
+            in_shape=in_shapes.get(raw.module, ()),
         )
         for i, raw in enumerate(traced)
     }
     for raw in traced:
         nodes[id(raw)].is_output = raw.grad_fn in ends
-        nodes[id(raw)].adds_tensor = raw.grad_fn in addends.sums
-        nodes[id(raw)].width = _width(raw.grad_fn)
+        nodes[id(raw)].mixes_tensor = raw.grad_fn in tensors.mixed
+        nodes[id(raw)].made = _made(raw.grad_fn)
         nodes[id(raw)].inputs = [nodes[id(n)] for n in raw.inputs]
         nodes[id(raw)].outputs = [nodes[id(n)] for n in raw.outputs]
     reused = {names[m] for m, count in calls.items() if count > 1 and any(True for _ in m.parameters())}
@@ -207,6 +226,8 @@ def _op(raw: Any, depthwise: set[nn.Module]) -> str:
     if isinstance(module, CONVS):
         alone = module.groups == module.in_channels == module.out_channels
         return "depthwise" if module in depthwise or (alone and module.groups > 1) else "conv"
+    if isinstance(module, TRANSPOSED):
+        return "transposed"
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, NORMS):
@@ -244,11 +265,10 @@ def _sort(nodes: list[Node], reused: set[str]) -> list[Node]:
     return ordered
 
 
-def _width(grad_fn: Any) -> int | None:
-    """Size of axis 1 of what this operation puts out; None where autograd does not say."""
+def _made(grad_fn: Any) -> tuple[int, ...] | None:
+    """The shape of what this operation puts out (first); None where autograd does not say."""
     try:
-        shape = grad_fn._input_metadata[0].shape
-        return int(shape[1]) if len(shape) > 1 else None
+        return tuple(int(side) for side in grad_fn._input_metadata[0].shape)
     except (AttributeError, IndexError, RuntimeError):
         return None
 

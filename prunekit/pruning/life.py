@@ -10,6 +10,7 @@ before it shrink; zero if any gate of the row is zero. The score of a sum is the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,13 @@ def parallel(lives: list[Life]) -> Life:
     if ALIVE in sides:
         return ALIVE
     return next(iter(sides)) if len(sides) == 1 else ("parallel", *sides)
+
+
+def product(a: Life, b: Life) -> Life:
+    """The life of a product: over when either side is. A side that no gate can end does not save the other."""
+    if ALIVE in (a, b):
+        return b if a == ALIVE else a
+    return a if a == b else ("serial", a, b)
 
 
 def shift(one: Life, by: int) -> Life:
@@ -95,3 +103,39 @@ def scores(model: nn.Module, group: Group) -> np.ndarray:
 
     values, over = walk(group.combine)
     return np.where(over, 0.0, values)
+
+
+def closing(model: nn.Module, group: Group, dead: Iterable[int]) -> list[np.ndarray]:
+    """For each gate of the group, which of its channels must be set to zero for the dead ones to be dead.
+
+    A row in which a gate is zero is closed already, and its other gates are left as they are; else the last one is
+    closed.
+
+    Returns:
+        a mask (channels,) for each of ``group.gates``.
+    """
+    wanted = np.zeros(group.channels, bool)
+    wanted[list(dead)] = True
+    zero = [
+        model.get_submodule(gate.norm).weight.detach().cpu().numpy()[slice(*gate.slice)] == 0 for gate in group.gates
+    ]
+    masks = [np.zeros(group.channels, bool) for _ in group.gates]
+
+    def over(part: Any) -> np.ndarray:
+        if isinstance(part, int):
+            return zero[part]
+        kind, parts = next(iter(part.items()))
+        return (np.logical_or if kind == "serial" else np.logical_and).reduce([over(p) for p in parts])
+
+    def close(part: Any, need: np.ndarray) -> None:
+        if isinstance(part, int):
+            masks[part] |= need
+            return
+        kind, parts = next(iter(part.items()))
+        need = need & ~over(part)
+        for p in parts[-1:] if kind == "serial" else parts:
+            close(p, need)
+
+    if group.combine is not None:
+        close(group.combine, wanted)
+    return masks

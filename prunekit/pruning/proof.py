@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunekit.plan import Group, Plan
 from prunekit.pruning.graph import first_line, tensors_in
+from prunekit.pruning.life import closing
 
 TOLERANCE = 1e-6
 
@@ -35,6 +36,8 @@ class Proof:
         given_back: dead channels that had to be kept, because cutting them changes the output.
         folded: dead channels whose constants were folded.
         carriers: dead channels kept as constants.
+        inexact: for each module at which cutting would lose something (and channels were given back for that, or
+            constants dropped), the most that its output would move by it.
         plan: the plan that held.
     """
 
@@ -47,24 +50,27 @@ class Proof:
     given_back: int = 0
     folded: int = 0
     carriers: int = 0
+    inexact: dict[str, float] = field(default_factory=dict)
     plan: Plan | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         del data["plan"]
-        return {key: value for key, value in data.items() if value is not None and value == value}
+        return {key: value for key, value in data.items() if value is not None and value == value and value != {}}
 
 
 def gate_off(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> nn.Module:
-    """A copy of the model, in eval mode, with every gate of these channels at zero."""
-    model = copy.deepcopy(model).eval()
+    """A copy of the model, in eval mode, with the gates of these channels at zero: in a row of gates the last one,
+    where none is zero already (so that a model whose dead gates are zero is its own copy)."""
+    copied = copy.deepcopy(model).eval()
     with torch.no_grad():
         for group in groups:
-            channels = torch.tensor(sorted(dead.get(group.id, ())), dtype=torch.long)
-            for gate in group.gates:
-                if len(channels):
-                    model.get_submodule(gate.norm).weight[channels + gate.slice[0]] = 0
-    return model
+            if not dead.get(group.id):
+                continue
+            for gate, mask in zip(group.gates, closing(model, group, dead[group.id]), strict=True):
+                weight = copied.get_submodule(gate.norm).weight
+                weight[slice(*gate.slice)][torch.from_numpy(mask).to(weight.device)] = 0
+    return copied
 
 
 def proof_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from prunekit.errors import PlanError
 from prunekit.plan import Group, Plan
-from prunekit.pruning.constants import Constants
+from prunekit.pruning.constants import Constants, Report
 from prunekit.pruning.extract import dead_channels, make_plan
 from prunekit.pruning.graph import first_line
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.proof import Proof, difference, gate_off, proof_inputs, prove
 from prunekit.pruning.surgery import Cutter
+
+
+CONSTANTS = ("carrier", "fold", "keep", "drop")
 
 
 def slim(
@@ -33,17 +37,21 @@ def slim(
         plan: from ``extract``.
         example: a batch of data, (N, C, H, W); the proof runs on it.
         groups: of the model, where they are known already.
-        constants: what becomes of the constants that dead channels emit to readers that pad with zeros. "carrier":
-            one dead channel of a group is kept to carry them; "fold": they are folded as if nothing padded. Where the
-            proof does not hold then, channels are given back, largest constant first, until it does.
+        constants: what becomes of the constants that dead channels emit. "carrier": they are folded into what reads
+            them, and where that pads with zeros one dead channel of a group is kept to carry them; "fold": they are
+            folded as if nothing padded; "keep": a channel that emits anything but zero is kept. Where the proof does
+            not hold then, channels are given back, largest constant first, until it does. "drop": they are cut with
+            their channels, as other tools do; the proof says what that has changed and need not hold.
 
     Returns:
         the slim model, in the dense one's precision, on its device and in its mode; and the proof, whose ``plan`` is
-        the plan that held.
+        the plan that held. An optimiser of the dense model knows nothing of it: make a new one of its parameters.
 
     Raises:
         PlanError: the plan does not fit the model, or the proof fails.
     """
+    if constants not in CONSTANTS:
+        raise PlanError(f"constants is {constants!r}; there are {', '.join(CONSTANTS)}")
     groups = find_groups(model, example) if groups is None else groups
     plan.check(list(groups))
     try:
@@ -54,14 +62,48 @@ def slim(
             "spectral_norm does? Take that out first (torch.nn.utils.remove_spectral_norm)"
         ) from error
     inputs = proof_inputs(reference, example)
-    dead = dead_channels(groups, plan)
-    attempt = _Attempt(reference, groups, inputs, carry=constants == "carrier")
+    attempt = _Attempt(reference, groups, inputs, constants)
+    dead = attempt.start(dead_channels(groups, plan))
     rebuilt, proof = attempt.run(dead)
-    if not proof.holds:
+    if not proof.holds and constants != "drop":
         rebuilt, proof = attempt.give_back(dead)
-    if not proof.holds:
+    if not proof.holds and not (constants == "drop" and math.isfinite(proof.max_abs_diff)):
         raise PlanError(f"the slim model is not the dense one with its dead gates at zero: {proof.reason}")
+    proof.plan.notes = [*plan.notes, *_given(proof)]
     return _deliver(rebuilt, model, attempt, proof), proof
+
+
+def rebuild(
+    gated: nn.Module,
+    groups: Sequence[Group],
+    dead: Mapping[str, set[int]],
+    inputs: Sequence[Tensor],
+    constants: str = "carrier",
+) -> tuple[Plan, Report]:
+    """Cut dead channels out of a model in place, their constants replaced, without a proof.
+
+    Args:
+        gated: in eval mode, the gates of the dead channels at zero (``gate_off``); it becomes the slim model.
+        groups: of it.
+        dead: by group, from ``Cutter.settle``.
+        inputs: batches on which the constants are measured, in the model's precision.
+        constants: "carrier", "fold" or "drop", as for ``slim``.
+
+    Raises:
+        PlanError: nothing would be left of a module that the model cannot do without.
+    """
+    measured = Constants(gated, groups, dead, inputs)
+    carry = constants == "carrier"
+    if constants == "drop":
+        report = Report(inexact=measured.losses(carried=False, dropped=True))
+    else:
+        report = measured.fold(carry)
+    cut = {name: set(channels) - set(report.carriers.get(name, ())) for name, channels in dead.items()}
+    # A carrier keeps its group alive, but not what would have died of the group's death: settled again, with it.
+    plan = make_plan(gated, groups, cut)
+    plan.added_bias = Cutter(gated, groups).cut(gated, dead_channels(groups, plan), plan.removed, report.biases)
+    plan.carriers = report.carriers
+    return plan, report
 
 
 def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
@@ -90,33 +132,39 @@ def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
 class _Attempt:
     """One model, slimmed by one set of dead channels after another."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], inputs: Sequence[Tensor], carry: bool):
+    def __init__(self, model: nn.Module, groups: Sequence[Group], inputs: Sequence[Tensor], constants: str):
         self.model = model
         self.groups = groups
         self.inputs = inputs
-        self.carry = carry
+        self.constants = constants
+        self.carry = constants == "carrier"
         self.gated = model
+        self.kept = 0
+
+    def start(self, dead: Mapping[str, set[int]]) -> dict[str, set[int]]:
+        """The channels to cut first: the dead ones, but (with "keep") those that emit something."""
+        dead, _ = Cutter(self.model, self.groups).settle(dead)
+        if self.constants == "keep":
+            speaking = self._measured(dead).speaking()
+            self.kept = len(speaking)
+            dead = _without(dead, speaking)
+        return dead
 
     def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, Proof]:
-        cutter = Cutter(self.model, self.groups)
-        dead, _ = cutter.settle(dead)
+        dead, _ = Cutter(self.model, self.groups).settle(dead)
         self.gated = gate_off(self.model, self.groups, dead)
         rebuilt = copy.deepcopy(self.gated)
-        report = Constants(rebuilt, self.groups, dead, self.inputs).fold(self.carry)
-        cut = {name: set(channels) - set(report.carriers.get(name, ())) for name, channels in dead.items()}
-        plan = make_plan(self.model, self.groups, cut)
-        # A carrier keeps its group alive, but not what would have died of the group's death: settle again, with it.
-        cut, removed = cutter.settle(cut)
-        plan.added_bias = cutter.cut(rebuilt, cut, removed, report.biases)
-        plan.carriers = report.carriers
+        plan, report = rebuild(rebuilt, self.groups, dead, self.inputs, self.constants)
         proof = prove(self.gated, rebuilt, self.inputs)
         proof.folded, proof.carriers = report.folded, sum(map(len, report.carriers.values()))
+        proof.inexact, proof.given_back = report.inexact, self.kept
         proof.plan = plan
         return rebuilt, proof
 
     def give_back(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, Proof]:
         """Keep dead channels that cannot be replaced, largest constant first, until the proof holds or none is left."""
-        loose = self.inexact(dead)
+        measured = self._measured(dead)
+        loose = measured.inexact(self.carry)
         # A channel given back lives as it was trained, so more of them can only bring the two closer: search by halves.
         low, high = 0, len(loose)
         while low < high:
@@ -124,13 +172,26 @@ class _Attempt:
             holds = self.run(_without(dead, loose[:middle]))[1].holds
             low, high = (low, middle) if holds else (middle + 1, high)
         rebuilt, proof = self.run(_without(dead, loose[:low]))
-        proof.given_back = low
+        proof.given_back += low
+        proof.inexact = measured.losses(self.carry)
         return rebuilt, proof
 
-    def inexact(self, dead: Mapping[str, set[int]]) -> list[tuple[float, str, int]]:
+    def _measured(self, dead: Mapping[str, set[int]]) -> Constants:
         dead, _ = Cutter(self.model, self.groups).settle(dead)
-        gated = gate_off(self.model, self.groups, dead)
-        return Constants(gated, self.groups, dead, self.inputs).inexact(self.carry)
+        return Constants(gate_off(self.model, self.groups, dead), self.groups, dead, self.inputs)
+
+
+def _given(proof: Proof) -> list[str]:
+    """What the proof has to say of channels that were to go and stay, or went and are missed."""
+    if not proof.inexact and not proof.given_back:
+        return []
+    worst = sorted(proof.inexact.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{name} by up to {size:.2g}" for name, size in worst[:3])
+    more = f" and {len(worst) - 3} more" if len(worst) > 3 else ""
+    lost = f"; their constants would move {named}{more}" if worst else ""
+    if proof.given_back:
+        return [f"{proof.given_back} dead channels stay, since cutting them would change the output{lost}"]
+    return [f"constants are dropped, which moves {named}{more}"]
 
 
 def _without(dead: Mapping[str, set[int]], given: Sequence[tuple[float, str, int]]) -> dict[str, set[int]]:

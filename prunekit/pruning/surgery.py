@@ -8,8 +8,15 @@ import torch
 from torch import nn
 
 from prunekit.errors import PlanError
-from prunekit.layers import DepthwiseModules, OptionalModules
+from prunekit.layers import OptionalModules
 from prunekit.plan import Group, Member
+from prunekit.pruning.axes import axis_length, groups_of, hands_on, output_axis
+
+# Rounds in which what starves and what is given back have to agree.
+ROUNDS = 100
+
+
+Axis = tuple[str, int]  # a tensor's name and an axis of it
 
 
 class Cutter:
@@ -23,12 +30,19 @@ class Cutter:
     def __init__(self, model: nn.Module, groups: Sequence[Group]):
         self.model = model
         self.groups = groups
-        self.length = {}
+        self.length: dict[Axis, int] = {}
+        self.blocks: dict[Axis, int] = {}
+        self.members: dict[Axis, list[tuple[Group, Member]]] = {}
         for group in groups:
             for member in group.members:
-                module, _, name = member.tensor.rpartition(".")
-                tensor = getattr(model.get_submodule(module), name)
-                self.length[member.tensor, member.axis] = tensor.shape[member.axis]
+                key = member.tensor, member.axis
+                if key not in self.length:
+                    module, _, name = member.tensor.rpartition(".")
+                    self.length[key] = axis_length(model.get_submodule(module), name, member.axis)
+                    blocks = groups_of(model, module) if name == "weight" else 1
+                    if blocks > 1:
+                        self.blocks[key] = blocks
+                self.members.setdefault(key, []).append((group, member))
 
     def masks(self, dead: Mapping[str, Iterable[int]]) -> dict[tuple[str, int], torch.Tensor]:
         """For each axis that loses something, which of its entries stay."""
@@ -45,25 +59,72 @@ class Cutter:
         return masks
 
     def settle(self, dead: Mapping[str, Iterable[int]]) -> tuple[dict[str, set[int]], list[str]]:
-        """Add what cannot live without the dead: channels that nothing makes or nothing reads any more.
+        """Add what cannot live without the dead: channels that nothing makes or nothing reads any more. And give back
+        what a convolution with groups cannot be without: all of its groups have to stay of one size.
 
         Returns:
             all dead channels by group, and the modules of which nothing is left.
+
+        Raises:
+            PlanError: the two do not agree.
         """
         dead = {name: set(channels) for name, channels in dead.items()}
+        for _ in range(ROUNDS):
+            removed = self._starve(dead)
+            uneven = self._level(dead)
+            if uneven is None:
+                return dead, sorted(removed)
+        raise PlanError(
+            f"the groups of {uneven} cannot be kept of one size, since nothing is left to make or read some of them; "
+            "keep a channel of each (slim.keep_layers)"
+        )
+
+    def _starve(self, dead: dict[str, set[int]]) -> set[str]:
+        """Kill, in place, the groups that have lost all makers or all readers; the modules of which nothing is left."""
         while True:
             removed = {name.rpartition(".")[0] for (name, _), mask in self.masks(dead).items() if not mask.any()}
             more = False
-            for group in self.groups:
+            for group in self.groups if removed else ():
                 if group.reason is not None or len(dead.get(group.id, ())) == group.channels:
                     continue
-                makers = [name for name in group.producers if _makes(self.model, name)]
+                makers = [name for name in group.producers if not hands_on(self.model, name)]
                 readers = [m.tensor.removesuffix(".weight") for m in group.readers]
                 if (makers and removed.issuperset(makers)) or (readers and removed.issuperset(readers)):
                     dead[group.id] = set(range(group.channels))
                     more = True
             if not more:
-                return dead, sorted(removed)
+                return removed
+
+    def _level(self, dead: dict[str, set[int]]) -> str | None:
+        """Give channels back, in place, until no group of a convolution has fewer than another; the convolution for
+        which that was needed."""
+        found = None
+        for key, blocks in self.blocks.items():
+            mask = self._mask(key, dead)
+            if mask is None:
+                continue
+            counts = mask.view(blocks, -1).sum(1)
+            short = (counts.max() - counts).tolist()
+            size = len(mask) // blocks
+            for group, member in self.members[key] if any(short) else ():
+                for channel in sorted(dead.get(group.id, ())):
+                    block = (member.offset + channel) // size
+                    if short[block]:
+                        short[block] -= 1
+                        dead[group.id].discard(channel)
+                        found = key[0].removesuffix(".weight")
+        return found
+
+    def _mask(self, key: Axis, dead: Mapping[str, Iterable[int]]) -> torch.Tensor | None:
+        """Which entries of this axis stay; None where all do."""
+        mask = None
+        for group, member in self.members[key]:
+            gone = dead.get(group.id)
+            if gone:
+                if mask is None:
+                    mask = torch.ones(self.length[key], dtype=torch.bool)
+                mask[entries(member, torch.tensor(sorted(gone)))] = False
+        return mask
 
     def vital(self, removed: Sequence[str]) -> list[str]:
         """Of the modules of which nothing is left, those that the model cannot do without."""
@@ -132,32 +193,54 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def _makes(model: nn.Module, name: str) -> bool:
-    """Whether this module makes its channels out of others (a norm or a depthwise convolution hands them on)."""
-    module = model.get_submodule(name)
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() < 2:
-        return False
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return getattr(module, "groups", 1) == 1 and not isinstance(parent, DepthwiseModules)
+    """Whether this module makes its channels out of others."""
+    return not hands_on(model, name)
 
 
 def _slice(module: nn.Module, cuts: Sequence[tuple[str, int, torch.Tensor]]) -> None:
-    for name, axis, mask in cuts:
+    masks = {(name, axis): mask for name, axis, mask in cuts}
+    names = [name for name, _ in masks]
+    groups = getattr(module, "groups", 1)
+    depthwise = groups > 1 and groups == module.in_channels == module.out_channels
+    if groups > 1 and not depthwise:
+        _replace(
+            module,
+            "weight",
+            _slice_groups(module, masks.pop(("weight", 1), None), masks.pop(("weight", 0), None)),
+        )
+    for (name, axis), mask in masks.items():
         tensor = getattr(module, name)
-        kept = tensor.detach().index_select(axis, mask.nonzero().flatten().to(tensor.device)).clone()
-        if isinstance(tensor, nn.Parameter):
-            kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
-        setattr(module, name, kept)
+        _replace(module, name, tensor.detach().index_select(axis, mask.nonzero().flatten().to(tensor.device)).clone())
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         # One without affine parameters has statistics alone.
-        module.num_features = len(kept)
-        return
-    weight = module.weight
-    if isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
+        module.num_features = len(getattr(module, names[0]))
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
+        module.out_features, module.in_features = module.weight.shape
     else:
-        if module.groups > 1:
-            module.groups = weight.shape[0]
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+        if depthwise:
+            module.groups = len(module.weight)
+        out = output_axis(module)
+        module.out_channels, module.in_channels = module.weight.shape[out], module.weight.shape[1 - out] * module.groups
+
+
+def _slice_groups(module: nn.Module, read: torch.Tensor | None, made: torch.Tensor | None) -> torch.Tensor:
+    """The weight of a convolution with groups, without some inputs and outputs; as many stay in each group."""
+    weight = module.weight.detach()
+    groups = module.groups
+    parts = []
+    for g, rows in enumerate(weight.chunk(groups)):
+        if made is not None:
+            rows = rows[made.view(groups, -1)[g].to(weight.device)]
+        if read is not None:
+            rows = rows[:, read.view(groups, -1)[g].to(weight.device)]
+        parts.append(rows)
+    return torch.cat(parts)
+
+
+def _replace(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    held = getattr(module, name)
+    if isinstance(held, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=held.requires_grad)
+    setattr(module, name, value)

@@ -194,8 +194,8 @@ def test_the_slim_model_computes_the_same_on_other_inputs(name, seed, constants)
 @pytest.mark.parametrize(
     ("name", "group", "reason"),
     [
-        ("buffer added", "conv1", "added to a tensor that is no parameter"),
-        ("frozen parameter added", "conv1", "added to a tensor that is no parameter"),
+        ("buffer added", "conv1", "tensor that is no parameter"),
+        ("frozen parameter added", "conv1", "tensor that is no parameter"),
         ("mean over channels", "conv1", "passes Mean"),
         ("halves side by side", "conv1", "passes Split"),
         ("weight norm", "conv1", "the weight of conv2 is computed"),
