@@ -260,7 +260,7 @@ def _reshape(node: Node, segments: Channels) -> Channels | None:
 
 def _alike(a: Channels, b: Channels) -> bool:
     """Whether two tensors have the same number of channels, each as many entries long."""
-    return entries(a) == entries(b) and {s.stride for s in a} == {s.stride for s in b} and len({s.stride for s in a}) == 1
+    return entries(a) == entries(b) and len({segment.stride for segment in (*a, *b)}) == 1
 
 
 def _side_by_side(a: life.Life, b: life.Life) -> life.Life:

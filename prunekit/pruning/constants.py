@@ -19,17 +19,19 @@ is found out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.plan import Group, Member
 from prunekit.pruning.axes import groups_of
 from prunekit.pruning.graph import TRANSPOSED
-from prunekit.pruning.surgery import entries
+from prunekit.pruning.surgery import entries, indices
 
 # A dead channel that moves less than this between places and inputs, relative to its size, is a constant.
 STEADY = 1e-9
@@ -61,44 +63,45 @@ class _Slot:
     """A module that reads dead channels, or one group of a convolution with groups: what sees the same weights.
 
     Attributes:
+        name: of the module.
         rows: its outputs.
-        weight: of these rows, a view, (rows, inputs, …).
-        chosen: which of the dead channels it reads.
-        where: where they stand along its inputs.
+        chosen: which of the group's dead channels it reads.
+        where: where they stand along the inputs of these rows.
         value, spread: of those channels there.
+        stride: entries that a channel has.
         exact: whether a constant that is folded is the same everywhere.
     """
 
     name: str
     rows: slice
-    weight: Tensor
-    chosen: Tensor
-    where: Tensor
-    value: Tensor
-    spread: Tensor
+    chosen: np.ndarray
+    where: np.ndarray
+    value: np.ndarray
+    spread: np.ndarray
     stride: int
     exact: bool
 
-    def of(self, picked: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places and values of some of ``chosen`` (a mask), entry by entry."""
-        runs = self.where[picked][:, None] + torch.arange(self.stride)
-        return runs.flatten(), self.value[picked].repeat_interleave(self.stride)
+        if self.stride == 1:
+            return self.where[picked], self.value[picked]
+        runs = self.where[picked][:, None] + np.arange(self.stride)
+        return runs.ravel(), self.value[picked].repeat(self.stride)
 
-    def shift(self, picked: Tensor) -> Tensor:
-        """What these channels add to the outputs."""
-        where, value = self.of(picked)
-        taken = self.weight[:, where]
-        return (taken.flatten(2).sum(2) if taken.dim() > 2 else taken) @ value
+    def loose(self, folded: bool) -> np.ndarray:
+        """Which channels can be replaced neither by a fold nor (unless everything is ``folded``) by a carrier."""
+        moving = self.spread > STEADY * np.maximum(np.abs(self.value), 1)
+        return moving | (self.value != 0) if folded and not self.exact else moving
 
 
 class Constants:
     """The constants of dead channels at the modules that read them.
 
     Args:
-        model: the dense model in float64 and eval mode, its dead gates at zero.
+        model: the dense model in eval mode, its dead gates at zero; in float64, or the constants have float32's digits.
         groups: of that model.
         dead: dead channels by group.
-        inputs: batches to measure on.
+        inputs: batches to measure on; where the model takes a small one, a small one is used.
     """
 
     def __init__(
@@ -110,80 +113,114 @@ class Constants:
     ):
         self.model = model
         self.groups = [group for group in groups if dead.get(group.id)]
-        self.dead = {group.id: torch.tensor(sorted(dead[group.id])) for group in self.groups}
-        self.readers = {m.tensor.removesuffix(".weight") for group in self.groups for m in group.readers}
-        self.into = {
-            m.tensor.removesuffix(".weight"): m.into for group in self.groups for m in group.readers if m.into
-        }
-        self.low, self.high = self._measure(inputs)
+        self.dead = {group.id: indices(dead[group.id]) for group in self.groups}
+        self.readers: dict[str, list[tuple[Group, Member]]] = {}
+        for group in self.groups:
+            for member in group.readers:
+                self.readers.setdefault(member.tensor.removesuffix(".weight"), []).append((group, member))
+        self.seen = self._measure(inputs)
+        self.slots = {g.id: [slot for m in g.readers for slot in self._slots(g, m)] for g in self.groups}
 
-    def _measure(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _measure(self, inputs: Sequence[Tensor]) -> dict[tuple[str, str, int], tuple[np.ndarray, np.ndarray]]:
+        """(reader, group, offset) → value of each dead channel there, and how far it varies."""
         low: dict[str, Tensor] = {}
         high: dict[str, Tensor] = {}
+        places = {
+            name: np.concatenate([entries(member, self.dead[group.id]) for group, member in read])
+            for name, read in self.readers.items()
+        }
 
         def hook(name: str) -> Any:
+            where = torch.from_numpy(places[name])
+
             def see(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
                 given = args[0] if args else next(iter(named.values()))
-                flat = given.transpose(0, 1).flatten(1) if given.dim() > 1 else given[:, None]
-                low[name] = torch.minimum(low.get(name, flat.amin(1)), flat.amin(1))
-                high[name] = torch.maximum(high.get(name, flat.amax(1)), flat.amax(1))
+                axis = 1 if given.dim() > 1 else 0
+                flat = given.index_select(axis, where.to(given.device)).transpose(0, axis).flatten(1)
+                least, most = (flat[:, None] if flat.dim() == 1 else flat).aminmax(dim=1)
+                low[name] = torch.minimum(low.get(name, least), least)
+                high[name] = torch.maximum(high.get(name, most), most)
 
             return see
 
-        hooks = [
-            self.model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True)
-            for n in sorted(self.readers)
-        ]
+        hooks = [self.model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in self.readers]
         try:
             with torch.inference_mode():
-                for batch in inputs:
-                    self.model(batch)
+                try:
+                    self.model(_small(inputs[0]))
+                except Exception:  # A model of one size only.
+                    low.clear(), high.clear()
+                    for batch in inputs:
+                        self.model(batch)
         finally:
             for handle in hooks:
                 handle.remove()
-        return {k: v.clone() for k, v in low.items()}, {k: v.clone() for k, v in high.items()}
+        found = {}
+        for name, read in self.readers.items():
+            at = 0
+            for group, member in read:
+                count = len(self.dead[group.id]) * member.stride
+                found[name, group.id, member.offset] = self._span(low, high, name, slice(at, at + count), member.stride)
+                at += count
+        return found
+
+    @staticmethod
+    def _span(
+        low: dict[str, Tensor], high: dict[str, Tensor], name: str, part: slice, stride: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if name not in low:  # never called
+            return (np.zeros((part.stop - part.start) // stride),) * 2
+        least = low[name][part].double().cpu().numpy().reshape(-1, stride).min(1)
+        most = high[name][part].double().cpu().numpy().reshape(-1, stride).max(1)
+        return (least + most) / 2, most - least
+
+    def _slots(self, group: Group, member: Member) -> list[_Slot]:
+        name = member.tensor.removesuffix(".weight")
+        module = self.model.get_submodule(name)
+        dead = self.dead[group.id]
+        value, spread = self.seen[name, group.id, member.offset]
+        where = member.offset + dead * member.stride
+        exact = not isinstance(module, TRANSPOSED) and not pads_zeros(module)
+        blocks = groups_of(self.model, name)
+        if blocks == 1:
+            return [_Slot(name, slice(None), np.arange(len(dead)), where, value, spread, member.stride, exact)]
+        rows, width = module.out_channels // blocks, module.in_channels // blocks
+        found = []
+        for block in np.unique(where // width).tolist():
+            chosen = np.flatnonzero(where // width == block)
+            span = slice(block * rows, (block + 1) * rows)
+            at = where[chosen] - block * width
+            found.append(_Slot(name, span, chosen, at, value[chosen], spread[chosen], member.stride, exact))
+        return found
 
     def inexact(self, carried: bool) -> list[tuple[float, str, int]]:
         """Dead channels that neither a fold nor (with ``carried``) a carrier replaces exactly, largest first:
         (size of what is lost, group, channel)."""
-        found = []
-        for group in self.groups:
-            dead = self.dead[group.id]
-            worst = torch.zeros(len(dead), dtype=torch.float64)
-            for slot in self._slots(group):
-                loose = slot.spread > STEADY * slot.value.abs().clamp(min=1)
-                if not slot.exact and not carried:
-                    loose |= slot.value != 0
-                lost = torch.where(loose, slot.value.abs() + slot.spread, 0.0)
-                worst[slot.chosen] = torch.maximum(worst[slot.chosen], lost)
-            found += [(float(w), group.id, int(k)) for w, k in zip(worst, dead, strict=True) if w > 0]
-        return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
+        return self._worst(lambda slot: np.where(slot.loose(not carried), np.abs(slot.value) + slot.spread, 0.0), 0.0)
 
     def speaking(self) -> list[tuple[float, str, int]]:
         """Dead channels that some reader sees as anything but zero, as ``inexact`` lists them."""
+        return self._worst(lambda slot: np.abs(slot.value) + slot.spread, NEGLIGIBLE)
+
+    def _worst(self, size: Callable[[_Slot], np.ndarray], least: float) -> list[tuple[float, str, int]]:
         found = []
         for group in self.groups:
-            size = torch.zeros(len(self.dead[group.id]), dtype=torch.float64)
-            for slot in self._slots(group):
-                size[slot.chosen] = torch.maximum(size[slot.chosen], slot.value.abs() + slot.spread)
-            found += [
-                (float(w), group.id, int(k))
-                for w, k in zip(size, self.dead[group.id], strict=True)
-                if w > NEGLIGIBLE
-            ]
-        return found
+            worst = np.zeros(len(self.dead[group.id]))
+            for slot in self.slots[group.id]:
+                worst[slot.chosen] = np.maximum(worst[slot.chosen], size(slot))
+            dead = self.dead[group.id].tolist()
+            found += [(w, group.id, k) for w, k in zip(worst.tolist(), dead, strict=True) if w > least]
+        return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
 
     def losses(self, carried: bool, dropped: bool = False) -> dict[str, float]:
         """For each reader at which the constants are not replaced exactly, the most that its output moves if they are
         cut all the same."""
         found: dict[str, float] = {}
-        for group in self.groups:
-            for slot in self._slots(group):
-                loose = slot.spread > STEADY * slot.value.abs().clamp(min=1)
-                if dropped or (not slot.exact and not carried):
-                    loose |= slot.value.abs() > NEGLIGIBLE
+        for slots in self.slots.values():
+            for slot in slots:
+                loose = slot.loose(not carried) | (dropped & (np.abs(slot.value) > NEGLIGIBLE))
                 if loose.any():
-                    size = float(slot.shift(loose).abs().max())
+                    size = float(self._moves(slot.name, slot.rows, *slot.of(loose)).abs().max())
                     found[slot.name] = max(found.get(slot.name, 0.0), size)
         return found
 
@@ -194,112 +231,95 @@ class Constants:
         stays all the same adds nothing any more.
         """
         report = Report()
-        shifts: dict[str, Tensor] = {}
+        moved: dict[tuple[str, int], list[tuple[slice, np.ndarray, np.ndarray]]] = {}
         for group in self.groups:
-            slots = self._slots(group)
-            carriers = self._carriers(slots) if carry else []
+            slots = self.slots[group.id]
+            carriers = self._carriers(slots, len(self.dead[group.id])) if carry else []
             if carriers:
                 report.carriers[group.id] = sorted(int(self.dead[group.id][k]) for k in carriers)
-            moved = False
+            folded = False
             for slot in slots:
                 # What the cut channels gave is put on the carrier where the reader pads; elsewhere they are folded, and
                 # the carrier goes on giving its own.
-                carrying = torch.isin(slot.chosen, torch.tensor(carriers, dtype=torch.long))
+                carrying = np.isin(slot.chosen, carriers) if carriers else np.zeros(len(slot.chosen), bool)
                 where, value = slot.of(~carrying)
                 if not len(where):
                     continue
-                size = slot.value.abs()
-                if carrying.any() and not slot.exact and slot.stride == 1 and float(size.max()) > NEGLIGIBLE:
-                    carrier = int(torch.where(carrying, size, -1.0).argmax())
-                    ratio = value / slot.value[carrier]
-                    gift = torch.einsum("ok...,k->o...", slot.weight[:, where], ratio)
-                    slot.weight[:, slot.where[carrier]] += gift
-                elif value.any():
-                    if slot.name not in shifts:
-                        shifts[slot.name] = torch.zeros(self._outputs(slot.name), dtype=torch.float64)
-                    shifts[slot.name][slot.rows] += slot.shift(~carrying)
-                    moved = True
-                slot.weight[:, where] = 0
-            report.folded += moved * len(self.dead[group.id])
+                if carrying.any() and self._needs_carrier(slot):
+                    carrier = int(np.where(carrying, np.abs(slot.value), -1.0).argmax())
+                    weight = self._weight(slot.name)[slot.rows]
+                    index, ratio = torch.from_numpy(where), torch.from_numpy(value / slot.value[carrier]).to(weight)
+                    gift = torch.tensordot(weight.index_select(1, index.to(weight.device)), ratio, ([1], [0]))
+                    weight[:, slot.where[carrier]] += gift
+                    weight[:, index] = 0
+                else:
+                    moved.setdefault((slot.name, slot.rows.start or 0), []).append((slot.rows, where, value))
+                    folded |= bool(value.any())
+            report.folded += folded * len(self.dead[group.id])
+        shifts: dict[str, Tensor] = {}
+        for (name, _), parts in moved.items():
+            # All channels of a reader at once: in a dense network it reads those of hundreds of groups.
+            rows, where, value = parts[0][0], *(np.concatenate([part[i] for part in parts]) for i in (1, 2))
+            if value.any():
+                whole = self._weight(name)
+                shift = shifts.setdefault(name, whole.new_zeros(len(whole)))
+                shift[rows] += self._moves(name, rows, where, value)
+            self._weight(name)[rows][:, torch.from_numpy(where)] = 0
         for name, shift in shifts.items():
             self._shift(name, shift, report)
         return report
 
-    def _outputs(self, name: str) -> int:
+    def _needs_carrier(self, slot: _Slot) -> bool:
+        return not slot.exact and slot.stride == 1 and float(np.abs(slot.value).max()) > NEGLIGIBLE
+
+    def _weight(self, name: str) -> Tensor:
+        """A reader's weight, outputs first: a view."""
         module = self.model.get_submodule(name)
-        return getattr(module, "out_channels", None) or module.out_features
+        return module.weight.data.transpose(0, 1) if isinstance(module, TRANSPOSED) else module.weight.data
+
+    def _moves(self, name: str, rows: slice, where: np.ndarray, value: np.ndarray) -> Tensor:
+        """What inputs of these constant values add to the outputs."""
+        weight = self._weight(name)[rows]
+        taken = weight.index_select(1, torch.from_numpy(where).to(weight.device))
+        taken = taken.flatten(2).sum(2) if taken.dim() > 2 else taken
+        return taken @ torch.from_numpy(value).to(taken)
 
     def _shift(self, name: str, shift: Tensor, report: Report) -> None:
         """Add ``shift`` to what a reader puts out."""
         module = self.model.get_submodule(name)
-        norm = self.into.get(name)
-        if norm is not None:
-            self.model.get_submodule(norm).running_mean -= shift
+        into = self.readers[name][0][1].into
+        if into is not None:
+            self.model.get_submodule(into).running_mean -= shift
         elif module.bias is not None:
             module.bias.data += shift
         else:
             report.biases[name] = shift
 
-    def _carriers(self, slots: Sequence[_Slot]) -> list[int]:
+    def _carriers(self, slots: Sequence[_Slot], count: int) -> list[int]:
         """Which of the dead channels (as indices into them) carry the constants to readers that pad: as few as make
         each of these readers see one that is not zero there."""
-        padded = []
-        for slot in slots:
-            if not slot.exact and slot.stride == 1:
-                seen = torch.zeros(int(max(s.chosen.max() for s in slots)) + 1, dtype=torch.float64)
-                seen[slot.chosen] = slot.value.abs()
-                padded.append(seen)
-        if not padded:
-            return []
-        size = torch.stack(padded)
-        size = size[size.amax(1) > NEGLIGIBLE]
+        padded = [slot for slot in slots if self._needs_carrier(slot)]
+        size = np.zeros((len(padded), count))
+        for row, slot in zip(size, padded, strict=True):
+            row[slot.chosen] = np.abs(slot.value)
         chosen: list[int] = []
         while len(size):
-            seen = size > (COVERS * size.amax(1, keepdim=True)).clamp(min=NEGLIGIBLE)
+            seen = size > np.maximum(COVERS * size.max(1, keepdims=True), NEGLIGIBLE)
             covered = seen.sum(0)
             # Among the best the largest, so that ratios stay small and rounding where it was.
-            least = torch.where(seen, size, torch.inf).amin(0)
-            best = int(torch.where(covered == covered.max(), least, -1.0).argmax())
+            least = np.where(seen, size, np.inf).min(0)
+            best = int(np.where(covered == covered.max(), least, -1.0).argmax())
             chosen.append(best)
             size = size[~seen[:, best]]
         return chosen
 
-    def _slots(self, group: Group) -> list[_Slot]:
-        return [slot for member in group.readers for slot in self._slots_of(member, self.dead[group.id])]
 
-    def _slots_of(self, member: Member, dead: Tensor) -> list[_Slot]:
-        name = member.tensor.removesuffix(".weight")
-        module = self.model.get_submodule(name)
-        turned = isinstance(module, TRANSPOSED)
-        weight = module.weight.detach()
-        weight = weight.transpose(0, 1) if turned else weight
-        where = member.offset + dead * member.stride
-        value, spread = self._at(name, member, dead)
-        exact = not turned and not pads_zeros(module)
-        blocks = groups_of(self.model, name)
-        if blocks == 1:
-            everything = torch.arange(len(dead))
-            return [_Slot(name, slice(None), weight, everything, where, value, spread, member.stride, exact)]
-        rows, width = len(weight) // blocks, weight.shape[1]
-        found = []
-        for block in (where // width).unique().tolist():
-            chosen = (where // width == block).nonzero().flatten()
-            span = slice(block * rows, (block + 1) * rows)
-            at = where[chosen] - block * width
-            found.append(
-                _Slot(name, span, weight[span], chosen, at, value[chosen], spread[chosen], member.stride, exact)
-            )
-        return found
-
-    def _at(self, name: str, member: Member, dead: Tensor) -> tuple[Tensor, Tensor]:
-        """The channels' value at this reader, and how far it varies."""
-        if name not in self.low:  # never called
-            return torch.zeros(len(dead), dtype=torch.float64), torch.zeros(len(dead), dtype=torch.float64)
-        where = entries(member, dead)
-        low, high = self.low[name][where], self.high[name][where]
-        if member.stride > 1:
-            low, high = low.view(-1, member.stride).amin(1), high.view(-1, member.stride).amax(1)
-        return (low + high) / 2, high - low
+def _small(batch: Tensor) -> Tensor:
+    """A batch of at most two, of at most 64×64, to measure constants on: they do not depend on the size."""
+    batch = batch[:2]
+    if batch.dim() != 4 or max(batch.shape[2:]) <= 64:
+        return batch
+    return F.interpolate(batch, size=[min(side, 64) for side in batch.shape[2:]], mode="bilinear")
 
 
 def pads_zeros(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ used: the grouping on top of it is in ``groups``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,31 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     Raises:
         PlanError: the model fails on the example.
     """
+    try:
+        # Shapes are all that is asked for, so nothing is computed, unless the model wants to see numbers.
+        return _trace(_weightless(model), example.detach().to("meta"))
+    except Exception:
+        return _trace(model, example)
+
+
+def _weightless(model: nn.Module) -> nn.Module:
+    """A copy on the meta device: the same modules, without a number in them; its norms hand on what they get, since
+    PyTorch works out their shapes operation by operation, which takes longer than all the rest."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in memo:
+                empty = torch.empty_like(tensor, device="meta")
+                trained = name in module._parameters
+                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        if type(module) in NORMS:
+            module.forward = torch.clone
+    return copied
+
+
+def _trace(model: nn.Module, example: Tensor) -> Graph:
     calls: dict[nn.Module, int] = {}
     shapes: dict[nn.Module, tuple[int, ...]] = {}
     in_shapes: dict[nn.Module, tuple[int, ...]] = {}

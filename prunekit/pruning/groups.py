@@ -11,7 +11,9 @@ With the identities goes the *life* of the channels: which gates they have passe
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -44,26 +46,68 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
     return _assemble(model, graph, walk)
 
 
+@dataclass
+class _Part:
+    """What a group needs to know of a module.
+
+    Attributes:
+        tensors: for each the name, and how many trained numbers go with an entry of axis 0 and of axis 1.
+        into: the norm behind it (see ``Member``).
+        macs: multiply-adds that go with an entry of axis 0 and of axis 1.
+    """
+
+    tensors: list[tuple[str, tuple[int, int]]]
+    into: str | None
+    macs: tuple[int, int]
+
+
+def _parts(model: nn.Module, graph: Graph, walk: Walk) -> dict[str, _Part]:
+    nodes = graph.by_name()
+    found = {}
+    for name in dict.fromkeys(use.module for use in walk.uses):
+        module, node = model.get_submodule(name), nodes[name]
+        # A transposed convolution spreads each input element, the others gather for each output element.
+        shape = node.in_shape if node.op == "transposed" else node.shape
+        counted = node.op in ("conv", "depthwise", "linear", "transposed") and shape
+        positions = math.prod(shape[2:]) if counted else 0
+        held = tensors(module)
+        own = _per_entry(module, held[0])
+        found[name] = _Part(
+            [(key, _per_entry(module, key) if key in module._parameters else (0, 0)) for key in held],
+            _norm_behind(node, graph),
+            (positions * own[0], positions * own[1]),
+        )
+    return found
+
+
+def _per_entry(module: nn.Module, name: str) -> tuple[int, int]:
+    """Numbers that an entry of axis 0, and of axis 1, takes along."""
+    tensor = getattr(module, name)
+    return tuple(
+        tensor.numel() // max(axis_length(module, name, axis), 1) if axis < tensor.dim() else 0 for axis in (0, 1)
+    )
+
+
 def _lock_computed(model: nn.Module, walk: Walk) -> None:
     """Lock the channels of weights that cannot be cut in their place: computed ones, and those of several modules."""
-    owners: dict[int, int] = defaultdict(int)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] += 1
+    owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
+    reasons: dict[str, str | None] = {}
     for use in walk.uses:
-        module = model.get_submodule(use.module)
-        for name in tensors(module):
-            tensor = getattr(module, name)
-            if name not in module._parameters and name not in module._buffers:
-                walk.locked.append((use.ids, f"the {name} of {use.module} is computed from others (a parametrization)"))
-            elif owners[id(tensor)] > 1:
-                walk.locked.append((use.ids, f"the {name} of {use.module} is another module's too"))
+        if use.module not in reasons:
+            module, reasons[use.module] = model.get_submodule(use.module), None
+            for name in tensors(module):
+                if name not in module._parameters and name not in module._buffers:
+                    reasons[use.module] = f"the {name} of {use.module} is computed from others (a parametrization)"
+                elif owners[id(getattr(module, name))] > 1:
+                    reasons[use.module] = f"the {name} of {use.module} is another module's too"
+        reason = reasons[use.module]
+        if reason is not None:
+            walk.locked.append((use.ids, reason))
 
 
 def _assemble(model: nn.Module, graph: Graph, walk: Walk) -> list[Group]:
     """Put the channels that are the same everywhere into groups."""
-    nodes = graph.by_name()
-    into = {use.module: _norm_behind(nodes[use.module], graph) for use in walk.uses if use.reads}
+    parts = _parts(model, graph, walk)
     ties = np.concatenate([np.stack(pair) for pair in walk.same], 1) if walk.same else np.zeros((2, 0), int)
     matrix = coo_matrix((np.ones(ties.shape[1]), (ties[0], ties[1])), (walk.total, walk.total))
     _, label = connected_components(matrix, directed=False)
@@ -90,44 +134,37 @@ def _assemble(model: nn.Module, graph: Graph, walk: Walk) -> list[Group]:
         span = label[use.ids]
         for at in np.flatnonzero(starts[span]):
             uses[int(group_of[span[at]])].append((use, int(at)))
-    groups = []
-    for g, found in uses.items():
-        groups.append(_group(model, nodes, into, found, int(first[g + 1] - first[g]), reasons.get(g)))
-    return groups
+    nodes = graph.by_name()
+    return [_group(nodes, parts, found, int(first[g + 1] - first[g]), reasons.get(g)) for g, found in uses.items()]
 
 
 def _group(
-    model: nn.Module,
     nodes: dict[str, Node],
-    into: dict[str, str | None],
+    parts: dict[str, _Part],
     found: list[tuple[Use, int]],
     channels: int,
     reason: str | None,
 ) -> Group:
     members, params, macs, lives = [], 0, 0, []
     for use, at in found:
-        module, node = model.get_submodule(use.module), nodes[use.module]
+        part = parts[use.module]
         # Channels that are cut from the output take their bias, their statistics and so on along.
         offset = use.offset + at * use.stride
-        for name in ("weight",) if use.reads else tensors(module):
-            tensor, axis = getattr(module, name), use.axis if name == "weight" else 0
+        for name, size in part.tensors[:1] if use.reads else part.tensors:
+            axis = use.axis if name == "weight" else 0
+            # Thousands of them in a dense network, and nothing in them from outside: not validated.
             members.append(
-                Member(
+                Member.model_construct(
                     tensor=f"{use.module}.{name}",
                     axis=axis,
                     offset=offset,
                     stride=use.stride,
                     reads=use.reads,
-                    into=into[use.module] if use.reads else None,
+                    into=part.into if use.reads else None,
                 )
             )
-            if isinstance(tensor, nn.Parameter):
-                params += tensor.numel() * use.stride // axis_length(module, name, axis)
-        # A transposed convolution spreads each input element, the others gather for each output element.
-        shape = node.in_shape if node.op == "transposed" else node.shape
-        if node.op in ("conv", "depthwise", "linear", "transposed") and shape:
-            positions = int(np.prod(shape[2:])) if len(shape) > 2 else 1
-            macs += positions * (module.weight.numel() * use.stride // axis_length(module, "weight", use.axis))
+            params += size[axis] * use.stride
+        macs += part.macs[use.axis] * use.stride
         if use.life is not None:
             lives.append(life.shift(use.life, at))
     gates, combine = life.resolve(life.parallel(lives) if lives else life.ALIVE, channels)

@@ -18,7 +18,6 @@ from prunekit.pruning.groups import find_groups
 from prunekit.pruning.proof import Proof, difference, gate_off, proof_inputs, prove
 from prunekit.pruning.surgery import Cutter
 
-
 CONSTANTS = ("carrier", "fold", "keep", "drop")
 
 

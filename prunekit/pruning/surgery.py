@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -44,17 +45,15 @@ class Cutter:
                         self.blocks[key] = blocks
                 self.members.setdefault(key, []).append((group, member))
 
-    def masks(self, dead: Mapping[str, Iterable[int]]) -> dict[tuple[str, int], torch.Tensor]:
+    def masks(self, dead: Mapping[str, Iterable[int]]) -> dict[Axis, np.ndarray]:
         """For each axis that loses something, which of its entries stay."""
-        masks: dict[tuple[str, int], torch.Tensor] = {}
+        masks: dict[Axis, np.ndarray] = {}
         for group in self.groups:
-            gone = torch.tensor(sorted(dead.get(group.id, ())), dtype=torch.long)
-            if not len(gone):
-                continue
-            for member in group.members:
+            gone = indices(dead.get(group.id, ()))
+            for member in group.members if len(gone) else ():
                 key = member.tensor, member.axis
                 if key not in masks:
-                    masks[key] = torch.ones(self.length[key], dtype=torch.bool)
+                    masks[key] = np.ones(self.length[key], bool)
                 masks[key][entries(member, gone)] = False
         return masks
 
@@ -82,7 +81,7 @@ class Cutter:
     def _starve(self, dead: dict[str, set[int]]) -> set[str]:
         """Kill, in place, the groups that have lost all makers or all readers; the modules of which nothing is left."""
         while True:
-            removed = {name.rpartition(".")[0] for (name, _), mask in self.masks(dead).items() if not mask.any()}
+            removed = self._emptied(dead)
             more = False
             for group in self.groups if removed else ():
                 if group.reason is not None or len(dead.get(group.id, ())) == group.channels:
@@ -95,6 +94,19 @@ class Cutter:
             if not more:
                 return removed
 
+    def _emptied(self, dead: Mapping[str, set[int]]) -> set[str]:
+        """The modules of which an axis has nothing left."""
+        left: dict[Axis, int] = {}
+        for group in self.groups:
+            # Only what loses all channels of some group can be empty.
+            if len(dead.get(group.id, ())) == group.channels:
+                for member in group.members:
+                    left.setdefault((member.tensor, member.axis), self.length[member.tensor, member.axis])
+        for key in left:
+            for group, member in self.members[key]:
+                left[key] -= len(dead.get(group.id, ())) * member.stride
+        return {name.rpartition(".")[0] for (name, _), count in left.items() if not count}
+
     def _level(self, dead: dict[str, set[int]]) -> str | None:
         """Give channels back, in place, until no group of a convolution has fewer than another; the convolution for
         which that was needed."""
@@ -103,7 +115,7 @@ class Cutter:
             mask = self._mask(key, dead)
             if mask is None:
                 continue
-            counts = mask.view(blocks, -1).sum(1)
+            counts = mask.reshape(blocks, -1).sum(1)
             short = (counts.max() - counts).tolist()
             size = len(mask) // blocks
             for group, member in self.members[key] if any(short) else ():
@@ -115,15 +127,15 @@ class Cutter:
                         found = key[0].removesuffix(".weight")
         return found
 
-    def _mask(self, key: Axis, dead: Mapping[str, Iterable[int]]) -> torch.Tensor | None:
+    def _mask(self, key: Axis, dead: Mapping[str, Iterable[int]]) -> np.ndarray | None:
         """Which entries of this axis stay; None where all do."""
         mask = None
         for group, member in self.members[key]:
             gone = dead.get(group.id)
             if gone:
                 if mask is None:
-                    mask = torch.ones(self.length[key], dtype=torch.bool)
-                mask[entries(member, torch.tensor(sorted(gone)))] = False
+                    mask = np.ones(self.length[key], bool)
+                mask[entries(member, indices(gone))] = False
         return mask
 
     def vital(self, removed: Sequence[str]) -> list[str]:
@@ -158,11 +170,11 @@ class Cutter:
             raise PlanError(
                 f"nothing would be left of {vital[0]}, and the model cannot do without it; keep a channel of it"
             )
-        axes: dict[str, list[tuple[str, int, torch.Tensor]]] = {}
+        axes: dict[str, dict[tuple[str, int], np.ndarray]] = {}
         masks = self.masks(dead)
         for (tensor, axis), mask in masks.items():
             module, _, name = tensor.rpartition(".")
-            axes.setdefault(module, []).append((name, axis, mask))
+            axes.setdefault(module, {})[name, axis] = mask
         gone = set(removed)
         for name, cuts in axes.items():
             if name not in gone:
@@ -171,15 +183,21 @@ class Cutter:
             remove(model, name)
         added = [name for name in biases or {} if name not in gone]
         for name in added:
-            mask = masks.get((f"{name}.weight", 0))
-            model.get_submodule(name).bias = nn.Parameter(biases[name] if mask is None else biases[name][mask])
+            module = model.get_submodule(name)
+            mask = masks.get((f"{name}.weight", output_axis(module)))
+            module.bias = nn.Parameter(biases[name] if mask is None else biases[name][torch.from_numpy(mask)])
         return added
 
 
-def entries(member: Member, channels: torch.Tensor) -> torch.Tensor:
+def indices(channels: Iterable[int]) -> np.ndarray:
+    """Channels in ascending order, as an index."""
+    return np.array(sorted(channels), np.int64)
+
+
+def entries(member: Member, channels: np.ndarray) -> np.ndarray:
     """Where these channels stand along the member's axis."""
     first = member.offset + channels * member.stride
-    return (first[:, None] + torch.arange(member.stride)).flatten()
+    return first if member.stride == 1 else (first[:, None] + np.arange(member.stride)).ravel()
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -192,13 +210,7 @@ def remove(model: nn.Module, name: str) -> None:
         remove(model, parent)
 
 
-def _makes(model: nn.Module, name: str) -> bool:
-    """Whether this module makes its channels out of others."""
-    return not hands_on(model, name)
-
-
-def _slice(module: nn.Module, cuts: Sequence[tuple[str, int, torch.Tensor]]) -> None:
-    masks = {(name, axis): mask for name, axis, mask in cuts}
+def _slice(module: nn.Module, masks: dict[tuple[str, int], np.ndarray]) -> None:
     names = [name for name, _ in masks]
     groups = getattr(module, "groups", 1)
     depthwise = groups > 1 and groups == module.in_channels == module.out_channels
@@ -208,9 +220,13 @@ def _slice(module: nn.Module, cuts: Sequence[tuple[str, int, torch.Tensor]]) -> 
             "weight",
             _slice_groups(module, masks.pop(("weight", 1), None), masks.pop(("weight", 0), None)),
         )
+    # Axis by axis of one tensor, and a parameter is made of the last.
+    sliced: dict[str, torch.Tensor] = {}
     for (name, axis), mask in masks.items():
-        tensor = getattr(module, name)
-        _replace(module, name, tensor.detach().index_select(axis, mask.nonzero().flatten().to(tensor.device)).clone())
+        tensor = sliced.get(name, getattr(module, name).detach())
+        sliced[name] = tensor.index_select(axis, _kept(mask, tensor.device))
+    for name, tensor in sliced.items():
+        _replace(module, name, tensor)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         # One without affine parameters has statistics alone.
         module.num_features = len(getattr(module, names[0]))
@@ -225,16 +241,20 @@ def _slice(module: nn.Module, cuts: Sequence[tuple[str, int, torch.Tensor]]) -> 
         module.out_channels, module.in_channels = module.weight.shape[out], module.weight.shape[1 - out] * module.groups
 
 
-def _slice_groups(module: nn.Module, read: torch.Tensor | None, made: torch.Tensor | None) -> torch.Tensor:
+def _kept(mask: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(mask)).to(device)
+
+
+def _slice_groups(module: nn.Module, read: np.ndarray | None, made: np.ndarray | None) -> torch.Tensor:
     """The weight of a convolution with groups, without some inputs and outputs; as many stay in each group."""
     weight = module.weight.detach()
     groups = module.groups
     parts = []
     for g, rows in enumerate(weight.chunk(groups)):
         if made is not None:
-            rows = rows[made.view(groups, -1)[g].to(weight.device)]
+            rows = rows.index_select(0, _kept(made.reshape(groups, -1)[g], weight.device))
         if read is not None:
-            rows = rows[:, read.view(groups, -1)[g].to(weight.device)]
+            rows = rows.index_select(1, _kept(read.reshape(groups, -1)[g], weight.device))
         parts.append(rows)
     return torch.cat(parts)
 
