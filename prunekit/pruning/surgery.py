@@ -34,13 +34,16 @@ class Cutter:
         self.length: dict[Axis, int] = {}
         self.blocks: dict[Axis, int] = {}
         self.members: dict[Axis, list[tuple[Group, Member]]] = {}
+        modules = dict(model.named_modules())
         for group in groups:
             for member in group.members:
                 key = member.tensor, member.axis
                 if key not in self.length:
-                    module, _, name = member.tensor.rpartition(".")
-                    self.length[key] = axis_length(model.get_submodule(module), name, member.axis)
-                    blocks = groups_of(model, module) if name == "weight" else 1
+                    owner, _, name = member.tensor.rpartition(".")
+                    module = modules[owner]
+                    self.length[key] = axis_length(module, name, member.axis)
+                    grouped = name == "weight" and getattr(module, "groups", 1) > 1
+                    blocks = groups_of(model, owner) if grouped else 1
                     if blocks > 1:
                         self.blocks[key] = blocks
                 self.members.setdefault(key, []).append((group, member))
