@@ -46,3 +46,7 @@ class ExportError(PrunekitError):
     """A model could not be exported, or the file does not compute what the model does."""
 
     exit_status = 3
+
+
+class PrunekitWarning(UserWarning):
+    """Something is done, but not as it was asked for: nothing to cut, a tie, a count that could not be rounded."""

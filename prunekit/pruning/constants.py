@@ -112,6 +112,7 @@ class Constants:
         inputs: Sequence[Tensor],
     ):
         self.model = model
+        self.modules = dict(model.named_modules())
         self.groups = [group for group in groups if dead.get(group.id)]
         self.dead = {group.id: indices(dead[group.id]) for group in self.groups}
         self.readers: dict[str, list[tuple[Group, Member]]] = {}
@@ -176,21 +177,26 @@ class Constants:
 
     def _slots(self, group: Group, member: Member) -> list[_Slot]:
         name = member.tensor.removesuffix(".weight")
-        module = self.model.get_submodule(name)
-        dead = self.dead[group.id]
+        module = self.modules[name]
         value, spread = self.seen[name, group.id, member.offset]
-        where = member.offset + dead * member.stride
         exact = not isinstance(module, TRANSPOSED) and not pads_zeros(module)
-        blocks = groups_of(self.model, name)
+        return [
+            _Slot(name, rows, chosen, where, value[chosen], spread[chosen], member.stride, exact)
+            for rows, chosen, where in self._places(name, member, self.dead[group.id])
+        ]
+
+    def _places(self, name: str, member: Member, channels: np.ndarray) -> list[tuple[slice, np.ndarray, np.ndarray]]:
+        """(rows, which of the channels these read, where) for each group of a convolution; one for all else."""
+        module = self.modules[name]
+        where = member.offset + channels * member.stride
+        blocks = groups_of(self.model, name) if getattr(module, "groups", 1) > 1 else 1
         if blocks == 1:
-            return [_Slot(name, slice(None), np.arange(len(dead)), where, value, spread, member.stride, exact)]
+            return [(slice(None), np.arange(len(channels)), where)]
         rows, width = module.out_channels // blocks, module.in_channels // blocks
         found = []
         for block in np.unique(where // width).tolist():
             chosen = np.flatnonzero(where // width == block)
-            span = slice(block * rows, (block + 1) * rows)
-            at = where[chosen] - block * width
-            found.append(_Slot(name, span, chosen, at, value[chosen], spread[chosen], member.stride, exact))
+            found.append((slice(block * rows, (block + 1) * rows), chosen, where[chosen] - block * width))
         return found
 
     def inexact(self, carried: bool) -> list[tuple[float, str, int]]:
@@ -227,8 +233,8 @@ class Constants:
     def fold(self, carry: bool) -> Report:
         """Put the constants into the readers, in place: folds everywhere, carriers (with ``carry``) where readers pad.
 
-        The dead channels can be cut afterwards, but for the carriers; and after that the biases can be added. One that
-        stays all the same adds nothing any more.
+        The dead channels can be cut afterwards, but for the carriers; and after that the biases can be added. Those
+        that stay all the same must be silenced.
         """
         report = Report()
         moved: dict[tuple[str, int], list[tuple[slice, np.ndarray, np.ndarray]]] = {}
@@ -248,10 +254,9 @@ class Constants:
                 if carrying.any() and self._needs_carrier(slot):
                     carrier = int(np.where(carrying, np.abs(slot.value), -1.0).argmax())
                     weight = self._weight(slot.name)[slot.rows]
-                    index, ratio = torch.from_numpy(where), torch.from_numpy(value / slot.value[carrier]).to(weight)
-                    gift = torch.tensordot(weight.index_select(1, index.to(weight.device)), ratio, ([1], [0]))
-                    weight[:, slot.where[carrier]] += gift
-                    weight[:, index] = 0
+                    ratio = _row(weight, where, value / slot.value[carrier])
+                    gift = (ratio.expand(len(weight), 1, -1) @ weight.flatten(2))[:, 0]
+                    weight[:, slot.where[carrier]] += gift.view_as(weight[:, 0])
                 else:
                     moved.setdefault((slot.name, slot.rows.start or 0), []).append((slot.rows, where, value))
                     folded |= bool(value.any())
@@ -264,32 +269,39 @@ class Constants:
                 whole = self._weight(name)
                 shift = shifts.setdefault(name, whole.new_zeros(len(whole)))
                 shift[rows] += self._moves(name, rows, where, value)
-            self._weight(name)[rows][:, torch.from_numpy(where)] = 0
         for name, shift in shifts.items():
             self._shift(name, shift, report)
         return report
+
+    def silence(self, dead: Mapping[str, Iterable[int]]) -> None:
+        """Let channels whose constants have been replaced, and that stay, add nothing any more."""
+        for name, read in self.readers.items():
+            for group, member in read:
+                staying = indices(dead.get(group.id, ()))
+                for rows, _, where in self._places(name, member, staying) if len(staying) else ():
+                    runs = where[:, None] + np.arange(member.stride)
+                    self._weight(name)[rows][:, torch.from_numpy(runs.ravel())] = 0
 
     def _needs_carrier(self, slot: _Slot) -> bool:
         return not slot.exact and slot.stride == 1 and float(np.abs(slot.value).max()) > NEGLIGIBLE
 
     def _weight(self, name: str) -> Tensor:
         """A reader's weight, outputs first: a view."""
-        module = self.model.get_submodule(name)
+        module = self.modules[name]
         return module.weight.data.transpose(0, 1) if isinstance(module, TRANSPOSED) else module.weight.data
 
     def _moves(self, name: str, rows: slice, where: np.ndarray, value: np.ndarray) -> Tensor:
         """What inputs of these constant values add to the outputs."""
         weight = self._weight(name)[rows]
-        taken = weight.index_select(1, torch.from_numpy(where).to(weight.device))
-        taken = taken.flatten(2).sum(2) if taken.dim() > 2 else taken
-        return taken @ torch.from_numpy(value).to(taken)
+        row = _row(weight, where, value)
+        return (row @ weight.flatten(2)).sum(1) if weight.dim() > 2 else weight @ row
 
     def _shift(self, name: str, shift: Tensor, report: Report) -> None:
         """Add ``shift`` to what a reader puts out."""
-        module = self.model.get_submodule(name)
+        module = self.modules[name]
         into = self.readers[name][0][1].into
         if into is not None:
-            self.model.get_submodule(into).running_mean -= shift
+            self.modules[into].running_mean -= shift
         elif module.bias is not None:
             module.bias.data += shift
         else:
@@ -312,6 +324,13 @@ class Constants:
             chosen.append(best)
             size = size[~seen[:, best]]
         return chosen
+
+
+def _row(weight: Tensor, where: np.ndarray, value: np.ndarray) -> Tensor:
+    """A value for each input of a weight, zero but at these places."""
+    row = np.zeros(weight.shape[1])
+    row[where] = value
+    return torch.from_numpy(row).to(weight)
 
 
 def _small(batch: Tensor) -> Tensor:

@@ -1,76 +1,117 @@
-"""Gates → plan: which channels training has left alive."""
+"""Scores → plan: which channels training has left alive, and which of them stay."""
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 from torch import nn
 
-from prunekit.errors import PlanError
-from prunekit.layers import OptionalModules, layer_of
+from prunekit.errors import PlanError, PrunekitWarning
+from prunekit.layers import layer_of
 from prunekit.plan import Group, Plan
-from prunekit.pruning.life import scores
+from prunekit.pruning.choose import Choice, Chooser, Scope, Scores
+from prunekit.pruning.criteria import gate
 from prunekit.pruning.surgery import Cutter
 
+__all__ = ["choose", "dead_channels", "extract", "make_plan", "plan_of_choice", "settled_plan", "splits"]
 
-def extract(model: nn.Module, groups: Sequence[Group], threshold: float = 1e-3, min_channels: int = 1) -> Plan:
-    """Read the gates.
 
-    A channel is dead where its score (see ``life``) is at most the threshold. Where a whole layer would die, its best
-    channels stay: ``min_channels`` of each group whose modules the model cannot do without, and one in all of the
-    branches of a layer.
+def extract(
+    model: nn.Module,
+    groups: Sequence[Group],
+    threshold: float | None = None,
+    min_channels: int = 1,
+    *,
+    scores: Scores | None = None,
+    share: float | None = None,
+    scope: Scope = "global",
+    round_to: int = 1,
+    keep_layers: Sequence[str] = (),
+) -> Plan:
+    """Choose the channels that stay.
+
+    Without a share, a channel is dead where its score is at most the threshold. Where a whole layer would die, its
+    best channels stay: ``min_channels`` of each group whose modules the model cannot do without, and one in all of the
+    branches of a layer. What is not as it was asked for stands in the plan's ``notes``, and a
+    :class:`PrunekitWarning` is given for it.
 
     Args:
         model: the trained dense model.
         groups: of that model.
-        threshold: of the effective gate, in units of the norm's output deviation.
+        threshold: of the score. That of the effective gate (see ``life``) is in units of the norm's output deviation;
+            1e-3 where neither scores nor a share are given.
         min_channels: kept in each group that survives.
+        scores: for each group its channels' scores, as a criterion gives them; by default the effective gates.
+        share: instead of a threshold: the share of the channels that can be cut which goes, 0 to 1, the least first.
+            Of equal ones no more go than asked, spread evenly over the groups.
+        scope: whether the share is of all channels together ("global") or of each group ("layer").
+        round_to: counts of kept channels are rounded up to its multiples.
+        keep_layers: patterns (as in a shell) of modules whose channels are all kept, with all modules inside them.
 
     Raises:
-        PlanError: a gate that is not finite, a threshold below 0 or ``min_channels`` below 1.
+        PlanError: a score that is not finite, a number out of range or missing, or a pattern that matches no module.
     """
-    if not threshold >= 0:
-        raise PlanError(f"threshold is at least 0, got {threshold}")
-    if min_channels < 1:
-        raise PlanError(f"min_channels is at least 1, got {min_channels}")
-    values = {group.id: scores(model, group) for group in groups if group.reason is None}
-    for group in groups:
-        if group.reason is None and not np.isfinite(values[group.id]).all():
-            raise PlanError(
-                f"a gate of {group.id} is not finite, so nothing can be read from it; train with a lower rate"
-            )
-    alive = {name: value > threshold for name, value in values.items()}
-    cuttable = [group for group in groups if group.reason is None]
-    for group in cuttable:
-        if alive[group.id].any() or not removable(model, group):
-            _keep_best(alive[group.id], values[group.id], min_channels)
-    layers = list(_layers(cuttable).values())
-    for layer in layers:
-        if not any(alive[group.id].any() for group in layer):
-            best = max(layer, key=lambda group: values[group.id].max())
-            _keep_best(alive[best.id], values[best.id], min_channels)
-    cutter = Cutter(model, groups)
-    while True:
-        dead = {name: set(np.flatnonzero(~mask).tolist()) for name, mask in alive.items()}
-        settled, _ = cutter.settle(dead)
-        starved = [layer for layer in layers if all(len(settled[group.id]) == group.channels for group in layer)]
-        if not starved:
-            return make_plan(model, groups, settled)
-        # Each layer had a living branch, but they did not meet: one layer kept its fine one, the next its coarse one.
-        before = sum(int(mask.sum()) for mask in alive.values())
-        for group in {group.id: group for layer in starved for group in layer}.values():
-            _keep_best(alive[group.id], values[group.id], int(alive[group.id].sum()) + 1)
-        if sum(int(mask.sum()) for mask in alive.values()) == before:
-            raise PlanError(
-                f"nothing reads {starved[0][0].id}, with all of its channels alive; the model has a gap there"
-            )
+    if scores is not None and threshold is None and share is None:
+        raise PlanError("scores of a criterion have units of their own; give a share, such as 0.3, or a threshold")
+    choice = choose(
+        model,
+        groups,
+        scores,
+        threshold=1e-3 if threshold is None and share is None else threshold,
+        share=share,
+        scope=scope,
+        min_channels=min_channels,
+        round_to=round_to,
+        keep_layers=keep_layers,
+    )
+    for note in choice.urgent:
+        warnings.warn(note, PrunekitWarning, stacklevel=2)
+    return plan_of_choice(model, groups, choice)
+
+
+def choose(
+    model: nn.Module,
+    groups: Sequence[Group],
+    scores: Scores | None = None,
+    *,
+    threshold: float | None = None,
+    share: float | None = None,
+    scope: Scope = "global",
+    min_channels: int = 1,
+    round_to: int = 1,
+    keep_layers: Sequence[str] = (),
+) -> Choice:
+    """What ``extract`` cuts, as sets of dead channels and with the notes; to try many, keep a ``Chooser``."""
+    if scores is None:
+        scores = gate(model, groups)
+    chooser = Chooser(
+        model,
+        groups,
+        scores,
+        scope=scope,
+        min_channels=min_channels,
+        round_to=round_to,
+        keep_layers=keep_layers,
+    )
+    return chooser.cut(threshold=threshold, share=share)
+
+
+def plan_of_choice(model: nn.Module, groups: Sequence[Group], choice: Choice) -> Plan:
+    """The plan that cuts what was chosen, with its notes."""
+    plan = settled_plan(model, groups, choice.dead, choice.removed)
+    plan.notes = list(choice.notes)
+    return plan
 
 
 def make_plan(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> Plan:
     """The plan that cuts these channels, and what cannot live without them."""
-    dead, removed = Cutter(model, groups).settle(dead)
+    return settled_plan(model, groups, *Cutter(model, groups).settle(dead))
+
+
+def settled_plan(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, set[int]], removed: list[str]) -> Plan:
+    """The plan that cuts what ``Cutter.settle`` has found."""
     kept = {
         group.id: [k for k in range(group.channels) if k not in dead.get(group.id, ())]
         for group in groups
@@ -84,35 +125,18 @@ def dead_channels(groups: Sequence[Group], plan: Plan) -> dict[str, set[int]]:
     return {group.id: set(range(group.channels)) - set(plan.kept(group)) for group in groups if group.reason is None}
 
 
-def removable(model: nn.Module, group: Group) -> bool:
-    """Whether the group may lose all of its channels: every module of it may be absent."""
-    return all(
-        isinstance(model.get_submodule(member.tensor.rpartition(".")[0].rpartition(".")[0]), OptionalModules)
-        for member in group.members
-    )
-
-
 def splits(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[int]]) -> dict[str, list[int]]:
     """For each multi-scale layer, the channels kept in each of its branches."""
     found: dict[str, dict[int, int]] = defaultdict(dict)
     for group in groups:
-        layer, branch = layer_of(model, group.members[0].tensor.rpartition(".")[0])
-        if branch is not None and group.members[0].axis == 0:
-            count = len(kept.get(group.id, range(group.channels)))
-            found[layer][branch] = found[layer].get(branch, 0) + count
-    return {layer: [counts.get(b, 0) for b in range(max(counts) + 1)] for layer, counts in found.items()}
-
-
-def _layers(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """The groups of each layer: those whose last norms stand in one container are its branches."""
-    found: dict[str, list[Group]] = defaultdict(list)
-    for group in groups:
-        if group.gates:
-            found[group.gates[-1].norm.rpartition(".")[0]].append(group)
-    return found
-
-
-def _keep_best(alive: np.ndarray, values: np.ndarray, count: int) -> None:
-    """Make at least ``count`` channels live, the best ones; in place."""
-    if alive.sum() < count:
-        alive[np.argsort(-values, kind="stable")[:count]] = True
+        count = len(kept.get(group.id, range(group.channels)))
+        # Layers whose outputs meet in a sum have one group together, and each of them has several paths to it.
+        makers = [name for name in group.producers if model.get_submodule(name).weight.dim() > 1]
+        for layer, branch in dict.fromkeys(layer_of(model, name) for name in makers):
+            if branch is not None:
+                found[layer][branch] = found[layer].get(branch, 0) + count
+    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    return {
+        layer: [found[layer].get(b, 0) for b in range(max(found[layer]) + 1)]
+        for layer in sorted(found, key=order.__getitem__)
+    }

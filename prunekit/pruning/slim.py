@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunekit.errors import PlanError
 from prunekit.plan import Group, Plan
 from prunekit.pruning.constants import Constants, Report
-from prunekit.pruning.extract import dead_channels, make_plan
+from prunekit.pruning.extract import dead_channels, settled_plan
 from prunekit.pruning.graph import first_line
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.proof import Proof, difference, gate_off, proof_inputs, prove
@@ -91,16 +91,18 @@ def rebuild(
     Raises:
         PlanError: nothing would be left of a module that the model cannot do without.
     """
-    measured = Constants(gated, groups, dead, inputs)
-    carry = constants == "carrier"
+    measured, cutter = Constants(gated, groups, dead, inputs), Cutter(gated, groups)
     if constants == "drop":
         report = Report(inexact=measured.losses(carried=False, dropped=True))
     else:
-        report = measured.fold(carry)
+        report = measured.fold(constants == "carrier")
     cut = {name: set(channels) - set(report.carriers.get(name, ())) for name, channels in dead.items()}
-    # A carrier keeps its group alive, but not what would have died of the group's death: settled again, with it.
-    plan = make_plan(gated, groups, cut)
-    plan.added_bias = Cutter(gated, groups).cut(gated, dead_channels(groups, plan), plan.removed, report.biases)
+    # A carrier keeps its group alive, but not what would have died of the group's death, nor the balance of groups.
+    settled, removed = cutter.settle(cut)
+    if constants != "drop":
+        measured.silence({name: channels - settled[name] for name, channels in cut.items()})
+    plan = settled_plan(gated, groups, settled, removed)
+    plan.added_bias = cutter.cut(gated, settled, removed, report.biases)
     plan.carriers = report.carriers
     return plan, report
 

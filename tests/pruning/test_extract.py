@@ -1,11 +1,23 @@
+import warnings
+
+import numpy as np
 import pytest
 import torch
-from networks import Residual, Row, csnet_with_dead_gates, settle
+from networks import Residual, Row, csnet_with_dead_gates, params, settle
+from zoo import ZOO
 
+import prunekit
 from prunekit.backbones.csnet import csnet
-from prunekit.errors import PlanError
-from prunekit.pruning.extract import dead_channels, extract
+from prunekit.errors import PlanError, PrunekitWarning
+from prunekit.pruning.criteria import gate as gate_scores
+from prunekit.pruning.criteria import magnitude, random, taylor
+from prunekit.pruning.extract import choose, dead_channels, extract, plan_of_choice
 from prunekit.pruning.groups import find_groups
+from prunekit.pruning.slim import slim
+from prunekit.pruning.surgery import Cutter
+
+# Most of these networks are cut to their limits, and that this is said has tests of its own.
+pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 
 
 def gate(model, norm, values):
@@ -75,8 +87,6 @@ def test_layers_whose_living_branches_do_not_meet_are_kept_apart_from_death():
 @pytest.mark.parametrize("seed", range(5))
 def test_plans_are_settled(seed):
     """Nothing that is kept reads from nothing, or is read by nothing."""
-    from prunekit.pruning.surgery import Cutter
-
     model, groups, _ = csnet_with_dead_gates(seed, share=0.7, whole=0.4)
     plan = extract(model, groups)
     dead = dead_channels(groups, plan)
@@ -97,3 +107,74 @@ def test_what_cannot_be_read_is_refused():
     gate(model, "bn2", [float("nan")])
     with pytest.raises(PlanError, match="a gate of conv1 is not finite"):
         extract(model, groups)
+
+
+def ready(name="resnet_basic"):
+    torch.manual_seed(0)
+    model = ZOO[name]()
+    example = settle(model)
+    return model, find_groups(model, example), example
+
+
+def test_the_user_is_warned_of_what_is_not_as_asked_and_of_nothing_else():
+    model, groups, _ = ready()
+    with pytest.warns(PrunekitWarning, match=r"nothing is cut: the smallest of 42 scores is 0\.\d+ \("):
+        assert not any(dead_channels(groups, prunekit.extract(model, groups)).values())
+    with pytest.warns(PrunekitWarning, match="kept for min_channels 1"):
+        extract(model, groups, share=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = extract(model, groups, share=0.3, keep_layers=["conv1"])
+    # What is routine stands in the plan alone.
+    assert [note.split(" ")[0] for note in plan.notes] == ["keep_layers", "2"] and "cannot be cut" in plan.notes[1]
+    assert prunekit.Plan.from_json(plan.to_json()).notes == plan.notes
+
+
+def test_a_choice_is_what_extract_cuts_and_warns_of_nothing():
+    model, groups, _ = ready()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice = choose(model, groups, share=1.0, min_channels=2)
+    assert choice.urgent
+    with pytest.warns(PrunekitWarning):
+        plan = extract(model, groups, share=1.0, min_channels=2)
+    assert plan_of_choice(model, groups, choice) == plan and dead_channels(groups, plan) == choice.dead
+
+
+def test_scores_of_a_criterion_need_a_share_or_a_threshold():
+    model, groups, _ = ready()
+    with pytest.raises(PlanError, match="units of their own; give a share"):
+        extract(model, groups, scores=magnitude(model, groups))
+
+
+def test_the_effective_gates_are_the_default_scores():
+    model, groups, _ = ready()
+    assert extract(model, groups, share=0.4) == extract(model, groups, scores=gate_scores(model, groups), share=0.4)
+
+
+@pytest.mark.parametrize("name", ["resnet_basic", "mobilenet_v2", "resnext", "densenet"])
+def test_every_criterion_gives_a_plan_that_slims_with_proof(name):
+    model, groups, example = ready(name)
+    for scores in (
+        magnitude(model, groups),
+        taylor(model, groups, lambda model: [model(example).square().mean()]),
+        random(model, groups, seed=1),
+    ):
+        plan = extract(model, groups, scores=scores, share=0.4, round_to=2)
+        small, proof = slim(model, plan, example, groups=groups)
+        assert proof.holds and params(small) < 0.9 * params(model)
+        of = sum(group.channels for group in groups if group.reason is None)
+        cut = dead_channels(groups, plan)
+        assert 0.2 * of < sum(map(len, cut.values())) <= 0.4 * of
+        assert all((group.channels - len(cut[group.id])) % 2 == 0 for group in groups if group.reason is None)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_lower_score_never_survives_a_higher_one(seed):
+    model, groups, _ = ready()
+    scores = random(model, groups, seed=seed)
+    for scope in ("global", "layer"):
+        dead = dead_channels(groups, extract(model, groups, scores=scores, share=0.5, scope=scope))
+        for name, gone in dead.items():
+            mask = np.isin(np.arange(len(scores[name])), list(gone))
+            assert not mask.any() or scores[name][mask].max() < scores[name][~mask].min()

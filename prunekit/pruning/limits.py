@@ -1,0 +1,71 @@
+"""What of a model is kept, whatever its channels score."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from prunekit.errors import PlanError
+from prunekit.layers import OptionalModules
+from prunekit.plan import Group
+from prunekit.registry import nearest
+
+
+def kept_whole(model: nn.Module, groups: Sequence[Group], patterns: Sequence[str]) -> set[str]:
+    """The ids of the groups that these patterns of module names keep whole.
+
+    Raises:
+        PlanError: a pattern that matches no module that makes channels or hands them on.
+    """
+    held: dict[str, set[str]] = defaultdict(set)
+    for group in groups:
+        for module in group.producers:
+            parts = module.split(".")
+            for depth in range(len(parts)):
+                held[".".join(parts[: depth + 1])].add(group.id)
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = [name for name in held if fnmatchcase(name, pattern)]
+        if not matching:
+            near = nearest(pattern, list(held))
+            hint = f"did you mean {near!r}?" if near else f"the first are {', '.join(list(held)[:5])}"
+            raise PlanError(f"keep_layers: no module with channels matches {pattern!r}; {hint}")
+        found.update(*(held[name] for name in matching))
+    return found
+
+
+def uncuttable(groups: Sequence[Group]) -> str | None:
+    """A sentence on the groups that cannot be cut, or None where all can."""
+    reasons = Counter(group.reason for group in groups if group.reason is not None)
+    if not reasons:
+        return None
+    common = [f"{n} {reason}" for reason, n in reasons.most_common(3)]
+    rest = sum(reasons.values()) - sum(n for _, n in reasons.most_common(3))
+    return f"{number(sum(reasons.values()), 'group')} cannot be cut: {'; '.join(common)}" + (
+        f"; {rest} other" if rest else ""
+    )
+
+
+def number(count: int, noun: str) -> str:
+    """ "1 channel", "2 channels"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def removable(model: nn.Module, group: Group) -> bool:
+    """Whether the group may lose all of its channels: every module of it may be absent."""
+    return all(
+        isinstance(model.get_submodule(member.tensor.rpartition(".")[0].rpartition(".")[0]), OptionalModules)
+        for member in group.members
+    )
+
+
+def layers_of(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups of each layer: those whose last norms stand in one container are its branches."""
+    found: dict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        if group.gates:
+            found[group.gates[-1].norm.rpartition(".")[0]].append(group)
+    return list(found.values())

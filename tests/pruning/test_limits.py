@@ -1,0 +1,65 @@
+import pytest
+import torch
+from networks import Row
+
+from prunekit.backbones.csnet import csnet
+from prunekit.errors import PlanError
+from prunekit.plan import Group
+from prunekit.pruning.groups import find_groups
+from prunekit.pruning.limits import kept_whole, layers_of, removable, uncuttable
+
+
+@pytest.fixture(scope="module")
+def row():
+    model = Row()
+    return model, find_groups(model, torch.randn(1, 3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def branched():
+    model = csnet(10)
+    return model, find_groups(model, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "whole"),
+    [
+        ([], set()),
+        (["conv1"], {"conv1"}),
+        (["depthwise"], {"conv1"}),
+        (["bn3"], {"conv2"}),
+        (["conv[12]"], {"conv1", "conv2"}),
+        (["bn1", "out"], {"conv1", "out"}),
+        (["*"], {"conv1", "conv2", "out"}),
+    ],
+)
+def test_a_pattern_keeps_what_a_module_makes_or_hands_on(row, patterns, whole):
+    assert kept_whole(*row, patterns) == whole
+
+
+def test_a_module_stands_for_all_inside_it(branched):
+    model, groups = branched
+    names = kept_whole(model, groups, ["stage1.1"])
+    assert names == {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"}
+    assert names == kept_whole(model, groups, ["stage1.1.*"]) and names < kept_whole(model, groups, ["stage1"])
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest_module(row):
+    with pytest.raises(PlanError, match=r"no module with channels matches 'depthwize'; did you mean 'depthwise'\?"):
+        kept_whole(*row, ["conv1", "depthwize"])
+    with pytest.raises(PlanError, match="matches 'layer\\[0-9]'; the first are conv1, "):
+        kept_whole(*row, ["layer[0-9]"])
+
+
+def test_what_cannot_be_cut_is_counted_by_its_reason():
+    groups = [Group(id=str(k), channels=1, members=[], reason=reason) for k, reason in enumerate("aabcd")]
+    assert uncuttable(groups) == "5 groups cannot be cut: 2 a; 1 b; 1 c; 1 other"
+    assert uncuttable([Group(id="free", channels=1, members=[])]) is None
+
+
+def test_branches_may_go_and_are_one_layer(row, branched):
+    assert not any(removable(row[0], group) for group in row[1])
+    model, groups = branched
+    layer = next(layer for layer in layers_of(groups) if any(g.id == "stage1.1.mix.paths.0to0" for g in layer))
+    assert {group.id for group in layer} == {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"}
+    assert all(removable(model, group) for group in layer)
