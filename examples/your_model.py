@@ -5,22 +5,42 @@ from torch import nn
 
 import prunekit
 
+
+class Net(nn.Module):
+    """A residual network as anybody would write it; nothing in it knows of prunekit.
+
+    Shape:
+        input: (N, 3, H, W); output: logits (N, 4).
+    """
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(2 * width)
+        self.conv2 = nn.Conv2d(2 * width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        y = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(x + self.norm2(self.conv2(y)))
+        return self.head(x.mean((2, 3)))
+
+
 torch.manual_seed(0)
-model = nn.Sequential(
-    nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-    nn.Conv2d(32, 64, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
-)  # fmt: skip
+model, loss = Net(), nn.CrossEntropyLoss()
+optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
 images, labels = torch.randn(64, 3, 16, 16), torch.arange(64) % 4
 images += labels[:, None, None, None] * 0.5
 
 groups = prunekit.find_groups(model, images[:2])  # what can be cut together
-optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
 with prunekit.DynamicWeightDecay(model, groups, weight=1) as decay:
     for _ in range(300):
-        loss = nn.functional.cross_entropy(model(images), labels) + decay.penalty()
         optimizer.zero_grad()
-        loss.backward()
+        (loss(model(images), labels) + decay.penalty()).backward()  # your loop, and one term more
         optimizer.step()
 plan = prunekit.extract(model, groups, threshold=5e-2)
 slim, proof = prunekit.slim(model, plan, images[:8])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, PrunekitWarning
 
 app = typer.Typer(
     name="prunekit",
@@ -198,25 +201,37 @@ def import_(
     import_run(checkpoint, layout, out, _console(), overwrite=overwrite)
 
 
+@app.command()
+def groups(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe or a run folder.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of a run: dense, slim or finetuned; default the last that it has."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: each group with its tensors and gates.")] = False,
+) -> None:
+    """Which channels can only be cut together, which gates decide, what a channel costs, and what cannot be cut."""
+    from prunekit.inspection import dump, inspect_groups, show_groups
+
+    found = inspect_groups(source, overrides or [], model)
+    if as_json:
+        print(dump(found))
+    else:
+        show_groups(found, _console())
+
+
 @app.command(name="list")
 def list_() -> None:
-    """What recipes can name: backbones, data sets, tasks and so on, and where each comes from."""
-    from rich.table import Table
-
+    """What recipes can name: backbones, data sets, tasks and so on, their options, and where each comes from."""
     from prunekit import registry
-    from prunekit.recipe import shipped
+    from prunekit.listing import table
 
-    console = _console()
-    table = Table("kind", "name", "from", "what it is", box=None, pad_edge=False)
-    for kind in ("backbones", "datasets", "tasks", "decays", "optimizers", "schedules", "augmentations"):
-        names: registry.Registry = getattr(registry, kind)
-        for entry in names:
-            table.add_row(names.kind, entry.name, entry.origin, entry.summary)
-    for name in shipped():
-        table.add_row("recipe", name, "prunekit", "")
-    console.print(table)
-    for failure in registry.plugin_failures():
-        typer.echo(f"prunekit: {failure}", err=True)
+    # First, so that a plugin that fails is said once, below the table.
+    failures = registry.plugin_failures()
+    _console().print(table())
+    for failure in failures:
+        print(f"prunekit: {failure}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -225,7 +240,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        app(args=arguments, prog_name="prunekit")
+        with _notices():
+            app(args=arguments, prog_name="prunekit")
     except PrunekitError as error:
         _fail(str(error), error.exit_status, debug)
     except (KeyboardInterrupt, EOFError):
@@ -245,6 +261,22 @@ def _fail(message: str, status: int, debug: bool) -> None:
     for line in message.splitlines():
         print(f"prunekit: {line}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
+    """Show our own warnings as lines of ours."""
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        if issubclass(category, PrunekitWarning):
+            for part in str(message).splitlines():
+                print(f"prunekit: {part}", file=sys.stderr)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        others, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _console():

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from prunekit import registry, schema, yaml12
-from prunekit.errors import RecipeError
+from prunekit.errors import PrunekitError, RecipeError
 from prunekit.schema import Backbone, Checkpoint, Data, Decay, Export, Named, Recipe, Slim, Training
 from prunekit.sources import Tree, find, gather, shipped
+from prunekit.userfile import UserFile
 from prunekit.yaml12 import dotted, quoted
 
 __all__ = [
@@ -82,7 +84,12 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     of_values = [m for m in tree.mistakes if not any(m.path[: n + 1] in at_fault for n in range(len(m.path)))]
     if mistakes := sorted(in_texts + of_values):
         raise RecipeError("\n".join(dict.fromkeys(map(str, mistakes))))
-    return Recipe.model_validate_json(json.dumps(tree.value))
+    recipe = Recipe.model_validate_json(json.dumps(tree.value))
+    for path, what in schema.conflicts(recipe):
+        tree.complain(path, what)
+    if tree.mistakes:
+        raise RecipeError("\n".join(map(str, sorted(tree.mistakes))))
+    return recipe
 
 
 def _check_schema(tree: Tree) -> None:
@@ -114,33 +121,64 @@ def _check_names(tree: Tree) -> None:
     for path, table in schema.REGISTRIES.items():
         holder = tree.value if len(path) == 1 else tree.at(path[:-1])
         part = holder.get(path[-1], {}) if isinstance(holder, dict) else None
-        if not isinstance(part, dict) or (path == ("backbone",) and part.get("file") is not None):
+        if not isinstance(part, dict):
+            continue
+        if path == ("backbone",) and part.get("file") is not None:
+            holder[path[-1]] = _check_file(tree, part)
             continue
         # A name that stands in a text we could not read is not the default one.
         name = part.get("name", schema.default_name(path) if tree.complete else None)
         if not isinstance(name, str):
             continue
         names: registry.Registry = getattr(registry, table)
-        if name not in names:
-            tree.complain((*path, "name"), names.unknown(name))
+        try:
+            build = names.get(name)
+        except PrunekitError as error:
+            tree.complain((*path, "name"), str(error))
             continue
         options = part.get("options", {})
         if isinstance(options, dict):
-            options = _check_options(tree, path, names, name, options)
+            options = _check_options(tree, path, f"{names.kind} {name!r}", partial(names.options_of, build), options)
         if path == ("data",):
-            _check_roots(tree, name, names.get(name), part)
+            _check_roots(tree, name, build, part)
         holder[path[-1]] = {**part, "name": name, "options": options}
 
 
+def _check_file(tree: Tree, part: dict[str, Any]) -> dict[str, Any]:
+    """The section of a backbone from a user's file: the file found and noted as it is now, its options checked."""
+    path = ("backbone",)
+    file, name, options = part["file"], part.get("name"), part.get("options", {})
+    if not (isinstance(file, str) and isinstance(name, str)):
+        return part
+    place = tree.place((*path, "file"))
+    # As the shell means it where it is an override (which has no column), else beside the file that names it.
+    folder = Path(place.text.rsplit(":", 2)[0]).parent if place.column else Path()
+    try:
+        source = UserFile.read(file, folder)
+        if source.changed:
+            mend = f"put that version back, or go on with this one by backbone.file={source.path}"
+            raise RecipeError(f"{source.changed}; {mend}")
+        build = source.function(name)
+    except PrunekitError as error:
+        tree.complain((*path, "file"), str(error))
+        return part
+    if isinstance(options, dict):
+        owner = f"backbone {name!r} of {source.path.name}"
+        options = _check_options(tree, path, owner, partial(registry.backbones.options_of, build), options)
+    return {**part, "file": source.pinned, "options": options}
+
+
 def _check_options(
-    tree: Tree, path: yaml12.Path, names: registry.Registry, name: str, options: dict[str, Any]
+    tree: Tree,
+    path: yaml12.Path,
+    owner: str,
+    parameters: Callable[[], dict[str, inspect.Parameter]],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """The options with the builder's defaults, as plain values; mistakes go to the tree."""
     path = (*path, "options")
-    owner = f"{names.kind} {name!r}"
     try:
-        parameters = names.options(name)
-        model = _options_model(parameters)
+        model = _options_model(parameters())
     except Exception as error:  # Whatever the annotations of a plugin raise when they are evaluated.
         reason = f"{type(error).__name__}: {error}"
         tree.complain(path, f"the signature of {owner} cannot be read ({reason}); mend its annotations")

@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from prunekit import registry
 from prunekit.cli import main
+from prunekit.errors import PrunekitWarning, RecipeError
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def recipe(**lines):
     text = {
         "name": "test",
         "backbone": "{name: csnet}",
-        "data": "{name: salient_shapes}",
+        "data": "{name: salient_shapes, size: 32, options: {train: 8, val: 4}}",
         "train": "{epochs: 1}",
         "finetune": "{epochs: 1}",
         **lines,
@@ -174,6 +178,7 @@ def test_list_names_everything(call):
         "salient_shapes",
         "saliency",
         "dynamic",
+        "gate",
         "adam",
         "one_cycle",
         "crop_flip",
@@ -183,12 +188,41 @@ def test_list_names_everything(call):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_our_warnings_are_lines_of_ours_and_others_are_not(call, monkeypatch):
+    import prunekit.recipe
+
+    def load(*_):
+        warnings.warn("first\nsecond", PrunekitWarning, stacklevel=1)
+        warnings.warn("a library's", UserWarning, stacklevel=1)
+        raise RecipeError("and the end")
+
+    monkeypatch.setattr(prunekit.recipe, "load", load)
+    shown = warnings.showwarning
+    status, _, error = call("run", "x.yaml")
+    ours = [line for line in error.splitlines() if line.startswith("prunekit: ")]
+    assert status == 2 and ours == ["prunekit: first", "prunekit: second", "prunekit: and the end"]
+    assert "a library's" not in "".join(ours)
+    assert warnings.showwarning is shown
+
+
+def test_a_failing_plugin_stops_no_command(call, monkeypatch):
+    def fail():
+        raise ImportError("no module named foo")
+
+    point = SimpleNamespace(name="bad", value="bad", load=fail, dist=SimpleNamespace(name="bad-dist", version="1.0"))
+    monkeypatch.setattr(registry, "_plugins", registry._Plugins())
+    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: [point])
+    status, out, error = call("groups", recipe())
+    assert status == 0 and "groups can be cut" in out
+    assert one_line(error) and "plugin 'bad' of bad-dist failed to load" in error
+
+
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None;"
         "from prunekit.cli import main; main(['{}', '--help'])"
     )
-    for command in ("run", "report", "predict", "eval", "list"):
+    for command in ("run", "report", "predict", "eval", "groups", "list"):
         done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout

@@ -1,20 +1,81 @@
-"""The examples run, and the README shows what they do."""
+"""The examples run as they say."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_your_model():
-    file = ROOT / "examples" / "your_model.py"
+    file = EXAMPLES / "your_model.py"
     done = subprocess.run([sys.executable, file], capture_output=True, text=True, check=True)
     before, after = (int(word) for word in done.stdout.split(" parameters")[0].split(" → "))
     assert after < 0.8 * before
     assert "proof holds: True" in done.stdout
 
 
-def test_the_readme_shows_the_example():
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert code.strip() in (ROOT / "examples" / "your_model.py").read_text()
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """run(*arguments): prunekit in a new environment, which sees what this one has and the example package."""
+    folder = tmp_path_factory.mktemp("plugin")
+    # A build leaves files beside its sources.
+    shutil.copytree(EXAMPLES / "plugin_backbone", folder / "package")
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    python = folder / "env" / "bin" / "python"
+
+    def call(*arguments):
+        environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "COLUMNS": "80"}
+        done = subprocess.run(
+            [python, "-m", *map(str, arguments)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    site = next((folder / "env").glob("lib/python*/site-packages"))
+    shown = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    (site / "shown.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in sorted(shown)))
+    call("pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", folder / "package")
+    return lambda *arguments: call("prunekit.cli", *arguments)
+
+
+def test_the_plugin_is_listed_with_its_origin(installed):
+    lines = installed("list").splitlines()
+    (row,) = [line for line in lines if line.strip().startswith("mobile_saliency")]
+    assert "prunekit-mobile 1.0" in row
+    below = lines[lines.index(row) :]
+    assert any("width=16, expansion=4" in line for line in below[:4])
+    (ours,) = [line for line in lines if line.strip().startswith("csnet ") and "CSNet" in line]
+    assert "prunekit 0" in ours
+
+
+def test_its_recipe_runs_to_the_end(installed):
+    tiny = ["train.epochs=1", "finetune.epochs=1", "data.size=32", "data.options={train: 32, val: 8}"]
+    # Two steps move gates from 1 a little to either side.
+    tiny += ["backbone.options.width=4", "decay.weight=0", "slim.threshold=0.99", "--out", "run"]
+    out = installed("run", "package/mobile.yaml", *tiny)
+    kept, of = map(int, re.search(r"slim: (\d+) of (\d+) channels kept.*proof holds", out).groups())
+    assert 0 < kept < of and "run (complete)" in out
+    living = " ".join(installed("groups", "run", "--model", "dense").split())
+    assert "8 of 10 groups can be cut" in living and "live (effective gate above 0.99)" in living
+
+
+def test_the_package_is_set_up_as_such_packages_are():
+    folder = EXAMPLES / "plugin_backbone"
+    assert "[project]" not in (folder / "pyproject.toml").read_text()
+    assert "prunekit.plugins" in (folder / "setup.cfg").read_text()
+    assert {path.name for path in folder.iterdir() if path.name != "__pycache__"} == {
+        "README.md", "mobile.yaml", "prunekit_mobile.py", "pyproject.toml", "setup.cfg"
+    }  # fmt: skip

@@ -1,14 +1,28 @@
 """Every recipe of the repository is read, and its head says how to launch and to override it."""
 
+import runpy
 from pathlib import Path
 
 import pytest
 
+from prunekit import registry
 from prunekit.backbones import build
 from prunekit.recipe import load, shipped
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for folder in ("recipes", "examples") for path in (ROOT / folder).rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def example_plugins():
+    """What the examples' packages register, as if they were installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        registry.backbones.names()
+        patch.setattr(registry.backbones, "_entries", dict(registry.backbones._entries))
+        for setup in (ROOT / "examples").glob("*/setup.cfg"):
+            for file in setup.parent.glob("*.py"):
+                runpy.run_path(str(file), run_name=file.stem)
+        yield
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from prunekit import registry
-from prunekit.errors import PluginError, RecipeError
+from prunekit.errors import PluginError, PrunekitWarning, RecipeError
 
 
 class Point:
@@ -15,7 +15,7 @@ class Point:
 
     def __init__(self, name, dist, load):
         self.name, self.value, self.load = name, f"{name}.module", load
-        self.dist = SimpleNamespace(name=dist) if dist else None
+        self.dist = SimpleNamespace(name=dist, version="1.2") if dist else None
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def install(monkeypatch):
     monkeypatch.setattr(registry, "_plugins", registry._Plugins())
     for table in (registry.backbones, registry.decays):
         monkeypatch.setattr(table, "_entries", {})
+        monkeypatch.setattr(table, "_families", {})
 
     def with_points(*points):
         def entry_points(*, group):
@@ -69,14 +70,40 @@ def test_a_failing_plugin_is_kept_and_the_others_go_on(install):
         Point("broken", "bad-dist", fails(ImportError("no module named foo"))),
         Point("fine", "good-dist", registers("fine", "A fine net.")),
     )
-    entry = registry.backbones.entry("fine")
-    assert (entry.origin, entry.summary) == ("good-dist", "A fine net.")
+    with pytest.warns(PrunekitWarning, match="'broken' of bad-dist failed to load"):
+        entry = registry.backbones.entry("fine")
+    assert (entry.origin, entry.version, entry.summary) == ("good-dist", "1.2", "A fine net.")
     (failure,) = registry.plugin_failures()
     assert isinstance(failure, PluginError)
     for words in ("'broken'", "bad-dist", "ImportError: no module named foo", "pip uninstall bad-dist"):
         assert words in str(failure)
     with pytest.raises(RecipeError, match="not loaded: plugin 'broken' of bad-dist"):
         registry.backbones.get("missing")
+
+
+def test_whoever_asks_for_the_failures_says_them(install, recwarn):
+    install(Point("broken", "bad-dist", fails(ImportError("no module named foo"))))
+    assert len(registry.plugin_failures()) == 1
+    registry.backbones.names()
+    assert not recwarn
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), SyntaxError("invalid"), RuntimeError("first\nsecond"), KeyError("x")])
+def test_whatever_a_plugin_raises_is_one_line_and_stops_nothing(install, error):
+    install(Point("broken", "bad-dist", fails(error)), Point("fine", "good-dist", registers("fine", "A fine net.")))
+    (failure,) = registry.plugin_failures()
+    assert "\n" not in str(failure) and "bad-dist" in str(failure) and type(error).__name__ in str(failure)
+    assert registry.backbones.names() == ["fine"]
+
+
+@pytest.mark.filterwarnings("error::prunekit.errors.PrunekitWarning")
+def test_all_plugins_are_loaded_where_a_warning_is_an_error(install):
+    install(
+        Point("broken", "bad-dist", fails(KeyError())), Point("fine", "good-dist", registers("fine", "A fine net."))
+    )
+    with pytest.raises(PrunekitWarning):
+        registry.backbones.names()
+    assert registry.backbones.names() == ["fine"]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -86,7 +113,8 @@ def test_a_plugin_cannot_take_a_name_of_ours(install, order):
         Point("z", "prunekit", registers("csnet", "The real one.")),
     ]
     install(*points[::order])
-    assert registry.backbones.entry("csnet").summary == "The real one."
+    with pytest.warns(PrunekitWarning, match="already taken"):
+        assert registry.backbones.entry("csnet").summary == "The real one."
     (failure,) = registry.plugin_failures()
     assert "'csnet' of greedy is already taken by prunekit" in str(failure)
 
@@ -103,6 +131,32 @@ def test_a_plugin_that_looks_something_up_while_loading(install):
     install(Point("curious", "curious-dist", lambda: registry.decays.names()))
     assert registry.backbones.names() == []
     assert registry.plugin_failures() == []
+
+
+@pytest.mark.parametrize("name", [None, "", builder])
+def test_a_decorator_without_a_name_is_refused(install, name):
+    with pytest.raises(PluginError, match=r"a backbone needs a name: write @register_…\("):
+        registry.register_backbone(name)
+
+
+def test_a_family_finds_what_is_named_after_its_prefix(install):
+    @registry.backbones.register_family("lib")
+    def find(name):
+        """Any model of lib."""
+        if name != "a/b":
+            raise RecipeError("lib has no such model")
+        return registry.Entry(f"lib/{name}", builder("A net."), "lib", "3.0")
+
+    registry.register_backbone("lib/own")(builder("Ours."))
+    assert registry.backbones.entry("lib/a/b").version == "3.0"
+    assert registry.backbones.entry("lib/own").summary == "Ours."
+    with pytest.raises(RecipeError, match="lib has no such model"):
+        registry.backbones.get("lib/c")
+    (family,) = registry.backbones.families()
+    assert (family.prefix, family.summary) == ("lib", "Any model of lib.")
+    said = registry.backbones.unknown("lbi/x")
+    assert said == "unknown backbone 'lbi/x', did you mean 'lib/x'? known: lib/own, lib/…"
+    assert registry.decays.families() == []
 
 
 def test_unknown_name(install):

@@ -1,55 +1,66 @@
-"""Backbones: functions that build a dense model. A recipe names a registered one, or a function in a user's file."""
+"""Backbones: functions that build a dense model. A recipe names a registered one, a model of another library, or a
+function in a user's file."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from pathlib import Path
+import inspect
+import warnings
 from typing import Any
 
 from torch import nn
 
 from prunekit import registry
-from prunekit.errors import PluginError, RecipeError
+from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
+from prunekit.userfile import UserFile
 
 
 def build(name: str, options: dict[str, Any] | None = None, file: str | None = None) -> nn.Module:
     """Build the dense model that a recipe names.
 
     Args:
-        name: a registered backbone, or the function of this name in ``file``.
+        name: a registered backbone, ``timm/NAME``, ``torchvision/NAME``, or the function of this name in ``file``.
         options: its keyword arguments.
-        file: a Python file.
+        file: a Python file; with ``#sha256=…`` behind it, there is a warning where the file has another content.
 
     Raises:
         RecipeError: the name is not known, or the builder refuses its options.
-        PluginError: the file fails to import, has no such function, or it returns no module.
+        PluginError: the file fails to import or has no such function; the builder fails, or returns no module.
     """
-    function = registry.backbones.get(name) if file is None else _from_file(Path(file).expanduser(), name)
+    if file is None:
+        entry = registry.backbones.entry(name)
+        function, whose = entry.build, "" if entry.origin == "prunekit" else f" of {entry.origin}"
+    else:
+        function, whose = _from_file(file, name)
+    options = options or {}
     try:
-        model = function(**(options or {}))
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"backbone.options: {name}: {error}") from error
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise RecipeError(f"backbone.options: {name}{whose}: {error}") from error
+    try:
+        model = function(**options)
+    except PrunekitError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"backbone.options: {name}{whose}: {error}") from error
+    except Exception as error:
+        raise PluginError(
+            f"backbone {name!r}{whose} cannot be built with {options} ({registry.reason_of(error)}); "
+            "give other options, or mend its builder"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise PluginError(f"backbone {name!r} returned {type(model).__name__}, not a torch.nn.Module; return the model")
+        raise PluginError(
+            f"backbone {name!r}{whose} returned {type(model).__name__}, not a torch.nn.Module; return the model"
+        )
     return model
 
 
-def _from_file(path: Path, name: str) -> Callable[..., Any]:
-    if not path.is_file():
-        raise RecipeError(f"backbone.file: {path} is not there; give the path of a Python file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise PluginError(f"backbone.file: {path} is no Python file; its name should end in .py")
-    module = importlib.util.module_from_spec(spec)
+def _from_file(text: str, name: str) -> tuple[Any, str]:
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise PluginError(f"backbone.file: {path} fails to import ({type(error).__name__}: {error})") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = registry.nearest(name, [key for key, value in vars(module).items() if callable(value)])
-        raise PluginError(
-            f"backbone.file: {path} has no function {name!r}" + (f"; did you mean {known!r}?" if known else "")
-        )
-    return function
+        source = UserFile.read(text)
+        function = source.function(name)
+    except (RecipeError, PluginError) as error:
+        raise type(error)(f"backbone.file: {error}") from error
+    if source.changed:
+        message = f"backbone.file: {source.changed}; what was trained with it may mean something else now"
+        warnings.warn(message, PrunekitWarning, stacklevel=3)
+    return function, f" of {source.path}"

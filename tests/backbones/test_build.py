@@ -1,0 +1,171 @@
+"""From the name in a recipe to a model, and what is said where that fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from prunekit import recipe, registry
+from prunekit.backbones import build
+from prunekit.cli import main
+from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
+
+FILE = """
+from torch import nn
+
+def build(width: int = 4, depth: int = 1):
+    return nn.Sequential(*[nn.Conv2d(3, width, 1) for _ in range(depth)])
+"""
+RECIPE = """
+name: mine
+backbone: {file: nets/net.py, name: build, options: {width: 5}}
+data: salient_shapes
+train: {epochs: 1}
+finetune: {epochs: 1}
+""".replace("data: salient_shapes", "data: {name: salient_shapes}")
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """plugin(builder): registered as "theirs" by the distribution their-nets."""
+
+    def register(function):
+        registry.backbones.names()
+        entries = {**registry.backbones._entries, "theirs": registry.Entry("theirs", function, "their-nets", "2.0")}
+        monkeypatch.setattr(registry.backbones, "_entries", entries)
+
+    return register
+
+
+def fails(error):
+    def function(width: int = 4):
+        raise error
+
+    return function
+
+
+def test_what_a_plugin_returns_is_a_module(plugin):
+    plugin(lambda: 3)
+    with pytest.raises(PluginError, match=r"'theirs' of their-nets returned int, not a torch\.nn\.Module"):
+        build("theirs")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("first\nsecond"), KeyError("x"), AssertionError(), TypeError("add")])
+def test_any_failure_of_a_builder_names_it_and_its_distribution(plugin, error):
+    plugin(fails(error))
+    with pytest.raises(PluginError) as caught:
+        build("theirs", {"width": 7})
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in ("'theirs' of their-nets", "{'width': 7}", type(error).__name__):
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "word"),
+    [(fails(ValueError("too thin")), {}, "too thin"), (fails(ValueError()), {"wdth": 3}, "unexpected keyword.*wdth")],
+)
+def test_options_that_a_builder_refuses(plugin, function, options, word):
+    plugin(function)
+    with pytest.raises(RecipeError, match=f"^backbone.options: theirs of their-nets: .*{word}"):
+        build("theirs", options)
+
+
+def test_our_own_errors_pass(plugin):
+    plugin(fails(PrunekitError("as it stands")))
+    with pytest.raises(PrunekitError, match=r"^as it stands$"):
+        build("theirs")
+
+
+@pytest.fixture
+def file_recipe(tmp_path, monkeypatch):
+    """A recipe in a folder that is not the current one, with its file beside it."""
+    (tmp_path / "project" / "nets").mkdir(parents=True)
+    (tmp_path / "project" / "nets" / "net.py").write_text(FILE)
+    (tmp_path / "project" / "mine.yaml").write_text(RECIPE)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "project" / "mine.yaml"
+
+
+def test_a_file_is_found_beside_its_recipe_and_its_options_are_checked(file_recipe):
+    loaded = recipe.load(file_recipe).backbone
+    assert loaded.options == {"width": 5, "depth": 1}
+    model = build(loaded.name, loaded.options, loaded.file)
+    assert isinstance(model, nn.Sequential) and model[0].out_channels == 5
+    with pytest.raises(RecipeError, match=r"backbone 'build' of net\.py has no such option, did you mean 'width'"):
+        recipe.load(file_recipe, ["backbone.options.widht=3"])
+    with pytest.raises(RecipeError, match=r"mine\.yaml:3:\d+: backbone\.file: .*has no function 'biuld'"):
+        Path(file_recipe).write_text(RECIPE.replace("name: build", "name: biuld"))
+        recipe.load(file_recipe)
+
+
+def test_a_file_of_a_base_is_found_beside_the_base(file_recipe):
+    Path("derived.yaml").write_text("base: ../project/mine.yaml\nname: other\n")
+    assert recipe.load("derived.yaml").backbone == recipe.load(file_recipe).backbone
+
+
+def test_a_file_of_an_override_is_meant_from_the_current_folder(file_recipe):
+    Path("sub").mkdir()
+    Path("sub/here.py").write_text(FILE)
+    loaded = recipe.load(file_recipe, ["backbone.file=sub/here.py"])
+    assert loaded.backbone.file.startswith(f"{Path('sub/here.py').resolve()}#sha256=")
+    with pytest.raises(RecipeError, match=r"override 'backbone\.file=gone\.py': backbone\.file: .*cwd/gone\.py is not"):
+        recipe.load(file_recipe, ["backbone.file=gone.py"])
+
+
+def test_a_file_that_changed_is_noticed(file_recipe):
+    first = recipe.load(file_recipe)
+    Path("resolved.yaml").write_text(first.dump())
+    assert recipe.load("resolved.yaml") == first
+    net = file_recipe.parent / "nets" / "net.py"
+    net.write_text(f"{FILE}\n# another thought")
+    with pytest.raises(RecipeError, match=r"has changed since it was noted.*put that version back"):
+        recipe.load("resolved.yaml")
+    # The way on that it proposes.
+    second = recipe.load("resolved.yaml", [f"backbone.file={net}"])
+    assert second.backbone.file != first.backbone.file and second.backbone.options == first.backbone.options
+    with pytest.warns(PrunekitWarning, match=r"has changed since it was noted"):
+        build("build", {}, first.backbone.file)
+
+
+def test_errors_of_a_file_name_the_key(tmp_path):
+    with pytest.raises(RecipeError, match=r"^backbone\.file: .*gone\.py is not there"):
+        build("build", file=str(tmp_path / "gone.py"))
+
+
+def test_a_run_finds_its_file_from_anywhere_and_notices_a_change(file_recipe, tmp_path, monkeypatch, capsys):
+    net = file_recipe.parent / "nets" / "net.py"
+    net.write_text(
+        "from torch import nn\n\ndef build(width: int = 4):\n"
+        "    stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())\n"
+        "    return nn.Sequential(stem, nn.Conv2d(width, 1, 1))\n"
+    )
+    tiny = ["data.size=16", "data.options={train: 4, val: 2}", "train.epochs=0", "finetune.epochs=0"]
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        return stop.value.code, capsys.readouterr()
+
+    assert call("run", file_recipe, *tiny, "--out", "run")[0] == 0
+    run = tmp_path / "cwd" / "run"
+    noted = recipe.load(run / "recipe.yaml").backbone.file
+    assert json.loads((run / "plan.json").read_text())["builder"]["file"] == noted
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, said = call("slim", run, "slim.threshold=0.1", "--out", "again")
+    assert status == 0, said.err
+    status, said = call("groups", run)
+    assert status == 0 and not said.err
+    net.write_text(net.read_text().replace("ReLU", "SiLU"))
+    status, said = call("groups", run)
+    assert status == 0 and said.err.startswith("prunekit: backbone.file: ") and "has changed" in said.err
+    status, said = call("slim", run, "--out", "more")
+    assert status == 2 and "put that version back" in said.err
+    status, said = call("run", file_recipe, *tiny, "--out", run, "--resume")
+    assert status == 2 and "was started with another recipe" in said.err and f"-  file: {noted}" in said.err
+    net.unlink()
+    status, said = call("groups", run)
+    assert status == 2 and f"{net} is not there" in said.err
