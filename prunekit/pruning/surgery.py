@@ -213,26 +213,30 @@ def remove(model: nn.Module, name: str) -> None:
         remove(model, parent)
 
 
-def _slice(module: nn.Module, masks: dict[tuple[str, int], np.ndarray]) -> None:
-    names = [name for name, _ in masks]
+def sliced(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:
+    """A tensor of the shape of this tensor of the module's, with what the masks keep along each axis."""
     groups = getattr(module, "groups", 1)
-    depthwise = groups > 1 and groups == module.in_channels == module.out_channels
-    if groups > 1 and not depthwise:
-        _replace(
-            module,
-            "weight",
-            _slice_groups(module, masks.pop(("weight", 1), None), masks.pop(("weight", 0), None)),
-        )
-    # Axis by axis of one tensor, and a parameter is made of the last.
-    sliced: dict[str, torch.Tensor] = {}
+    if name == "weight" and groups > 1 and not _depthwise(module):
+        return _slice_groups(tensor, groups, masks.get(1), masks.get(0))
+    for axis, mask in masks.items():
+        tensor = tensor.index_select(axis, _kept(mask, tensor.device))
+    return tensor
+
+
+def _depthwise(module: nn.Module) -> bool:
+    return module.groups == module.in_channels == module.out_channels
+
+
+def _slice(module: nn.Module, masks: dict[tuple[str, int], np.ndarray]) -> None:
+    depthwise = getattr(module, "groups", 1) > 1 and _depthwise(module)
+    cuts: dict[str, dict[int, np.ndarray]] = {}
     for (name, axis), mask in masks.items():
-        tensor = sliced.get(name, getattr(module, name).detach())
-        sliced[name] = tensor.index_select(axis, _kept(mask, tensor.device))
-    for name, tensor in sliced.items():
-        _replace(module, name, tensor)
+        cuts.setdefault(name, {})[axis] = mask
+    for name, axes in cuts.items():
+        _replace(module, name, sliced(module, name, getattr(module, name).detach(), axes))
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         # One without affine parameters has statistics alone.
-        module.num_features = len(getattr(module, names[0]))
+        module.num_features = len(getattr(module, next(iter(cuts))))
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.Linear):
@@ -248,10 +252,8 @@ def _kept(mask: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(mask)).to(device)
 
 
-def _slice_groups(module: nn.Module, read: np.ndarray | None, made: np.ndarray | None) -> torch.Tensor:
+def _slice_groups(weight: torch.Tensor, groups: int, read: np.ndarray | None, made: np.ndarray | None) -> torch.Tensor:
     """The weight of a convolution with groups, without some inputs and outputs; as many stay in each group."""
-    weight = module.weight.detach()
-    groups = module.groups
     parts = []
     for g, rows in enumerate(weight.chunk(groups)):
         if made is not None:

@@ -1,0 +1,142 @@
+"""What becomes of the constants of dead channels, in each of the four ways."""
+
+import pytest
+import torch
+from networks import Row, params, settle
+from torch import nn
+
+from prunekit.errors import PlanError
+from prunekit.pruning.extract import extract
+from prunekit.pruning.groups import find_groups
+from prunekit.pruning.slim import slim
+
+DEAD = {1: 2.0, 4: 3.0, 6: 0.0}  # channel → β
+
+
+def padded():
+    """A reader that pads with zeros, and three dead channels of different constants."""
+    model = Row(padding=1)
+    example = settle(model)
+    with torch.no_grad():
+        for channel, beta in DEAD.items():
+            model.bn2.weight[channel], model.bn2.bias[channel] = 0, beta
+    return model, example, find_groups(model, example)
+
+
+@pytest.mark.parametrize(
+    ("constants", "left", "carriers", "given"),
+    [("carrier", 6, 1, 0), ("fold", 7, 0, 2), ("keep", 7, 0, 2), ("drop", 5, 0, 0)],
+)
+def test_what_stays(constants, left, carriers, given):
+    model, example, groups = padded()
+    small, proof = slim(model, extract(model, groups), example, groups=groups, constants=constants)
+    assert (small.conv1.out_channels, proof.carriers, proof.given_back) == (left, carriers, given)
+    assert proof.holds == (constants != "drop")
+    if constants != "drop":
+        assert proof.max_abs_diff < 1e-12
+
+
+def test_dropped_constants_are_said_with_their_size():
+    model, example, groups = padded()
+    _, proof = slim(model, extract(model, groups), example, groups=groups, constants="drop")
+    silu = nn.functional.silu(torch.tensor([2.0, 3.0, 0.0]))
+    moved = (model.conv2.weight.detach()[:, list(DEAD)].sum((2, 3)) @ silu).abs().max()
+    assert proof.inexact == pytest.approx({"conv2": float(moved)}, rel=1e-4)
+    assert "conv2 by up to" in proof.plan.notes[-1] and "dropped" in proof.plan.notes[-1]
+    assert proof.max_abs_diff > proof.tolerance and "differ" in proof.reason
+    assert proof.to_json()["inexact"] == proof.inexact
+
+
+def test_channels_that_stay_are_said_with_what_they_would_move():
+    model, example, groups = padded()
+    _, proof = slim(model, extract(model, groups), example, groups=groups, constants="fold")
+    assert list(proof.inexact) == ["conv2"] and proof.inexact["conv2"] > 0.1
+    assert "2 dead channels stay" in proof.plan.notes[-1]
+
+
+def test_an_unknown_way_is_refused():
+    model, example, groups = padded()
+    with pytest.raises(PlanError, match="carrier, fold, keep, drop"):
+        slim(model, extract(model, groups), example, constants="carriers")
+
+
+@pytest.mark.parametrize(("beta", "given"), [(-1.0, 0), (1.0, 1)])
+def test_a_gate_that_dies_before_a_padded_depthwise_convolution(beta, given):
+    """Behind ReLU a negative β is nothing, and what the later norm makes of nothing is a constant. A positive one comes
+    out of the depthwise convolution with a border, which only the channel itself can make."""
+    model = Row()
+    example = settle(model)
+    with torch.no_grad():
+        model.bn1.weight[3], model.bn1.bias[3] = 0, beta
+    groups = find_groups(model, example)
+    small, proof = slim(model, extract(model, groups), example, groups=groups)
+    assert proof.given_back == given and small.conv1.out_channels == 7 + given
+    other = torch.randn(2, 3, 40, 24, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
+
+
+def test_a_transposed_convolution_is_read_by_a_carrier():
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    example = settle(model)
+    with torch.no_grad():
+        model[1].weight[:3], model[1].bias[:3] = 0, torch.tensor([1.0, 2.0, -1.0])
+    groups = find_groups(model, example)
+    small, proof = slim(model, extract(model, groups), example, groups=groups)
+    assert proof.carriers == 1 and proof.given_back == 0 and proof.max_abs_diff < 1e-12
+    assert (small[3].in_channels, small[3].weight.shape[:2]) == (4, (4, 4))
+
+
+def test_a_product_lets_a_constant_through_weighed():
+    """Of a dead channel with a constant, a squeeze-excite makes something that varies: it stays."""
+
+    class Excite(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+            self.down, self.up, self.out = nn.Linear(6, 3), nn.Linear(3, 6), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = self.bn(self.conv(x))
+            weights = self.up(self.down(x.mean((2, 3))).relu()).sigmoid()
+            return self.out(x * weights[:, :, None, None])
+
+    model = Excite()
+    example = settle(model)
+    with torch.no_grad():
+        model.bn.weight[[1, 4]] = 0
+        model.bn.bias[[1, 4]] = torch.tensor([0.0, 1.0])
+    groups = find_groups(model, example)
+    small, proof = slim(model, extract(model, groups), example, groups=groups)
+    assert proof.holds and proof.given_back == 1 and proof.plan.groups["conv"] == [0, 2, 3, 4, 5]
+    assert (small.up.out_features, small.down.in_features, small.out.in_channels) == (5, 5, 5)
+
+
+def test_modes_and_what_is_trained_stay_as_they_were():
+    model, example, groups = padded()
+    model.train()
+    model.bn1.eval()
+    model.conv2.weight.requires_grad_(False)
+    small, _ = slim(model, extract(model, groups), example, groups=groups)
+    assert small.training and small.conv2.training and not small.bn1.training
+    assert not small.conv2.weight.requires_grad and small.conv1.weight.requires_grad
+    assert model.bn1.weight.requires_grad and params(model) > params(small)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_that_looks_at_numbers_is_traced_on_its_own_device():
+    class Looks(Row):
+        def forward(self, x):
+            return super().forward(x) if x.sum().item() == x.sum().item() else x
+
+    model = Looks()
+    example = settle(model)
+    with torch.no_grad():
+        model.bn1.weight[2] = model.bn2.weight[2] = 0
+    groups = find_groups(model, example)
+    assert [g.model_dump() for g in groups] == [g.model_dump() for g in find_groups(Row(), example)]
+    assert slim(model, extract(model, groups), example)[0].conv1.out_channels == 7
