@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prunekit import registry
-from prunekit.data.folder import folder as folder_pairs
-from prunekit.data.pairs import PairSet
+from prunekit.data.pairs import ImageSet
 from prunekit.errors import CheckpointError, DataError
-from prunekit.loading import MODELS, load_model, newest_model, read_recipe
+from prunekit.loading import MODELS, load_model, newest_model, read_recipe, read_task
 from prunekit.progress import Reporter
 from prunekit.rundir import RunDir
+from prunekit.tasks.base import Task
 
 EVAL, FORMAT = "eval.json", 1
 SMALLEST = 16  # pixels; below it a network with four halvings has nothing left
@@ -38,20 +37,21 @@ def evaluate(
     batch_size: int = 16,
     on_error: OnError = "raise",
 ) -> list[dict[str, Any]]:
-    """Measure a run's model on folders of images and masks, print a table and note the figures in ``eval.json``.
+    """Measure a run's model on folders of the data its task needs, print a table and note the figures in ``eval.json``.
 
     The figures of the published protocol also go into the summary of a model that has none yet, such as one that was
     imported; the first set's.
 
     Args:
         path: the run folder.
-        data: ``NAME=FOLDER`` for each set; a folder holds images/ and GT/, and all its pairs are taken.
+        data: ``NAME=FOLDER`` for each set, all of which is taken: for saliency a folder that holds images/ and GT/, for
+            classification one that holds a folder of images for each class.
         console: where the table goes.
         model: "dense", "slim" or "finetuned"; None for the last that the run has.
         size: side of the square that the model sees; None for that of the run's recipe.
         own_size: the model sees each image at its own size, rounded up to a multiple of 16, instead.
         batch_size: images in hand at once.
-        on_error: ``skip`` leaves out, and counts, images without mask and files that cannot be read.
+        on_error: ``skip`` leaves out, and counts, images without mask or class and files that cannot be read.
 
     Returns:
         what ``eval.json`` now holds of each of these sets: name, folder, model, mode, images, skipped, metrics and
@@ -64,9 +64,8 @@ def evaluate(
     given = _sets(data)
     if own_size and size is not None:
         raise DataError("--size and --own-size exclude each other; give one of them")
-    for option, value, least in (("--size", size, SMALLEST), ("--batch-size", batch_size, 1)):
-        if value is not None and value < least:
-            raise DataError(f"{option} {value}: give {least} or more")
+    if batch_size < 1:
+        raise DataError(f"--batch-size {batch_size}: give 1 or more")
     if model is not None and model not in MODELS:
         raise DataError(f"--model {model}: there are {', '.join(MODELS)}")
     if on_error not in ("raise", "skip"):
@@ -75,10 +74,13 @@ def evaluate(
         held = _read(run)
         name = model or newest_model(run)
         recipe = read_recipe(run)
+        least = min(SMALLEST, recipe.data.size)
+        if size is not None and size < least:
+            raise DataError(f"--size {size}: give {least} or more")
         side = None if own_size else size or recipe.data.size
-        sets = {key: _pairs(key, folder, on_error) for key, folder in given.items()}
+        task, classes = read_task(run, recipe)
+        sets = {key: _pairs(task, key, folder, on_error, classes) for key, folder in given.items()}
         network = load_model(run, name, recipe).to(PartialState().device)
-        task = registry.tasks.get(recipe.task)()
         reporter = Reporter(console)
         mode = "own size" if side is None else f"size {side}"
         entries = []
@@ -119,20 +121,20 @@ def _sets(data: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _pairs(name: str, folder: str, on_error: OnError) -> PairSet:
-    """All pairs of a folder."""
+def _pairs(task: Task, name: str, folder: str, on_error: OnError, classes: Sequence[str]) -> ImageSet:
+    """All of a folder."""
     try:
-        return folder_pairs("val", root=folder, val_root=folder, on_error=on_error)
+        return task.read_folder(folder, on_error, classes)
     except DataError as error:
         raise _told(name, error) from error
 
 
 def _measure(
-    task: Any,
+    task: Task,
     network: Any,
     name: str,
     folder: str,
-    pairs: PairSet,
+    pairs: ImageSet,
     side: int | None,
     batch_size: int,
     reporter: Reporter,
@@ -144,7 +146,7 @@ def _measure(
     except DataError as error:
         if not len(pairs):
             raise DataError(
-                f"--data {name}: none of the {count} pairs in {folder} can be read; copy them again"
+                f"--data {name}: none of the {count} {pairs.unit} in {folder} can be read; copy them again"
             ) from error
         raise _told(name, error) from error
     finally:

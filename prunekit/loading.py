@@ -8,16 +8,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunekit import yaml12
+from prunekit import registry, yaml12
 from prunekit.backbones import build
+from prunekit.data.pairs import LabelSet
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.plan import Plan
 from prunekit.pruning.slim import apply_plan
 from prunekit.rundir import RunDir
 from prunekit.schema import Recipe
+from prunekit.tasks.base import Task
 
 # "dense" is the model that was trained with decay: the builder's, or (with `init`) what another run ended with.
 MODELS = ("dense", "slim", "finetuned")
+# What the classes are called that the models tell apart, in the order of their outputs.
+CLASSES = "classes.json"
 
 
 def read_recipe(run: RunDir) -> Recipe:
@@ -53,6 +57,30 @@ def input_shape(recipe: Recipe) -> tuple[int, int, int]:
 def read_plan(run: RunDir) -> Plan:
     """The plan of a run folder; raises PlanError where it is none."""
     return Plan.from_json(run.read_json("plan.json"), str(run.path / "plan.json"))
+
+
+def read_classes(run: RunDir) -> list[str]:
+    """What the classes are called that a run's models tell apart, in the order of their outputs; empty without any.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    classes = run.read_json(CLASSES) if run.has(CLASSES) else []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{run.path / CLASSES} is not a list of names; start the run again with --overwrite")
+    return classes
+
+
+def read_task(run: RunDir, recipe: Recipe) -> tuple[Task, list[str]]:
+    """The task of a run, and what :func:`read_classes` gives, whose errors it raises.
+
+    Raises:
+        CheckpointError: the task tells classes apart, and nothing says what they are called.
+    """
+    task, classes = registry.tasks.get(recipe.task)(), read_classes(run)
+    if issubclass(task.data, LabelSet) and not classes:
+        raise CheckpointError(f"{run.path / CLASSES} is missing; write the names of the classes into it as a JSON list")
+    return task, classes
 
 
 def start_plan(run: RunDir) -> Plan | None:

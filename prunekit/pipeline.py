@@ -11,7 +11,7 @@ from rich.console import Console
 from prunekit import registry
 from prunekit.environment import environment
 from prunekit.errors import PrunekitError, RecipeError, RunFolderError
-from prunekit.loading import load_model, newest_model, read_recipe
+from prunekit.loading import CLASSES, load_model, newest_model, read_recipe
 from prunekit.plan import Plan
 from prunekit.progress import Reporter
 from prunekit.reporting import report
@@ -77,9 +77,11 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
     old = RunDir.open(source)
     part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
     work.rehearse(load=True)
+    work.agree(old)
     with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
         work.reporter.log = out / "run.log"
         _copy(old, run, f"{part}/model.safetensors", "dense/model.safetensors")
+        _copy(old, run, CLASSES, CLASSES)
         _copy(old, run, "init.json" if part == "dense" else "plan.json", "init.json")
         _adopt(work, old, run, {part: "dense"})
         run.end("train")
@@ -99,9 +101,11 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     old = RunDir.open(source)
     newest_model(old)
     work.rehearse(load=True)
+    work.agree(old)
     with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
         work.reporter.log = out / "run.log"
-        for name in ("dense/model.safetensors", "slim/model.safetensors", "init.json", "plan.json", "layers.json"):
+        weights = ("dense/model.safetensors", "slim/model.safetensors")
+        for name in (*weights, CLASSES, "init.json", "plan.json", "layers.json"):
             _copy(old, run, name, name)
         if not run.has("slim/model.safetensors"):
             # Nothing is cut from a dense model that was never slimmed.

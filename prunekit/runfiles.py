@@ -29,6 +29,7 @@ _UNCHECKED = (STATE, METRICS, "run.log")
 _MADE_BY = {
     "init": "train",
     "init.json": "train",
+    "classes.json": "train",
     "gates.npz": "train",
     "dense": "train",
     "plan.json": "extract",
@@ -48,6 +49,7 @@ PARTS = {
     "kept": "slim",
     "proof": "slim",
     "drift": "slim",
+    "recalibrated": "finetune",
     "finetuned": "finetune",
     "reference": "evaluate",
     "export": "export",
@@ -262,9 +264,9 @@ class RunFiles:
 
     def truncate_metrics(self, stage: str, epoch: int) -> None:
         """Drop the lines of this stage after ``epoch``, and those of later stages: a resumed run writes them again."""
-        first = stage_index(stage)
+        first = place(stage)
         lines = self.read_metrics()
-        kept = [m for m in lines if stage_index(m["stage"]) < first or (m["stage"] == stage and m["epoch"] <= epoch)]
+        kept = [m for m in lines if place(m["stage"]) < first or (m["stage"] == stage and m["epoch"] <= epoch)]
         if len(kept) < len(lines):
             self.write_bytes(METRICS, b"".join(encode_json(line, METRICS, indent=None) for line in kept))
 
@@ -278,6 +280,13 @@ def stage_index(stage: str) -> int:
     if stage not in STAGES:
         raise RunFolderError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
     return STAGES.index(stage)
+
+
+def place(name: str) -> tuple[int, int]:
+    """Where a training stands among the stages: it is one, or "step1", "step2" … within the stage slim; raises as
+    :func:`stage_index` does."""
+    number = name.removeprefix("step")
+    return (stage_index("slim"), int(number)) if number != name and number.isdecimal() else (stage_index(name), 0)
 
 
 def _whole_lines(path: Path) -> int:

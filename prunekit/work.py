@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from prunekit import registry
 from prunekit.counting import count, total
-from prunekit.data.pairs import PairSet, Tensors, load_tensors, normalise
+from prunekit.data.pairs import ImageSet, Tensors, load_tensors, normalise
 from prunekit.errors import RecipeError
 from prunekit.loading import (
+    CLASSES,
     build_dense,
     fit_weights,
     input_shape,
     load_model,
     newest_model,
     plan_of,
+    read_classes,
     read_recipe,
     save_model,
     shaped,
@@ -31,8 +33,10 @@ from prunekit.plan import Group
 from prunekit.progress import Reporter
 from prunekit.pruning.decay import Decay
 from prunekit.pruning.groups import find_groups
+from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
 from prunekit.schema import Recipe, Training
+from prunekit.tasks.base import Task, inference
 from prunekit.training import Job, chosen, fit
 
 PROOF_IMAGES = 8
@@ -44,13 +48,13 @@ class Work:
     def __init__(self, recipe: Recipe, reporter: Reporter):
         self.recipe = recipe
         self.reporter = reporter
-        self.task = registry.tasks.get(recipe.task)()
+        self.task: Task = registry.tasks.get(recipe.task)()
         self.device = PartialState().device
         self.shape = input_shape(recipe)
-        self._pairs: dict[str, PairSet] = {}
+        self._pairs: dict[str, ImageSet] = {}
         self._tensors: dict[str, Tensors] = {}
 
-    def pairs(self, split: str) -> PairSet:
+    def pairs(self, split: str) -> ImageSet:
         """The training or the validation set."""
         if split not in self._pairs:
             data = self.recipe.data
@@ -123,11 +127,11 @@ class Work:
             PrunekitError: what is wrong.
         """
         model = build_dense(self.recipe)
+        self._fits(model)
         if self.recipe.init is not None and begin:
             source = self._source()
             load_model(source, newest_model(source))
-        for split in ("train", "val"):
-            self.pairs(split)
+            self.agree(source)
         for split in ("train", "val") if load else ():
             self.tensors(split)
         for stage in ("train", "finetune"):
@@ -142,7 +146,7 @@ class Work:
                     "augment",
                     lambda s=section: chosen(registry.augmentations, s.augment)(
                         torch.zeros(1, 3, 8, 8),
-                        torch.zeros(1, 1, 8, 8),
+                        self.pairs("train").blank(1, 8),
                         torch.full((1, 2), 8.0),
                         torch.Generator().manual_seed(0),
                     ),
@@ -154,15 +158,69 @@ class Work:
                 except (TypeError, ValueError) as error:
                     raise RecipeError(f"{stage}.{key}: {error}") from error
 
+    def agree(self, run: RunDir) -> None:
+        """Hold the classes of the data against those that the models of this run tell apart.
+
+        Raises:
+            RecipeError: they are others, or in another order.
+        """
+        ours = list(self.pairs("train").classes)
+        theirs = read_classes(run) if run.has(CLASSES) else ours
+        if ours != theirs:
+            raise RecipeError(
+                f"data: its classes are {', '.join(ours)}, and the models of {run.path} have learned "
+                f"{', '.join(theirs)}; name data with the same classes, or start a run of its own"
+            )
+
+    def keep_classes(self, run: RunDir) -> None:
+        """Write down what the classes are called, where there are any; errors as for :meth:`agree`."""
+        self.agree(run)
+        if self.pairs("train").classes and not run.has(CLASSES):
+            run.write_json(CLASSES, list(self.pairs("train").classes))
+
+    def _fits(self, model: nn.Module) -> None:
+        """Raise RecipeError where task, data set and model do not belong together."""
+        recipe, size = self.recipe, self.recipe.data.size
+        train, val = self.pairs("train"), self.pairs("val")
+        for images in (train, val):
+            if not isinstance(images, self.task.data):
+                raise RecipeError(
+                    f"task {recipe.task} learns from {self.task.data.targets}, and the data set {recipe.data.name} has "
+                    f"{images.targets}; name another task or another data set (see: prunekit list)"
+                )
+        if train.classes != val.classes:
+            raise RecipeError(f"data set {recipe.data.name}: training and validation differ in their classes; mend it")
+        try:
+            with inference(model):
+                output = model(torch.zeros(1, *self.shape))
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(
+                f"backbone {recipe.backbone.name} cannot take an image of {size}×{size} ({reason}); "
+                "set another data.size"
+            ) from error
+        fault = self.task.fault(output, size, train)
+        if fault is not None:
+            raise RecipeError(f"task {recipe.task} with backbone {recipe.backbone.name}: {fault}")
+
     def decay(self, model: nn.Module, groups: list[Group]) -> Decay:
         section = self.recipe.decay
         return registry.decays.get(section.name)(model, groups, section.weight, **section.options)
 
-    def train(self, run: RunDir, stage: str, model: nn.Module, groups: list[Group], decay: Decay) -> None:
+    def train(
+        self,
+        run: RunDir,
+        stage: str,
+        model: nn.Module,
+        groups: list[Group],
+        decay: Decay,
+        steering: Steering | None = None,
+    ) -> None:
+        """Train a model in place; ``stage`` names its lines and states, and all but "train" are fine-tuning."""
         model.to(self.device)
         job = Job(
             stage=stage,
-            section=getattr(self.recipe, stage),
+            section=self.recipe.train if stage == "train" else self.recipe.finetune,
             task=self.task,
             train=self.tensors("train"),
             val=self.tensors("val"),
@@ -171,6 +229,7 @@ class Work:
             reporter=self.reporter,
             device=self.device,
             threshold=self.recipe.slim.threshold,
+            steering=steering,
         )
         fit(model, job, groups, decay)
         model.cpu().eval()

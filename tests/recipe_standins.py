@@ -81,6 +81,7 @@ def registered():
             registry.schedules: {"constant": lambda progress: 1.0, "cosine": cosine},
             registry.augmentations: {"none": lambda images, targets, sizes, generator: None},
         }.items():  # fmt: skip
+            patch.setattr(table, "_families", {})
             patch.setattr(table, "_entries", {name: registry.Entry(name, b, "test") for name, b in builders.items()})
         yield
 

@@ -19,7 +19,8 @@ from prunekit.loading import build_dense, load_model, save_model
 from prunekit.progress import Reporter
 from prunekit.recipe import load
 from prunekit.rundir import RunDir
-from prunekit.tasks.saliency import Meter, own_size
+from prunekit.tasks.base import own_size
+from prunekit.tasks.meter import Meter
 
 SIZES = [(40, 56), (33, 47), (64, 20)]
 METRICS = {"max_f", "mae", "s_measure", "max_e"}

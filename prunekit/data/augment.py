@@ -1,6 +1,12 @@
-"""Augmentations of whole batches: pure functions of tensors and a random generator."""
+"""Augmentations of whole batches: pure functions of tensors and a random generator.
+
+Targets are masks [B, 1, S, S] of 0 and 1, which move with their images and come out as float32, or class labels [B],
+which come out as they are.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +18,8 @@ from prunekit.registry import register_augmentation
 def none(
     images: torch.Tensor, targets: torch.Tensor, sizes: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and targets as they are, as float32."""
-    return images.float(), targets.float()
+    """Images and targets as they are; images and masks as float32."""
+    return images.float(), targets.float() if _are_masks(targets) else targets
 
 
 @register_augmentation("crop_flip")
@@ -31,7 +37,7 @@ def crop_flip(
 
     Args:
         images: [B, 3, S, S], levels 0 to 255 (uint8 or float).
-        targets: masks [B, 1, S, S] of 0 and 1.
+        targets: masks [B, 1, S, S] of 0 and 1, or labels [B].
         sizes: [B, 2], height and width of the original images in pixels: the crop is counted in those.
         generator: a CPU generator; the same state gives the same result on every device.
         crop: most pixels off a side; each side gets its own whole number from 0 to this. At most a third of the image
@@ -40,7 +46,8 @@ def crop_flip(
         vflip: probability of an upside-down flip.
 
     Returns:
-        Images float32 [B, 3, S, S], levels 0 to 255; masks float32 [B, 1, S, S] of 0 and 1 (bilinear, cut at one half).
+        Images float32 [B, 3, S, S], levels 0 to 255; masks float32 [B, 1, S, S] of 0 and 1 (bilinear, cut at one half),
+        or the labels.
 
     Raises:
         ValueError: a negative crop, or a probability outside 0 … 1.
@@ -60,8 +67,56 @@ def crop_flip(
     # Rows of the matrix are x, y; sizes and shares are y, x.
     matrix[:, 0, 0], matrix[:, 0, 2] = scale[:, 1], shift[:, 1]
     matrix[:, 1, 1], matrix[:, 1, 2] = scale[:, 0], shift[:, 0]
-    both = torch.cat([images.float(), targets.float()], 1)
+    masks = [targets.float()] if _are_masks(targets) else []
+    both = torch.cat([images.float(), *masks], 1)
     where = F.affine_grid(matrix.to(both.device), list(both.shape), align_corners=False)
     both = F.grid_sample(both, where, mode="bilinear", padding_mode="border", align_corners=False)
     # Interpolation may overshoot by a rounding error.
-    return both[:, :-1].clamp(0, 255), (both[:, -1:] >= 0.5).float()
+    return both[:, :3].clamp(0, 255), (both[:, 3:] >= 0.5).float() if masks else targets
+
+
+@register_augmentation("shift")
+def shift(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    sizes: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    pixels: int = 4,
+    fill: Literal["zero", "edge"] = "zero",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move each image by up to ``pixels`` whole pixels along each axis, as the ResNet paper does for CIFAR-10.
+
+    Args:
+        images: [B, 3, S, S], levels 0 to 255 (uint8 or float).
+        targets: masks [B, 1, S, S] of 0 and 1, or labels [B].
+        sizes: not used: the pixels are those that the model sees.
+        generator: a CPU generator; the same state gives the same result on every device.
+        pixels: most pixels in each direction; each axis gets its own whole number, either way alike.
+        fill: what comes in: ``zero`` (black, no object) or the pixels of the ``edge`` once more.
+
+    Returns:
+        Images float32 [B, 3, S, S]; masks float32 [B, 1, S, S], moved alike, or the labels.
+
+    Raises:
+        ValueError: negative pixels.
+    """
+    if pixels < 0:
+        raise ValueError(f"shift takes pixels >= 0, not {pixels}")
+    # Drawn first, and whatever the options.
+    moves = torch.randint(-pixels, pixels + 1, (len(images), 2), generator=generator).to(images.device)
+    masks = [targets.float()] if _are_masks(targets) else []
+    both = torch.cat([images.float(), *masks], 1)
+    wide = F.pad(both, [pixels] * 4, mode="replicate" if fill == "edge" else "constant")
+    rows, columns = (
+        torch.arange(side, device=images.device)[None] + pixels - move[:, None]
+        for side, move in zip(both.shape[-2:], moves.unbind(1), strict=True)
+    )
+    # Indices on both sides of a slice put their own axes in front: [B, S, S, C].
+    places = torch.arange(len(images), device=images.device)[:, None, None]
+    both = wide[places, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return both[:, :3], both[:, 3:] if masks else targets
+
+
+def _are_masks(targets: torch.Tensor) -> bool:
+    return targets.ndim == 4

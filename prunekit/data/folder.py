@@ -73,17 +73,11 @@ def folder(
         DataError: a folder or one of its two parts is missing, holds no pair or too few to hold any out, a file has no
             partner, two files have one stem, or both ``val_root`` and ``val_holdout`` are given.
     """
-    if not root:
-        raise DataError(f"the data set folder needs data.root; {_LAYOUT}")
-    if val_root is not None and val_holdout is not None:
-        raise DataError("data.val_root and data.val_holdout exclude each other; remove one of them")
+    share = checked("folder", root, val_root, val_holdout, _LAYOUT)
     tolerant = on_error == "skip"
     if val_root is not None:
         return FolderPairs(*_scan(Path(root if split == "train" else val_root), tolerant))
     files, tolerant, skipped = _scan(Path(root), tolerant)
-    share = HOLDOUT if val_holdout is None else val_holdout
-    if not 0 < share < 1:
-        raise DataError(f"data.val_holdout is {share}; it is a share of the pairs, above 0 and below 1")
     if len(files) < 2:
         raise DataError(f"{Path(root)} has one pair, of which none can be held out; give data.val_root")
     names = list(files)
@@ -94,12 +88,30 @@ def folder(
     return FolderPairs(chosen, tolerant, skipped if split == "train" else 0)
 
 
-def _scan(root: Path, tolerant: bool) -> tuple[dict[str, tuple[Path, Path]], bool, int]:
-    """Stem → (image, mask) in the order of the stems; whether to tolerate; how many files had no partner."""
+def checked(name: str, root: str | None, val_root: str | None, val_holdout: float | None, layout: str) -> float:
+    """The share to hold out; raises DataError where the keys do not fit together."""
+    if not root:
+        raise DataError(f"the data set {name} needs data.root; {layout}")
+    if val_root is not None and val_holdout is not None:
+        raise DataError("data.val_root and data.val_holdout exclude each other; remove one of them")
+    share = HOLDOUT if val_holdout is None else val_holdout
+    if not 0 < share < 1:
+        raise DataError(f"data.val_holdout is {share}; it is a share of the images, above 0 and below 1")
+    return share
+
+
+def existing(root: Path, layout: str) -> Path:
+    """The folder with ``~`` resolved; raises DataError where it is none."""
     root = root.expanduser()
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(f"data folder {root} {what}; {_LAYOUT}")
+        raise DataError(f"data folder {root} {what}; {layout}")
+    return root
+
+
+def _scan(root: Path, tolerant: bool) -> tuple[dict[str, tuple[Path, Path]], bool, int]:
+    """Stem → (image, mask) in the order of the stems; whether to tolerate; how many files had no partner."""
+    root = existing(root, _LAYOUT)
     images, masks = _stems(_part(root, "images")), _stems(_part(root, "GT"))
     both = sorted(images.keys() & masks.keys())
     if not both:
@@ -111,7 +123,7 @@ def _scan(root: Path, tolerant: bool) -> tuple[dict[str, tuple[Path, Path]], boo
             lonely = [found[stem].name for stem in sorted(found.keys() - others.keys())]
             if lonely:
                 raise DataError(
-                    f"{root}: {_some(lonely)}: {what}; add what is missing, or set data.on_error=skip to leave them out"
+                    f"{root}: {some(lonely)}: {what}; add what is missing, or set data.on_error=skip to leave them out"
                 )
     return {stem: (images[stem], masks[stem]) for stem in both}, tolerant, len(images.keys() ^ masks.keys())
 
@@ -124,8 +136,8 @@ def _part(root: Path, name: str) -> Path:
     if len(alike) == 1:
         return alike[0]
     if alike:
-        raise DataError(f"{root} has {_some([entry.name for entry in alike])}, all meaning {name}/; keep one")
-    found = _some(sorted(entry.name for entry in root.iterdir()))
+        raise DataError(f"{root} has {some([entry.name for entry in alike])}, all meaning {name}/; keep one")
+    found = some(sorted(entry.name for entry in root.iterdir()))
     raise DataError(f"{root} has no folder {name}/ (it has: {found}); {_LAYOUT}")
 
 
@@ -143,7 +155,7 @@ def _stems(part: Path) -> dict[str, Path]:
     return stems
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """Up to three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (", ".join(names[:3]) + more) if names else "nothing"

@@ -1,11 +1,13 @@
-"""Sets of (image, mask) pairs, and the tensors that training takes from them."""
+"""Sets of images, each with its target (a mask or a class), and the tensors that training takes from them."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +19,22 @@ MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
 
-class PairSet(ABC):
-    """Images with their masks, in a fixed order.
+class ImageSet(ABC):
+    """Images, each with its target, in a fixed order; made as a :class:`PairSet` or a :class:`LabelSet`.
 
     Attributes:
-        names: one name for each pair, unique.
-        skipped: how many pairs were left out because they could not be used.
-        tolerant: a pair that turns out unreadable is dropped and counted instead of raised.
+        names: one name for each image, unique.
+        skipped: how many were left out because they could not be used.
+        tolerant: what turns out unreadable is dropped and counted instead of raised.
+        classes: what the classes are called, in the order of their labels; empty where targets are no labels.
+        unit: what an image with its target is called in messages.
+        targets: what the targets are called.
     """
 
     tolerant: bool = False
+    classes: tuple[str, ...] = ()
+    unit: str
+    targets: str
 
     def __init__(self, names: list[str]):
         self.names = names
@@ -44,6 +52,42 @@ class PairSet(ABC):
         """
 
     @abstractmethod
+    def target(self, index: int) -> Any:
+        """What is to be found in the image.
+
+        Raises:
+            DataError: it cannot be read, or is nothing that the set may hold.
+        """
+
+    def pair(self, index: int) -> tuple[np.ndarray, Any]:
+        """Image and target together; a set that can make both in one go overrides this."""
+        return self.image(index), self.target(index)
+
+    @abstractmethod
+    def blank(self, count: int, size: int) -> torch.Tensor:
+        """Room for the targets of ``count`` images at one size, all zero."""
+
+    @abstractmethod
+    def encode(self, target: Any, size: int) -> torch.Tensor:
+        """One target as its row of that room."""
+
+    @abstractmethod
+    def shown(self, target: Any) -> np.ndarray | str:
+        """One target as people look at it: a picture, uint8 [H, W], or a word."""
+
+    def drop(self, indices: list[int]) -> None:
+        """Take these out of the set and count them as skipped."""
+        gone = set(indices)
+        self.names = [name for i, name in enumerate(self.names) if i not in gone]
+        self.skipped += len(gone)
+
+
+class PairSet(ImageSet):
+    """Images with their masks."""
+
+    unit, targets = "pairs", "masks"
+
+    @abstractmethod
     def mask(self, index: int) -> np.ndarray:
         """The mask of the image: uint8 [H, W], grey level 0 to 255 as stored, of the image's own size.
 
@@ -51,15 +95,54 @@ class PairSet(ABC):
             DataError: it cannot be read.
         """
 
-    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and mask together; a set that can make both in one go overrides this."""
-        return self.image(index), self.mask(index)
+    def target(self, index: int) -> np.ndarray:
+        return self.mask(index)
 
-    def drop(self, indices: list[int]) -> None:
-        """Take these pairs out of the set and count them as skipped."""
-        gone = set(indices)
-        self.names = [name for i, name in enumerate(self.names) if i not in gone]
-        self.skipped += len(gone)
+    def blank(self, count: int, size: int) -> torch.Tensor:
+        return torch.zeros(count, 1, size, size, dtype=torch.uint8)
+
+    def encode(self, target: np.ndarray, size: int) -> torch.Tensor:
+        return (resize(image_tensor(target), (size, size))[0] >= 127.5).to(torch.uint8)
+
+    def shown(self, target: np.ndarray) -> np.ndarray:
+        return target
+
+
+class LabelSet(ImageSet):
+    """Images that each belong to one of several classes.
+
+    Args:
+        names: one name for each image, unique.
+        classes: what the classes are called; a label is a place in this list.
+    """
+
+    unit, targets = "images", "class labels"
+
+    def __init__(self, names: list[str], classes: Sequence[str]):
+        super().__init__(names)
+        self.classes = tuple(classes)
+
+    @abstractmethod
+    def label(self, index: int) -> int:
+        """The label of the image."""
+
+    def target(self, index: int) -> int:
+        label = self.label(index)
+        if not 0 <= label < len(self.classes):
+            raise DataError(
+                f"{self.names[index]} has the label {label}, and the data set has {len(self.classes)} classes "
+                f"(0 to {len(self.classes) - 1}); mend the label, or set data.on_error=skip to leave it out"
+            )
+        return label
+
+    def blank(self, count: int, size: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int64)
+
+    def encode(self, target: int, size: int) -> torch.Tensor:
+        return torch.tensor(target)
+
+    def shown(self, target: int) -> str:
+        return self.classes[target]
 
 
 @dataclass(frozen=True)
@@ -68,12 +151,12 @@ class Tensors:
 
     Attributes:
         images: uint8 [N, 3, S, S], RGB.
-        masks: uint8 [N, 1, S, S], 0 or 1.
+        targets: masks, uint8 [N, 1, S, S] of 0 and 1; or class labels, int64 [N].
         sizes: float32 [N, 2], height and width of each original image in pixels.
     """
 
     images: torch.Tensor
-    masks: torch.Tensor
+    targets: torch.Tensor
     sizes: torch.Tensor
 
     def __len__(self) -> int:
@@ -105,28 +188,28 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - mean) / deviation
 
 
-def load_tensors(pairs: PairSet, size: int) -> Tensors:
+def load_tensors(pairs: ImageSet, size: int) -> Tensors:
     """Read a whole set and resize it: images rounded to uint8, masks thresholded at one half after the resize.
 
-    A tolerant set loses its unreadable pairs here (``pairs.skipped`` counts them).
+    A tolerant set loses here what cannot be read (``pairs.skipped`` counts it).
 
     Raises:
-        DataError: the set is empty, or a pair cannot be read and the set is not tolerant.
+        DataError: the set is empty, or something cannot be read and the set is not tolerant.
     """
     if not len(pairs):
         raise DataError("the data set is empty; check data.root and data.val_holdout")
     count = len(pairs)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    masks = torch.empty(count, 1, size, size, dtype=torch.uint8)
+    targets = pairs.blank(count, size)
     sizes = torch.empty(count, 2)
 
     def fill(index: int) -> DataError | None:
         try:
-            image, mask = pairs.pair(index)
+            image, target = pairs.pair(index)
         except DataError as error:
             return error
         images[index] = resize(image_tensor(image), (size, size))[0].round_().clamp_(0, 255).to(torch.uint8)
-        masks[index] = (resize(image_tensor(mask), (size, size))[0] >= 127.5).to(torch.uint8)
+        targets[index] = pairs.encode(target, size)
         sizes[index] = torch.tensor(image.shape[:2], dtype=torch.float32)
         return None
 
@@ -139,6 +222,6 @@ def load_tensors(pairs: PairSet, size: int) -> Tensors:
         kept = [i for i in range(count) if i not in errors]
         pairs.drop(list(errors))
         if not kept:
-            raise DataError(f"none of the {count} pairs can be read; the first: {next(iter(errors.values()))}")
-        images, masks, sizes = images[kept], masks[kept], sizes[kept]
-    return Tensors(images, masks, sizes)
+            raise DataError(f"none of the {count} {pairs.unit} can be read; the first: {next(iter(errors.values()))}")
+        images, targets, sizes = images[kept], targets[kept], sizes[kept]
+    return Tensors(images, targets, sizes)

@@ -21,7 +21,6 @@ from prunekit.files import write_atomic
 from prunekit.reporting.load import COUNTERS, PARTS, Run
 from prunekit.reporting.published import LABEL, PUBLISHED
 
-METRICS = ("max_f", "mae", "s_measure", "max_e", "top1")
 PAPER_FLOPS = "paper FLOPs (224×224)"
 PARAMS_RATIO, MACS_RATIO = "params ÷ dense", "MACs ÷ dense"
 NOTHING = "–"
@@ -49,8 +48,9 @@ def summary_table(runs: Sequence[Run], published: bool = False) -> pd.DataFrame:
     """A row for each run and model (baseline, dense, slim, finetuned) that is there; with ``published`` one for each
     published CSNet below them, whose run is called "published, ECSSD".
 
-    Columns: run, model, params, MACs (one column for each image size), paper FLOPs, the task's metrics, and params and
-    MACs as ratios to the dense model of the same run. What is not known is missing (NA).
+    Columns: run, model, params, MACs (one column for each image size), paper FLOPs, the metrics that the runs hold, in
+    their order there, and params and MACs as ratios to the dense model of the same run. What is not known is missing
+    (NA), such as the metrics of another run's task.
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -79,11 +79,10 @@ def summary_table(runs: Sequence[Run], published: bool = False) -> pd.DataFrame:
     macs = [key for key in found if key.startswith("MACs (")]
     first = ["run", "model", "params", *macs, PAPER_FLOPS]
     last = [PARAMS_RATIO, MACS_RATIO]
-    known = [name for name in METRICS if name in found]
-    others = [key for key in found if key not in {*first, *last, *known}]
-    columns = [*first, *known, *others, *last]
+    metrics = [key for key in found if key not in {*first, *last}]
     counts = dict.fromkeys(["params", *macs, PAPER_FLOPS], "Int64")
-    return pd.DataFrame(rows, columns=columns).astype({**counts, **dict.fromkeys([*known, *others, *last], "Float64")})
+    table = pd.DataFrame(rows, columns=[*first, *metrics, *last])
+    return table.astype({**counts, **dict.fromkeys([*metrics, *last], "Float64")})
 
 
 def layers_table(run: Run) -> pd.DataFrame:
@@ -200,16 +199,12 @@ def terminal_table(runs: Sequence[Run], console: Console, published: bool = Fals
     """
     table = summary_table(runs, published)
     columns = [c for c in table.columns if c not in ("run", "model") and table[c].notna().any()]
-    # The files have every column; what goes first here is what the others nearly say.
-    optional = [c for c in reversed(columns) if c not in (*METRICS, "params", PARAMS_RATIO, MACS_RATIO, PAPER_FLOPS)]
-    optional = [c for c in optional if not c.startswith("MACs (")] + [
-        PAPER_FLOPS,
-        "max_e",
-        "s_measure",
-        MACS_RATIO,
-        PARAMS_RATIO,
-        "mae",
-    ]
+    # The files have every column; what goes first here is what the others nearly say. The first metric of each task
+    # stays: models are compared by it.
+    ranks = _ranks(table)
+    least = sorted((c for c in ranks if ranks[c] > 1), key=lambda c: (-ranks[c], -columns.index(c)))
+    seconds = [c for c in ranks if ranks[c] == 1]
+    optional = [PAPER_FLOPS, *least, MACS_RATIO, PARAMS_RATIO, *seconds]
     if published:
         # Of what says how large a model is, this and the parameters are all that the published ones share.
         optional.sort(key=lambda column: column == PAPER_FLOPS)
@@ -223,6 +218,17 @@ def terminal_table(runs: Sequence[Run], console: Console, published: bool = Fals
             left_out.append(column)
             shown = _rich(table, columns, runs, left_out, published)
     return shown
+
+
+def _ranks(table: pd.DataFrame) -> dict[str, int]:
+    """Metric → its best place (0 is the first) among those of any one model."""
+    sizes = {"run", "model", "params", PAPER_FLOPS, PARAMS_RATIO, MACS_RATIO}
+    metrics = [c for c in table.columns if c not in sizes and not c.startswith("MACs (")]
+    ranks: dict[str, int] = {}
+    for held in table[metrics].notna().to_numpy():
+        for rank, metric in enumerate(m for m, there in zip(metrics, held, strict=True) if there):
+            ranks[metric] = min(rank, ranks.get(metric, rank))
+    return ranks
 
 
 def _rich(table: pd.DataFrame, columns: list[str], runs: Sequence[Run], left_out: list[str], published: bool) -> Table:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from prunekit.data.pairs import PairSet
-from prunekit.errors import DataError
-from prunekit.tasks.saliency import Meter
+from prunekit.tasks.base import passes
+from prunekit.tasks.meter import Meter
 
 
 def constant(image: np.ndarray) -> np.ndarray:
@@ -59,20 +59,11 @@ def reference(pairs: PairSet) -> dict[str, dict[str, float]]:
         DataError: the set is empty, or a pair cannot be read and the set is not tolerant.
     """
     meters = {name: Meter() for name in ("constant", "centre", "colour", "cut")}
-    dropped = []
-    for index in range(len(pairs)):
-        try:
-            image, mask = pairs.pair(index)
-        except DataError:
-            if not pairs.tolerant:
-                raise
-            dropped.append(index)
-            continue
+    for ((image, mask),) in passes(pairs, 1):
         distance = colour_distance(image)
         maps = {"constant": constant(image), "centre": centre(image), "colour": distance, "cut": otsu(distance)}
         for name, saliency in maps.items():
             meters[name].add(saliency, mask)
-    pairs.drop(dropped)
     found = {name: meter.metrics() for name, meter in meters.items()}
     cut = found.pop("cut")
     found["colour"] = {key: (min if key == "mae" else max)(value, cut[key]) for key, value in found["colour"].items()}

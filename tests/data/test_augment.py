@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit.data.augment import crop_flip, none
+from prunekit.data.augment import crop_flip, none, shift
 
 
 def seeded(seed=0):
@@ -81,11 +81,12 @@ def test_flips_come_with_their_probability():
     assert (out[:, 0, 0, 0] > out[:, 0, 0, -1]).float().mean() == pytest.approx(0.25, abs=0.04)
 
 
-def test_the_generator_decides_everything():
+@pytest.mark.parametrize("augment", [crop_flip, shift])
+def test_the_generator_decides_everything(augment):
     images, masks, sizes = batch(8)
     state = torch.random.get_rng_state()
-    first, again = crop_flip(images, masks, sizes, seeded(5)), crop_flip(images, masks, sizes, seeded(5))
-    other = crop_flip(images, masks, sizes, seeded(6))
+    first, again = augment(images, masks, sizes, seeded(5)), augment(images, masks, sizes, seeded(5))
+    other = augment(images, masks, sizes, seeded(6))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator is left alone"
@@ -96,3 +97,51 @@ def test_the_generator_decides_everything():
 def test_options_outside_their_range_are_refused(options):
     with pytest.raises(ValueError, match="crop_flip"):
         crop_flip(*batch(), seeded(), **options)
+
+
+LABELS = torch.tensor([3, 0, 1, 9])
+
+
+@pytest.mark.parametrize("augment", [none, crop_flip, shift])
+def test_labels_stay_and_images_move_as_with_masks(augment):
+    images, masks, sizes = batch()
+    out, labels = augment(images, LABELS, sizes, seeded())
+    assert labels.dtype == torch.int64 and torch.equal(labels, LABELS)
+    assert out.dtype == torch.float32 and torch.equal(out, augment(images, masks, sizes, seeded())[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    pixels=st.integers(0, 20),
+    side=st.integers(1, 12),
+    fill=st.sampled_from(["zero", "edge"]),
+)
+def test_shift_is_a_move_by_whole_pixels(seed, pixels, side, fill):
+    images, masks, sizes = batch(6, side, seed)
+    out, targets = shift(images, masks, sizes, seeded(seed), pixels=pixels, fill=fill)
+    moves = torch.randint(-pixels, pixels + 1, (6, 2), generator=seeded(seed))
+    for index, (down, right) in enumerate(moves.tolist()):
+        for row in range(side):
+            for column in range(side):
+                y, x = row - down, column - right
+                if fill == "edge":
+                    y, x = min(max(y, 0), side - 1), min(max(x, 0), side - 1)
+                inside = 0 <= y < side and 0 <= x < side
+                expected = images[index, :, y, x].tolist() if inside else [0, 0, 0]
+                assert out[index, :, row, column].tolist() == expected
+                assert targets[index, 0, row, column] == (masks[index, 0, y, x] if inside else 0)
+
+
+def test_shift_goes_each_way_alike():
+    spot = torch.zeros(3000, 3, 9, 9)
+    spot[:, :, 4, 4] = 255
+    out, _ = shift(spot, torch.zeros(3000, dtype=torch.int64), torch.ones(3000, 2), seeded(), pixels=2)
+    counts = out[:, 0].sum(0) / 255
+    assert counts.sum() == 3000 and counts[2:7, 2:7].sum() == 3000
+    assert counts[2:7, 2:7].min() > 80 and counts[2:7, 2:7].max() < 160, "120 each"
+
+
+def test_shift_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="shift takes pixels >= 0"):
+        shift(*batch(), seeded(), pixels=-1)

@@ -217,5 +217,5 @@ def test_the_real_set_is_read_whole():
     pairs = whole(REAL / "DUTS-TR-mini")
     tensors = load_tensors(pairs, 32)
     assert len(pairs) == 48 and pairs.skipped == 0
-    assert 0.1 < tensors.masks.float().mean() < 0.5 and tensors.sizes.max() == 400
-    assert tensors.masks.flatten(1).any(1).sum() >= 47, "at most one mask is empty"
+    assert 0.1 < tensors.targets.float().mean() < 0.5 and tensors.sizes.max() == 400
+    assert tensors.targets.flatten(1).any(1).sum() >= 47, "at most one mask is empty"

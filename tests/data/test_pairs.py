@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit.data.pairs import PairSet, image_tensor, load_tensors, normalise, resize
+from prunekit.data.pairs import LabelSet, PairSet, image_tensor, load_tensors, normalise, resize
 from prunekit.errors import DataError
 
 
@@ -32,17 +32,17 @@ def flat(level, height=4, width=6):
 def test_tensors_have_the_promised_form():
     tensors = load_tensors(InMemory([flat(0), flat(127, 5, 3), flat(128)]), 8)
     assert tensors.images.shape == (3, 3, 8, 8) and tensors.images.dtype == torch.uint8
-    assert tensors.masks.shape == (3, 1, 8, 8) and tensors.masks.dtype == torch.uint8
+    assert tensors.targets.shape == (3, 1, 8, 8) and tensors.targets.dtype == torch.uint8
     assert tensors.sizes.tolist() == [[4, 6], [5, 3], [4, 6]] and tensors.sizes.dtype == torch.float32
     assert tensors.images.flatten(1).float().mean(1).tolist() == [0, 127, 128]
-    assert tensors.masks.flatten(1).float().mean(1).tolist() == [0, 0, 1], "thresholded at one half"
+    assert tensors.targets.flatten(1).float().mean(1).tolist() == [0, 0, 1], "thresholded at one half"
 
 
 def test_the_mask_is_thresholded_after_the_resize():
     # Columns 0 and 255 enlarged fourfold: the half lies in the middle between their centres.
     mask = np.array([[0, 255]], np.uint8).repeat(2, 0)
     tensors = load_tensors(InMemory([(np.zeros((2, 2, 3), np.uint8), mask)]), 8)
-    assert tensors.masks[0, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert tensors.targets[0, 0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def by_hand(row, size):
@@ -88,3 +88,34 @@ def test_nothing_left_is_an_error():
         load_tensors(InMemory([]), 4)
     with pytest.raises(DataError, match="none of the 2 pairs can be read; the first: p0 is broken"):
         load_tensors(InMemory([flat(1), flat(2)], broken=(0, 1), tolerant=True), 4)
+
+
+class Labelled(LabelSet):
+    """A grey image for each label."""
+
+    def __init__(self, labels, tolerant=False):
+        super().__init__([f"p{i}" for i in range(len(labels))], ["a", "b", "c"])
+        self.by_name, self.tolerant = dict(zip(self.names, labels, strict=True)), tolerant
+
+    def image(self, index):
+        return flat(10 * index)[0]
+
+    def label(self, index):
+        return self.by_name[self.names[index]]
+
+
+def test_labels_become_tensors():
+    images = Labelled([2, 0, 1, 2])
+    tensors = load_tensors(images, 5)
+    assert tensors.targets.tolist() == [2, 0, 1, 2] and tensors.targets.dtype == torch.int64
+    assert tensors.images.shape == (4, 3, 5, 5) and tensors.images[3].unique().tolist() == [30]
+    assert [images.shown(images.target(i)) for i in range(4)] == ["c", "a", "b", "c"]
+
+
+@pytest.mark.parametrize("label", [3, -1, 255])
+def test_a_label_out_of_range_is_named_or_left_out(label):
+    with pytest.raises(DataError, match=rf"p1 has the label {label}, and the data set has 3 classes \(0 to 2\)"):
+        load_tensors(Labelled([0, label, 2]), 4)
+    tolerant = Labelled([0, label, 2], tolerant=True)
+    assert load_tensors(tolerant, 4).targets.tolist() == [0, 2]
+    assert (tolerant.names, tolerant.skipped) == (["p0", "p2"], 1)

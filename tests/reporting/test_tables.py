@@ -54,7 +54,7 @@ def test_metrics_of_other_tasks_come_along(make_run):
     run = load_run(make_run(stop="extract"))
     run.summary["dense"]["metrics"] = {"novel": 0.5, "top1": 0.9, "flag": True, "text": "x"}
     columns = summary_table([run]).columns.tolist()
-    assert columns[5:7] == ["top1", "novel"] and len(columns) == 9
+    assert columns[5:7] == ["novel", "top1"] and len(columns) == 9
 
 
 def test_layers_have_a_row_for_each_layer_and_branch(make_run):

@@ -12,7 +12,8 @@ from prunekit.data.folder import folder
 from prunekit.data.pairs import PairSet, load_tensors, normalise
 from prunekit.data.shapes import salient_shapes
 from prunekit.errors import DataError
-from prunekit.tasks.saliency import Meter, Saliency
+from prunekit.tasks.meter import Meter
+from prunekit.tasks.saliency import Saliency
 
 REAL = Path(__file__).parents[2] / "../shared/data"
 task = Saliency()
@@ -129,8 +130,8 @@ def test_curves_have_256_points_and_recall_rises():
     found = task.evaluate(Red(), salient_shapes("val", size=32, val=4), 32, 3)
     assert {key: len(values) for key, values in found.curves.items()} == {"precision": 256, "recall": 256, "f": 256}
     assert np.all(np.diff(found.curves["recall"]) >= 0) and found.curves["recall"][-1] == 1
-    assert found.metrics["max_f"] == max(found.curves["f"]) and len(found.per_image_mae) == 4
-    assert np.mean(found.per_image_mae) == pytest.approx(found.metrics["mae"])
+    assert found.metrics["max_f"] == max(found.curves["f"]) and len(found.errors) == 4
+    assert np.mean(found.errors) == pytest.approx(found.metrics["mae"])
 
 
 @settings(max_examples=15, deadline=None)
@@ -203,7 +204,7 @@ def test_no_image_is_an_error_and_not_nan():
         task.evaluate(Red(), Pairs([None, None], tolerant=True), 16, 4)
     tensors = load_tensors(salient_shapes("val", size=16, val=1), 16)
     with pytest.raises(DataError, match="no image to evaluate"):
-        task.quick(Red(), type(tensors)(tensors.images[:0], tensors.masks[:0], tensors.sizes[:0]), 4)
+        task.quick(Red(), type(tensors)(tensors.images[:0], tensors.targets[:0], tensors.sizes[:0]), 4)
 
 
 def test_an_unreadable_pair_raises_or_is_dropped_and_counted():
@@ -212,7 +213,7 @@ def test_an_unreadable_pair_raises_or_is_dropped_and_counted():
         task.evaluate(Red(), Pairs([good, None, good]), 16, 2)
     pairs = Pairs([None, good, None, None, good], tolerant=True)
     found = task.evaluate(Red(), pairs, 16, 2, keep=[1])
-    assert (pairs.skipped, found.names, len(found.per_image_mae), list(found.maps)) == (3, ["1", "4"], 2, [1])
+    assert (pairs.skipped, found.names, len(found.errors), list(found.maps)) == (3, ["1", "4"], 2, [1])
 
 
 def test_a_small_network_learns():
@@ -223,7 +224,7 @@ def test_a_small_network_learns():
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     before = task.quick(model, tensors, 8)["mae"]
     for _ in range(30):
-        loss = task.loss(model(normalise(tensors.images)), tensors.masks)
+        loss = task.loss(model(normalise(tensors.images)), tensors.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
