@@ -45,6 +45,10 @@ class CheckpointStore:
         found = (path.stem.removeprefix(f"{stage}-") for path in self.folder.glob(f"{stage}-*.json"))
         return sorted((int(epoch) for epoch in found if epoch.isdecimal()), reverse=True)
 
+    def stages(self) -> set[str]:
+        """The stages of which there are states."""
+        return {path.stem.rpartition("-")[0] for path in self.folder.glob("*-*.json")}
+
     def save(self, stage: str, epoch: int, tensors: dict[str, np.ndarray], state: dict[str, Any], keep: int) -> None:
         """Write one state and remove all but the newest ``keep`` of this stage.
 

@@ -93,7 +93,11 @@ def eval_(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     data: Annotated[
         list[str],
-        typer.Option(metavar="NAME=FOLDER", help="A set and its folder, which holds images/ and GT/; repeatable."),
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="A set and its folder: images/ and GT/ for saliency, a folder of images for each class for "
+            "classification; repeatable.",
+        ),
     ],
     model: Annotated[
         Optional[str],  # noqa: UP045
@@ -108,10 +112,13 @@ def eval_(
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Images in hand at once.")] = 16,
     on_error: Annotated[
-        str, typer.Option(metavar="raise|skip", help="What to do with images that have no mask or cannot be read.")
+        str,
+        typer.Option(
+            metavar="raise|skip", help="What to do with images that have no mask or class, or cannot be read."
+        ),
     ] = "raise",
 ) -> None:
-    """Measure a model on data sets: max F, MAE, S- and E-measure, by the published protocol."""
+    """Measure a model on data sets, by the metrics of its task."""
     from prunekit.evaluation import evaluate
 
     evaluate(run, data, _console(), model=model, size=size, own_size=own_size, batch_size=batch_size, on_error=on_error)
@@ -121,13 +128,13 @@ def eval_(
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    out: Annotated[Path, typer.Option(help="Folder for the maps.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="dense, slim or finetuned; default the last that the run has."),
     ] = None,
 ) -> None:
-    """Write the saliency map of each image, at the image's own size."""
+    """Apply a model to images: saliency maps or, for classification, a table predictions.csv."""
     from prunekit.prediction import predict as make
 
     make(run, images, out, model, _console())

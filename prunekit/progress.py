@@ -59,10 +59,13 @@ class Reporter:
     def epoch(self, line: dict[str, Any]) -> None:
         """An epoch is done; ``line`` is what metrics.jsonl holds of it."""
         metrics = " ".join(f"{name} {value:.3f}" for name, value in line["metrics"].items())
+        sizes = "".join(
+            f"{name} {_short(size)}/{_short(line['budget'][name])} " for name, size in line.get("size", {}).items()
+        )
         # At most 80 columns with two metrics.
         self.say(
             f"{line['stage']:8} {line['epoch']:3} loss {line['loss']:.3f} pen {line['penalty']:.2g} "
-            f"alive {line['alive']}/{line['of']} {metrics} {line['seconds']:.0f} s"
+            f"{sizes or 'alive {alive}/{of} '.format(**line)}{metrics} {line['seconds']:.0f} s"
         )
 
     def stop(self) -> None:
@@ -74,6 +77,12 @@ class Reporter:
     def counter(self, title: str) -> Any:
         """A callable (done, total) that shows a bar of its own in a terminal; call its ``close`` at the end."""
         return _Counter(self.console, title)
+
+
+def _short(number: float) -> str:
+    """A large number in a few columns: 24.3k, 1.52M."""
+    power = min(len(str(round(number))) - 1, 9) // 3
+    return f"{number / 1000**power:.3g}{('', 'k', 'M', 'G')[power]}"
 
 
 class _Counter:

@@ -238,7 +238,7 @@ def _check_roots(tree: Tree, name: str, build: Any, part: dict[str, Any]) -> Non
         return
     for key in _ROOTS:
         if key not in parameters and part.get(key) is not None:
-            mend = f"remove it (data.{key}=null) or use data.name=folder"
+            mend = f"remove it (data.{key}=null) or name a data set that reads folders (folder, image_folder)"
             tree.complain(("data", key), f"data set {name!r} takes no {key}; {mend}")
     needed = "root" in parameters and parameters["root"].default is inspect.Parameter.empty
     if needed and part.get("root") is None and tree.complete:

@@ -24,7 +24,7 @@ from prunekit import __version__
 from prunekit.checkpoints import CheckpointStore
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.files import TEMPORARY, FolderLock, alive, reason
-from prunekit.runfiles import PARTS, RECIPE, STAGES, STATE, SUMMARY, RunFiles, stage_index
+from prunekit.runfiles import PARTS, RECIPE, STAGES, STATE, SUMMARY, RunFiles, place, stage_index
 from prunekit.yaml12 import parse
 
 __all__ = ["FORMAT", "STAGES", "RunDir", "holds_run"]
@@ -256,8 +256,8 @@ class RunDir(RunFiles):
         # First of all that they are not done: a kill in between must not leave a stage that is done without its files.
         self._write_state({**self._state, "stage": stage, "done": list(STAGES[:first])})
         self._forget_from(stage)
-        for later in STAGES[first:]:
-            for epoch in self._checkpoints.epochs(later):
+        for later in self._checkpoints.stages():
+            for epoch in self._checkpoints.epochs(later) if place(later) >= place(stage) else ():
                 self._checkpoints.discard(later, epoch)
         self.truncate_metrics(stage, 0)
         summary = {k: v for k, v in self.read_json(SUMMARY).items() if k not in PARTS or PARTS[k] in STAGES[:first]}

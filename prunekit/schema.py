@@ -178,6 +178,23 @@ class Recipe(Section):
         return yaml12.dump(self.model_dump(mode="json"))
 
 
+def conflicts(recipe: Recipe) -> list[tuple[yaml12.Path, str]]:
+    """What is right by itself and wrong beside the rest: the key at fault, what is wrong and its mend."""
+    found: list[tuple[yaml12.Path, str]] = []
+    if all(value is None for value in recipe.target.model_dump().values()):
+        add = "add target.params, target.macs, target.params_ratio or target.macs_ratio"
+        name = recipe.slim.criterion.name
+        if name != "gate":
+            found.append((("slim", "criterion"), f"the criterion {name!r} ranks channels but has no threshold; {add}"))
+        if recipe.slim.steps > 1:
+            found.append((("slim", "steps"), f"{recipe.slim.steps} steps need a size to go to; {add}"))
+        if recipe.slim.scope == "layer":
+            found.append(
+                (("slim", "scope"), f"the same share of each layer needs a size that says how much it is; {add}")
+            )
+    return found
+
+
 # Where a name is looked up: path of the section → the table in prunekit.registry.
 NAMED = {
     (stage, key): table

@@ -6,23 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import nn
 
-from prunekit.counting import layers_table
 from prunekit.data.images import encode_png
+from prunekit.data.pairs import normalise
 from prunekit.deploy.onnx import check_onnx, export_onnx
-from prunekit.loading import MODELS, input_shape, load_model, newest_model, save_model, start_plan
-from prunekit.plan import Builder, Group, Plan, digest
-from prunekit.pruning.compose import compose
+from prunekit.loading import MODELS, load_model, newest_model, save_model
 from prunekit.pruning.decay import NoDecay
-from prunekit.pruning.extract import dead_channels, extract
 from prunekit.pruning.groups import find_groups
-from prunekit.pruning.life import scores
-from prunekit.pruning.proof import Proof, difference, proof_inputs
-from prunekit.pruning.slim import slim
+from prunekit.pruning.proof import proof_inputs
+from prunekit.pruning.recalibrate import recalibrate
 from prunekit.rundir import RunDir
-from prunekit.schema import Recipe
-from prunekit.tasks.reference import reference
+from prunekit.slimming import extract_stage, slim_stage, steering
+from prunekit.training import seeded
 from prunekit.work import Work
 
 GALLERY = 16  # fixed validation images
@@ -30,69 +27,33 @@ EXTREMES = 4  # best and worst ones beside them
 
 
 def train_stage(work: Work, run: RunDir) -> None:
+    work.keep_classes(run)
     model = work.start_model(run)
     groups = find_groups(model, work.example())
     run.update_summary("skipped", {split: work.pairs(split).skipped for split in ("train", "val")})
-    work.train(run, "train", model, groups, work.decay(model.to(work.device), groups))
+    decay = work.decay(model.to(work.device), groups)
+    work.train(run, "train", model, groups, decay, steering(work, model, groups, decay))
     save_model(run, "dense", model)
     work.measure(run, "dense", model)
-
-
-def extract_stage(work: Work, run: RunDir) -> None:
-    recipe = work.recipe
-    model = load_model(run, "dense", recipe)
-    groups = find_groups(model, work.example())
-    plan = extract(model, groups, recipe.slim.threshold, recipe.slim.min_channels)
-    cut = sum(map(len, dead_channels(groups, plan).values()))
-    of = sum(group.channels for group in groups if group.reason is None)
-    work.reporter.say(f"extract: {cut} of {of} channels are dead at threshold {recipe.slim.threshold:g}")
-    if not cut:
-        work.reporter.say(
-            f"nothing to cut: the smallest effective gate is {_smallest(model, groups):.3g}; "
-            "raise decay.weight or slim.threshold, or train longer"
-        )
-    first = start_plan(run)
-    _write_plan(run, recipe, plan if first is None else compose(*work.builder(), first, groups, plan))
-
-
-def slim_stage(work: Work, run: RunDir) -> None:
-    recipe = work.recipe
-    dense = load_model(run, "dense", recipe)
-    example = work.example()
-    groups = find_groups(dense, example)
-    # From the gates, not from plan.json: that becomes the plan that held, and a stage that is done again must begin as
-    # it began before.
-    plan, first = extract(dense, groups, recipe.slim.threshold, recipe.slim.min_channels), start_plan(run)
-    rebuilt, proof = slim(dense, plan, example, groups=groups, constants=recipe.slim.constants)
-    held = proof.plan
-    _write_plan(run, recipe, held if first is None else compose(*work.builder(), first, groups, held))
-    save_model(run, "slim", rebuilt)
-    work.measure(run, "slim", rebuilt)
-    run.update_summary("proof", proof.to_json())
-    largest, mean = difference(dense, rebuilt, [example])
-    run.update_summary("drift", {"max_abs_diff": largest, "mean_abs_diff": mean})
-    kept = sum(len(held.kept(group)) for group in groups if group.reason is None)
-    of = sum(group.channels for group in groups if group.reason is None)
-    summary = run.read_json("summary.json")
-    ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
-    run.update_summary("kept", {"channels": kept, "of": of, **ratios})
-    run.write_json("layers.json", layers_table(dense, rebuilt, work.shape))
-    work.reporter.say(_outcome(proof, kept, of, largest))
 
 
 def finetune_stage(work: Work, run: RunDir) -> None:
     model = load_model(run, "slim", work.recipe)
     groups = find_groups(model, work.example())
+    # A stage that goes on has a training state, and its statistics stand in that.
+    if work.recipe.slim.recalibrate and run.latest_checkpoint("finetune") is None:
+        _recalibrate(work, run, model.to(work.device))
     work.train(run, "finetune", model, groups, NoDecay(model, groups))
     save_model(run, "finetuned", model)
     work.measure(run, "finetuned", model)
 
 
 def evaluate_stage(work: Work, run: RunDir) -> None:
+    work.keep_classes(run)
     recipe, pairs = work.recipe, work.pairs("val")
     present = [name for name in MODELS if run.has(f"{name}/model.safetensors")]
     models = {name: load_model(run, name, recipe).to(work.device) for name in present}
-    curves, worst = {}, []
+    curves, errors = {}, []
     for name, model in models.items():
         counter = work.reporter.counter(f"evaluate {name}")
         try:
@@ -101,15 +62,16 @@ def evaluate_stage(work: Work, run: RunDir) -> None:
             counter.close()
         run.update_summary(name, {**run.read_json("summary.json")[name], "metrics": result.metrics})
         curves[name] = result.curves
-        worst = result.per_image_mae
+        errors = result.errors
         work.reporter.say(f"evaluate: {name:9} " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
     run.write_json("curves.json", curves)
-    found = reference(pairs)
-    run.update_summary("reference", found)
-    best = max(found, key=lambda key: found[key]["max_f"])
-    work.reporter.say(f"evaluate: best trivial predictor: {best}, max_f {found[best]['max_f']:.4f}")
+    found = work.task.reference(pairs)
+    if found:
+        run.update_summary("reference", found)
+        best, main = work.task.best(found), work.task.metric_names[0]
+        work.reporter.say(f"evaluate: best trivial predictor: {best}, {main} {found[best][main]:.4f}")
     run.update_summary("skipped", {split: work.pairs(split).skipped for split in ("train", "val")})
-    _gallery(work, run, models, np.argsort(worst, kind="stable"))
+    _gallery(work, run, models, np.argsort(errors, kind="stable"))
 
 
 def export_stage(work: Work, run: RunDir) -> None:
@@ -140,38 +102,35 @@ STAGE_FUNCTIONS: dict[str, Callable[[Work, RunDir], None]] = {
 }
 
 
-def _outcome(proof: Proof, kept: int, of: int, drift: float) -> str:
-    given = f", {proof.given_back} channels given back" if proof.given_back else ""
-    carriers = f", {proof.carriers} as carriers of constants" if proof.carriers else ""
-    return (
-        f"slim: {kept} of {of} channels kept{carriers}{given}; proof holds: largest difference "
-        f"{proof.max_abs_diff:.1e} (tolerance {proof.tolerance:.0e}); drift {drift:.3g}"
-    )
+def _recalibrate(work: Work, run: RunDir, model: nn.Module) -> None:
+    """Measure the norms' statistics on training data, and write down what that did to the metrics."""
+    size = work.recipe.finetune.batch_size
+    train, val = work.tensors("train"), work.tensors("val")
+    order = torch.randperm(len(train), generator=seeded(work.recipe.seed, "recalibrate", 0))
+    rows = [batch for batch in order.split(size)[: work.recipe.slim.recalibrate] if len(batch) == min(size, len(order))]
+    before = work.task.quick(model, val, 4 * size)
+    batches = recalibrate(model, (normalise(train.images[batch].to(work.device)) for batch in rows))
+    after = work.task.quick(model, val, 4 * size)
+    run.update_summary("recalibrated", {"batches": batches, "before": before, "after": after})
+    change = "  ".join(f"{key} {value:.4f} → {after[key]:.4f}" for key, value in before.items())
+    work.reporter.say(f"finetune: norms recalibrated on {batches} batches: {change}")
 
 
-def _write_plan(run: RunDir, recipe: Recipe, plan: Plan) -> None:
-    backbone = recipe.backbone
-    plan.builder = Builder(name=backbone.name, options=backbone.options, file=backbone.file)
-    plan.input = list(input_shape(recipe))
-    plan.recipe_hash = digest(recipe.model_dump(mode="json"))
-    plan.dense_hash = run.checksum("dense/model.safetensors")[:16]
-    run.write_json("plan.json", plan.to_json())
-
-
-def _smallest(model: nn.Module, groups: list[Group]) -> float:
-    return min((float(scores(model, group).min()) for group in groups if group.reason is None), default=float("inf"))
-
-
-def _gallery(work: Work, run: RunDir, models: dict[str, nn.Module], by_mae: np.ndarray) -> None:
+def _gallery(work: Work, run: RunDir, models: dict[str, nn.Module], by_error: np.ndarray) -> None:
     pairs = work.pairs("val")
-    shown = {int(i): "fixed" for i in np.linspace(0, len(pairs) - 1, min(GALLERY, len(pairs))).astype(int)}
-    kinds = {**{int(i): "best" for i in by_mae[:EXTREMES]}, **{int(i): "worst" for i in by_mae[::-1][:EXTREMES]}}
+    fixed = set(np.linspace(0, len(pairs) - 1, min(GALLERY, len(pairs))).astype(int).tolist())
+    kinds = {**{int(i): "best" for i in by_error[:EXTREMES]}, **{int(i): "worst" for i in by_error[::-1][:EXTREMES]}}
     entries = []
-    for index in sorted({*shown, *kinds}):
-        image, mask = pairs.pair(index)
-        pictures = {"image": image, "truth": mask}
-        pictures |= {name: work.task.predict(model, image, work.recipe.data.size) for name, model in models.items()}
-        for name, picture in pictures.items():
-            run.write_bytes(f"gallery/{index:04d}-{name}.png", encode_png(picture))
-        entries.append({"index": index, "name": pairs.names[index], "fixed": index in shown, "kind": kinds.get(index)})
+    for index in sorted({*fixed, *kinds}):
+        image, target = pairs.pair(index)
+        shown = {"image": image, "truth": pairs.shown(target)}
+        for name, model in models.items():
+            shown[name] = work.task.show(work.task.predict(model, image, work.recipe.data.size), pairs.classes)
+        entry = {"index": index, "name": pairs.names[index], "fixed": index in fixed, "kind": kinds.get(index)}
+        for name, value in shown.items():
+            if isinstance(value, np.ndarray):
+                run.write_bytes(f"gallery/{index:04d}-{name}.png", encode_png(value))
+            else:
+                entry[name] = value
+        entries.append(entry)
     run.write_json("gallery/index.json", entries)

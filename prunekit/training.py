@@ -26,6 +26,7 @@ from prunekit.optimizers import shares
 from prunekit.plan import Group
 from prunekit.pruning.decay import Decay
 from prunekit.pruning.life import effective_gates, scores
+from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
 from prunekit.schema import Named, Training
 
@@ -61,6 +62,7 @@ class Job:
     reporter: Reporter
     device: torch.device
     threshold: float = 0.0
+    steering: Steering | None = None
 
 
 def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> None:
@@ -83,9 +85,11 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
     gates = _Gates(model, groups, job.threshold)
     batch = min(section.batch_size, len(job.train))
     steps = len(job.train) // batch
-    first = _restore(model, optimizer, gates, job)
-    job.run.truncate_metrics(job.stage, first)
+    first = _restore(model, optimizer, gates, job, decay)
+    if first < section.epochs:
+        job.run.truncate_metrics(job.stage, first)
     total = max(1, section.epochs * steps)
+    way = np.cumsum([schedule(step / total) for step in range(total)])
     job.reporter.start(job.stage, section.epochs * steps, first * steps)
     try:
         with decay, _flush_denormals():
@@ -93,15 +97,19 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
                 began = time.perf_counter()
                 generator = seeded(job.seed, job.stage, epoch)
                 order = torch.randperm(len(job.train), generator=generator)
-                sums = torch.zeros(2, dtype=torch.float64)
+                sums, told = torch.zeros(2, dtype=torch.float64), 0.0
                 model.train()
                 for step in range(steps):
+                    if job.steering is not None and step % (every := job.steering.every(total)) == 0:
+                        recent = float(sums[0] - told) / every if step else None
+                        told = float(sums[0])
+                        decay.weight = job.steering.look(float(way[epoch * steps + step] / way[-1]), recent)
                     factor = schedule((epoch * steps + step) / total)
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * factor
                     rows = order[step * batch : (step + 1) * batch]
                     images, targets = augment(
-                        job.train.images[rows], job.train.masks[rows], job.train.sizes[rows], generator
+                        job.train.images[rows], job.train.targets[rows], job.train.sizes[rows], generator
                     )
                     loss, penalty = _step(model, optimizer, decay, job, images, targets)
                     sums += torch.stack([loss, penalty]).cpu()
@@ -123,6 +131,7 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
                     "lr": section.lr * factor,
                     "alive": alive,
                     "of": of,
+                    **(job.steering.figures() if job.steering is not None else {}),
                     "metrics": job.task.quick(model, job.val, 4 * batch),
                     "seconds": time.perf_counter() - began,
                 }
@@ -206,10 +215,11 @@ def _save(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, job
         tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
     arrays |= {f"gates/{name}": rows for name, rows in gates.arrays().items()}
-    job.run.save_checkpoint(job.stage, epoch, arrays, {"epoch": epoch}, job.section.checkpoint.keep)
+    state = {"epoch": epoch, "steering": job.steering.state() if job.steering is not None else None}
+    job.run.save_checkpoint(job.stage, epoch, arrays, state, job.section.checkpoint.keep)
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, job: Job) -> int:
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, job: Job, decay: Decay) -> int:
     """Load the newest training state; the number of epochs that are done."""
     found = job.run.load_checkpoint(job.stage)
     if found is None:
@@ -233,6 +243,8 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, 
             f"start the stage again with --from {job.stage}"
         ) from error
     gates.load(parts["gates"])
+    if job.steering is not None and state.get("steering") is not None:
+        decay.weight = job.steering.load(state["steering"])
     return int(state["epoch"])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunekit import registry
 from prunekit.counting import count, total
 from prunekit.data.pairs import ImageSet, Tensors, load_tensors, normalise
-from prunekit.errors import RecipeError
+from prunekit.errors import PlanError, RecipeError
 from prunekit.loading import (
     CLASSES,
     build_dense,
@@ -33,6 +33,7 @@ from prunekit.plan import Group
 from prunekit.progress import Reporter
 from prunekit.pruning.decay import Decay
 from prunekit.pruning.groups import find_groups
+from prunekit.pruning.limits import kept_whole
 from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
 from prunekit.schema import Recipe, Training
@@ -128,6 +129,11 @@ class Work:
         """
         model = build_dense(self.recipe)
         self._fits(model)
+        if self.recipe.slim.keep_layers:
+            try:
+                kept_whole(model, find_groups(model, torch.zeros(1, *self.shape)), self.recipe.slim.keep_layers)
+            except PlanError as error:
+                raise RecipeError(f"slim.keep_layers: {error}") from error
         if self.recipe.init is not None and begin:
             source = self._source()
             load_model(source, newest_model(source))

@@ -30,7 +30,8 @@ class GOctConv(nn.Module):
         kernel_size: odd.
         stride: 1, or 2 to halve the resolution of every branch.
         downsample: how a path goes to a coarser resolution. "pool": max-pooling between branches and average-pooling
-            for ``stride`` (CSNet's way); "stride": a strided convolution for both.
+            for ``stride`` (CSNet's way); "stride": a strided convolution for both; "mixed": max-pooling between
+            branches and a strided convolution for ``stride``, so that a path i→i is the ordinary convolution.
 
     Shape:
         input: list of (N, in_channels[i], ⌈H/2^i⌉, ⌈W/2^i⌉); output: list of
@@ -59,8 +60,8 @@ class GOctConv(nn.Module):
             raise ValueError(
                 f"a gOctConv needs an odd kernel for 'same' padding, got {kernel_size}; try {kernel_size + 1}"
             )
-        if downsample not in ("pool", "stride"):
-            raise ValueError(f"downsample is 'pool' or 'stride', got {downsample!r}")
+        if downsample not in ("pool", "stride", "mixed"):
+            raise ValueError(f"downsample is 'pool' or 'stride' or 'mixed', got {downsample!r}")
         if stride < 1:
             raise ValueError(f"stride is 1 or more, got {stride}")
         self.branches = len(out_channels)
@@ -86,7 +87,9 @@ class GOctConv(nn.Module):
 
     def path_stride(self, i: int, j: int) -> int:
         """The stride of path i→j's own convolution."""
-        return self.stride * 2 ** max(j - i, 0) if self.downsample == "stride" else 1
+        if self.downsample == "pool":
+            return 1
+        return self.stride * 2 ** max(j - i, 0) if self.downsample == "stride" else self.stride
 
     def extra_repr(self) -> str:
         return f"branches={self.branches}, stride={self.stride}, downsample={self.downsample!r}"
@@ -101,14 +104,13 @@ class GOctConv(nn.Module):
         """
         if size is None:
             size = finest_size(xs)
-        pool = self.downsample == "pool"
-        if pool and self.stride > 1:
+        if self.downsample == "pool" and self.stride > 1:
             xs = [x if x is None else F.avg_pool2d(x, self.stride, ceil_mode=True) for x in xs]
         ys: Feature = [None] * self.branches
         for key, conv in self.paths.items():
             i, j = map(int, key.split("to"))
             x = xs[i]
-            if i < j and pool:
+            if i < j and self.downsample != "stride":
                 x = F.max_pool2d(x, 2 ** (j - i), ceil_mode=True)
             y = conv(x)
             if i > j:

@@ -51,13 +51,27 @@ def test_stride_pools_every_input_by_average():
         torch.testing.assert_close(a, b)
 
 
+def test_mixed_pools_between_branches_and_strides_within_them():
+    layer = GOctConv([4, 3], [5, 2], 3, stride=2, downsample="mixed")
+    fine, coarse = feature([4, 3], (16, 8))
+    weight = {key: conv.weight for key, conv in layer.paths.items()}
+    y0 = F.conv2d(fine, weight["0to0"], stride=2, padding=1)
+    y1 = F.conv2d(coarse, weight["1to1"], stride=2, padding=1)
+    down = F.conv2d(F.max_pool2d(fine, 2), weight["0to1"], stride=2, padding=1)
+    up = F.interpolate(
+        F.conv2d(coarse, weight["1to0"], stride=2, padding=1), scale_factor=2, mode="bilinear", align_corners=False
+    )
+    for a, b in zip(layer([fine, coarse]), (y0 + up, y1 + down), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     ins=st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any),
     outs=st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any),
     size=st.tuples(st.integers(1, 21), st.integers(1, 21)),
     stride=st.sampled_from([1, 2]),
-    downsample=st.sampled_from(["pool", "stride"]),
+    downsample=st.sampled_from(["pool", "stride", "mixed"]),
 )
 def test_any_branches_any_split_any_size(ins, outs, size, stride, downsample):
     layer = GOctConv(ins, outs, 3, stride=stride, downsample=downsample)
