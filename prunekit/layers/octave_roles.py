@@ -1,0 +1,248 @@
+"""What each call of a traced network is to a feature of several resolutions: something that each branch can do for
+itself, a convolution that can become a gOctConv, or something else, and why."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from prunekit.layers.octave_ops import Ref, refs
+from prunekit.layers.octave_trace import Call, kept
+
+_EACH_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Sigmoid, nn.Tanh, nn.Identity,
+    nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+_EACH_FUNCTIONS = {
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
+    F.hardtanh, F.softplus, F.softsign, F.logsigmoid, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh,
+    F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout, torch.clamp,
+    # With a number; two features are a sum.
+    operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div,
+}  # fmt: skip
+_EACH_METHODS = {"relu", "sigmoid", "tanh", "clamp", "contiguous", "clone", "add", "sub", "mul", "div"}
+_COMMUTES = (operator.add, operator.mul)
+_SUMS = (operator.add, operator.iadd, torch.add, "add")
+_POOLS: dict[Any, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    F.max_pool2d: (F.max_pool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
+    torch.max_pool2d: (F.max_pool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    F.avg_pool2d: (
+        F.avg_pool2d,
+        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+}
+_POOL_MODULES = {nn.MaxPool2d: F.max_pool2d, nn.AvgPool2d: F.avg_pool2d}
+KEPT = "named in keep"
+_ONE_TENSOR = "it needs all channels in one tensor"
+
+
+@dataclass
+class Role:
+    """What a call is.
+
+    Attributes:
+        kind: "conv", "depthwise", "norm", "prelu", "each" (a function of each element or channel), "sum", "pool",
+            "global" (pools to one size), or "other".
+        reason: why it is "other".
+        options: of a pool: those of ``octave_ops.pool``.
+    """
+
+    kind: str
+    reason: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def roles(calls: Sequence[Call], modules: Mapping[str, nn.Module], keep: Sequence[str]) -> tuple[list[Role], set[int]]:
+    """The role of each call, and which calls are the stem.
+
+    Args:
+        modules: of the model, by name.
+        keep: patterns of modules that are to be left as they are.
+    """
+    judge = _Judge(calls, modules, keep)
+    return [judge.role(call) for call in calls], judge.stem
+
+
+class _Judge:
+    def __init__(self, calls: Sequence[Call], modules: Mapping[str, nn.Module], keep: Sequence[str]):
+        self.calls = calls
+        self.modules = modules
+        self.keep = keep
+        self.count = Counter(call.target for call in calls if call.kind in ("module", "attr"))
+        self.owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+        self.stem = stem_of(calls, modules)
+        self.head = head_of(calls, modules)
+
+    def role(self, call: Call) -> Role:
+        if call.kind == "module":
+            return self._module(call)
+        if call.kind not in ("function", "method") or call.shape is None or len(call.shape) != 4:
+            # A mean over both sides may drop them.
+            return self._global(call) or Role("other", _ONE_TENSOR)
+        features = [i for i in call.inputs if len(self.calls[i].shape or ()) == 4]
+        if call.target in _SUMS and len(features) == 2 and len(call.args) == 2 and not call.kwargs:
+            a, b = (self.calls[i].shape for i in features)
+            return Role("sum") if a == b else Role("other", f"a sum of {a} and {b}, which are not alike")
+        found = self._global(call) or self._pool(call)
+        if found:
+            return found
+        known = call.target in (_EACH_FUNCTIONS if call.kind == "function" else _EACH_METHODS)
+        # Else a number at the left of the feature, or a tensor in a keyword, would be taken for it.
+        first = bool(call.args) and (isinstance(call.args[0], Ref) or call.target in _COMMUTES)
+        rest = [arg for arg in call.args if not isinstance(arg, Ref)]
+        if known and first and len(rest) == len(call.args) - 1 and not refs((rest, call.kwargs)) and features:
+            return Role("each")
+        return Role("other", _ONE_TENSOR)
+
+    def _module(self, call: Call) -> Role:
+        module = self.modules[call.target]
+        weighs = isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.PReLU)
+        why = self._whole(call.target, module)
+        kind = type(module)
+        if kind is nn.Conv2d and not why:
+            why = self._convolution(call, module)
+            if not why:
+                return Role("depthwise" if module.groups > 1 else "conv")
+        if why or kind not in (nn.BatchNorm2d, nn.PReLU, nn.AdaptiveAvgPool2d, *_POOL_MODULES, *_EACH_MODULES):
+            return Role("other", why or (f"a {kind.__name__} of its own kind" if weighs else _ONE_TENSOR))
+        if len(self.calls[call.inputs[0]].shape or ()) != 4:
+            return Role("other", _ONE_TENSOR)
+        if kind in _POOL_MODULES:
+            return _pooling(_POOL_MODULES[kind], {n: getattr(module, n) for n in _POOLS[_POOL_MODULES[kind]][1]})
+        if kind is nn.AdaptiveAvgPool2d:
+            return Role("global") if _fixed(module.output_size) else Role("other", _ONE_TENSOR)
+        return Role({nn.BatchNorm2d: "norm", nn.PReLU: "prelu"}.get(kind, "each"))
+
+    def _whole(self, name: str, module: nn.Module) -> str:
+        """Why this module has to be left as it is, whatever it does."""
+        if kept(name, self.keep):
+            return KEPT
+        if not any(True for _ in module.parameters()):
+            return "it has hooks" if _hooked(module) else ""
+        if self.count[name] > 1:
+            return "it is called more than once"
+        if parametrize.is_parametrized(module):
+            return "its weight is computed (a parametrization)"
+        if _hooked(module):
+            return "it has hooks"
+        if any(self.owners[id(p)] > 1 for p in module.parameters()) or any(
+            self.count[f"{name}.{part}"] for part, _ in module.named_parameters()
+        ):
+            return "its weight is used elsewhere too"
+        return ""
+
+    def _convolution(self, call: Call, conv: nn.Conv2d) -> str:
+        """Why this convolution cannot be of several resolutions; "" where it can."""
+        (kernel, *sides), (stride, *strides) = conv.kernel_size, conv.stride
+        alone = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+        if call.index in self.head:
+            return "the head: the model's output comes from it"
+        if call.shape is None or len(call.shape) != 4:
+            return "its input is no batch of images"
+        if conv.groups > 1 and not alone:
+            return f"it has {conv.groups} groups"
+        if kernel % 2 == 0 or [kernel] != sides or [stride] != strides:
+            return f"its kernel is {conv.kernel_size} with stride {conv.stride}, not an odd square with one stride"
+        if not alone and conv.dilation != (1, 1):
+            return f"its dilation is {conv.dilation}"
+        wanted = tuple(kernel // 2 * d for d in conv.dilation)
+        if conv.padding != wanted and conv.padding != "same" and kernel * max(conv.dilation) > 1:
+            return f"its padding is {conv.padding}, and only {wanted} keeps the sizes of the branches in step"
+        if kernel == 1 and conv.padding not in ((0, 0), "same", "valid"):
+            return f"its padding is {conv.padding}, and only (0, 0) keeps the sizes of the branches in step"
+        if conv.padding_mode != "zeros":
+            return f"its padding is of the kind {conv.padding_mode!r}, not zeros"
+        if not alone and conv.bias is not None and self.norm_behind(call) is None:
+            return "it has a bias and no norm behind it that could take it"
+        return ""
+
+    def norm_behind(self, call: Call) -> Call | None:
+        """The BatchNorm that alone takes what this call returns, and can be rewritten."""
+        after = self.calls[call.users[0]] if len(call.users) == 1 else None
+        if after is None or after.kind != "module" or type(self.modules[after.target]) is not nn.BatchNorm2d:
+            return None
+        return None if self._whole(after.target, self.modules[after.target]) else after
+
+    def _pool(self, call: Call) -> Role | None:
+        function, names = _POOLS.get(call.target, (None, ()))
+        if function is None or refs((call.args[1:], call.kwargs)) or len(call.args) > len(names) + 1:
+            return None
+        options = {"stride": None, "padding": 0, "ceil_mode": False}
+        return _pooling(function, options | dict(zip(names, call.args[1:], strict=False)) | call.kwargs)
+
+    def _global(self, call: Call) -> Role | None:
+        source = self.calls[call.inputs[0]] if len(call.inputs) == 1 else None
+        if source is None or len(source.shape or ()) != 4 or not call.args:
+            return None
+        if call.kind == "function" and call.target is F.adaptive_avg_pool2d:
+            size = call.args[1] if len(call.args) > 1 else call.kwargs.get("output_size")
+            return Role("global") if _fixed(size) else None
+        if (call.kind, call.target) in (("function", torch.mean), ("method", "mean")):
+            axes = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
+            if isinstance(axes, tuple | list) and sorted(axis % 4 for axis in axes) == [2, 3]:
+                return Role("global")
+        return None
+
+
+def _pooling(function: Callable[..., Any], options: dict[str, Any]) -> Role:
+    """A pooling that keeps the sizes of the branches in step, or "other"."""
+    options = dict(options)
+    kernel, padding = options["kernel_size"], options["padding"]
+    stride = options["stride"] or kernel
+    square = [side[0] if isinstance(side, tuple | list) and len(set(side)) == 1 else side
+              for side in (kernel, stride, padding)]  # fmt: skip
+    k, s, p = square
+    plain = all(isinstance(side, int) for side in square) and options.get("dilation", 1) in (1, (1, 1), [1, 1])
+    if plain and not options.pop("return_indices", False):
+        centred = k % 2 == 1 and p == k // 2 and not options["ceil_mode"]
+        if centred or (k == s and p == 0):
+            floor = not centred and not options["ceil_mode"]
+            return Role("pool", options={"function": function, **options, "stride": s, "floor": floor})
+    return Role(
+        "other",
+        f"its window (kernel {kernel}, stride {stride}, padding {padding}) does not keep the sizes of the branches in "
+        "step",
+    )
+
+
+def stem_of(calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> set[int]:
+    """Layers with weights that the model's input reaches through no other such layer."""
+    before, found = {0}, set()
+    for call in calls[1:]:
+        if before.intersection(call.inputs):
+            (found if _mixes(call, modules) else before).add(call.index)
+    return found
+
+
+def head_of(calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> set[int]:
+    """Layers with weights from which the model's output comes through no other such layer and no sum."""
+    found, waiting = set(), list(calls[-1].inputs)
+    while waiting:
+        call = calls[waiting.pop()]
+        if _mixes(call, modules):
+            found.add(call.index)
+        elif not (call.target in _SUMS and len(call.inputs) > 1):
+            waiting += call.inputs
+    return found
+
+
+def _mixes(call: Call, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether it has a weight that makes channels out of others."""
+    return call.kind == "module" and any(p.dim() > 1 for p in modules[call.target].parameters())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _fixed(size: Any) -> bool:
+    return isinstance(size, int) or (isinstance(size, tuple | list) and all(isinstance(side, int) for side in size))

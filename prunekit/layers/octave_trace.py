@@ -1,0 +1,187 @@
+"""A model's forward as a list of calls, by torch.fx, with the shape of what each returns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prunekit.errors import PlanError
+from prunekit.layers.octave_ops import Ref, Training, refs
+
+ROOT = "model"
+
+
+@dataclass
+class Call:
+    """One node of the trace.
+
+    Attributes:
+        kind: "input", "module", "function", "method", "attr" or "output".
+        target: the name of a module, a method or an attribute, or a function.
+        args, kwargs: with a ``Ref`` for the value of another call, and ``Training()`` for what follows the mode.
+        label: how reports call it: the module's name, or that of the module it stands in and its own.
+        shape: of the value, where it is a tensor.
+        users: the calls that take the value.
+        value: of an attribute that the model does not have: a tensor that its forward makes, the same each time.
+    """
+
+    index: int
+    kind: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    label: str
+    shape: tuple[int, ...] | None = None
+    users: list[int] = field(default_factory=list)
+    value: Tensor | None = None
+
+    @property
+    def inputs(self) -> list[int]:
+        """The calls whose values it takes."""
+        return sorted(refs((self.args, self.kwargs)))
+
+
+class _Alone(nn.Module):
+    """The model as a function of one tensor: what else its forward takes keeps its default."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.add_module(ROOT, model)
+
+    def forward(self, image: Tensor) -> Any:
+        return self.model(image)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, keep: Sequence[str]):
+        super().__init__()
+        self.keep = keep
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return kept(_own(module_qualified_name), self.keep) or super().is_leaf_module(m, module_qualified_name)
+
+
+def kept(name: str, keep: Sequence[str]) -> bool:
+    """Whether one of these patterns (as in a shell) names this module."""
+    return any(fnmatchcase(name, pattern) for pattern in keep)
+
+
+def trace(model: nn.Module, example: Tensor, keep: Sequence[str]) -> list[Call]:
+    """The calls of ``model`` on ``example``, in order; the first is the input, the last the output.
+
+    Raises:
+        PlanError: torch.fx cannot follow the model, or what it follows is not what the model computes.
+    """
+    model = copy.deepcopy(model)
+    _, trained = _graph(model.train(), keep)
+    root, evaluated = _graph(model.eval(), keep)
+    shapes = _check(root, evaluated, example)
+    order = {node: index for index, node in enumerate(evaluated.nodes)}
+    other = list(trained.nodes)
+    if [(n.op, n.target) for n in order] != [(n.op, n.target) for n in other]:
+        odd = next((n for n, m in zip(order, other, strict=False) if (n.op, n.target) != (m.op, m.target)), other[-1])
+        raise _refusal(f"it calls one thing in train mode and another in eval mode, at {_label(odd)}")
+    twins = {twin: index for index, twin in enumerate(other)}
+    calls = []
+    for (node, index), twin in zip(order.items(), other, strict=True):
+        args, kwargs = (
+            _merge(_plain(a, order), _plain(b, twins), _label(node))
+            for a, b in ((node.args, twin.args), (node.kwargs, twin.kwargs))
+        )
+        kind = {"placeholder": "input", "get_attr": "attr"}.get(node.op, node.op.removeprefix("call_"))
+        target = _own(node.target) if kind in ("module", "attr") else node.target
+        made = getattr(root, node.target) if kind == "attr" and "." not in node.target else None
+        calls.append(Call(index, kind, target, tuple(args), kwargs, _label(node), shapes.get(node), value=made))
+    for call in calls:
+        for index in call.inputs:
+            calls[index].users.append(call.index)
+    return calls
+
+
+def _graph(model: nn.Module, keep: Sequence[str]) -> tuple[nn.Module, fx.Graph]:
+    root = _Alone(model)
+    root.training = model.training
+    try:
+        return root, _Tracer(keep).trace(root)
+    except Exception as error:  # It is the user's code, and fails in any way.
+        raise _refusal(first_line(error)) from error
+
+
+def _refusal(why: str) -> PlanError:
+    return PlanError(
+        f"torch.fx cannot follow the model: {why}; name the module that does it in keep=[…], and it is left as it is"
+    )
+
+
+def _check(root: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
+    """The shape of each node's value; and that the trace computes what the model does."""
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                shapes[n] = tuple(value.shape)
+            return value
+
+    try:
+        with torch.no_grad():
+            wanted = root(example)
+    except Exception as error:
+        raise PlanError(f"the model fails on an input of shape {tuple(example.shape)}: {first_line(error)}") from error
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(Shapes(root, graph=graph).run(example), wanted, equal_nan=True)
+    except Exception as error:
+        raise _refusal(f"what it follows does not compute the same ({first_line(error)})") from error
+    return shapes
+
+
+def _plain(item: Any, order: dict[fx.Node, int]) -> Any:
+    """Arguments with Refs for nodes, and with ordinary containers."""
+    if isinstance(item, fx.Node):
+        return Ref(order[item])
+    if isinstance(item, dict):
+        return {key: _plain(part, order) for key, part in item.items()}
+    if isinstance(item, slice):
+        return slice(*(_plain(part, order) for part in (item.start, item.stop, item.step)))
+    if isinstance(item, list):
+        return [_plain(part, order) for part in item]
+    if isinstance(item, tuple) and not isinstance(item, torch.Size):
+        return tuple(_plain(part, order) for part in item)
+    return item
+
+
+def _merge(evaluated: Any, trained: Any, label: str) -> Any:
+    """What both modes pass; ``Training()`` where one passes False and the other True."""
+    if isinstance(evaluated, dict):
+        return {key: _merge(part, trained.get(key), label) for key, part in evaluated.items()}
+    if type(evaluated) in (tuple, list) and isinstance(trained, tuple | list) and len(evaluated) == len(trained):
+        return type(evaluated)(_merge(a, b, label) for a, b in zip(evaluated, trained, strict=True))
+    if (evaluated, trained) == (False, True) and isinstance(trained, bool):
+        return Training()
+    if evaluated is trained or evaluated == trained or evaluated != evaluated:
+        return evaluated
+    raise _refusal(f"{label} takes {trained} in train mode and {evaluated} in eval mode")
+
+
+def _own(name: str) -> str:
+    return name.removeprefix(ROOT).removeprefix(".")
+
+
+def _label(node: fx.Node) -> str:
+    if node.op in ("call_module", "get_attr"):
+        return _own(node.target)
+    place = next(reversed(node.meta.get("nn_module_stack") or [""]))
+    return f"{_own(place)}.{node.name.removeprefix(ROOT + '_')}".removeprefix(".")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
