@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -201,6 +202,9 @@ def _trace(
                     pooled.add(i)
                 if i < j:
                     paper[name] += conv.in_channels * outputs[j][0, 0].numel() * module.kernel_size**2
+            elif module.downsample == "mixed" and i < j:
+                pooled_size = math.prod(-(-side // 2 ** (j - i)) for side in args[0][i].shape[2:])
+                paper[name] += conv.in_channels * pooled_size * module.kernel_size**2
             if i > j:
                 paper[name] += 9 * conv.out_channels * outputs[j][0, 0].numel()
 

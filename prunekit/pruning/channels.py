@@ -43,6 +43,8 @@ CHANNELWISE = {
     "UpsampleNearest2DBackward0",
     "UpsampleBicubic2DBackward0",
     "NativeDropoutBackward0",
+    "ClampBackward1",
+    "ClampMinBackward0",
     "ExpandBackward0",
     "UnsqueezeBackward0",
     "CloneBackward0",
@@ -214,7 +216,7 @@ def _produce(node: Node, segments: Channels, walk: Walk) -> Channels:
         why = f"it reads {width} channels, not {given}"
     elif groups > 1 and turned:
         why = f"a transposed convolution of {groups} groups"
-    elif groups == width:
+    elif 1 < groups == width:
         why = "a depthwise convolution that makes several channels of each"
     if why:
         walk.lock(segments, f"read by {node.name}, which is not followed: {why}")

@@ -19,7 +19,7 @@ is found out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +50,14 @@ class Report:
         biases: those that modules are still to get, of all their channels, dead ones included.
         carriers: by group.
         inexact: for each reader that something is lost at, the most that its output moves by it (inside the image).
+        lost: readers that were to get a bias and are gone.
     """
 
     folded: int = 0
     biases: dict[str, Tensor] = field(default_factory=dict)
     carriers: dict[str, list[int]] = field(default_factory=dict)
     inexact: dict[str, float] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -199,10 +201,19 @@ class Constants:
             found.append((slice(block * rows, (block + 1) * rows), chosen, where[chosen] - block * width))
         return found
 
-    def inexact(self, carried: bool) -> list[tuple[float, str, int]]:
+    def inexact(self, carried: bool, gone: Collection[str] = ()) -> list[tuple[float, str, int]]:
         """Dead channels that neither a fold nor (with ``carried``) a carrier replaces exactly, largest first:
-        (size of what is lost, group, channel)."""
-        return self._worst(lambda slot: np.where(slot.loose(not carried), np.abs(slot.value) + slot.spread, 0.0), 0.0)
+        (size of what is lost, group, channel).
+
+        Args:
+            gone: readers that will not be there to take a constant in.
+        """
+
+        def lost(slot: _Slot) -> np.ndarray:
+            loose = slot.loose(not carried) | (slot.name in gone)
+            return np.where(loose, np.abs(slot.value) + slot.spread, 0.0)
+
+        return self._worst(lost, 0.0)
 
     def speaking(self) -> list[tuple[float, str, int]]:
         """Dead channels that some reader sees as anything but zero, as ``inexact`` lists them."""

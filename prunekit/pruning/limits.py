@@ -11,6 +11,7 @@ from torch import nn
 from prunekit.errors import PlanError
 from prunekit.layers import OptionalModules
 from prunekit.plan import Group
+from prunekit.pruning.axes import axis_length
 from prunekit.registry import nearest
 
 
@@ -55,11 +56,15 @@ def number(count: int, noun: str) -> str:
 
 
 def removable(model: nn.Module, group: Group) -> bool:
-    """Whether the group may lose all of its channels: every module of it may be absent."""
-    return all(
-        isinstance(model.get_submodule(member.tensor.rpartition(".")[0].rpartition(".")[0]), OptionalModules)
-        for member in group.members
-    )
+    """Whether the group may lose all of its channels: every module of it may be absent, or has others to read."""
+    for member in group.members:
+        module, _, name = member.tensor.rpartition(".")
+        if isinstance(model.get_submodule(module.rpartition(".")[0]), OptionalModules):
+            continue
+        length = axis_length(model.get_submodule(module), name, member.axis)
+        if not member.reads or group.channels * member.stride == length:
+            return False
+    return True
 
 
 def layers_of(groups: Sequence[Group]) -> list[list[Group]]:

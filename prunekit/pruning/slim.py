@@ -103,6 +103,7 @@ def rebuild(
         measured.silence({name: channels - settled[name] for name, channels in cut.items()})
     plan = settled_plan(gated, groups, settled, removed)
     plan.added_bias = cutter.cut(gated, settled, removed, report.biases)
+    report.lost = set(report.biases) - set(plan.added_bias)
     plan.carriers = report.carriers
     return plan, report
 
@@ -141,6 +142,7 @@ class _Attempt:
         self.carry = constants == "carrier"
         self.gated = model
         self.kept = 0
+        self.lost: set[str] = set()
 
     def start(self, dead: Mapping[str, set[int]]) -> dict[str, set[int]]:
         """The channels to cut first: the dead ones, but (with "keep") those that emit something."""
@@ -156,6 +158,7 @@ class _Attempt:
         self.gated = gate_off(self.model, self.groups, dead)
         rebuilt = copy.deepcopy(self.gated)
         plan, report = rebuild(rebuilt, self.groups, dead, self.inputs, self.constants)
+        self.lost |= report.lost
         proof = prove(self.gated, rebuilt, self.inputs)
         proof.folded, proof.carriers = report.folded, sum(map(len, report.carriers.values()))
         proof.inexact, proof.given_back = report.inexact, self.kept
@@ -165,7 +168,7 @@ class _Attempt:
     def give_back(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, Proof]:
         """Keep dead channels that cannot be replaced, largest constant first, until the proof holds or none is left."""
         measured = self._measured(dead)
-        loose = measured.inexact(self.carry)
+        loose = measured.inexact(self.carry, self.lost)
         # A channel given back lives as it was trained, so more of them can only bring the two closer: search by halves.
         low, high = 0, len(loose)
         while low < high:

@@ -6,7 +6,8 @@ from networks import Row, params, settle
 from torch import nn
 
 from prunekit.errors import PlanError
-from prunekit.pruning.extract import extract
+from prunekit.layers.octavize import octavize
+from prunekit.pruning.extract import extract, make_plan
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.slim import slim
 
@@ -114,6 +115,33 @@ def test_a_product_lets_a_constant_through_weighed():
     small, proof = slim(model, extract(model, groups), example, groups=groups)
     assert proof.holds and proof.given_back == 1 and proof.plan.groups["conv"] == [0, 2, 3, 4, 5]
     assert (small.up.out_features, small.down.in_features, small.out.in_channels) == (5, 5, 5)
+
+
+@pytest.mark.parametrize(("constants", "left"), [("carrier", 1), ("fold", 1), ("keep", 4)])
+def test_a_constant_whose_reader_would_go_keeps_a_channel(constants, left):
+    """All of a branch dies and speaks; of its reader nothing would be left to take the constant in."""
+
+    class Streams(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False)
+            self.bn, self.c, self.out = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.out(self.c(self.bn(self.b(self.a(x))).relu()))
+
+    torch.manual_seed(0)
+    model = octavize(Streams(), torch.zeros(2, 3, 16, 16))
+    example = settle(model)
+    groups = find_groups(model, example)
+    (coarse,) = [group for group in groups if group.id == "b.mix.paths.0to1"]
+    with torch.no_grad():
+        for gate in coarse.gates:
+            model.get_submodule(gate.norm).weight.zero_()
+            model.get_submodule(gate.norm).bias.fill_(1)
+    _, proof = slim(model, make_plan(model, groups, {coarse.id: range(4)}), example, constants=constants)
+    assert proof.holds and proof.given_back == left and proof.max_abs_diff < 1e-12
+    assert proof.plan.splits["b"] == [4, left]
 
 
 def test_modes_and_what_is_trained_stay_as_they_were():

@@ -3,6 +3,8 @@ import torch
 from networks import Row
 
 from prunekit.backbones.csnet import csnet
+from prunekit.backbones.octresnet import octresnet
+from prunekit.backbones.resnet import resnet
 from prunekit.errors import PlanError
 from prunekit.plan import Group
 from prunekit.pruning.groups import find_groups
@@ -63,3 +65,16 @@ def test_branches_may_go_and_are_one_layer(row, branched):
     layer = next(layer for layer in layers_of(groups) if any(g.id == "stage1.1.mix.paths.0to0" for g in layer))
     assert {group.id for group in layer} == {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"}
     assert all(removable(model, group) for group in layer)
+
+
+def test_a_branch_may_go_whose_reader_reads_others_too():
+    """The last stage's: the linear layer behind it reads the other branch still."""
+    model = octresnet(depth=8, width=8)
+    groups = find_groups(model, torch.zeros(2, 3, 8, 8))
+    last = {
+        group.id: removable(model, group) for group in groups if any("classifier" in m.tensor for m in group.readers)
+    }
+    assert list(last.values()) == [True, True] and len(last) == 2
+    whole = resnet(depth=8, width=8)
+    groups = find_groups(whole, torch.zeros(2, 3, 8, 8))
+    assert not any(removable(whole, group) for group in groups)
