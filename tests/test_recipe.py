@@ -231,8 +231,8 @@ export: {onnx: on}
         ("backbone.options.mode=[]", "backbone.options.mode: [] is not a whole number and is not text; give one"),
         (
             "data.root=/x",
-            "data.root: data set 'shapes' takes no root; remove it (data.root=null) or name a data set that reads folders "
-            "(folder, image_folder)",
+            "data.root: data set 'shapes' takes no root; remove it (data.root=null) or name a data set that reads "
+            "folders (folder, image_folder)",
         ),
         ("data.val_holdout=0.1", "data.val_holdout: data set 'shapes' takes no val_holdout; remove it"),
         ("data.name=folder", "data.root: data set 'folder' reads a folder; name it with data.root=FOLDER"),

@@ -1,0 +1,206 @@
+"""Runs with a budget, at a toy size: λ steered, plans that fit, rounds with fine-tuning in between."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from prunekit import pipeline, training
+from prunekit.errors import PlanError, RecipeError
+from prunekit.loading import load_model
+from prunekit.pipeline import run_recipe, slim_run
+from prunekit.recipe import load
+from prunekit.rundir import RunDir
+from prunekit.training import _save
+
+QUICK = [
+    "backbone.options={depth: 8, width: 8}",
+    "train.epochs=3",
+    "train.batch_size=128",
+    "train.gate_lr=0.1",
+    "decay={name: l1, weight: 1e-3}",
+    "slim.threshold=0.1",
+    "finetune.epochs=1",
+    "finetune.batch_size=128",
+    "target.params_ratio=0.3",
+]
+STEPS = ["slim.steps=3", "slim.criterion=taylor", "target.params_ratio=null", "target.macs_ratio=0.25"]
+
+
+def recipe(*overrides):
+    return load("digits_resnet", [*QUICK, *overrides])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """What comes after fine-tuning is other tests' business, and takes longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in ("evaluate", "export", "report"):
+            patch.setitem(pipeline.STAGE_FUNCTIONS, stage, lambda *_: None)
+        patch.setattr(pipeline, "report", lambda *_: None)
+        yield
+
+
+def run_it(out, *overrides, **how):
+    return run_recipe(recipe(*overrides), out, Console(quiet=True), **how)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, quick):
+    return run_it(tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def lines(folder, stage=None):
+    found = [{k: v for k, v in line.items() if k != "seconds"} for line in RunDir.open(folder).read_metrics()]
+    return [line for line in found if stage in (None, line["stage"])]
+
+
+def log(folder):
+    return (folder / "run.log").read_text()
+
+
+def same_models(a, b, *names):
+    return all((a / n / "model.safetensors").read_bytes() == (b / n / "model.safetensors").read_bytes() for n in names)
+
+
+def test_the_slim_model_meets_the_budget(whole):
+    found = summary(whole)
+    assert found["kept"]["params_ratio"] == pytest.approx(0.3, rel=0.02)
+    assert found["proof"]["holds"]
+    said = log(whole)
+    assert "channels are cut for" in said and "budget" in said
+
+
+def test_the_course_of_λ_and_size_is_in_the_metrics(whole):
+    course = lines(whole, "train")
+    dense = summary(whole)["dense"]["params"]
+    assert [line["budget"] for line in course] == [{"params": round(0.3 * dense)}] * 3
+    assert all(0 < line["size"]["params"] <= dense for line in course)
+    assert len({line["lambda"] for line in course}) == 3
+    assert "size" not in lines(whole, "finetune")[0]
+    assert "k/" in next(text for text in log(whole).splitlines() if "train" in text)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_steered_training_that_broke_off_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, after):
+    def stopped(model, optimizer, gates, job, epoch):
+        _save(model, optimizer, gates, job, epoch)
+        if epoch == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(tmp_path / "run")
+    run_it(tmp_path / "run", resume=True)
+    assert same_models(tmp_path / "run", whole, "dense", "slim", "finetuned")
+    assert lines(tmp_path / "run") == lines(whole)
+
+
+def test_slimming_again_does_what_was_done_before(run, whole):
+    run_it(run, resume=True, start_from="extract")
+    assert (run / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
+    assert same_models(run, whole, "slim", "finetuned")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["target.params_ratio=null", "target.macs=120k"],
+        ["target.params_ratio=0.5", "slim.criterion=magnitude", "slim.scope=layer"],
+        ["target.params_ratio=0.5", "slim.constants=fold", "slim.min_channels=2"],
+        ["target.params_ratio=0.4", "slim.round_to=4", "slim.keep_layers=[stage1.*]"],
+        ["target.params_ratio=0.4", "slim.criterion=random"],
+    ],
+)
+def test_another_budget_without_training_again(whole, tmp_path, changes):
+    wanted = load(whole / "recipe.yaml", changes)
+    out = slim_run(whole, wanted, tmp_path / "slim", Console(quiet=True))
+    found, asked = summary(out), {k: v for k, v in wanted.target.model_dump().items() if v is not None}
+    ((key, goal),) = asked.items()
+    real = found["kept"][key] if "ratio" in key else found["slim"][key]
+    plan = json.loads((out / "plan.json").read_text())
+    assert real == pytest.approx(goal, rel=0.02) or f"{'below' if real < goal else 'above'} the budget" in log(out)
+    assert all(note in log(out) for note in plan["notes"])
+    if wanted.slim.keep_layers:
+        assert any("keep_layers keeps" in note for note in plan["notes"])
+
+
+def test_rounds_with_fine_tuning_in_between(whole, tmp_path):
+    wanted = load(whole / "recipe.yaml", STEPS)
+    out = slim_run(whole, wanted, tmp_path / "steps", Console(quiet=True))
+    found = summary(out)
+    assert found["kept"]["macs_ratio"] == pytest.approx(0.25, rel=0.02)
+    rounds = found["proof"]["steps"]
+    ratios = [one["macs"] / found["dense"]["macs"] for one in rounds]
+    assert ratios == pytest.approx([0.25 ** (k / 3) for k in (1, 2, 3)], rel=0.025)
+    assert all(one["holds"] and one["max_abs_diff"] <= one["tolerance"] for one in rounds)
+    assert [line["stage"] for line in lines(out)] == ["step1", "step2"]
+    # The plan is of the dense model, and rebuilds the slim one.
+    assert sum(p.numel() for p in load_model(RunDir.open(out), "slim").parameters()) == found["slim"]["params"]
+    assert found["drift"]["max_abs_diff"] > 0
+
+
+def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
+    steps = ["slim.steps=3", "train.epochs=1", "finetune.epochs=2"]
+    run_it(tmp_path / "whole", *steps)
+
+    def stopped(model, optimizer, gates, job, epoch):
+        _save(model, optimizer, gates, job, epoch)
+        if (job.stage, epoch) == ("step2", 1):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(tmp_path / "broken", *steps)
+    run_it(tmp_path / "broken", *steps, resume=True)
+    assert same_models(tmp_path / "broken", tmp_path / "whole", "slim", "finetuned")
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+    assert summary(tmp_path / "broken")["proof"] == summary(tmp_path / "whole")["proof"]
+    # Done again from the start of the stage, the rounds train again.
+    run_it(tmp_path / "broken", *steps, resume=True, start_from="slim")
+    assert same_models(tmp_path / "broken", tmp_path / "whole", "slim", "finetuned")
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+
+
+def test_a_budget_that_cannot_be_met_is_said_before_training(tmp_path):
+    with pytest.raises(PlanError, match=r"budget of 50 params cannot be met: between [\d,]+ and [\d,]+ params"):
+        run_it(tmp_path / "run", "target.params_ratio=null", "target.params=50")
+    assert not lines(tmp_path / "run")
+
+
+def test_without_λ_or_with_another_criterion_nothing_is_steered(tmp_path):
+    for number, change in enumerate(["decay.weight=0", "slim.criterion=random"]):
+        out = run_it(tmp_path / str(number), change, "train.epochs=1")
+        (line,) = lines(out, "train")
+        assert "size" not in line and line["lambda"] == recipe(change).decay.weight
+        assert summary(out)["kept"]["params_ratio"] == pytest.approx(0.3, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            "slim.criterion=magnitude",
+            r"slim\.criterion: .*'magnitude' ranks channels .* add target\.params",
+        ),
+        ("slim.steps=2", r"slim\.steps: 2 steps need a size to go to; add target\.params"),
+        ("slim.scope=layer", r"slim\.scope: the same share of each layer needs a size"),
+    ],
+)
+def test_what_needs_a_target_says_so(change, words):
+    with pytest.raises(RecipeError, match=words):
+        recipe("target.params_ratio=null", change)
+    recipe(change)
