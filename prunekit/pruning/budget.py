@@ -178,7 +178,9 @@ class Fitter:
             choice = self._search(Budget(budget.measure, aim))
             dead = frozenset((name, channel) for name, channels in choice.dead.items() for channel in channels)
             if dead in seen:
-                break
+                # A channel is more than it was off by.
+                aim -= round(TOLERANCE / 2 * budget.goal)
+                continue
             seen.add(dead)
             plan = plan_of_choice(self.model, self.groups, choice)
             model, proof = slim(self.model, plan, example, groups=self.groups, constants=constants)

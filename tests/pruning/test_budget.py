@@ -14,7 +14,7 @@ from prunekit.backbones.csnet import csnet
 from prunekit.backbones.resnet import resnet
 from prunekit.counting import count, total
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.pruning.budget import TOLERANCE, Budget, Fitter, fit_budget, slim_to_budget
+from prunekit.pruning.budget import ATTEMPTS, TOLERANCE, Budget, Fitter, fit_budget, slim_to_budget
 from prunekit.pruning.extract import dead_channels
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.size import Size, Sizes
@@ -135,7 +135,7 @@ def test_what_slimming_adds_is_counted(name, share):
     size, goal = real(small, example)["params"], share * real(model, example)["params"]
     told = [note for note in proof.plan.notes if f"the slim model has {size:,} params" in note]
     assert (abs(size / goal - 1) <= TOLERANCE) != bool(told)
-    if name in ("csnet", "resnet"):
+    if share >= 0.2:
         assert size <= goal + 0.5
     if name == "csnet":
         assert proof.carriers and not told
@@ -157,9 +157,9 @@ def test_a_plan_that_grows_too_much_is_fitted_again(monkeypatch):
     monkeypatch.setattr(budget, "count", counted)
     fitter = Fitter(model, groups, example.shape[1:], None)
     wanted = fitter.budget(params_ratio=0.5)
-    fitter.slim(wanted, example)
-    assert 2 <= len(aims) <= 5
-    assert -TOLERANCE <= 1.1 * aims[-1] / wanted.goal - 1 <= 0 < 1.1 * aims[0] / wanted.goal - 1
+    small, _, _ = fitter.slim(wanted, example)
+    assert 2 <= len(aims) <= ATTEMPTS and 1.1 * aims[0] > wanted.goal
+    assert -TOLERANCE <= 1.1 * real(small, example)["params"] / wanted.goal - 1 <= 0
 
 
 def test_equal_scores_are_cut_as_far_as_it_takes_and_told():
