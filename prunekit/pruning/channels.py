@@ -34,22 +34,19 @@ ACTIVATIONS = {
 }
 CHANNELWISE = {
     *ACTIVATIONS,
-    "MaxPool2DWithIndicesBackward0",
-    "AvgPool2DBackward0",
-    "AdaptiveAvgPool2DBackward0",
-    "AdaptiveMaxPool2DBackward0",
-    "MeanBackward1",
-    "UpsampleBilinear2DBackward0",
-    "UpsampleNearest2DBackward0",
-    "UpsampleBicubic2DBackward0",
-    "NativeDropoutBackward0",
-    "ClampBackward1",
-    "ClampMinBackward0",
-    "ExpandBackward0",
-    "UnsqueezeBackward0",
-    "CloneBackward0",
-    "ToCopyBackward0",
+    *(f"{name}Backward0" for name in ("Softplus", "Celu", "Threshold", "Hardshrink", "Softshrink", "LogSigmoid")),
+    *(f"{name}Backward0" for name in ("Abs", "Neg", "Exp", "Log", "Sqrt", "Pow", "Clamp", "ClampMin", "ClampMax")),
+    *("ClampBackward1", "PowBackward1"),
+    *("MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0"),
+    *("AvgPool2DBackward0", "AvgPool3DBackward0", "AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0"),
+    *("UpsampleNearest1DBackward0", "UpsampleNearest2DBackward0", "UpsampleNearest3DBackward0"),
+    *("UpsampleLinear1DBackward0", "UpsampleBilinear2DBackward0", "UpsampleTrilinear3DBackward0"),
+    *("UpsampleBicubic2DBackward0", "NativeDropoutBackward0", "ExpandBackward0", "UnsqueezeBackward0"),
+    *(f"{kind}Pad{n}DBackward0" for kind in ("Reflection", "Replication") for n in (1, 2, 3)),
+    *("CloneBackward0", "ToCopyBackward0"),
 }
+# Sums over some axes, which may be places or channels.
+OVER_AXES = {"MeanBackward1", "SumBackward1", "AmaxBackward0", "AminBackward0"}
 RESHAPES = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1"}
 RESHAPES |= {"SqueezeBackward2"}
 
@@ -144,6 +141,8 @@ def propagate(graph: Graph, inputs: int) -> Walk:
         outputs[node.index] = made
         if node.is_output:
             walk.lock(made, "the model's output")
+    for name, node in graph.aside:
+        walk.lock(outputs[node.index], f"read by {name}, which is not on the way to the output")
     for node in graph.nodes:
         for late in node.late:
             walk.lock(outputs.get(late.index, []), f"read by {node.name}, which is called more than once")
@@ -176,19 +175,21 @@ def _visit(node: Node, given: Sequence[Channels], walk: Walk, graph: Graph, inpu
     if node.mixes_tensor:
         walk.lock(first, "added to or multiplied with a tensor that is no parameter and has a value for each channel")
         return first
-    if node.op in (*SUMS, PRODUCT):
+    if node.op in (*SUMS, PRODUCT, "DivBackward0"):
         if len(given) == 1:
             return first  # with a number: constants move, but no channel
-        if len(given) == 2 and _alike(*given):
+        if len(given) == 2 and node.op != "DivBackward0" and _alike(*given):
             return _meet(given[0], given[1], walk, life.product if node.op == PRODUCT else _side_by_side)
     if node.op == PRODUCT and len(given) == 2 and 1 in map(entries, given):
         # A map of weights for all channels alike, such as spatial attention.
         narrow, wide = sorted(given, key=entries)
         walk.lock(narrow, "weighs all channels of another tensor")
         return wide
-    if node.op == "CatBackward0" and getattr(node.grad_fn, "_saved_dim", 1) in (1, 2**64 - 3):
+    if node.op == "CatBackward0" and _axes(node, "_saved_dim", len(node.made or ())) == {1}:
         return [segment for segments in given for segment in segments]
     if node.op in CHANNELWISE and len(given) == 1:
+        return first
+    if node.op in OVER_AXES and node.inputs and not {0, 1} & _axes(node, "_saved_dim", len(node.inputs[0].made or ())):
         return first
     if node.op == "SliceBackward0" and getattr(node.grad_fn, "_saved_dim", 1) in (0, *range(2, 8)):
         return first  # of rows or columns
@@ -258,6 +259,15 @@ def _reshape(node: Node, segments: Channels) -> Channels | None:
     if len(after) == 2 and after[1] == before[1] * run:
         return [Segment(segment.ids, segment.life, segment.stride * run) for segment in segments]
     return None
+
+
+def _axes(node: Node, name: str, dims: int) -> set[int]:
+    """The axes that an operation has noted, counted from the front; {1} where it has noted none."""
+    noted = getattr(node.grad_fn, name, 1)
+    noted = noted if isinstance(noted, list | tuple) else (noted,)
+    # Autograd keeps a negative axis as a number without sign.
+    axes = {int(axis) - (2**64 if axis >= 2**63 else 0) for axis in noted}
+    return {axis + dims if axis < 0 else axis for axis in axes} or {1}
 
 
 def _alike(a: Channels, b: Channels) -> bool:

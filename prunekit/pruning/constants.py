@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.plan import Group, Member
@@ -103,7 +102,7 @@ class Constants:
         model: the dense model in eval mode, its dead gates at zero; in float64, or the constants have float32's digits.
         groups: of that model.
         dead: dead channels by group.
-        inputs: batches to measure on; where the model takes a small one, a small one is used.
+        inputs: batches to measure on.
     """
 
     def __init__(
@@ -149,12 +148,8 @@ class Constants:
         hooks = [self.model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in self.readers]
         try:
             with torch.inference_mode():
-                try:
-                    self.model(_small(inputs[0]))
-                except Exception:  # A model of one size only.
-                    low.clear(), high.clear()
-                    for batch in inputs:
-                        self.model(batch)
+                for batch in inputs:
+                    self.model(batch)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -342,14 +337,6 @@ def _row(weight: Tensor, where: np.ndarray, value: np.ndarray) -> Tensor:
     row = np.zeros(weight.shape[1])
     row[where] = value
     return torch.from_numpy(row).to(weight)
-
-
-def _small(batch: Tensor) -> Tensor:
-    """A batch of at most two, of at most 64×64, to measure constants on: they do not depend on the size."""
-    batch = batch[:2]
-    if batch.dim() != 4 or max(batch.shape[2:]) <= 64:
-        return batch
-    return F.interpolate(batch, size=[min(side, 64) for side in batch.shape[2:]], mode="bilinear")
 
 
 def pads_zeros(module: nn.Module) -> bool:

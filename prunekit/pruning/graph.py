@@ -8,7 +8,8 @@ used: the grouping on top of it is in ``groups``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from prunekit.errors import PlanError
 from prunekit.layers import DepthwiseModules
+from prunekit.pruning.aside import read_aside, used_elsewhere
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -75,10 +77,18 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes in an order in which every node comes after its inputs."""
+    """Nodes in an order in which every node comes after its inputs.
+
+    Attributes:
+        reused: modules that are called more than once.
+        aside: (module, node): a module that is not on the way to the output reads this node's channels.
+        elsewhere: modules with a parameter that something else computes with.
+    """
 
     nodes: list[Node]
     reused: set[str]
+    aside: list[tuple[str, Node]] = field(default_factory=list)
+    elsewhere: set[str] = field(default_factory=set)
 
     def by_name(self) -> dict[str, Node]:
         return {node.name: node for node in self.nodes if node.name}
@@ -122,11 +132,51 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     Raises:
         PlanError: the model fails on the example.
     """
+    _refuse(model, example)
     try:
         # Shapes are all that is asked for, so nothing is computed, unless the model wants to see numbers.
-        return _trace(_weightless(model), example.detach().to("meta"))
+        copied, fed = _weightless(model), example.detach().to("meta")
+        graph = _trace(copied, fed)
     except Exception:
-        return _trace(model, example)
+        with _as_it_was(model):
+            graph = _trace(model, example)
+        try:
+            copied, fed = copy.deepcopy(model), example
+        except Exception:
+            return graph
+    known = graph.by_name()
+    graph.aside = [(name, known[maker]) for name, maker in read_aside(copied, fed, set(known))]
+    return graph
+
+
+def _refuse(model: nn.Module, example: Tensor) -> None:
+    if not isinstance(example, Tensor):
+        raise PlanError(
+            f"the example is a {type(example).__name__}; give one tensor, a batch (a model of several inputs: wrap it "
+            "in a module that takes one)"
+        )
+    if example.dim() < 2 or not example.is_floating_point():
+        raise PlanError(f"the example is {tuple(example.shape)} of {example.dtype}; give a batch (N, C, …) of floats")
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise PlanError("the model has lazy modules that have seen no input yet; run it once first")
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Takes back what forward writes to buffers and attributes: counters, cached grids."""
+    held = [
+        (module, dict(vars(module)), {k: b.clone() for k, b in module._buffers.items() if b is not None})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, attributes, buffers in held:
+                vars(module).clear()
+                vars(module).update(attributes)
+                for name, value in buffers.items():
+                    module._buffers[name].copy_(value)
 
 
 def _weightless(model: nn.Module) -> nn.Module:
@@ -215,7 +265,9 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
         nodes[id(raw)].inputs = [nodes[id(n)] for n in raw.inputs]
         nodes[id(raw)].outputs = [nodes[id(n)] for n in raw.outputs]
     reused = {names[m] for m, count in calls.items() if count > 1 and any(True for _ in m.parameters())}
-    return Graph(_from_input(_sort(list(nodes.values()), reused), start[-1]), reused)
+    named = {node.name: (node.module, node.op, node.grad_fn) for node in nodes.values() if node.name and node.module}
+    ordered = _from_input(_sort(list(nodes.values()), reused), start[-1])
+    return Graph(ordered, reused, elsewhere=used_elsewhere(ends, named))
 
 
 def follow(node: Node, ops: tuple[str, ...]) -> Node | None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from prunekit.plan import Group, Member
 from prunekit.pruning import life
-from prunekit.pruning.axes import axis_length
+from prunekit.pruning.axes import axis_length, output_axis
 from prunekit.pruning.channels import ACTIVATIONS, Use, Walk, propagate, tensors
-from prunekit.pruning.graph import LINEAR_OPS, Graph, Node, follow, trace
+from prunekit.pruning.graph import CONVS, LINEAR_OPS, TRANSPOSED, Graph, Node, follow, trace
 
 
 def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
@@ -42,7 +42,7 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
     """
     graph = trace(model, example)
     walk = propagate(graph, example.shape[1])
-    _lock_computed(model, walk)
+    _lock_computed(model, walk, graph.elsewhere)
     return _assemble(model, graph, walk)
 
 
@@ -88,13 +88,15 @@ def _per_entry(module: nn.Module, name: str) -> tuple[int, int]:
     )
 
 
-def _lock_computed(model: nn.Module, walk: Walk) -> None:
+def _lock_computed(model: nn.Module, walk: Walk, elsewhere: set[str]) -> None:
     """Lock the channels of weights that cannot be cut in their place: computed ones, and those of several modules."""
     owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
     reasons: dict[str, str | None] = {}
     for use in walk.uses:
         if use.module not in reasons:
             module, reasons[use.module] = model.get_submodule(use.module), None
+            if use.module in elsewhere:
+                reasons[use.module] = f"a parameter of {use.module} is used outside of it"
             for name in tensors(module):
                 if name not in module._parameters and name not in module._buffers:
                     reasons[use.module] = f"the {name} of {use.module} is computed from others (a parametrization)"
@@ -135,7 +137,23 @@ def _assemble(model: nn.Module, graph: Graph, walk: Walk) -> list[Group]:
         for at in np.flatnonzero(starts[span]):
             uses[int(group_of[span[at]])].append((use, int(at)))
     nodes = graph.by_name()
-    return [_group(nodes, parts, found, int(first[g + 1] - first[g]), reasons.get(g)) for g, found in uses.items()]
+    made = [_group(nodes, parts, found, int(first[g + 1] - first[g]), reasons.get(g)) for g, found in uses.items()]
+    return made + _unseen(model, walk, graph)
+
+
+def _unseen(model: nn.Module, walk: Walk, graph: Graph) -> list[Group]:
+    """The layers that no other group names, lest they be passed over in silence."""
+    seen = {use.module for use in walk.uses} | graph.reused
+    return [
+        Group(
+            id=name,
+            channels=module.weight.shape[output_axis(module)],
+            members=[Member(tensor=f"{name}.weight", axis=output_axis(module))],
+            reason="not on the way from input to output (it is called in training alone, under no_grad, or never)",
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)) and name not in seen
+    ]
 
 
 def _group(

@@ -38,7 +38,16 @@ def parallel(lives: list[Life]) -> Life:
         sides.update(dict.fromkeys(one[1:] if one[0] == "parallel" else (one,)))
     if ALIVE in sides:
         return ALIVE
+    sides = dict.fromkeys(_shorter(one, sides) for one in sides)
     return next(iter(sides)) if len(sides) == 1 else ("parallel", *sides)
+
+
+def _shorter(one: Life, sides: dict[Life, None]) -> Life:
+    """A row that begins with a sum of nothing but sides beside it, as in x + f(x), is over with them, whichever of them
+    it remembers; without this a tower of such sums doubles the tree at each floor."""
+    if one[0] == "serial" and one[1][0] == "parallel" and all(side in sides for side in one[1][1:]):
+        return ("serial", one[1][1], *one[2:])
+    return one
 
 
 def product(a: Life, b: Life) -> Life:
@@ -88,7 +97,7 @@ def scores(model: nn.Module, group: Group) -> np.ndarray:
     norms = [model.get_submodule(gate.norm) for gate in group.gates]
     cut = [slice(*gate.slice) for gate in group.gates]
     effective = [effective_gates(norm)[part] for norm, part in zip(norms, cut, strict=True)]
-    dead = [norm.weight.detach().cpu().numpy()[part] == 0 for norm, part in zip(norms, cut, strict=True)]
+    dead = [(norm.weight.detach() == 0).cpu().numpy()[part] for norm, part in zip(norms, cut, strict=True)]
 
     def walk(part: Any) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(part, int):
@@ -117,7 +126,7 @@ def closing(model: nn.Module, group: Group, dead: Iterable[int]) -> list[np.ndar
     wanted = np.zeros(group.channels, bool)
     wanted[list(dead)] = True
     zero = [
-        model.get_submodule(gate.norm).weight.detach().cpu().numpy()[slice(*gate.slice)] == 0 for gate in group.gates
+        (model.get_submodule(gate.norm).weight.detach() == 0).cpu().numpy()[slice(*gate.slice)] for gate in group.gates
     ]
     masks = [np.zeros(group.channels, bool) for _ in group.gates]
 

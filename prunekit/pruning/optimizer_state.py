@@ -37,13 +37,19 @@ def slim_optimizer(
         weight's group, and has no past.
 
     Raises:
-        PlanError: a parameter of the optimiser is not the model's, or the slim model is not what the plan makes of it.
+        PlanError: a parameter of the optimiser is not the model's, the slim model is not what the plan makes of it, or
+            the optimiser keeps something that has not its parameter's shape (Adafactor, LBFGS).
     """
     masks: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for (name, axis), mask in Cutter(model, groups).masks(dead_channels(groups, plan)).items():
         masks[name][axis] = mask
     names = {parameter: name for name, parameter in model.named_parameters()}
     left = dict(slim.named_parameters())
+    kind = type(optimizer).__name__
+    if hasattr(optimizer, "_params") or not all(_known(state, p) for p, state in optimizer.state.items()):
+        raise PlanError(
+            f"{kind} keeps something that cannot be cut with its parameter; make a new one of slim.parameters()"
+        )
     made = copy.copy(optimizer)
     made.state, made.param_groups = defaultdict(dict), []
     for held in optimizer.param_groups:
@@ -76,6 +82,13 @@ def _cut(
         key: sliced(module, name, value, masks).clone() if _alike(value, parameter) else copy.deepcopy(value)
         for key, value in state.items()
     }
+
+
+def _known(state: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Whether all that is kept of a parameter is for each of its numbers, or one number for it."""
+    return all(
+        value.shape == parameter.shape or value.numel() == 1 for value in state.values() if isinstance(value, Tensor)
+    )
 
 
 def _alike(value: Any, parameter: Tensor) -> bool:

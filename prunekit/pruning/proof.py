@@ -93,6 +93,18 @@ def proof_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tens
     return inputs
 
 
+def beyond(batch: Tensor, limit: int = 4) -> Tensor:
+    """Noise of a batch's shape, images from much weaker to much louder than its own: what holds on data alone
+    (attention that is shut on all of them, say) shows on it."""
+    batch = batch[:limit]
+    generator = torch.Generator().manual_seed(0)
+    ones = [1] * (batch.dim() - 2)
+    noise = torch.randn(batch.shape, generator=generator, dtype=torch.float64)
+    noise += torch.randn(batch.shape[:2], generator=generator, dtype=torch.float64).view(*batch.shape[:2], *ones)
+    loud = torch.logspace(-1, 1.5, len(batch), dtype=torch.float64).view(-1, 1, *ones)
+    return (noise * loud * float(batch.double().std())).to(batch)
+
+
 @torch.inference_mode()
 def prove(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor]) -> Proof:
     """Compare two models in float64 (both must be in it) and eval mode.
@@ -142,7 +154,8 @@ def difference(a: nn.Module, b: nn.Module, inputs: Sequence[Tensor]) -> tuple[fl
 
 def _outputs(model: nn.Module, batch: Tensor) -> list[Tensor]:
     first = next(model.parameters())
-    return tensors_in(model(batch.to(first.device, first.dtype)))
+    found = tensors_in(model(batch.to(first.device, first.dtype)))
+    return [tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in found if tensor.numel()]
 
 
 def _shapes(inputs: Sequence[Tensor]) -> list[list[int]]:

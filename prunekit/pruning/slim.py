@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from prunekit.errors import PlanError
 from prunekit.plan import Group, Plan
+from prunekit.pruning.axes import output_axis
 from prunekit.pruning.constants import Constants, Report
 from prunekit.pruning.extract import dead_channels, settled_plan
-from prunekit.pruning.graph import first_line
+from prunekit.pruning.graph import first_line, tensors_in
 from prunekit.pruning.groups import find_groups
-from prunekit.pruning.proof import Proof, difference, gate_off, proof_inputs, prove
+from prunekit.pruning.proof import Proof, beyond, difference, gate_off, proof_inputs, prove
 from prunekit.pruning.surgery import Cutter
 
 CONSTANTS = ("carrier", "fold", "keep", "drop")
@@ -61,7 +62,7 @@ def slim(
             "spectral_norm does? Take that out first (torch.nn.utils.remove_spectral_norm)"
         ) from error
     inputs = proof_inputs(reference, example)
-    attempt = _Attempt(reference, groups, inputs, constants)
+    attempt = _Attempt(reference, groups, inputs, _noise(reference, inputs), constants)
     dead = attempt.start(dead_channels(groups, plan))
     rebuilt, proof = attempt.run(dead)
     if not proof.holds and constants != "drop":
@@ -85,7 +86,8 @@ def rebuild(
         gated: in eval mode, the gates of the dead channels at zero (``gate_off``); it becomes the slim model.
         groups: of it.
         dead: by group, from ``Cutter.settle``.
-        inputs: batches on which the constants are measured, in the model's precision.
+        inputs: batches on which the constants are measured, in the model's precision. What is the same in all of them
+            counts as constant, so their maps should have a border and an inside, and their images should differ.
         constants: "carrier", "fold" or "drop", as for ``slim``.
 
     Raises:
@@ -127,17 +129,48 @@ def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
             module = model.get_submodule(name)
         except AttributeError:
             raise PlanError(f"the plan adds a bias to {name!r}, which is not there; extract it again") from None
-        module.bias = nn.Parameter(torch.zeros(module.weight.shape[0], dtype=module.weight.dtype))
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            raise PlanError(f"the plan adds a bias to {name!r}, which has no weight; extract it again")
+        module.bias = nn.Parameter(module.weight.detach().new_zeros(module.weight.shape[output_axis(module)]))
     return model
+
+
+def _noise(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """A batch beyond the data for each of data, where the model makes something finite of it.
+
+    Raises:
+        PlanError: a copy of the model in float64 on the CPU fails on the data.
+    """
+    found = []
+    with torch.inference_mode():
+        try:
+            model(inputs[0])
+        except Exception as error:
+            raise PlanError(
+                f"the proof runs a copy of the model in float64 on the CPU, and that fails: {first_line(error)}; does "
+                "it make tensors of a fixed dtype or device, or call itself by another name? Take both from its input"
+            ) from error
+        for batch in map(beyond, inputs):
+            if all(torch.isfinite(tensor).all() for tensor in tensors_in(model(batch))):
+                found.append(batch)
+    return found
 
 
 class _Attempt:
     """One model, slimmed by one set of dead channels after another."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], inputs: Sequence[Tensor], constants: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        inputs: Sequence[Tensor],
+        noise: Sequence[Tensor],
+        constants: str,
+    ):
         self.model = model
         self.groups = groups
         self.inputs = inputs
+        self.noise = noise
         self.constants = constants
         self.carry = constants == "carrier"
         self.gated = model
@@ -157,9 +190,14 @@ class _Attempt:
         dead, _ = Cutter(self.model, self.groups).settle(dead)
         self.gated = gate_off(self.model, self.groups, dead)
         rebuilt = copy.deepcopy(self.gated)
-        plan, report = rebuild(rebuilt, self.groups, dead, self.inputs, self.constants)
+        plan, report = rebuild(rebuilt, self.groups, dead, [*self.inputs, *self.noise], self.constants)
         self.lost |= report.lost
         proof = prove(self.gated, rebuilt, self.inputs)
+        for batch in self.noise if proof.holds else ():
+            # With a tolerance of its own: its outputs may be louder than those of any data.
+            other = prove(self.gated, rebuilt, [batch])
+            if not other.max_abs_diff <= other.tolerance:
+                proof.holds, proof.reason = False, f"on noise {other.reason}"
         proof.folded, proof.carriers = report.folded, sum(map(len, report.carriers.values()))
         proof.inexact, proof.given_back = report.inexact, self.kept
         proof.plan = plan
@@ -182,7 +220,7 @@ class _Attempt:
 
     def _measured(self, dead: Mapping[str, set[int]]) -> Constants:
         dead, _ = Cutter(self.model, self.groups).settle(dead)
-        return Constants(gate_off(self.model, self.groups, dead), self.groups, dead, self.inputs)
+        return Constants(gate_off(self.model, self.groups, dead), self.groups, dead, [*self.inputs, *self.noise])
 
 
 def _given(proof: Proof) -> list[str]:
@@ -210,7 +248,10 @@ def _deliver(rebuilt: nn.Module, model: nn.Module, attempt: _Attempt, proof: Pro
     first = next(model.parameters())
     single = copy.deepcopy(rebuilt).float()
     proof.float32_diff, _ = difference(attempt.gated.float(), single, [batch.float() for batch in attempt.inputs])
-    rebuilt = rebuilt.to(first.device, first.dtype)
+    rebuilt = rebuilt.to(first.device)
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in (*rebuilt.named_parameters(), *rebuilt.named_buffers()):
+        tensor.data = tensor.data.to(held[name].dtype if name in held else first.dtype)
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in rebuilt.named_modules():
         module.training = modes[name]

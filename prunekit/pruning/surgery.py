@@ -119,7 +119,8 @@ class Cutter:
             if mask is None:
                 continue
             counts = mask.reshape(blocks, -1).sum(1)
-            short = (counts.max() - counts).tolist()
+            wanted = max(int(counts.max()), self._least(key, dead)) if counts.any() else 0
+            short = (wanted - counts).tolist()
             size = len(mask) // blocks
             for group, member in self.members[key] if any(short) else ():
                 for channel in sorted(dead.get(group.id, ())):
@@ -129,6 +130,13 @@ class Cutter:
                         dead[group.id].discard(channel)
                         found = key[0].removesuffix(".weight")
         return found
+
+    def _least(self, key: Axis, dead: Mapping[str, Iterable[int]]) -> int:
+        """How many inputs each group of a convolution keeps at least: with one input and one output each, it would be a
+        depthwise convolution, whose inputs are its outputs."""
+        tensor, axis = key
+        made = self._mask((tensor, 0), dead) if axis == 1 and (tensor, 0) in self.blocks else None
+        return 2 if made is not None and made.reshape(self.blocks[key], -1).sum(1).max() == 1 else 1
 
     def _mask(self, key: Axis, dead: Mapping[str, Iterable[int]]) -> np.ndarray | None:
         """Which entries of this axis stay; None where all do."""
