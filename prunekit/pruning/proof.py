@@ -93,16 +93,24 @@ def proof_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tens
     return inputs
 
 
-def beyond(batch: Tensor, limit: int = 4) -> Tensor:
-    """Noise of a batch's shape, images from much weaker to much louder than its own: what holds on data alone
-    (attention that is shut on all of them, say) shows on it."""
-    batch = batch[:limit]
+def beyond(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64) -> Tensor | None:
+    """Noise, from much weaker to much louder than a batch: what is so on the data alone (attention that is shut on all
+    of them, maps too small to have an inside) shows on it. ``count`` images of 64×64, or of the batch's size where the
+    model takes no other; None where it makes nothing finite of them."""
     generator = torch.Generator().manual_seed(0)
     ones = [1] * (batch.dim() - 2)
-    noise = torch.randn(batch.shape, generator=generator, dtype=torch.float64)
-    noise += torch.randn(batch.shape[:2], generator=generator, dtype=torch.float64).view(*batch.shape[:2], *ones)
-    loud = torch.logspace(-1, 1.5, len(batch), dtype=torch.float64).view(-1, 1, *ones)
-    return (noise * loud * float(batch.double().std())).to(batch)
+    loud = torch.logspace(-1, 1.5, count, dtype=torch.float64).view(-1, 1, *ones) * float(batch.double().std())
+    for places in dict.fromkeys([(side,) * len(ones), tuple(batch.shape[2:])]):
+        noise = torch.randn(count, batch.shape[1], *places, generator=generator, dtype=torch.float64)
+        noise += torch.randn(count, batch.shape[1], *ones, generator=generator, dtype=torch.float64)
+        noise = (noise * loud).to(batch)
+        try:
+            with torch.inference_mode():
+                finite = all(torch.isfinite(tensor).all() for tensor in _outputs(model, noise))
+        except Exception:
+            continue  # A model of one size only.
+        return noise if finite else None
+    return None
 
 
 @torch.inference_mode()

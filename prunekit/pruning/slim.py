@@ -14,7 +14,7 @@ from prunekit.plan import Group, Plan
 from prunekit.pruning.axes import output_axis
 from prunekit.pruning.constants import Constants, Report
 from prunekit.pruning.extract import dead_channels, settled_plan
-from prunekit.pruning.graph import first_line, tensors_in
+from prunekit.pruning.graph import first_line
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.proof import Proof, beyond, difference, gate_off, proof_inputs, prove
 from prunekit.pruning.surgery import Cutter
@@ -136,24 +136,21 @@ def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
 
 
 def _noise(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """A batch beyond the data for each of data, where the model makes something finite of it.
+    """A batch beyond the data, where the model makes something finite of it.
 
     Raises:
         PlanError: a copy of the model in float64 on the CPU fails on the data.
     """
-    found = []
-    with torch.inference_mode():
-        try:
+    try:
+        with torch.inference_mode():
             model(inputs[0])
-        except Exception as error:
-            raise PlanError(
-                f"the proof runs a copy of the model in float64 on the CPU, and that fails: {first_line(error)}; does "
-                "it make tensors of a fixed dtype or device, or call itself by another name? Take both from its input"
-            ) from error
-        for batch in map(beyond, inputs):
-            if all(torch.isfinite(tensor).all() for tensor in tensors_in(model(batch))):
-                found.append(batch)
-    return found
+    except Exception as error:
+        raise PlanError(
+            f"the proof runs a copy of the model in float64 on the CPU, and that fails: {first_line(error)}; does "
+            "it make tensors of a fixed dtype or device, or call itself by another name? Take both from its input"
+        ) from error
+    noise = beyond(model, inputs[0])
+    return [] if noise is None else [noise]
 
 
 class _Attempt:

@@ -134,7 +134,11 @@ def test_the_groups_of_a_convolution_stay_of_one_size(seed, share, ties, step):
     chooser = Chooser(model, groups, scores, round_to=step)
     choice = chooser.cut(share=share)
     settled, _ = Cutter(model, groups).settle(choice.dead)
-    assert settled == choice.dead and choice.cut <= choice.asked
+    for group in free(groups):
+        back = choice.dead[group.id] - settled[group.id]
+        # One of each block, of a convolution that would have one input and one output left in each.
+        assert not back or (len(back) == 4 and group.channels - len(choice.dead[group.id]) == 4)
+    assert choice.cut <= choice.asked
     # Nothing is left to give back: but for the last one of each block, what was asked for is cut.
     assert step > 1 or choice.cut > min(choice.asked, chooser.most) - 4
     for group in free(groups):

@@ -14,6 +14,11 @@ from prunekit.pruning.slim import slim
 DEAD = {1: 2.0, 4: 3.0, 6: 0.0}  # channel → β
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def padded():
     """A reader that pads with zeros, and three dead channels of different constants."""
     model = Row(padding=1)

@@ -1,0 +1,242 @@
+"""Networks that were slimmed wrongly once, or failed without a word that helps."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Row, settle
+from torch import nn
+
+from prunekit.errors import PlanError
+from prunekit.plan import Plan
+from prunekit.pruning.compose import compose
+from prunekit.pruning.extract import extract, make_plan
+from prunekit.pruning.groups import find_groups
+from prunekit.pruning.optimizer_state import slim_optimizer
+from prunekit.pruning.slim import apply_plan, slim
+
+pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def conv_bn(inp, out, kernel=1, stride=1, groups=1):
+    conv = nn.Conv2d(inp, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
+
+
+class Shut(nn.Module):
+    """Attention that is shut on nearly all inputs, on channels that are dead but speak."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+        self.attention, self.skip = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1)
+        self.out = nn.Sequential(*conv_bn(12, 6), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x):
+        weights = F.hardsigmoid(self.attention(x.mean((2, 3), keepdim=True)) * 4 - 3.5)
+        return self.out(torch.cat([self.a(x) * weights, F.relu(self.skip(x))], 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_constant_on_the_data_alone_is_none(seed):
+    torch.manual_seed(seed)
+    model = Shut()
+    example = settle(model, seed, 16)
+    with torch.no_grad():
+        model.a[1].weight[:4], model.a[1].bias[:4] = 0, 1
+    small, proof = slim(model, extract(model, find_groups(model, example)), example)
+    assert proof.holds
+    other = 3 * torch.randn(64, 3, 12, 12, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
+
+
+def test_maps_of_one_pixel_have_no_border_to_tell():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *conv_bn(3, 8, 3, 2), *conv_bn(8, 8, 3, 2), *conv_bn(8, 8, 3, 2), *conv_bn(8, 12, 3, 2), *conv_bn(12, 12, 1),
+        *conv_bn(12, 12, 3, 1, 12), nn.Conv2d(12, 4, 1),
+    )  # fmt: skip
+    example = settle(model, 0, 16)
+    with torch.no_grad():
+        model[13].weight[:4], model[13].bias[:4] = 0, 1  # before the depthwise convolution
+    small, proof = slim(model, extract(model, find_groups(model, example)), example)
+    other = torch.randn(2, 3, 80, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
+    assert proof.holds and proof.given_back == 3  # of one, nothing comes through its convolution
+
+
+def test_two_rounds_through_a_convolution_with_groups():
+    torch.manual_seed(0)
+    build = lambda: nn.Sequential(*conv_bn(3, 8), *conv_bn(8, 8, 3, 1, 4), nn.Conv2d(8, 2, 1))  # noqa: E731
+    model = build()
+    example = settle(model)
+    groups = find_groups(model, example)
+    first = {g.id: [0, 2, 4, 6] for g in groups if g.reason is None}
+    small, proof = slim(model, make_plan(model, groups, first), example, groups=groups)
+    again = find_groups(small, example)
+    dead = {g.id: [0] for g in again if g.reason is None}
+    smaller, second = slim(small, make_plan(small, again, dead), example, groups=again)
+    plan = compose(model, groups, proof.plan, again, second.plan)
+    made = apply_plan(build(), Plan.from_json(plan.to_json()), example)
+    made.load_state_dict(smaller.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(made.eval()(example), smaller(example))
+
+
+def test_layers_that_the_trace_does_not_see_are_listed():
+    class Frozen(Row):
+        def forward(self, x):
+            with torch.no_grad():
+                x = F.relu(self.bn1(self.conv1(x)))
+            return self.out(F.relu(self.bn3(self.conv2(self.bn2(self.depthwise(x))))))
+
+    groups = {group.id: group for group in find_groups(Frozen(), torch.randn(2, 3, 16, 16))}
+    assert "no_grad" in groups["conv1"].reason and groups["conv1"].channels == 8
+
+
+def test_a_weight_that_is_used_outside_of_its_layer_is_left_whole():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+    model = nn.Sequential(
+        *conv_bn(3, 8, 3),
+        Standardised(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        *conv_bn(8, 6),
+        nn.Conv2d(6, 2, 1),
+    )
+    example = settle(model)
+    groups = {group.id: group for group in find_groups(model, example)}
+    assert "used outside of it" in groups["3"].reason and groups["6"].reason is None
+    with torch.no_grad():
+        model[7].weight[:2] = 0
+    assert slim(model, extract(model, list(groups.values())), example)[1].holds
+
+
+def test_finding_leaves_counters_and_caches_alone():
+    class Counts(Row):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+            self.grid = None
+
+        def forward(self, x):
+            self.seen += 1
+            self.grid = torch.arange(int(x.sum().item() * 0 + 3))
+            return super().forward(x)
+
+    model = Counts()
+    find_groups(model, torch.randn(2, 3, 16, 16))
+    assert model.seen == 0 and model.grid is None
+
+
+def test_a_tower_of_depthwise_residuals_does_not_double_at_each_floor():
+    class Tower(nn.Module):
+        def __init__(self, floors=40):
+            super().__init__()
+            self.stem, self.out = conv_bn(3, 4), nn.Conv2d(4, 2, 1)
+            self.floors = nn.ModuleList(
+                [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4)) for _ in range(floors)]
+            )
+
+        def forward(self, x):
+            x = self.stem(x)
+            for floor in self.floors:
+                x = x + floor(x)
+            return self.out(x)
+
+    (group,) = [g for g in find_groups(Tower(), torch.randn(2, 3, 8, 8)) if g.reason is None]
+    assert len(group.gates) == 41 and len(str(group.combine)) < 5000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype):
+    model = Row()
+    example = settle(model)
+    with torch.no_grad():
+        model.bn1.weight[2] = model.bn2.weight[2] = 0
+    model, example = model.to(dtype), example.to(dtype)
+    small, proof = slim(model, extract(model, find_groups(model, example)), example)
+    assert proof.holds and small.conv1.weight.dtype == dtype and small.conv1.out_channels == 7
+
+
+def test_mixed_precision_stays_mixed():
+    model = Row()
+    example = settle(model)
+    with torch.no_grad():
+        model.bn1.weight[2] = model.bn2.weight[2] = 0
+    mixed = copy.deepcopy(model)
+    mixed.conv1.half()
+    small, _ = slim(mixed, extract(model, find_groups(model, example)), example, groups=find_groups(model, example))
+    assert small.conv1.weight.dtype == torch.float16 and small.bn1.weight.dtype == torch.float32
+
+
+def test_a_bias_that_a_transposed_convolution_gets():
+    build = lambda: nn.Sequential(*conv_bn(3, 8), nn.ConvTranspose2d(8, 5, 1, bias=False))  # noqa: E731
+    model = build()
+    example = settle(model)
+    with torch.no_grad():
+        model[1].weight[:2], model[1].bias[:2] = 0, 1
+    plan = make_plan(model, find_groups(model, example), {"0": [0, 1]})
+    plan.added_bias = ["3"]
+    assert apply_plan(build(), plan, example)[3].bias.shape == (5,)
+    plan.added_bias = ["2"]
+    with pytest.raises(PlanError, match="has no weight"):
+        apply_plan(build(), plan, example)
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [((torch.zeros(1, 3, 8, 8),), "wrap it"), (torch.zeros(1, 3, 8, 8).long(), "floats"), (torch.zeros(3), "floats")],
+)
+def test_an_example_that_is_no_batch(example, words):
+    with pytest.raises(PlanError, match=words):
+        find_groups(Row(), example)
+
+
+def test_a_model_of_lazy_modules_is_left_as_it_is():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU())
+    with pytest.raises(PlanError, match="run it once"):
+        find_groups(model, torch.zeros(1, 3, 8, 8))
+    assert isinstance(model[0], nn.LazyConv2d)
+
+
+def test_a_model_that_takes_float32_alone_is_refused_with_the_reason():
+    class Fixed(Row):
+        def forward(self, x):
+            return super().forward(x) @ torch.ones(x.shape[-1] - 2, 3)
+
+    model = Fixed()
+    example = settle(model)
+    with pytest.raises(PlanError, match="float64 on the CPU"):
+        slim(model, extract(model, find_groups(model, example)), example)
+
+
+@pytest.mark.parametrize("build", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_an_optimiser_that_cannot_be_cut_is_refused(build):
+    model = Row()
+    example = settle(model)
+    optimizer = build(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(example).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    groups = find_groups(model, example)
+    small, proof = slim(model, extract(model, groups), example, groups=groups)
+    with pytest.raises(PlanError, match="make a new one"):
+        slim_optimizer(optimizer, model, small, groups, proof.plan)
