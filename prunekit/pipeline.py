@@ -74,6 +74,7 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
     """
     _elsewhere(source, out)
     work = Work(recipe, Reporter(console))
+    work.reporter.trainings.pop("finetune", None)  # that one does not come
     old = RunDir.open(source)
     part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
     work.rehearse(load=True)

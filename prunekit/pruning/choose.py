@@ -101,7 +101,7 @@ class Chooser:
         self.scope, self.min_channels, self.round_to = scope, min_channels, round_to
         self.all_groups = groups
         self.groups = [group for group in groups if group.reason is None]
-        self.cutter = Cutter(model, groups)
+        self.cutter = Cutter(model, groups, scores)
         whole = kept_whole(model, groups, keep_layers)
         self.widths = np.array([group.channels for group in self.groups], int)
         self.fixed = np.array([group.id in whole for group in self.groups], bool)

@@ -26,10 +26,12 @@ class Cutter:
     Args:
         model: the dense model.
         groups: of that model.
+        scores: for each group those of its channels: of those that must be given back, the best are. Without, the first.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group]):
+    def __init__(self, model: nn.Module, groups: Sequence[Group], scores: Mapping[str, np.ndarray] | None = None):
         self.model = model
+        self.scores = scores or {}
         self.groups = groups
         self.length: dict[Axis, int] = {}
         self.blocks: dict[Axis, int] = {}
@@ -123,13 +125,18 @@ class Cutter:
             short = (wanted - counts).tolist()
             size = len(mask) // blocks
             for group, member in self.members[key] if any(short) else ():
-                for channel in sorted(dead.get(group.id, ())):
+                for channel in self._best_first(group, dead):
                     block = (member.offset + channel) // size
                     if short[block]:
                         short[block] -= 1
                         dead[group.id].discard(channel)
                         found = key[0].removesuffix(".weight")
         return found
+
+    def _best_first(self, group: Group, dead: Mapping[str, set[int]]) -> list[int]:
+        channels = sorted(dead.get(group.id, ()))
+        scores = self.scores.get(group.id)
+        return channels if scores is None else sorted(channels, key=lambda channel: -scores[channel])
 
     def _least(self, key: Axis, dead: Mapping[str, Iterable[int]]) -> int:
         """How many inputs each group of a convolution keeps at least: with one input and one output each, it would be a
