@@ -78,14 +78,48 @@ def report(
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder for tables and plots; default RUN/report, for several runs ./report."),
+        typer.Option(help="Folder for tables and figures; default RUN/report, for several runs ./report."),
     ] = None,
+    html: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Where the page goes; default index.html in that folder."),
+    ] = None,
+    columns: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="A,B,...", help="Columns of the summary, as in summary.csv: run,model,params,macs ..."),
+    ] = None,
+    sort: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="[-]COLUMN", help="Sort the summary's rows; --sort=-params puts the largest first."),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Print the layers too.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Add the published CSNet models, on ECSSD.")] = False,
 ) -> None:
-    """Tables and plots of one run, or of several side by side."""
+    """Tables, figures and a page of one run, or of several side by side."""
     from prunekit.reporting import report as make
 
-    make(runs or [], out, _console(), published=published)
+    make(
+        runs or [],
+        out,
+        _console(),
+        html=html,
+        columns=columns,
+        sort=sort,
+        layers=layers,
+        published=published,
+    )
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="How often to look.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and stop.")] = False,
+) -> None:
+    """Show how a run goes, until it is over, and draw its training's figures into RUN/report after each epoch."""
+    from prunekit.watching import watch as show
+
+    show(run, _console(), every=every, once=once)
 
 
 @app.command(name="eval")
@@ -253,6 +287,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), error.exit_status, debug)
     except (KeyboardInterrupt, EOFError):
         _fail("interrupted; go on with --resume", 130, debug)
+    except SystemExit as stop:
+        # Typer turns Ctrl-C into an exit without a word.
+        if stop.code == 130:
+            _fail("interrupted; go on with --resume", 130, debug)
+        raise
     except BrokenPipeError:
         # What reads our output has seen enough.
         sys.stderr.close()
@@ -289,6 +328,9 @@ def _notices() -> Iterator[None]:
 def _console():
     from rich.console import Console
 
+    if hasattr(sys.stdout, "reconfigure"):
+        # A terminal that has no × or λ is no reason to stop.
+        sys.stdout.reconfigure(errors="replace")
     return Console()
 
 

@@ -172,6 +172,7 @@ class Recipe(Section):
     slim: Slim = Slim()
     finetune: Training
     export: Export = Export()
+    log: Literal["none", "tensorboard"] = "none"
 
     def dump(self) -> str:
         """The recipe as YAML, every default written out; it loads again to an equal recipe."""

@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,13 +39,22 @@ LOOK_EVERY = 10  # steps between two looks at loss and gates: a look waits for t
 class Reporter(Protocol):
     """What the loop tells while it runs."""
 
-    def start(self, stage: str, steps: int, done: int) -> None: ...
+    def start(self, stage: str, epochs: int, steps: int, first: int, losses: Sequence[float]) -> None: ...
 
-    def step(self, done: int, loss: float, penalty: float, alive: int, of: int) -> None: ...
+    def step(self, done: int, loss: float, penalty: float, weight: float, alive: int, of: int) -> None: ...
 
     def epoch(self, line: dict[str, Any]) -> None: ...
 
     def stop(self) -> None: ...
+
+
+# From the number of epochs that are done to what takes the lines of those that follow; see prunekit.trackers.
+Tracker = Callable[[int], AbstractContextManager[Callable[[dict[str, Any]], None]]]
+
+
+def untracked(first: int) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """A tracker that tracks nothing."""
+    return nullcontext(lambda line: None)
 
 
 @dataclass
@@ -63,6 +72,7 @@ class Job:
     device: torch.device
     threshold: float = 0.0
     steering: Steering | None = None
+    tracker: Tracker = untracked
 
 
 def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> None:
@@ -90,9 +100,10 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
         job.run.truncate_metrics(job.stage, first)
     total = max(1, section.epochs * steps)
     way = np.cumsum([schedule(step / total) for step in range(total)])
-    job.reporter.start(job.stage, section.epochs * steps, first * steps)
+    losses = [line["loss"] for line in job.run.read_metrics() if line["stage"] == job.stage]
+    job.reporter.start(job.stage, section.epochs, steps, first, losses)
     try:
-        with decay, _flush_denormals():
+        with decay, _flush_denormals(), job.tracker(first) as track:
             for epoch in range(first, section.epochs):
                 began = time.perf_counter()
                 generator = seeded(job.seed, job.stage, epoch)
@@ -116,7 +127,8 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
                     if step % LOOK_EVERY == 0 or step == steps - 1:
                         _check(loss, penalty, epoch, step)
                         alive, of = gates.count()
-                        job.reporter.step(epoch * steps + step + 1, float(loss), float(penalty), alive, of)
+                        done = epoch * steps + step + 1
+                        job.reporter.step(done, float(loss), float(penalty), decay.weight, alive, of)
                 _flush(model)
                 gates.record()
                 mean = (sums / steps).tolist()
@@ -136,7 +148,8 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
                     "seconds": time.perf_counter() - began,
                 }
                 # The line first: one without its state is dropped and written again, a state without its line would
-                # leave a gap.
+                # leave a gap. The same goes for what is tracked.
+                track(line)
                 job.run.append_metrics(line)
                 if (epoch + 1) % section.checkpoint.every == 0 or epoch + 1 == section.epochs:
                     _save(model, optimizer, gates, job, epoch + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from prunekit.loading import (
 )
 from prunekit.optimizers import shares
 from prunekit.plan import Group
-from prunekit.progress import Reporter
+from prunekit.progress import Reporter, trainings
 from prunekit.pruning.decay import Decay
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.limits import kept_whole
@@ -38,6 +39,7 @@ from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
 from prunekit.schema import Recipe, Training
 from prunekit.tasks.base import Task, inference
+from prunekit.trackers import check_tracker, track
 from prunekit.training import Job, chosen, fit
 
 PROOF_IMAGES = 8
@@ -52,6 +54,7 @@ class Work:
         self.task: Task = registry.tasks.get(recipe.task)()
         self.device = PartialState().device
         self.shape = input_shape(recipe)
+        reporter.trainings = trainings(recipe.train.epochs, recipe.finetune.epochs, recipe.slim.steps)
         self._pairs: dict[str, ImageSet] = {}
         self._tensors: dict[str, Tensors] = {}
 
@@ -76,7 +79,8 @@ class Work:
     def tensors(self, split: str) -> Tensors:
         """The set in memory, at the recipe's size."""
         if split not in self._tensors:
-            self._tensors[split] = load_tensors(self.pairs(split), self.recipe.data.size)
+            with self.reporter.busy(f"reading data ({split})"):
+                self._tensors[split] = load_tensors(self.pairs(split), self.recipe.data.size)
         return self._tensors[split]
 
     def example(self) -> Tensor:
@@ -127,6 +131,7 @@ class Work:
         Raises:
             PrunekitError: what is wrong.
         """
+        check_tracker(self.recipe)
         model = build_dense(self.recipe)
         self._fits(model)
         if self.recipe.slim.keep_layers:
@@ -236,6 +241,7 @@ class Work:
             device=self.device,
             threshold=self.recipe.slim.threshold,
             steering=steering,
+            tracker=functools.partial(track, self.recipe, run.path, stage),
         )
         fit(model, job, groups, decay)
         model.cpu().eval()

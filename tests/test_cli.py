@@ -166,7 +166,8 @@ def test_interrupted(call, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prunekit.recipe, "load", interrupt)
-    assert call("run", "x.yaml")[0] == 130
+    status, _, error = call("run", "x.yaml")
+    assert status == 130 and one_line(error) and "--resume" in error
 
 
 def test_list_names_everything(call):

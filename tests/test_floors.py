@@ -40,6 +40,8 @@ FLOORS = {
     "stages": 6,
     "slimming": 6,
     "training": 5,
+    "trackers": 5,
+    "watching": 6,
     "prediction": 6,
     "evaluation": 6,
     "pipeline": 6,
@@ -55,6 +57,7 @@ TORCH_FREE = {"errors", "registry", "files", "yaml12", "schedules", "progress", 
     "rundir",
     "plan",
     "reporting",
+    "watching",
     "cli",
 }
 

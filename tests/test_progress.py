@@ -1,22 +1,50 @@
-"""What a run tells while it goes on fits a terminal of 80 columns."""
+"""What a run tells while it goes on: it fits, it is plain where nobody looks, and it leaves the terminal as it was."""
 
 import io
+import itertools
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from prunekit.progress import Reporter
+from prunekit import progress
+from prunekit.progress import ASCII_BLOCKS, BLOCKS, Figures, Reporter, clock, epoch_text, short, spark, trainings
 
 LINE = {
-    "stage": "finetune",
-    "epoch": 300,
+    "stage": "train",
+    "epoch": 299,
     "loss": 0.73421,
     "penalty": 2240.0,
+    "lambda": 12.5,
     "alive": 1235,
     "of": 1235,
     "metrics": {"mae": 0.48531, "max_f": 0.37411},
     "seconds": 27.4,
 }
+BUDGET = {"size": {"params": 145_020}, "budget": {"params": 100_000}}
+HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
+
+
+class Screen(io.TextIOWrapper):
+    """A file in an encoding, with what was written."""
+
+    def __init__(self, encoding="utf-8"):
+        super().__init__(io.BytesIO(), encoding=encoding, newline="")
+
+    def text(self):
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)
+
+    def lines(self):
+        """Without the orders to the terminal."""
+        return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", self.text()).replace("\r", "").split("\n")
+
+
+def terminal(width=80, encoding="utf-8"):
+    screen = Screen(encoding)
+    return Console(file=screen, width=width, force_terminal=True, color_system=None), screen
 
 
 @pytest.fixture
@@ -25,29 +53,229 @@ def told():
     return Reporter(Console(file=out, width=80)), out
 
 
+@pytest.fixture
+def now(monkeypatch):
+    """The time; to be set."""
+    clock = {"now": 100.0}
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock["now"])
+    return clock
+
+
+# ---- small parts
+
+
+@given(st.lists(st.floats(-1e9, 1e9), max_size=80), st.integers(1, 40), st.booleans())
+def test_a_spark_line_has_its_width_and_its_extremes(values, width, ascii_only):
+    drawn, blocks = spark(values, width, ascii_only), ASCII_BLOCKS if ascii_only else BLOCKS
+    assert len(drawn) == min(len(values), width) and set(drawn) <= set(blocks)
+    assert not ascii_only or drawn.isascii()
+    if values and len(values) <= width and max(values) > min(values):
+        assert drawn[values.index(min(values))] == blocks[0] and drawn[values.index(max(values))] == blocks[-1]
+        heights = [blocks.index(block) for block in drawn]
+        assert all(a <= b for (_, a), (_, b) in itertools.pairwise(sorted(zip(values, heights, strict=True))))
+
+
+def test_a_spark_line_goes_the_way_of_its_values():
+    assert spark([1, 2, 3, 4, 5, 6, 7, 8]) == BLOCKS and spark(range(800), 8) == BLOCKS
+    assert spark([5, 5]) == "▁▁" and spark([]) == "" and spark([float("nan"), 1, float("inf"), 2]) == "▁█"
+
+
+def test_durations_and_sizes():
+    assert [clock(s) for s in (-1, 0, 59.6, 3599, 3600, 200_000)] == [
+        "0:00", "0:00", "1:00", "59:59", "1:00:00", "2 d 7:33:20"
+    ]  # fmt: skip
+    assert [short(n) for n in (0, 999, 1234, 145_020, 1_516_281_872)] == ["0", "999", "1.23k", "145k", "1.52G"]
+
+
+def test_the_trainings_of_a_run():
+    assert trainings(30, 8) == {"train": 30, "finetune": 8}
+    assert list(trainings(30, 8, rounds=3).items()) == [("train", 30), ("step1", 8), ("step2", 8), ("finetune", 8)]
+
+
+# ---- without a terminal
+
+
 def test_a_plain_line_an_epoch(told, tmp_path):
     reporter, out = told
     reporter.log = tmp_path / "run.log"
-    reporter.start("finetune", 10, 0)
-    reporter.step(5, 0.5, 0.1, 3, 4)
-    reporter.epoch(LINE)
-    reporter.stop()
+    with reporter.stage("train"):
+        reporter.start("train", 300, 10, 298)
+        reporter.step(2985, 0.5, 0.1, 12.5, 3, 4)
+        reporter.epoch(LINE)
+        reporter.stop()
     text = out.getvalue()
-    assert text == "finetune 300 loss 0.734 pen 2.2e+03 alive 1235/1235 mae 0.485 max_f 0.374 27 s\n"
+    assert text == "train 299/300 loss 0.734 pen 2.24k alive 1235/1235 mae 0.485 max_f 0.374 27 s\n"
     assert len(text) <= 81
     assert (tmp_path / "run.log").read_text().endswith(f"  {text}")
 
 
-def test_a_bar_in_a_terminal():
-    out = io.StringIO()
-    reporter = Reporter(Console(file=out, width=80, force_terminal=True))
-    reporter.start("train", 640, 0)
-    reporter.step(320, 0.123, 1230.0, 1235, 1235)
-    reporter.stop()
-    assert "320/640" in out.getvalue() and "loss 0.123 pen 1.2e+03 alive 1235" in out.getvalue()
+def test_an_epoch_against_a_budget_and_without_decay():
+    assert epoch_text({**LINE, **BUDGET}, 300) == (
+        "train 299/300 loss 0.734 pen 2.24k params 145k/100k mae 0.485 max_f 0.374 27 s"
+    )
+    line = {**LINE, "stage": "finetune", "epoch": 2, "penalty": 0.0, "seconds": 0.42}
+    assert epoch_text(line, 12) == "finetune  2/12 loss 0.734 alive 1235/1235 mae 0.485 max_f 0.374 0.4 s"
+    assert epoch_text({**line, "seconds": 754}).endswith(" 12:34")
+    # What goes up and down stands in columns.
+    assert "pen   0.2 alive    7/1235 mae" in epoch_text({**LINE, "penalty": 0.2, "alive": 7})
 
 
 def test_text_from_files_is_no_markup(told):
     reporter, out = told
     reporter.say("[red]x[/red] [/] {0}")
     assert out.getvalue() == "[red]x[/red] [/] {0}\n"
+
+
+def test_a_stage_says_how_long_its_training_took_and_what_broke_it_off(told, tmp_path, now):
+    reporter, out = told
+    reporter.log, reporter.trainings = tmp_path / "run.log", trainings(2, 1)
+    with reporter.stage("train"):
+        now["now"] += 151
+    with reporter.stage("extract"):
+        pass
+    assert out.getvalue() == "train: done in 2:31\n"
+    for error, said in ((ValueError("no\nluck"), "failed: no luck"), (KeyboardInterrupt(), "interrupted")):
+        with pytest.raises(type(error)), reporter.stage("slim"):
+            raise error
+        assert reporter.log.read_text().endswith(f"  slim: {said}\n")
+    assert "slim" not in out.getvalue(), "who raised it says it"
+
+
+# ---- in a terminal
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("width", [200, 80, 40, 20])
+def test_nothing_is_wider_than_the_terminal(width, encoding):
+    console, screen = terminal(width, encoding)
+    courses = {"mae": [1, 2]}
+    for share, left, run_left, extra in itertools.product((0.0, 0.999, 1.0), (None, 9e6), (None, 3.0), ({}, BUDGET)):
+        console.print(
+            Figures("finetune", 299, 300, share, left, run_left, [3.0, 2.0, 1.0] * 9, {**LINE, **extra}, courses)
+        )
+    console.print(Figures("train", 1, 9))
+    assert max(map(len, screen.lines())) <= width
+    assert encoding == "utf-8" or screen.text().isascii()
+
+
+def test_what_stands_in_80_and_in_40_columns():
+    figures = Figures("train", 4, 9, 0.5, 42, 131, [8.0, 4.0, 1.0], {**LINE, **BUDGET})
+    console, screen = terminal(80)
+    console.print(figures)
+    assert [line.rstrip() for line in screen.lines()] == [
+        "train epoch 4/9 ━━━━━━━━━━━━━━━━━━━━──────────────────── 0:42 left",
+        "loss 0.734 █▄▁  penalty 2.24k  λ 12.5  alive 1235/1235  params 145k/100k",
+        "run ~2:11 left",
+        "",
+    ]
+    console, screen = terminal(40, "ascii")
+    console.print(figures)
+    assert [line.rstrip() for line in screen.lines()] == [
+        "train epoch 4/9 #######....... 0:42 left",
+        "loss 0.734 #~_  penalty 2.24k",
+        "lambda 12.5  alive 1235/1235",
+        "params 145k/100k  run ~2:11 left",
+        "",
+    ]
+
+
+def test_the_time_left_is_that_of_the_steps_left(now):
+    console, screen = terminal()
+    reporter = Reporter(console)
+    reporter.trainings = trainings(4, 3)
+    reporter.start("train", 4, 10, 1, [2.0])
+    view = reporter._training
+    assert view.figures().left is None and view.figures().epoch == 2
+    now["now"] += 20
+    reporter.step(20, 1.5, 0.0, 5.0, 8, 9)
+    shown = view.figures()
+    # Ten of thirty steps took 20 s; fine-tuning has 30 more.
+    assert (shown.left, shown.run_left, shown.share, shown.epoch) == (40, 100, 0.5, 2)
+    assert shown.losses == [2.0, 1.5] and (shown.line["alive"], shown.line["lambda"]) == (8, 5.0)
+    now["now"] += 5
+    assert view.figures().left == 35, "it counts down between two steps"
+    reporter.epoch({**LINE, "epoch": 2, "loss": 1.6})
+    assert view.figures().losses == [2.0, 1.6] and "train 2/4 loss 1.600" in screen.text()
+    reporter.step(21, 1.5, 0.0, 5.0, 8, 9)
+    assert view.figures().epoch == 3
+    reporter.stop()
+    reporter.start("finetune", 3, 10, 0)
+    now["now"] += 1
+    reporter.step(10, 1.5, 0.0, 0.0, 8, 9)
+    assert reporter._training.figures().run_left is None, "nothing is trained after it"
+    reporter.stop()
+
+
+def test_the_first_epoch_draws_its_steps(now):
+    reporter = Reporter(terminal()[0])
+    reporter.start("train", 2, 10, 0)
+    for step, loss in enumerate((3.0, 2.0, 1.0), 1):
+        reporter.step(step, loss, 0.0, 0.0, 1, 1)
+    assert reporter._training.figures().losses == [3.0, 2.0, 1.0]
+    reporter.stop()
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_the_terminal_is_as_it_was(error):
+    console, screen = terminal(40)
+    reporter = Reporter(console)
+    try:
+        with reporter.stage("train"):
+            reporter.start("train", 2, 5, 0)
+            try:
+                reporter.step(5, 1.0, 3.0, 5.0, 8, 9)
+                assert screen.text().count(HIDE) == 1 and SHOW not in screen.text()
+                reporter.epoch({**LINE, "epoch": 1})
+                if error:
+                    raise error
+            finally:
+                reporter.stop()
+    except (KeyboardInterrupt, ValueError):
+        pass
+    assert screen.text().count(HIDE) == screen.text().count(SHOW) == 1
+    assert reporter._live is None and not reporter._views
+    assert console.file.text().rstrip("\r").endswith("\x1b[2K"), "the display is gone"
+
+
+def test_what_cannot_say_how_long_it_takes_shows_that_it_lives(now):
+    console, screen = terminal()
+    reporter = Reporter(console)
+    with reporter.stage("slim"), reporter.busy("reading data"):
+        now["now"] += 75
+        reporter._live.refresh()
+        assert "reading data 1:15" in screen.text(), "the innermost is shown"
+        assert "slim" not in screen.text().rpartition("reading")[2]
+    console, screen = terminal(80, "ascii")
+    reporter = Reporter(console)
+    with reporter.stage("export"):
+        reporter._live.refresh()
+    assert screen.text().isascii() and "export 0:00" in screen.text()
+
+
+def test_a_counter_has_a_bar_of_its_own(now):
+    console, screen = terminal()
+    reporter = Reporter(console)
+    with reporter.stage("evaluate"):
+        counter = reporter.counter("[/]{x}")
+        now["now"] += 10
+        counter(1, 4)
+        reporter._live.refresh()
+        counter.close()
+    assert re.search(r"\[/\]\{x\} 1/4 ━{10}─{30} 0:30 left", screen.text())
+    assert reporter._live is None
+
+
+def test_nothing_is_drawn_where_nobody_looks(told, monkeypatch):
+    reporter, out = told
+    with reporter.stage("train"):
+        reporter.start("train", 2, 5, 0)
+        reporter.step(5, 1.0, 3.0, 5.0, 8, 9)
+        reporter.stop()
+        reporter.counter("x")(1, 2)
+        assert reporter._live is None
+    assert out.getvalue() == ""
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Screen()
+    with Reporter(Console(file=screen, force_terminal=True)).stage("train"):
+        pass
+    assert screen.text() == ""

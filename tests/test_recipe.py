@@ -32,7 +32,7 @@ def test_defaults_are_filled_in_also_those_of_the_builders(write):
     assert r.train.checkpoint == recipe.Checkpoint(every=1, keep=2)
     assert r.decay == recipe.Decay(name="dynamic", weight=1e-2, options={"momentum": 0.0})
     assert r.slim == recipe.Slim(threshold=1e-3, constants="carrier", min_channels=1)
-    assert r.finetune.epochs == 1 and r.export.onnx is True
+    assert r.finetune.epochs == 1 and r.export.onnx is True and r.log == "none"
 
 
 def test_dump_has_every_key_in_the_order_of_the_schema_and_null_for_none(write):
@@ -111,6 +111,7 @@ trees = st.fixed_dictionaries(
         "decay": st.fixed_dictionaries({}, optional={"name": st.just("l1"), "weight": rates}),
         "slim": st.fixed_dictionaries({}, optional={"threshold": rates, "constants": st.just("fold")}),
         "export": st.fixed_dictionaries({}, optional={"onnx": st.booleans()}),
+        "log": st.sampled_from(["none", "tensorboard"]),
     },
 )  # fmt: skip
 
