@@ -1,4 +1,4 @@
-"""Tables and plots of run folders."""
+"""Tables, figures and a page of run folders."""
 
 from __future__ import annotations
 

@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from safetensors import safe_open
 
-from prunekit.errors import CheckpointError
+from prunekit.checkpoints import CheckpointStore
+from prunekit.errors import CheckpointError, RunFolderError
+from prunekit.files import reason
+from prunekit.reporting import contents, shown
+from prunekit.reporting.contents import COUNTERS, PARTS, Example
+from prunekit.reporting.kinds import SIZE, told
 from prunekit.rundir import RunDir
+from prunekit.runfiles import METRICS, RECIPE, STATE, SUMMARY, RunFiles
 from prunekit.yaml12 import parse
 
-PARTS = ("baseline", "dense", "slim", "finetuned")
-COUNTERS = ("ours", "fvcore", "thop", "torch")
-COUNTED = ("channels", "params", "macs", "paper_flops", "fvcore_macs", "thop_macs")
+__all__ = ["COUNTERS", "PARTS", "Example", "Run", "load_run"]
+
+_STATUSES = ("running", "complete", "interrupted", "failed")
+_NOT_THERE = ": not there"
+_TRIES = 3  # while a run goes on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """What a run folder holds.
+    """What a run folder holds. Every value is of the kind that stands here: what was of another was left out, and is
+    named in ``missing``.
 
     Attributes:
         name: the folder's name.
         path: the folder.
         status: running, complete, interrupted, failed or unknown.
         summary: ``summary.json``; a part whose stage has not run is absent.
-        size: height and width, in pixels, of the image that the MACs are counted on; None where nobody says.
+        size: height and width, in pixels, of the image that the summary's MACs are counted on; None where nobody says.
         layers: a row for each layer and branch, in the order of the network: ``layer``, ``branch`` and, for each
             of channels, params, macs, paper_flops, fvcore_macs and thop_macs, ``<quantity>_before`` and ``…_after``.
         counters: a row for each model (dense, slim) and counter (ours, fvcore, thop, torch): ``params``, ``macs``.
-        metrics: a row for each epoch; the metrics of the task are columns named ``metrics.<name>``.
+        metrics: a row for each epoch of each training: ``stage``, ``epoch``, ``step``, ``loss``, ``penalty``,
+            ``lambda``, ``lr``, ``alive``, ``of``, ``seconds``; the metrics of the task are columns ``metrics.<name>``,
+            and with a budget there are ``size.<measure>`` and ``budget.<measure>``.
         plan: ``plan.json``, or None.
         recipe: ``recipe.yaml``.
-        missing: the files that are not there or damaged, each with the reason.
+        missing: what is not there, damaged or at odds, a line each.
+        layers_size: as ``size``, of the MACs in ``layers`` and ``counters``.
+        gates: effective gates over sparse training, float32: a row for each epoch (from 1) and a column for each
+            (norm, channel); while training goes on, those of its newest training state.
+        curves: baseline, dense, slim, finetuned → what can be drawn: for saliency 256 values each of ``precision``,
+            ``recall`` and ``f``; for classification ``classes`` and the ``confusion`` matrix.
+        gallery: validation images, with the paths of the pictures; these are not read.
+        environment: ``environment.json``.
+        classes: the names of the classes, where there are any.
+        bench: a row for each measurement of speed: ``model``, ``form``, ``batch``, ``size`` (64×64), ``threads``,
+            ``device``, ``median_ms``, ``p10_ms``, ``p90_ms``, ``peak_mb``.
+        evals: a row for each set that a model was measured on by ``prunekit eval``: ``name``, ``model``, ``mode``,
+            ``folder``, ``images``, ``skipped``, ``seconds`` and ``metrics.<name>``.
+        done: the stages that are done.
     """
 
     name: str
@@ -48,94 +75,210 @@ class Run:
     plan: dict[str, Any] | None
     recipe: dict[str, Any]
     missing: list[str]
+    layers_size: tuple[int, int] | None = None
+    gates: pd.DataFrame = field(default_factory=contents.empty_gates)
+    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gallery: list[Example] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    bench: pd.DataFrame = field(default_factory=pd.DataFrame)
+    evals: pd.DataFrame = field(default_factory=pd.DataFrame)
+    done: list[str] = field(default_factory=list)
+
+    def setting(self, key: str) -> Any:
+        """A value of the recipe by its dotted key, such as ``data.size``; None where the recipe has none."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def __repr__(self) -> str:
+        return shown.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return shown.as_html(self)
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run folder, complete or not.
+    """Read a run folder: complete, going on, broken off, or with damaged files.
 
     Raises:
-        RunFolderError: the folder is no run folder, or needs a newer prunekit.
-        CheckpointError: its ``state.json`` is damaged.
+        RunFolderError: the folder is no run folder, cannot be read, or needs a newer prunekit.
     """
-    run = RunDir.open(path)
-    missing: list[str] = []
+    path = Path(path)
+    for _ in range(_TRIES):
+        before = _state(path)
+        run = _load(path)
+        # A file that was replaced after the state was read does not fit the checksum there.
+        if before == _state(path) or all(line.endswith(_NOT_THERE) for line in run.missing):
+            break
+    return run
 
-    def read(name: str, how: Callable[[], Any], otherwise: Any) -> Any:
-        if not (run.path / name).exists():
-            missing.append(f"{name}: not there")
-            return otherwise
-        try:
-            return how()
-        except CheckpointError as error:
-            missing.append(f"{name}: {error}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            missing.append(f"{name}: not as prunekit writes it ({text})")
-        return otherwise
 
-    recipe = read("recipe.yaml", lambda: _recipe(run.read_text("recipe.yaml")), {})
-    summary = read("summary.json", lambda: _mapping(run.read_json("summary.json")), {})
-    metrics = read("metrics.jsonl", lambda: pd.json_normalize(run.read_metrics()), pd.DataFrame())
-    plan = read("plan.json", lambda: _mapping(run.read_json("plan.json")), None)
-    layers, counters, size = read(
-        "layers.json", lambda: _layers(run.read_json("layers.json")), (_empty_layers(), _empty_counters(), None)
-    )
-    return Run(
-        name=run.path.resolve().name,
-        path=run.path,
-        status=run.status if run.status != "unknown" else str(summary.get("status", "unknown")),
+def _state(path: Path) -> bytes | None:
+    try:
+        return (path / STATE).read_bytes()
+    except OSError:
+        return None
+
+
+def _load(path: Path) -> Run:
+    files, state = _open(path)
+    read = _Reader(files)
+    if state is not None:
+        read.missing.append(state)
+    recipe = read(RECIPE, lambda _: _recipe(files.read_text(RECIPE)), {})
+    summary = read.json(SUMMARY, contents.summary, {})
+    status, done = files.status if isinstance(files, RunDir) else "unknown", _done(files)
+    status = status if status in _STATUSES else summary.get("status", "unknown")
+    over = status not in ("running", "interrupted")
+    metrics = read(METRICS, lambda faults: contents.metrics(files.read_bytes(METRICS), faults, over), pd.DataFrame())
+    plan = read.json("plan.json", contents.plan, None)
+    nothing = contents.empty_layers(), contents.empty_counters(), None
+    layers, counters, layers_size = read.json("layers.json", lambda value, _: contents.layers(value), nothing)
+    run = Run(
+        name=files.path.resolve().name,
+        path=files.path,
+        status=status if status in _STATUSES else "unknown",
         summary=summary,
-        size=size,
+        size=_size(recipe) or layers_size,
         layers=layers,
         counters=counters,
         metrics=metrics,
         plan=plan,
         recipe=recipe,
-        missing=missing,
+        missing=read.missing,
+        layers_size=layers_size,
+        gates=_gates(read, done),
+        curves=read.json("curves.json", contents.curves, {}),
+        gallery=read.json("gallery/index.json", lambda v, f: contents.gallery(v, files.path / "gallery", f), []),
+        environment=read.json("environment.json", contents.environment, {}),
+        classes=read.json("classes.json", contents.classes, [], optional=True),
+        bench=read.json("bench.json", contents.bench, pd.DataFrame(), optional=True),
+        evals=read.json("eval.json", contents.evals, pd.DataFrame(), optional=True),
+        done=done,
     )
+    run.missing.extend(_at_odds(run))
+    return run
+
+
+def _open(path: Path) -> tuple[RunFiles, str | None]:
+    """The folder; where its state is damaged, what can be read without one, and what is wrong with it."""
+    try:
+        run = RunDir.open(path)
+        return run, None if (path / STATE).is_file() else f"{STATE}: not there, so nothing vouches for the other files"
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {reason(error)}; mend its permissions") from error
+    except CheckpointError as error:
+        fault = f"{STATE}: {_one_line(error)}; nothing vouches for the other files"
+    except RecursionError:
+        fault = f"{STATE} or {SUMMARY}: nested too deep, so nothing vouches for the other files"
+    return RunFiles(path, {"checksums": {}}, None), fault
+
+
+def _done(files: RunFiles) -> list[str]:
+    return files.done if isinstance(files, RunDir) else []
+
+
+class _Reader:
+    """Reads files, and notes which of them are not there or damaged."""
+
+    def __init__(self, files: RunFiles):
+        self.files = files
+        self.missing: list[str] = []
+
+    def __call__(self, name: str, how: Callable[[list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
+        faults: list[str] = []
+        try:
+            if not (self.files.path / name).exists():
+                if not optional:
+                    self.missing.append(f"{name}{_NOT_THERE}")
+                return otherwise
+            value = how(faults)
+        except CheckpointError as error:
+            self.missing.append(f"{name}: {_one_line(error)}")
+            return otherwise
+        except Exception as error:
+            # What bytes that something else has written can make a parser raise is not for us to list.
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            self.missing.append(f"{name}: not as prunekit writes it ({kind}{_one_line(error)})")
+            return otherwise
+        if faults:
+            self.missing.append(f"{name}: left out what is not as prunekit writes it ({_one_line(told(faults))})")
+        return value
+
+    def json(self, name: str, check: Callable[[Any, list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
+        return self(name, lambda faults: check(self.files.read_json(name), faults), otherwise, optional)
+
+
+def _one_line(text: object) -> str:
+    # Of control characters too: these lines go to terminals.
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", str(text)).split())
 
 
 def _recipe(text: str) -> dict[str, Any]:
     document = parse(text)
     if document.problems:
         raise ValueError(f"line {document.problems[0].line}: {document.problems[0].message}")
-    return _mapping(document.value)
+    if not isinstance(document.value, dict):
+        raise ValueError("it is no mapping")
+    return document.value
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"a mapping is wanted, not {type(value).__name__}")
-    return value
+def _size(recipe: dict[str, Any]) -> tuple[int, int] | None:
+    data = recipe.get("data")
+    side = data.get("size") if isinstance(data, dict) else None
+    return (int(side), int(side)) if SIZE.fits(side) else None
 
 
-def _layers(written: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, tuple[int, int]]:
-    rows = []
-    for row in written["layers"]:
-        flat = {"layer": str(row["layer"]), "branch": int(row["branch"])}
-        for quantity in COUNTED:
-            counted = row.get(quantity) or {}
-            flat |= {f"{quantity}_{when}": counted.get(when) for when in ("before", "after")}
-        rows.append(flat)
-    counts = [
-        {"model": model, "counter": counter, "params": counted.get("params"), "macs": counted.get("macs")}
-        for model, counters in written["counters"].items()
-        for counter, counted in counters.items()
-    ]
-    height, width = written["size"]
-    layers = pd.concat([_empty_layers(), pd.DataFrame(rows)]) if rows else _empty_layers()
-    return _whole(layers), _whole(pd.DataFrame(counts) if counts else _empty_counters()), (int(height), int(width))
+def _gates(read: _Reader, done: list[str]) -> pd.DataFrame:
+    if "train" not in done and not (read.files.path / "gates.npz").exists():
+        training = _gates_of_training(read.files.path)
+        if len(training):
+            return training
+    return read("gates.npz", lambda _: contents.gates(read.files.read_arrays("gates.npz")), contents.empty_gates())
 
 
-def _empty_layers() -> pd.DataFrame:
-    return pd.DataFrame(columns=["layer", "branch", *(f"{q}_{when}" for q in COUNTED for when in ("before", "after"))])
+def _gates_of_training(path: Path) -> pd.DataFrame:
+    """Those of the newest training state; that may be replaced while it is read, and then the one before has to do."""
+    prefix = "gates/"
+    for epoch in CheckpointStore(path / "checkpoints").epochs("train"):
+        try:
+            with safe_open(path / "checkpoints" / f"train-{epoch:04d}.safetensors", framework="numpy") as held:
+                names = [name for name in held.keys() if name.startswith(prefix)]  # noqa: SIM118
+                arrays = {name.removeprefix(prefix): np.asarray(held.get_tensor(name)) for name in names}
+            return contents.gates(arrays)
+        except Exception:
+            # As in _Reader; a state that cannot be read is no loss, the run goes on from the one before it too.
+            continue
+    return contents.empty_gates()
 
 
-def _empty_counters() -> pd.DataFrame:
-    return pd.DataFrame(columns=["model", "counter", "params", "macs"])
-
-
-def _whole(table: pd.DataFrame) -> pd.DataFrame:
-    # Counts beside a null would turn into floats; a nullable integer keeps them exact.
-    counts = [c for c in table.columns if c not in ("layer", "model", "counter")]
-    numbers = {c: pd.to_numeric(table[c]).convert_dtypes() for c in counts}
-    return table.assign(**{c: n if len(n.dropna()) else n.astype("Int64") for c, n in numbers.items()})
+def _at_odds(run: Run) -> list[str]:
+    """What does not agree among files that are each as they should be: one of them is of another run, or cut short."""
+    found = []
+    complete = run.status == "complete"
+    for model in ("dense", "slim"):
+        ours = run.counters[(run.counters["model"] == model) & (run.counters["counter"] == "ours")]["params"].dropna()
+        params = run.summary.get(model, {}).get("params")
+        if len(ours) and params is not None and int(ours.iloc[0]) != params:
+            found.append(
+                f"layers.json: its {model} model has {int(ours.iloc[0]):,} parameters, that of {SUMMARY} {params:,}; "
+                "one of the two is of another run"
+            )
+    if complete and run.summary and not any(part in run.summary for part in PARTS):
+        found.append(f"{SUMMARY}: the run is complete, and there is no model in it")
+    counts: dict[str, int] = {}
+    for stage, rows in run.metrics.groupby("stage", sort=False) if len(run.metrics) else ():
+        epochs = rows["epoch"].tolist()
+        counts[str(stage)] = len(epochs)
+        if epochs != list(range(1, len(epochs) + 1)):
+            found.append(f"{METRICS}: the epochs of {stage} are not 1, 2, 3 and so on")
+    for stage, key in (("train", "train.epochs"), ("finetune", "finetune.epochs")):
+        wanted, held = run.setting(key), counts.get(stage, 0)
+        # The training of a run that was derived from another one stands in that one.
+        if stage in run.done and isinstance(wanted, int) and held < wanted and (held or stage == "finetune"):
+            found.append(f"{METRICS}: {held} of {wanted} epochs of {stage}")
+    if len(run.gates) and "train" in run.done and counts.get("train") and len(run.gates) != counts["train"]:
+        found.append(f"gates.npz: {len(run.gates)} epochs, {METRICS} has {counts['train']} of train")
+    return found

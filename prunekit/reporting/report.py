@@ -1,94 +1,156 @@
-"""The report of one run or several: tables and plots in one flat folder, and a summary in the terminal."""
+"""The report of one run or several: tables, figures and a page in one flat folder, and a summary in the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
-from prunekit.errors import RunFolderError
+from prunekit.errors import PrunekitError, RunFolderError
+from prunekit.files import write_atomic
+from prunekit.reporting.figures import encode_figure, figures
+from prunekit.reporting.formats import write_csv, write_table
 from prunekit.reporting.load import Run, load_run
-from prunekit.reporting.plots import channels_figure, params_macs_figure, totals_figure, write_figure
-from prunekit.reporting.tables import (
-    counters_table,
-    layers_table,
-    summary_table,
-    terminal_table,
-    write_csv,
-    write_markdown,
-)
+from prunekit.reporting.numbers import file_stem
+from prunekit.reporting.page import Illustration, illustrate, page
+from prunekit.reporting.selecting import arranged
+from prunekit.reporting.tables import Named, epochs_table, summary_table, tables
+from prunekit.reporting.telling import one_line, tell
+
+
+@dataclass
+class Written:
+    """What a report consists of.
+
+    Attributes:
+        folder: where the tables and figures lie.
+        tables: the stems of the tables that there are in all formats.
+        epochs: the names of the tables of epochs, which are CSV only.
+        figures: the stems of the figures.
+        page: the page.
+        failed: what could not be made, a line each.
+        paths: all files.
+    """
+
+    folder: Path
+    tables: list[str] = field(default_factory=list)
+    epochs: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+    page: Path | None = None
+    failed: list[str] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
 
 
 def report(
-    paths: Sequence[str | Path], out: str | Path | None, console: Console, *, published: bool = False
+    paths: Sequence[str | Path],
+    out: str | Path | None,
+    console: Console,
+    *,
+    html: str | Path | None = None,
+    columns: str | None = None,
+    sort: str | None = None,
+    layers: bool = False,
+    published: bool = False,
 ) -> list[Path]:
-    """Write the tables and plots of these runs, and print the summary.
+    """Write the tables, the figures and the page of these runs, and print the summary.
+
+    A figure that fails costs none of the others; it is said by name.
 
     Args:
         paths: run folders, complete or not; one that is given twice counts once.
         out: the folder for the files; None means ``RUN/report`` for one run and ``report`` for several.
-        console: where the summary and the list of files go.
+        console: where the summary and what was written go.
+        html: the page; None means ``index.html`` in the folder.
+        columns: the columns of the summary, with commas between; see :func:`prunekit.reporting.selecting.arranged`.
+        sort: the columns that the rows of the summary are sorted by, likewise; ``-params`` for the largest first.
+        layers: print the table of layers too.
         published: put the published CSNet models below the runs; without a run their table is printed alone, and
-            written only where ``out`` is given.
+            written only where ``out`` or ``html`` is given.
 
     Returns:
         The files written. For several runs the names of those about one run begin with the run's name.
 
     Raises:
         RunFolderError: a folder is no run folder, or none is given.
+        PrunekitError: there is no such column.
         CheckpointError: a file cannot be written.
     """
     distinct = {Path(path).resolve(): Path(path) for path in reversed(paths)}
     runs = _distinctly_named([load_run(path) for path in reversed(distinct.values())])
     if not (runs or published):
         raise RunFolderError("no run folder is given; name one, such as runs/csnet")
-    folder = Path(out) if out is not None else runs[0].path / "report" if len(runs) == 1 else Path("report")
-    written = _write(runs, folder, published) if runs or out is not None else []
-    _print(runs, written, console, published)
-    return written
+    # Before anything is written.
+    summary = arranged(summary_table(runs, published), columns, sort)
+    written = None
+    if runs or out is not None or html is not None:
+        folder = Path(out) if out is not None else runs[0].path / "report" if len(runs) == 1 else Path("report")
+        written = Written(folder)
+        _write_tables(
+            runs,
+            [replace(one, table=summary) if one.name == "summary" else one for one in tables(runs, published)],
+            written,
+        )
+        drawn = list(_write_figures(runs, written))
+        _write_page(runs, drawn, html, published, written)
+    tell(runs, written, console, published=published, columns=columns, sort=sort, layers=layers)
+    return written.paths if written is not None else []
 
 
-def _write(runs: Sequence[Run], folder: Path, published: bool) -> list[Path]:
-    summary = summary_table(runs, published)
-    written = [write_csv(summary, folder / "summary.csv"), write_markdown(summary, folder / "summary.md")]
+def _write_tables(runs: Sequence[Run], named: Sequence[Named], written: Written) -> None:
+    for one in named:
+        written.paths += write_table(one.table, written.folder / one.name, one.narrow)
+        written.tables.append(one.name)
     for run in runs:
-        prefix = f"{run.name}-" if len(runs) > 1 else ""
-        if len(run.counters):
-            table = counters_table(run)
-            written.append(write_csv(table, folder / f"{prefix}counters.csv"))
-            written.append(write_markdown(table, folder / f"{prefix}counters.md"))
-        if len(run.layers):
-            table = layers_table(run)
-            written.append(write_csv(table, folder / f"{prefix}layers.csv"))
-            written.append(write_markdown(table, folder / f"{prefix}layers.md"))
-            written += write_figure(channels_figure(run), folder / f"{prefix}channels")
-            written += write_figure(params_macs_figure(run), folder / f"{prefix}params_macs")
-    if len(runs) > 1 and len(summary_table(runs)):
-        written += write_figure(totals_figure(runs), folder / "totals")
-    return written
+        if len(run.metrics):
+            name = f"{file_stem(run.name)}-epochs.csv" if len(runs) > 1 else "epochs.csv"
+            written.paths.append(write_csv(epochs_table(run), written.folder / name))
+            written.epochs.append(name)
 
 
-def _print(runs: Sequence[Run], written: Sequence[Path], console: Console, published: bool) -> None:
-    if len(runs) == 1:
-        console.print(Text(f"{runs[0].name} ({runs[0].status})"))
-    if runs and not len(summary_table(runs)):
-        console.print("no model has been measured yet")
-    if len(summary_table(runs, published)):
-        console.print(terminal_table(runs, console, published))
-    for run in runs:
-        if len(runs) > 1 and run.status != "complete":
-            console.print(Text(f"{run.name} is not complete ({run.status})"))
-        for line in run.missing:
-            console.print(Text(f"missing in {run.path}: {line}"), soft_wrap=True)
-        if not len(run.layers):
-            console.print(Text(f"without its layers, {run.name} gets no tables and plots of layers"))
-    if written:
-        console.print("written:")
-    for path in written:
-        console.print(Text(f"  {path}"), soft_wrap=True)
+def _write_figures(runs: Sequence[Run], written: Written) -> Iterator[Illustration]:
+    """Write each figure as PNG and SVG, and give what the page shows of it."""
+    drawings, last = iter(figures(runs)), None
+    while True:
+        try:
+            drawing = next(drawings, None)
+        except Exception as error:
+            after = f"the figures after {last}" if last else "the figures"
+            written.failed.append(f"{after} could not be drawn ({one_line(error)})")
+            return
+        if drawing is None:
+            return
+        last = drawing.name
+        try:
+            files = {kind: encode_figure(drawing.figure, kind) for kind in ("png", "svg")}
+            shown = illustrate(drawing, files)
+        except Exception as error:
+            # What a figure of damaged data can make matplotlib raise is not for us to list.
+            written.failed.append(f"the figure {drawing.name} could not be drawn ({one_line(error)})")
+            continue
+        for kind, data in files.items():
+            path = written.folder / f"{drawing.name}.{kind}"
+            write_atomic(path, data)
+            written.paths.append(path)
+        written.figures.append(drawing.name)
+        yield shown
+
+
+def _write_page(
+    runs: Sequence[Run], drawn: Sequence[Illustration], html: str | Path | None, published: bool, written: Written
+) -> None:
+    path = Path(html) if html is not None else written.folder / "index.html"
+    try:
+        text = page(runs, drawn, published)
+    except Exception as error:
+        if html is not None:
+            raise PrunekitError(f"the page {path} could not be made ({one_line(error)})") from error
+        written.failed.append(f"the page {path} could not be made ({one_line(error)})")
+        return
+    write_atomic(path, text.encode(errors="replace"))
+    written.page = path
+    written.paths.append(path)
 
 
 def _distinctly_named(runs: Sequence[Run]) -> list[Run]:

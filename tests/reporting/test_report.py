@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from prunekit.errors import CheckpointError, RunFolderError
+from prunekit.cli import main
+from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.reporting import report
+from prunekit.reporting.figures import Drawing
 
-ABOUT_A_RUN = [
-    "counters.csv", "counters.md", "layers.csv", "layers.md",
-    "channels.png", "channels.svg", "params_macs.png", "params_macs.svg",
-]  # fmt: skip
+KINDS = ("csv", "json", "md", "tex")
 UNITS = ("block",)
+
+
+def files(*stems, kinds=KINDS):
+    return [f"{stem}.{kind}" for stem in stems for kind in kinds]
+
+
+COMMON = files("summary", "seconds", "notes")
+ABOUT_A_RUN = [*files("counters", "layers"), "epochs.csv", *files("dot", kinds=("png", "svg"))]
 
 
 @pytest.fixture
 def quick_figures(monkeypatch):
-    """Figures as empty files: drawing is what takes the time, and tests of names do not look at them."""
+    """One small figure for each run: drawing is what takes the time, and tests of names do not look at them."""
 
-    def touch(_, stem):
-        paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-        for path in paths:
-            path.touch()
-        return paths
+    def figures(runs):
+        for run in runs:
+            prefix = f"{run.name}-" if len(runs) > 1 else ""
+            yield Drawing(f"{prefix}dot", "Dot", "Nothing to see.", Figure(figsize=(0.5, 0.5)))
 
-    monkeypatch.setitem(report.__globals__, "write_figure", touch)
+    monkeypatch.setitem(report.__globals__, "figures", figures)
 
 
 @pytest.fixture
@@ -38,13 +46,27 @@ def console():
 
 
 def test_one_run_lies_flat_in_its_own_folder(make_run, console):
-    path = make_run(units=UNITS)
+    path = make_run(units=UNITS, measured_too=True)
     written = report([path], None, console)
-    assert [p.name for p in written] == ["summary.csv", "summary.md", *ABOUT_A_RUN]
+    names = {p.name for p in written}
+    assert names >= {
+        *COMMON,
+        *files("bench", "evals", "counters", "layers"),
+        "epochs.csv",
+        "index.html",
+        "channels.svg",
+    }
+    assert {p.suffix for p in written} == {".csv", ".json", ".md", ".tex", ".png", ".svg", ".html"}
     assert set((path / "report").iterdir()) == set(written)
     text = console.file.getvalue()
-    assert all(str(p) in text for p in written) and "complete" in text and "finetuned" in text
-    assert max(map(len, text.split("written:")[0].splitlines())) <= 80
+    table, _, listed = text.partition("written to")
+    assert "complete" in text and "finetuned" in text and "proof: holds" in text and "thop +" in text
+    assert "latency:" in text and "PASCAL-S" in text and "note: " in text and "train 1.5 s" in text
+    assert max(map(len, table.splitlines())) <= 80
+    for name in names:
+        assert name.rpartition(".")[0] in listed and f".{name.rpartition('.')[2]}" in listed
+    page = (path / "report" / "index.html").read_text()
+    assert "<svg" in page and "210,985" not in page and "MACs" in page
 
 
 def test_several_runs_lie_in_the_folder_report(make_run, console, tmp_path, monkeypatch, quick_figures):
@@ -52,42 +74,79 @@ def test_several_runs_lie_in_the_folder_report(make_run, console, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     written = report(paths, None, console)
     assert {p.as_posix() for p in written} == {
-        *(f"report/{n}" for n in ("summary.csv", "summary.md", "totals.png", "totals.svg")),
+        *(f"report/{n}" for n in [*COMMON, "index.html"]),
         *(f"report/{run}-{n}" for run in "ab" for n in ABOUT_A_RUN),
     }
+    assert "a (complete)" in console.file.getvalue() and "b (complete)" in console.file.getvalue()
 
 
 def test_runs_of_the_same_name_keep_their_files_apart(make_run, console, tmp_path, quick_figures):
     names = ["x/run", "y/run", "z/y/run", "x-run", "RUN"]
     paths = [make_run(name, seed=i, units=UNITS) for i, name in enumerate(names)]
     written = report(paths, tmp_path / "out", console)
-    assert len({str(p).casefold() for p in written}) == len(written) == 4 + 8 * len(paths)
+    one_run = len(ABOUT_A_RUN)
+    assert len({str(p).casefold() for p in written}) == len(written) == len(COMMON) + 1 + one_run * len(paths)
     layers = [(tmp_path / "out" / p.name).read_bytes() for p in written if p.name.endswith("layers.csv")]
     assert len(set(layers)) == len(paths)
+
+
+def test_a_name_that_fills_a_file_name_can_be_reported(make_run, console, tmp_path, quick_figures):
+    paths = [make_run("n" * 240, units=UNITS), make_run("n" * 239 + "m", units=UNITS, seed=1)]
+    written = report(paths, tmp_path / "out", console)
+    assert len({p.name for p in written if p.name.endswith("layers.csv")}) == 2
 
 
 def test_the_same_run_twice_counts_once(make_run, console, tmp_path, quick_figures):
     path = make_run(units=UNITS)
     written = report([path, path / "." / "..", path][::2], tmp_path / "out", console)
-    assert "totals.png" not in {p.name for p in written}
+    assert "layers.csv" in {p.name for p in written}
 
 
 @pytest.mark.parametrize("stop", ["train", "extract", "slim", "finetune"])
 def test_an_incomplete_run_is_reported_and_what_is_missing_said(make_run, console, stop, quick_figures):
     path = make_run(units=UNITS, stop=stop)
-    written = report([path], None, console)
+    names = {p.name for p in report([path], None, console)}
     text = console.file.getvalue()
-    assert "interrupted" in text
-    assert ("layers.json" in text) == (stop != "finetune")
-    assert len(written) == (10 if stop == "finetune" else 2)
-    assert ("no model has been measured" in text) == (stop == "train")
+    assert "interrupted" in text and {"summary.csv", "index.html"} <= names
+    assert ("layers.json" in text) == (stop != "finetune") == ("layers.csv" not in names)
+    assert ("no model has been measured" in text) == (stop == "train") == ("epochs.csv" not in names)
+    assert "gallery/index.json" in text
 
 
-def test_a_damaged_file_is_said(make_run, console):
+def test_a_run_that_goes_on_says_how_far_it_is(make_run, console, quick_figures):
+    path = make_run(units=UNITS, stop="evaluate", epochs=5)
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_text("".join(lines[:3]))
+    report([path], None, console)
+    assert "csnet (interrupted; train: 3 of 5 epochs done)" in console.file.getvalue()
+
+
+def test_a_damaged_file_is_said(make_run, console, quick_figures):
     path = make_run(units=UNITS)
     (path / "layers.json").write_text("{}")
-    assert len(report([path], None, console)) == 2
+    assert "layers.csv" not in {p.name for p in report([path], None, console)}
     assert "layers.json" in console.file.getvalue() and "--from slim" in console.file.getvalue()
+
+
+def test_a_proof_that_does_not_hold_is_said(make_run, console, quick_figures):
+    path = make_run(units=UNITS)
+    summary = json.loads((path / "summary.json").read_text())
+    summary["proof"] |= {"holds": False, "reason": "the output does not vary"}
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "state.json").unlink()
+    report([path], None, console)
+    assert "proof: does not hold (the output does not vary)" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("ratio, words", [(0.9, "the slim model has"), (0.1, "which is above it")])
+def test_the_budget_is_said(make_run, console, quick_figures, ratio, words):
+    path = make_run(units=UNITS)
+    with (path / "recipe.yaml").open("a") as file:
+        file.write(f"target:\n  params: null\n  macs_ratio: {ratio}\n")
+    (path / "state.json").unlink()
+    assert "budget.csv" in {p.name for p in report([path], None, console)}
+    text = console.file.getvalue()
+    assert f"budget: macs_ratio {ratio}" in text and words in text and ("above" in text) == (ratio == 0.1)
 
 
 def test_no_run_folder(tmp_path, console):
@@ -103,7 +162,7 @@ def test_names_are_no_markup(make_run, console, tmp_path, quick_figures):
     assert "[red]a" in console.file.getvalue() and "[bold]b" in console.file.getvalue()
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(make_run, console, monkeypatch):
+def test_a_file_that_cannot_be_written_leaves_the_old_one(make_run, console, monkeypatch, quick_figures):
     path = make_run(units=UNITS)
     report([path], None, console)
     before = {p.name: p.read_bytes() for p in (path / "report").iterdir()}
@@ -117,9 +176,100 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(make_run, console, mon
     assert {p.name: p.read_bytes() for p in (path / "report").iterdir()} == before
 
 
+# ---- columns and order
+
+
+def test_columns_and_order_hold_for_every_format_of_the_summary(make_run, console, tmp_path, quick_figures):
+    paths = [make_run(name, seed=i, units=UNITS) for i, name in enumerate("ab")]
+    report(paths, tmp_path / "out", console, columns="run,model,mae,params", sort="-mae,-params")
+    text = (tmp_path / "out" / "summary.csv").read_text()
+    head, *rows = [line.split(",") for line in text.splitlines()]
+    assert head == ["run", "model", "mae", "params"]
+    order = [(row[0], row[1]) for row in rows]
+    assert [model for _, model in order] == ["slim", "slim", "finetuned", "finetuned", "dense", "dense"]
+    assert [int(row[3]) for row in rows[:2]] == sorted((int(row[3]) for row in rows[:2]), reverse=True)
+    back = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(row["run"], row["model"]) for row in back] == order and list(back[0]) == head
+    for name, first in (("summary.md", 2), ("summary.tex", 4)):
+        lines = [
+            line for line in (tmp_path / "out" / name).read_text().splitlines() if line.startswith(("| ", "a &", "b &"))
+        ]
+        found = [tuple(cell.strip(" |") for cell in line.replace("|", "&").strip("&").split("&"))[:2] for line in lines]
+        assert found[-6:] == order, (name, first)
+    shown = [line.split()[:2] for line in console.file.getvalue().splitlines() if line[:2] in ("a ", "b ")]
+    assert [tuple(pair) for pair in shown[:6]] == order
+
+
+@pytest.mark.parametrize("option", ["columns", "sort"])
+def test_an_unknown_column_is_one_line_and_nothing_is_written(make_run, console, tmp_path, option):
+    path = make_run(units=UNITS)
+    with pytest.raises(PrunekitError, match=r"parms: no such column, did you mean 'params'\?"):
+        report([path], tmp_path / "out", console, **{option: "parms"})
+    assert not (tmp_path / "out").exists() and not (path / "report").exists()
+
+
+def test_the_options_of_the_command(make_run, tmp_path, capsys, quick_figures):
+    path = make_run(units=UNITS)
+    arguments = [
+        "--out",
+        tmp_path / "out",
+        "--html",
+        tmp_path / "pages" / "a.html",
+        "--columns=model,params",
+        "--layers",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(path), *map(str, arguments), "--sort=-params"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "stage4.3.block" in out and "max_f" not in out.partition("proof")[0]
+    assert (tmp_path / "out" / "summary.csv").read_text().startswith("model,params\ndense,")
+    assert (tmp_path / "pages" / "a.html").exists() and not (tmp_path / "out" / "index.html").exists()
+
+
+# ---- what fails
+
+
+def test_a_figure_that_fails_costs_none_of_the_others(make_run, console, monkeypatch):
+    class Broken(Figure):
+        def savefig(self, *_, **__):
+            raise RuntimeError("no\nink")
+
+        draw_without_rendering = savefig
+
+    def figures(runs):
+        for name, kind in (("one", Figure), ("two", Broken), ("three", Figure)):
+            yield Drawing(name, name, "A caption.", kind(figsize=(0.5, 0.5)))
+        raise ValueError("no paper")
+
+    monkeypatch.setitem(report.__globals__, "figures", figures)
+    names = {p.name for p in report([make_run(units=UNITS)], None, console)}
+    assert {"one.png", "one.svg", "three.png", "three.svg", "index.html", "layers.csv"} <= names
+    assert not {"two.png", "two.svg"} & names
+    text = console.file.getvalue()
+    assert "the figure two could not be drawn (RuntimeError: no ink)" in text
+    assert "the figures after three could not be drawn (ValueError: no paper)" in text
+
+
+def test_a_page_that_fails_costs_none_of_the_rest_and_fails_where_it_was_asked_for(
+    make_run, console, monkeypatch, tmp_path, quick_figures
+):
+    def page(*_):
+        raise KeyError("word")
+
+    monkeypatch.setitem(report.__globals__, "page", page)
+    path = make_run(units=UNITS)
+    assert "layers.csv" in {p.name for p in report([path], None, console)}
+    assert "index.html could not be made (KeyError: 'word')" in console.file.getvalue()
+    with pytest.raises(PrunekitError, match="could not be made"):
+        report([path], None, console, html=tmp_path / "a.html")
+
+
 def test_nothing_of_torch_or_pyplot_is_needed():
     code = "import sys, prunekit.reporting; assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- published models
 
 
 def test_published_models_alone_are_printed_and_written_only_where_asked(console, tmp_path, monkeypatch):
@@ -128,11 +278,11 @@ def test_published_models_alone_are_printed_and_written_only_where_asked(console
     text = console.file.getvalue()
     assert "ECSSD" in text and "CSNet-L ×1" in text and "0.898" in text and "no model has been" not in text
     written = report([], "out", console, published=True)
-    assert [p.name for p in written] == ["summary.csv", "summary.md"]
+    assert [p.name for p in written] == [*files("summary"), "index.html"]
     assert '"published, ECSSD",CSNet-L ×2,140894,718394292,0.9156' in written[0].read_text()
 
 
-def test_published_models_go_into_the_files_of_a_run(make_run, console):
+def test_published_models_go_into_the_files_of_a_run(make_run, console, quick_figures):
     for stop in (None, "train"):
         path = make_run(str(stop), units=UNITS, stop=stop)
         report([path], None, console, published=True)

@@ -1,21 +1,29 @@
-"""Tables: their numbers, their headers, and what a terminal of 80 columns shows."""
+"""Tables: their numbers and their headers."""
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
-from prunekit.errors import CheckpointError
 from prunekit.reporting import counters_table, layers_table, load_run, summary_table
-from prunekit.reporting.tables import short, terminal_table, write_csv, write_markdown, written_out
+from prunekit.reporting.numbers import seconds_text, short, written_out
+from prunekit.reporting.tables import (
+    bench_table,
+    budget_table,
+    epochs_table,
+    evals_table,
+    latency,
+    notes_table,
+    seconds_table,
+    tables,
+)
+
+MACS = "MACs (64×64)"
 
 
 def test_summary_has_the_numbers_of_the_folder_and_their_ratios(make_run):
@@ -23,18 +31,16 @@ def test_summary_has_the_numbers_of_the_folder_and_their_ratios(make_run):
     table = summary_table([run]).set_index("model")
     assert table.index.tolist() == ["baseline", "dense", "slim", "finetuned"]
     assert table.columns.tolist() == [
-        "run", "params", "MACs (64×64)", "paper FLOPs (224×224)", "max_f", "mae", "s_measure", "max_e",
-        "params ÷ dense", "MACs ÷ dense",
+        "run", "params", MACS, "paper FLOPs (224×224)", "max_f", "mae", "s_measure", "max_e",
+        "params ÷ dense", "MACs ÷ dense", "seconds",
     ]  # fmt: skip
     for name, row in table.iterrows():
         part = run.summary[name]
-        assert (row["params"], row["MACs (64×64)"], row["max_f"]) == (
-            part["params"],
-            part["macs"],
-            part["metrics"]["max_f"],
-        )
+        assert (row["params"], row[MACS], row["max_f"]) == (part["params"], part["macs"], part["metrics"]["max_f"])
         assert row["params ÷ dense"] == part["params"] / run.summary["dense"]["params"]
     assert pd.isna(table.loc["slim", "paper FLOPs (224×224)"])
+    # Extract and slim, 1.5 s each, make the slim model.
+    assert table["seconds"].tolist()[1:] == [1.5, 3.0, 1.5] and pd.isna(table.loc["baseline", "seconds"])
 
 
 def test_parts_that_have_not_run_have_no_row(make_run):
@@ -46,56 +52,149 @@ def test_runs_of_two_sizes_do_not_share_a_column_of_macs(make_run):
     run = load_run(make_run(stop="finetune"))
     other = replace(run, name="other", size=(32, 48))
     table = summary_table([run, other])
-    assert table["MACs (64×64)"].isna().tolist() == [False, False, True, True]
+    assert table[MACS].isna().tolist() == [False, False, True, True]
     assert table["MACs (32×48)"].isna().tolist() == [True, True, False, False]
+
+
+def test_layers_counted_at_another_size_say_their_own(make_run):
+    path = make_run(stop="finetune")
+    (path / "state.json").unlink()
+    (path / "recipe.yaml").write_text((path / "recipe.yaml").read_text().replace("size: 64", "size: 32"))
+    run = load_run(path)
+    assert "MACs (32×32)" in summary_table([run]) and "MACs after (64×64)" in layers_table(run)
+    assert MACS in counters_table(run)["quantity"].tolist()
+
+
+def test_counts_beyond_double_precision_stay_exact_beside_missing_ones(make_run):
+    run = load_run(make_run(stop="finetune"))
+    run.summary["dense"]["paper_flops"] = 2**53 + 1
+    assert summary_table([run])["paper FLOPs (224×224)"].tolist() == [2**53 + 1, pd.NA]
 
 
 def test_metrics_of_other_tasks_come_along(make_run):
     run = load_run(make_run(stop="extract"))
     run.summary["dense"]["metrics"] = {"novel": 0.5, "top1": 0.9, "flag": True, "text": "x"}
     columns = summary_table([run]).columns.tolist()
-    assert columns[5:7] == ["novel", "top1"] and len(columns) == 9
+    assert columns[5:7] == ["novel", "top1"] and len(columns) == 10
+
+
+def test_a_metric_called_as_another_column_is_does_not_replace_it(make_run):
+    run = load_run(make_run(stop="extract"))
+    held = run.summary["dense"]
+    held["metrics"] = {"params": 0.5, "seconds": 0.25, "MACs (64×64)": 0.1}
+    row = summary_table([run]).iloc[0]
+    assert (row["params"], row[MACS], row["seconds"]) == (held["params"], held["macs"], 1.5)
+    assert row["metrics.params"] == 0.5 and row["metrics.seconds"] == 0.25 and row["metrics.MACs (64×64)"] == 0.1
 
 
 def test_layers_have_a_row_for_each_layer_and_branch(make_run):
     run = load_run(make_run())
     table = layers_table(run)
     assert len(table) == len(run.layers)
-    assert (
-        "MACs after (64×64)" in table and "paper FLOPs before (224×224)" in table and "thop MACs after (64×64)" in table
-    )
+    for head in ("MACs after (64×64)", "paper FLOPs before (224×224)", "thop MACs after (64×64)"):
+        assert head in table
     assert table["MACs after (64×64)"].sum() == run.summary["slim"]["macs"]
+
+
+def test_shares_are_those_of_the_branches_of_each_layer(make_run):
+    run = load_run(make_run())
+    run.layers.loc[:1, "channels_after"] = 0
+    table = layers_table(run)
+    for layer, rows in table.groupby("layer"):
+        for when in ("before", "after"):
+            channels, shares = rows[f"channels {when}"], rows[f"share of channels {when}"]
+            if not channels.sum():
+                assert shares.isna().all(), layer
+            else:
+                assert shares.tolist() == pytest.approx((channels / channels.sum()).tolist()), layer
+
+
+def test_the_share_in_a_layer_with_an_unknown_branch_is_unknown(make_run):
+    run = load_run(make_run())
+    layers = run.layers.copy()
+    layers.loc[0, "channels_after"] = pd.NA
+    shares = layers_table(replace(run, layers=layers))["share of channels after"]
+    assert shares[:2].isna().all() and not shares[2:].isna().all()
 
 
 def test_counters_note_just_what_differs(make_run):
     table = counters_table(load_run(make_run())).set_index(["model", "quantity"])
     assert table.loc[("dense", "params"), "note"] == ""
-    row = table.loc[("dense", "MACs (64×64)")]
+    row = table.loc[("dense", MACS)]
     assert row["note"].startswith(f"thop {row['thop'] - row['ours']:+,} (+")
     assert "fvcore" not in row["note"] and pd.isna(table.loc[("slim", "params"), "torch"])
 
 
-def test_csv_is_raw_and_markdown_is_for_people(make_run, tmp_path):
-    table = summary_table([load_run(make_run())])
-    table.loc[0, "run"] = "a|b"
-    table.loc[0, "params"] = 210_985
-    back = pd.read_csv(write_csv(table, tmp_path / "t.csv"))
-    assert back["params"][0] == 210_985 and back["mae"].tolist() == table["mae"].tolist()
-    text = write_markdown(table, tmp_path / "t.md").read_text()
-    assert " 210,985 |" in text and "a\\|b" in text and " – |" in text and "nan" not in text.lower()
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()}) == 1
+def test_latency_is_of_one_way_of_measuring_for_all_models(make_run):
+    run = load_run(make_run(measured_too=True))
+    # The slim model was measured in ONNX Runtime too, where there is no dense one to compare it with.
+    title = "latency ms (eager, batch 1, 64×64, threads 1, cpu)"
+    assert latency(run) == (title, {"dense": 20.0, "slim": 12.5, "finetuned": 12.5})
+    assert summary_table([run])[title].tolist() == [20.0, 12.5, 12.5]
+    larger = run.bench.assign(batch=8, median_ms=1000.0)
+    assert latency(replace(run, bench=pd.concat([larger, run.bench], ignore_index=True)))[0] == title
+    other = replace(run, name="other", bench=run.bench.assign(device="a GPU"))
+    assert sum(c.startswith("latency ms") for c in summary_table([run, other])) == 2
 
 
-def test_an_empty_table_can_be_written(make_run, tmp_path):
-    table = summary_table([load_run(make_run(stop="train"))])
-    assert write_csv(table, tmp_path / "t.csv").read_text().startswith("run,model,params")
-    assert "params" in write_markdown(table, tmp_path / "t.md").read_text()
+def test_latency_of_the_exported_model_where_there_is_no_bench(make_run):
+    run = load_run(make_run())
+    assert latency(run) == ("latency ms", {})
+    run.summary["export"] = {"path": "model.onnx", "latency_ms": {"dense": 9.0, "slim": 4.0}}
+    assert latency(run) == ("latency ms (model.onnx)", {"dense": 9.0, "slim": 4.0, "finetuned": 4.0})
+    run.summary["export"]["latency_ms"] = {"median": 5.0, "p90": 7.0}
+    assert latency(run)[1] == {"finetuned": 5.0}
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError):
-        write_csv(pd.DataFrame(), tmp_path / "file" / "t.csv")
+def test_a_row_for_each_measurement_and_each_set(make_run):
+    runs = [load_run(make_run("a", measured_too=True)), load_run(make_run("b"))]
+    bench = bench_table(runs)
+    assert bench["run"].tolist() == ["a"] * 3 and bench["median ms"].tolist() == [20.0, 12.5, 4.25]
+    assert set(bench["size"]) == {"64×64"} and set(bench["device"]) == {"cpu"}
+    sets = evals_table(runs)
+    assert sets["set"].tolist() == ["ECSSD", "ECSSD", "PASCAL-S", "PASCAL-S"] and sets["max_f"].tolist() == [0.8] * 4
+    assert len(bench_table(runs[1:])) == len(evals_table(runs[1:])) == 0
+
+
+def test_seconds_by_stage_and_in_all(make_run):
+    table = seconds_table([load_run(make_run()), load_run(make_run("b", stop="slim"))])
+    assert table["total s"].tolist() == [10.5, 3.0]
+    assert table.loc[1, "extract s"] == 1.5 and pd.isna(table.loc[1, "slim s"])
+
+
+@pytest.mark.parametrize("key, share", [("params", None), ("macs", None), ("params_ratio", 0.9), ("macs_ratio", 0.1)])
+def test_budgets_and_whether_they_are_kept(make_run, key, share):
+    run = load_run(make_run())
+    measure = key.removesuffix("_ratio")
+    dense, slim = run.summary["dense"][measure], run.summary["slim"][measure]
+    asked = slim if share is None else share
+    run.recipe["target"] = {"params": None, key: asked}
+    row = budget_table([run]).iloc[0]
+    assert (row["dense"], row["slim"]) == (dense, slim)
+    assert row["budget"] == (slim if share is None else round(share * dense))
+    assert row["within"] == ("yes" if slim <= row["budget"] else "no") and row["asked"].startswith(key)
+    assert len(budget_table([load_run(make_run("b"))])) == 0
+
+
+def test_notes_are_those_of_the_plans(make_run):
+    table = notes_table([load_run(make_run()), load_run(make_run("b", stop="extract"))])
+    assert table["run"].tolist() == ["csnet"] and "cannot be cut" in table["note"][0]
+
+
+def test_epochs_have_the_metrics_by_their_names(make_run):
+    table = epochs_table(load_run(make_run(epochs=4)))
+    assert table["stage"].tolist() == ["train"] * 4 + ["finetune"] and table["epoch"].tolist() == [1, 2, 3, 4, 1]
+    assert {"loss", "penalty", "lambda", "alive", "mae", "max_f"} <= set(table.columns)
+
+
+def test_the_tables_of_several_runs_have_names_of_their_own(make_run):
+    runs = [load_run(make_run(name, measured_too=True)) for name in ("a", "b")]
+    names = [one.name for one in tables(runs)]
+    assert names == [
+        "summary", "seconds", "evals", "bench", "notes", "a-counters", "a-layers", "b-counters", "b-layers",
+    ]  # fmt: skip
+    assert [one.name for one in tables(runs[:1])][-2:] == ["counters", "layers"]
+    assert [one.name for one in tables([load_run(make_run("c", stop="train"))])] == ["summary"]
 
 
 @pytest.mark.parametrize(
@@ -122,29 +221,23 @@ def test_numbers_written_out_are_exact(value):
     assert int(written_out(value).replace(",", "")) == value
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
-@pytest.mark.parametrize("several", [False, True])
-def test_the_terminal_table_fits_and_says_what_it_leaves_out(make_run, width, several):
-    runs = [load_run(make_run(baseline=True))]
-    for part in ("baseline", "dense", "slim", "finetuned"):
-        runs[0].summary[part]["params"] = 999_499
-        runs[0].summary[part]["metrics"]["top1"] = 0.5
-    if several:
-        runs.append(replace(runs[0], name="a_run_with_a_name_that_is_long", size=(32, 32)))
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(terminal_table(runs, console))
-    text = console.file.getvalue()
-    lines = text.splitlines()
-    assert all(len(line) <= width for line in lines)
-    assert len(re.findall(r"(?<!÷)dense +999,499 ", text)) == len(runs)
-    assert "64×64" in text and "999,499" in text
-    for column in ("max_f", "mae", "top1"):
-        assert column in text
-    assert "max_e" in text
+@given(st.floats(-1e6, 1e6), st.integers(1, 5))
+def test_fractions_written_out_are_near_and_never_nothing(value, digits):
+    shown = float(written_out(value, digits).replace(",", ""))
+    assert shown == pytest.approx(value, abs=0.51 * 10**-digits, rel=0) and (shown != 0) == (value != 0)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (41.2, "41 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7510, "2 h 05 min")],
+)
+def test_seconds_in_words(seconds, text):
+    assert seconds_text(seconds) == text
 
 
 def test_a_run_of_unknown_size_has_its_macs(make_run):
     path = make_run(stop="slim")
+    (path / "recipe.yaml").write_text("name: x\n")
     assert json.loads((path / "summary.json").read_text())["dense"]["macs"]
     table = summary_table([load_run(path)])
     assert "MACs (size unknown)" in table and len(table) == 1
@@ -163,10 +256,3 @@ def test_published_models_stand_below_the_runs(make_run, several):
     }  # fmt: skip
     assert rows.loc["CSNet-L ×2", ["max_f", "mae", "s_measure", "max_e"]].tolist() == [0.9156, 0.0645, 0.8928, 0.9310]
     assert rows.loc["CSNet ×2", ["max_f", "mae", "s_measure", "max_e"]].isna().all()
-    console = Console(width=80, file=io.StringIO(), color_system=None)
-    console.print(terminal_table(runs, console, published=True))
-    text = console.file.getvalue()
-    assert max(map(len, text.splitlines())) <= 80
-    assert text.index("finetuned") < text.index("published,") < text.index("ECSSD") < text.index("CSNet-L ×2")
-    # The columns of sizes that the published models share with the runs stay to the last.
-    assert "718 M" in text and "0.916" in text

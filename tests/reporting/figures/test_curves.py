@@ -1,0 +1,77 @@
+"""Curves and confusion: the lines and cells are the numbers of the file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from figure_checks import assert_labelled, assert_readable, boxes, labels
+
+from prunekit.reporting.figures.curves import confusion_figure, curve_drawings, precision_recall_figure
+
+
+def confusion(classes, seed=0, part="dense"):
+    matrix = np.random.default_rng(seed).integers(0, 30, (classes, classes))
+    matrix[0, -1] = 0 if classes > 1 else 5
+    return {part: {"classes": [f"kind of thing {i}" for i in range(classes)], "confusion": matrix.tolist()}}
+
+
+def test_the_curves_are_those_of_each_model(run):
+    figure = precision_recall_figure(run, run.curves)
+    left, right = figure.axes
+    whole = [[line for line in axes.lines if len(line.get_xdata()) == 256] for axes in (left, right)]
+    for part, pr, f in zip(("dense", "slim", "finetuned"), *whole, strict=True):
+        held = run.curves[part]
+        assert pr.get_xdata().tolist() == held["recall"] and pr.get_ydata().tolist() == held["precision"]
+        assert f.get_ydata().tolist() == held["f"]
+        assert [f.get_xdata()[0], f.get_xdata()[-1]] == [255, 0]
+    best = [(line.get_xdata()[0], line.get_ydata()[0]) for line in right.lines if len(line.get_xdata()) == 1]
+    assert [y for _, y in best] == [max(one["f"]) for one in run.curves.values()]
+    said = [text for text, _ in boxes(figure)]
+    assert f"fine-tuned (max F {max(run.curves['finetuned']['f']):.3f})" in said
+    units = {"recall (0 to 1)", "precision (0 to 1)", "level of the cut (0 to 255)", "F-measure (0 to 1)"}
+    assert labels(figure) == units
+    assert_readable(figure)
+
+
+def test_models_differ_in_more_than_colour(run):
+    lines = [line for line in precision_recall_figure(run, run.curves).axes[0].lines if len(line.get_xdata()) == 256]
+    assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 3
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 12, 13, 40, 200])
+def test_a_matrix_of_any_number_of_classes_can_be_read(run, classes):
+    held = {**confusion(classes), **confusion(classes, 1, "finetuned")}
+    figure = confusion_figure(run, held)
+    assert_readable(figure)
+    assert_labelled(figure)
+    for axes, one in zip(figure.axes, held.values(), strict=False):
+        matrix = np.array(one["confusion"])
+        shares = 100 * matrix / matrix.sum(axis=1, keepdims=True)
+        assert np.allclose(axes.images[0].get_array(), shares)
+        written = {text.get_position(): text.get_text() for text in axes.texts}
+        cells = {(int(x), int(y)): str(matrix[y, x]) for y, x in np.argwhere(matrix > 0)}
+        assert written == (cells if classes <= 12 else {})
+        assert f"{matrix.trace():,} of {matrix.sum():,} right" in axes.get_title()
+
+
+def test_a_class_without_images_has_an_empty_row(run):
+    held = confusion(3)
+    held["dense"]["confusion"][1] = [0, 0, 0]
+    assert (confusion_figure(run, held).axes[0].images[0].get_array()[1] == 0).all()
+
+
+def test_the_slim_model_stands_in_until_there_is_a_finetuned_one(run):
+    def panels(*parts):
+        held = {part: confusion(3, part=part)[part] for part in parts}
+        (drawing,) = curve_drawings(replace(run, curves=held))
+        return [axes.get_title().partition(",")[0] for axes in drawing.figure.axes[:-1]]
+
+    assert panels("dense", "slim") == ["dense", "slim"]
+    assert panels("dense", "slim", "finetuned") == ["dense", "fine-tuned"]
+
+
+@pytest.mark.parametrize("curves", [{}, {"dense": {}}, {"dense": {"precision": [], "recall": [], "f": []}}])
+def test_without_curves_there_is_no_figure(run, curves):
+    assert list(curve_drawings(replace(run, curves=curves))) == []

@@ -1,0 +1,113 @@
+"""All figures of a report: which there are and what they are called, that all can be read, and the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import matplotlib
+import numpy as np
+import pytest
+from figure_checks import assert_labelled, assert_readable
+from PIL import Image
+
+from prunekit.reporting.figures import encode_figure, figures, training_figures, write_figure
+from prunekit.reporting.load import load_run
+from prunekit.reporting.numbers import file_stem
+
+ONE = [
+    "tradeoff_params", "tradeoff_macs", "tradeoff_latency", "channels", "params_macs", "training", "gates", "gates_map",
+    "alive", "precision_recall", "gallery", "gallery_extremes",
+]  # fmt: skip
+
+
+def names(drawings):
+    return [drawing.name for drawing in drawings]
+
+
+def test_a_complete_run_has_all_figures(run):
+    drawings = list(figures([run]))
+    assert names(drawings) == ONE
+    assert all(drawing.title and drawing.caption.endswith(".") for drawing in drawings)
+
+
+def test_figures_are_made_one_at_a_time(run, monkeypatch):
+    first = next(figures([run]))
+    monkeypatch.setattr("prunekit.reporting.figures.tradeoff.tradeoff_figure", None)
+    assert first.name == "tradeoff_params"
+    with pytest.raises(TypeError):
+        list(figures([run]))
+
+
+def test_several_runs_share_what_compares_and_prefix_the_rest(run):
+    found = names(figures([run, replace(run, name="other")]))
+    common = ["tradeoff_params", "tradeoff_macs", "tradeoff_latency", "totals"]
+    assert found == common + [f"{name}-{figure}" for name in ("csnet", "other") for figure in ONE[3:]]
+
+
+@pytest.mark.parametrize("stop, there", [("train", []), ("extract", ["gates", "alive"]), ("finetune", ["channels"])])
+def test_a_run_that_has_come_so_far_has_the_figures_of_that(make_run, stop, there):
+    found = names(figures([load_run(make_run(units=("block",), stop=stop))]))
+    assert set(there) <= set(found) and "gallery" not in found and "precision_recall" not in found
+    assert found or stop == "train"
+
+
+def test_what_a_training_shows_while_it_goes_on(run):
+    going = replace(run, layers=run.layers.iloc[:0], summary={}, metrics=run.metrics.iloc[:1], gates=run.gates.iloc[:1])
+    drawings = list(training_figures(going))
+    assert names(drawings) == ["training", "gates", "gates_map", "alive"]
+    for drawing in drawings:
+        assert_readable(drawing.figure)
+
+
+def test_every_text_can_be_read_and_every_axis_is_labelled(run):
+    other = replace(run, name="a_run_with_a_name_that_says_everything_about_it_and_more" * 2)
+    for drawing in figures([run, other]):
+        assert_readable(drawing.figure)
+        assert_labelled(drawing.figure)
+
+
+def test_names_with_dollars_and_underscores_are_shown_as_they_are(run):
+    odd = replace(run, name="$x_$", layers=run.layers.assign(layer=lambda t: "a$b$." + t["layer"]))
+    wanted = ("totals", "$x_$-channels", "$x_$-training", "$x_$-gallery")
+    for drawing in (drawing for drawing in figures([odd, odd]) if drawing.name in wanted):
+        encode_figure(drawing.figure, "svg")
+
+
+def test_the_bytes_are_the_same_each_time_and_the_edges_white(run, tmp_path):
+    for one, other in zip(figures([run]), figures([run]), strict=True):
+        # In the other order: the layout is not that of the first file. A matplotlibrc of one's own changes nothing.
+        with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "lines.linewidth": 9}):
+            files = {kind: encode_figure(other.figure, kind) for kind in ("svg", "png")}
+        png, svg = write_figure(one.figure, tmp_path / one.name)
+        assert (png.read_bytes(), svg.read_bytes()) == (files["png"], files["svg"])
+        assert b"<dc:date>" not in files["svg"]
+        image = np.asarray(Image.open(png).convert("L"))
+        edges = [image[0], image[-1], image[:, 0]] if "gallery" in one.name else [image[0], image[-1], image[:, -1]]
+        assert (np.concatenate(edges) == 255).all(), one.name
+
+
+def test_a_matplotlibrc_of_ones_own_changes_nothing(run):
+    plain = encode_figure(next(training_figures(run)).figure, "png")
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "lines.linewidth": 9}):
+        assert encode_figure(next(training_figures(run)).figure, "png") == plain
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "a/b", "tab\there", "λ" * 127, "con:"])
+def test_files_have_names_that_any_file_system_takes(name, tmp_path):
+    stem = file_stem(name)
+    path = tmp_path / f"{stem}-gallery_extremes.svg"
+    path.write_bytes(b"")
+    assert path.parent == tmp_path and not set(stem) & set('/\\:*?"<>|\t')
+    assert stem != file_stem(f"{name}x") and stem == file_stem(name)
+
+
+def test_usual_names_stay_as_they_are():
+    assert [file_stem(name) for name in ("csnet", "a b", "λ=3,5", "run.v2")] == ["csnet", "a b", "λ=3,5", "run.v2"]
+
+
+def test_files_of_many_epochs_and_gates_stay_small(make_run):
+    long = load_run(make_run("long", epochs=500))
+    assert long.gates.shape[0] == 500 and long.gates.shape[1] > 1000
+    for drawing in training_figures(long):
+        assert len(encode_figure(drawing.figure, "svg")) < 300_000, drawing.name
+        assert len(encode_figure(drawing.figure, "png")) < 300_000, drawing.name

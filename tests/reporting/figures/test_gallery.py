@@ -1,0 +1,134 @@
+"""Galleries: each picture in its place, the errors as the metrics measure them, and no harm from damaged files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from figure_checks import assert_readable, boxes
+from PIL import Image
+
+from prunekit.reporting.figures import encode_figure
+from prunekit.reporting.figures.gallery import (
+    SHOWN,
+    TILE,
+    classes_figure,
+    gallery_drawings,
+    maps_figure,
+    mean_absolute_error,
+)
+from prunekit.reporting.load import Example
+
+KINDS = ("image", "truth", "dense", "slim", "finetuned")
+
+
+def example(folder, index, size=(40, 60), kind=None, fixed=False, names=KINDS):
+    """Pictures of one grey each, so that each can be found again."""
+    files = {}
+    for place, name in enumerate(names):
+        pixels = np.full((*size, 3) if name == "image" else size, 20 * place + 5 * index, np.uint8)
+        files[name] = folder / f"{index}-{name}.png"
+        Image.fromarray(pixels).save(files[name])
+    return Example(index, f"val-{index:05d}", kind, fixed, files)
+
+
+def said_example(folder, index, truth="cat", dense="cat", kind=None, fixed=True):
+    one = example(folder, index, (8, 8), kind, fixed, names=("image",))
+    said = {"truth": truth, "dense": {"class": dense, "probability": 0.75}}
+    return replace(one, said=said)
+
+
+def sheet(figure):
+    return figure.axes[0].images[0].get_array()
+
+
+def test_each_picture_stands_in_its_place(run, tmp_path):
+    examples = [example(tmp_path, index) for index in range(3)]
+    figure = maps_figure(run, examples)
+    pixels = sheet(figure)
+    high, wide = pixels.shape[0] // 3, pixels.shape[1] // len(KINDS)
+    for row in range(3):
+        for column in range(len(KINDS)):
+            cell = pixels[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
+            assert (cell[TILE // 2, wide // 2] == 20 * column + 5 * row).all()
+    assert_readable(figure)
+    said = [text for text, _ in boxes(figure)]
+    assert {"image", "truth", "dense", "slim", "fine-tuned"} <= set(said)
+    assert sum(text.startswith("MAE") for text in said) == 9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_errors_are_those_of_the_metrics(seed):
+    from prunekit.tasks.meter import Meter
+
+    random = np.random.default_rng(seed)
+    saliency = random.integers(20, 200, (13, 17), np.uint8)
+    mask = random.choice(np.array([0, 128, 129, 255], np.uint8), (13, 17))
+    meter = Meter(only_quick=True)
+    meter.add(saliency, mask)
+    assert mean_absolute_error(saliency, mask) == pytest.approx(meter.per_image_mae[0], abs=1e-12)
+
+
+def test_the_best_stand_above_the_worst(run, tmp_path):
+    examples = [example(tmp_path, i, kind=("worst", "best")[i % 2], fixed=i == 0) for i in range(4)]
+    gallery, extremes = gallery_drawings(replace(run, gallery=examples))
+    assert (gallery.name, extremes.name) == ("gallery", "gallery_extremes")
+    assert "MAE" in extremes.caption
+    rows = {text.partition(":")[0]: box[1] for text, box in boxes(extremes.figure) if ": val" in text}
+    assert rows["best"] > rows["worst"]
+    assert not any(":" in text for text, _ in boxes(gallery.figure))
+
+
+def test_of_many_fixed_images_some_are_shown_evenly(run, tmp_path):
+    examples = [example(tmp_path, index, (8, 8), fixed=True) for index in range(16)]
+    (gallery,) = gallery_drawings(replace(run, gallery=examples))
+    shown = [text for text, _ in boxes(gallery.figure) if text.startswith("val")]
+    assert len(shown) == SHOWN and shown[0] == "val-00000" and shown[-1] == "val-00015"
+    assert f"{SHOWN} validation images" in gallery.caption
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (7, 300), (300, 7), (TILE, TILE)])
+def test_pictures_of_any_shape_fit(run, tmp_path, size):
+    figure = maps_figure(run, [example(tmp_path, 0, size)])
+    assert_readable(figure)
+    assert (sheet(figure)[:, -2:] == 255).all()
+
+
+def test_a_picture_that_is_gone_or_damaged_is_said(run, tmp_path):
+    one = example(tmp_path, 0)
+    one.files["slim"].write_bytes(b"not a picture")
+    one.files["finetuned"].unlink()
+    said = [text for text, _ in boxes(maps_figure(run, [one]))]
+    assert said.count("not there") == 2 and sum(text.startswith("MAE") for text in said) == 1
+
+
+def test_a_map_of_another_size_than_the_truth_has_no_error(run, tmp_path):
+    one = example(tmp_path, 0)
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(one.files["dense"])
+    assert sum(text.startswith("MAE") for text, _ in boxes(maps_figure(run, [one]))) == 2
+
+
+def test_classes_are_told_and_wrong_ones_marked(run, tmp_path):
+    examples = [said_example(tmp_path, 0), said_example(tmp_path, 1, dense="dog"), said_example(tmp_path, 2, "$x_$")]
+    figure = classes_figure(run, examples)
+    said = [text for text, _ in boxes(figure)]
+    assert "dense cat 0.75" in said and "✗ dense dog 0.75" in said
+    assert_readable(figure)
+    encode_figure(figure, "svg")
+
+
+def test_galleries_of_classes_say_what_is_best(run, tmp_path):
+    examples = [said_example(tmp_path, i, kind=("best", "worst")[i % 2], fixed=False) for i in range(8)]
+    (extremes,) = gallery_drawings(replace(run, gallery=examples))
+    assert "probability of the right class" in extremes.caption
+    assert [text for text, _ in boxes(extremes.figure)].count("worst, class cat") == 4
+    long = [said_example(tmp_path, i, "a MAMMAL of the wide world", "another MAMMOTH of it", "worst") for i in range(5)]
+    for one in long:
+        one.said.update({"slim": one.said["dense"], "finetuned": one.said["dense"]})
+    assert_readable(classes_figure(run, long, kinds=True))
+
+
+def test_without_pictures_there_is_no_gallery(run):
+    assert list(gallery_drawings(replace(run, gallery=[]))) == []
+    assert list(gallery_drawings(replace(run, gallery=[Example(0, "a", "best", True)]))) == []

@@ -1,0 +1,144 @@
+"""Models against each other: the front is that of the definition, and each mark stands where its numbers say."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from figure_checks import assert_readable, boxes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunekit.reporting.figures import figures
+from prunekit.reporting.figures.tradeoff import pareto_front, totals_figure, tradeoff_drawings
+from prunekit.reporting.load import load_run
+
+levels = st.integers(0, 6)
+
+
+def spread(run, count, seed=0):
+    """Runs whose models differ at random."""
+    random = np.random.default_rng(seed)
+    runs = []
+    for index in range(count):
+        summary = deepcopy(run.summary)
+        for part in ("dense", "slim", "finetuned"):
+            summary[part]["params"] = int(random.integers(10_000, 100_000))
+            summary[part]["metrics"]["max_f"] = float(random.uniform(0.7, 0.95))
+        runs.append(replace(run, name=f"run-{index:02d}", summary=summary))
+    return runs
+
+
+def drawn(runs, name):
+    return next(drawing for drawing in tradeoff_drawings(runs) if drawing.name == name).figure
+
+
+def markers(figure):
+    """(x, y) of each model's mark."""
+    return [
+        (line.get_xdata()[0], line.get_ydata()[0])
+        for line in figure.axes[0].lines
+        if line.get_linestyle() == "None" and line.get_markerfacecolor() != "none"
+    ]
+
+
+@given(st.lists(st.tuples(levels, levels), min_size=1, max_size=12))
+def test_the_front_is_what_no_point_beats(points):
+    def beats(a, b):
+        return a[0] <= b[0] and a[1] >= b[1] and a != b
+
+    wanted = {i for i, point in enumerate(points) if not any(beats(other, point) for other in points)}
+    front = pareto_front([cost for cost, _ in points], [quality for _, quality in points])
+    assert set(front) == wanted and len(front) == len(wanted)
+    assert [points[i] for i in front] == sorted(points[i] for i in front)
+
+
+def test_each_model_stands_at_its_numbers(run):
+    runs = spread(run, 5)
+    figure = drawn(runs, "tradeoff_params")
+    wanted = [
+        (one.summary[part]["params"], one.summary[part]["metrics"]["max_f"])
+        for one in runs
+        for part in ("dense", "slim", "finetuned")
+    ]
+    assert sorted(markers(figure)) == sorted(wanted)
+    ring = next(line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none")
+    front = pareto_front(*zip(*wanted, strict=True))
+    assert list(zip(ring.get_xdata(), ring.get_ydata(), strict=True)) == [wanted[i] for i in front]
+    assert figure.axes[0].get_xlabel() == "parameters"
+    assert figure.axes[0].get_ylabel() == "max F-measure (higher is better)"
+
+
+def test_less_is_better_where_the_metric_is_an_error(run):
+    runs = spread(run, 6)
+    for one in runs:
+        for part in ("dense", "slim", "finetuned"):
+            one.summary[part]["metrics"] = {"mae": 1 - one.summary[part]["metrics"]["max_f"]}
+    figure = drawn(runs, "tradeoff_params")
+    points = markers(figure)
+    ring = next(line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none")
+    wanted = {p for p in points if not any(o[0] <= p[0] and o[1] <= p[1] and o != p for o in points)}
+    assert set(zip(ring.get_xdata(), ring.get_ydata(), strict=True)) == wanted
+    assert "lower is better" in figure.axes[0].get_ylabel()
+
+
+def test_the_unit_of_macs_is_that_of_the_images(run):
+    assert drawn([run], "tradeoff_macs").axes[0].get_xlabel() == "MACs (64×64)"
+    both = [run, replace(run, name="other", size=(32, 32))]
+    assert drawn(both, "tradeoff_macs").axes[0].get_xlabel() == "MACs (each at the image size of its run)"
+
+
+def test_latency_is_compared_within_one_way_of_measuring(run):
+    figure = drawn([run], "tradeoff_latency")
+    assert sorted(x for x, _ in markers(figure)) == [12.5, 20.0]
+    label = figure.axes[0].get_xlabel()
+    assert label.startswith("latency, median of one batch (ms)\neager, 64×64, batch 1") and "cpu" in label
+
+
+def test_runs_of_two_tasks_share_no_axis(run):
+    summary = {part: {**run.summary[part], "metrics": {"top1": 0.9}} for part in ("dense", "slim")}
+    other = replace(run, name="digits", summary=summary)
+    names = [drawing.name for drawing in tradeoff_drawings([run, other])]
+    assert names[:3] == ["tradeoff_params_max-f", "tradeoff_macs_max-f", "tradeoff_latency_max-f"]
+    assert "tradeoff_params_top1" in names and names[-1] == "totals"
+
+
+@pytest.mark.parametrize("count", [1, 3, 9, 30, 70])
+def test_names_stand_apart_whatever_the_number_of_runs(run, count):
+    figure = drawn(spread(run, count, seed=count), "tradeoff_params")
+    assert_readable(figure)
+    said = " ".join(text for text, _ in boxes(figure))
+    assert all(f"run-{index:02d}" in said for index in range(min(count, 60)))
+    assert (f"and {count - 60} more" in said) == (count > 60)
+
+
+def test_models_without_a_number_are_left_out(run):
+    summary = deepcopy(run.summary)
+    del summary["slim"]["metrics"], summary["finetuned"]["params"]
+    summary["dense"]["metrics"] = {"max_f": None, "mae": 0.1}
+    names = [drawing.name for drawing in figures([replace(run, summary=summary)])]
+    assert "tradeoff_params" not in names
+
+
+def test_equal_models_can_be_drawn(run):
+    summary = deepcopy(run.summary)
+    summary["slim"] = summary["finetuned"] = {**summary["dense"], "metrics": {"max_f": 0.5}}
+    assert_readable(drawn([replace(run, summary=summary)], "tradeoff_params"))
+
+
+def heights(container):
+    return [bar.get_height() for bar in container]
+
+
+def test_totals_leave_a_gap_for_what_is_not_there(run, make_run):
+    other = load_run(make_run("part", stop="finetune"))
+    upper, lower = totals_figure([run, other]).axes
+    assert [len(c) for c in upper.containers] == [2, 2, 1]
+    assert heights(lower.containers[0]) == [r.summary["dense"]["macs"] for r in (run, other)]
+
+
+@pytest.mark.parametrize("count", [2, 9, 10, 90])
+def test_totals_of_many_runs_can_be_read(run, count):
+    assert_readable(totals_figure(spread(run, count)))

@@ -1,0 +1,162 @@
+"""Figures of training: every line is the numbers of the run, and gates are counted as the threshold says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from figure_checks import assert_labelled, assert_readable
+from matplotlib.colors import to_rgba
+
+from prunekit.reporting.figures.sources import gates, stages_of
+from prunekit.reporting.figures.training import (
+    ALIVE,
+    DEAD,
+    DRAWN,
+    alive_figure,
+    gates_figure,
+    gates_map,
+    training_drawings,
+    training_figure,
+)
+
+LIMIT = 0.02
+
+
+def with_gates(run, values, norms):
+    columns = pd.MultiIndex.from_tuples([(norm, i) for i, norm in enumerate(norms)], names=["norm", "channel"])
+    table = pd.DataFrame(np.asarray(values, np.float32), index=pd.RangeIndex(1, len(values) + 1), columns=columns)
+    return replace(run, gates=table)
+
+
+def random_gates(run, epochs, channels, stages, seed=0):
+    random = np.random.default_rng(seed)
+    values = np.exp(random.normal(np.log(LIMIT), 2, (epochs, channels * stages)))
+    return with_gates(run, values, [f"stage{i // channels}.norm" for i in range(channels * stages)])
+
+
+def lines(axes):
+    return {line.get_label(): line.get_ydata() for line in axes.lines}
+
+
+def test_each_panel_holds_the_numbers_of_its_stage(run):
+    figure = training_figure(run)
+    panels = np.array(figure.axes).reshape(4, 2)
+    assert [axes.get_title() for axes in panels[0]] == ["sparse training", "fine-tuning"]
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == [
+        "loss", "penalty (with λ)", "λ (weight)", "metrics (validation)",
+    ]  # fmt: skip
+    for place, stage in enumerate(("train", "finetune")):
+        table = run.metrics[run.metrics["stage"] == stage]
+        assert lines(panels[0, place])["loss"].tolist() == table["loss"].tolist()
+        assert lines(panels[2, place])["λ"].tolist() == table["lambda"].tolist()
+        assert lines(panels[3, place])["mean absolute error"].tolist() == table["metrics.mae"].tolist()
+    assert {axes.get_xlabel() for axes in panels[-1]} == {"epoch"}
+
+
+def test_the_size_stands_against_the_budget(run):
+    steered = run.metrics["stage"] == "train"
+    table = run.metrics.assign(
+        **{"size.params": np.where(steered, 9e5, np.nan), "budget.params": np.where(steered, 5e5, np.nan)}
+    )
+    figure = training_figure(replace(run, metrics=table))
+    axes = figure.axes[-2]
+    assert axes.get_ylabel() == "parameters"
+    assert set(lines(axes)["budget"]) == {5e5} and set(lines(axes)["if cut now"]) == {9e5}
+    assert_readable(figure)
+
+
+def test_where_nothing_decays_it_is_said(run):
+    table = run.metrics.assign(penalty=np.where(run.metrics["stage"] == "train", run.metrics["penalty"] * 1e5, 0.0))
+    panels = np.array(training_figure(replace(run, metrics=table)).axes).reshape(4, 2)
+    assert [text.get_text() for text in panels[1, 1].texts] == ["no decay"]
+    assert not panels[1, 0].texts
+
+
+@pytest.mark.parametrize("columns", [["stage"], ["epoch", "loss"], []])
+def test_metrics_without_what_is_needed_give_no_figure(run, columns):
+    drawings = training_drawings(replace(run, metrics=run.metrics[columns]))
+    assert "training" not in [drawing.name for drawing in drawings]
+
+
+def test_losses_that_are_not_there_leave_a_gap(run):
+    table = run.metrics.assign(loss=[None, *run.metrics["loss"][1:]])
+    assert np.isnan(lines(training_figure(replace(run, metrics=table)).axes[0])["loss"][0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_alive_is_the_share_above_the_threshold(run, seed):
+    table = random_gates(run, 7, 20, 3, seed)
+    axes = alive_figure(table, gates(table)).axes[0]
+    for stage in range(3):
+        values = table.gates[f"stage{stage}.norm"].to_numpy()
+        assert np.allclose(lines(axes)[f"stage{stage} (20 gates)"], [100 * np.mean(row > LIMIT) for row in values])
+    train = run.metrics[run.metrics["stage"] == "train"]
+    assert np.allclose(lines(axes)["all channels"], 100 * train["alive"] / train["of"])
+    assert axes.get_ylabel() == "alive (%)" and str(LIMIT) in axes.get_title()
+
+
+@pytest.mark.parametrize("channels", [5, 300])
+def test_gates_are_drawn_by_stage_and_coloured_by_their_end(run, channels):
+    table = random_gates(run, 6, channels, 2)
+    figure = gates_figure(table, gates(table))
+    for stage, axes in enumerate(figure.axes):
+        values = table.gates[f"stage{stage}.norm"].to_numpy()
+        (collection,) = axes.collections
+        segments = collection.get_segments()
+        assert len(segments) == min(channels, DRAWN)
+        colours = {True: to_rgba(ALIVE), False: to_rgba(DEAD)}
+        for segment, colour in zip(segments, collection.get_colors(), strict=True):
+            assert tuple(colour) == colours[bool(segment[-1, 1] > LIMIT)]
+            assert segment[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
+        share = np.mean([segment[-1, 1] > LIMIT for segment in segments])
+        assert abs(share - (values[-1] > LIMIT).mean()) < 1.5 / len(segments)
+        median = axes.lines[0].get_ydata()
+        assert np.allclose(median, np.median(values, axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1), (40, 50, 3), (900, 400, 4)])
+def test_the_map_holds_every_gate_or_means_of_neighbours(run, shape):
+    table = random_gates(run, *shape)
+    figure = gates_map(table, gates(table))
+    pixels = figure.axes[0].images[0].get_array()
+    epochs, count = shape[0], shape[1] * shape[2]
+    assert pixels.shape == (min(count, 700), min(epochs, 400))
+    values = np.log10(np.clip(table.gates.to_numpy(), LIMIT / 1e3, None))
+    if (count, epochs) == pixels.shape:
+        assert np.allclose(np.sort(pixels[:, -1]), np.sort(values[-1]), atol=1e-5)
+    assert f"{count:,} gates" in figure.axes[0].get_title()
+    assert_readable(figure)
+    assert_labelled(figure)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 0.5, LIMIT])
+def test_gates_that_are_all_alike_can_be_drawn(run, value):
+    table = with_gates(run, np.full((3, 4), value), ["a"] * 4)
+    for draw in (gates_figure, gates_map, alive_figure):
+        assert_readable(draw(table, gates(table)))
+
+
+def test_without_a_threshold_all_gates_are_alike(run):
+    table = replace(random_gates(run, 5, 9, 2), recipe={})
+    for draw in (gates_figure, gates_map, alive_figure):
+        assert_readable(draw(table, gates(table)))
+
+
+def test_stages_are_what_names_begin_with():
+    names = ["net.stem.bn", "net.stage1.0.bn", "net.stage1.1.bn", "net.head"]
+    assert stages_of(names) == {"stem": names[:1], "stage1": names[1:3], "head": names[3:]}
+    assert stages_of(["bn"]) == {"bn": ["bn"]}
+    many = [f"features.{i}.bn" for i in range(30)]
+    merged = stages_of(many, most=8)
+    assert len(merged) == 8 and [name for held in merged.values() for name in held] == many
+    assert next(iter(merged)) == "0 … 3"
+
+
+def test_stages_of_any_number_can_be_told_apart(run):
+    for stages in (1, 7, 8, 30):
+        table = random_gates(run, 4, 3, stages)
+        for draw in (gates_figure, gates_map, alive_figure):
+            assert_readable(draw(table, gates(table)))

@@ -1,0 +1,281 @@
+"""Run folders with files that are cut short, mixed up, of another version or wrong: all is said, nothing breaks."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+
+import pytest
+from fake_run import write_run
+from rich.console import Console
+
+from prunekit.cli import main
+from prunekit.errors import RunFolderError
+from prunekit.reporting import load_run, report
+from prunekit.reporting.load import PARTS
+from prunekit.rundir import RunDir
+
+FILES = [
+    "state.json", "recipe.yaml", "summary.json", "environment.json", "metrics.jsonl", "gates.npz", "plan.json",
+    "layers.json", "curves.json", "gallery/index.json", "gallery/0001-slim.png", "bench.json", "eval.json",
+]  # fmt: skip
+READ = [name for name in FILES if not name.endswith(".png")]
+JSON = [name for name in READ if name.endswith(".json")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "csnet", units=("block",), epochs=3, measured_too=True)
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(model, tmp_path / "csnet")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing is what takes the time; that what is damaged can be drawn is seen below."""
+    monkeypatch.setitem(report.__globals__, "figures", lambda runs: iter(()))
+
+
+def told(path, **options):
+    """What a report of this folder says."""
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    report([path], path.parent / "out", console, **options)
+    return console.file.getvalue()
+
+
+def the_same(found, path, model):
+    """What is shown of the run is what the whole one has, or is missing."""
+    whole = load_run(model)
+    for part in PARTS:
+        for key, value in found.summary.get(part, {}).items():
+            if key == "metrics":
+                assert value.items() <= whole.summary[part]["metrics"].items()
+            else:
+                assert value == whole.summary[part][key]
+    for name in ("layers", "counters", "gates", "metrics", "bench", "evals"):
+        mine, theirs = getattr(found, name), getattr(whole, name)
+        assert not len(mine) or mine.equals(theirs) or (name == "metrics" and mine.equals(theirs.iloc[: len(mine)]))
+    assert found.plan in (None, whole.plan) and found.recipe in ({}, whole.recipe)
+
+
+def without_checksums(path):
+    """So that the content itself has to be recognised."""
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "checksums": {}}))
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_file_cut_anywhere(run, model, name, checksums, no_figures):
+    draw = random.Random(name)
+    data = (run / name).read_bytes()
+    if not checksums and name != "state.json":
+        without_checksums(run)
+    for place in {0, 1, len(data) - 2, *(draw.randrange(len(data)) for _ in range(12))}:
+        (run / name).write_bytes(data[:place])
+        found = load_run(run)
+        # Without its checksum a recipe that is cut short is a recipe, and metrics up to a line's end are metrics.
+        if name != "recipe.yaml" or checksums:
+            the_same(found, run, model)
+            whole = name == "metrics.jsonl" and place > len(data) - 3
+            assert any(line.startswith(name) for line in found.missing) or whole, (name, place)
+        assert all("\n" not in line for line in found.missing)
+    assert name in told(run) or name == "recipe.yaml"
+
+
+@pytest.mark.parametrize("name", READ)
+def test_bytes_that_are_changed_anywhere(run, model, name):
+    draw = random.Random(name)
+    data = (run / name).read_bytes()
+    (run / "state.json").unlink()
+    for _ in range(15):
+        broken = bytearray(data)
+        for _ in range(draw.choice((1, 1, 20))):
+            broken[draw.randrange(len(data))] = draw.randrange(256)
+        (run / name).write_bytes(broken)
+        found = load_run(run)
+        assert repr(found) and found._repr_html_()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_gone(run, model, name, no_figures):
+    (run / name).unlink()
+    found = load_run(run)
+    the_same(found, run, model)
+    if name in ("bench.json", "eval.json"):
+        assert found.missing == []
+    elif name.endswith(".png"):
+        assert "slim" not in found.gallery[1].files and "slim" in found.gallery[0].files
+    else:
+        assert any(line.startswith(name) for line in found.missing)
+        assert name in told(run)
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_a_file_in_the_place_of_another(run, model, name, no_figures):
+    state = {**json.loads((run / "state.json").read_text()), "checksums": {}}
+    (run / "state.json").write_text(json.dumps(state))
+    mine = (run / name).read_text()
+    others = [(run / other).read_text() for other in JSON if other != name]
+    for content in (*others, "[]", "{}", "null", "3", '"text"', '[{"a": 1}]', "[" * 100_000, '{"format": 1}'):
+        (run / name).write_text(content)
+        found = load_run(run)
+        if name != "environment.json":
+            the_same(found, run, model)
+        # environment.json may hold anything; an empty gallery, plan's notes or curves are none.
+        harmless = name == "environment.json" or content in ("[]", "{}", '{"format": 1}')
+        assert any(line.startswith(name) for line in found.missing) or harmless, content[:80]
+        (run / name).write_text(mine)
+
+
+VALUES = [None, True, -1, 1.5, 1e300, "x", [], {}, [1], {"a": 1}, "\u2028<b>", 10**400, float("nan"), float("inf")]
+
+
+def places(value, path=()):
+    """The paths of everything in a document."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def with_value(document, path, value):
+    if not path:
+        return value
+    copied = document.copy()
+    copied[path[0]] = with_value(document[path[0]], path[1:], value)
+    return copied
+
+
+@pytest.mark.parametrize("name", [*JSON, "metrics.jsonl"])
+def test_values_of_a_wrong_type_inside(run, name, no_figures):
+    draw = random.Random(name)
+    text = (run / name).read_text()
+    if name != "state.json":
+        without_checksums(run)
+    document = [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+    inner = [path for path in places(document) if path]
+    for _ in range(40):
+        path = draw.choice(inner)
+        broken = with_value(document, path, draw.choice(VALUES))
+        lines = [json.dumps(line) for line in broken] if name.endswith("l") else [json.dumps(broken)]
+        (run / name).write_text("\n".join([*lines, ""]))
+        try:
+            found = load_run(run)
+        except RunFolderError:
+            assert path == ("format",), "only a newer format is refused"
+            continue
+        assert repr(found) and found._repr_html_() and all("\n" not in line for line in found.missing)
+    (run / name).write_text("\n".join([*lines, ""]) if path != ("format",) else text)
+    told(run)
+
+
+@pytest.mark.parametrize("key", ["params", "macs", "paper_flops"])
+@pytest.mark.parametrize("value", [-1, 1.5, "x", True, [], float("nan"), float("inf"), 10**400])
+def test_wrong_sizes_are_named_and_not_shown(run, key, value, no_figures):
+    without_checksums(run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["dense"][key] = value
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = load_run(run)
+    assert key not in found.summary.get("dense", {})
+    assert any(line.startswith("summary.json: ") for line in found.missing)
+    if value != 10**400:
+        assert any(f"dense.{key}" in line for line in found.missing)
+
+
+@pytest.mark.parametrize("figures", [True, False])
+def test_all_that_is_wrong_at_once_is_drawn_and_said(run, figures, monkeypatch):
+    if not figures:
+        monkeypatch.setitem(report.__globals__, "figures", lambda runs: iter(()))
+    for place, name in enumerate(READ):
+        data = (run / name).read_bytes()
+        (run / name).write_bytes(data[: len(data) * (place % 3) // 3] + b"\x00\xff")
+    text = told(run)
+    for name in READ:
+        assert name in text
+    assert "no model has been measured" in text
+
+
+@pytest.mark.parametrize("name", ["plan.json", "layers.json", "bench.json", "eval.json", "curves.json"])
+def test_a_newer_file_is_said_and_the_rest_is_read(run, model, name, no_figures):
+    (run / "state.json").unlink()
+    held = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps({**held, "format": 2}))
+    found = load_run(run)
+    the_same(found, run, model)
+    assert [line for line in found.missing if line.startswith(name) and "format 2" in line and "upgrade" in line]
+    assert "format 2" in told(run)
+
+
+@pytest.mark.parametrize("name", ["state.json", "summary.json"])
+def test_a_newer_run_is_one_line(run, name, capsys):
+    held = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps({**held, "format": 2}))
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(run)])
+    out = capsys.readouterr()
+    assert stop.value.code == 2 and out.err.count("\n") == 1 and "format 2" in out.err and not out.out
+    assert not (run / "report").exists()
+
+
+def test_no_run_folder_is_one_line_and_writes_nothing(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit) as stop:
+            main(["report", str(path), "--out", str(tmp_path / "out")])
+        out = capsys.readouterr()
+        assert stop.value.code == 2 and out.err.count("\n") == 1 and "no run folder" in out.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_two_runs_in_one_folder_are_at_odds(run, tmp_path):
+    other = write_run(tmp_path / "other", seed=1, units=("block",), epochs=5)
+    (run / "state.json").unlink()
+    shutil.copy(other / "layers.json", run)
+    shutil.copy(other / "gates.npz", run)
+    missing = load_run(run).missing
+    assert any(line.startswith("layers.json: its slim model has") for line in missing)
+    (run / "state.json").write_bytes((other / "state.json").read_bytes())
+    assert any(line.startswith("gates.npz: 5 epochs, metrics.jsonl has 3") for line in load_run(run).missing)
+
+
+def test_epochs_that_are_not_there_are_counted(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    missing = load_run(run).missing
+    assert "metrics.jsonl: 2 of 3 epochs of train" in missing and "metrics.jsonl: 0 of 1 epochs of finetune" in missing
+    (run / "metrics.jsonl").write_text("".join([lines[0], "{\n", *lines[2:]]))
+    found = load_run(run)
+    assert found.metrics["epoch"].tolist() == [1, 3, 1]
+    assert any("line 2 is damaged" in line for line in found.missing)
+    assert any("epochs of train are not 1, 2, 3" in line for line in found.missing)
+
+
+def test_a_damaged_picture_costs_the_gallery_at_most(run):
+    picture = run / "gallery" / "0001-slim.png"
+    picture.write_bytes(picture.read_bytes()[:-1])
+    picture.with_name("0000-dense.png").write_bytes(b"no picture")
+    text = told(run)
+    assert "channels" in text and "index.html" in text
+    for name in (picture.name, "0000-dense.png"):
+        assert f"{name} is damaged" in text
+    assert [list(example.files) for example in load_run(run).gallery] == [
+        ["image", "truth", "slim", "finetuned"],
+        ["image", "truth", "dense", "finetuned"],
+        ["image", "truth", "dense", "slim", "finetuned"],
+    ]
+
+
+def test_a_folder_that_is_copied_while_it_is_written_can_be_read(run):
+    with RunDir.open(run, write=True) as held:
+        held.update_summary("drift", {"max_abs_diff": 2.0})
+        held.close()
+    (run / "lock").write_text("{")
+    (run / ".tmp-1").write_bytes(b"half")
+    assert load_run(run).missing == []

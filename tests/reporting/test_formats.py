@@ -1,0 +1,132 @@
+"""Tables as files: the same numbers in every format, and nothing that breaks one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunekit.errors import CheckpointError
+from prunekit.reporting import load_run, summary_table
+from prunekit.reporting.formats import PAGE_ROWS, latex, write_csv, write_json, write_latex, write_markdown, write_table
+from prunekit.reporting.tables import tables
+
+
+def test_csv_and_json_are_raw_and_the_others_are_for_people(make_run, tmp_path):
+    table = summary_table([load_run(make_run())])
+    table.loc[0, "run"] = "a|b_c"
+    table.loc[0, "params"] = 210_985
+    paths = {path.suffix: path for path in write_table(table, tmp_path / "t")}
+    back = pd.read_csv(paths[".csv"])
+    assert back["params"][0] == 210_985 and back["mae"].tolist() == table["mae"].tolist()
+    rows = json.loads(paths[".json"].read_text())
+    assert [row["params"] for row in rows] == table["params"].tolist() and type(rows[0]["params"]) is int
+    assert [row["mae"] for row in rows] == table["mae"].tolist()
+    assert rows[1]["paper FLOPs (224×224)"] is None and list(rows[0]) == table.columns.tolist()
+    text = paths[".md"].read_text()
+    assert " 210,985 |" in text and "a\\|b\\_c" in text and " – |" in text and "nan" not in text.lower()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()}) == 1
+    text = paths[".tex"].read_text()
+    assert "& 210,985 &" in text and r"a\textbar{}b\_c" in text and r"& \textendash{} &" in text
+    assert "nan" not in text.lower() and "MACs" in text and r"(64$\times$64)" in text
+
+
+def test_every_table_of_a_run_is_whole_in_every_format(make_run, tmp_path):
+    for one in tables([load_run(make_run(baseline=True, measured_too=True))], published=True):
+        for path in write_table(one.table, tmp_path / one.name, one.narrow):
+            check(path, one.table if path.suffix != ".tex" or one.narrow is None else one.table[one.narrow])
+
+
+def check(path, table):
+    text = path.read_text()
+    if path.suffix == ".json":
+        assert len(json.loads(text)) == len(table)
+    elif path.suffix == ".csv":
+        assert {len(row) for row in csv.reader(io.StringIO(text))} == {len(table.columns)}
+    elif path.suffix == ".md":
+        lines = text.splitlines()
+        assert len(lines) == len(table) + 2
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}
+    else:
+        rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+        heads = len(rows) - len(table)
+        assert heads in (1, 2)
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table.columns) - 1}
+        kind = "longtable" if len(table) > PAGE_ROWS else "tabular"
+        assert text.count(f"\\begin{{{kind}}}") == text.count(f"\\end{{{kind}}}") == 1
+        for rule in ("toprule", "midrule", "bottomrule"):
+            assert text.count(f"\\{rule}") == 1
+        depth = 0
+        for sign in re.findall(r"(?<!\\)(?:\\\\)*([{}])", text):
+            depth += 1 if sign == "{" else -1
+            assert depth >= 0
+        assert depth == 0
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(names, names, st.one_of(st.none(), st.floats(-1e9, 1e9)))
+@settings(deadline=None)
+def test_no_name_breaks_a_format(tmp_path_factory, head, name, number):
+    table = pd.DataFrame({f"x{head}": pd.array([number, 1.0], "Float64"), "run": [name, "b"], "model": ["a", "\ud800"]})
+    folder = tmp_path_factory.mktemp("formats")
+    for path in write_table(table, folder / "t"):
+        if path.suffix == ".csv":
+            rows = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline="")))
+            assert rows[1][1] == re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", name) and len(rows) == 3
+        elif path.suffix == ".json":
+            assert json.loads(path.read_text())[0]["run"] == name
+        elif path.suffix == ".md":
+            lines = path.read_text().split("\n")
+            assert len(lines) == 5 and all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 4 for line in lines[:-1])
+        else:
+            check(path, table)
+
+
+@pytest.mark.parametrize(
+    "text, escaped",
+    [
+        ("a_b & 50% of #1 for $2", r"a\_b \& 50\% of \#1 for \$2"),
+        ("\\input{x}", r"\textbackslash{}input\{x\}"),
+        ("~^", r"\textasciitilde{}\textasciicircum{}"),
+        ("CSNet ×1 ÷ –", r"CSNet $\times$1 $\div$ \textendash{}"),
+        ("a--b\n[c]", "a-{}-b [c]"),
+        ("[c]", "{}[c]"),
+    ],
+)
+def test_latex_prints_what_is_meant(text, escaped):
+    assert latex(text) == escaped
+
+
+def test_negative_numbers_have_a_minus_in_latex_and_texts_keep_their_hyphen(tmp_path):
+    table = pd.DataFrame({"name": ["-a"], "value": [-0.5]})
+    assert "-a & $-$0.5000" in write_latex(table, tmp_path / "t.tex").read_text()
+
+
+def test_long_tables_break_over_pages(make_run, tmp_path):
+    run = load_run(make_run())
+    one = next(one for one in tables([run]) if one.name == "layers")
+    text = write_latex(one.table, tmp_path / "t.tex").read_text()
+    assert len(one.table) > PAGE_ROWS and r"\begin{longtable}" in text and r"\endhead" in text
+    assert "longtable" in text.splitlines()[0] and "booktabs" in text.splitlines()[0]
+
+
+def test_an_empty_table_can_be_written(make_run, tmp_path):
+    table = summary_table([load_run(make_run(stop="train"))])
+    assert write_csv(table, tmp_path / "t.csv").read_text().startswith("run,model,params")
+    assert "params" in write_markdown(table, tmp_path / "t.md").read_text()
+    assert json.loads(write_json(table, tmp_path / "t.json").read_text()) == []
+    assert r"\bottomrule" in write_latex(table, tmp_path / "t.tex").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError):
+        write_csv(pd.DataFrame(), tmp_path / "file" / "t.csv")

@@ -1,0 +1,95 @@
+"""What a terminal of 80 columns shows."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from prunekit.reporting import counters_table, load_run
+from prunekit.reporting.tables import bench_table, evals_table
+from prunekit.reporting.terminal import layers_listing, listing, terminal_table
+
+
+def printed(make, width=80):
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(make(console))
+    text = console.file.getvalue()
+    assert all(len(line) <= width for line in text.splitlines())
+    return text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_summary_fits_and_says_what_it_leaves_out(make_run, width, several):
+    runs = [load_run(make_run(baseline=True, measured_too=True))]
+    for part in ("baseline", "dense", "slim", "finetuned"):
+        runs[0].summary[part]["params"] = 999_499
+        runs[0].summary[part]["metrics"]["top1"] = 0.5
+    if several:
+        runs.append(replace(runs[0], name="a_run_with_a_name_that_is_long", size=(32, 32)))
+    text = printed(lambda console: terminal_table(runs, console), width)
+    assert len(re.findall(r"(?<!÷)dense +999,499 ", text)) == len(runs)
+    assert "64×64" in text and "999,499" in text and "…" not in text.replace("a_run_with_a_…", "")
+    for column in ("max_f", "mae", "top1", "max_e", "seconds", "latency"):
+        assert column in text
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_published_models_stand_in_a_section_of_their_own(make_run, several):
+    runs = [load_run(make_run(name)) for name in ("a", "b")][: 1 + several]
+    text = printed(lambda console: terminal_table(runs, console, published=True))
+    assert text.index("finetuned") < text.index("published,") < text.index("ECSSD") < text.index("CSNet-L ×2")
+    # The columns of sizes that the published models share with the runs stay to the last.
+    assert "718 M" in text and "0.916" in text
+
+
+def test_columns_and_order_are_as_asked_for(make_run):
+    runs = [load_run(make_run(name, seed=i)) for i, name in enumerate("ab")]
+    text = printed(lambda console: terminal_table(runs, console, columns="model,mae,run", sort="mae,run"))
+    head, _, *rows = (line.split() for line in text.splitlines() if line.strip())
+    assert head == ["model", "mae", "run"]
+    assert rows[:6] == [
+        ["dense", "0.060", "a"], ["dense", "0.060", "b"], ["finetuned", "0.060", "a"], ["finetuned", "0.060", "b"],
+        ["slim", "0.063", "a"], ["slim", "0.063", "b"],
+    ]  # fmt: skip
+
+
+def test_published_models_are_sorted_in_and_say_whose_they_are(make_run):
+    runs = [load_run(make_run())]
+    text = printed(lambda console: terminal_table(runs, console, published=True, sort="-max_f"))
+    lines = [line for line in text.splitlines() if re.search(r"0\.\d", line)]
+    assert "published, ECSSD" in lines[0] and "CSNet-L ×2" in lines[0] and lines[2].startswith("csnet")
+
+
+def test_small_figures_are_not_shown_as_nothing(make_run):
+    run = load_run(make_run(stop="extract"))
+    run.summary["dense"]["metrics"] = {"error": 0.00001}
+    assert "1.0e-05" in printed(lambda console: terminal_table([run], console))
+
+
+def test_other_tables_fit_too(make_run):
+    run = load_run(make_run(measured_too=True))
+    for table in (evals_table([run]), bench_table([run]), counters_table(run)):
+        text = printed(lambda console, table=table: listing(table, console, False))
+        assert len(text.splitlines()) >= len(table) + 2
+
+
+def test_layers_have_a_line_each_with_their_branches(make_run):
+    run = load_run(make_run(units=("block",)))
+    text = printed(lambda console: layers_listing(run))
+    for layer, rows in run.layers.groupby("layer"):
+        line = next(line for line in text.splitlines() if line.startswith(f"{layer} "))
+        before, after = ("+".join(map(str, rows[f"channels_{when}"])) for when in ("before", "after"))
+        assert f"{before} → {after}" in line
+    assert "64×64" in text
+
+
+def test_control_characters_do_not_reach_the_terminal(make_run):
+    run = replace(load_run(make_run()), name="a\x1b[31mb\nc")
+    run.layers["layer"] = "x\x1b]0;y"
+    for make in (lambda console: terminal_table([run, run], console), lambda console: layers_listing(run)):
+        assert "\x1b" not in printed(make)
