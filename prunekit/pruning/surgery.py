@@ -26,7 +26,7 @@ class Cutter:
     Args:
         model: the dense model.
         groups: of that model.
-        scores: for each group those of its channels: of those that must be given back, the best are. Without, the first.
+        scores: for each group those of its channels: those given back are the best. Without, the first.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], scores: Mapping[str, np.ndarray] | None = None):

@@ -112,6 +112,9 @@ def _write(element: ElementTree.Element, out: list[str], prefix: str, in_text: b
     out.append(f"<{tag}")
     for key, value in element.attrib.items():
         name = _local(key)
+        if name == "fill" and "style" not in element.attrib:
+            # As hatches have it; a theme's colours stand in styles alone.
+            name, value = "style", f"{name}: {value}"
         if name not in _ATTRIBUTES:
             continue
         if name == "id":

@@ -139,8 +139,8 @@ def test_the_groups_of_a_convolution_stay_of_one_size(seed, share, ties, step):
         # One of each block, of a convolution that would have one input and one output left in each.
         assert not back or (len(back) == 4 and group.channels - len(choice.dead[group.id]) == 4)
     assert choice.cut <= choice.asked
-    # But for the last one of each block, and one that comes back where no more than one would be left on either side of a
-    # convolution with groups, what was asked for is cut.
+    # But for the last one of each block, and one that comes back where no more than one would be left on either side of
+    # a convolution with groups, what was asked for is cut.
     grouped = sum(getattr(module, "groups", 1) > 1 for module in model.modules())
     assert step > 1 or choice.cut > min(choice.asked, chooser.most) - 4 * (1 + grouped)
     for group in free(groups):

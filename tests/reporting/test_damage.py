@@ -250,11 +250,12 @@ def test_epochs_that_are_not_there_are_counted(run):
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     missing = load_run(run).missing
     assert "metrics.jsonl: 2 of 3 epochs of train" in missing and "metrics.jsonl: 0 of 1 epochs of finetune" in missing
-    (run / "metrics.jsonl").write_text("".join([lines[0], "{\n", *lines[2:]]))
-    found = load_run(run)
-    assert found.metrics["epoch"].tolist() == [1, 3, 1]
-    assert any("line 2 is damaged" in line for line in found.missing)
-    assert any("epochs of train are not 1, 2, 3" in line for line in found.missing)
+    for damaged in ("{", '{"stage": "train", "loss": 0.1}', '{"epoch": 2, "loss": 0.1}', "[1]", ""):
+        (run / "metrics.jsonl").write_text("".join([lines[0], f"{damaged}\n", *lines[2:]]))
+        found = load_run(run)
+        assert found.metrics["epoch"].tolist() == [1, 3, 1]
+        assert any("line 2 is damaged" in line for line in found.missing)
+        assert any("epochs of train are not 1, 2, 3" in line for line in found.missing)
 
 
 def test_a_damaged_picture_costs_the_gallery_at_most(run):

@@ -215,3 +215,20 @@ def test_an_incomplete_run_can_be_shown(make_run, stop):
     run = load_run(make_run(stop=stop))
     assert "interrupted" in repr(run) and "missing: layers.json" in repr(run)
     Outline(run._repr_html_())
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)},
+        {"a": np.ones(3, np.float32)},
+        {"a": np.ones((2, 3), np.int64)},
+        {"a": np.full((2, 3), np.nan, np.float32)},
+    ],
+)
+def test_gates_that_are_none_are_left_out(make_run, arrays):
+    path = make_run(units=("block",))
+    with RunDir.open(path, write=True) as run:
+        run.write_arrays("gates.npz", arrays)
+    found = load_run(path)
+    assert found.gates.shape == (0, 0) and [line[:11] for line in found.missing] == ["gates.npz: "]

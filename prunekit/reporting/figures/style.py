@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,5 +224,5 @@ def shorten_dotted(name: str, length: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Without this a dollar in a name starts a formula."""
-    return text.replace("$", r"\$")
+    """Without this a dollar in a name starts a formula, and what is no character stops the drawing."""
+    return re.sub("[\ud800-\udfff\x00-\x1f]", "\ufffd", text).replace("$", r"\$")
