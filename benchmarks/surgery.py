@@ -110,7 +110,7 @@ def cut(model: nn.Module, groups: Sequence[Group], case: Case) -> nn.Module:
 
 def small(example: Tensor) -> Tensor:
     """The example at 64×64, on which constants are measured: without depthwise convolutions a dead channel says the
-    same everywhere, whatever the size. (``slim``, which has to do with any network, measures on all that it proves on.)"""
+    same everywhere, whatever the size. (``slim``, which meets any network, measures on all that it proves on.)"""
     size = [min(side, 64) for side in example.shape[2:]]
     return torch.nn.functional.interpolate(example, size=size, mode="bilinear")
 
