@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,9 @@ def settle(figure: Figure) -> None:
 @contextmanager
 def styled() -> Iterator[None]:
     """Our own style alone, whatever the user's matplotlibrc says."""
-    with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        # A letter that the font has not is drawn as a box, which says enough.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 

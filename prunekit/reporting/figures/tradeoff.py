@@ -194,8 +194,12 @@ def _front(axes: Axes, costs: Sequence[float], qualities: Sequence[float]) -> li
 
 
 def _cost_axis(axes: Axes, costs: Sequence[float], cost: str, note: str) -> None:
-    titles = {"params": "parameters", "macs": f"MACs {note}", "latency": f"latency, median of one batch (ms)\n{note}"}
-    axes.set_xlabel(plain(titles[cost]))
+    titles = {
+        "params": "parameters",
+        "macs": f"MACs {note}",
+        "latency": f"latency, median of one batch (ms)\n{plain(note)}",
+    }
+    axes.set_xlabel(titles[cost])
     low, high = min(costs), max(costs)
     if high > 8 * low:
         axes.set_xscale("log")
@@ -284,8 +288,8 @@ def _run_axis(axes: Axes, runs: Sequence[Run]) -> None:
     axes.set_xlabel("run (size of the image that its MACs are counted on)")
     if len(runs) <= 9:
         # Folded, not turned: turned names of two lines take more room than the bars.
-        names = ["\n".join([*wrap(shorten(run.name, 48), 14), size_text(run.size)]) for run in runs]
-        axes.set_xticks(range(len(runs)), [plain(name) for name in names])
+        names = ["\n".join([*wrap(plain(shorten(run.name, 48)), 14), size_text(run.size)]) for run in runs]
+        axes.set_xticks(range(len(runs)), names)
         return
     every = -(-len(runs) // 60)
     names = [plain(f"{shorten(run.name, 28)} {size_text(run.size)}") for run in runs]

@@ -73,6 +73,14 @@ def test_names_with_dollars_and_underscores_are_shown_as_they_are(run):
         encode_figure(drawing.figure, "svg")
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_of_letters_that_no_font_has_are_no_trouble(run):
+    odd = replace(run, name="\x07\x1b[0m模型", layers=run.layers.assign(layer=lambda t: "層\n" + t["layer"]))
+    for drawing in (drawing for drawing in figures([odd, odd]) if drawing.name.endswith(("totals", "-channels"))):
+        svg = encode_figure(drawing.figure, "svg").decode()
+        assert all(character.isprintable() or character.isspace() for character in svg)
+
+
 def test_the_bytes_are_the_same_each_time_and_the_edges_white(run, tmp_path):
     for one, other in zip(figures([run]), figures([run]), strict=True):
         # In the other order: the layout is not that of the first file. A matplotlibrc of one's own changes nothing.

@@ -44,14 +44,16 @@ def sheet(figure):
 
 
 def test_each_picture_stands_in_its_place(run, tmp_path):
-    examples = [example(tmp_path, index) for index in range(3)]
+    examples = [example(tmp_path, index, (20, 20)) for index in range(3)]
     figure = maps_figure(run, examples)
     pixels = sheet(figure)
     high, wide = pixels.shape[0] // 3, pixels.shape[1] // len(KINDS)
     for row in range(3):
         for column in range(len(KINDS)):
             cell = pixels[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
-            assert (cell[TILE // 2, wide // 2] == 20 * column + 5 * row).all()
+            left = (wide - TILE) // 2
+            assert (cell[:TILE, left : left + TILE] == 20 * column + 5 * row).all()
+            assert (cell[TILE:] == 255).all() and (cell[:, :left] == 255).all()
     assert_readable(figure)
     said = [text for text, _ in boxes(figure)]
     assert {"image", "truth", "dense", "slim", "fine-tuned"} <= set(said)
