@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
@@ -48,6 +48,9 @@ class Family:
         return (self.find.__doc__ or "").strip().partition("\n")[0]
 
 
+_tables: list[Registry] = []
+
+
 class Registry:
     """A table of builders of one kind.
 
@@ -61,6 +64,7 @@ class Registry:
         self.supplied = supplied
         self._entries: dict[str, Entry] = {}
         self._families: dict[str, Family] = {}
+        _tables.append(self)
 
     def register(self, name: str) -> Callable[[Callable], Callable]:
         """Decorator: make ``name`` stand for the decorated builder.
@@ -87,6 +91,12 @@ class Registry:
             return build
 
         return keep
+
+    def claim(self, module: str, origin: str, version: str | None) -> None:
+        """Say whose the builders of a module are that was imported before the entry points were loaded."""
+        for name, held in self._entries.items():
+            if held.origin == held.build.__module__ == module:
+                self._entries[name] = replace(held, origin=origin, version=version)
 
     def register_family(self, prefix: str) -> Callable[[Callable[[str], Entry]], Callable[[str], Entry]]:
         """Decorator: have the decorated function find what is named ``prefix``/… ."""
@@ -176,6 +186,8 @@ class _Plugins:
             self.version = point.dist.version if point.dist else None
             try:
                 point.load()
+                for table in _tables:
+                    table.claim(point.value.partition(":")[0], self.loading, self.version)
             except (Exception, SystemExit) as error:  # A module that ends the program ends no more than itself.
                 failure = PluginError(
                     f"plugin {point.name!r} of {self.loading} failed to load ({reason_of(error)}); "

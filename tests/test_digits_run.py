@@ -223,7 +223,7 @@ def test_the_report_fits_and_stands_beside_another_task(run, tmp_path):
     console = Console(width=80, file=io.StringIO(), color_system=None)
     report([run], None, console)
     text = console.file.getvalue()
-    assert max(map(len, text.split("written:")[0].splitlines())) <= 80
+    assert max(map(len, text.split("written to")[0].splitlines())) <= 80
     row = next(line for line in text.splitlines() if line.startswith("finetuned"))
     assert f"{read(run, 'summary.json')['finetuned']['metrics']['top1']:.3f}" in row
     assert "top1" in text and "max_f" not in text
@@ -231,7 +231,7 @@ def test_the_report_fits_and_stands_beside_another_task(run, tmp_path):
     console = Console(width=80, file=io.StringIO(), color_system=None)
     report(both, tmp_path / "out", console)
     text = console.file.getvalue()
-    assert max(map(len, text.split("written:")[0].splitlines())) <= 80
+    assert max(map(len, text.split("written to")[0].splitlines())) <= 80
     assert re.search(r"max_f +.*top1|top1 +.*max_f", text)
     table = summary_table([load_run(path) for path in both])
     assert table["top1"].isna().tolist() == [False] * 3 + [True] * 3

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+import prunekit
 from prunekit import registry
 from prunekit.errors import PluginError, PrunekitWarning, RecipeError
 
@@ -191,3 +194,13 @@ def test_iterates_in_order_of_names(install):
 def test_nearest():
     assert registry.nearest("epocs", ["epochs", "lr"]) == "epochs"
     assert registry.nearest("zzz", ["epochs", "lr"]) is None
+
+
+def test_a_module_that_was_imported_before_is_still_its_distributions():
+    """As a program does that imports a backbone before it asks for a name."""
+    code = (
+        "import prunekit.backbones.resnet; from prunekit import registry; "
+        "entry = registry.backbones.entry('resnet'); print(entry.origin, entry.version)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["prunekit", prunekit.__version__]

@@ -32,7 +32,7 @@ ABOUT_A_RUN = [*files("counters", "layers"), "epochs.csv", *files("dot", kinds=(
 def quick_figures(monkeypatch):
     """One small figure for each run: drawing is what takes the time, and tests of names do not look at them."""
 
-    def figures(runs):
+    def figures(runs, *_):
         for run in runs:
             prefix = f"{run.name}-" if len(runs) > 1 else ""
             yield Drawing(f"{prefix}dot", "Dot", "Nothing to see.", Figure(figsize=(0.5, 0.5)))
@@ -81,7 +81,7 @@ def test_several_runs_lie_in_the_folder_report(make_run, console, tmp_path, monk
 
 
 def test_runs_of_the_same_name_keep_their_files_apart(make_run, console, tmp_path, quick_figures):
-    names = ["x/run", "y/run", "z/y/run", "x-run", "RUN"]
+    names = ["x/run", "y/run", "z/y/run", "X-run", "RUN"]
     paths = [make_run(name, seed=i, units=UNITS) for i, name in enumerate(names)]
     written = report(paths, tmp_path / "out", console)
     one_run = len(ABOUT_A_RUN)
@@ -236,7 +236,7 @@ def test_a_figure_that_fails_costs_none_of_the_others(make_run, console, monkeyp
 
         draw_without_rendering = savefig
 
-    def figures(runs):
+    def figures(runs, *_):
         for name, kind in (("one", Figure), ("two", Broken), ("three", Figure)):
             yield Drawing(name, name, "A caption.", kind(figsize=(0.5, 0.5)))
         raise ValueError("no paper")

@@ -131,6 +131,7 @@ def test_latency_is_of_one_way_of_measuring_for_all_models(make_run):
     title = "latency ms (eager, batch 1, 64×64, threads 1, cpu)"
     assert latency(run) == (title, {"dense": 20.0, "slim": 12.5, "finetuned": 12.5})
     assert summary_table([run])[title].tolist() == [20.0, 12.5, 12.5]
+    assert latency(replace(run, bench=run.bench.iloc[::-1])) == latency(run)
     larger = run.bench.assign(batch=8, median_ms=1000.0)
     assert latency(replace(run, bench=pd.concat([larger, run.bench], ignore_index=True)))[0] == title
     other = replace(run, name="other", bench=run.bench.assign(device="a GPU"))
