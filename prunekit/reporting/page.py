@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from prunekit import __version__
 from prunekit.reporting.load import Run
+from prunekit.reporting.numbers import file_stem
 from prunekit.reporting.page_figures import Illustration, illustrate
 from prunekit.reporting.page_run import Section, in_words, lead, run_sections
 from prunekit.reporting.page_tables import page_table
@@ -66,7 +67,7 @@ def page(runs: Sequence[Run], illustrations: Iterable[Illustration], published: 
     else:
         chapters.append(Chapter("all", "", "", list(_side_by_side(runs, _by_stem(named[-1]), drawings[-1]))))
         for index, run in enumerate(runs):
-            own = _by_stem(named[index], f"{run.name}-")
+            own = _by_stem(named[index], f"{file_stem(run.name)}-")
             sections = run_sections(run, f"run-{index + 1}-", own, drawings[index], alone=False)
             chapters.append(Chapter(f"run-{index + 1}", run.name, lead(run), list(sections)))
     script, style = _asset("page.js"), _asset("page.css")
@@ -108,7 +109,7 @@ def _sorted_out(runs: Sequence[Run], things: Sequence[_Named]) -> list[list[_Nam
         return [list(things), []]
     for thing in things:
         # "a-b-channels" is of the run "a-b", though "a" may be there as well.
-        owners = [index for index, run in enumerate(runs) if thing.name.startswith(f"{run.name}-")]
+        owners = [index for index, run in enumerate(runs) if thing.name.startswith(f"{file_stem(run.name)}-")]
         out[max(owners, key=lambda index: len(runs[index].name), default=-1)].append(thing)
     return out
 

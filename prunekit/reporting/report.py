@@ -111,7 +111,7 @@ def _write_tables(runs: Sequence[Run], named: Sequence[Named], written: Written)
 
 def _write_figures(runs: Sequence[Run], written: Written) -> Iterator[Illustration]:
     """Write each figure as PNG and SVG, and give what the page shows of it."""
-    drawings, last = iter(figures(runs)), None
+    drawings, last = iter(figures(runs, written.failed)), None
     while True:
         try:
             drawing = next(drawings, None)
