@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.errors import TrainingError
-from prunekit.plan import Group
+from prunekit.plan import Gate, Group
 from prunekit.registry import register_decay
 
 
@@ -43,6 +43,24 @@ class Decay(ABC):
 
     def __exit__(self, *_: object) -> None:
         return None
+
+
+def gates_to_decay(groups: Sequence[Group], exclude: Sequence[str]) -> list[Gate]:
+    """The gates of the groups that can be cut, but for norms that one of these patterns (as in a shell) names.
+
+    Raises:
+        TrainingError: none is left.
+    """
+    found = [
+        gate
+        for group in groups
+        if group.reason is None
+        for gate in group.gates
+        if not any(fnmatchcase(gate.norm, pattern) for pattern in exclude)
+    ]
+    if not found:
+        raise TrainingError("no gate to decay: every group is excluded or cannot be cut; see decay.options.exclude")
+    return found
 
 
 @register_decay("none")
@@ -82,15 +100,7 @@ class DynamicWeightDecay(Decay):
     ):
         self.weight = weight
         self.branch_weights = branch_weights
-        activations = {
-            gate.norm: gate.activation
-            for group in groups
-            if group.reason is None
-            for gate in group.gates
-            if not any(fnmatchcase(gate.norm, pattern) for pattern in exclude)
-        }
-        if not activations:
-            raise TrainingError("no gate to decay: every group is excluded or cannot be cut; see decay.options.exclude")
+        activations = {gate.norm: gate.activation for gate in gates_to_decay(groups, exclude)}
         self.norms = tuple(activations)
         self._gates = [model.get_submodule(name).weight for name in self.norms]
         self._seen = [_Watch(model, name, activations[name]) for name in self.norms]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunekit.errors import TrainingError
 from prunekit.plan import Group
-from prunekit.pruning.decay import Decay
+from prunekit.pruning.decay import Decay, gates_to_decay
 from prunekit.pruning.slices import Slices
 from prunekit.registry import register_decay
 
@@ -42,12 +42,8 @@ class L1Decay(Decay):
     ):
         self.weight = weight
         slices: dict[str, set[int]] = {}
-        for group in groups:
-            for gate in group.gates if group.reason is None else ():
-                if not any(fnmatchcase(gate.norm, pattern) for pattern in exclude):
-                    slices.setdefault(gate.norm, set()).update(range(*gate.slice))
-        if not slices:
-            raise TrainingError("no gate to decay: every group is excluded or cannot be cut; see decay.options.exclude")
+        for gate in gates_to_decay(groups, exclude):
+            slices.setdefault(gate.norm, set()).update(range(*gate.slice))
         self.norms = tuple(slices)
         self._gates = [model.get_submodule(name).weight for name in self.norms]
         places, start = [], 0
