@@ -133,7 +133,8 @@ def _run_stages(work: Work, run: RunDir, stages: Sequence[str]) -> None:
         run.begin(stage)
         began = time.perf_counter()
         try:
-            STAGE_FUNCTIONS[stage](work, run)
+            with work.reporter.stage(stage):
+                STAGE_FUNCTIONS[stage](work, run)
         finally:
             run.add_seconds(stage, round(time.perf_counter() - began, 3))
         run.end(stage)

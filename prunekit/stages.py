@@ -91,16 +91,6 @@ def report_stage(work: Work, run: RunDir) -> None:
     """The report itself is printed at the end, when the run is complete."""
 
 
-def _shown(stage: str, function: Callable[[Work, RunDir], None]) -> Callable[[Work, RunDir], None]:
-    """The stage, seen to live while it runs."""
-
-    def run_stage(work: Work, run: RunDir) -> None:
-        with work.reporter.stage(stage):
-            function(work, run)
-
-    return run_stage
-
-
 STAGE_FUNCTIONS: dict[str, Callable[[Work, RunDir], None]] = {
     "train": train_stage,
     "extract": extract_stage,
@@ -110,7 +100,6 @@ STAGE_FUNCTIONS: dict[str, Callable[[Work, RunDir], None]] = {
     "export": export_stage,
     "report": report_stage,
 }
-STAGE_FUNCTIONS = {stage: _shown(stage, function) for stage, function in STAGE_FUNCTIONS.items()}
 
 
 def _recalibrate(work: Work, run: RunDir, model: nn.Module) -> None:
