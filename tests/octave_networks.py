@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from networks import settle
 from torch import nn
+
+EXAMPLE = torch.randn(2, 3, 20, 20)
 
 
 def unit(inputs, outputs, kernel=3, stride=1, bias=False, act=nn.ReLU, groups=1):
@@ -143,3 +146,14 @@ class Net(nn.Module):
 
 NETWORKS = {net.__name__: net for net in (Plain, Residual, PreActivation, Mobile, Ends)}
 LEAST = {"Plain": 2, "Ends": 3}  # the smallest side that the network takes
+
+
+def settled(net, seed=0, size=20):
+    torch.manual_seed(seed)
+    model = net()
+    settle(model, seed, size)
+    return model
+
+
+def images(size, seed=0):
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))

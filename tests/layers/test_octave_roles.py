@@ -3,26 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import settle
-from octave_networks import Net
+from octave_networks import EXAMPLE, Net, images, settled
 from torch import nn
 
 from prunekit.layers.octave_ops import merge
 from prunekit.layers.octavize import octavize
-
-EXAMPLE = torch.randn(2, 3, 20, 20)
-
-
-def settled(net, seed=0, size=20):
-    torch.manual_seed(seed)
-    model = net()
-    settle(model, seed, size)
-    return model
-
-
-def images(size, seed=0):
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
-
 
 REWRITTEN = {
     **{f.__name__: lambda net, x, f=f: f(x) for f in (F.relu, F.elu, F.silu, F.gelu, F.hardtanh, F.softplus)},

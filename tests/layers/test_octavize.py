@@ -5,8 +5,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import settle
-from octave_networks import LEAST, NETWORKS, Ends, Net, Plain, PreActivation, Residual, unit
+from networks import params
+from octave_networks import (
+    EXAMPLE,
+    LEAST,
+    NETWORKS,
+    Ends,
+    Net,
+    Plain,
+    PreActivation,
+    Residual,
+    images,
+    settled,
+    unit,
+)
 from torch import nn
 
 import prunekit
@@ -14,23 +26,7 @@ from prunekit.errors import PlanError
 from prunekit.layers.octave_ops import OctaveLayer
 from prunekit.layers.octavize import octavize
 
-EXAMPLE = torch.randn(2, 3, 20, 20)
 SPLITS = ([0.5, 0.5], [0.25, 0.75], [0.0, 1.0], [0.5, 0.25, 0.25])
-
-
-def settled(net, seed=0, size=20):
-    torch.manual_seed(seed)
-    model = net()
-    settle(model, seed, size)
-    return model
-
-
-def images(size, seed=0):
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def params(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("split", [[1.0], [1, 0], [1, 0, 0]])
