@@ -19,9 +19,9 @@ from prunekit.counting import count, total
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.plan import Group, Plan
 from prunekit.pruning.choose import Choice, Chooser, Scope, Scores
+from prunekit.pruning.criteria import gate
 from prunekit.pruning.extract import plan_of_choice
 from prunekit.pruning.groups import find_groups
-from prunekit.pruning.life import scores as gate_scores
 from prunekit.pruning.proof import Proof
 from prunekit.pruning.size import Size, Sizes
 from prunekit.pruning.slim import slim
@@ -106,7 +106,7 @@ class Fitter:
     ):
         self.model, self.groups, self.shape = model, list(groups), tuple(shape)
         if scores is None:
-            scores = {group.id: gate_scores(model, group) for group in groups if group.reason is None}
+            scores = gate(model, groups)
         self.chooser = Chooser(model, groups, scores, **limits)
         self.sizes = Sizes(model, groups, shape)
         if self.chooser.scope == "layer":

@@ -15,7 +15,7 @@ from prunekit.pruning.choose import Choice, Chooser, Scope, Scores
 from prunekit.pruning.criteria import gate
 from prunekit.pruning.surgery import Cutter
 
-__all__ = ["choose", "dead_channels", "extract", "make_plan", "plan_of_choice", "settled_plan", "splits"]
+__all__ = ["dead_channels", "extract", "make_plan", "plan_of_choice", "settled_plan", "splits"]
 
 
 def extract(
@@ -55,47 +55,19 @@ def extract(
     """
     if scores is not None and threshold is None and share is None:
         raise PlanError("scores of a criterion have units of their own; give a share, such as 0.3, or a threshold")
-    choice = choose(
-        model,
-        groups,
-        scores,
-        threshold=1e-3 if threshold is None and share is None else threshold,
-        share=share,
-        scope=scope,
-        min_channels=min_channels,
-        round_to=round_to,
-        keep_layers=keep_layers,
-    )
-    for note in choice.urgent:
-        warnings.warn(note, PrunekitWarning, stacklevel=2)
-    return plan_of_choice(model, groups, choice)
-
-
-def choose(
-    model: nn.Module,
-    groups: Sequence[Group],
-    scores: Scores | None = None,
-    *,
-    threshold: float | None = None,
-    share: float | None = None,
-    scope: Scope = "global",
-    min_channels: int = 1,
-    round_to: int = 1,
-    keep_layers: Sequence[str] = (),
-) -> Choice:
-    """What ``extract`` cuts, as sets of dead channels and with the notes; to try many, keep a ``Chooser``."""
-    if scores is None:
-        scores = gate(model, groups)
     chooser = Chooser(
         model,
         groups,
-        scores,
+        gate(model, groups) if scores is None else scores,
         scope=scope,
         min_channels=min_channels,
         round_to=round_to,
         keep_layers=keep_layers,
     )
-    return chooser.cut(threshold=threshold, share=share)
+    choice = chooser.cut(threshold=1e-3 if threshold is None and share is None else threshold, share=share)
+    for note in choice.urgent:
+        warnings.warn(note, PrunekitWarning, stacklevel=2)
+    return plan_of_choice(model, groups, choice)
 
 
 def plan_of_choice(model: nn.Module, groups: Sequence[Group], choice: Choice) -> Plan:

@@ -9,9 +9,10 @@ from zoo import ZOO
 import prunekit
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.pruning.criteria import gate as gate_scores
+from prunekit.pruning.choose import Chooser
 from prunekit.pruning.criteria import magnitude, random, taylor
-from prunekit.pruning.extract import choose, dead_channels, extract, plan_of_choice
+from prunekit.pruning.criteria import gate as gate_scores
+from prunekit.pruning.extract import dead_channels, extract, plan_of_choice
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.slim import slim
 from prunekit.pruning.surgery import Cutter
@@ -134,7 +135,7 @@ def test_a_choice_is_what_extract_cuts_and_warns_of_nothing():
     model, groups, _ = ready()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choice = choose(model, groups, share=1.0, min_channels=2)
+        choice = Chooser(model, groups, gate_scores(model, groups), min_channels=2).cut(share=1.0)
     assert choice.urgent
     with pytest.warns(PrunekitWarning):
         plan = extract(model, groups, share=1.0, min_channels=2)
