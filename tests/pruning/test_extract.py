@@ -10,8 +10,8 @@ import prunekit
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.pruning.choose import Chooser
-from prunekit.pruning.criteria import magnitude, random, taylor
 from prunekit.pruning.criteria import gate as gate_scores
+from prunekit.pruning.criteria import magnitude, random, taylor
 from prunekit.pruning.extract import dead_channels, extract, plan_of_choice
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.slim import slim
