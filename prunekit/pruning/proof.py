@@ -1,9 +1,8 @@
 """The proof: that a slim model computes what the dense one does with its dead gates at zero.
 
 In float64 on the CPU, on data, at two sizes: max|a − b| ≤ 1e-6 · max(1, max|a|); the same on noise, with a scale of its
-own. In float32 the two differ by
-rounding alone, which is measured beside it. A network that is dead agrees with everything, so an output that is not
-finite, or that is the same for all inputs, proves nothing and fails.
+own. In float32 the two differ by rounding alone, which is measured beside it. A network that is dead agrees with
+everything, so an output that is not finite, or that is the same for all inputs, proves nothing and fails.
 """
 
 from __future__ import annotations
