@@ -120,7 +120,8 @@ class OctaveLayer(MultiScaleLayer):
 
     def forward(self, feature: Branches | Tensor) -> Branches:
         """Args: a feature, or a plain tensor as one of one branch."""
-        if isinstance(feature, Tensor):
+        # Asked this way round, what traces the layer (torch.fx) is taken for the tensor that it stands for.
+        if not isinstance(feature, Branches):
             feature = one_branch(feature)
         size = branch_size(feature.size, 0, self.stride)
         xs: Sequence[Tensor | None] = feature.xs

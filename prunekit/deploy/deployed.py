@@ -1,0 +1,275 @@
+"""The deployed form: a second form of a trained model that computes the same and is fast where it runs.
+
+What is fast differs between runtimes and machines, so the form is chosen by measuring: each candidate is made, timed
+beside the others by turns, and the quickest stays. The record says what was done and what each candidate took.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunekit.deploy.graph import Graph
+from prunekit.deploy.merge import merge_inputs, merge_sums, share_poolings
+from prunekit.deploy.norms import fold_norms
+from prunekit.deploy.pad import pad_channels
+from prunekit.deploy.prelu import relu_form
+from prunekit.errors import ExportError
+
+TOLERANCE = 1e-4
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write a model.
+
+    Attributes:
+        multiple: channels are padded with zeros to multiples of this.
+        sums: convolutions that meet in a sum are one.
+        inputs: convolutions that read the same are one.
+        relus: PReLUs are written as ReLUs and sums.
+        channels_last: memory format of the weights (PyTorch).
+    """
+
+    multiple: int = 1
+    sums: bool = False
+    inputs: bool = False
+    relus: bool = False
+    channels_last: bool = False
+
+
+# The first of each is taken where nothing can be measured.
+FORMS = {
+    "torch": [
+        Form(multiple=8, channels_last=True),
+        Form(channels_last=True),
+        Form(multiple=8, sums=True, channels_last=True),
+        Form(sums=True, channels_last=True),
+        Form(multiple=8, inputs=True, channels_last=True),
+        Form(sums=True),
+    ],
+    "onnxruntime": [
+        Form(multiple=8, sums=True, relus=True),
+        Form(multiple=8, relus=True),
+        Form(multiple=16, sums=True, relus=True),
+        Form(multiple=8, sums=True),
+        Form(sums=True),
+    ],
+    "openvino": [
+        Form(multiple=8, sums=True),
+        Form(multiple=8),
+        Form(multiple=8, sums=True, inputs=True),
+        Form(sums=True),
+        Form(),
+    ],
+}
+
+
+@dataclass
+class Record:
+    """What was done to a model.
+
+    Attributes:
+        runtime: for which it was written.
+        reason: why the model stays as it is; None where it was rewritten.
+        form: the one that was chosen.
+        measured: each form that was tried, with the median of its milliseconds for one input like the example's first.
+        folded, left: norms that went into convolutions, and those that stay.
+        shared: poolings that are computed once, or from smaller ones.
+        padded: channels that were added.
+        merged: convolutions that went into others.
+        relus: PReLUs that are written as ReLUs.
+        max_abs_diff: of the outputs, on the example and at a second size.
+    """
+
+    runtime: str
+    reason: str | None = None
+    form: Form = Form()
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    shared: int = 0
+    padded: int = 0
+    merged: int = 0
+    relus: int = 0
+    max_abs_diff: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Deployed(nn.Module):
+    """A model in its deployed form; in eval mode, and never to be trained.
+
+    Attributes:
+        form: how it is written.
+    """
+
+    def __init__(self, network: nn.Module, form: Form):
+        super().__init__()
+        self.network = network
+        self.form = form
+        self.eval().requires_grad_(False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.form.channels_last and image.dim() == 4:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return self.network(image)
+
+
+def deploy(
+    model: nn.Module, example: Tensor, *, runtime: str = "torch", measure: bool = True
+) -> tuple[nn.Module, Record]:
+    """A trained model in the form that is fastest where it will run.
+
+    Args:
+        model: is left as it is; its copy is in float32 on the CPU, and takes inputs of every size that the model takes.
+        example: a batch of inputs (N, C, H, W), of the size that is to be fast.
+        runtime: "torch", "onnxruntime" or "openvino": what will run it, or the file that it is exported to.
+        measure: whether to choose by timing on this machine. If not, or where the runtime is not installed, the form
+            is the one that is known to do well: the same on every machine.
+
+    Returns:
+        the deployed model, and the record of what was done. A model that cannot be followed comes back as it is, and
+        ``record.reason`` says why.
+
+    Raises:
+        ExportError: an unknown runtime, or the deployed model differs from the model by more than
+            1e-4 · max(1, max|output|).
+    """
+    if runtime not in FORMS:
+        raise ExportError(f"no form for the runtime {runtime!r}; there are {', '.join(FORMS)}")
+    plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    example = example.detach().cpu().float()
+    record = Record(runtime)
+    try:
+        made = {form: rewrite(plain, example, form, record) for form in FORMS[runtime][: None if measure else 1]}
+    except ExportError as error:
+        record.reason = str(error)
+        return Deployed(plain, Form()), record
+    record.form = FORMS[runtime][0]
+    if measure:
+        record.measured, record.form = _quickest(made, example, runtime)
+    graph = rewrite(plain, example, record.form, record)
+    deployed = Deployed(_laid_out(graph, record.form), record.form)
+    record.max_abs_diff = _difference(plain, deployed, example)
+    return deployed, record
+
+
+def rewrite(model: nn.Module, example: Tensor, form: Form, record: Record | None = None) -> Graph:
+    """The graph of a model in one form; what was done is written into ``record``.
+
+    Raises:
+        ExportError: as for :class:`Graph`.
+    """
+    record = Record("") if record is None else record
+    graph = Graph(model, example)
+    record.folded, record.left = fold_norms(graph)
+    record.shared = share_poolings(graph)
+    record.padded = pad_channels(graph, form.multiple) if form.multiple > 1 else 0
+    record.relus = relu_form(graph) if form.relus else 0
+    record.merged = (merge_sums(graph) if form.sums else 0) + (merge_inputs(graph) if form.inputs else 0)
+    return graph
+
+
+def _laid_out(graph: Graph, form: Form) -> nn.Module:
+    module = graph.finish()
+    return module.to(memory_format=torch.channels_last) if form.channels_last else module
+
+
+def _quickest(made: dict[Form, Graph], example: Tensor, runtime: str) -> tuple[list[dict[str, Any]], Form]:
+    """What each form takes, and the form that takes least; the first of them where nothing could be timed."""
+    image = example[:1].contiguous()
+    calls: dict[Form, Callable[[], Any]] = {}
+    for form, graph in made.items():
+        call = _CALLS[runtime](graph, form, image)
+        if call is not None:
+            calls[form] = call
+    if len(calls) < 2:
+        return [], next(iter(made))
+    taken = by_turns(list(calls.values()))
+    rows = [{**asdict(form), "median_ms": round(ms, 3)} for form, ms in zip(calls, taken, strict=True)]
+    return rows, min(zip(taken, calls, strict=True), key=lambda pair: pair[0])[1]
+
+
+def by_turns(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
+    """The median of each call's milliseconds; all take turns, and each is called once unmeasured before its turn, since
+    the one before has filled the caches with its own."""
+    taken: list[list[float]] = [[] for _ in calls]
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for call, times in zip(calls, taken, strict=True):
+                call()
+                for _ in range(2):
+                    began = time.perf_counter()
+                    call()
+                    times.append(1e3 * (time.perf_counter() - began))
+    return [float(np.median(times)) for times in taken]
+
+
+def _in_torch(graph: Graph, form: Form, image: Tensor) -> Callable[[], Any]:
+    module = Deployed(_laid_out(graph, form), form)
+    return lambda: module(image)
+
+
+def _in_onnxruntime(graph: Graph, form: Form, image: Tensor) -> Callable[[], Any] | None:
+    from prunekit.deploy.emit import Unknown, emit
+
+    try:
+        file = emit(graph, fixed=True).SerializeToString()
+    except Unknown:
+        return None
+    from prunekit.deploy.onnx import onnx_function
+
+    run, array = onnx_function(file), image.numpy()
+    return lambda: run(array)
+
+
+def _in_openvino(graph: Graph, form: Form, image: Tensor) -> Callable[[], Any] | None:
+    from prunekit.deploy.emit import Unknown, emit
+
+    try:
+        import openvino
+
+        file = emit(graph, fixed=True).SerializeToString()
+    except (ImportError, Unknown):
+        return None
+    core = openvino.Core()
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    request = core.compile_model(core.read_model(file), "CPU", hints).create_infer_request()
+    return lambda: request.infer([image.numpy()])
+
+
+_CALLS = {"torch": _in_torch, "onnxruntime": _in_onnxruntime, "openvino": _in_openvino}
+
+
+def _difference(model: nn.Module, deployed: nn.Module, example: Tensor) -> float:
+    """The largest difference, on the example and on a part of it whose sides are odd where the model takes them."""
+    worst = 0.0
+    inputs = [example]
+    if example.dim() == 4 and min(example.shape[2:]) > 8:
+        inputs.append(example[..., : example.shape[2] - 3, : example.shape[3] - 5])
+    for number, batch in enumerate(inputs):
+        with torch.inference_mode():
+            try:
+                wanted = model(batch)
+            except Exception:
+                if number:  # A model of one size.
+                    continue
+                raise
+            gap = float((deployed(batch) - wanted).abs().max())
+        worst = max(worst, gap)
+        if not gap <= TOLERANCE * max(1.0, float(wanted.abs().max())):
+            raise ExportError(
+                f"the deployed form differs from the model by {gap:.2g} on an input of {tuple(batch.shape)}; "
+                "export the plain model instead"
+            )
+    return worst
