@@ -6,94 +6,155 @@ import copy
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit.deploy.checking import largest_difference
+from prunekit.deploy.subnormals import flushed, subnormals
 from prunekit.errors import ExportError
 
 OPSET = 20
-# ONNX Runtime adds in another order, so the two agree in float32's own digits only.
-TOLERANCE = 1e-4
 
 
-def export_onnx(model: nn.Module, example: Tensor) -> bytes:
-    """The model as one ONNX file: input ``image`` (N, C, H, W) float32, output ``output``; N, H and W are free.
+def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The model as one ONNX file: input ``image``, output ``output``; the batch, height and width are free.
 
-    No source path and no trace of this machine is left in the file.
+    No source path and no trace of this machine is left in the file, and no number in it is subnormal.
 
     Args:
         model: in float32; a copy of it is exported, in eval mode, on the CPU.
-        example: a batch of at least two images.
+        example: an input: (N, C, H, W) float32, or (N, H, W, C) uint8 for a model that takes pictures.
+        metadata: written into the file's ``metadata_props``.
 
     Raises:
         ExportError: an operation cannot be exported.
     """
     import onnx
 
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    example = example.detach().float().cpu()
-    if len(example) < 2:
-        # A batch of one would be taken for a constant.
-        example = torch.cat([example, example])
-    axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    model, example = prepared(model, example)
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [log.level for log in loggers]
-    try:
-        for log in loggers:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["image"],
-                output_names=["output"],
-                dynamic_shapes=(axes if example.dim() == 4 else {0: torch.export.Dim.DYNAMIC},),
-                external_data=False,
-                verbose=False,
-            )
-            path = Path(folder) / "model.onnx"
-            program.save(str(path), external_data=False)
-            file = onnx.load(str(path))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"the model cannot be exported to ONNX: {reason}; skip it with export.onnx=false") from error
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
-    _strip(file)
-    onnx.checker.check_model(file, full_check=True)
-    return file.SerializeToString(deterministic=True)
+    with told("ONNX", "onnx"), quiet(loggers), tempfile.TemporaryDirectory() as folder:
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["output"],
+            dynamic_shapes=(free_axes(example),),
+            external_data=False,
+            verbose=False,
+        )
+        path = Path(folder) / "model.onnx"
+        program.save(str(path), external_data=False)
+        file = onnx.load(str(path))
+    return finished(file, metadata or {})
 
 
-def check_onnx(file: bytes, model: nn.Module, inputs: list[Tensor]) -> float:
-    """The largest difference between the file in ONNX Runtime and the model in PyTorch, over these inputs.
+def check_onnx(file: bytes, model: nn.Module, inputs: Sequence[Tensor], name: str = "model.onnx") -> float:
+    """The largest difference between the file in ONNX Runtime and the model in PyTorch, over these inputs; errors as
+    for :func:`prunekit.deploy.checking.largest_difference`."""
+    return largest_difference(name, onnx_function(file), model, inputs)
 
-    Raises:
-        ExportError: it is more than 1e-4 · max(1, max|output|).
+
+def onnx_function(file: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """The file in ONNX Runtime on the CPU, as a function of an input.
+
+    Args:
+        threads: 0 for as many as there are cores.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    model = copy.deepcopy(model).cpu().eval()
-    worst = 0.0
-    for batch in inputs:
-        batch = batch.detach().float().cpu()
-        with torch.inference_mode():
-            wanted = model(batch).numpy()
-        given = session.run(None, {"image": batch.numpy()})[0]
-        gap = float(np.abs(given - wanted).max())
-        worst = max(worst, gap)
-        if not gap <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-            raise ExportError(f"model.onnx differs from the model by {gap:.2g} on an input of {tuple(batch.shape)}")
-    return worst
+    return lambda image: session.run(None, {"image": image})[0]
+
+
+def free_axes(example: Tensor) -> dict[int, object]:
+    """The axes of an input that are free: the batch and, of pictures, height and width."""
+    places = {4: (0, 1, 2) if example.dtype == torch.uint8 else (0, 2, 3)}.get(example.dim(), (0,))
+    return dict.fromkeys(places, torch.export.Dim.DYNAMIC)
+
+
+def prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of the model and an input as exporters want them."""
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    example = example.detach().cpu()
+    example = example.float() if example.is_floating_point() else example
+    # A batch of one would be taken for a constant.
+    return model, torch.cat([example, example]) if len(example) < 2 else example
+
+
+@contextmanager
+def quiet(loggers: Sequence[logging.Logger]) -> Iterator[None]:
+    """Only errors from these loggers, and no warnings."""
+    levels = [log.level for log in loggers]
+    try:
+        for log in loggers:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+@contextmanager
+def told(title: str, key: str) -> Iterator[None]:
+    """Whatever an exporter raises, as one line of ours."""
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(
+            f"the model cannot be exported to {title}: {reason}; skip it with export.{key}=false"
+        ) from error
+
+
+def finished(file: object, metadata: Mapping[str, str]) -> bytes:
+    """An ONNX model as the bytes of a file: without what it tells of its making, without subnormal numbers, checked."""
+    import onnx
+
+    _strip(file)
+    for key, value in metadata.items():
+        file.metadata_props.add(key=key, value=value)
+    for tensor in _tensors(file):
+        values = onnx.numpy_helper.to_array(tensor)
+        if subnormals(values):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(flushed(values), tensor.name))
+    onnx.checker.check_model(file, full_check=True)
+    return file.SerializeToString(deterministic=True)
+
+
+def count_subnormals(file: bytes) -> int:
+    """How many subnormal numbers an ONNX file holds."""
+    import onnx
+
+    return sum(subnormals(onnx.numpy_helper.to_array(tensor)) for tensor in _tensors(onnx.load_from_string(file)))
+
+
+def _tensors(file: object) -> Iterator[object]:
+    """Every tensor of numbers in a file, be it a weight or a constant."""
+    import onnx
+
+    graphs = [file.graph]
+    while graphs:
+        graph = graphs.pop()
+        yield from graph.initializer
+        for attribute in (a for node in graph.node for a in node.attribute):
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            graphs += [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
 
 
 def _strip(file: object) -> None:
