@@ -209,16 +209,65 @@ def finetune(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    form: Annotated[str, typer.Option("--format", help="onnx, or csnet (the published files).")],
+    form: Annotated[str, typer.Option("--format", help="onnx, openvino, pt2, or csnet (the published files).")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[data.KEY=VALUE]...", help="Where the run's data are, e.g. data.root=PHOTOS."),
+    ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="dense, slim or finetuned; default the last that the run has."),
     ] = None,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess", help="Images (uint8, N×H×W×3) in; maps (uint8) or probabilities out.")
+    ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="The model as it was trained: nothing folded, nothing merged.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantised, calibrated on the run's data; says what it costs.")
+    ] = False,
 ) -> None:
     """Write a run's model as a file that needs no prunekit, into the run folder."""
-    from prunekit.exchange import export_run
+    from prunekit.exporting import export_run
 
-    export_run(run, form, _console(), model=model)
+    export_run(
+        run, form, _console(), model=model, plain=plain, preprocess=preprocess, int8=int8, overrides=overrides or []
+    )
+
+
+@app.command()
+def bench(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1",
+    size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="N,...", help="Sides of the square inputs; default the recipe's."),
+    ] = None,
+    threads: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="N,...", help="Numbers of threads; default as many as there are cores."),
+    ] = None,
+    forms: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="FORM,...",
+            help="eager, deployed, compiled, ort_plain, ort, openvino_plain, openvino (all of these unless told); "
+            "deployed_bf16, openvino_bf16, ort_int8, openvino_int8.",
+        ),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,...", help="dense, slim, finetuned; default dense,slim."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of timed calls for each row, at least.")] = 2.0,
+) -> None:
+    """Time a run's models in PyTorch, ONNX Runtime and OpenVINO, by turns; into RUN/bench.json and the report."""
+    from prunekit.benching import bench_run
+
+    bench_run(
+        run, _console(), batches=batch, sizes=size, threads=threads, forms=forms, models=model, seconds=seconds
+    )
 
 
 @app.command(name="import")

@@ -1,26 +1,21 @@
-"""Models of run folders, out of and into other forms: what the commands ``export`` and ``import`` do."""
+"""Models from elsewhere made into run folders: what the command ``import`` does."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from prunekit.counting import count, layers_table, total
-from prunekit.deploy.onnx import check_onnx, export_onnx
 from prunekit.environment import environment
 from prunekit.errors import RecipeError
-from prunekit.interop.csnet import Layout, export_csnet, import_csnet
-from prunekit.interop.pickles import read_checkpoint, read_layout, write_checkpoint, write_layout
-from prunekit.loading import build_dense, input_shape, load_model, newest_model, read_recipe, save_model
+from prunekit.interop.csnet import Layout, import_csnet
+from prunekit.interop.pickles import read_checkpoint, read_layout
+from prunekit.loading import build_dense, input_shape, save_model
 from prunekit.plan import Builder, digest
 from prunekit.progress import Reporter
-from prunekit.registry import nearest
 from prunekit.rundir import RunDir
 from prunekit.schema import Recipe
-
-FORMATS = ("onnx", "csnet")
 
 # What the published models were trained and fine-tuned with (Gao et al., ECCV 2020); a run that goes on from an
 # imported model begins with this, and with the data that its user names.
@@ -83,53 +78,6 @@ def import_run(checkpoint: Path, layout: Path | None, out: Path, console: Consol
         f"{sums['paper_flops']:,} paper FLOPs (224×224)"
     )
     return out
-
-
-def export_run(folder: Path, form: str, console: Console, *, model: str | None = None) -> list[Path]:
-    """Write a run's model in another form, into the run folder.
-
-    Args:
-        form: "onnx" (``model.onnx``; ``exports/NAME.onnx`` for a model that is not the last) or "csnet" (the published
-            form, ``exports/csnet.pth.tar`` and ``.bin``).
-        model: "dense", "slim" or "finetuned"; None for the last that the run has.
-
-    Returns:
-        the files written.
-
-    Raises:
-        RecipeError: no such form.
-        ExportError: the model has no such form, or the file does not compute what the model does.
-    """
-    if form not in FORMATS:
-        near = nearest(form, list(FORMATS))
-        raise RecipeError(
-            f"--format {form}: no such form" + (f", did you mean {near!r}?" if near else ";") + f" {', '.join(FORMATS)}"
-        )
-    reporter = Reporter(console)
-    with RunDir.open(folder, write=True) as run:
-        name = model or newest_model(run)
-        recipe = read_recipe(run)
-        network = load_model(run, name, recipe)
-        if form == "onnx":
-            shape = input_shape(recipe)
-            example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-            file = export_onnx(network, example)
-            gap = check_onnx(file, network, [example[:1], example, example[..., : shape[1] - 3, : shape[2] - 5]])
-            # model.onnx is the run's result; another of its models stands beside it.
-            result = name == newest_model(run)
-            path = "model.onnx" if result else f"exports/{name}.onnx"
-            written = [run.write_bytes(path, file)]
-            if result:
-                run.update_summary("export", {"path": path, "max_abs_diff": gap})
-        else:
-            state, layout = export_csnet(network)
-            written = [
-                run.write_bytes("exports/csnet.pth.tar", write_checkpoint(state)),
-                run.write_bytes("exports/csnet.bin", write_layout(layout.dump())),
-            ]
-    for path in written:
-        reporter.say(f"{path}: the {name} model, {path.stat().st_size / 1000:.0f} kB")
-    return written
 
 
 def derived_recipe(folder: Path, overrides: list[str]) -> Recipe:

@@ -151,9 +151,14 @@ class Slim(Section):
 
 
 class Export(Section):
-    """The files that need no prunekit."""
+    """The files that need no prunekit: which forms of the last model, in its deployed form; with ``preprocess`` each
+    once more, with uint8 pictures in and maps or probabilities out; with ``int8`` an ONNX file in int8, too."""
 
     onnx: bool = True
+    openvino: bool = False
+    pt2: bool = False
+    preprocess: bool = False
+    int8: bool = False
 
 
 class Recipe(Section):

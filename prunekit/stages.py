@@ -11,11 +11,10 @@ from torch import nn
 
 from prunekit.data.images import encode_png
 from prunekit.data.pairs import normalise
-from prunekit.deploy.onnx import check_onnx, export_onnx
+from prunekit.exporting import Exporter, variants
 from prunekit.loading import MODELS, load_model, newest_model, save_model
 from prunekit.pruning.decay import NoDecay
 from prunekit.pruning.groups import find_groups
-from prunekit.pruning.proof import proof_inputs
 from prunekit.pruning.recalibrate import recalibrate
 from prunekit.rundir import RunDir
 from prunekit.slimming import extract_stage, slim_stage, steering
@@ -75,16 +74,12 @@ def evaluate_stage(work: Work, run: RunDir) -> None:
 
 
 def export_stage(work: Work, run: RunDir) -> None:
-    if not work.recipe.export.onnx:
-        run.remove_summary("export")
-        return
-    model = load_model(run, newest_model(run), work.recipe)
-    example = work.example()
-    file = export_onnx(model, example)
-    gap = check_onnx(file, model, [example[:1], *[batch[:2] for batch in proof_inputs(model, example)]])
-    run.write_bytes("model.onnx", file)
-    run.update_summary("export", {"path": "model.onnx", "max_abs_diff": gap})
-    work.reporter.say(f"export: model.onnx, {len(file) / 1000:.0f} kB; largest difference {gap:.1e}")
+    wanted = variants(work.recipe.export)
+    run.remove_summary("export")
+    if wanted:
+        exporter = Exporter(work, run, newest_model(run))
+        for variant in wanted:
+            exporter.write(variant)
 
 
 def report_stage(work: Work, run: RunDir) -> None:

@@ -44,6 +44,8 @@ FLOORS = {
     "watching": 6,
     "prediction": 6,
     "evaluation": 6,
+    "exporting": 6,
+    "benching": 6,
     "pipeline": 6,
     "listing": 6,
     "inspection": 6,
