@@ -265,9 +265,7 @@ def bench(
     """Time a run's models in PyTorch, ONNX Runtime and OpenVINO, by turns; into RUN/bench.json and the report."""
     from prunekit.benching import bench_run
 
-    bench_run(
-        run, _console(), batches=batch, sizes=size, threads=threads, forms=forms, models=model, seconds=seconds
-    )
+    bench_run(run, _console(), batches=batch, sizes=size, threads=threads, forms=forms, models=model, seconds=seconds)
 
 
 @app.command(name="import")

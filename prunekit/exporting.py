@@ -108,7 +108,9 @@ def export_run(
     if form == "csnet" and given:
         raise RecipeError(f"--format csnet is the published form, without --{given[0]}; leave that out")
     if int8 and form != "onnx":
-        raise RecipeError(f"--int8 is made by ONNX Runtime's tools, for --format onnx; OpenVINO reads that too ({form})")
+        raise RecipeError(
+            f"--int8 is made by ONNX Runtime's tools, for --format onnx; OpenVINO reads that too ({form})"
+        )
     if int8 and preprocess:
         raise RecipeError("--int8 and --preprocess exclude each other; prepare the images outside, or stay in float32")
     reporter = Reporter(console)
@@ -270,7 +272,9 @@ class Exporter:
             self.work.reporter.note(f"export: checked on noise: {error}")
             noise = np.random.default_rng(0)
             shapes = [(self.size + 11, self.size, 3), (self.size, self.size + 30, 3)]
-            return [noise.integers(0, 256, shape, np.uint8) for shape in shapes], "noise (the run's data cannot be read)"
+            return [
+                noise.integers(0, 256, shape, np.uint8) for shape in shapes
+            ], "noise (the run's data cannot be read)"
 
     def _tensors(self, count: int, size: tuple[int, int]) -> Tensor:
         return self._prepared(self.images[:count], size)
