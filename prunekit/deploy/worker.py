@@ -81,7 +81,7 @@ def _input(batch: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
 
 
-def _torch(path: str, precision: str, user_file: str | None) -> Maker:
+def _module(path: str, user_file: str | None) -> Any:
     import torch
 
     if user_file is not None:
@@ -90,9 +90,14 @@ def _torch(path: str, precision: str, user_file: str | None) -> Maker:
 
         name, _, function = user_file.rpartition("::")
         UserFile.read(name).function(function)
-    model = torch.load(path, weights_only=False).eval()
+    return torch.load(path, weights_only=False).eval()
+
+
+def _torch(path: str, precision: str, user_file: str | None) -> Maker:
+    import torch
+
     dtype = torch.bfloat16 if precision == BF16 else torch.float32
-    model = model.to(dtype)
+    model = _module(path, user_file).to(dtype)
 
     def make(batch: int, size: int, threads: int) -> Call:
         torch.set_num_threads(threads)
@@ -112,12 +117,12 @@ def _compiled(path: str, precision: str, user_file: str | None) -> Maker:
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     import torch
 
-    model = torch.load(path, weights_only=False).eval()
+    model = _module(path, user_file)
 
     def make(batch: int, size: int, threads: int) -> Call:
         torch.set_num_threads(threads)
         torch._dynamo.reset()
-        # With its weights frozen they are laid out once, as the runtimes do it; options are those of Inductor.
+        # With its weights frozen they are laid out once, as the runtimes do it.
         fast = torch.compile(model, dynamic=False, options={"freezing": True})
         image = torch.from_numpy(_input(batch, size))
 

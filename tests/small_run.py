@@ -1,0 +1,49 @@
+"""A run folder of a tiny classifier on the built-in digits, dense and slim, without any training."""
+
+import torch
+from networks import kill, settle
+
+from prunekit.backbones import build
+from prunekit.counting import count, total
+from prunekit.environment import environment
+from prunekit.loading import save_model
+from prunekit.pruning.extract import extract
+from prunekit.pruning.groups import find_groups
+from prunekit.pruning.slim import slim
+from prunekit.rundir import RunDir
+from prunekit.schema import Recipe
+
+OPTIONS = {"depth": 8, "width": 4, "classes": 10}
+
+
+def small_run(path):
+    recipe = Recipe.model_validate(
+        {
+            "name": path.name,
+            "backbone": {"name": "resnet", "options": OPTIONS},
+            "task": "classification",
+            "data": {"name": "digits", "size": 16},
+            "train": {"epochs": 0},
+            "finetune": {"epochs": 0},
+        }
+    )
+    torch.manual_seed(0)
+    dense = build("resnet", OPTIONS)
+    example = settle(dense, 0, 16)
+    groups = find_groups(dense, example)
+    kill(dense, groups, 0.5)
+    with torch.no_grad():
+        # What sparse training leaves behind.
+        dense.conv.weight.view(-1)[:7] = 1e-40
+    plan = extract(dense, groups)
+    small, _ = slim(dense, plan, example, groups=groups)
+    with RunDir.start(path, recipe.dump(), environment(0)) as run:
+        for name, model in (("dense", dense), ("slim", small)):
+            save_model(run, name, model)
+            run.update_summary(name, total(count(model, (3, 16, 16))[0]))
+        run.write_json("plan.json", plan.to_json())
+        run.write_json("classes.json", [str(digit) for digit in range(10)])
+        for stage in ("train", "extract", "slim"):
+            run.end(stage)
+        run.finish()
+    return path
