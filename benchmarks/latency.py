@@ -1,0 +1,166 @@
+"""What the deployed form saves, as ratios of times taken in turns in one run.
+
+    python benchmarks/latency.py runs/l-x2                     # any run folder; it is not written to
+    python benchmarks/latency.py                               # a CSNet ×2 with random odd splits
+    python benchmarks/latency.py --width 10 --size 32 --seconds 0.05 --forms eager,deployed    # seconds
+
+The limit is what the arithmetic alone would take: 2 × paper FLOPs (or 2 × MACs) ÷ the rate of a 1024³ float32 matrix
+product that is timed in turns with the rest, on as many threads. No model that is timed holds a subnormal number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from prunekit.backbones.csnet import csnet
+from prunekit.benching import FORMS, Files, settled
+from prunekit.counting import count, total
+from prunekit.deploy.subnormals import without_subnormals
+from prunekit.deploy.timing import Job, measure
+from prunekit.loading import build_dense, load_model, newest_model, read_recipe
+from prunekit.progress import Reporter
+from prunekit.pruning.extract import make_plan
+from prunekit.pruning.groups import find_groups
+from prunekit.pruning.slim import slim
+from prunekit.rundir import RunDir
+from prunekit.schema import Recipe
+
+PAIRS = (("deployed", "eager"), ("compiled", "eager"), ("ort", "ort_plain"), ("openvino", "openvino_plain"))
+
+
+def random_slim(width: int, size: int, share: float, seed: int = 0) -> tuple[Recipe, dict[str, nn.Module]]:
+    """A CSNet, and the same without a random share of its channels: a recipe, and the two."""
+    recipe = Recipe.model_validate(
+        {
+            "name": f"random-x{width}",
+            "backbone": {"name": "csnet", "options": {"width": width}},
+            "data": {"name": "salient_shapes", "size": size},
+            "train": {"epochs": 0},
+            "finetune": {"epochs": 0},
+        }
+    )
+    torch.manual_seed(seed)
+    dense = settled(csnet(width=width))
+    generator = torch.Generator().manual_seed(seed)
+    groups = find_groups(dense, torch.zeros(1, 3, 64, 64))
+    dead = {}
+    for group in groups:
+        if group.reason is None:
+            count_dead = int(torch.randint(round(2 * share * group.channels) + 1, (), generator=generator))
+            order = torch.randperm(group.channels, generator=generator)
+            dead[group.id] = order[: min(count_dead, group.channels - 1)].sort().values.tolist()
+            with torch.no_grad():
+                for gate in group.gates:
+                    dense.get_submodule(gate.norm).weight[gate.slice[0] : gate.slice[1]][dead[group.id]] = 0
+    small, _ = slim(
+        dense, make_plan(dense, groups, dead), torch.randn(2, 3, 64, 64, generator=generator), groups=groups
+    )
+    return recipe, {"dense": dense, "slim": small}
+
+
+def of_run(folder: Path) -> tuple[Recipe, dict[str, nn.Module]]:
+    """A run's recipe, its dense model (untrained, where it has none) and its last one."""
+    run = RunDir.open(folder)
+    recipe, name = read_recipe(run), newest_model(run)
+    has_dense = run.has("dense/model.safetensors")
+    dense = load_model(run, "dense", recipe) if has_dense else settled(build_dense(recipe))
+    return recipe, {"dense": dense} if name == "dense" else {"dense": dense, "slim": load_model(run, name, recipe)}
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("--width", type=int, default=40)
+    parser.add_argument("--share", type=float, default=0.5, help="of the channels that are cut, on average")
+    parser.add_argument("--size", type=int, default=None)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--forms", default=",".join(form for form in FORMS if form != "compiled"))
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(arguments)
+    recipe, models = of_run(args.run) if args.run else random_slim(args.width, args.size or 224, args.share)
+    size = args.size or recipe.data.size
+    result = compare(recipe, models, size, args)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+    return result
+
+
+def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argparse.Namespace) -> dict:
+    reporter = Reporter(Console(stderr=True))
+    jobs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in models.items():
+            clean = without_subnormals(model).eval().requires_grad_(False)
+            files = Files(name, clean, recipe, Path(folder), reporter).make(args.forms.split(","))
+            shape = (args.batch, size, args.threads)
+            jobs += [
+                (name, form, Job(f"{name} {form}", kind, path, *shape, precision))
+                for form, (kind, path, precision) in files.items()
+            ]
+        timings, products = measure([job for *_, job in jobs], args.seconds)
+    for (_, _, job), timing in zip(jobs, timings, strict=True):
+        if timing.error:
+            raise RuntimeError(f"{job.name}: {timing.error}")
+    ms: dict[str, dict[str, float]] = {name: {} for name in models}
+    for (name, form, _), timing in zip(jobs, timings, strict=True):
+        ms[name][form] = timing.median
+    rate = products[args.threads]
+    result = {"size": size, "batch": args.batch, "threads": args.threads, "gflops": rate, "models": {}}
+    for name, model in models.items():
+        sizes = total(count(model, (3, size, size))[0])
+        # Paper FLOPs are those of 224×224; elsewhere they grow with the area.
+        paper = sizes["paper_flops"] and sizes["paper_flops"] * size**2 / 224**2
+        limits = {
+            key: 2 * args.batch * value / rate / 1e6
+            for key, value in (("paper FLOPs", paper), ("MACs", sizes["macs"]))
+            if value
+        }
+        best = min(ms[name], key=ms[name].get)
+        result["models"][name] = {
+            **sizes,
+            "ms": ms[name],
+            "faster": {f"{a} than {b}": ms[name][b] / ms[name][a] for a, b in PAIRS if {a, b} <= set(ms[name])},
+            "best": best,
+            "limits_ms": limits,
+            "best_over_limit": {key: ms[name][best] / limit for key, limit in limits.items()},
+        }
+    if {"dense", "slim"} <= set(models):
+        dense, small = (result["models"][name] for name in ("dense", "slim"))
+        result["slim_over_dense"] = {
+            "MACs": small["macs"] / dense["macs"],
+            **{form: small["ms"][form] / dense["ms"][form] for form in small["ms"] if form in dense["ms"]},
+        }
+    return result
+
+
+def show(result: dict) -> None:
+    print(f"batch {result['batch']}, {result['size']}×{result['size']}, {result['threads']} threads, ", end="")
+    print(f"matrix product {result['gflops']:.0f} GFLOP/s; medians in ms\n")
+    forms = list(dict.fromkeys(form for one in result["models"].values() for form in one["ms"]))
+    print("| model | " + " | ".join(forms) + " |")
+    print("|---" * (len(forms) + 1) + "|")
+    for name, one in result["models"].items():
+        print(f"| {name} | " + " | ".join(f"{one['ms'][f]:.2f}" if f in one["ms"] else "–" for f in forms) + " |")
+    for name, one in result["models"].items():
+        print(f"\n{name}: {one['params']:,} params, {one['macs']:,} MACs")
+        for words, ratio in one["faster"].items():
+            print(f"  {words}: {ratio:.2f} times faster")
+        for key, ratio in one["best_over_limit"].items():
+            print(f"  best ({one['best']}) ÷ limit from {key} ({one['limits_ms'][key]:.2f} ms): {ratio:.2f}")
+    if "slim_over_dense" in result:
+        print("\nslim ÷ dense: " + ", ".join(f"{key} {ratio:.3f}" for key, ratio in result["slim_over_dense"].items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""How the cost of a forward pass grows with width, depth, resolution and batch, each as a fitted power.
+
+    python benchmarks/scaling.py                        # CSNet and an octave ResNet, eager and deployed
+    python benchmarks/scaling.py --json
+    python benchmarks/scaling.py --widths 8 16 --depths 8 14 --sizes 32 48 --batches 1 2 --seconds 0.02 --size 32
+
+Beside each power stands that of the MACs: what computing alone would cost. Times are taken in turns within an axis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunekit.backbones.csnet import csnet
+from prunekit.backbones.octresnet import octresnet
+from prunekit.benching import settled
+from prunekit.counting import count, total
+from prunekit.deploy.deployed import deploy
+from prunekit.deploy.timing import Job, measure
+
+FORMS = ("eager", "deployed")
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--widths", type=int, nargs="*", default=[10, 20, 40, 80])
+    parser.add_argument("--depths", type=int, nargs="*", default=[8, 20, 32, 56], help="of an octave ResNet")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 224, 320])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--width", type=int, default=20, help="of CSNet, where another axis grows")
+    parser.add_argument("--size", type=int, default=128, help="where another axis grows")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(arguments)
+    torch.manual_seed(0)
+
+    def fixed() -> nn.Module:
+        return csnet(width=args.width)
+
+    axes: dict[str, list[tuple[int, Callable[[], nn.Module], int, int]]] = {
+        "width": [(w, lambda w=w: csnet(width=w), args.size, 1) for w in args.widths],
+        "depth": [(d, lambda d=d: octresnet(d, 16), args.size, 1) for d in args.depths],
+        "resolution": [(s, fixed, s, 1) for s in args.sizes],
+        "batch": [(b, fixed, args.size, b) for b in args.batches],
+    }
+    result = {axis: grow(points, args) for axis, points in axes.items() if points}
+    print(json.dumps(result)) if args.json else show(result)
+    return result
+
+
+def grow(points: Sequence[tuple[int, Callable[[], nn.Module], int, int]], args: argparse.Namespace) -> dict:
+    """Milliseconds and MACs at each point of an axis, as ratios to the first, and the powers through them."""
+    jobs, macs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for place, (_, build, size, batch) in enumerate(points):
+            model = settled(build()).requires_grad_(False)
+            macs.append(batch * total(count(model, (3, size, size))[0])["macs"])
+            example = torch.randn(2, 3, size, size)
+            for form in FORMS:
+                path = Path(folder) / f"{place}-{form}.pt"
+                torch.save(model if form == "eager" else deploy(model, example)[0], path)
+                jobs.append(Job(f"{form} {place}", "torch", path, batch, size, args.threads))
+        timings, _ = measure(jobs, args.seconds)
+    for job, timing in zip(jobs, timings, strict=True):
+        if timing.error:
+            raise RuntimeError(f"{job.name}: {timing.error}")
+    values = [value for value, *_ in points]
+    ms = {form: [t.median for t in timings[i :: len(FORMS)]] for i, form in enumerate(FORMS)}
+    return {
+        "values": values,
+        "ms": ms,
+        "ratios": {form: [one / taken[0] for one in taken] for form, taken in {**ms, "MACs": macs}.items()},
+        "powers": {form: power(values, taken) for form, taken in {**ms, "MACs": macs}.items()},
+    }
+
+
+def power(x: Sequence[float], y: Sequence[float]) -> float:
+    """The exponent p of y ∝ x^p, fitted in logarithms; NaN from less than two places."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(set(x)) > 1 else float("nan")
+
+
+def show(result: dict) -> None:
+    for axis, found in result.items():
+        print(f"\n| {axis} | " + " | ".join(map(str, found["values"])) + " | grows with the power |")
+        print("|---" * (len(found["values"]) + 2) + "|")
+        for form, ratios in found["ratios"].items():
+            print(f"| {form} | " + " | ".join(f"{r:.2f}" for r in ratios) + f" | {found['powers'][form]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

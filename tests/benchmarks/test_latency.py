@@ -1,0 +1,35 @@
+"""The scripts run, and their ratios are those of what they have measured; no time is judged."""
+
+import json
+import math
+
+import latency
+import pytest
+import scaling
+
+
+def test_latency_of_a_random_slim_network(capsys):
+    given = "--width 10 --size 32 --seconds 0.01 --threads 1 --forms eager,deployed --json".split()
+    result = latency.main(given)
+    assert json.loads(capsys.readouterr().out) == result
+    dense, slim = result["models"]["dense"], result["models"]["slim"]
+    assert slim["params"] < dense["params"] and result["slim_over_dense"]["MACs"] == slim["macs"] / dense["macs"]
+    assert slim["faster"]["deployed than eager"] == slim["ms"]["eager"] / slim["ms"]["deployed"]
+    assert slim["limits_ms"]["MACs"] == pytest.approx(2 * slim["macs"] / result["gflops"] / 1e6)
+    latency.show(result)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+
+
+def test_scaling(capsys):
+    given = "--widths 8 16 --depths --sizes 32 48 --batches --width 8 --size 32 --seconds 0.01 --threads 1".split()
+    result = scaling.main(given)
+    assert set(result) == {"width", "resolution"} and "grows with the power" in capsys.readouterr().out
+    assert result["resolution"]["powers"]["MACs"] == pytest.approx(2, abs=0.05)
+    assert all(math.isfinite(p) for axis in result.values() for p in axis["powers"].values())
+    assert all(ratios[0] == 1 for axis in result.values() for ratios in axis["ratios"].values())
+
+
+def test_power():
+    assert scaling.power([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert math.isnan(scaling.power([1], [1]))
