@@ -1,4 +1,5 @@
-"""A run folder of a tiny classifier on the built-in digits, dense and slim, without any training."""
+"""A run folder of a tiny classifier on the built-in digits, dense and slim, without any training; and runs without
+their export."""
 
 import torch
 from networks import kill, settle
@@ -14,6 +15,21 @@ from prunekit.rundir import RunDir
 from prunekit.schema import Recipe
 
 OPTIONS = {"depth": 8, "width": 4, "classes": 10}
+
+
+def skip_export(monkeypatch):
+    """Let the export stage write something else in no time."""
+    monkeypatch.setattr("prunekit.exporting.deploy", lambda model, example, runtime: (model, NoRecord))
+    monkeypatch.setattr("prunekit.exporting.export_onnx", lambda *_: b"a file")
+    monkeypatch.setattr("prunekit.exporting.check_onnx", lambda *_: 0.0)
+
+
+class NoRecord:
+    """Of a deployed form that is none."""
+
+    @staticmethod
+    def to_json():
+        return {}
 
 
 def small_run(path):

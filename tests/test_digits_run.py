@@ -12,6 +12,7 @@ import pytest
 from fake_run import write_run
 from PIL import Image
 from rich.console import Console
+from small_run import skip_export
 
 from prunekit import registry, stages
 from prunekit.cli import main
@@ -58,8 +59,7 @@ def run(whole, tmp_path):
 def quick(monkeypatch):
     """Export and figures have been seen in the whole run; they take longer than all else."""
     monkeypatch.setitem(report.__globals__, "figures", lambda *_: iter(()))
-    monkeypatch.setattr(stages, "export_onnx", lambda *_: b"a file")
-    monkeypatch.setattr(stages, "check_onnx", lambda *_: 0.0)
+    skip_export(monkeypatch)
 
 
 def read(folder, name):

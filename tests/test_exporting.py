@@ -8,7 +8,7 @@ import onnx
 import openvino
 import pytest
 import torch
-from small_run import small_run
+from small_run import NoRecord, small_run
 
 from prunekit.cli import main
 from prunekit.deploy.onnx import count_subnormals, onnx_function
@@ -87,18 +87,12 @@ def test_int8_says_what_it_costs(folder, capsys):
 def test_nothing_is_written_of_what_computes_something_else(folder, monkeypatch, capsys):
     monkeypatch.setattr(
         "prunekit.exporting.deploy",
-        lambda model, example, runtime: (torch.nn.Sequential(model, torch.nn.ReLU()), Record),
+        lambda model, example, runtime: (torch.nn.Sequential(model, torch.nn.ReLU()), NoRecord),
     )
     assert command("export", folder, "--format", "onnx") == 3
     error = capsys.readouterr().err
     assert "differs from the model" in error and error.count("\n") == 1
     assert not (folder / "model.onnx").exists()
-
-
-class Record:
-    @staticmethod
-    def to_json():
-        return {}
 
 
 def test_mistakes(folder, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from small_run import skip_export
 
 from prunekit.errors import DataError, RecipeError, RunFolderError
 from prunekit.loading import load_model
@@ -51,10 +52,7 @@ def run(whole, tmp_path):
 @pytest.fixture
 def without_export(monkeypatch):
     """The export has been seen in the whole run; it takes longer than all else."""
-    from prunekit import stages
-
-    monkeypatch.setattr(stages, "export_onnx", lambda *_: b"a file")
-    monkeypatch.setattr(stages, "check_onnx", lambda *_: 0.0)
+    skip_export(monkeypatch)
 
 
 def summary_of(folder):

@@ -110,7 +110,7 @@ trees = st.fixed_dictionaries(
         "init": paths,
         "decay": st.fixed_dictionaries({}, optional={"name": st.just("l1"), "weight": rates}),
         "slim": st.fixed_dictionaries({}, optional={"threshold": rates, "constants": st.just("fold")}),
-        "export": st.fixed_dictionaries({}, optional={"onnx": st.booleans()}),
+        "export": st.fixed_dictionaries({}, optional={"onnx": st.booleans(), "int8": st.booleans()}),
         "log": st.sampled_from(["none", "tensorboard"]),
     },
 )  # fmt: skip
