@@ -51,13 +51,12 @@ def small_run(path):
     with torch.no_grad():
         # What sparse training leaves behind.
         dense.conv.weight.view(-1)[:7] = 1e-40
-    plan = extract(dense, groups)
-    small, _ = slim(dense, plan, example, groups=groups)
+    small, proof = slim(dense, extract(dense, groups), example, groups=groups)
     with RunDir.start(path, recipe.dump(), environment(0)) as run:
         for name, model in (("dense", dense), ("slim", small)):
             save_model(run, name, model)
             run.update_summary(name, total(count(model, (3, 16, 16))[0]))
-        run.write_json("plan.json", plan.to_json())
+        run.write_json("plan.json", proof.plan.to_json())
         run.write_json("classes.json", [str(digit) for digit in range(10)])
         for stage in ("train", "extract", "slim"):
             run.end(stage)
