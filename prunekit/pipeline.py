@@ -144,7 +144,8 @@ def _adopt(work: Work, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
     """Take over the figures of models that were copied: their sizes are measured at the new recipe's image size, their
     metrics hold on the same data only."""
     summary = old.read_json("summary.json")
-    same_data = read_recipe(old).data == work.recipe.data
+    theirs, ours = (recipe.data.model_dump(exclude={"cache"}) for recipe in (read_recipe(old), work.recipe))
+    same_data = theirs == ours
     for theirs, ours in parts.items():
         work.measure(run, ours, load_model(run, ours))
         metrics = summary.get(theirs, {}).get("metrics")

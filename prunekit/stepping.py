@@ -24,28 +24,86 @@ from prunekit.layers.optional import DepthwiseModules
 from prunekit.native.library import NoKernels, load
 from prunekit.native.ops import depthwise, norm_act, usable
 from prunekit.plan import Group
+from prunekit.schema import Training
+
+
+Forward = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def fast_steps(model: nn.Module, groups: Sequence[Group], say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Let the model's training steps take less time within ``with``. Its input should be channels-last.
+def fast_steps(
+    model: nn.Module, groups: Sequence[Group], section: Training, say: Callable[[str], None]
+) -> Iterator[Forward]:
+    """Within ``with``, a forward that does what the model does, faster.
 
     Args:
         model: on the device on which it is trained.
         groups: of the model; they tell which PReLU takes what a norm puts out, and nothing else does.
+        section: its ``fast`` and ``compile`` say what may be done.
         say: takes a line where something that would make it faster cannot be had.
     """
     with ExitStack() as stack:
         first = next(model.parameters(), None)
-        if first is not None and first.device.type == "cpu":
+        on_cpu = first is not None and first.device.type == "cpu"
+        if section.fast and on_cpu:
             stack.enter_context(kept_memory())
+        if section.compile:
+            yield _channels_last(_Compiled(model, on_cpu, say))
+            return
+        if not section.fast:
+            yield model
+            return
+        if on_cpu:
             why = load()
             if isinstance(why, NoKernels):
-                if say is not None:
-                    say(f"training without the kernels for CPUs: {why}")
+                say(f"training without the kernels for CPUs: {why}")
             else:
                 stack.enter_context(_forwards(model, groups))
-        yield
+        yield _channels_last(model, say)
+
+
+def _channels_last(forward: Forward, say: Callable[[str], None] = lambda line: None) -> Forward:
+    """The forward, given its images in this format; convolutions pass it on. A model that takes views of its features
+    may refuse it."""
+    refused = False
+
+    def run(images: Tensor) -> Tensor:
+        nonlocal refused
+        if refused:
+            return forward(images)
+        try:
+            return forward(images.contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            if "view" not in str(error):
+                raise
+            refused = True
+            say(f"training without channels-last, which the model refuses ({str(error).splitlines()[0]})")
+            return forward(images)
+
+    return run
+
+
+class _Compiled:
+    """The model through ``torch.compile``; on an accelerator with CUDA graphs, since a step there is bound by the
+    launches of its hundreds of small kernels. What cannot be compiled runs as it is, with a word."""
+
+    def __init__(self, model: nn.Module, on_cpu: bool, say: Callable[[str], None]):
+        self.model, self.say = model, say
+        self.forward: Forward | None = torch.compile(model, mode="default" if on_cpu else "reduce-overhead")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.forward is None:
+            return self.model(images)
+        try:
+            torch.compiler.cudagraph_mark_step_begin()
+            return self.forward(images)
+        except Exception as error:  # The compiler's are of many kinds, and none of them is the model's fault.
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.say(f"train.compile: the model does not compile ({said[:200]}); it trains without")
+            self.forward = None
+            return self.model(images)
 
 
 @contextmanager
@@ -95,15 +153,12 @@ class _Pair:
 
     def normed(self, x: Tensor) -> Tensor:
         norm, act = self.norm, self.act
-        if not norm.training or not usable(x) or x.numel() == x.shape[1]:
+        alike = x.dtype == norm.weight.dtype and (act is None or act.weight.dtype == x.dtype)
+        # One number a channel has no deviation, and PyTorch says so.
+        if not norm.training or not usable(x) or not alike or x.numel() == x.shape[1]:
             return nn.BatchNorm2d.forward(norm, x)
-        slope = None if act is None else act.weight
-        y, means, mean, variance = norm_act(x, norm.weight, norm.bias, slope, norm.eps)
-        with torch.no_grad():
-            count = x.numel() / x.shape[1]
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
-            norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+        y, means = norm_act(x, norm, None if act is None else act.weight)
         y.channel_means = means
         self.last = y
         return y
@@ -118,7 +173,7 @@ class _Depthwise:
     conv: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.conv.training or not usable(x):
+        if not self.conv.training or not usable(x) or x.dtype != self.conv.weight.dtype:
             return nn.Conv2d.forward(self.conv, x)
         return depthwise(x, self.conv.weight)
 
@@ -148,3 +203,31 @@ def kept_memory() -> Iterator[None]:
             for key, value in _DEFAULTS.items():
                 libc.mallopt(key, value)
             libc.malloc_trim(0)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Take subnormal numbers for zero, in every thread that computes.
+
+    A processor's flag for it belongs to a thread, and PyTorch sets it for the calling one alone. New threads inherit
+    it, so the others are ended and come again when they are needed.
+    """
+    torch.set_flush_denormal(True)
+    _renew_threads()
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        _renew_threads()
+
+
+def _renew_threads() -> None:
+    """End the threads of OpenMP; the next parallel loop starts new ones. Nothing where it knows no such call."""
+    try:
+        pause = ctypes.CDLL("libgomp.so.1" if sys.platform == "linux" else None).omp_pause_resource_all
+    except (OSError, AttributeError, TypeError):
+        return
+    pause(_PAUSE_HARD)
+
+
+_PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0

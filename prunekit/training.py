@@ -10,8 +10,8 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import registry
+from prunekit.data.cache import resident
 from prunekit.data.pairs import Tensors, normalise
 from prunekit.errors import CheckpointError, TrainingError
 from prunekit.optimizers import shares
@@ -29,6 +30,7 @@ from prunekit.pruning.life import effective_gates, scores
 from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
 from prunekit.schema import Named, Training
+from prunekit.stepping import fast_steps, flushed_denormals
 
 # Below this a parameter is set to zero after each epoch. Decay leaves numbers on their way to zero; past 1e-38 they are
 # subnormal, and a processor takes many times as long for each.
@@ -46,6 +48,8 @@ class Reporter(Protocol):
     def epoch(self, line: dict[str, Any]) -> None: ...
 
     def stop(self) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
 
 # From the number of epochs that are done to what takes the lines of those that follow; see prunekit.trackers.
@@ -100,15 +104,22 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
         job.run.truncate_metrics(job.stage, first)
     total = max(1, section.epochs * steps)
     way = np.cumsum([schedule(step / total) for step in range(total)])
+    train = resident(job.train, job.device)
     losses = [line["loss"] for line in job.run.read_metrics() if line["stage"] == job.stage]
     job.reporter.start(job.stage, section.epochs, steps, first, losses)
     try:
-        with decay, _flush_denormals(), job.tracker(first) as track:
+        with (
+            decay,
+            flushed_denormals(),
+            fast_steps(model, groups, section, job.reporter.say) as forward,
+            job.tracker(first) as track,
+        ):
             for epoch in range(first, section.epochs):
                 began = time.perf_counter()
                 generator = seeded(job.seed, job.stage, epoch)
-                order = torch.randperm(len(job.train), generator=generator)
-                sums, told = torch.zeros(2, dtype=torch.float64), 0.0
+                order = torch.randperm(len(train), generator=generator)
+                where = order.to(train.images.device)
+                sums, told = torch.zeros(2, dtype=torch.float64, device=job.device), 0.0
                 model.train()
                 for step in range(steps):
                     if job.steering is not None and step % (every := job.steering.every(total)) == 0:
@@ -118,12 +129,13 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
                     factor = schedule((epoch * steps + step) / total)
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * factor
-                    rows = order[step * batch : (step + 1) * batch]
+                    part = slice(step * batch, (step + 1) * batch)
+                    rows = where[part]
                     images, targets = augment(
-                        job.train.images[rows], job.train.targets[rows], job.train.sizes[rows], generator
+                        train.images[rows], train.targets[rows], train.sizes[order[part]], generator
                     )
-                    loss, penalty = _step(model, optimizer, decay, job, images, targets)
-                    sums += torch.stack([loss, penalty]).cpu()
+                    loss, penalty = _step(forward, optimizer, decay, job, images, targets)
+                    sums += torch.stack([loss, penalty])
                     if step % LOOK_EVERY == 0 or step == steps - 1:
                         _check(loss, penalty, epoch, step)
                         alive, of = gates.count()
@@ -168,11 +180,11 @@ def seeded(seed: int, stage: str, epoch: int) -> torch.Generator:
 
 
 def _step(
-    model: nn.Module, optimizer: Any, decay: Decay, job: Job, images: Tensor, targets: Tensor
+    forward: Callable[[Tensor], Tensor], optimizer: Any, decay: Decay, job: Job, images: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     images = normalise(images.to(job.device))
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.section.precision == "bf16"):
-        output = model(images)
+        output = forward(images)
     loss = job.task.loss(output, targets.to(job.device))
     penalty = decay.penalty()
     optimizer.zero_grad(set_to_none=True)
@@ -265,12 +277,3 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, 
 def _flush(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.masked_fill_(parameter.abs() < FLUSH, 0.0)
-
-
-@contextmanager
-def _flush_denormals() -> Iterator[None]:
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prunekit import registry
 from prunekit.counting import count, total
-from prunekit.data.pairs import ImageSet, Tensors, load_tensors, normalise
+from prunekit.data.cache import data_folder, kept_tensors
+from prunekit.data.pairs import ImageSet, Tensors, normalise
 from prunekit.errors import PlanError, RecipeError
 from prunekit.loading import (
     CLASSES,
@@ -80,7 +81,12 @@ class Work:
         """The set in memory, at the recipe's size."""
         if split not in self._tensors:
             with self.reporter.busy(f"reading data ({split})"):
-                self._tensors[split] = load_tensors(self.pairs(split), self.recipe.data.size)
+                self._tensors[split] = kept_tensors(
+                    self.pairs(split),
+                    self.recipe.data.size,
+                    data_folder(self.recipe.data.cache),
+                    self.reporter.say,
+                )
         return self._tensors[split]
 
     def example(self) -> Tensor:

@@ -6,6 +6,7 @@
 // the vectors. Sums are taken chunk by chunk, the chunks' in their order: the result does not depend on the threads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -101,10 +102,10 @@ void norm_stats(const T* x, int64_t images, int64_t pixels, int64_t channels, do
     }
 }
 
-// y = act(x · scale + shift), act(u) = u above zero and slope · u below; sums: Σ y for each image and channel.
+// y = act(x · scale + shift), act(u) = u above zero and slope · u below; means: of y for each image and channel.
 template <class T>
-void norm_act(const T* x, const T* scale, const T* shift, const T* slope, T* y, double* sums_out, int64_t images,
-              int64_t pixels, int64_t channels, int threads) {
+void apply(const T* x, const T* scale, const T* shift, const T* slope, T* y, T* means, int64_t images, int64_t pixels,
+           int64_t channels, int threads) {
     const int64_t tile = tile_pixels(channels), width = tile * channels, numbers = pixels * channels;
     const auto a = tiled(scale, channels, tile), b = tiled(shift, channels, tile), s = tiled(slope, channels, tile);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -123,21 +124,41 @@ void norm_act(const T* x, const T* scale, const T* shift, const T* slope, T* y, 
                 sum[i] += r;
             }
         });
-        std::copy(sums.total.begin(), sums.total.end(), sums_out + n * channels);
+        for (int64_t c = 0; c < channels; ++c) means[n * channels + c] = T(sums.total[c] / pixels);
     }
 }
 
-// From the gradient to y those to x, γ, β and the slope; u is computed anew. `mean` and `deviation` (1/√(v+ε)) are those
-// of the forward; with `moving` false they were constants (evaluation mode).
+// A norm by the batch's statistics, and the PReLU behind it. `held` (5, channels) keeps what the backward needs: scale,
+// shift, slope, mean, 1/√(v+ε). `running` and `running_var` move as PyTorch moves them. A null slope is no activation;
+// `one_slope` says that it is a single number.
 template <class T>
-void norm_act_backward(const T* grad, const T* x, const T* scale, const T* shift, const T* slope, const double* mean,
-                       const double* deviation, T* grad_x, double* grad_gamma, double* grad_beta, double* grad_slope,
-                       int64_t images, int64_t pixels, int64_t channels, bool moving, int threads) {
+void norm_act(const T* x, const T* gamma, const T* beta, const T* slope, int one_slope, double eps, double momentum,
+              T* running, T* running_var, T* held, T* y, T* means, int64_t images, int64_t pixels, int64_t channels,
+              int threads) {
+    std::vector<double> mean(channels), variance(channels);
+    norm_stats<T>(x, images, pixels, channels, mean.data(), variance.data(), threads);
+    const double count = double(images) * pixels;
+    for (int64_t c = 0; c < channels; ++c) {
+        const double deviation = 1 / std::sqrt(variance[c] + eps), scale = gamma[c] * deviation;
+        held[c] = T(scale);
+        held[channels + c] = T(beta[c] - mean[c] * scale);
+        held[2 * channels + c] = slope ? slope[one_slope ? 0 : c] : T(1);
+        held[3 * channels + c] = T(mean[c]);
+        held[4 * channels + c] = T(deviation);
+        running[c] = T(running[c] + momentum * (mean[c] - running[c]));
+        running_var[c] = T(running_var[c] + momentum * (variance[c] * count / (count - 1) - running_var[c]));
+    }
+    apply<T>(x, held, held + channels, held + 2 * channels, y, means, images, pixels, channels, threads);
+}
+
+// From the gradient to y those to x and, `found` (3, channels), to γ, β and the slope; u is computed anew.
+template <class T>
+void norm_act_backward(const T* grad, const T* x, const T* held, T* grad_x, T* found, int64_t images, int64_t pixels,
+                       int64_t channels, int threads) {
     const int64_t tile = tile_pixels(channels), width = tile * channels, numbers = pixels * channels;
-    const auto a = tiled(scale, channels, tile), b = tiled(shift, channels, tile), s = tiled(slope, channels, tile);
-    std::vector<T> middle(channels);
-    for (int64_t c = 0; c < channels; ++c) middle[c] = T(mean[c]);
-    const auto m = tiled(middle.data(), channels, tile);
+    const T *scale = held, *deviation = held + 4 * channels;
+    const auto a = tiled(scale, channels, tile), b = tiled(held + channels, channels, tile),
+               s = tiled(held + 2 * channels, channels, tile), m = tiled(held + 3 * channels, channels, tile);
     std::vector<double> part(images * 3 * channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < images; ++n) {
@@ -167,13 +188,12 @@ void norm_act_backward(const T* grad, const T* x, const T* scale, const T* shift
             crossed += part[(n * 3 + 1) * channels + c];
             below += part[(n * 3 + 2) * channels + c];
         }
-        grad_beta[c] = plain;
-        grad_gamma[c] = crossed * deviation[c];
-        grad_slope[c] = below;
-        const double factor = moving ? double(scale[c]) : 0.0;
-        const double tilt = -factor * deviation[c] * deviation[c] * crossed / count;
+        found[c] = T(crossed * deviation[c]);
+        found[channels + c] = T(plain);
+        found[2 * channels + c] = T(below);
+        const double tilt = -double(scale[c]) * deviation[c] * deviation[c] * crossed / count;
         linear[c] = T(tilt);
-        constant[c] = T(-factor * plain / count);
+        constant[c] = T(-double(scale[c]) * plain / count);
     }
     const auto l = tiled(linear.data(), channels, tile), k = tiled(constant.data(), channels, tile);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -250,7 +270,7 @@ void depthwise(const T* x, const T* kernel, T* y, int64_t images, int64_t height
 
 // The gradient to the kernel, (3, 3, channels).
 template <class T>
-void depthwise_kernel(const T* grad, const T* x, double* grad_kernel, int64_t images, int64_t height, int64_t width,
+void depthwise_kernel(const T* grad, const T* x, T* grad_kernel, int64_t images, int64_t height, int64_t width,
                       int64_t channels, int threads) {
     const int64_t tile = tile_pixels(channels), wide = tile * channels, numbers = width * channels;
     std::vector<double> part(images * 9 * channels);
@@ -290,30 +310,28 @@ void depthwise_kernel(const T* grad, const T* x, double* grad_kernel, int64_t im
         std::copy(sums.total.begin(), sums.total.end(), part.begin() + n * 9 * channels);
     }
     for (int64_t k = 0; k < 9 * channels; ++k) {
-        grad_kernel[k] = 0;
-        for (int64_t n = 0; n < images; ++n) grad_kernel[k] += part[n * 9 * channels + k];
+        double sum = 0;
+        for (int64_t n = 0; n < images; ++n) sum += part[n * 9 * channels + k];
+        grad_kernel[k] = T(sum);
     }
 }
 
 }  // namespace
 
 #define FOR_TYPE(suffix, T)                                                                                           \
-    void norm_stats_##suffix(const T* x, int64_t n, int64_t p, int64_t c, double* mean, double* var, int t) {         \
-        norm_stats<T>(x, n, p, c, mean, var, t);                                                                      \
-    }                                                                                                                 \
-    void norm_act_##suffix(const T* x, const T* a, const T* b, const T* s, T* y, double* sums, int64_t n, int64_t p,  \
+    void norm_act_##suffix(const T* x, const T* gamma, const T* beta, const T* slope, int one_slope, double eps,      \
+                           double momentum, T* mean, T* var, T* held, T* y, T* means, int64_t n, int64_t p,           \
                            int64_t c, int t) {                                                                        \
-        norm_act<T>(x, a, b, s, y, sums, n, p, c, t);                                                                 \
+        norm_act<T>(x, gamma, beta, slope, one_slope, eps, momentum, mean, var, held, y, means, n, p, c, t);          \
     }                                                                                                                 \
-    void norm_act_backward_##suffix(const T* g, const T* x, const T* a, const T* b, const T* s, const double* mean,   \
-                                    const double* dev, T* gx, double* gg, double* gb, double* gs, int64_t n,          \
-                                    int64_t p, int64_t c, int moving, int t) {                                        \
-        norm_act_backward<T>(g, x, a, b, s, mean, dev, gx, gg, gb, gs, n, p, c, moving, t);                           \
+    void norm_act_backward_##suffix(const T* g, const T* x, const T* held, T* gx, T* found, int64_t n, int64_t p,     \
+                                    int64_t c, int t) {                                                               \
+        norm_act_backward<T>(g, x, held, gx, found, n, p, c, t);                                                      \
     }                                                                                                                 \
     void depthwise_##suffix(const T* x, const T* k, T* y, int64_t n, int64_t h, int64_t w, int64_t c, int t) {        \
         depthwise<T>(x, k, y, n, h, w, c, t);                                                                         \
     }                                                                                                                 \
-    void depthwise_kernel_##suffix(const T* g, const T* x, double* gk, int64_t n, int64_t h, int64_t w, int64_t c,    \
+    void depthwise_kernel_##suffix(const T* g, const T* x, T* gk, int64_t n, int64_t h, int64_t w, int64_t c,         \
                                    int t) {                                                                           \
         depthwise_kernel<T>(g, x, gk, n, h, w, c, t);                                                                 \
     }

@@ -23,11 +23,10 @@ from prunekit.files import cache_folder, reason, sha256
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 LONGEST = 120  # seconds that the compiler may take
 
-_POINTER, _NUMBER, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _NUMBER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 SIGNATURES = {
-    "norm_stats": [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 2, _COUNT],
-    "norm_act": [*[_POINTER] * 6, *[_NUMBER] * 3, _COUNT],
-    "norm_act_backward": [*[_POINTER] * 11, *[_NUMBER] * 3, _COUNT, _COUNT],
+    "norm_act": [*[_POINTER] * 4, _COUNT, *[_REAL] * 2, *[_POINTER] * 5, *[_NUMBER] * 3, _COUNT],
+    "norm_act_backward": [*[_POINTER] * 5, *[_NUMBER] * 3, _COUNT],
     "depthwise": [*[_POINTER] * 3, *[_NUMBER] * 4, _COUNT],
     "depthwise_kernel": [*[_POINTER] * 3, *[_NUMBER] * 4, _COUNT],
 }

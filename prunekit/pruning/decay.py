@@ -129,21 +129,30 @@ class DynamicWeightDecay(Decay):
         if silent:
             where = "outside of `with`" if not self._hooks else f"{silent[0]} has seen none"
             raise TrainingError(f"penalty() needs a forward in train mode since its last call; {where}")
-        responses = [watch.mean() for watch in self._seen]
+        # Everything for all gates at once: there are a hundred norms, and each would be several small operations.
+        gates = torch.cat(self._gates)
+        responses = self._responses().to(gates.device, gates.dtype)
         if self.branch_weights == "flops":
             sides = torch.tensor([watch.side for watch in self._seen])
-            counts = torch.tensor([float(len(gate)) for gate in self._gates])
+            counts = torch.tensor([len(gate) for gate in self._gates])
             weights = sides / ((sides * counts).sum() / counts.sum())
-            responses = [response * w for response, w in zip(responses, weights.tolist(), strict=True)]
+            responses = responses * weights.repeat_interleave(counts).to(responses)
         for watch in self._seen:
             watch.clear()
-        # One product for all gates: there are a hundred norms, and each would be several small operations.
-        gates = torch.cat(self._gates)
-        return 0.5 * self.weight * torch.dot(torch.cat(responses).to(gates.dtype), gates * gates)
+        return 0.5 * self.weight * torch.dot(responses, gates * gates)
+
+    @torch.no_grad()
+    def _responses(self) -> Tensor:
+        """The mean over the images of all forwards, of all gates in a row."""
+        forwards = [[len(part) for part in watch.parts] for watch in self._seen]
+        if all(sizes == forwards[0] for sizes in forwards):
+            parts = zip(*(watch.parts for watch in self._seen), strict=True)
+            return sum(torch.cat(part, 1).abs().sum(0) for part in parts) / self._seen[0].images
+        return torch.cat([sum(part.abs().sum(0) for part in watch.parts) / watch.images for watch in self._seen])
 
 
 class _Watch:
-    """Sums the responses behind one norm over the images of all forwards."""
+    """Keeps the responses behind one norm, image by image, of all forwards."""
 
     def __init__(self, model: nn.Module, norm: str, activation: str | None):
         self.function = None
@@ -159,7 +168,7 @@ class _Watch:
         self.clear()
 
     def clear(self) -> None:
-        self.total: Tensor | None = None
+        self.parts: list[Tensor] = []
         self.images = 0
         self.side = 0.0
 
@@ -168,18 +177,18 @@ class _Watch:
 
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:
             if module.training and module is watch.module():
-                watch.see(output.detach())
+                watch.see(output)
 
         return self.module().register_forward_hook(hook)
 
     @torch.no_grad()
     def see(self, y: Tensor) -> None:
-        if self.function is not None:
-            y = self.function(y)
-        sums = y.float().flatten(2).mean(2).abs().sum(0) if y.dim() > 2 else y.float().abs().sum(0)
-        self.total = sums if self.total is None else self.total + sums
+        # A fused norm has measured its output on the way (prunekit.stepping).
+        means = getattr(y, "channel_means", None)
+        if self.function is not None or means is None:
+            y = y.detach() if self.function is None else self.function(y.detach())
+            y = y if y.dtype == torch.float64 else y.float()
+            means = y.flatten(2).mean(2) if y.dim() > 2 else y
+        self.parts.append(means)
         self.images += len(y)
         self.side = float(y[0, 0].numel()) ** 0.5
-
-    def mean(self) -> Tensor:
-        return self.total / self.images
