@@ -26,7 +26,6 @@ from prunekit.native.ops import depthwise, norm_act, usable
 from prunekit.plan import Group
 from prunekit.schema import Training
 
-
 Forward = Callable[[Tensor], Tensor]
 
 
