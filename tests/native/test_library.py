@@ -15,7 +15,7 @@ def place(tmp_path, monkeypatch):
 def test_without_a_compiler_it_says_so(place, monkeypatch):
     monkeypatch.setenv("PATH", str(place))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(NoKernels, match="no C\\+\\+ compiler; install g\\+\\+"):
+    with pytest.raises(NoKernels, match=r"no C\+\+ compiler; install g\+\+"):
         library._load()
 
 
@@ -30,7 +30,7 @@ def test_what_a_compiler_says_is_handed_on(place, monkeypatch):
     fake.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo fake && exit\necho 'error: no such thing' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
-    with pytest.raises(NoKernels, match="fails .*no such thing"):
+    with pytest.raises(NoKernels, match=r"fails .*no such thing"):
         library._load()
     assert not list((place / "cache" / "kernels").iterdir())
 
