@@ -143,7 +143,7 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> nn
                     if step % LOOK_EVERY == 0 or step == steps - 1:
                         _check(loss, penalty, epoch, step)
                         alive, of = gates.count()
-                        if due:
+                        if due and step >= steps // 2:
                             shrinking.look(model, groups)
                         done = epoch * steps + step + 1
                         job.reporter.step(done, float(loss), float(penalty), decay.weight, alive, of)
