@@ -1,5 +1,8 @@
 """What `train.shrink_every` saves: the same recipe with and without, trained side by side.
 
+    python benchmarks/shrinking.py                                  # the default recipe: some ten minutes
+    python benchmarks/shrinking.py csnet seed=1 data.size=32 --every 2 --out runs/both
+
 The two take turns, an epoch each, so that whatever else the machine does meets both alike; what each epoch took is in
 its own line of metrics, cuts and their proofs included. Then both are slimmed, fine-tuned and evaluated.
 """

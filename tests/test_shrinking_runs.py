@@ -14,7 +14,7 @@ from prunekit.loading import begun, build_dense, load_model, read_plan, shaped
 from prunekit.pipeline import finetune_run, run_recipe, slim_run
 from prunekit.pruning.groups import find_groups
 from prunekit.recipe import load
-from prunekit.reporting import load_run
+from prunekit.reporting import load_run, report
 from prunekit.rundir import RunDir
 from prunekit.training import _save
 
@@ -70,8 +70,19 @@ def params(model):
     return sum(p.numel() for p in model.parameters())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """What comes after fine-tuning takes longer than all else; one test does it."""
+    held = {name: pipeline.STAGE_FUNCTIONS[name] for name in ("evaluate", "export", "report")}
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in held:
+            patch.setitem(pipeline.STAGE_FUNCTIONS, stage, lambda *_: None)
+        patch.setattr(pipeline, "report", lambda *_: None)
+        yield held
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, quick):
     return run_it(tmp_path_factory.mktemp("runs") / "whole")
 
 
@@ -111,7 +122,7 @@ def test_gates_keep_their_places_and_what_is_cut_stands_at_zero(whole):
     assert (zero[1:] | ~zero[:-1]).all()  # nothing that was cut comes back
 
 
-@pytest.mark.parametrize("after, options", [(1, []), (3, []), (2, ["train.checkpoint.every=2"])])
+@pytest.mark.parametrize("after, options", [(2, []), (3, ["train.checkpoint.every=2"])])
 def test_a_run_that_broke_off_ends_as_an_undisturbed_one(whole, tmp_path, after, options):
     with pytest.MonkeyPatch.context() as patch:
         stopped_after(after, patch)
@@ -153,26 +164,30 @@ def test_a_run_that_begins_from_it_shrinks_on(whole, tmp_path):
         assert params(load_model(run, "dense")) == summary(out)["shrunk"][-1]["params"]
 
 
-def test_the_report_reads_it(whole):
-    run = load_run(whole)
-    assert run.summary["shrunk"] == summary(whole)["shrunk"]
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_budget_is_steered_through_the_cuts(tmp_path, resumed):
-    options = ["target.params_ratio=0.3", "decay={name: dynamic, weight: 1}"]
+def test_evaluation_export_and_report_read_it(whole, tmp_path, quick):
+    run = shutil.copytree(whole, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        for stage in ("evaluate", "export", "report"):
-            patch.setitem(pipeline.STAGE_FUNCTIONS, stage, lambda *_: None)
-        patch.setattr(pipeline, "report", lambda *_: None)
-        out = run_it(tmp_path / "run", *options)
-        if resumed:
-            stopped_after(3, patch)
-            with pytest.raises(KeyboardInterrupt):
-                run_it(tmp_path / "broken", *options)
-            patch.setattr(training, "_save", _save)
-            run_it(tmp_path / "broken", *options, resume=True)
-            assert same_models(tmp_path / "broken", out, *NAMES) and lines(tmp_path / "broken") == lines(out)
+        for stage, function in quick.items():
+            patch.setitem(pipeline.STAGE_FUNCTIONS, stage, function)
+        patch.setattr(pipeline, "report", report)
+        run_it(run, resume=True, start_from="evaluate")
+    found = summary(run)
+    assert all(0 <= found[name]["metrics"]["top1"] <= 1 for name in NAMES)
+    assert found["export"]["max_abs_diff"] < 1e-4
+    assert (run / "report" / "index.html").exists()
+    read = load_run(run)
+    assert read.summary["shrunk"] == found["shrunk"]
+
+
+def test_a_budget_is_steered_through_the_cuts(tmp_path):
+    options = ["target.params_ratio=0.3"]
+    out = run_it(tmp_path / "run", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(tmp_path / "broken", *options)
+    run_it(tmp_path / "broken", *options, resume=True)
+    assert same_models(tmp_path / "broken", out, *NAMES) and lines(tmp_path / "broken") == lines(out)
     found = summary(out)
     goal = round(0.3 * found["dense"]["params"])
     assert found["kept"]["params_ratio"] == pytest.approx(0.3, rel=0.02)
