@@ -100,6 +100,12 @@ class Training(Section):
     checkpoint: Checkpoint = Checkpoint()
 
 
+class SparseTraining(Training):
+    """Training with decay; each ``shrink_every`` epochs the channels that are dead by then are cut out."""
+
+    shrink_every: Annotated[int, Field(ge=1)] | None = None
+
+
 class Decay(Section):
     """What drives gates to zero, and how strongly."""
 
@@ -176,7 +182,7 @@ class Recipe(Section):
     backbone: Backbone
     task: str = "saliency"
     data: Data
-    train: Training
+    train: SparseTraining
     decay: Decay = Decay()
     target: Target = Target()
     slim: Slim = Slim()
@@ -203,6 +209,13 @@ def conflicts(recipe: Recipe) -> list[tuple[yaml12.Path, str]]:
             found.append(
                 (("slim", "scope"), f"the same share of each layer needs a size that says how much it is; {add}")
             )
+    if recipe.train.shrink_every is not None and recipe.slim.scope == "layer":
+        found.append(
+            (
+                ("train", "shrink_every"),
+                "cuts dead channels wherever they are, and slim.scope 'layer' the same share of each layer; drop one",
+            )
+        )
     return found
 
 

@@ -44,6 +44,14 @@ class Decay(ABC):
     def __exit__(self, *_: object) -> None:
         return None
 
+    def state(self) -> dict[str, Any]:
+        """What a decay of the same model, cut smaller, has to know so that it goes on as this one; as JSON."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``."""
+        return None
+
 
 def gates_to_decay(groups: Sequence[Group], exclude: Sequence[str]) -> list[Gate]:
     """The gates of the groups that can be cut, but for norms that one of these patterns (as in a shell) names.
@@ -105,6 +113,16 @@ class DynamicWeightDecay(Decay):
         self._gates = [model.get_submodule(name).weight for name in self.norms]
         self._seen = [_Watch(model, name, activations[name]) for name in self.norms]
         self._hooks: list[Any] = []
+        self._mean_side: float | None = None
+        self._held = False
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._mean_side is None else {"mean_side": self._mean_side}
+
+    def load(self, state: dict[str, Any]) -> None:
+        # Weights are relative to the mean over the gates that there were, or each cut would change those that are left.
+        self._mean_side = state.get("mean_side")
+        self._held = self._mean_side is not None
 
     def __enter__(self) -> Self:
         self._hooks = [watch.start() for watch in self._seen]
@@ -135,7 +153,9 @@ class DynamicWeightDecay(Decay):
         if self.branch_weights == "flops":
             sides = torch.tensor([watch.side for watch in self._seen])
             counts = torch.tensor([len(gate) for gate in self._gates])
-            weights = sides / ((sides * counts).sum() / counts.sum())
+            if not self._held:
+                self._mean_side = float((sides * counts).sum() / counts.sum())
+            weights = sides / self._mean_side
             responses = responses * weights.repeat_interleave(counts).to(responses)
         for watch in self._seen:
             watch.clear()
