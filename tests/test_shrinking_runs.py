@@ -122,17 +122,36 @@ def test_gates_keep_their_places_and_what_is_cut_stands_at_zero(whole):
     assert (zero[1:] | ~zero[:-1]).all()  # nothing that was cut comes back
 
 
-@pytest.mark.parametrize("after, options", [(2, []), (3, ["train.checkpoint.every=2"])])
-def test_a_run_that_broke_off_ends_as_an_undisturbed_one(whole, tmp_path, after, options):
-    with pytest.MonkeyPatch.context() as patch:
-        stopped_after(after, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run_it(tmp_path / "run", *options)
-    run_it(tmp_path / "run", *options, resume=True)
-    assert same_models(tmp_path / "run", whole, *NAMES)
-    assert lines(tmp_path / "run") == lines(whole) and cuts(tmp_path / "run") == cuts(whole)
+def resumed_equals(folder, whole):
+    assert same_models(folder, whole, *NAMES)
+    assert lines(folder) == lines(whole) and cuts(folder) == cuts(whole)
     for name in ("gates.npz", "shrunk.json", "layers.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_that_broke_off_behind_a_cut_ends_as_an_undisturbed_one(whole, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(tmp_path / "run")
+    run_it(tmp_path / "run", resume=True)
+    resumed_equals(tmp_path / "run", whole)
+
+
+def test_a_cut_that_came_behind_the_last_state_is_made_again(whole, tmp_path):
+    append = RunDir.append_metrics
+
+    def stopped(run, line):
+        if line["epoch"] == 4:
+            raise KeyboardInterrupt
+        append(run, line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDir, "append_metrics", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(tmp_path / "run", "train.checkpoint.every=2")
+    run_it(tmp_path / "run", "train.checkpoint.every=2", resume=True)
+    resumed_equals(tmp_path / "run", whole)
 
 
 def test_the_run_goes_on_from_any_stage(whole, tmp_path):

@@ -105,9 +105,11 @@ def cutting(model, groups, plan):
     return cut_like
 
 
-@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("name, seed", CASES)
-def test_the_next_step_is_that_of_the_model_with_these_channels_held_at_zero(name, build, seed):
+@pytest.mark.parametrize(
+    "rule, name, seed", [(r, *case) for r in OPTIMIZERS for case in CASES if case[0] != "csnet" or r == "adam"]
+)
+def test_the_next_step_is_that_of_the_model_with_these_channels_held_at_zero(rule, name, seed):
+    build = OPTIMIZERS[rule]
     model, groups, example = network(name, seed)
     dead = {g.id: set(np.flatnonzero(height(model, g) == 0).tolist()) for g in groups if g.reason is None}
     assert sum(map(len, dead.values())) > 3
@@ -289,10 +291,10 @@ def test_weights_by_the_side_stay_relative_to_the_gates_there_were():
     for one, held in ((model, decay), (cut.model, left)):
         with held:
             one(example)
-            values.append(float(held.penalty()))
+            values.append(held.penalty().item())
     # What a cut channel's other gates still cost goes with it.
     assert left.state() == decay.state()
     fresh = equip(cut.model, cut.groups)[0]
     with fresh:
         cut.model(example)
-        assert float(fresh.penalty()) != pytest.approx(values[1], rel=1e-3)
+        assert fresh.penalty().item() != pytest.approx(values[1], rel=1e-3)
