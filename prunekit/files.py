@@ -27,6 +27,14 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where prunekit keeps what can be made again: $PRUNEKIT_CACHE, or ``prunekit`` in the user's cache folder."""
+    given = os.environ.get("PRUNEKIT_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prunekit"
+
+
 def reason(error: OSError) -> str:
     """What the system says, without the path that the caller names anyway."""
     return error.strerror or str(error) or type(error).__name__

@@ -18,10 +18,13 @@ from prunekit.rundir import RunDir
 from prunekit.schema import Recipe
 from prunekit.tasks.base import Task
 
-# "dense" is the model that was trained with decay: the builder's, or (with `init`) what another run ended with.
+# "dense" is the model that was trained with decay: the builder's, or (with `init`) what another run ended with; where
+# the training shrank, what was left of it.
 MODELS = ("dense", "slim", "finetuned")
 # What the classes are called that the models tell apart, in the order of their outputs.
 CLASSES = "classes.json"
+# The plan of all that is gone when a training that shrinks has ended.
+SHRUNK = "shrunk.json"
 
 
 def read_recipe(run: RunDir) -> Recipe:
@@ -88,9 +91,19 @@ def start_plan(run: RunDir) -> Plan | None:
     return Plan.from_json(run.read_json("init.json"), str(run.path / "init.json")) if run.has("init.json") else None
 
 
+def begun(run: RunDir, recipe: Recipe) -> nn.Module:
+    """The model that sparse training began with, in its shape alone: what the sizes of "dense" are of."""
+    return shaped(recipe, start_plan(run))
+
+
+def trained_plan(run: RunDir) -> Plan | None:
+    """The plan of the model that sparse training ended with; None where nothing was cut of it then."""
+    return Plan.from_json(run.read_json(SHRUNK), str(run.path / SHRUNK)) if run.has(SHRUNK) else start_plan(run)
+
+
 def plan_of(run: RunDir, name: str) -> Plan | None:
     """The plan, from the builder's model, of the "dense", "slim" or "finetuned" model; None where nothing is cut."""
-    return start_plan(run) if name == "dense" else read_plan(run)
+    return trained_plan(run) if name == "dense" else read_plan(run)
 
 
 def newest_model(run: RunDir) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from prunekit import registry
 from prunekit.environment import environment
 from prunekit.errors import PrunekitError, RecipeError, RunFolderError
-from prunekit.loading import CLASSES, load_model, newest_model, read_recipe
+from prunekit.loading import CLASSES, SHRUNK, begun, load_model, newest_model, read_recipe, trained_plan
 from prunekit.plan import Plan
 from prunekit.progress import Reporter
 from prunekit.reporting import report
@@ -83,6 +83,8 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
         work.reporter.log = out / "run.log"
         _copy(old, run, f"{part}/model.safetensors", "dense/model.safetensors")
         _copy(old, run, CLASSES, CLASSES)
+        if part == "dense":
+            _copy(old, run, SHRUNK, SHRUNK)
         _copy(old, run, "init.json" if part == "dense" else "plan.json", "init.json")
         _adopt(work, old, run, {part: "dense"})
         run.end("train")
@@ -106,12 +108,12 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
         work.reporter.log = out / "run.log"
         weights = ("dense/model.safetensors", "slim/model.safetensors")
-        for name in (*weights, CLASSES, "init.json", "plan.json", "layers.json"):
+        for name in (*weights, CLASSES, "init.json", SHRUNK, "plan.json", "layers.json"):
             _copy(old, run, name, name)
         if not run.has("slim/model.safetensors"):
-            # Nothing is cut from a dense model that was never slimmed.
+            # Nothing more is cut from a dense model that was never slimmed.
             _copy(run, run, "dense/model.safetensors", "slim/model.safetensors")
-            run.write_json("plan.json", Plan().to_json())
+            run.write_json("plan.json", (trained_plan(run) or Plan()).to_json())
         parts = [part for part in ("dense", "slim") if run.has(f"{part}/model.safetensors")]
         _adopt(work, old, run, {part: part for part in parts})
         summary = old.read_json("summary.json")
@@ -144,9 +146,10 @@ def _adopt(work: Work, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
     """Take over the figures of models that were copied: their sizes are measured at the new recipe's image size, their
     metrics hold on the same data only."""
     summary = old.read_json("summary.json")
-    same_data = read_recipe(old).data == work.recipe.data
+    theirs, ours = (recipe.data.model_dump(exclude={"cache"}) for recipe in (read_recipe(old), work.recipe))
+    same_data = theirs == ours
     for theirs, ours in parts.items():
-        work.measure(run, ours, load_model(run, ours))
+        work.measure(run, ours, begun(run, work.recipe) if ours == "dense" else load_model(run, ours))
         metrics = summary.get(theirs, {}).get("metrics")
         if same_data and metrics:
             run.update_summary(ours, {**run.read_json("summary.json")[ours], "metrics": metrics})

@@ -166,6 +166,7 @@ def epoch_text(line: dict[str, Any], epochs: int | None = None) -> str:
     parts = [f"{line['stage']} {line['epoch']:{len(str(epochs or 100))}}{of}", f"loss {line['loss']:.3f}"]
     parts += [f"pen {_amount(line['penalty']):>5}"] if line["penalty"] else []
     parts += _sizes(line) or [f"alive {line['alive']:{len(str(line['of']))}}/{line['of']}"]
+    parts += [f"cut {line['shrunk']['channels']}"] if "shrunk" in line else []
     parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items()]
     seconds = line["seconds"]
     parts.append(f"{seconds:.{int(seconds < 9.95)}f} s" if seconds < 99.5 else clock(seconds))

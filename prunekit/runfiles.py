@@ -31,6 +31,7 @@ _MADE_BY = {
     "init.json": "train",
     "classes.json": "train",
     "gates.npz": "train",
+    "shrunk.json": "train",
     "dense": "train",
     "plan.json": "extract",
     "layers.json": "slim",
@@ -45,6 +46,7 @@ _MADE_BY = {
 PARTS = {
     "baseline": "train",
     "dense": "train",
+    "shrunk": "train",
     "slim": "slim",
     "kept": "slim",
     "proof": "slim",

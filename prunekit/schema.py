@@ -58,7 +58,11 @@ class Backbone(Section):
 
 
 class Data(Section):
-    """Where images come from. ``val_holdout`` is the share of ``root`` kept for validation; ``size`` in pixels."""
+    """Where images come from. ``val_holdout`` is the share of ``root`` kept for validation; ``size`` in pixels.
+
+    ``cache`` is the folder in which decoded images are kept for later runs: "auto" for the user's cache folder, "none"
+    to decode them in every run.
+    """
 
     name: str
     root: str | None = None
@@ -66,6 +70,7 @@ class Data(Section):
     val_holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
     size: Annotated[int, Field(ge=1)] = 224
     on_error: Literal["raise", "skip"] = "raise"
+    cache: Annotated[str, Field(min_length=1)] = "auto"
     options: Options = {}
 
 
@@ -77,7 +82,10 @@ class Checkpoint(Section):
 
 
 class Training(Section):
-    """One stage of training; ``gate_lr`` None means ``lr``."""
+    """One stage of training; ``gate_lr`` None means ``lr``.
+
+    ``fast`` lets prunekit's own kernels compute a step; ``compile`` gives the model to ``torch.compile`` instead.
+    """
 
     epochs: Annotated[int, Field(ge=0)]
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -87,7 +95,15 @@ class Training(Section):
     schedule: Named = Named(name="constant")
     precision: Literal["float32", "bf16"] = "float32"
     augment: Named = Named(name="none")
+    fast: bool = True
+    compile: bool = False
     checkpoint: Checkpoint = Checkpoint()
+
+
+class SparseTraining(Training):
+    """Training with decay; each ``shrink_every`` epochs the channels that are dead by then are cut out."""
+
+    shrink_every: Annotated[int, Field(ge=1)] | None = None
 
 
 class Decay(Section):
@@ -171,7 +187,7 @@ class Recipe(Section):
     backbone: Backbone
     task: str = "saliency"
     data: Data
-    train: Training
+    train: SparseTraining
     decay: Decay = Decay()
     target: Target = Target()
     slim: Slim = Slim()
@@ -198,6 +214,13 @@ def conflicts(recipe: Recipe) -> list[tuple[yaml12.Path, str]]:
             found.append(
                 (("slim", "scope"), f"the same share of each layer needs a size that says how much it is; {add}")
             )
+    if recipe.train.shrink_every is not None and recipe.slim.scope == "layer":
+        found.append(
+            (
+                ("train", "shrink_every"),
+                "cuts dead channels wherever they are, and slim.scope 'layer' the same share of each layer; drop one",
+            )
+        )
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunekit import registry
 from prunekit.counting import count, layers_table, total
 from prunekit.data.pairs import normalise
-from prunekit.loading import input_shape, load_model, save_model, start_plan
+from prunekit.loading import SHRUNK, begun, input_shape, load_model, save_model, start_plan, trained_plan
 from prunekit.plan import Builder, Group, Plan, digest
 from prunekit.pruning.budget import Budget, Fitter
 from prunekit.pruning.compose import compose
@@ -24,6 +24,8 @@ from prunekit.pruning.decay import Decay, NoDecay
 from prunekit.pruning.extract import plan_of_choice
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.proof import Proof, difference
+from prunekit.pruning.shrinking import Shrinking
+from prunekit.pruning.size import Sizes
 from prunekit.pruning.slim import slim
 from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
@@ -37,7 +39,7 @@ LOSS_BATCHES = 8  # of training data, for criteria that look at the loss
 def extract_stage(work: Work, run: RunDir) -> None:
     dense = load_model(run, "dense", work.recipe)
     groups = find_groups(dense, work.example())
-    cut = _Cut(work, dense, groups, _goals(work, dense, groups)[0])
+    cut = _Cut(work, dense, groups, _goals(work, run, dense, groups)[0])
     plan = cut.plan()
     work.reporter.say(f"extract: {cut.outcome()}")
     _say(work, "extract", plan.notes)
@@ -47,9 +49,10 @@ def extract_stage(work: Work, run: RunDir) -> None:
 def slim_stage(work: Work, run: RunDir) -> None:
     recipe, example = work.recipe, work.example()
     dense = load_model(run, "dense", recipe)
-    model, groups, so_far = dense, find_groups(dense, example), start_plan(run)
-    of = sum(group.channels for group in groups if group.reason is None)
-    goals = _goals(work, dense, groups)
+    model, groups, so_far = dense, find_groups(dense, example), trained_plan(run)
+    first = begun(run, recipe)
+    of = sum(group.channels for group in find_groups(first, example) if group.reason is None)
+    goals = _goals(work, run, dense, groups)
     rounds: list[dict[str, Any]] = []
     said: list[str] = []
     for number, goal in enumerate(goals, start=1):
@@ -78,7 +81,7 @@ def slim_stage(work: Work, run: RunDir) -> None:
     summary = run.read_json("summary.json")
     ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
     run.update_summary("kept", {"channels": kept, "of": of, **ratios})
-    run.write_json("layers.json", layers_table(dense, model, work.shape))
+    run.write_json("layers.json", layers_table(first, model, work.shape))
     work.reporter.say(_outcome(proof, kept, of, largest))
 
 
@@ -88,24 +91,73 @@ def steering(work: Work, model: nn.Module, groups: Sequence[Group], decay: Decay
     Raises:
         PlanError: the budget cannot be met.
     """
+    return _steering(work, model, groups, decay, _budget(work, model, groups))
+
+
+def shrinking(work: Work, model: nn.Module, groups: Sequence[Group]) -> Shrinking | None:
+    """What cuts dead channels while this model trains; None where the recipe does not want it.
+
+    Raises:
+        PlanError: the budget cannot be met.
+    """
     recipe = work.recipe
-    if not _asked(recipe):
+    if recipe.train.shrink_every is None:
         return None
-    # The gates, whatever the criterion: what the limits allow does not depend on scores.
-    fitter = Fitter(model, groups, work.shape, None, **_limits(recipe))
-    budget = fitter.budget(**_asked(recipe))
-    if recipe.slim.criterion.name != "gate" or not decay.weight > 0:
+    goal = _budget(work, model, groups)
+
+    def equip(left: nn.Module, of: list[Group]) -> tuple[Decay, Steering | None]:
+        decay = work.decay(left, of)
+        return decay, _steering(work, left, of, decay, goal)
+
+    return Shrinking(
+        model,
+        groups,
+        work.example(),
+        every=recipe.train.shrink_every,
+        threshold=recipe.slim.threshold,
+        equip=equip,
+        goal=goal,
+        constants=recipe.slim.constants,
+        **{key: value for key, value in _limits(recipe).items() if key != "scope"},
+    )
+
+
+def keep_cuts(work: Work, run: RunDir, shrinking: Shrinking) -> None:
+    """Write down what a training has cut: its plan, of the builder's model, and the record of each cut."""
+    plan, first = shrinking.plan, start_plan(run)
+    if first is not None:
+        plan = compose(*work.builder(), first, shrinking.first_groups, plan)
+    run.write_json(SHRUNK, plan.to_json())
+    run.update_summary("shrunk", shrinking.records)
+
+
+def _steering(
+    work: Work, model: nn.Module, groups: Sequence[Group], decay: Decay, budget: Budget | None
+) -> Steering | None:
+    if budget is None or work.recipe.slim.criterion.name != "gate" or not decay.weight > 0:
         return None
+    fitter = _fitter(work, model, groups)
     return Steering(
         model,
         groups,
         fitter.sizes,
         budget.measure,
         budget.goal,
-        threshold=recipe.slim.threshold,
+        threshold=work.recipe.slim.threshold,
         weight=decay.weight,
         most={group.id: int(n) for group, n in zip(fitter.chooser.groups, fitter.chooser.limits, strict=True)},
     )
+
+
+def _budget(work: Work, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
+    """The recipe's budget, as an absolute number, for a run whose training starts with this model; None without."""
+    asked = _asked(work.recipe)
+    return _fitter(work, model, groups).budget(**asked) if asked else None
+
+
+def _fitter(work: Work, model: nn.Module, groups: Sequence[Group]) -> Fitter:
+    # The gates, whatever the criterion: what the limits allow does not depend on scores.
+    return Fitter(model, groups, work.shape, None, **_limits(work.recipe))
 
 
 class _Cut:
@@ -152,14 +204,15 @@ def _limits(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _goals(work: Work, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
+def _goals(work: Work, run: RunDir, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
     """The budget of each round: from the dense model's size to the last in equal ratios; [None] where there is none."""
     recipe = work.recipe
     if not _asked(recipe):
         return [None]
-    fitter = Fitter(dense, groups, work.shape, None, **_limits(recipe))
-    last = fitter.budget(**_asked(recipe))
-    full, steps = last.read(fitter.sizes.dense), recipe.slim.steps
+    # Of what the training began with; where it shrank, the first round goes on from what is left of that.
+    first = begun(run, recipe)
+    last = _budget(work, first, find_groups(first, work.example()))
+    full, steps = last.read(Sizes(dense, groups, work.shape).dense), recipe.slim.steps
     return [replace(last, goal=round(full * (last.goal / full) ** (k / steps))) for k in range(1, steps)] + [last]
 
 
@@ -179,7 +232,7 @@ def _losses(work: Work) -> Any:
 def _write_plan(work: Work, run: RunDir, groups: Sequence[Group], plan: Plan, first: Plan | None = None) -> Plan:
     """Write a plan, composed with what was cut before; the whole."""
     recipe = work.recipe
-    first = start_plan(run) if first is None else first
+    first = trained_plan(run) if first is None else first
     notes = plan.notes
     if first is not None:
         plan = compose(*work.builder(), first, groups, plan)

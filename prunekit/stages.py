@@ -12,12 +12,12 @@ from torch import nn
 from prunekit.data.images import encode_png
 from prunekit.data.pairs import normalise
 from prunekit.exporting import Exporter, variants
-from prunekit.loading import MODELS, load_model, newest_model, save_model
+from prunekit.loading import MODELS, begun, load_model, newest_model, save_model
 from prunekit.pruning.decay import NoDecay
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.recalibrate import recalibrate
 from prunekit.rundir import RunDir
-from prunekit.slimming import extract_stage, slim_stage, steering
+from prunekit.slimming import extract_stage, keep_cuts, shrinking, slim_stage, steering
 from prunekit.training import seeded
 from prunekit.work import Work
 
@@ -30,10 +30,13 @@ def train_stage(work: Work, run: RunDir) -> None:
     model = work.start_model(run)
     groups = find_groups(model, work.example())
     run.update_summary("skipped", {split: work.pairs(split).skipped for split in ("train", "val")})
+    shrink = shrinking(work, model, groups)
     decay = work.decay(model.to(work.device), groups)
-    work.train(run, "train", model, groups, decay, steering(work, model, groups, decay))
+    model = work.train(run, "train", model, groups, decay, steering(work, model, groups, decay), shrink)
+    if shrink is not None and shrink.plan is not None:
+        keep_cuts(work, run, shrink)
     save_model(run, "dense", model)
-    work.measure(run, "dense", model)
+    work.measure(run, "dense", begun(run, work.recipe))
 
 
 def finetune_stage(work: Work, run: RunDir) -> None:

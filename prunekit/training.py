@@ -10,8 +10,8 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,15 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import registry
+from prunekit.data.cache import resident
 from prunekit.data.pairs import Tensors, normalise
 from prunekit.errors import CheckpointError, TrainingError
 from prunekit.optimizers import shares
 from prunekit.plan import Group
 from prunekit.pruning.decay import Decay
 from prunekit.pruning.life import effective_gates, scores
+from prunekit.pruning.optimizer_state import slim_optimizer
+from prunekit.pruning.shrinking import Cut, Shrinking
 from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
 from prunekit.schema import Named, Training
+from prunekit.stepping import Forward, fast_steps, flushed_denormals
 
 # Below this a parameter is set to zero after each epoch. Decay leaves numbers on their way to zero; past 1e-38 they are
 # subnormal, and a processor takes many times as long for each.
@@ -46,6 +50,8 @@ class Reporter(Protocol):
     def epoch(self, line: dict[str, Any]) -> None: ...
 
     def stop(self) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
 
 # From the number of epochs that are done to what takes the lines of those that follow; see prunekit.trackers.
@@ -73,9 +79,10 @@ class Job:
     threshold: float = 0.0
     steering: Steering | None = None
     tracker: Tracker = untracked
+    shrinking: Shrinking | None = None
 
 
-def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> None:
+def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> nn.Module:
     """Train a model in place; goes on from the newest training state in the run folder where there is one.
 
     Args:
@@ -83,32 +90,53 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
         groups: of the model, for the count of living channels and the record of gates.
         decay: what drives the gates; see ``pruning.decay``.
 
+    Returns:
+        the model; with ``job.shrinking`` it is another one, once something has been cut.
+
     Raises:
+        PlanError: the optimiser keeps what cannot be cut with its parameters.
         TrainingError: loss or penalty is not finite; says epoch, step and which.
         CheckpointError: the training state does not fit the model.
     """
-    section = job.section
-    optimizer = chosen(registry.optimizers, section.optimizer)(shares(model, section.lr, section.gate_lr, decay.norms))
+    section, shrinking = job.section, job.shrinking
+    gates = _Gates(model, groups, job.threshold)
+    found = job.run.load_checkpoint(job.stage)
+    if shrinking is not None and found is not None:
+        groups = shrinking.restore(model, groups, found[1]["shrinking"])
+        if shrinking.plan is not None:
+            decay = _reshaped(model, groups, gates, job)
+    optimizer = _optimizer(model, job, decay)
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = chosen(registry.schedules, section.schedule)
     augment = chosen(registry.augmentations, section.augment)
-    gates = _Gates(model, groups, job.threshold)
     batch = min(section.batch_size, len(job.train))
     steps = len(job.train) // batch
-    first = _restore(model, optimizer, gates, job, decay)
+    first = _restore(model, optimizer, gates, job, decay, found)
     if first < section.epochs:
         job.run.truncate_metrics(job.stage, first)
     total = max(1, section.epochs * steps)
     way = np.cumsum([schedule(step / total) for step in range(total)])
+    train = resident(job.train, job.device)
     losses = [line["loss"] for line in job.run.read_metrics() if line["stage"] == job.stage]
     job.reporter.start(job.stage, section.epochs, steps, first, losses)
     try:
-        with decay, _flush_denormals(), job.tracker(first) as track:
+        with ExitStack() as watching, flushed_denormals(), job.tracker(first) as track:
+
+            def watch() -> Forward:
+                """Everything that holds on to the model and the decay that are under training now."""
+                watching.enter_context(decay)
+                return watching.enter_context(fast_steps(model, groups, section, job.reporter.say))
+
+            forward = watch()
             for epoch in range(first, section.epochs):
                 began = time.perf_counter()
                 generator = seeded(job.seed, job.stage, epoch)
-                order = torch.randperm(len(job.train), generator=generator)
-                sums, told = torch.zeros(2, dtype=torch.float64), 0.0
+                order = torch.randperm(len(train), generator=generator)
+                where = order.to(train.images.device)
+                sums, told = torch.zeros(2, dtype=torch.float64, device=job.device), 0.0
+                due = shrinking is not None and shrinking.due(epoch + 1, section.epochs)
+                if due:
+                    shrinking.begin()
                 model.train()
                 for step in range(steps):
                     if job.steering is not None and step % (every := job.steering.every(total)) == 0:
@@ -118,19 +146,31 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
                     factor = schedule((epoch * steps + step) / total)
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * factor
-                    rows = order[step * batch : (step + 1) * batch]
+                    part = slice(step * batch, (step + 1) * batch)
+                    rows = where[part]
                     images, targets = augment(
-                        job.train.images[rows], job.train.targets[rows], job.train.sizes[rows], generator
+                        train.images[rows], train.targets[rows], train.sizes[order[part]], generator
                     )
-                    loss, penalty = _step(model, optimizer, decay, job, images, targets)
-                    sums += torch.stack([loss, penalty]).cpu()
+                    loss, penalty = _step(forward, optimizer, decay, job, images, targets)
+                    sums += torch.stack([loss, penalty])
                     if step % LOOK_EVERY == 0 or step == steps - 1:
                         _check(loss, penalty, epoch, step)
                         alive, of = gates.count()
+                        if due and step >= steps // 2:
+                            shrinking.look(model, groups)
                         done = epoch * steps + step + 1
                         job.reporter.step(done, float(loss), float(penalty), decay.weight, alive, of)
                 _flush(model)
                 gates.record()
+                cut = None
+                if due:
+                    watching.close()
+                    cut = shrinking.cut(model, groups, decay, epoch + 1)
+                    if cut is not None:
+                        decay, optimizer = _go_on(cut, model, groups, optimizer, gates, job)
+                        model, groups = cut.model, cut.groups
+                        rates = [group["lr"] for group in optimizer.param_groups]
+                    forward = watch()
                 mean = (sums / steps).tolist()
                 alive, of = gates.count()
                 line = {
@@ -144,6 +184,7 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
                     "alive": alive,
                     "of": of,
                     **(job.steering.figures() if job.steering is not None else {}),
+                    **({"shrunk": {key: cut.record[key] for key in ("channels", "params", "macs")}} if cut else {}),
                     "metrics": job.task.quick(model, job.val, 4 * batch),
                     "seconds": time.perf_counter() - began,
                 }
@@ -158,6 +199,7 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> No
         job.reporter.stop()
     if job.stage == "train":
         job.run.write_arrays("gates.npz", gates.arrays())
+    return model
 
 
 def seeded(seed: int, stage: str, epoch: int) -> torch.Generator:
@@ -168,11 +210,11 @@ def seeded(seed: int, stage: str, epoch: int) -> torch.Generator:
 
 
 def _step(
-    model: nn.Module, optimizer: Any, decay: Decay, job: Job, images: Tensor, targets: Tensor
+    forward: Callable[[Tensor], Tensor], optimizer: Any, decay: Decay, job: Job, images: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     images = normalise(images.to(job.device))
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.section.precision == "bf16"):
-        output = model(images)
+        output = forward(images)
     loss = job.task.loss(output, targets.to(job.device))
     penalty = decay.penalty()
     optimizer.zero_grad(set_to_none=True)
@@ -195,24 +237,63 @@ def chosen(table: registry.Registry, named: Named) -> Callable[..., Any]:
     return functools.partial(table.get(named.name), **named.options)
 
 
+def _optimizer(model: nn.Module, job: Job, decay: Decay) -> torch.optim.Optimizer:
+    section = job.section
+    return chosen(registry.optimizers, section.optimizer)(shares(model, section.lr, section.gate_lr, decay.norms))
+
+
+def _go_on(
+    cut: Cut, model: nn.Module, groups: Sequence[Group], optimizer: torch.optim.Optimizer, gates: _Gates, job: Job
+) -> tuple[Decay, torch.optim.Optimizer]:
+    """What trains the model that a cut has left of this one; each is made anew and told what the one before knew."""
+    decay = _reshaped(cut.model, cut.groups, gates, job)
+    held = slim_optimizer(optimizer, model, cut.model, groups, cut.plan).state
+    # In the order of parameters in which a run that goes on from a checkpoint makes it.
+    made = _optimizer(cut.model, job, decay)
+    for group in made.param_groups:
+        made.state.update({p: held[p] for p in group["params"] if p in held})
+    return decay, made
+
+
+def _reshaped(model: nn.Module, groups: list[Group], gates: _Gates, job: Job) -> Decay:
+    decay, job.steering = job.shrinking.equipped(model, groups, job.steering)
+    gates.follow(model, groups, job.shrinking.places(gates.norms))
+    return decay
+
+
 class _Gates:
-    """The gates of a model under training: how many live, and their course."""
+    """The gates of a model under training: how many live, and their course.
+
+    Where the training shrinks, both are still of the model that it began with; what has been cut stands at zero.
+    """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], threshold: float):
+        self.threshold = threshold
+        self.follow(model, groups)
+        self.of = sum(group.channels for group in self.groups)
+        self.norms = list(dict.fromkeys(gate.norm for group in self.groups for gate in group.gates))
+        self.width = {name: len(model.get_submodule(name).weight) for name in self.norms}
+        self.places = {name: np.arange(width) for name, width in self.width.items()}
+        self.course: dict[str, list[np.ndarray]] = {name: [] for name in self.norms}
+
+    def follow(self, model: nn.Module, groups: Sequence[Group], places: Mapping[str, np.ndarray] | None = None) -> None:
+        """Look at this model from now on; ``places`` says where what is left of a norm stands in the first one's."""
         self.model = model
         self.groups = [group for group in groups if group.reason is None]
-        self.threshold = threshold
-        self.norms = list(dict.fromkeys(gate.norm for group in self.groups for gate in group.gates))
-        self.course: dict[str, list[np.ndarray]] = {name: [] for name in self.norms}
+        if places is not None:
+            self.places = dict(places)
 
     def count(self) -> tuple[int, int]:
         """Living channels, of all."""
         alive = sum(int((scores(self.model, group) > self.threshold).sum()) for group in self.groups)
-        return alive, sum(group.channels for group in self.groups)
+        return alive, self.of
 
     def record(self) -> None:
         for name in self.norms:
-            self.course[name].append(effective_gates(self.model.get_submodule(name)).astype(np.float32))
+            row = np.zeros(self.width[name], np.float32)
+            if len(self.places[name]):
+                row[self.places[name]] = effective_gates(self.model.get_submodule(name))
+            self.course[name].append(row)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Norm → (epochs, channels) float32."""
@@ -228,13 +309,20 @@ def _save(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, job
         tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
     arrays |= {f"gates/{name}": rows for name, rows in gates.arrays().items()}
-    state = {"epoch": epoch, "steering": job.steering.state() if job.steering is not None else None}
+    parts = {"steering": job.steering, "shrinking": job.shrinking}
+    state = {"epoch": epoch, **{name: part.state() for name, part in parts.items() if part is not None}}
     job.run.save_checkpoint(job.stage, epoch, arrays, state, job.section.checkpoint.keep)
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, job: Job, decay: Decay) -> int:
-    """Load the newest training state; the number of epochs that are done."""
-    found = job.run.load_checkpoint(job.stage)
+def _restore(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    gates: _Gates,
+    job: Job,
+    decay: Decay,
+    found: tuple[dict[str, np.ndarray], dict[str, Any]] | None,
+) -> int:
+    """Load a training state, where there is one; the number of epochs that are done."""
     if found is None:
         return 0
     arrays, state = found
@@ -265,12 +353,3 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, gates: _Gates, 
 def _flush(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.masked_fill_(parameter.abs() < FLUSH, 0.0)
-
-
-@contextmanager
-def _flush_denormals() -> Iterator[None]:
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)

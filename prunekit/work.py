@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prunekit import registry
 from prunekit.counting import count, total
-from prunekit.data.pairs import ImageSet, Tensors, load_tensors, normalise
+from prunekit.data.cache import data_folder, kept_tensors
+from prunekit.data.pairs import ImageSet, Tensors, normalise
 from prunekit.errors import PlanError, RecipeError
 from prunekit.loading import (
     CLASSES,
@@ -35,6 +36,7 @@ from prunekit.progress import Reporter, trainings
 from prunekit.pruning.decay import Decay
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.limits import kept_whole
+from prunekit.pruning.shrinking import Shrinking
 from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
 from prunekit.schema import Recipe, Training
@@ -80,7 +82,12 @@ class Work:
         """The set in memory, at the recipe's size."""
         if split not in self._tensors:
             with self.reporter.busy(f"reading data ({split})"):
-                self._tensors[split] = load_tensors(self.pairs(split), self.recipe.data.size)
+                self._tensors[split] = kept_tensors(
+                    self.pairs(split),
+                    self.recipe.data.size,
+                    data_folder(self.recipe.data.cache),
+                    self.reporter.say,
+                )
         return self._tensors[split]
 
     def example(self) -> Tensor:
@@ -226,8 +233,10 @@ class Work:
         groups: list[Group],
         decay: Decay,
         steering: Steering | None = None,
-    ) -> None:
-        """Train a model in place; ``stage`` names its lines and states, and all but "train" are fine-tuning."""
+        shrinking: Shrinking | None = None,
+    ) -> nn.Module:
+        """Train a model in place; the model, or (``shrinking``) what is left of it. ``stage`` names its lines and
+        states, and all but "train" are fine-tuning."""
         model.to(self.device)
         job = Job(
             stage=stage,
@@ -242,9 +251,9 @@ class Work:
             threshold=self.recipe.slim.threshold,
             steering=steering,
             tracker=functools.partial(track, self.recipe, run.path, stage),
+            shrinking=shrinking,
         )
-        fit(model, job, groups, decay)
-        model.cpu().eval()
+        return fit(model, job, groups, decay).cpu().eval()
 
     def measure(self, run: RunDir, part: str, model: nn.Module) -> None:
         """Write a model's size into its part of the summary."""

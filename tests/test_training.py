@@ -28,6 +28,8 @@ class Silent:
 
     def stop(self): ...
 
+    def say(self, text): ...
+
 
 @pytest.fixture(scope="module")
 def data():

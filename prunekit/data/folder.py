@@ -28,6 +28,9 @@ class FolderPairs(PairSet):
         """The files of a pair: image, mask."""
         return self._files[self.names[index]]
 
+    def files(self, index: int) -> tuple[Path, Path]:
+        return self.paths(index)
+
     def image(self, index: int) -> np.ndarray:
         return read_image(self.paths(index)[0])
 

@@ -26,6 +26,9 @@ class FolderImages(LabelSet):
         super().__init__(list(self._files), classes)
         self.tolerant, self.skipped = tolerant, skipped
 
+    def files(self, index: int) -> tuple[Path]:
+        return (self._files[self.names[index]][0],)
+
     def image(self, index: int) -> np.ndarray:
         return read_image(self._files[self.names[index]][0])
 

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,10 @@ class ImageSet(ABC):
     def pair(self, index: int) -> tuple[np.ndarray, Any]:
         """Image and target together; a set that can make both in one go overrides this."""
         return self.image(index), self.target(index)
+
+    def files(self, index: int) -> Sequence[Path] | None:
+        """The files that the pair is read from; None where it does not come from files alone."""
+        return None
 
     @abstractmethod
     def blank(self, count: int, size: int) -> torch.Tensor:
@@ -183,9 +189,15 @@ def image_tensor(image: np.ndarray) -> torch.Tensor:
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """Levels 0 to 255 (uint8 or float, [N, 3, H, W]) → float32 with ImageNet's mean and deviation taken out."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    deviation = torch.tensor(DEVIATION, device=images.device).view(1, 3, 1, 1)
+    mean, deviation = _statistics(images.device)
     return (images.float() / 255 - mean) / deviation
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, (1, 3, 1, 1); made once, since an accelerator waits for what comes from the CPU."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
 
 
 def load_tensors(pairs: ImageSet, size: int) -> Tensors:

@@ -236,7 +236,8 @@ def _produce(node: Node, segments: Channels, walk: Walk) -> Channels:
 def _carry(node: Node, segments: Channels, walk: Walk) -> Channels:
     """A layer with parameters for each channel hands its channels on."""
     out, offset = [], 0
-    shared = node.op == "prelu" and node.module.num_parameters == 1
+    # Of a single channel it is that channel's own, as it is where others have been cut beside it.
+    shared = node.op == "prelu" and node.module.num_parameters == 1 and entries(segments) > 1
     gated = node.op == "norm" and node.module.affine
     for segment in segments:
         if not shared and tensors(node.module):

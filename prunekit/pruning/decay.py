@@ -44,6 +44,14 @@ class Decay(ABC):
     def __exit__(self, *_: object) -> None:
         return None
 
+    def state(self) -> dict[str, Any]:
+        """What a decay of the same model, cut smaller, has to know so that it goes on as this one; as JSON."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``."""
+        return None
+
 
 def gates_to_decay(groups: Sequence[Group], exclude: Sequence[str]) -> list[Gate]:
     """The gates of the groups that can be cut, but for norms that one of these patterns (as in a shell) names.
@@ -105,6 +113,16 @@ class DynamicWeightDecay(Decay):
         self._gates = [model.get_submodule(name).weight for name in self.norms]
         self._seen = [_Watch(model, name, activations[name]) for name in self.norms]
         self._hooks: list[Any] = []
+        self._mean_side: float | None = None
+        self._held = False
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._mean_side is None else {"mean_side": self._mean_side}
+
+    def load(self, state: dict[str, Any]) -> None:
+        # Weights are relative to the mean over the gates that there were, or each cut would change those that are left.
+        self._mean_side = state.get("mean_side")
+        self._held = self._mean_side is not None
 
     def __enter__(self) -> Self:
         self._hooks = [watch.start() for watch in self._seen]
@@ -129,21 +147,32 @@ class DynamicWeightDecay(Decay):
         if silent:
             where = "outside of `with`" if not self._hooks else f"{silent[0]} has seen none"
             raise TrainingError(f"penalty() needs a forward in train mode since its last call; {where}")
-        responses = [watch.mean() for watch in self._seen]
+        # Everything for all gates at once: there are a hundred norms, and each would be several small operations.
+        gates = torch.cat(self._gates)
+        responses = self._responses().to(gates.device, gates.dtype)
         if self.branch_weights == "flops":
             sides = torch.tensor([watch.side for watch in self._seen])
-            counts = torch.tensor([float(len(gate)) for gate in self._gates])
-            weights = sides / ((sides * counts).sum() / counts.sum())
-            responses = [response * w for response, w in zip(responses, weights.tolist(), strict=True)]
+            counts = torch.tensor([len(gate) for gate in self._gates])
+            if not self._held:
+                self._mean_side = float((sides * counts).sum() / counts.sum())
+            weights = sides / self._mean_side
+            responses = responses * weights.repeat_interleave(counts).to(responses)
         for watch in self._seen:
             watch.clear()
-        # One product for all gates: there are a hundred norms, and each would be several small operations.
-        gates = torch.cat(self._gates)
-        return 0.5 * self.weight * torch.dot(torch.cat(responses).to(gates.dtype), gates * gates)
+        return 0.5 * self.weight * torch.dot(responses, gates * gates)
+
+    @torch.no_grad()
+    def _responses(self) -> Tensor:
+        """The mean over the images of all forwards, of all gates in a row."""
+        forwards = [[len(part) for part in watch.parts] for watch in self._seen]
+        if all(sizes == forwards[0] for sizes in forwards):
+            parts = zip(*(watch.parts for watch in self._seen), strict=True)
+            return sum(torch.cat(part, 1).abs().sum(0) for part in parts) / self._seen[0].images
+        return torch.cat([sum(part.abs().sum(0) for part in watch.parts) / watch.images for watch in self._seen])
 
 
 class _Watch:
-    """Sums the responses behind one norm over the images of all forwards."""
+    """Keeps the responses behind one norm, image by image, of all forwards."""
 
     def __init__(self, model: nn.Module, norm: str, activation: str | None):
         self.function = None
@@ -159,7 +188,7 @@ class _Watch:
         self.clear()
 
     def clear(self) -> None:
-        self.total: Tensor | None = None
+        self.parts: list[Tensor] = []
         self.images = 0
         self.side = 0.0
 
@@ -168,18 +197,18 @@ class _Watch:
 
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:
             if module.training and module is watch.module():
-                watch.see(output.detach())
+                watch.see(output)
 
         return self.module().register_forward_hook(hook)
 
     @torch.no_grad()
     def see(self, y: Tensor) -> None:
-        if self.function is not None:
-            y = self.function(y)
-        sums = y.float().flatten(2).mean(2).abs().sum(0) if y.dim() > 2 else y.float().abs().sum(0)
-        self.total = sums if self.total is None else self.total + sums
+        # A fused norm has measured its output on the way (prunekit.stepping).
+        means = getattr(y, "channel_means", None)
+        if self.function is not None or means is None:
+            y = y.detach() if self.function is None else self.function(y.detach())
+            y = y if y.dtype == torch.float64 else y.float()
+            means = y.flatten(2).mean(2) if y.dim() > 2 else y
+        self.parts.append(means)
         self.images += len(y)
         self.side = float(y[0, 0].numel()) ** 0.5
-
-    def mean(self) -> Tensor:
-        return self.total / self.images

@@ -148,3 +148,16 @@ def closing(model: nn.Module, group: Group, dead: Iterable[int]) -> list[np.ndar
     if group.combine is not None:
         close(group.combine, wanted)
     return masks
+
+
+def last_gates(group: Group) -> list[int]:
+    """The gates of the group, as indices into ``group.gates``, behind which no other stands in its row: nothing norms
+    again what they let through."""
+
+    def walk(part: Any) -> list[int]:
+        if isinstance(part, int):
+            return [part]
+        kind, parts = next(iter(part.items()))
+        return [index for p in (parts[-1:] if kind == "serial" else parts) for index in walk(p)]
+
+    return [] if group.combine is None else sorted(set(walk(group.combine)))

@@ -29,6 +29,7 @@ def slim(
     *,
     groups: Sequence[Group] | None = None,
     constants: str = "carrier",
+    noise: int = 16,
 ) -> tuple[nn.Module, Proof]:
     """Rebuild a model with just the channels that a plan keeps, and prove that nothing else has changed.
 
@@ -42,6 +43,7 @@ def slim(
             folded as if nothing padded; "keep": a channel that emits anything but zero is kept. Where the proof does
             not hold then, channels are given back, largest constant first, until it does. "drop": they are cut with
             their channels, as other tools do; the proof says what that has changed and need not hold.
+        noise: how many images of noise the proof looks at beside the data, at least 2.
 
     Returns:
         the slim model, in the dense one's precision, on its device and in its mode; and the proof, whose ``plan`` is
@@ -62,7 +64,7 @@ def slim(
             "spectral_norm does? Take that out first (torch.nn.utils.remove_spectral_norm)"
         ) from error
     inputs = proof_inputs(reference, example)
-    attempt = _Attempt(reference, groups, inputs, _noise(reference, inputs), constants)
+    attempt = _Attempt(reference, groups, inputs, _noise(reference, inputs, noise), constants)
     dead = attempt.start(dead_channels(groups, plan))
     rebuilt, proof = attempt.run(dead)
     if not proof.holds and constants != "drop":
@@ -135,7 +137,7 @@ def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
     return model
 
 
-def _noise(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
     """A batch beyond the data, where the model makes something finite of it.
 
     Raises:
@@ -149,7 +151,7 @@ def _noise(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
             f"the proof runs a copy of the model in float64 on the CPU, and that fails: {first_line(error)}; does "
             "it make tensors of a fixed dtype or device, or call itself by another name? Take both from its input"
         ) from error
-    noise = beyond(model, inputs[0])
+    noise = beyond(model, inputs[0], count)
     return [] if noise is None else [noise]
 
 

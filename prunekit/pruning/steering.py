@@ -166,7 +166,10 @@ class Steering:
         return self.controller.load(state)
 
     def reach(self) -> float:
-        """The effective gate at and below which all would have to be cut now to meet the budget."""
+        """The effective gate at and below which all would have to be cut now to meet the budget; 0 where nothing has
+        to be."""
+        if getattr(self.sizes.dense, self.measure) <= self.goal:
+            return 0.0
         values = self._values()
         steps = np.unique(np.concatenate(values))
         low, high = 0, len(steps) - 1

@@ -57,6 +57,7 @@ _SUMMARY = {
     **dict.fromkeys(PARTS, _MODEL),
     "kept": {"channels": COUNT, "of": COUNT, "params_ratio": NUMBER, "macs_ratio": NUMBER},
     "proof": {**_PROOF, "steps": [_PROOF]},
+    "shrunk": [{**_PROOF, **dict.fromkeys(("epoch", "channels"), COUNT), "seconds": DURATION}],
     "drift": {EACH: NUMBER},
     "recalibrated": {"batches": COUNT, "before": {EACH: MAYBE_NUMBER}, "after": {EACH: MAYBE_NUMBER}},
     "reference": {EACH: {EACH: MAYBE_NUMBER}},

@@ -1,0 +1,232 @@
+"""The same training step in less time, for the while of a ``with``; parameters, state and gradients stay where they
+are, so that groups, decays, optimisers and checkpoints notice nothing.
+
+What a step of CSNet costs on a CPU is memory, not arithmetic. So features lie channels-last; a norm and the PReLU
+behind it, and depthwise convolutions, go through kernels of our own that touch every number as rarely as they can; and
+the memory of one step is kept for the next instead of being asked for page by page again.
+
+Forwards are set on the modules themselves and taken off at the end. In evaluation mode, for what the kernels do not
+take, and where they cannot be compiled, a module computes as ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.layers.optional import DepthwiseModules
+from prunekit.native.library import NoKernels, load
+from prunekit.native.ops import depthwise, norm_act, usable
+from prunekit.plan import Group
+from prunekit.schema import Training
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def fast_steps(
+    model: nn.Module, groups: Sequence[Group], section: Training, say: Callable[[str], None]
+) -> Iterator[Forward]:
+    """Within ``with``, a forward that does what the model does, faster.
+
+    Args:
+        model: on the device on which it is trained.
+        groups: of the model; they tell which PReLU takes what a norm puts out, and nothing else does.
+        section: its ``fast`` and ``compile`` say what may be done.
+        say: takes a line where something that would make it faster cannot be had.
+    """
+    with ExitStack() as stack:
+        first = next(model.parameters(), None)
+        on_cpu = first is not None and first.device.type == "cpu"
+        if section.fast and on_cpu:
+            stack.enter_context(kept_memory())
+        if section.compile:
+            yield _channels_last(_Compiled(model, on_cpu, say))
+            return
+        if not section.fast:
+            yield model
+            return
+        if on_cpu:
+            why = load()
+            if isinstance(why, NoKernels):
+                say(f"training without the kernels for CPUs: {why}")
+            else:
+                stack.enter_context(_forwards(model, groups))
+        yield _channels_last(model, say)
+
+
+def _channels_last(forward: Forward, say: Callable[[str], None] = lambda line: None) -> Forward:
+    """The forward, given its images in this format; convolutions pass it on. A model that takes views of its features
+    may refuse it."""
+    refused = False
+
+    def run(images: Tensor) -> Tensor:
+        nonlocal refused
+        if refused:
+            return forward(images)
+        try:
+            return forward(images.contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            if "view" not in str(error):
+                raise
+            refused = True
+            say(f"training without channels-last, which the model refuses ({str(error).splitlines()[0]})")
+            return forward(images)
+
+    return run
+
+
+class _Compiled:
+    """The model through ``torch.compile``; on an accelerator with CUDA graphs, since a step there is bound by the
+    launches of its hundreds of small kernels. What cannot be compiled runs as it is, with a word."""
+
+    def __init__(self, model: nn.Module, on_cpu: bool, say: Callable[[str], None]):
+        self.model, self.say = model, say
+        self.forward: Forward | None = torch.compile(model, mode="default" if on_cpu else "reduce-overhead")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.forward is None:
+            return self.model(images)
+        try:
+            torch.compiler.cudagraph_mark_step_begin()
+            return self.forward(images)
+        except Exception as error:  # The compiler's are of many kinds, and none of them is the model's fault.
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.say(f"train.compile: the model does not compile ({said[:200]}); it trains without")
+            self.forward = None
+            return self.model(images)
+
+
+@contextmanager
+def _forwards(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+    modules = dict(model.named_modules())
+    behind = {gate.norm: modules.get(gate.activation or "") for group in groups for gate in group.gates}
+    taken: dict[nn.Module, Callable[..., Tensor]] = {}
+    for name, module in modules.items():
+        if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats and module.momentum:
+            act = behind.get(name)
+            act = act if type(act) is nn.PReLU and act not in taken and not module._forward_hooks else None
+            pair = _Pair(module, act)
+            taken[module] = pair.normed
+            if act is not None:
+                taken[act] = pair.activated
+    inside = {m for holder in modules.values() if isinstance(holder, DepthwiseModules) for m in holder.values()}
+    for module in modules.values():
+        if type(module) is nn.Conv2d and (module in inside or module.groups > 1) and _is_depthwise(module):
+            taken[module] = _Depthwise(module).forward
+    # A module that somebody has changed already stays as it is.
+    taken = {module: forward for module, forward in taken.items() if "forward" not in vars(module)}
+    for module, forward in taken.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in taken:
+            del module.forward
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+    )
+
+
+@dataclass
+class _Pair:
+    """A norm and the PReLU behind it, or a norm alone."""
+
+    norm: nn.BatchNorm2d
+    act: nn.PReLU | None
+    last: Tensor | None = None
+
+    def normed(self, x: Tensor) -> Tensor:
+        norm, act = self.norm, self.act
+        alike = x.dtype == norm.weight.dtype and (act is None or act.weight.dtype == x.dtype)
+        # One number a channel has no deviation, and PyTorch says so.
+        if not norm.training or not usable(x) or not alike or x.numel() == x.shape[1]:
+            return nn.BatchNorm2d.forward(norm, x)
+        norm.num_batches_tracked.add_(1)
+        y, means = norm_act(x, norm, None if act is None else act.weight)
+        y.channel_means = means
+        self.last = y
+        return y
+
+    def activated(self, x: Tensor) -> Tensor:
+        last, self.last = self.last, None
+        return x if x is last else nn.PReLU.forward(self.act, x)
+
+
+@dataclass
+class _Depthwise:
+    conv: nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.conv.training or not usable(x) or x.dtype != self.conv.weight.dtype:
+            return nn.Conv2d.forward(self.conv, x)
+        return depthwise(x, self.conv.weight)
+
+
+# glibc's numbers for mallopt, and its own defaults.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
+_KEEPING = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keep freed memory for the next request, which glibc hands back to the system where it is large.
+
+    Every feature of every step would come in pages that the system has to clear: a sum of two features takes 48 ms
+    instead of 7. Nothing happens where the C library is another.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    known = libc is not None and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if known:
+        for key, value in _KEEPING.items():
+            libc.mallopt(key, value)
+    try:
+        yield
+    finally:
+        if known:
+            for key, value in _DEFAULTS.items():
+                libc.mallopt(key, value)
+            libc.malloc_trim(0)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Take subnormal numbers for zero, in every thread that computes.
+
+    A processor's flag for it belongs to a thread, and PyTorch sets it for the calling one alone. New threads inherit
+    it, so the others are ended and come again when they are needed.
+    """
+    torch.set_flush_denormal(True)
+    _renew_threads()
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        _renew_threads()
+
+
+def _renew_threads() -> None:
+    """End the threads of OpenMP; the next parallel loop starts new ones. Nothing where it knows no such call."""
+    try:
+        pause = ctypes.CDLL("libgomp.so.1" if sys.platform == "linux" else None).omp_pause_resource_all
+    except (OSError, AttributeError, TypeError):
+        return
+    pause(_PAUSE_HARD)
+
+
+_PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0

@@ -1,0 +1,191 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prunekit import stepping
+from prunekit.backbones.csnet import csnet
+from prunekit.backbones.octresnet import octresnet
+from prunekit.backbones.resnet import resnet
+from prunekit.native.library import NoKernels, load
+from prunekit.pruning.decay import DynamicWeightDecay
+from prunekit.pruning.groups import find_groups
+from prunekit.schema import Training
+from prunekit.stepping import fast_steps, flushed_denormals, kept_memory
+
+SIZE = 32
+kernels = pytest.mark.skipif(isinstance(load(), NoKernels), reason="no compiler")
+
+
+def step(model, forward, decay, optimizer, seed):
+    """One step on images that the seed draws; the gradients of it."""
+    x = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    loss = forward(x).square().mean() + decay.penalty()
+    optimizer.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    return gradients
+
+
+def prepared(build):
+    torch.manual_seed(0)
+    model = build().double().train()
+    groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64))
+    return model, groups, torch.optim.Adam(model.parameters(), 1e-3)
+
+
+def lines():
+    said = []
+    return said, said.append
+
+
+@kernels
+@pytest.mark.parametrize(
+    "build",
+    [lambda: csnet(10), lambda: octresnet(8, 8), lambda: resnet(8, 8)],
+    ids=["csnet", "octresnet", "resnet"],
+)
+def test_a_fast_step_is_a_plain_one(build):
+    plain, groups, optimizer = prepared(build)
+    fast, same, other = prepared(build)
+    said, say = lines()
+    with (
+        DynamicWeightDecay(plain, groups, 0.1) as decay,
+        DynamicWeightDecay(fast, same, 0.1) as theirs,
+        fast_steps(fast, same, Training(epochs=1), say) as forward,
+    ):
+        for seed in range(3):
+            wanted = step(plain, plain, decay, optimizer, seed)
+            found = step(fast, forward, theirs, other, seed)
+            for name, gradient in wanted.items():
+                assert (found[name] - gradient).abs().max() <= 1e-10 * max(1, float(gradient.abs().max())), name
+        for (name, a), b in zip(plain.state_dict().items(), fast.state_dict().values(), strict=True):
+            assert a.dtype == b.dtype and (a - b).abs().max() <= 1e-8 * max(1, float(a.abs().max())), name
+    assert not said
+
+
+@kernels
+def test_the_kernels_are_used_within_and_not_after(monkeypatch):
+    model, groups, _ = prepared(lambda: csnet(10))
+    calls = []
+    held = stepping.norm_act, stepping.depthwise
+    monkeypatch.setattr(stepping, "norm_act", lambda *a: calls.append("norm") or held[0](*a))
+    monkeypatch.setattr(stepping, "depthwise", lambda *a: calls.append("depthwise") or held[1](*a))
+    x = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.float64)
+    with fast_steps(model, groups, Training(epochs=1), print) as forward:
+        forward(x)
+        assert (calls.count("norm"), calls.count("depthwise")) == (106, 66)
+        pairs = [m.forward.__self__ for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert all(pair.act is not None for pair in pairs)
+        model.eval()
+        wanted = copy.deepcopy(model)(x)
+        assert torch.equal(model(x), wanted) and len(calls) == 172
+        model.train()
+    assert not any("forward" in vars(m) for m in model.modules())
+    model(x)
+    assert len(calls) == 172
+
+
+@kernels
+def test_a_prelu_that_gets_something_else_computes(monkeypatch):
+    """The trace knows one example; what the norm has not made itself goes through the PReLU."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 1, 1)).double()
+    groups = find_groups(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    with fast_steps(model, groups, Training(epochs=1), print):
+        assert "forward" in vars(model[2])
+        x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+        assert torch.equal(model[2](x), F.prelu(x, model[2].weight))
+
+
+@kernels
+def test_a_norm_that_somebody_listens_to_is_left_its_own_output():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 1, 1)).double()
+    groups = find_groups(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    seen = []
+    model[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with fast_steps(model, groups, Training(epochs=1), print) as forward:
+        forward(x)
+    assert seen[0].min() < 0 and seen[0].mean().abs() < 1e-9
+
+
+def test_without_kernels_it_says_so_and_trains(monkeypatch):
+    monkeypatch.setattr(stepping, "load", lambda: NoKernels("there is no C++ compiler"))
+    model, groups, optimizer = prepared(lambda: csnet(10))
+    said, say = lines()
+    with (
+        DynamicWeightDecay(model, groups) as decay,
+        fast_steps(model, groups, Training(epochs=1), say) as forward,
+    ):
+        step(model, forward, decay, optimizer, 0)
+    assert said == ["training without the kernels for CPUs: there is no C++ compiler"]
+
+
+def test_slow_is_the_model_itself():
+    model, groups, _ = prepared(lambda: csnet(10))
+    with fast_steps(model, groups, Training(epochs=1, fast=False), print) as forward:
+        assert forward is model and not any("forward" in vars(m) for m in model.modules())
+
+
+class Views(nn.Module):
+    """Takes a view of its features, which channels-last features do not give."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4 * 64, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+def test_a_model_that_refuses_channels_last_trains_without():
+    model, (said, say) = Views(), lines()
+    x = torch.randn(2, 3, 8, 8)
+    with fast_steps(model, [], Training(epochs=1), say) as forward:
+        assert torch.equal(forward(x), model(x)) and torch.equal(forward(x), model(x))
+    assert len(said) == 1 and "refuses" in said[0]
+
+
+def test_other_errors_of_a_model_are_its_own():
+    with (
+        pytest.raises(RuntimeError, match="channels"),
+        fast_steps(Views(), [], Training(epochs=1), print) as forward,
+    ):
+        forward(torch.zeros(2, 5, 8, 8))
+
+
+def test_what_does_not_compile_trains_without(monkeypatch):
+    def broken(model, **options):
+        def run(x):
+            raise RuntimeError("no compiler found\nand more")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, (said, say) = resnet(8, 8), lines()
+    x = torch.randn(2, 3, 8, 8)
+    with fast_steps(model, [], Training(epochs=1, compile=True), say) as forward:
+        assert forward(x).shape == forward(x).shape == (2, 10)
+    assert said == ["train.compile: the model does not compile (no compiler found); it trains without"]
+
+
+def test_subnormals_are_zero_in_every_thread():
+    torch.set_num_threads(3)
+    try:
+        small = torch.full((12, 1 << 16), 1e-39)
+        rows = lambda: (small * 0.5).ne(0).any(1).tolist()  # noqa: E731
+        assert all(rows())
+        with flushed_denormals():
+            assert not any(rows())
+        assert all(rows())
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_memory_is_given_back_where_something_fails():
+    with pytest.raises(ZeroDivisionError), kept_memory():
+        torch.zeros(1 << 20)
+        raise ZeroDivisionError
