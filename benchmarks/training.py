@@ -138,16 +138,21 @@ def timed(step: Callable[[], Any], times: int) -> list[float]:
     return found
 
 
-def race(ways: dict[str, Callable[[], Any]], rounds: int, times: int) -> dict[str, list[float]]:
-    """Seconds of each way's steps, in turns. A way's first step in each round is not counted: ours asks the system for
-    memory in it, the others do so in every step."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
+def race(
+    ways: dict[str, Callable[[], Any]], rounds: int, times: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Seconds of each way's steps, in turns, and the shares of one more step at the end. A way's first step in each
+    round is not counted: ours asks the system for memory in it, the others do so in every step."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    profiles = {}
+    for number in range(rounds):
         for name, way in ways.items():
             with way() as step:
                 step()
-                found[name] += timed(step, times)
-    return found
+                seconds[name] += timed(step, times)
+                if number == rounds - 1:
+                    profiles[name] = shares(step)
+    return seconds, profiles
 
 
 def shares(step: Callable[[], Any]) -> dict[str, float]:
@@ -236,7 +241,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--times", type=int, default=2, help="steps timed in each round")
+    parser.add_argument("--times", type=int, default=1, help="steps timed in each round")
     parser.add_argument("--compile", action="store_true", help="also through torch.compile, which takes minutes first")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -244,13 +249,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ways: dict[str, Any] = {"straightforward": lambda: straightforward(case), "ours": lambda: ours(case)}
     if options.compile:
         ways["torch.compile"] = lambda: ours(case, compiled=True)
-    seconds = race(ways, options.rounds, options.times)
+    seconds, profiles = race(ways, options.rounds, options.times)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    profiles = {}
-    for name in ("straightforward", "ours"):
-        with ways[name]() as step:
-            step()
-            profiles[name] = shares(step)
     data = pipeline(options.size, options.batch, 8, options.rounds)
     small = max(8, options.width // 2), max(32, options.size // 2), max(2, options.batch // 3)
     with torch.random.fork_rng():

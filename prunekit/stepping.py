@@ -12,12 +12,14 @@ take, and where they cannot be compiled, a module computes as ever.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.layers.optional import DepthwiseModules
@@ -47,17 +49,19 @@ def fast_steps(
         if section.fast and on_cpu:
             stack.enter_context(kept_memory())
         if section.compile:
-            yield _channels_last(_Compiled(model, on_cpu, say))
+            compiled = _Compiled(model, on_cpu, say)
+            yield compiled if on_cpu else _channels_last(compiled)
             return
         if not section.fast:
             yield model
             return
         if on_cpu:
+            stack.enter_context(_replaced(_thinned(model)))
             why = load()
             if isinstance(why, NoKernels):
                 say(f"training without the kernels for CPUs: {why}")
             else:
-                stack.enter_context(_forwards(model, groups))
+                stack.enter_context(_replaced(_kernels(model, groups)))
         yield _channels_last(model, say)
 
 
@@ -105,11 +109,30 @@ class _Compiled:
             return self.model(images)
 
 
-@contextmanager
-def _forwards(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+def _thinned(model: nn.Module) -> dict[nn.Module, Forward]:
+    """Forwards of the 1×1 convolutions with a stride: they take every so many-th pixel first, which is the same.
+
+    As they are, oneDNN's backward writes past its memory where features lie channels-last, channels are few (below 8)
+    and sides even (seen with PyTorch 2.13).
+    """
+
+    def thinned(conv: nn.Conv2d, x: Tensor) -> Tensor:
+        down, across = conv.stride
+        return F.conv2d(x[..., ::down, ::across], conv.weight, conv.bias, groups=conv.groups)
+
+    return {
+        module: functools.partial(thinned, module)
+        for module in model.modules()
+        if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.padding in ((0, 0), "valid")
+        if max(module.stride) > 1
+    }
+
+
+def _kernels(model: nn.Module, groups: Sequence[Group]) -> dict[nn.Module, Forward]:
+    """Forwards through the kernels, for the modules that they know."""
     modules = dict(model.named_modules())
     behind = {gate.norm: modules.get(gate.activation or "") for group in groups for gate in group.gates}
-    taken: dict[nn.Module, Callable[..., Tensor]] = {}
+    taken: dict[nn.Module, Forward] = {}
     for name, module in modules.items():
         if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats and module.momentum:
             act = behind.get(name)
@@ -122,10 +145,15 @@ def _forwards(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
     for module in modules.values():
         if type(module) is nn.Conv2d and (module in inside or module.groups > 1) and _is_depthwise(module):
             taken[module] = _Depthwise(module).forward
-    # A module that somebody has changed already stays as it is.
-    taken = {module: forward for module, forward in taken.items() if "forward" not in vars(module)}
-    for module, forward in taken.items():
-        module.forward = forward
+    return taken
+
+
+@contextmanager
+def _replaced(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+    """Set these forwards, but for modules that somebody has changed already, and take them off again."""
+    taken = [module for module in forwards if "forward" not in vars(module)]
+    for module in taken:
+        module.forward = forwards[module]
     try:
         yield
     finally:

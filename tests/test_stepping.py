@@ -189,3 +189,14 @@ def test_memory_is_given_back_where_something_fails():
     with pytest.raises(ZeroDivisionError), kept_memory():
         torch.zeros(1 << 20)
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("stride", [2, (1, 2), 3])
+def test_a_pointwise_convolution_with_a_stride_is_the_same(stride):
+    conv = nn.Conv2d(4, 6, 1, stride)
+    x = torch.randn(2, 4, 8, 9)
+    wanted = conv(x)
+    with fast_steps(conv, [], Training(epochs=1), print) as forward:
+        assert "forward" in vars(conv)
+        torch.testing.assert_close(forward(x), wanted)
+    assert "forward" not in vars(conv)

@@ -69,7 +69,7 @@ def crop_flip(
     matrix[:, 1, 1], matrix[:, 1, 2] = scale[:, 0], shift[:, 0]
     masks = [targets.float()] if _are_masks(targets) else []
     both = torch.cat([images.float(), *masks], 1)
-    where = F.affine_grid(matrix.to(both.device), list(both.shape), align_corners=False)
+    where = F.affine_grid(_sent(matrix, both.device), list(both.shape), align_corners=False)
     both = F.grid_sample(both, where, mode="bilinear", padding_mode="border", align_corners=False)
     # Interpolation may overshoot by a rounding error.
     return both[:, :3].clamp(0, 255), (both[:, 3:] >= 0.5).float() if masks else targets
@@ -104,7 +104,8 @@ def shift(
     if pixels < 0:
         raise ValueError(f"shift takes pixels >= 0, not {pixels}")
     # Drawn first, and whatever the options.
-    moves = torch.randint(-pixels, pixels + 1, (len(images), 2), generator=generator).to(images.device)
+    moves = torch.randint(-pixels, pixels + 1, (len(images), 2), generator=generator)
+    moves = _sent(moves, images.device)
     masks = [targets.float()] if _are_masks(targets) else []
     both = torch.cat([images.float(), *masks], 1)
     wide = F.pad(both, [pixels] * 4, mode="replicate" if fill == "edge" else "constant")
@@ -116,6 +117,11 @@ def shift(
     places = torch.arange(len(images), device=images.device)[:, None, None]
     both = wide[places, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
     return both[:, :3], both[:, 3:] if masks else targets
+
+
+def _sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What was drawn, where the images are; an accelerator does not wait for it."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 def _are_masks(targets: torch.Tensor) -> bool:

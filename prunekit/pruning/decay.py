@@ -76,10 +76,11 @@ class NoDecay(Decay):
     """No penalty on the gates."""
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], weight: float = 0.0):
-        pass
+        self._first = next(model.parameters(), None)
 
     def penalty(self) -> Tensor:
-        return torch.zeros(())
+        # Made where the loss is: an accelerator waits for what comes from the CPU.
+        return torch.zeros((), device=None if self._first is None else self._first.device)
 
 
 @register_decay("dynamic")
