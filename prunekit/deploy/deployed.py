@@ -16,35 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit.deploy.emit import Unknown, emit
+from prunekit.deploy.form import Deployed, Form
 from prunekit.deploy.graph import Graph
 from prunekit.deploy.merge import merge_inputs, merge_sums, share_poolings
 from prunekit.deploy.norms import fold_norms
+from prunekit.deploy.onnx import onnx_function
 from prunekit.deploy.pad import pad_channels
 from prunekit.deploy.prelu import relu_form
 from prunekit.errors import ExportError
 
 TOLERANCE = 1e-4
 ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Form:
-    """One way to write a model.
-
-    Attributes:
-        multiple: channels are padded with zeros to multiples of this.
-        sums: convolutions that meet in a sum are one.
-        inputs: convolutions that read the same are one.
-        relus: PReLUs are written as ReLUs and sums.
-        channels_last: memory format of the weights (PyTorch).
-    """
-
-    multiple: int = 1
-    sums: bool = False
-    inputs: bool = False
-    relus: bool = False
-    channels_last: bool = False
-
 
 # The first of each is taken where nothing can be measured.
 FORMS = {
@@ -92,7 +75,7 @@ class Record:
 
     runtime: str
     reason: str | None = None
-    form: Form = Form()
+    form: Form = field(default_factory=Form)
     measured: list[dict[str, Any]] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -104,25 +87,6 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class Deployed(nn.Module):
-    """A model in its deployed form; in eval mode, and never to be trained.
-
-    Attributes:
-        form: how it is written.
-    """
-
-    def __init__(self, network: nn.Module, form: Form):
-        super().__init__()
-        self.network = network
-        self.form = form
-        self.eval().requires_grad_(False)
-
-    def forward(self, image: Tensor) -> Tensor:
-        if self.form.channels_last and image.dim() == 4:
-            image = image.contiguous(memory_format=torch.channels_last)
-        return self.network(image)
 
 
 def deploy(
@@ -221,21 +185,15 @@ def _in_torch(graph: Graph, form: Form, image: Tensor) -> Callable[[], Any]:
 
 
 def _in_onnxruntime(graph: Graph, form: Form, image: Tensor) -> Callable[[], Any] | None:
-    from prunekit.deploy.emit import Unknown, emit
-
     try:
         file = emit(graph, fixed=True).SerializeToString()
     except Unknown:
         return None
-    from prunekit.deploy.onnx import onnx_function
-
     run, array = onnx_function(file), image.numpy()
     return lambda: run(array)
 
 
 def _in_openvino(graph: Graph, form: Form, image: Tensor) -> Callable[[], Any] | None:
-    from prunekit.deploy.emit import Unknown, emit
-
     try:
         import openvino
 

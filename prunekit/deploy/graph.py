@@ -28,7 +28,7 @@ class Graph:
 
     Args:
         model: is left as it is.
-        example: a batch of what it takes.
+        example: a batch of what it takes; its first is looked at.
 
     Attributes:
         module: what the graph computes, callable as the model is.
@@ -41,8 +41,7 @@ class Graph:
 
     def __init__(self, model: nn.Module, example: Tensor):
         root = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        example = example.detach().cpu().float()
-        self.example = example
+        self.example = example[:1].detach().cpu().float()
         try:
             self.module = fx.symbolic_trace(root)
         except Exception as error:  # It is the user's code, and fails in any way.
@@ -50,9 +49,8 @@ class Graph:
         self._own_modules()
         self._simplify()
         try:
-            self.run()
             with torch.inference_mode():
-                torch.testing.assert_close(self.module(example), root(example), equal_nan=True)
+                torch.testing.assert_close(self._run(), root(self.example), equal_nan=True)
         except Exception as error:
             raise ExportError(f"what torch.fx follows is not what the model computes: {_line(error)}") from error
 
@@ -60,8 +58,8 @@ class Graph:
     def nodes(self) -> list[fx.Node]:
         return list(self.module.graph.nodes)
 
-    def run(self) -> None:
-        """Run the example through, and note each value's shape."""
+    def _run(self) -> Any:
+        """What the graph makes of the example; each value's shape is noted."""
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         shapes = self.shapes
 
@@ -72,8 +70,7 @@ class Graph:
                     shapes[n] = tuple(value.shape)
                 return value
 
-        with torch.inference_mode():
-            Shapes(self.module).run(self.example)
+        return Shapes(self.module).run(self.example)
 
     @property
     def output(self) -> fx.Node | None:

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.deploy.checking import largest_difference
+from prunekit.deploy.emit import Unknown, emit
+from prunekit.deploy.form import Deployed
+from prunekit.deploy.graph import Graph
 from prunekit.deploy.subnormals import flushed, subnormals
 from prunekit.errors import ExportError
 
@@ -36,6 +39,9 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] |
     """
     import onnx
 
+    written = _written(model, example)
+    if written is not None:
+        return finished(written, metadata or {})
     model, example = prepared(model, example)
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     with told("ONNX", "onnx"), quiet(loggers), tempfile.TemporaryDirectory() as folder:
@@ -54,6 +60,16 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] |
         program.save(str(path), external_data=False)
         file = onnx.load(str(path))
     return finished(file, metadata or {})
+
+
+def _written(model: nn.Module, example: Tensor) -> object | None:
+    """A deployed model, operation by operation; None for any other, and where only torch.onnx can write it."""
+    if not isinstance(model, Deployed) or not example.is_floating_point():
+        return None
+    try:
+        return emit(Graph(model.network, example))
+    except (Unknown, ExportError):
+        return None
 
 
 def check_onnx(file: bytes, model: nn.Module, inputs: Sequence[Tensor], name: str = "model.onnx") -> float:

@@ -145,6 +145,11 @@ def _onnxruntime(path: str, precision: str, user_file: str | None) -> Maker:
         options.inter_op_num_threads = 1
         # Its threads wait by spinning, which would take the cores from whoever's turn is next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        free = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).get_inputs()[0].shape
+        for axis, length in zip(free, (batch, 3, size, size), strict=True):
+            if isinstance(axis, str):
+                # Known sizes let it fuse sums and keep features in blocks.
+                options.add_free_dimension_override_by_name(axis, length)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         image = _input(batch, size)
         return lambda: session.run(None, {"image": image})

@@ -6,7 +6,8 @@ from deployed_models import gap, learned
 from networks import settle
 from torch import nn
 
-from prunekit.deploy.deployed import FORMS, Form, deploy, rewrite
+from prunekit.deploy.deployed import FORMS, deploy, rewrite
+from prunekit.deploy.form import Form
 from prunekit.errors import ExportError
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
