@@ -30,6 +30,14 @@ SIGNATURES = {
     "depthwise": [*[_POINTER] * 3, *[_NUMBER] * 4, _COUNT],
     "depthwise_kernel": [*[_POINTER] * 3, *[_NUMBER] * 4, _COUNT],
 }
+# In float32 alone.
+INFERENCE = {
+    "infer_conv": [*[_POINTER] * 9, *[_NUMBER] * 7, _COUNT],
+    "infer_depthwise": [*[_POINTER] * 5, *[_NUMBER] * 4, _COUNT],
+    "infer_upsample": [*[_POINTER] * 4, *[_NUMBER] * 6, _COUNT],
+    "infer_pool": [*[_POINTER] * 2, *[_NUMBER] * 4, _COUNT, _COUNT],
+}
+SOURCES = ("kernels.cpp", "inference.cpp")
 
 
 class NoKernels(PrunekitError):
@@ -51,14 +59,14 @@ def _load() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
     if compiler is None:
         raise NoKernels("there is no C++ compiler; install g++, or name one in CXX")
-    source = resources.files("prunekit.native").joinpath("kernels.cpp").read_bytes()
+    sources = {name: resources.files("prunekit.native").joinpath(name).read_bytes() for name in SOURCES}
     # What -march=native means differs from machine to machine, and home folders are shared.
     machine = f"{platform.machine()} {_processor()}"
-    key = sha256(b"\0".join([source, " ".join(FLAGS).encode(), _version(compiler).encode(), machine.encode()]))
+    key = sha256(b"\0".join([*sources.values(), " ".join(FLAGS).encode(), _version(compiler).encode(), machine.encode()]))
     path = cache_folder() / "kernels" / f"{key[:32]}.so"
     for fresh in (False, True):
         if fresh or not path.is_file():
-            _compile(compiler, source, path)
+            _compile(compiler, sources, path)
         try:
             return _typed(ctypes.CDLL(str(path)))
         except (OSError, AttributeError) as error:
@@ -71,17 +79,21 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         for kind in ("float", "double"):
             function = getattr(library, f"{name}_{kind}")
             function.argtypes, function.restype = arguments, None
+    for name, arguments in INFERENCE.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
     return library
 
 
-def _compile(compiler: str, source: bytes, path: Path) -> None:
+def _compile(compiler: str, sources: dict[str, bytes], path: Path) -> None:
     """Put the library at ``path``, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-            written.write_bytes(source)
-            command = [compiler, *FLAGS, str(written), "-o", str(made)]
+            made = Path(folder) / "kernels.so"
+            for name, source in sources.items():
+                (Path(folder) / name).write_bytes(source)
+            command = [compiler, *FLAGS, *(str(Path(folder) / name) for name in sources), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
