@@ -148,9 +148,11 @@ class Files:
     def _make(self, form: str) -> tuple[str, Path, str]:
         precision = "bf16" if form.endswith("_bf16") else "float32"
         if form in ("eager", "deployed", "deployed_bf16", "compiled"):
-            path = self.folder / f"{self.name}-{'eager' if form == 'eager' else 'deployed'}.pt"
+            # What is compiled, or computes in bf16, is the deployed form without kernels of our own.
+            which = {"eager": "eager", "deployed": "torch"}.get(form, "pt2")
+            path = self.folder / f"{self.name}-{which}.pt"
             if not path.exists():
-                model = self.network if form == "eager" else deploy(self.network, self.example, runtime="torch")[0]
+                model = self.network if which == "eager" else deploy(self.network, self.example, runtime=which)[0]
                 torch.save(without_subnormals(model), path)
             return ("compiled" if form == "compiled" else "torch"), path, precision
         kind = "onnxruntime" if form.startswith("ort") else "openvino"

@@ -36,7 +36,7 @@ from prunekit.work import Work
 
 FORMATS = ("onnx", "openvino", "pt2", "csnet")
 CALIBRATION = 64  # training images
-_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "torch"}
+_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "pt2"}
 _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 
 

@@ -19,26 +19,30 @@ from torch import Tensor, nn
 from prunekit.deploy.emit import Unknown, emit
 from prunekit.deploy.form import Deployed, Form
 from prunekit.deploy.graph import Graph
+from prunekit.deploy.kernels import use_kernels
 from prunekit.deploy.merge import merge_inputs, merge_sums, share_poolings
 from prunekit.deploy.norms import fold_norms
 from prunekit.deploy.onnx import onnx_function
 from prunekit.deploy.pad import pad_channels
 from prunekit.deploy.prelu import relu_form
 from prunekit.errors import ExportError
+from prunekit.native.library import NoKernels
 
 TOLERANCE = 1e-4
 ROUNDS = 7
 
-# The first of each is taken where nothing can be measured.
+_PORTABLE = [
+    Form(multiple=8, channels_last=True),
+    Form(channels_last=True),
+    Form(multiple=8, sums=True, channels_last=True),
+    Form(multiple=8, inputs=True, channels_last=True),
+    Form(sums=True),
+]
+# The first of each is taken where nothing can be measured. "pt2" is PyTorch, too, without what cannot be exported or
+# compiled.
 FORMS = {
-    "torch": [
-        Form(multiple=8, channels_last=True),
-        Form(channels_last=True),
-        Form(multiple=8, sums=True, channels_last=True),
-        Form(sums=True, channels_last=True),
-        Form(multiple=8, inputs=True, channels_last=True),
-        Form(sums=True),
-    ],
+    "torch": [*_PORTABLE, Form(multiple=8, channels_last=True, kernels=True)],
+    "pt2": _PORTABLE,
     "onnxruntime": [
         Form(multiple=8, sums=True, relus=True),
         Form(multiple=8, relus=True),
@@ -70,6 +74,7 @@ class Record:
         padded: channels that were added.
         merged: convolutions that went into others.
         relus: PReLUs that are written as ReLUs.
+        kernels: how many operations kernels of our own took over, or why they cannot be had.
         max_abs_diff: of the outputs, on the example and at a second size.
     """
 
@@ -83,6 +88,7 @@ class Record:
     padded: int = 0
     merged: int = 0
     relus: int = 0
+    kernels: int | str = 0
     max_abs_diff: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def deploy(
     Args:
         model: is left as it is; its copy is in float32 on the CPU, and takes inputs of every size that the model takes.
         example: a batch of inputs (N, C, H, W), of the size that is to be fast.
-        runtime: "torch", "onnxruntime" or "openvino": what will run it, or the file that it is exported to.
+        runtime: "torch", "pt2", "onnxruntime" or "openvino": what will run it, or the file that it is exported to.
         measure: whether to choose by timing on this machine. If not, or where the runtime is not installed, the form
             is the one that is known to do well: the same on every machine.
 
@@ -114,14 +120,19 @@ def deploy(
     plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     example = example.detach().cpu().float()
     record = Record(runtime)
-    try:
-        made = {form: rewrite(plain, example, form, record) for form in FORMS[runtime][: None if measure else 1]}
-    except ExportError as error:
-        record.reason = str(error)
-        return Deployed(plain, Form()), record
+    made: dict[Form, Graph] = {}
+    for form in FORMS[runtime][: None if measure else 1]:
+        try:
+            made[form] = rewrite(plain, example, form, record)
+        except NoKernels as why:
+            record.kernels = str(why)
+        except ExportError as error:
+            record.reason = str(error)
+            return Deployed(plain, Form()), record
     record.form = FORMS[runtime][0]
     if measure:
         record.measured, record.form = _quickest(made, example, runtime)
+    record.kernels = record.kernels if isinstance(record.kernels, str) else 0
     graph = rewrite(plain, example, record.form, record)
     deployed = Deployed(_laid_out(graph, record.form), record.form)
     record.max_abs_diff = _difference(plain, deployed, example)
@@ -133,6 +144,7 @@ def rewrite(model: nn.Module, example: Tensor, form: Form, record: Record | None
 
     Raises:
         ExportError: as for :class:`Graph`.
+        NoKernels: the form wants kernels, and they cannot be had here.
     """
     record = Record("") if record is None else record
     graph = Graph(model, example)
@@ -141,6 +153,8 @@ def rewrite(model: nn.Module, example: Tensor, form: Form, record: Record | None
     record.padded = pad_channels(graph, form.multiple) if form.multiple > 1 else 0
     record.relus = relu_form(graph) if form.relus else 0
     record.merged = (merge_sums(graph) if form.sums else 0) + (merge_inputs(graph) if form.inputs else 0)
+    if form.kernels:
+        record.kernels = use_kernels(graph)
     return graph
 
 
@@ -206,7 +220,7 @@ def _in_openvino(graph: Graph, form: Form, image: Tensor) -> Callable[[], Any] |
     return lambda: request.infer([image.numpy()])
 
 
-_CALLS = {"torch": _in_torch, "onnxruntime": _in_onnxruntime, "openvino": _in_openvino}
+_CALLS = {"torch": _in_torch, "pt2": _in_torch, "onnxruntime": _in_onnxruntime, "openvino": _in_openvino}
 
 
 def _difference(model: nn.Module, deployed: nn.Module, example: Tensor) -> float:

@@ -18,6 +18,7 @@ class Form:
         inputs: convolutions that read the same are one.
         relus: PReLUs are written as ReLUs and sums.
         channels_last: memory format of the weights (PyTorch).
+        kernels: computed by kernels of our own, on this machine's CPU alone (PyTorch).
     """
 
     multiple: int = 1
@@ -25,6 +26,7 @@ class Form:
     inputs: bool = False
     relus: bool = False
     channels_last: bool = False
+    kernels: bool = False
 
 
 class Deployed(nn.Module):

@@ -36,6 +36,8 @@ def use_kernels(graph: Graph) -> int:
         made += _sum(graph, node)
     for node in graph.nodes:
         made += _alone(graph, node)
+    for node in graph.nodes:
+        _units(graph, node)
     graph.finish()
     return made
 
@@ -53,19 +55,39 @@ class _Kernel(nn.Module):
         self.slope = slope.expand(len(self.slope)).contiguous()
 
 
+class Depthwise(_Kernel):
+    """A depthwise 3×3 convolution, padding 1. Shape: (N, C, H, W), C a multiple of 8, in and out."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv.out_channels)
+        self.register_buffer("weight", conv.weight.detach().flatten(1).t().contiguous())
+        self.register_buffer("bias", torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _laid(x, len(self.bias))
+        n, c, h, w = x.shape
+        y = _empty(x, c, h, w)
+        _call("infer_depthwise", x, self.weight, self.bias, self.slope, y, n, h, w, c)
+        return y
+
+
 class Convolution(_Kernel):
-    """Convolutions of one input, with stride 1 and an output of its size, their outputs side by side, as the taps of one.
+    """Convolutions of one input, with stride 1 and an output of its size, as the taps of one, their outputs side by side;
+    and the two depthwise convolutions behind, where they are ``units``.
 
     A tap is a shift by rows and columns; those of several dilations share the one in the middle.
 
     Shape:
-        input: (N, C, H, W) float32; ``add``: (N, C', H, W), C' a multiple of 8; output: as ``add``.
+        input: (N, C, H, W) float32; ``add``: (N, C', H, W), C' a multiple of 8; ``coarse``: (N, C', h, w), which is
+        up-sampled and added; output: as ``add``.
     """
 
     def __init__(self, convs: Sequence[nn.Conv2d]):
         out = sum(conv.out_channels for conv in convs)
         super().__init__(out)
-        taps: dict[tuple[int, int], Tensor] = {}
+        self.units = nn.ModuleList()
+        self.in_channels = convs[0].in_channels
+        taps: dict[tuple[int, ...], Tensor] = {}
         start = 0
         for conv in convs:
             for i in range(conv.kernel_size[0]):
@@ -82,29 +104,17 @@ class Convolution(_Kernel):
         self.register_buffer("channels", used.int())
         self.register_buffer("shifts", torch.tensor(list(taps)).t().int().contiguous())
 
-    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        x = _laid(x)
+    def forward(self, x: Tensor, add: Tensor | None = None, coarse: Tensor | None = None) -> Tensor:
+        out = len(self.bias)
+        x = _laid(x, self.in_channels)
+        add, coarse = (None if one is None else _laid(one, out) for one in (add, coarse))
         n, c, h, w = x.shape
-        y = _empty(x, len(self.bias), h, w)
-        sizes = n, h, w, c, len(self.bias), len(self.channels), self.shifts.shape[1]
-        held = self.weight, self.bias, self.slope, None if add is None else _laid(add)
-        _call("infer_conv", x, *held, y, self.channels, self.shifts[0], self.shifts[1], *sizes)
-        return y
-
-
-class Depthwise(_Kernel):
-    """A depthwise 3×3 convolution, padding 1. Shape: (N, C, H, W), C a multiple of 8, in and out."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__(conv.out_channels)
-        self.register_buffer("weight", conv.weight.detach().flatten(1).t().contiguous())
-        self.register_buffer("bias", torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _laid(x)
-        n, c, h, w = x.shape
-        y = _empty(x, c, h, w)
-        _call("infer_depthwise", x, self.weight, self.bias, self.slope, y, n, h, w, c)
+        y = _empty(x, out, h, w)
+        units = [tensor for unit in self.units for tensor in (unit.weight, unit.bias, unit.slope)] or [None] * 6
+        sides = (0, 0) if coarse is None else coarse.shape[2:]
+        sizes = n, h, w, c, out, len(self.channels), self.shifts.shape[1], *sides, len(self.units)
+        held = self.weight, self.bias, self.slope, add, coarse
+        _call("infer_conv", x, *held, *units, y, self.channels, self.shifts[0], self.shifts[1], *sizes)
         return y
 
 
@@ -112,29 +122,36 @@ class Upsample(_Kernel):
     """Bilinear up-sampling to a size, added to ``add``. Shape: (N, C, h, w) to (N, C, H, W), C a multiple of 8."""
 
     def forward(self, x: Tensor, size: tuple[int, int], add: Tensor | None = None) -> Tensor:
-        x = _laid(x)
+        channels = len(self.slope)
+        x, add = _laid(x, channels), None if add is None else _laid(add, channels)
         n, c, h, w = x.shape
         y = _empty(x, c, *size)
-        _call("infer_upsample", x, self.slope, None if add is None else _laid(add), y, n, h, w, *size, c)
+        _call("infer_upsample", x, self.slope, add, y, n, h, w, *size, c)
         return y
 
 
 class Pool(nn.Module):
     """Pooling 2×2, sides rounded up. Shape: (N, C, H, W), C a multiple of 8, to (N, C, ⌈H/2⌉, ⌈W/2⌉)."""
 
-    def __init__(self, mean: bool):
+    def __init__(self, mean: bool, channels: int):
         super().__init__()
-        self.mean = mean
+        self.mean, self.channels = mean, channels
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _laid(x)
+        x = _laid(x, self.channels)
         n, c, h, w = x.shape
         y = _empty(x, c, (h + 1) // 2, (w + 1) // 2)
         _call("infer_pool", x, y, n, h, w, c, int(self.mean))
         return y
 
 
-def _laid(x: Tensor) -> Tensor:
+def _laid(x: Tensor, channels: int) -> Tensor:
+    """The tensor as kernels read it; they get addresses, and would read anything."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 4 or x.shape[1] != channels:
+        raise RuntimeError(
+            f"the deployed form takes float32 (N, {channels}, H, W) on the CPU here, got {x.dtype} "
+            f"{tuple(x.shape)} on {x.device}"
+        )
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -193,7 +210,11 @@ def _sum(graph: Graph, node: fx.Node) -> int:
         graph.shapes[value] = graph.shapes[node]
     for term in convs:
         value = _add(graph, node, Convolution([graph.conv(term)]), (term.args[0], value), term)
-    for term in ups:
+    for number, term in enumerate(ups):
+        if number == 0 and convs:
+            # The size that it is brought to is that of what it is added to.
+            value.args = (*value.args, *[None] * (2 - len(value.args)), term.args[0])
+            continue
         value = _add(graph, node, Upsample(graph.shapes[node][1]), (term.args[0], term.kwargs["size"], value), term)
     last = _bent(graph, node, graph.module.get_submodule(value.target))
     graph.drop(last, value)
@@ -218,10 +239,25 @@ def _alone(graph: Graph, node: fx.Node) -> int:
         pool = pooling(node)
         if pool is None or (pool.kernel, pool.stride) != ((2, 2), (2, 2)) or not pool.ceil:
             return 0
-        _replace(graph, node, Pool(node.target is F.avg_pool2d), (node.args[0],), "pool")
+        _replace(graph, node, Pool(node.target is F.avg_pool2d, channels), (node.args[0],), "pool")
     else:
         return 0
     return 1
+
+
+def _units(graph: Graph, node: fx.Node) -> None:
+    """Two depthwise convolutions behind a convolution, which nothing else reads, become its units."""
+    kernel, behind, value = graph.called(node, Convolution), [], node
+    while kernel is not None and len(behind) < 2 and len(value.users) == 1:
+        value = next(iter(value.users))
+        unit = graph.called(value, Depthwise)
+        if unit is None:
+            return
+        behind.append((value, unit))
+    if len(behind) == 2:
+        for used, unit in behind:
+            kernel.units.append(unit)
+            graph.drop(used, node)
 
 
 def _three(conv: nn.Conv2d) -> bool:

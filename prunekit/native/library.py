@@ -32,7 +32,7 @@ SIGNATURES = {
 }
 # In float32 alone.
 INFERENCE = {
-    "infer_conv": [*[_POINTER] * 9, *[_NUMBER] * 7, _COUNT],
+    "infer_conv": [*[_POINTER] * 16, *[_NUMBER] * 10, _COUNT],
     "infer_depthwise": [*[_POINTER] * 5, *[_NUMBER] * 4, _COUNT],
     "infer_upsample": [*[_POINTER] * 4, *[_NUMBER] * 6, _COUNT],
     "infer_pool": [*[_POINTER] * 2, *[_NUMBER] * 4, _COUNT, _COUNT],
@@ -62,7 +62,9 @@ def _load() -> ctypes.CDLL:
     sources = {name: resources.files("prunekit.native").joinpath(name).read_bytes() for name in SOURCES}
     # What -march=native means differs from machine to machine, and home folders are shared.
     machine = f"{platform.machine()} {_processor()}"
-    key = sha256(b"\0".join([*sources.values(), " ".join(FLAGS).encode(), _version(compiler).encode(), machine.encode()]))
+    key = sha256(
+        b"\0".join([*sources.values(), " ".join(FLAGS).encode(), _version(compiler).encode(), machine.encode()])
+    )
     path = cache_folder() / "kernels" / f"{key[:32]}.so"
     for fresh in (False, True):
         if fresh or not path.is_file():

@@ -33,7 +33,7 @@ def test_every_form_of_a_learned_csnet_computes_the_same(seed):
 @pytest.mark.parametrize(("name", "options"), [("octresnet", {"depth": 8, "width": 8}), ("resnet", {"depth": 8})])
 def test_other_backbones(name, options):
     model, example = learned(name, 0, 0.3, **options)
-    for form in (EVERY[0], EVERY[-1], *FORMS["torch"]):
+    for form in (EVERY[0], EVERY[-1], *FORMS["pt2"]):
         assert gap(model, rewrite(model, example, form).finish(), 2, 3, 32, 32) < 1e-5, form
 
 
@@ -51,10 +51,10 @@ def test_nothing_of_a_csnet_is_left_undone():
 
 def test_the_quickest_form_is_taken_and_all_are_recorded(monkeypatch):
     model, example = learned("csnet", 0, width=10)
-    monkeypatch.setattr("prunekit.deploy.deployed.by_turns", lambda calls: [5.0, 4.0, 3.0, 1.0, 2.0, 6.0])
-    _, record = deploy(model, example)
-    assert record.form == FORMS["torch"][3]
-    assert [row["median_ms"] for row in record.measured] == [5.0, 4.0, 3.0, 1.0, 2.0, 6.0]
+    monkeypatch.setattr("prunekit.deploy.deployed.by_turns", lambda calls: [5.0, 4.0, 3.0, 1.0, 2.0])
+    _, record = deploy(model, example, runtime="pt2")
+    assert record.form == FORMS["pt2"][3]
+    assert [row["median_ms"] for row in record.measured] == [5.0, 4.0, 3.0, 1.0, 2.0]
 
 
 def test_the_model_is_left_alone_and_shares_nothing():
@@ -113,5 +113,5 @@ def test_a_module_used_twice_and_norms_that_must_stay():
 
 
 def test_an_unknown_runtime_is_refused():
-    with pytest.raises(ExportError, match="'tensorrt'; there are torch, onnxruntime, openvino"):
+    with pytest.raises(ExportError, match="'tensorrt'; there are torch, pt2, onnxruntime, openvino"):
         deploy(nn.Conv2d(3, 1, 1), torch.zeros(1, 3, 8, 8), runtime="tensorrt")
