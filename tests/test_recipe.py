@@ -12,6 +12,7 @@ from recipe_standins import GOOD, mistake, mistakes, registered, write
 
 from prunekit import recipe, registry, yaml12
 from prunekit.errors import RecipeError
+from prunekit.schema import SparseTraining
 
 # What comes out
 
@@ -22,7 +23,7 @@ def test_defaults_are_filled_in_also_those_of_the_builders(write):
     assert r.backbone.options == {"width": 3, "depth": 2, "split": [0.5, 0.5], "mode": None}
     assert r.data == recipe.Data(name="shapes", options={"count": 10})
     assert (r.data.size, r.data.on_error) == (224, "raise")
-    assert r.train == recipe.Training(
+    assert r.train == SparseTraining(
         epochs=2,
         optimizer=recipe.Named(name="adam", options={"rate": 0.5}),
         schedule="constant",

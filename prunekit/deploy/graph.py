@@ -46,6 +46,9 @@ class Graph:
             self.module = fx.symbolic_trace(root)
         except Exception as error:  # It is the user's code, and fails in any way.
             raise ExportError(f"torch.fx cannot follow the model: {_line(error)}") from error
+        for node in self.nodes:
+            # Annotations as text, which a graph with them cannot be pickled for.
+            node.type = None
         self._own_modules()
         self._simplify()
         try:

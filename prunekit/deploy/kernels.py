@@ -72,8 +72,8 @@ class Depthwise(_Kernel):
 
 
 class Convolution(_Kernel):
-    """Convolutions of one input, with stride 1 and an output of its size, as the taps of one, their outputs side by side;
-    and the two depthwise convolutions behind, where they are ``units``.
+    """Convolutions of one input, with stride 1 and an output of its size, as the taps of one, outputs side by
+    side; and the two depthwise convolutions behind, where they are ``units``.
 
     A tap is a shift by rows and columns; those of several dilations share the one in the middle.
 

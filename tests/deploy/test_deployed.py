@@ -1,5 +1,7 @@
 """The deployed form computes what the model does, on learned odd splits and on other networks."""
 
+import io
+
 import pytest
 import torch
 from deployed_models import gap, learned
@@ -65,6 +67,15 @@ def test_the_model_is_left_alone_and_shares_nothing():
         for parameter in deployed.parameters():
             parameter.zero_()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_it_can_be_pickled():
+    model, example = learned("octresnet", 0, 0.3, depth=8, width=8)
+    deployed, _ = deploy(model, example, measure=False)
+    file = io.BytesIO()
+    torch.save(deployed, file)
+    file.seek(0)
+    assert gap(deployed, torch.load(file, weights_only=False), 1, 3, 32, 32) == 0
 
 
 class Looks(nn.Module):
