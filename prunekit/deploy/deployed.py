@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit.deploy.checking import TOLERANCE
 from prunekit.deploy.emit import Unknown, emit
 from prunekit.deploy.form import Deployed, Form
 from prunekit.deploy.graph import Graph
@@ -28,7 +29,6 @@ from prunekit.deploy.prelu import relu_form
 from prunekit.errors import ExportError
 from prunekit.native.library import NoKernels
 
-TOLERANCE = 1e-4
 ROUNDS = 7
 
 _PORTABLE = [
@@ -119,22 +119,23 @@ def deploy(
         raise ExportError(f"no form for the runtime {runtime!r}; there are {', '.join(FORMS)}")
     plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     example = example.detach().cpu().float()
-    record = Record(runtime)
-    made: dict[Form, Graph] = {}
+    made: dict[Form, tuple[Graph, Record]] = {}
+    without_kernels = None
     for form in FORMS[runtime][: None if measure else 1]:
+        record = Record(runtime, form=form)
         try:
-            made[form] = rewrite(plain, example, form, record)
+            made[form] = rewrite(plain, example, form, record), record
         except NoKernels as why:
-            record.kernels = str(why)
+            without_kernels = str(why)
         except ExportError as error:
-            record.reason = str(error)
-            return Deployed(plain, Form()), record
-    record.form = FORMS[runtime][0]
+            return Deployed(plain, Form()), Record(runtime, reason=str(error))
+    measured, form = [], FORMS[runtime][0]
     if measure:
-        record.measured, record.form = _quickest(made, example, runtime)
-    record.kernels = record.kernels if isinstance(record.kernels, str) else 0
-    graph = rewrite(plain, example, record.form, record)
-    deployed = Deployed(_laid_out(graph, record.form), record.form)
+        measured, form = _quickest({one: graph for one, (graph, _) in made.items()}, example, runtime)
+    graph, record = made[form]
+    record.measured = measured
+    record.kernels = without_kernels or record.kernels
+    deployed = Deployed(_laid_out(graph, form), form)
     record.max_abs_diff = _difference(plain, deployed, example)
     return deployed, record
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunekit.errors import ExportError
+from prunekit.layers.octave_trace import Shapes, first_line
 
 ADDS = {torch.add, torch.Tensor.add, "add"}
 POOLS = {F.max_pool2d, F.avg_pool2d}
@@ -45,7 +46,7 @@ class Graph:
         try:
             self.module = fx.symbolic_trace(root)
         except Exception as error:  # It is the user's code, and fails in any way.
-            raise ExportError(f"torch.fx cannot follow the model: {_line(error)}") from error
+            raise ExportError(f"torch.fx cannot follow the model: {first_line(error)}") from error
         for node in self.nodes:
             # Annotations as text, which a graph with them cannot be pickled for.
             node.type = None
@@ -55,7 +56,7 @@ class Graph:
             with torch.inference_mode():
                 torch.testing.assert_close(self._run(), root(self.example), equal_nan=True)
         except Exception as error:
-            raise ExportError(f"what torch.fx follows is not what the model computes: {_line(error)}") from error
+            raise ExportError(f"what torch.fx follows is not what the model computes: {first_line(error)}") from error
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -63,17 +64,10 @@ class Graph:
 
     def _run(self) -> Any:
         """What the graph makes of the example; each value's shape is noted."""
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        shapes = self.shapes
-
-        class Shapes(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                value = super().run_node(n)
-                if isinstance(value, Tensor):
-                    shapes[n] = tuple(value.shape)
-                return value
-
-        return Shapes(self.module).run(self.example)
+        run = Shapes(self.module)
+        made = run.run(self.example)
+        self.shapes = run.shapes
+        return made
 
     @property
     def output(self) -> fx.Node | None:
@@ -118,6 +112,18 @@ class Graph:
             return False
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return dim == 1 and all(len(self.shapes.get(part, ())) == 4 for part in node.args[0])
+
+    def is_whole_sum(self, node: Any) -> bool:
+        """Whether the node is a sum, and no part of a larger one alone."""
+        return self.is_add(node) and not (len(node.users) == 1 and self.is_add(next(iter(node.users))))
+
+    def terms(self, total: fx.Node) -> list[fx.Node]:
+        """What a sum adds up, sums in it taken apart where nothing else reads them."""
+        parts = []
+        for side in total.args:
+            inner = self.is_add(side) and len(side.users) == 1
+            parts += self.terms(side) if inner else [side]
+        return parts
 
     def is_call(self, node: Any, functions: Iterable[Callable[..., Any]]) -> bool:
         """Whether the node calls one of these functions."""
@@ -165,6 +171,11 @@ class Graph:
         self.finish()
 
 
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether each channel goes alone through the convolution."""
+    return conv.groups == conv.in_channels == conv.out_channels > 1
+
+
 @dataclass(frozen=True)
 class Pooling:
     """A pooling without padding; kernel and stride as (height, width)."""
@@ -184,7 +195,3 @@ def pooling(node: fx.Node) -> Pooling | None:
     stride = kernel if given.get("stride") is None else given["stride"]
     kernel, stride = (side if isinstance(side, tuple) else (side, side) for side in (kernel, stride))
     return Pooling(kernel, stride, bool(given.get("ceil_mode", False)))
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

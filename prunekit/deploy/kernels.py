@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from prunekit.deploy.graph import Graph, pooling
+from prunekit.deploy.graph import Graph, is_depthwise, pooling
 from prunekit.native.library import NoKernels, load
 
 LANES = 8
@@ -192,12 +192,11 @@ def _concatenations(graph: Graph) -> int:
 
 def _sum(graph: Graph, node: fx.Node) -> int:
     """A sum of convolutions and up-samplings: each adds to what the one before it has made."""
-    if not graph.is_add(node) or graph.shapes[node][1] % LANES or node not in graph.module.graph.nodes:
-        return 0
-    if any(graph.is_add(user) for user in node.users) and len(node.users) == 1:
+    # Without readers it is part of a sum that has been taken over.
+    if not node.users or not graph.is_whole_sum(node) or graph.shapes[node][1] % LANES:
         return 0
     rest, convs, ups = [], [], []
-    for term in _terms(graph, node, top=True):
+    for term in graph.terms(node):
         lonely = len(term.users) == 1
         kind = convs if lonely and _fits(graph.conv(term)) else ups if lonely and _bilinear(graph, term) else rest
         kind.append(term)
@@ -231,7 +230,7 @@ def _alone(graph: Graph, node: fx.Node) -> int:
     conv = graph.conv(node)
     if _fits(conv):
         _replace(graph, node, Convolution([conv]), node.args, "conv")
-    elif conv is not None and conv.groups == conv.in_channels == conv.out_channels and _three(conv):
+    elif conv is not None and is_depthwise(conv) and _three(conv):
         _replace(graph, node, Depthwise(conv), node.args, "depthwise")
     elif _bilinear(graph, node):
         _replace(graph, node, Upsample(channels), (node.args[0], node.kwargs["size"]), "up")
@@ -274,12 +273,6 @@ def _bilinear(graph: Graph, node: fx.Node) -> bool:
         and isinstance(given.get("size"), tuple)
         and graph.shapes[node][1] % LANES == 0
     )
-
-
-def _terms(graph: Graph, node: fx.Node, top: bool = False) -> list[fx.Node]:
-    if graph.is_add(node) and (top or len(node.users) == 1):
-        return [term for side in node.args for term in _terms(graph, side)]
-    return [node]
 
 
 def _add(graph: Graph, before: fx.Node, kernel: nn.Module, args: tuple[Any, ...], term: fx.Node) -> fx.Node:

@@ -62,9 +62,9 @@ def merge_sums(graph: Graph) -> int:
     """Make convolutions that meet in a sum one convolution of their concatenated inputs; how many went."""
     merged = 0
     for node in graph.nodes:
-        if not graph.is_add(node) or any(graph.is_add(user) for user in node.users if len(node.users) == 1):
+        if not graph.is_whole_sum(node):
             continue
-        terms = _terms(graph, node, top=True)
+        terms = graph.terms(node)
         alike: dict[Hashable, list[fx.Node]] = {}
         for term in terms:
             conv = graph.conv(term)
@@ -90,18 +90,11 @@ def merge_sums(graph: Graph) -> int:
     return merged
 
 
-def _terms(graph: Graph, node: fx.Node, top: bool = False) -> list[fx.Node]:
-    """What a sum adds up, sums in it taken apart where nothing else reads them."""
-    if graph.is_add(node) and (top or len(node.users) == 1):
-        return [term for side in node.args for term in _terms(graph, side)]
-    return [node]
-
-
 def _joined(graph: Graph, before: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     convs = [graph.conv(node) for node in nodes]
     weight = torch.cat([conv.weight for conv in convs], 1)
     biases = [conv.bias for conv in convs if conv.bias is not None]
-    whole = _like(convs[0], weight, torch.stack(list(biases)).sum(0) if biases else None)
+    whole = _like(convs[0], weight, torch.stack(biases).sum(0) if biases else None)
     inputs = [node.args[0] for node in nodes]
     with graph.module.graph.inserting_before(before):
         joined = graph.module.graph.call_function(torch.cat, (inputs, 1))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from prunekit.deploy.graph import POOLS, Graph
+from prunekit.deploy.graph import POOLS, Graph, is_depthwise
 from prunekit.deploy.norms import set_weights
 
 
@@ -90,7 +90,7 @@ def _layouts(graph: Graph, padding: dict[fx.Node, int]) -> dict[fx.Node, _Layout
     for node in graph.nodes:
         conv = graph.conv(node)
         read = [value for value in node.all_input_nodes if value in layouts]
-        if conv is not None and _depthwise(conv):
+        if conv is not None and is_depthwise(conv):
             layouts[node] = layouts[node.args[0]]
         elif conv is not None and conv.groups == 1:
             layouts[node] = _Layout.plain(conv.out_channels, padding.get(node, 0))
@@ -122,10 +122,6 @@ def _side_by_side(parts: list[_Layout]) -> _Layout:
     return _Layout(tuple(places), width)
 
 
-def _depthwise(conv: nn.Conv2d) -> bool:
-    return conv.groups == conv.in_channels == conv.out_channels > 1
-
-
 def _channelwise(graph: Graph, node: fx.Node) -> bool:
     """Whether zero channels stay zero in it and touch no others."""
     return graph.called(node, nn.PReLU) is not None or graph.is_call(node, {*POOLS, F.interpolate, F.relu})
@@ -140,7 +136,7 @@ def _asks_sides(node: fx.Node) -> bool:
 def _sources(graph: Graph, value: Any) -> list[fx.Node]:
     """The convolutions whose padding this value has."""
     conv = graph.conv(value)
-    if conv is not None and not _depthwise(conv):
+    if conv is not None and not is_depthwise(conv):
         return [value]
     if graph.is_add(value) or graph.is_cat(value) or conv is not None or _channelwise(graph, value):
         return [source for one in value.all_input_nodes for source in _sources(graph, one)]
@@ -157,7 +153,7 @@ def _widen(graph: Graph, node: fx.Node, layouts: dict[fx.Node, _Layout]) -> None
         return
     source, target = layouts.get(node.args[0]), layouts[node]
     weight = conv.weight
-    if _depthwise(conv):
+    if is_depthwise(conv):
         conv.groups = target.width
     elif source is not None and source.padded:
         weight = _spread(weight, source, 1)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from prunekit.deploy.graph import Graph
+from prunekit.deploy.graph import Graph, is_depthwise
 from prunekit.deploy.norms import parts_of, scale_parts, set_weights
 
 STEEPEST = 0.95  # a slope above this leaves too little in 1 − a
@@ -32,7 +32,7 @@ def relu_form(graph: Graph) -> int:
             continue
         value, slope = node.args[0], prelu.weight.double().expand(graph.shapes[node][1])
         conv = graph.conv(value)
-        if conv is not None and conv.groups == conv.out_channels > 1 and len(value.users) == 1:
+        if conv is not None and is_depthwise(conv) and len(value.users) == 1:
             linear = _twin(graph, node, value, conv, slope)
             _scale(conv, 1 - slope)
         else:

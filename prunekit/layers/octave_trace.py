@@ -104,6 +104,20 @@ def trace(model: nn.Module, example: Tensor, keep: Sequence[str]) -> list[Call]:
     return calls
 
 
+class Shapes(fx.Interpreter):
+    """Runs a graph and notes the shape of each node's value, where that is a tensor."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph | None = None):
+        super().__init__(root, graph=graph)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+        return value
+
+
 def _graph(model: nn.Module, keep: Sequence[str]) -> tuple[nn.Module, fx.Graph]:
     root = _Alone(model)
     root.training = model.training
@@ -121,15 +135,7 @@ def _refusal(why: str) -> PlanError:
 
 def _check(root: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
     """The shape of each node's value; and that the trace computes what the model does."""
-    shapes: dict[fx.Node, tuple[int, ...]] = {}
-
-    class Shapes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n] = tuple(value.shape)
-            return value
-
+    run = Shapes(root, graph)
     try:
         with torch.no_grad():
             wanted = root(example)
@@ -137,10 +143,10 @@ def _check(root: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.Node, t
         raise PlanError(f"the model fails on an input of shape {tuple(example.shape)}: {first_line(error)}") from error
     try:
         with torch.no_grad():
-            torch.testing.assert_close(Shapes(root, graph=graph).run(example), wanted, equal_nan=True)
+            torch.testing.assert_close(run.run(example), wanted, equal_nan=True)
     except Exception as error:
         raise _refusal(f"what it follows does not compute the same ({first_line(error)})") from error
-    return shapes
+    return run.shapes
 
 
 def _plain(item: Any, order: dict[fx.Node, int]) -> Any:
