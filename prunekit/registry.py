@@ -216,6 +216,13 @@ def parameters(build: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(build).parameters)
 
 
+def required(build: Callable[..., Any]) -> list[str]:
+    """The names of the parameters that a builder cannot do without."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = inspect.signature(build).parameters.values()
+    return [p.name for p in found if p.default is p.empty and p.kind in kinds]
+
+
 def plugin_failures() -> list[PluginError]:
     """The plugins that could not be loaded; the caller is to say them."""
     _plugins.load(quiet=True)

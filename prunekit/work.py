@@ -15,7 +15,7 @@ from prunekit import registry
 from prunekit.counting import count, total
 from prunekit.data.cache import data_folder, kept_tensors
 from prunekit.data.pairs import ImageSet, Tensors, normalise
-from prunekit.errors import PlanError, RecipeError
+from prunekit.errors import DataError, PlanError, RecipeError
 from prunekit.loading import (
     CLASSES,
     build_dense,
@@ -75,6 +75,9 @@ class Work:
             }
             taken = registry.parameters(builder)
             keys = {key: value for key, value in given.items() if key in taken and value is not None}
+            missing = [key for key in registry.required(builder) if key in given and key not in keys]
+            if missing:
+                raise DataError(f"the data set {data.name} needs {' and '.join(f'data.{key}' for key in missing)}")
             self._pairs[split] = builder(split, **keys, **data.options)
         return self._pairs[split]
 
