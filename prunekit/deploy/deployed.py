@@ -51,11 +51,11 @@ FORMS = {
         Form(sums=True),
     ],
     "openvino": [
-        Form(multiple=8, sums=True),
-        Form(multiple=8),
-        Form(multiple=8, sums=True, inputs=True),
-        Form(sums=True),
         Form(),
+        Form(sums=True),
+        Form(multiple=8),
+        Form(multiple=8, sums=True),
+        Form(multiple=16),
     ],
 }
 

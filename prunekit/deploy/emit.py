@@ -106,7 +106,9 @@ class _Writer:
             spread = {"kernel_shape": module.kernel_size, "strides": module.stride, "dilations": module.dilation}
             self._add("Conv", inputs, node, pads=pads, group=module.groups, **spread)
         elif type(module) is nn.PReLU:
-            inputs.append(self._weight(f"{node.target}.slope", module.weight.view(-1, 1, 1)))
+            # Of as many dimensions as the feature: OpenVINO else turns the feature to planar memory and back.
+            shape = (1, -1, *[1] * (len(self.graph.shapes[node]) - 2))
+            inputs.append(self._weight(f"{node.target}.slope", module.weight.view(shape)))
             self._add("PRelu", inputs, node)
         elif type(module) is nn.BatchNorm2d and module.running_mean is not None and module.affine:
             held = (module.weight, module.bias, module.running_mean, module.running_var)

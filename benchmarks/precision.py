@@ -1,0 +1,117 @@
+"""What lower precision costs: one model in float32, bf16 and int8, its metrics on the same images.
+
+    python benchmarks/precision.py runs/l-x2 data.root=PHOTOS data.val_root=PHOTOS-FOR-FINAL-FIGURES
+    python benchmarks/precision.py runs/csnet --forms ort,ort_int8
+
+int8 is calibrated on training images, as `prunekit export --int8` does it. The times of these forms are told by
+latency.py; where a processor has no arithmetic of a precision, it is computed in another and costs time, not accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from prunekit.data.pairs import normalise
+from prunekit.deploy.deployed import deploy
+from prunekit.deploy.onnx import export_onnx, onnx_function
+from prunekit.deploy.openvino import imported
+from prunekit.deploy.quantise import last_convolution, quantise
+from prunekit.deploy.subnormals import without_subnormals
+from prunekit.exporting import CALIBRATION, Computed, with_data
+from prunekit.loading import load_model, newest_model
+from prunekit.progress import Reporter
+from prunekit.rundir import RunDir
+from prunekit.work import Work
+
+FORMS = ("eager", "deployed", "deployed_bf16", "ort", "openvino", "openvino_bf16", "ort_int8", "openvino_int8")
+
+
+class Cast(nn.Module):
+    """A model in bf16 between float32 tensors."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.to(torch.bfloat16)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image.bfloat16()).float()
+
+
+def in_openvino(file: bytes, precision: str) -> Callable[[np.ndarray], np.ndarray]:
+    openvino = imported()
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return lambda image: compiled(image)[0]
+
+
+class Forms:
+    """One model, made ready in each form."""
+
+    def __init__(self, work: Work, model: nn.Module):
+        self.work, self.model = work, model
+        self.example = work.example()
+        self.files: dict[str, bytes] = {}
+
+    def make(self, form: str) -> nn.Module:
+        runtime, _, precision = form.partition("_")
+        if runtime == "eager":
+            return self.model
+        if runtime == "deployed":
+            # Kernels of our own compute in float32 alone.
+            model = deploy(self.model, self.example, runtime="pt2" if precision else "torch")[0]
+            return Cast(model) if precision else model
+        file = self._file(runtime, precision == "int8")
+        if runtime == "ort":
+            return Computed(onnx_function(file))
+        return Computed(in_openvino(file, "bf16" if precision == "bf16" else "f32"))
+
+    def _file(self, runtime: str, int8: bool) -> bytes:
+        key = "int8" if int8 else runtime
+        if key not in self.files:
+            if int8:
+                train = self.work.tensors("train")
+                places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
+                batches = [normalise(train.images[int(i)][None]).numpy() for i in places]
+                self.files[key] = quantise(self._file("ort", False), batches, exclude=last_convolution)
+            else:
+                name = {"ort": "onnxruntime", "openvino": "openvino"}[runtime]
+                self.files[key] = export_onnx(deploy(self.model, self.example, runtime=name)[0], self.example)
+        return self.files[key]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("overrides", nargs="*", help="data.KEY=VALUE")
+    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(arguments)
+    run = RunDir.open(args.run)
+    recipe = with_data(run, args.overrides)
+    work = Work(recipe, Reporter(Console(stderr=True)))
+    forms = Forms(work, without_subnormals(load_model(run, newest_model(run), recipe)).eval())
+    pairs = work.pairs("val")
+    found = {}
+    for form in args.forms.split(","):
+        found[form] = work.task.evaluate(forms.make(form), pairs, recipe.data.size, 16).metrics
+    if args.json:
+        print(json.dumps(found))
+    else:
+        names = list(next(iter(found.values())))
+        print(f"{len(pairs)} images\n\n| form | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
+        for form, metrics in found.items():
+            print(f"| {form} | " + " | ".join(f"{metrics[name]:.4f}" for name in names) + " |")
+    return found
+
+
+if __name__ == "__main__":
+    main()
