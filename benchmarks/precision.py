@@ -77,14 +77,14 @@ class Forms:
     def _file(self, runtime: str, int8: bool) -> bytes:
         key = "int8" if int8 else runtime
         if key not in self.files:
+            source = {"ort": "onnxruntime"}.get(key, key)
+            file = export_onnx(deploy(self.model, self.example, runtime=source)[0], self.example)
             if int8:
                 train = self.work.tensors("train")
                 places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
                 batches = [normalise(train.images[int(i)][None]).numpy() for i in places]
-                self.files[key] = quantise(self._file("ort", False), batches, exclude=last_convolution)
-            else:
-                name = {"ort": "onnxruntime", "openvino": "openvino"}[runtime]
-                self.files[key] = export_onnx(deploy(self.model, self.example, runtime=name)[0], self.example)
+                file = quantise(file, batches, exclude=last_convolution)
+            self.files[key] = file
         return self.files[key]
 
 

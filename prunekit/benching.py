@@ -172,7 +172,7 @@ class Files:
     def _quantised(self) -> bytes:
         # For its time alone: what int8 costs in accuracy is told by `prunekit export --int8`, on data.
         batches = [image[None].numpy() for image in self.example]
-        return quantise(self._exported("onnxruntime"), batches, exclude=last_convolution)
+        return quantise(self._exported("int8"), batches, exclude=last_convolution)
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

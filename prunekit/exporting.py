@@ -210,12 +210,10 @@ class Exporter:
             raise ExportError(f"int8 is calibrated on the recipe's data: {error}") from error
         places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
         batches = [self._prepared([train.image(int(i))], (self.size, self.size)).numpy() for i in places]
-        variant = Variant("onnx")
-        file = quantise(
-            self.onnx(variant), batches, self._metadata(Variant("onnx", int8=True)), exclude=last_convolution
-        )
+        source = export_onnx(self.form("int8", False), self.example)
+        file = quantise(source, batches, self._metadata(Variant("onnx", int8=True)), exclude=last_convolution)
         metrics = {}
-        for title, one in (("float32", self.onnx(variant)), ("int8", file)):
+        for title, one in (("float32", source), ("int8", file)):
             # The float32 file, too, in ONNX Runtime: what differs is the precision alone.
             metrics[title] = self._evaluate(onnx_function(one), val, title)
         lost = {key: [value, metrics["int8"][key]] for key, value in metrics["float32"].items()}

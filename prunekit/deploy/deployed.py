@@ -57,6 +57,8 @@ FORMS = {
         Form(multiple=8, sums=True),
         Form(multiple=16),
     ],
+    # A PReLU stays one: as a sum of two quantised parts it costs accuracy.
+    "int8": [Form()],
 }
 
 
@@ -103,7 +105,8 @@ def deploy(
     Args:
         model: is left as it is; its copy is in float32 on the CPU, and takes inputs of every size that the model takes.
         example: a batch of inputs (N, C, H, W), of the size that is to be fast.
-        runtime: "torch", "pt2", "onnxruntime" or "openvino": what will run it, or the file that it is exported to.
+        runtime: "torch", "pt2", "onnxruntime", "openvino" or "int8": what will run it, the file that it is exported to,
+            or that it is to be quantised.
         measure: whether to choose by timing on this machine. If not, or where the runtime is not installed, the form
             is the one that is known to do well: the same on every machine.
 
