@@ -271,6 +271,14 @@ def test_no_damage_to_a_run_that_was_broken_off_changes_its_end(bed, tmp_path, c
     assert found["told"] and found["the same"]
 
 
+@pytest.mark.parametrize("name", ["dense/model.safetensors", "model.onnx", "finetuned/model.safetensors"])
+def test_a_report_names_what_it_does_not_show(bed, tmp_path, name):
+    run = damaged(bed.whole, bed.other, name, "flipped", tmp_path / "toy")
+    assert f"wrong in /toy: {name}: " in _told(run, bed)
+    (run / name).unlink()
+    assert f"missing in /toy: {name}\n" in _told(run, bed)
+
+
 def test_a_training_state_of_another_run_is_not_gone_on_from(bed, tmp_path, caplog):
     run = Path(shutil.copytree(bed.broken, tmp_path / "toy"))
     for path in (run / "checkpoints").iterdir():
@@ -307,6 +315,7 @@ def test_a_recipe_that_was_edited_is_not_taken_for_the_runs(bed, tmp_path):
         with pytest.raises(PrunekitError, match=r"recipe\.yaml.*edited.*put the old one back.*--out DIR") as error:
             READERS[reader](run, bed)
         assert "\n" not in str(error.value)
+    assert not [name for name in ("slim", "finetuned") if (tmp_path / name).exists()], "asked before anything is made"
     with pytest.raises(PrunekitError, match="edited"):
         export_run(run, "onnx", quiet(), overrides=[f"data.root={bed.photos}"])
     # Which is the way that is proposed.

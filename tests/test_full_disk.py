@@ -23,7 +23,7 @@ from rich.console import Console
 from small_run import small_run
 from toy_run import outcome, quiet, shorten, toy_recipe, write_photos
 
-from prunekit import benching
+from prunekit import benching, pipeline
 from prunekit.benching import bench_run
 from prunekit.cli import main
 from prunekit.data.cache import data_folder
@@ -36,7 +36,7 @@ from prunekit.native import library
 from prunekit.pipeline import run_recipe
 from prunekit.prediction import predict
 from prunekit.reporting import load_run, report
-from prunekit.rundir import holds_run
+from prunekit.rundir import RunDir, holds_run
 
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 FULL, FAILS = errno.ENOSPC, errno.EIO
@@ -171,6 +171,21 @@ def test_what_no_one_foresaw_is_said_in_the_same_words(monkeypatch, tmp_path, ca
         main(["report", str(tmp_path)])
     err = capsys.readouterr().err
     assert stop.value.code == 3 and err.count("\n") == 1 and "/somewhere/scratch: No space left on device" in err
+
+
+def test_what_went_wrong_first_is_what_is_said(recipe, tmp_path, monkeypatch):
+    def interrupted(*_):
+        disk.__enter__()
+        raise KeyboardInterrupt
+
+    disk = FailingDisk(tmp_path, 0)
+    monkeypatch.setitem(pipeline.STAGE_FUNCTIONS, "train", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, tmp_path / "whole", quiet())
+    finally:
+        disk.__exit__()
+    assert disk.failed > 1 and RunDir.open(tmp_path / "whole").status == "running", "it could not be written"
 
 
 def test_permissions_are_the_users_to_mend(tmp_path):
