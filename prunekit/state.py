@@ -115,3 +115,6 @@ def _fits(state: Any) -> None:
     texts = all(isinstance(one, dict) and all(isinstance(value, str) for value in one.values()) for one in sums)
     if not (texts and isinstance(state.get("done"), list)):
         raise ValueError("it is no state of a run")
+    for name in (name for one in sums for name in one):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"it speaks of {name!r}, which is not in the folder")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from prunekit import files
+from prunekit import files, state
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.rundir import STAGES, RunDir
 
@@ -286,6 +286,14 @@ def test_a_flipped_bit_in_the_state_is_the_states(run, place):
     data[place % len(data)] ^= 1
     (run.path / "state.json").write_bytes(data)
     with pytest.raises((CheckpointError, RunFolderError), match=r"state\.json"):
+        RunDir.open(run.path)
+
+
+@pytest.mark.parametrize("name", ["../other/state.json", "/etc/hostname"])
+def test_a_state_speaks_of_its_own_folder_alone(run, name):
+    held = {**json.loads((run.path / "state.json").read_text()), "checksums": {name: "0" * 64}}
+    (run.path / "state.json").write_bytes(state.encode(held))
+    with pytest.raises(CheckpointError, match="which is not in the folder"):
         RunDir.open(run.path)
 
 
