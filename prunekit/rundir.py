@@ -160,6 +160,7 @@ class RunDir(RunFiles):
                 f"{self.path} was started with another recipe; use that one, or --overwrite, or another --out DIR:\n"
                 + "\n".join(shown)
             )
+        self._vouch_for_beginnings()
         self.write_json("environment.json", environment)
         self._set_status("running")
 

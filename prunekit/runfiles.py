@@ -33,6 +33,8 @@ from prunekit.state import STATE
 STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report")
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 _UNCHECKED = (STATE, "run.log")
+# What no stage writes again: ended between file and checksum, a process leaves them for good without the latter.
+_ONCE = (RECIPE, "classes.json", "init.json", "init/model.safetensors")
 _LOOKS = 20  # at a file that another process is replacing again and again
 _MADE_BY = {
     METRICS: "train",
@@ -103,6 +105,12 @@ class RunFiles:
                     self._vouch(name, digest)
                     continue
             self._vouch(name, self._state["checksums"][name])
+
+    def _vouch_for_beginnings(self) -> None:
+        """Note what the files are that the run begins with, where a process ended before it had done so."""
+        for name in _ONCE:
+            if name not in self._state["checksums"] and (self.path / name).is_file():
+                self._vouch(name, sha256(self.read_bytes(name)))
 
     # ---- files
 

@@ -97,17 +97,18 @@ def moments(calls: list[str]) -> list[tuple[int, int]]:
 def test_a_run_survives_a_disk_that_refuses(recipe, whole, tmp_path, capsys):
     undisturbed, calls = outcome(whole[0]), whole[1]
     tried = moments(calls)
-    told = 0
+    told, wrong = 0, []
     for number, (place, error) in enumerate(tried):
         out = tmp_path / str(number) / "whole"
         out.parent.mkdir()
         told += broken_off(out, recipe, place, error) is not None
-        assert outcome(out) == undisturbed, (place, calls[place], error)
+        if (found := outcome(out)) != undisturbed:
+            wrong.append((place, calls[place], error, [k for k in undisturbed if found.get(k) != undisturbed[k]]))
         shutil.rmtree(out.parent)
     with capsys.disabled():
         if SOAK:
             print(f"\nfull disk: {len(tried)} refusals in {len(calls)} writes, {told} ended the run, all went on")
-    assert told >= len(tried) // 2
+    assert not wrong and told >= len(tried) // 2
 
 
 def test_every_write_can_be_refused_in_turn(recipe, whole, tmp_path):
@@ -285,14 +286,17 @@ def test_a_command_leaves_what_was_there(small, tmp_path, name, monkeypatch):
         COMMANDS[name](run, tmp_path)
     there, count = tree(tmp_path).keys(), len(disk.calls)
     assert count > 1
+    refused = 0
     for at in range(count) if SOAK else sorted({0, 1, count // 2, count - 2}):
         with FailingDisk(tmp_path, at) as disk, contextlib.suppress(WriteError):
             COMMANDS[name](run, tmp_path)
             assert not disk.failed, (at, disk.calls)
+        refused += disk.failed > 0
         assert tree(tmp_path).keys() == there
         # Each file is the old one or the new one, never half of one.
         assert load_run(run).missing == load_run(small).missing
-    assert disk.failed
+    # How many writes there are hangs on the figures: a file that would be the same is vouched for already.
+    assert refused > 1
     COMMANDS[name](run, tmp_path)
 
 
