@@ -1,11 +1,14 @@
 # The README's lines, for those who have make.
-.PHONY: run test lint clean
+.PHONY: run test soak lint clean
 
 run: .venv/installed
 	.venv/bin/prunekit run recipes/csnet.yaml
 
 test: .venv/installed
 	.venv/bin/pytest
+
+soak: .venv/installed
+	PRUNEKIT_SOAK=1 OMP_NUM_THREADS=1 .venv/bin/pytest tests/test_full_disk.py tests/test_damaged_runs.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as decode_tensors
 from safetensors.numpy import save as encode_safetensors
 
-from prunekit.errors import CheckpointError
-from prunekit.files import encode_json, reason, sha256, write_atomic
+from prunekit.errors import CheckpointError, RunFolderError
+from prunekit.files import encode_json, format_fault, is_newer, reason, refusal, sha256, write_atomic
+
+FORMAT = 1
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +36,13 @@ class CheckpointStore:
     """The folder ``checkpoints`` of a run: ``<stage>-<epoch>.safetensors`` and ``.json``.
 
     The tensors are written first; the JSON holds their checksum, so that without it, or with another one, they do not
-    count.
+    count. It also says which run it is of (see :func:`prunekit.state.fresh`); a state of another one does not count
+    either. States of earlier prunekits do not say so.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, run: str | None = None):
         self.folder = folder
+        self.run = run
 
     def epochs(self, stage: str) -> list[int]:
         """The epochs of this stage with a JSON, the newest first; whether they can be read is not looked at."""
@@ -61,7 +65,8 @@ class CheckpointStore:
         # The old JSON does not speak for new tensors.
         self._remove(record)
         write_atomic(arrays, data)
-        written = {"format": 1, "sha256": sha256(data), "state_sha256": sha256(body), "state": json.loads(body)}
+        sums = {"sha256": sha256(data), "state_sha256": sha256(body)}
+        written = {"format": FORMAT, "run": self.run, **sums, "state": json.loads(body)}
         write_atomic(record, encode_json(written, record.name, indent=None))
         for old in self.epochs(stage)[max(keep, 1) :]:
             self.discard(stage, old)
@@ -70,20 +75,44 @@ class CheckpointStore:
             self._remove(orphan)
 
     def load(self, stage: str) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-        """Epoch, tensors and state of the newest whole state, or None; a damaged one is logged and passed over."""
+        """Epoch, tensors and state of the newest whole state, or None; a damaged one is logged and passed over.
+
+        Raises:
+            RunFolderError: it needs a newer prunekit.
+        """
         for epoch in self.epochs(stage):
-            arrays, record = self._paths(stage, epoch)
             try:
-                written = json.loads(record.read_bytes())
-                data = arrays.read_bytes()
-                body = encode_json(written["state"], record.name, indent=None)
-                if sha256(data) != written["sha256"] or sha256(body) != written["state_sha256"]:
-                    raise ValueError("its bytes are not those written")
-                return epoch, decode_tensors(data), written["state"]
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                why = reason(error) if isinstance(error, OSError) else error
-                logger.warning("checkpoint %s is damaged (%s); trying the one before", record.with_suffix(""), why)
+                return epoch, *self.read(stage, epoch)
+            except CheckpointError as error:
+                logger.warning("%s; trying the one before", error)
         return None
+
+    def read(self, stage: str, epoch: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Tensors and state of one epoch.
+
+        Raises:
+            CheckpointError: it is damaged, or of another run.
+            RunFolderError: it needs a newer prunekit.
+        """
+        arrays, record = self._paths(stage, epoch)
+        named = f"checkpoint {record.with_suffix('')}"
+        try:
+            written = json.loads(record.read_bytes())
+            if is_newer(written["format"], FORMAT):
+                raise RunFolderError(
+                    f"{named} {format_fault(written['format'], FORMAT)}; it was written by a newer prunekit and needs "
+                    "that: pip install --upgrade prunekit"
+                )
+            data = arrays.read_bytes()
+            body = encode_json(written["state"], record.name, indent=None)
+            if sha256(data) != written["sha256"] or sha256(body) != written["state_sha256"]:
+                raise ValueError("its bytes are not those written")
+            if None not in (self.run, written.get("run")) and written["run"] != self.run:
+                raise ValueError("it is of another run")
+            return decode_tensors(data), written["state"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            why = reason(error) if isinstance(error, OSError) else error
+            raise CheckpointError(f"{named} is damaged ({why})") from error
 
     def discard(self, stage: str, epoch: int) -> None:
         """Remove one state."""
@@ -100,4 +129,4 @@ class CheckpointStore:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise CheckpointError(f"cannot remove {path}: {reason(error)}; mend its permissions") from error
+            raise refusal(error, path, "remove") from error

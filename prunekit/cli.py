@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from prunekit.errors import PrunekitError, PrunekitWarning
+from prunekit.errors import PrunekitError, PrunekitWarning, WriteError
 
 app = typer.Typer(
     name="prunekit",
@@ -344,6 +344,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
+        from prunekit.files import disk_fails, refusal
+
+        if disk_fails(error):
+            _fail(str(refusal(error, error.filename or "a file")), WriteError.exit_status, debug)
         text = " ".join(str(error).split()) or "no message"
         _fail(f"unexpected {type(error).__name__}: {text}; run again with --debug to see where", 3, debug)
 

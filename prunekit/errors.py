@@ -26,6 +26,12 @@ class CheckpointError(PrunekitError):
     """A file of weights or of a run folder is missing, damaged or does not fit."""
 
 
+class WriteError(CheckpointError):
+    """The system refused to write, for no fault of the user's: a disk is full or fails."""
+
+    exit_status = 3
+
+
 class RunFolderError(PrunekitError):
     """A run folder exists already, is in use, or is none."""
 

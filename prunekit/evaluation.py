@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from prunekit.data.pairs import ImageSet
-from prunekit.errors import CheckpointError, DataError
+from prunekit.errors import CheckpointError, DataError, RunFolderError
+from prunekit.files import format_fault, is_newer
 from prunekit.loading import MODELS, load_model, newest_model, read_recipe, read_task
 from prunekit.progress import Reporter
 from prunekit.rundir import RunDir
@@ -164,8 +165,12 @@ def _read(run: RunDir) -> list[dict[str, Any]]:
         return []
     try:
         held = run.read_json(EVAL)
-        if held["format"] != FORMAT:
-            raise ValueError(f"its format is {held['format']}")
+        if (fault := format_fault(held["format"], FORMAT)) is not None:
+            if is_newer(held["format"], FORMAT):
+                raise RunFolderError(
+                    f"{run.path / EVAL} {fault}; pip install --upgrade prunekit, or remove it and evaluate again"
+                )
+            raise ValueError(fault)
         entries = list(held["sets"])
         {_key(entry) for entry in entries}
     except (CheckpointError, KeyError, TypeError, ValueError) as error:

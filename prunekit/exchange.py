@@ -15,6 +15,7 @@ from prunekit.loading import build_dense, input_shape, save_model
 from prunekit.plan import Builder, digest
 from prunekit.progress import Reporter
 from prunekit.rundir import RunDir
+from prunekit.runfiles import RECIPE
 from prunekit.schema import Recipe
 
 # What the published models were trained and fine-tuned with (Gao et al., ECCV 2020); a run that goes on from an
@@ -85,8 +86,9 @@ def derived_recipe(folder: Path, overrides: list[str]) -> Recipe:
 
     Raises:
         RecipeError: as ``recipe.load``.
+        CheckpointError: it is not the one that the run was made with.
     """
     from prunekit.recipe import load
 
-    RunDir.open(folder)
-    return load(folder / "recipe.yaml", overrides)
+    RunDir.open(folder).read_text(RECIPE)  # whose checksum is held against it
+    return load(folder / RECIPE, overrides)

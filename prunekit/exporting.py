@@ -31,6 +31,7 @@ from prunekit.loading import MODELS, load_model, newest_model, plan_of, read_cla
 from prunekit.progress import Reporter
 from prunekit.registry import nearest
 from prunekit.rundir import RunDir
+from prunekit.runfiles import RECIPE
 from prunekit.schema import Export, Recipe
 from prunekit.work import Work
 
@@ -145,7 +146,8 @@ def with_data(run: RunDir, overrides: list[str]) -> Recipe:
     for override in overrides:
         if not override.startswith(("data.", "data=")):
             raise RecipeError(f"{override}: only keys of the data can be set here, such as data.root=FOLDER")
-    return load(run.path / "recipe.yaml", overrides)
+    run.read_text(RECIPE)  # whose checksum is held against it
+    return load(run.path / RECIPE, overrides)
 
 
 @dataclass

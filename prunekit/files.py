@@ -17,9 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from prunekit.errors import CheckpointError, RunFolderError
+from prunekit import __version__
+from prunekit.errors import CheckpointError, PrunekitError, RunFolderError, WriteError
 
 TEMPORARY = ".tmp-"
+# What the system says of a disk that has no room left.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# … and of a place that was not for the user to name, or is not theirs. All else is a disk that fails.
+_MISTAKES = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def sha256(data: bytes) -> str:
@@ -40,11 +48,46 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def disk_fails(error: BaseException) -> bool:
+    """Whether this says that a disk is full or fails, and so nothing of what the user has asked for."""
+    return isinstance(error, OSError) and error.errno in (*_FULL, errno.EIO)
+
+
+def refusal(error: OSError, what: object, action: str = "write") -> CheckpointError:
+    """What the user is told where the system refuses to write.
+
+    Returns:
+        a :class:`WriteError` (exit status 3) for a disk that is full or fails, which no command is to blame for; for
+        permissions and names a plain CheckpointError (2). (Two others were weighed: 3 for all of them would call a
+        mistyped --out a failure, and 2 for all, as it was, lets scripts that try again on 3 give up on a full disk.)
+    """
+    said = f"cannot {action} {what}: {reason(error)}"
+    if error.errno in _MISTAKES:
+        return CheckpointError(f"{said}; mend the path or its permissions and give the command again (a run: --resume)")
+    mend = "free space" if error.errno in _FULL else "see to the disk"
+    return WriteError(f"{said}; {mend}, then give the command again (a run goes on with --resume)")
+
+
+def format_fault(value: Any, newest: int) -> str | None:
+    """What is wrong with the ``format`` of a file, of which there are those from 1 to ``newest``; None where nothing
+    is. :func:`is_newer` tells a newer one from one that never was."""
+    if is_newer(value, newest):
+        return f"has format {value}, this prunekit ({__version__}) reads up to {newest}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        return f"is damaged (its format is {json.dumps(value, default=str)[:40]})"
+    return None
+
+
+def is_newer(value: Any, newest: int) -> bool:
+    """Whether a ``format`` is one of a later prunekit."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > newest
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path`` so that a reader, or a kill at any moment, finds the old file or the new one, whole.
 
     Raises:
-        CheckpointError: the system refused (disk full, no permission …); the old file stands, no temporary one is left.
+        CheckpointError: the system refused, see :func:`refusal`; the old file stands, no temporary one is left.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -61,9 +104,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise
         sync_folder(path.parent)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {reason(error)}; free space or mend the permissions, then go on with --resume"
-        ) from error
+        raise refusal(error, path) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -144,19 +185,18 @@ class FolderLock:
 
         Raises:
             RunFolderError: another process holds it, or did so last on another host, where nobody can look from here.
+            WriteError: a disk is full or fails.
         """
         while self._handle is None:
             try:
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except OSError as error:
-                raise RunFolderError(
-                    f"cannot lock {self.path.parent}: {reason(error)}; mend its permissions or choose another --out DIR"
-                ) from error
+                raise self._refusal(error) from error
             try:
                 if self._take(handle):
                     self._handle = handle
             except OSError as error:
-                raise RunFolderError(f"cannot lock {self.path.parent}: {reason(error)}") from error
+                raise self._refusal(error) from error
             finally:
                 if self._handle is None:
                     os.close(handle)
@@ -179,9 +219,21 @@ class FolderLock:
         pid, host = self._holder(handle)
         if host and (host != socket.gethostname() or (not kernel and alive(pid))):
             self._refuse((pid, host))
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            raise
         return True
+
+    def _refusal(self, error: OSError) -> PrunekitError:
+        if disk_fails(error):
+            return refusal(error, self.path.parent, "lock")
+        return RunFolderError(
+            f"cannot lock {self.path.parent}: {reason(error)}; mend its permissions or work in another folder"
+        )
 
     @staticmethod
     def _holder(handle: int) -> tuple[int, str]:
@@ -195,7 +247,7 @@ class FolderLock:
         pid, host = holder
         by = f"process {pid} on {host}" if host else "another process"
         raise RunFolderError(
-            f"{self.path.parent} is in use by {by}; wait for it, or choose another --out DIR"
+            f"{self.path.parent} is in use by {by}; wait for it, or work in another folder"
             + (f"; if that process has ended, remove {self.path}" if host != socket.gethostname() and host else "")
         )
 

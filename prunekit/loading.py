@@ -6,15 +6,17 @@ import hashlib
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from prunekit import registry, yaml12
+from prunekit import __version__, registry, yaml12
 from prunekit.backbones import build
 from prunekit.data.pairs import LabelSet
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.plan import Plan
 from prunekit.pruning.slim import apply_plan
 from prunekit.rundir import RunDir
+from prunekit.runfiles import RECIPE
 from prunekit.schema import Recipe
 from prunekit.tasks.base import Task
 
@@ -33,11 +35,21 @@ def read_recipe(run: RunDir) -> Recipe:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    document = yaml12.parse(run.read_text("recipe.yaml"))
+    document, path = yaml12.parse(run.read_text(RECIPE)), run.path / RECIPE
+    if document.problems:
+        problem = document.problems[0]
+        raise CheckpointError(f"{path} is damaged (line {problem.line}: {problem.message}); put a copy of it back")
     try:
         return Recipe.model_validate(document.value)
-    except ValueError as error:
-        raise CheckpointError(f"{run.path / 'recipe.yaml'} is damaged; start the run again with --overwrite") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the top level"
+        if first["type"] == "extra_forbidden":
+            raise CheckpointError(
+                f"{path}: this prunekit ({__version__}) does not know the key {key}; the run was written by prunekit "
+                f"{run.version}: install that or a later one, or put a copy of the file back if it was edited"
+            ) from error
+        raise CheckpointError(f"{path} is damaged ({key}: {first['msg']}); put a copy of it back") from error
 
 
 def build_dense(recipe: Recipe) -> nn.Module:
@@ -58,8 +70,19 @@ def input_shape(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def read_plan(run: RunDir) -> Plan:
-    """The plan of a run folder; raises PlanError where it is none."""
-    return Plan.from_json(run.read_json("plan.json"), str(run.path / "plan.json"))
+    """The plan of a run folder.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another dense model than the one beside it.
+        PlanError: it is none.
+    """
+    plan, weights = Plan.from_json(run.read_json("plan.json"), str(run.path / "plan.json")), "dense/model.safetensors"
+    if plan.dense_hash is not None and run.has(weights) and run.checksum(weights)[:16] != plan.dense_hash:
+        raise CheckpointError(
+            f"{run.path / 'plan.json'} was not made from {run.path / weights}: one of the two is of another run; put "
+            "the old one back, or make the plan again with --from extract"
+        )
+    return plan
 
 
 def read_classes(run: RunDir) -> list[str]:

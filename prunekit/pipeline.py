@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from prunekit import registry
 from prunekit.environment import environment
-from prunekit.errors import PrunekitError, RecipeError, RunFolderError
+from prunekit.errors import CheckpointError, PrunekitError, RecipeError, RunFolderError
 from prunekit.loading import CLASSES, SHRUNK, begun, load_model, newest_model, read_recipe, trained_plan
 from prunekit.plan import Plan
 from prunekit.progress import Reporter
@@ -75,7 +76,7 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
     _elsewhere(source, out)
     work = Work(recipe, Reporter(console))
     work.reporter.trainings.pop("finetune", None)  # that one does not come
-    old = RunDir.open(source)
+    old = RunDir.open(source).settled("train")
     part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
     work.rehearse(load=True)
     work.agree(old)
@@ -101,7 +102,7 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     """
     _elsewhere(source, out)
     work = Work(recipe, Reporter(console))
-    old = RunDir.open(source)
+    old = RunDir.open(source).settled("slim")
     newest_model(old)
     work.rehearse(load=True)
     work.agree(old)
@@ -137,8 +138,12 @@ def _run_stages(work: Work, run: RunDir, stages: Sequence[str]) -> None:
         try:
             with work.reporter.stage(stage):
                 STAGE_FUNCTIONS[stage](work, run)
-        finally:
-            run.add_seconds(stage, round(time.perf_counter() - began, 3))
+        except BaseException:
+            # What went wrong first is what counts.
+            with contextlib.suppress(CheckpointError):
+                run.add_seconds(stage, round(time.perf_counter() - began, 3))
+            raise
+        run.add_seconds(stage, round(time.perf_counter() - began, 3))
         run.end(stage)
 
 

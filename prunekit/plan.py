@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunekit.errors import PlanError
+from prunekit.files import format_fault, is_newer
 
 FORMAT = 1
 
@@ -158,8 +159,10 @@ class Plan(_Schema):
         Raises:
             PlanError: it is none, or of a newer format.
         """
-        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
-            raise PlanError(f"{name} has format {data['format']}; this prunekit reads up to {FORMAT}: upgrade it")
+        held = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
+        if (fault := format_fault(held, FORMAT)) is not None:
+            mend = "pip install --upgrade prunekit" if is_newer(held, FORMAT) else "extract it again"
+            raise PlanError(f"{name} {fault}; {mend}")
         try:
             return cls.model_validate(data)
         except ValidationError as error:

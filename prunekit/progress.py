@@ -21,6 +21,8 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from prunekit.files import reason
+
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 SPARK = 12  # columns of a spark line
 BAR, WIDEST = 6, 40  # columns of a bar: fewer say nothing, more say no more
@@ -184,7 +186,7 @@ class Reporter:
         console: where it goes.
 
     Attributes:
-        log: a file that gets every line too, with the time.
+        log: a file that gets every line too, with the time; where it cannot be written, that is said once.
         trainings: those of the run, in their order, and their epochs; for the guess of how long the run will take.
     """
 
@@ -192,6 +194,7 @@ class Reporter:
         self.console = console
         self.log: Path | None = None
         self.trainings: dict[str, int] = {}
+        self._log_failed = False
         self._views: list[Any] = []
         self._live: Live | None = None
         self._training: _Training | None = None
@@ -203,9 +206,21 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """One line, for the log alone."""
-        if self.log is not None:
-            with self.log.open("a", encoding="utf-8") as file:
+        if self.log is None:
+            return
+        try:
+            with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{datetime.now().isoformat(' ', 'seconds')}  {text}\n")
+        except OSError as error:
+            # No run is lost for a line of its log; there may be room for the next.
+            if not self._log_failed:
+                self._log_failed = True
+                self.console.print(
+                    f"cannot write {self.log}: {reason(error)}; going on, lines of the log are lost",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

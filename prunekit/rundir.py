@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import os
 import shutil
@@ -21,15 +20,14 @@ from typing import Any, Self
 import numpy as np
 
 from prunekit import __version__
-from prunekit.checkpoints import CheckpointStore
-from prunekit.errors import CheckpointError, RunFolderError
-from prunekit.files import TEMPORARY, FolderLock, alive, reason
-from prunekit.runfiles import PARTS, RECIPE, STAGES, STATE, SUMMARY, RunFiles, place, stage_index
+from prunekit import state as states
+from prunekit.errors import CheckpointError, PrunekitError, RunFolderError, WriteError
+from prunekit.files import TEMPORARY, FolderLock, alive, disk_fails, reason, refusal
+from prunekit.runfiles import PARTS, RECIPE, STAGES, RunFiles, place, stage_index
+from prunekit.state import FORMAT, STATE, SUMMARY
 from prunekit.yaml12 import parse
 
 __all__ = ["FORMAT", "STAGES", "RunDir", "holds_run"]
-
-FORMAT = 1
 
 # What a start that was killed can leave; recipe.yaml is written last, so without it nothing of worth is there.
 _BEGINNINGS = {"lock", STATE, "environment.json", SUMMARY}
@@ -46,10 +44,6 @@ class RunDir(RunFiles):
     Attributes:
         path: the folder.
     """
-
-    def __init__(self, path: Path, state: dict[str, Any], lock: FolderLock | None):
-        super().__init__(path, state, lock)
-        self._checkpoints = CheckpointStore(path / "checkpoints")
 
     @classmethod
     def start(
@@ -84,9 +78,16 @@ class RunDir(RunFiles):
                 e.name not in _BEGINNINGS and not e.name.startswith(TEMPORARY) for e in path.iterdir()
             )
         except OSError as error:
+            if disk_fails(error):
+                raise refusal(error, path, "use") from error
             raise RunFolderError(
                 f"cannot use {path} as a run folder: {reason(error)}; choose another --out DIR"
             ) from error
+        if foreign and not (path / RECIPE).exists() and (path / STATE).is_file() and (path / SUMMARY).is_file():
+            raise RunFolderError(
+                f"{path / RECIPE} is missing, without which the run there cannot go on; put a copy of it back, or "
+                "choose another --out DIR"
+            )
         if foreign:
             raise RunFolderError(
                 f"{path} holds files and no run, so nothing is written there; choose another --out DIR"
@@ -126,15 +127,18 @@ class RunDir(RunFiles):
         if lock is not None:
             lock.acquire()
         try:
-            _refuse_newer(path)
-            return cls(path, _read_state(path), lock)
+            states.refuse_newer(path)
+            run = cls(path, states.read(path), lock)
+            if write:
+                run._settle()
+            return run
         except BaseException:
             if lock is not None:
                 lock.release()
             raise
 
     def _set_up(self, recipe_text: str, environment: dict[str, Any]) -> None:
-        self._write_state(_fresh_state())
+        self._write_state(states.fresh())
         self.write_json("environment.json", environment)
         self.write_json(
             SUMMARY, {"format": FORMAT, "recipe": _recipe_name(recipe_text, self.path), "status": "running"}
@@ -142,11 +146,12 @@ class RunDir(RunFiles):
         self.write_text(RECIPE, recipe_text)
 
     def _take_up(self, recipe_text: str, environment: dict[str, Any]) -> None:
-        _refuse_newer(self.path)
-        self._state = _read_state(self.path)
+        states.refuse_newer(self.path)
+        self._state = {**states.read(self.path), "prunekit": __version__}
         self._remove_temporaries()
+        self._settle()
         held = self.read_text(RECIPE)
-        if held != recipe_text:
+        if held != recipe_text and not self._is_older(recipe_text):
             lines = difflib.unified_diff(held.splitlines(), recipe_text.splitlines(), RECIPE, "now", lineterm="", n=0)
             shown = list(islice(lines, 13))
             if len(shown) > 12:
@@ -155,12 +160,36 @@ class RunDir(RunFiles):
                 f"{self.path} was started with another recipe; use that one, or --overwrite, or another --out DIR:\n"
                 + "\n".join(shown)
             )
+        self._vouch_for_beginnings()
         self.write_json("environment.json", environment)
         self._set_status("running")
 
+    def _is_older(self, recipe_text: str) -> bool:
+        """Whether the recipe that is there says the same, written by a prunekit that knew fewer keys."""
+        from prunekit.recipe import load
+
+        try:
+            return load(self.path / RECIPE).dump() == recipe_text
+        except PrunekitError:
+            return False
+
+    def settled(self, stage: str) -> Self:
+        """This folder, if what ``stage`` leaves in it stands, or if nobody is at work on it.
+
+        Raises:
+            RunFolderError: a process is at work and has not done this stage.
+        """
+        if self.status == "running" and not self.is_done(stage):
+            by = f"process {self._state['pid']} on {self._state['host']}"
+            raise RunFolderError(
+                f"{self.path} is being worked on by {by}, which has not done the stage {stage}; wait until it has, or "
+                "until the run is over"
+            )
+        return self
+
     def _clear(self) -> None:
         # A kill in between must leave a run that can be overwritten and, if resumed, starts at the first stage.
-        self._write_state(_fresh_state())
+        self._write_state(states.fresh())
         try:
             entries = [e for e in self.path.iterdir() if e.name not in ("lock", STATE, RECIPE)]
             for entry in [*entries, self.path / RECIPE]:
@@ -169,6 +198,8 @@ class RunDir(RunFiles):
                 else:
                     entry.unlink(missing_ok=True)
         except OSError as error:
+            if disk_fails(error):
+                raise refusal(error, self.path, "empty") from error
             raise RunFolderError(f"cannot empty {self.path}: {reason(error)}; choose another --out DIR") from error
 
     def _remove_temporaries(self) -> None:
@@ -194,7 +225,8 @@ class RunDir(RunFiles):
             # On a full disk the status cannot be written either; what went wrong first is what counts.
             if error is None:
                 raise
-            logger.warning("%s", second)
+            if not isinstance(error, WriteError):
+                logger.warning("%s", second)
         finally:
             self.close()
 
@@ -212,6 +244,11 @@ class RunDir(RunFiles):
         status, host, pid = (self._state.get(key) for key in ("status", "host", "pid"))
         gone = self._lock is None and host == socket.gethostname() and isinstance(pid, int) and not alive(pid)
         return "interrupted" if status == "running" and gone else str(status)
+
+    @property
+    def version(self) -> str:
+        """The prunekit that last took up this run."""
+        return str(self._state["prunekit"])
 
     @property
     def done(self) -> list[str]:
@@ -256,9 +293,9 @@ class RunDir(RunFiles):
         # First of all that they are not done: a kill in between must not leave a stage that is done without its files.
         self._write_state({**self._state, "stage": stage, "done": list(STAGES[:first])})
         self._forget_from(stage)
-        for later in self._checkpoints.stages():
-            for epoch in self._checkpoints.epochs(later) if place(later) >= place(stage) else ():
-                self._checkpoints.discard(later, epoch)
+        for later in self.states().stages():
+            for epoch in self.states().epochs(later) if place(later) >= place(stage) else ():
+                self.states().discard(later, epoch)
         self.truncate_metrics(stage, 0)
         summary = {k: v for k, v in self.read_json(SUMMARY).items() if k not in PARTS or PARTS[k] in STAGES[:first]}
         if "seconds" in summary:
@@ -302,67 +339,22 @@ class RunDir(RunFiles):
             CheckpointError: the system refused; the states written before still stand.
         """
         self._may_write()
-        self._checkpoints.save(stage, epoch, tensors, state, keep)
+        self.states().save(stage, epoch, tensors, state, keep)
 
     def load_checkpoint(self, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """Tensors and state of the newest training state that is whole; a damaged one is logged and passed over."""
-        found = self._checkpoints.load(stage)
+        found = self.states().load(stage)
         return found and found[1:]
 
     def latest_checkpoint(self, stage: str) -> int | None:
         """The epoch of what :meth:`load_checkpoint` gives, or None."""
-        found = self._checkpoints.load(stage)
+        found = self.states().load(stage)
         return found and found[0]
 
 
 def holds_run(path: Path) -> bool:
     """Whether prunekit made this folder: a recipe alone could be anybody's."""
     return (path / RECIPE).is_file() and ((path / STATE).is_file() or (path / SUMMARY).is_file())
-
-
-def _fresh_state() -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "prunekit": __version__,
-        "stage": None,
-        "status": "running",
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "done": [],
-        "checksums": {},
-    }
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """``state.json``, or an empty one where there is none, as in a folder that was copied in part."""
-    empty = {**_fresh_state(), "status": "unknown", "pid": None, "host": None}
-    try:
-        state = json.loads((path / STATE).read_bytes())
-        if not (
-            isinstance(state["format"], int)
-            and isinstance(state["done"], list)
-            and isinstance(state["checksums"], dict)
-        ):
-            raise ValueError("it is no state of a run")
-    except FileNotFoundError:
-        return empty
-    except OSError as error:
-        raise CheckpointError(f"{path / STATE} cannot be read: {reason(error)}; mend its permissions") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / STATE} is damaged ({error}); start again with --overwrite") from error
-    return {**empty, **state}
-
-
-def _refuse_newer(path: Path) -> None:
-    for name in (STATE, SUMMARY):
-        # What cannot be read here is told by whoever needs it.
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            held = json.loads((path / name).read_bytes())
-            if held.get("format", FORMAT) > FORMAT:
-                raise RunFolderError(
-                    f"{path} has format {held['format']}, this prunekit ({__version__}) reads up to {FORMAT}; it needs "
-                    f"prunekit {held.get('prunekit', 'of a newer version')} or newer: pip install --upgrade prunekit"
-                )
 
 
 def _recipe_name(recipe_text: str, path: Path) -> str:

@@ -1,7 +1,11 @@
 """The files of a run folder: written whole or not at all, and read with their checksums held against them.
 
-A checksum in ``state.json`` is dropped before its file is replaced and set again after, so that a checksum that stands
-always speaks for the bytes that stand, whenever the process is killed.
+Before a file is replaced, ``state.json`` is told what it will be, and after that what it is: whenever the process is
+killed, the file is one of the two, and can be told from a damaged one. (To drop the checksum meanwhile, as it was,
+leaves a file that nothing vouches for after a kill, and a reader between the two takes the new file for damaged.)
+``metrics.jsonl`` grows by lines: its checksum is that of the lines that were written, and behind those there may be one
+line more, which a kill has left without its checksum. (A checksum in each line was the other way: it says nothing of
+lines that are gone.)
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import os
 import shutil
 import zipfile
+from hashlib import sha256 as hashed
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +24,20 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as decode_tensors
 
-from prunekit.checkpoints import encode_tensors
-from prunekit.errors import CheckpointError, RunFolderError
-from prunekit.files import FolderLock, encode_json, reason, sha256, sync_folder, write_atomic
+from prunekit import state as states
+from prunekit.checkpoints import CheckpointStore, encode_tensors
+from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
+from prunekit.files import FolderLock, encode_json, reason, refusal, sha256, sync_folder, write_atomic
+from prunekit.state import STATE
 
 STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report")
-RECIPE, STATE, SUMMARY, METRICS = "recipe.yaml", "state.json", "summary.json", "metrics.jsonl"
-_UNCHECKED = (STATE, METRICS, "run.log")
+RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+_UNCHECKED = (STATE, "run.log")
+# What no stage writes again: ended between file and checksum, a process leaves them for good without the latter.
+_ONCE = (RECIPE, "classes.json", "init.json", "init/model.safetensors")
+_LOOKS = 20  # at a file that another process is replacing again and again
 _MADE_BY = {
-    "init": "train",
-    "init.json": "train",
+    METRICS: "train",
     "classes.json": "train",
     "gates.npz": "train",
     "shrunk.json": "train",
@@ -56,7 +65,7 @@ PARTS = {
     "reference": "evaluate",
     "export": "export",
 }
-# What the models of a run were measured to do holds for those models only.
+# What the models of a run were measured to do holds for those models only; a user may remove it.
 _OF_MODELS = ("eval.json", "bench.json")
 
 
@@ -78,8 +87,30 @@ class RunFiles:
 
     def _write_state(self, state: dict[str, Any]) -> None:
         self._may_write()
-        write_atomic(self.path / STATE, encode_json(state, STATE))
+        write_atomic(self.path / STATE, states.encode(state))
         self._state = state
+
+    def _vouch(self, name: str, digest: str) -> None:
+        """Note what a file now is."""
+        replacing = {k: v for k, v in self._state.get("replacing", {}).items() if k != name}
+        state = {k: v for k, v in self._state.items() if k != "replacing"}
+        state["checksums"] = {**state["checksums"], name: digest}
+        self._write_state({**state, "replacing": replacing} if replacing else state)
+
+    def _settle(self) -> None:
+        """Note of the files that were to be replaced when a process ended what they have become."""
+        for name, digest in self._state.get("replacing", {}).items():
+            with contextlib.suppress(OSError):
+                if sha256((self.path / name).read_bytes()) == digest:
+                    self._vouch(name, digest)
+                    continue
+            self._vouch(name, self._state["checksums"][name])
+
+    def _vouch_for_beginnings(self) -> None:
+        """Note what the files are that the run begins with, where a process ended before it had done so."""
+        for name in _ONCE:
+            if name not in self._state["checksums"] and (self.path / name).is_file():
+                self._vouch(name, sha256(self.read_bytes(name)))
 
     # ---- files
 
@@ -98,13 +129,15 @@ class RunFiles:
         """
         path = self._inside(name)
         self._may_write()
-        checksums = self._state["checksums"]
-        new = sha256(data)
-        if name in checksums and checksums[name] != new:
-            self._write_state({**self._state, "checksums": {k: v for k, v in checksums.items() if k != name}})
+        if name in _UNCHECKED or name.startswith("report/"):
+            write_atomic(path, data)
+            return path
+        new, held = sha256(data), self._state["checksums"].get(name)
+        if held not in (None, new):
+            self._write_state({**self._state, "replacing": {**self._state.get("replacing", {}), name: new}})
         write_atomic(path, data)
-        if name not in _UNCHECKED and not name.startswith("report/") and checksums.get(name) != new:
-            self._write_state({**self._state, "checksums": {**self._state["checksums"], name: new}})
+        if held != new or name in self._state.get("replacing", {}):
+            self._vouch(name, new)
         return path
 
     def write_text(self, name: str, text: str) -> Path:
@@ -139,15 +172,39 @@ class RunFiles:
         Raises:
             CheckpointError: the file is missing or damaged; the message says how to make it again.
         """
+        for _ in range(_LOOKS):
+            try:
+                data = self._inside(name).read_bytes()
+            except FileNotFoundError as error:
+                fault, cause = "missing", error
+            except OSError as error:
+                fault, cause = f"not readable ({reason(error)})", error
+            else:
+                if self._is_vouched(name, data):
+                    return data
+                fault, cause = "damaged (its bytes are not those that were written)", None
+            if not self._look_again():
+                break
+        raise self._damage(name, fault) from cause
+
+    def _is_vouched(self, name: str, data: bytes) -> bool:
+        """Whether these are bytes that were written; True where nothing is known of the file."""
+        sums = self._state["checksums"]
+        if name not in sums:
+            return True
+        held = {sums[name], self._state.get("replacing", {}).get(name)}
+        return _begins(data, held) if name == METRICS else sha256(data) in held
+
+    def _look_again(self) -> bool:
+        """Whether another process has written since the state was read, so that a file may be another one by now."""
+        if self._lock is not None:
+            return False
         try:
-            data = self._inside(name).read_bytes()
-        except FileNotFoundError as error:
-            raise self._damage(name, "missing") from error
-        except OSError as error:
-            raise self._damage(name, f"not readable ({reason(error)})") from error
-        if self._state["checksums"].get(name, digest := sha256(data)) != digest:
-            raise self._damage(name, "damaged (its bytes are not those that were written)")
-        return data
+            state = states.read(self.path)
+        except PrunekitError:
+            return False
+        before, self._state = self._state, state
+        return before != state
 
     def read_text(self, name: str) -> str:
         """Read a text in UTF-8; errors as for :meth:`read_bytes`."""
@@ -179,12 +236,23 @@ class RunFiles:
             raise self._damage(name, f"damaged ({error})") from error
 
     def has(self, name: str) -> bool:
-        """Whether the folder holds this file."""
-        return self._inside(name).is_file()
+        """Whether the folder holds this file, or should: one that was written and is gone is no less damaged than one
+        whose bytes have changed, and to read it says so. Of ``eval.json`` and ``bench.json`` only what is there
+        counts."""
+        return self._inside(name).is_file() or (name in self._state["checksums"] and name not in _OF_MODELS)
+
+    def states(self) -> CheckpointStore:
+        """The training states of this run."""
+        return CheckpointStore(self.path / "checkpoints", self._state.get("run"))
+
+    def written(self) -> list[str]:
+        """The files that a checksum speaks for."""
+        return list(self._state["checksums"])
 
     def checksum(self, name: str) -> str:
         """The SHA-256 of a file as it was written; errors as for :meth:`read_bytes`."""
-        return self._state["checksums"].get(name) or sha256(self.read_bytes(name))
+        held = None if name in self._state.get("replacing", {}) else self._state["checksums"].get(name)
+        return held or sha256(self.read_bytes(name))
 
     def _inside(self, name: str) -> Path:
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -194,10 +262,16 @@ class RunFiles:
     def _forget_from(self, stage: str) -> None:
         """Remove what this stage and the later ones have written; the model that a run began with stays."""
         first = stage_index(stage)
-        gone = [n for n, by in _MADE_BY.items() if stage_index(by) >= first and not n.startswith("init")]
+        gone = [n for n, by in _MADE_BY.items() if stage_index(by) >= first]
         gone += _OF_MODELS if first <= stage_index("finetune") else ()
-        kept = {k: v for k, v in self._state["checksums"].items() if k.partition("/")[0] not in gone}
-        self._write_state({**self._state, "checksums": kept})
+        self._write_state(
+            {
+                key: {k: v for k, v in value.items() if k.partition("/")[0] not in gone}
+                if key in ("checksums", "replacing")
+                else value
+                for key, value in self._state.items()
+            }
+        )
         try:
             for name in gone:
                 path = self.path / name
@@ -206,11 +280,22 @@ class RunFiles:
                 else:
                     path.unlink(missing_ok=True)
         except OSError as error:
-            raise CheckpointError(f"cannot remove {path}: {reason(error)}; mend its permissions") from error
+            raise refusal(error, path, "remove") from error
 
     def _damage(self, name: str, what: str) -> CheckpointError:
-        stage = _MADE_BY.get(name.partition("/")[0])
-        again = f"make it again with --from {stage}, or the whole run with --overwrite" if stage else "use --overwrite"
+        first = name.partition("/")[0]
+        if name == RECIPE and what.startswith("damaged"):
+            return CheckpointError(
+                f"{self.path / name} is not what {STATE} vouches for: one of the two was edited, damaged or taken from "
+                "another run; put the old one back, or start a run of its own with it: "
+                f"prunekit run {self.path / name} --out DIR"
+            )
+        if first in _MADE_BY:
+            again = f"make it again with --from {_MADE_BY[first]}, or the whole run with --overwrite"
+        elif first in _OF_MODELS:
+            again = "remove it and measure again"
+        else:
+            again = "put a copy of it back, or start again with --overwrite"
         return CheckpointError(f"{self.path / name} is {what}; {again}")
 
     # ---- metrics
@@ -226,9 +311,13 @@ class RunFiles:
         data = encode_json(line, str(path), indent=None)
         try:
             new = not path.exists()
+            before = b"" if new else path.read_bytes()
+            # Not to vouch from now on for what has changed meanwhile.
+            if not self._is_vouched(METRICS, before):
+                raise self._damage(METRICS, "damaged (its bytes are not those that were written)")
+            # A kill can leave half a line; without its end it would swallow this one.
+            whole = before.rfind(b"\n") + 1
             with open(path, "ab") as file:
-                # A kill can leave half a line; without its end it would swallow this one.
-                whole = _whole_lines(path)
                 try:
                     file.truncate(whole)
                     file.write(data)
@@ -241,9 +330,8 @@ class RunFiles:
             if new:
                 sync_folder(self.path)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write {path}: {reason(error)}; free space, then go on with --resume"
-            ) from error
+            raise refusal(error, path) from error
+        self._vouch(METRICS, sha256(before[:whole] + data))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; half a line at the end, which a kill leaves, is left out.
@@ -251,7 +339,7 @@ class RunFiles:
         Raises:
             CheckpointError: a line is damaged.
         """
-        if not (self.path / METRICS).exists():
+        if not self.has(METRICS):
             return []
         *lines, _ = self.read_bytes(METRICS).split(b"\n")
         metrics = []
@@ -259,14 +347,17 @@ class RunFiles:
             try:
                 metrics.append(json.loads(line))
             except ValueError as error:
-                raise CheckpointError(
-                    f"{self.path / METRICS}, line {number}, is damaged ({error}); remove that line, or use --overwrite"
-                ) from error
+                raise self._damage(METRICS, f"damaged in line {number} ({error})") from error
         return metrics
 
     def truncate_metrics(self, stage: str, epoch: int) -> None:
         """Drop the lines of this stage after ``epoch``, and those of later stages: a resumed run writes them again."""
         first = place(stage)
+        if first == place(STAGES[0]) and epoch == 0:
+            # Unread, so that the run can be made again where they are damaged.
+            if self.has(METRICS):
+                self.write_bytes(METRICS, b"")
+            return
         lines = self.read_metrics()
         kept = [m for m in lines if place(m["stage"]) < first or (m["stage"] == stage and m["epoch"] <= epoch)]
         if len(kept) < len(lines):
@@ -291,7 +382,13 @@ def place(name: str) -> tuple[int, int]:
     return (stage_index("slim"), int(number)) if number != name and number.isdecimal() else (stage_index(name), 0)
 
 
-def _whole_lines(path: Path) -> int:
-    """The number of bytes up to the end of the last whole line."""
-    with open(path, "rb") as file:
-        return file.read().rfind(b"\n") + 1
+def _begins(data: bytes, sums: set[str | None]) -> bool:
+    """Whether these lines begin with those of one of the checksums, with at most one whole line more behind them."""
+    digest = hashed()
+    *lines, _ = data.split(b"\n")
+    held = 0 if digest.hexdigest() in sums else None
+    for number, line in enumerate(lines, 1):
+        digest.update(line + b"\n")
+        if digest.hexdigest() in sums:
+            held = number
+    return held is not None and len(lines) - held <= 1

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import CheckpointError, RecipeError
-from prunekit.files import reason
+from prunekit.errors import RecipeError
+from prunekit.files import refusal
 from prunekit.progress import trainings
 from prunekit.schema import Recipe
 
@@ -114,7 +114,4 @@ def _refusals(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {folder / FOLDER}: {reason(error)}; free space or mend the permissions, then go on with "
-            "--resume"
-        ) from error
+        raise refusal(error, folder / FOLDER) from error

@@ -23,7 +23,8 @@ from rich.text import Text
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.progress import Figures, clock, packed, trainings
 from prunekit.rundir import STAGES, RunDir
-from prunekit.runfiles import METRICS, RECIPE, STATE, place
+from prunekit.runfiles import METRICS, RECIPE, place
+from prunekit.state import STATE
 from prunekit.yaml12 import parse
 
 RECENT = 5  # epochs whose mean says how long the next will take
@@ -44,6 +45,7 @@ class Glance:
         epochs: of each training, as the recipe says.
         lines: of ``metrics.jsonl``, those that are whole.
         damaged: how many others there are, the last one aside, which may be half written.
+        altered: whether all lines are whole, and yet not those that were written.
         age: seconds since the last line was written; None before the first.
         said: the last line of ``run.log``.
     """
@@ -55,6 +57,7 @@ class Glance:
     epochs: dict[str, int] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
     damaged: int = 0
+    altered: bool = False
     age: float | None = None
     said: str = ""
 
@@ -122,6 +125,8 @@ class Glance:
             notes.append(f"last epoch {clock(self.age)} ago")
         if self.damaged:
             notes.append(f"{METRICS}: {self.damaged} damaged line{'s' if self.damaged > 1 else ''} left out")
+        if self.altered:
+            notes.append(f"{METRICS}: not as it was written; its figures may be wrong")
         for note in notes:
             yield from packed([Text(note)], options.max_width)
 
@@ -138,6 +143,11 @@ def look(path: str | Path) -> Glance:
     status, stage = run.status, state.get("stage")
     lines, damaged = _lines(_bytes(run.path / METRICS))
     try:
+        run.read_metrics()
+        altered = False
+    except CheckpointError:
+        altered = not damaged
+    try:
         age = max(0.0, time.time() - (run.path / METRICS).stat().st_mtime) if lines else None
     except OSError:
         age = None
@@ -149,6 +159,7 @@ def look(path: str | Path) -> Glance:
         epochs=_epochs(_bytes(run.path / RECIPE)),
         lines=lines,
         damaged=damaged,
+        altered=altered,
         age=age,
         said=_last(_bytes(run.path / "run.log")),
     )

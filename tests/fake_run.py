@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prunekit import state
 from prunekit.rundir import STAGES, RunDir
 
 BLOCKS = {"stage0": (1, 20), "stage1": (3, 20), "stage2": (4, 40), "stage3": (6, 80), "stage4": (4, 80)}
@@ -168,6 +169,17 @@ def write_run(
             run.write_json("bench.json", {"format": 1, "device": "cpu", "rows": BENCH})
             run.write_json("eval.json", {"format": 1, "sets": SETS})
     return path
+
+
+def change_state(path: Path, **changes) -> None:
+    """Set keys of ``state.json``, as prunekit itself would have written it."""
+    (path / "state.json").write_bytes(state.encode({**json.loads((path / "state.json").read_text()), **changes}))
+
+
+def without_checksum(path: Path, *names: str) -> None:
+    """Let nothing vouch for these files any more."""
+    held = json.loads((path / "state.json").read_text())["checksums"]
+    change_state(path, checksums={name: digest for name, digest in held.items() if name not in names})
 
 
 def append_lines(run: RunDir, lines: list[dict]) -> None:

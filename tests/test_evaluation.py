@@ -249,7 +249,7 @@ def test_folders_that_are_no_run(call):
         assert status == 2 and error.count("\n") == 1 and "no run folder" in error
     Path("run/dense/model.safetensors").unlink()
     status, _, error = call("run", "--data", "a=photos")
-    assert status == 2 and error.count("\n") == 1 and "no model" in error
+    assert status == 2 and error.count("\n") == 1 and "dense/model.safetensors is missing" in error
     assert call("run")[0] == 2, "a set is needed"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunekit import files
+from prunekit import __version__, files
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.rundir import FORMAT, STAGES, RunDir
 
@@ -46,13 +46,15 @@ def test_start_writes_what_a_run_begins_with(run):
     state = json.loads((run.path / "state.json").read_text())
     assert {**state, "checksums": set(state["checksums"])} == {
         "format": FORMAT,
-        "prunekit": state["prunekit"],
+        "prunekit": __version__,
+        "run": state["run"],
         "stage": None,
         "status": "running",
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "done": [],
         "checksums": {"recipe.yaml", "environment.json", "summary.json"},
+        "check": state["check"],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from prunekit import files
-from prunekit.errors import CheckpointError
+from prunekit import files, state
+from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.rundir import STAGES, RunDir
 
 RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
@@ -84,11 +85,12 @@ def test_a_full_disk_leaves_the_old_files_and_no_temporary_ones(run, monkeypatch
                 patch.setattr(module, failing, raising=False)
         else:
             patch.setattr(os, call, failing)
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(WriteError) as error:
             write(run, 2)
-    assert str(run.path) in one_line(error) and "No space left" in one_line(error)
+    assert str(run.path) in one_line(error) and "No space left on device; free space" in one_line(error)
+    assert error.value.exit_status == 3
     after = contents(run.path)
-    # Not state.json: the checksum of a file about to be replaced is dropped first.
+    # Not state.json: it is told first what a file will be.
     assert {k: v for k, v in after.items() if k != "state.json"} == {
         k: v for k, v in before.items() if k != "state.json"
     }
@@ -224,7 +226,106 @@ def test_arrays_and_tensors_come_back_as_they_were(values):
             assert write("a", {k: v.T for k, v in values.items()}).read_bytes() == first
 
 
+def test_a_file_whose_replacement_failed_is_vouched_for_as_before(run, monkeypatch):
+    path = run.write_text("a.txt", "old")
+
+    def refused(written, data):
+        if written == path:
+            failing()
+        files.write_atomic(written, data)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("prunekit.runfiles.write_atomic", refused)
+        run.write_text("a.txt", "new")
+    run.close()
+    held = (run.path / "state.json").read_bytes()
+    assert "replacing" in json.loads(held)
+    for text, holds in (("old", True), ("new", True), ("odd", False)):
+        path.write_text(text)
+        for write in (False, True):
+            (run.path / "state.json").write_bytes(held)
+            with contextlib.closing(RunDir.open(run.path, write=write)) as opened:
+                # What takes the folder up settles which of the two it is.
+                assert write == ("replacing" not in json.loads((run.path / "state.json").read_text()))
+                if holds:
+                    assert opened.read_text("a.txt") == text
+                    assert not write or opened.checksum("a.txt") == files.sha256(text.encode())
+                else:
+                    with pytest.raises(CheckpointError):
+                        opened.read_text("a.txt")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS, errno.ENOTDIR])
+def test_what_the_user_cannot_mend_at_once_is_no_mistake(tmp_path, monkeypatch, number):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(CheckpointError) as error:
+        files.write_atomic(tmp_path / "a", b"")
+    mistake = number in (errno.EACCES, errno.EROFS, errno.ENOTDIR)
+    assert error.value.exit_status == (2 if mistake else 3) and ("permissions" in one_line(error)) == mistake
+
+
+def test_a_file_that_was_written_and_is_gone_is_missed(run):
+    run.write_text("plan.json", "{}").unlink()
+    assert run.has("plan.json") and not run.has("layers.json")
+    with pytest.raises(CheckpointError, match=r"plan\.json is missing.*--from extract"):
+        run.read_json("plan.json")
+    run.write_text("eval.json", "{}").unlink()
+    assert not run.has("eval.json"), "which is the user's to remove"
+
+
+# ---- the state
+
+
+@pytest.mark.parametrize("place", range(0, 600, 37))
+def test_a_flipped_bit_in_the_state_is_the_states(run, place):
+    run.end("train")
+    data = bytearray((run.path / "state.json").read_bytes())
+    data[place % len(data)] ^= 1
+    (run.path / "state.json").write_bytes(data)
+    with pytest.raises((CheckpointError, RunFolderError), match=r"state\.json"):
+        RunDir.open(run.path)
+
+
+@pytest.mark.parametrize("name", ["../other/state.json", "/etc/hostname"])
+def test_a_state_speaks_of_its_own_folder_alone(run, name):
+    held = {**json.loads((run.path / "state.json").read_text()), "checksums": {name: "0" * 64}}
+    (run.path / "state.json").write_bytes(state.encode(held))
+    with pytest.raises(CheckpointError, match="which is not in the folder"):
+        RunDir.open(run.path)
+
+
 # ---- metrics
+
+
+def test_lines_are_vouched_for(run):
+    for epoch in range(1, 4):
+        run.append_metrics({"stage": "train", "epoch": epoch, "loss": 0.5})
+    path = run.path / "metrics.jsonl"
+    good = path.read_bytes()
+    lines = good.splitlines(keepends=True)
+    more = b'{"stage": "train", "epoch": 4, "loss": 0.5}\n'
+    # A kill can leave a line whose checksum was not yet written, or half of one.
+    for text in (good, good + more, good + more[:9], good + more + more[:9]):
+        path.write_bytes(text)
+        RunDir.open(run.path).read_metrics()
+    bad = [good[:-9], b"".join(lines[:2]), b"".join(lines[1:]), b"".join(lines[::-1]), b"", good + more + more]
+    for text in (*bad, good.replace(b"0.5", b"0.6", 1)):
+        path.write_bytes(text)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged.*--from train"):
+            RunDir.open(run.path).read_metrics()
+        with pytest.raises(CheckpointError):
+            run.append_metrics({"stage": "train", "epoch": 4, "loss": 0.5})
+        assert path.read_bytes() == text
+
+
+def test_lines_can_be_dropped_where_they_cannot_be_read(run):
+    run.append_metrics({"stage": "train", "epoch": 1})
+    (run.path / "metrics.jsonl").write_bytes(b"{")
+    run.truncate_metrics("train", 0)
+    assert run.read_metrics() == []
 
 
 def test_half_a_line_is_dropped_and_does_not_swallow_the_next(run):

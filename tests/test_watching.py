@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_run import change_state
 from rich.console import Console
 
 from prunekit import watching
@@ -49,11 +50,6 @@ def begun(path, *stages, epochs=0):
     for epoch in range(1, epochs + 1):
         run.append_metrics(line("train", epoch))
     return run
-
-
-def change(path, **state):
-    held = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**held, **state}))
 
 
 def shown(glance, width=80):
@@ -147,7 +143,7 @@ def test_a_run_that_is_over_is_shown_once(tmp_path, left, state, said, drawn, ca
             run.finish()
     except (ValueError, KeyboardInterrupt):
         pass
-    change(tmp_path / "run", **state)
+    change_state(tmp_path / "run", **state)
     before = tree(tmp_path / "run")
     main_status(["watch", str(tmp_path / "run")])
     text = capsys.readouterr().out
@@ -157,9 +153,9 @@ def test_a_run_that_is_over_is_shown_once(tmp_path, left, state, said, drawn, ca
 
 def test_a_run_on_another_host_is_taken_at_its_word(tmp_path):
     with begun(tmp_path / "run", "train", epochs=1):
-        change(tmp_path / "run", pid=gone(), host="elsewhere")
+        change_state(tmp_path / "run", pid=gone(), host="elsewhere")
         assert "process" in (text := shown(look(tmp_path / "run"))) and "on elsewhere" in text and " left" in text
-        change(tmp_path / "run", host=socket.gethostname())
+        change_state(tmp_path / "run", host=socket.gethostname())
         assert look(tmp_path / "run").status == "killed"
 
 

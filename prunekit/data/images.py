@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from prunekit.errors import DataError
+from prunekit.errors import CheckpointError, DataError, WriteError
+from prunekit.files import write_atomic
 
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
@@ -79,14 +80,24 @@ def turned_like(levels: np.ndarray, photo: str | Path) -> np.ndarray:
 
 
 def write_map(path: str | Path, levels: np.ndarray) -> None:
-    """Write uint8 [H, W] as a grey image, its form by the suffix.
+    """Write uint8 [H, W] as a grey image, its form by the suffix, whole or not at all.
 
     Raises:
         DataError: the file cannot be written, or the suffix names no form.
+        WriteError: a disk is full or fails.
     """
+    path, buffer = Path(path), io.BytesIO()
     try:
-        Image.fromarray(levels).save(path)
-    except (OSError, ValueError) as error:
+        form = Image.registered_extensions().get(path.suffix.lower())
+        if form is None:
+            raise ValueError(f"{path.suffix or 'no suffix'} names no form of image")
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent}")
+        Image.fromarray(levels).save(buffer, form)
+        write_atomic(path, buffer.getvalue())
+    except WriteError:
+        raise
+    except (OSError, ValueError, CheckpointError) as error:
         raise DataError(
             f"cannot write {path} ({_one_line(error)}); choose another folder or the suffix .png"
         ) from error

@@ -17,8 +17,8 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
-from prunekit.errors import PrunekitError
-from prunekit.files import cache_folder, reason, sha256
+from prunekit.errors import CheckpointError, PrunekitError
+from prunekit.files import cache_folder, reason, sha256, write_atomic
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 LONGEST = 120  # seconds that the compiler may take
@@ -67,7 +67,7 @@ def _load() -> ctypes.CDLL:
     )
     path = cache_folder() / "kernels" / f"{key[:32]}.so"
     for fresh in (False, True):
-        if fresh or not path.is_file():
+        if fresh or not _is_whole(path):
             _compile(compiler, sources, path)
         try:
             return _typed(ctypes.CDLL(str(path)))
@@ -100,11 +100,23 @@ def _compile(compiler: str, sources: dict[str, bytes], path: Path) -> None:
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[0]
                 raise NoKernels(f"{compiler} fails ({said})")
-            os.replace(made, path)
+            data = made.read_bytes()
+        # What loads such a file looks at nothing behind its sections.
+        write_atomic(path, data + sha256(data).encode())
     except subprocess.TimeoutExpired as error:
         raise NoKernels(f"{compiler} takes more than {LONGEST} s") from error
-    except OSError as error:
-        raise NoKernels(f"cannot compile in {path.parent} ({reason(error)}); set PRUNEKIT_CACHE to a folder") from error
+    except (OSError, CheckpointError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise NoKernels(f"cannot compile in {path.parent} ({why}); set PRUNEKIT_CACHE to a folder") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library ends with its checksum: a damaged one may load, and compute something else or crash."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return sha256(data[:-64]).encode() == data[-64:]
 
 
 def _version(compiler: str) -> str:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from safetensors import safe_open
 
-from prunekit.checkpoints import CheckpointStore
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.files import reason
 from prunekit.reporting import contents, shown
 from prunekit.reporting.contents import COUNTERS, PARTS, Example
 from prunekit.reporting.kinds import SIZE, told
 from prunekit.rundir import RunDir
-from prunekit.runfiles import METRICS, RECIPE, STATE, SUMMARY, RunFiles
+from prunekit.runfiles import METRICS, RECIPE, RunFiles
+from prunekit.state import STATE, SUMMARY
 from prunekit.yaml12 import parse
 
 __all__ = ["COUNTERS", "PARTS", "Example", "Run", "load_run"]
@@ -151,13 +149,14 @@ def _load(path: Path) -> Run:
         layers_size=layers_size,
         gates=_gates(read, done),
         curves=read.json("curves.json", contents.curves, {}),
-        gallery=read.json("gallery/index.json", lambda v, f: contents.gallery(v, files.path / "gallery", f), []),
+        gallery=read.json("gallery/index.json", lambda value, faults: _gallery(read, value, faults), []),
         environment=read.json("environment.json", contents.environment, {}),
         classes=read.json("classes.json", contents.classes, [], optional=True),
         bench=read.json("bench.json", contents.bench, pd.DataFrame(), optional=True),
         evals=read.json("eval.json", contents.evals, pd.DataFrame(), optional=True),
         done=done,
     )
+    run.missing.extend(_unread(read))
     run.missing.extend(_at_odds(run))
     return run
 
@@ -186,12 +185,14 @@ class _Reader:
     def __init__(self, files: RunFiles):
         self.files = files
         self.missing: list[str] = []
+        self.read: set[str] = set()
 
     def __call__(self, name: str, how: Callable[[list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
         faults: list[str] = []
+        self.read.add(name)
         try:
             if not (self.files.path / name).exists():
-                if not optional:
+                if not optional or name in self.files.written():
                     self.missing.append(f"{name}{_NOT_THERE}")
                 return otherwise
             value = how(faults)
@@ -216,6 +217,35 @@ def _one_line(text: object) -> str:
     return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", str(text)).split())
 
 
+def _gallery(read: _Reader, value: Any, faults: list[str]) -> list[Example]:
+    """The examples, without the pictures that are damaged or of another run."""
+    examples = contents.gallery(value, read.files.path / "gallery", faults)
+    for example in examples:
+        for part, path in list(example.files.items()):
+            name = f"gallery/{path.name}"
+            read.read.add(name)
+            try:
+                read.files.read_bytes(name)
+            except CheckpointError:
+                faults.append(f"{path.name} is damaged")
+                del example.files[part]
+    return examples
+
+
+def _unread(read: _Reader) -> Iterator[str]:
+    """What is wrong with the files that a report does not show: weights, exports."""
+    for name in read.files.written():
+        if name in read.read:
+            continue
+        if not (read.files.path / name).exists():
+            yield f"{name}{_NOT_THERE}"
+            continue
+        try:
+            read.files.read_bytes(name)
+        except CheckpointError as error:
+            yield f"{name}: {_one_line(error)}"
+
+
 def _recipe(text: str) -> dict[str, Any]:
     document = parse(text)
     if document.problems:
@@ -233,21 +263,21 @@ def _size(recipe: dict[str, Any]) -> tuple[int, int] | None:
 
 def _gates(read: _Reader, done: list[str]) -> pd.DataFrame:
     if "train" not in done and not (read.files.path / "gates.npz").exists():
-        training = _gates_of_training(read.files.path)
+        training = _gates_of_training(read.files)
         if len(training):
             return training
     return read("gates.npz", lambda _: contents.gates(read.files.read_arrays("gates.npz")), contents.empty_gates())
 
 
-def _gates_of_training(path: Path) -> pd.DataFrame:
+def _gates_of_training(files: RunFiles) -> pd.DataFrame:
     """Those of the newest training state; that may be replaced while it is read, and then the one before has to do."""
     prefix = "gates/"
-    for epoch in CheckpointStore(path / "checkpoints").epochs("train"):
+    states = files.states()
+    for epoch in states.epochs("train"):
         try:
-            with safe_open(path / "checkpoints" / f"train-{epoch:04d}.safetensors", framework="numpy") as held:
-                names = [name for name in held.keys() if name.startswith(prefix)]  # noqa: SIM118
-                arrays = {name.removeprefix(prefix): np.asarray(held.get_tensor(name)) for name in names}
-            return contents.gates(arrays)
+            tensors, _ = states.read("train", epoch)
+            held = {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
+            return contents.gates(held)
         except Exception:
             # As in _Reader; a state that cannot be read is no loss, the run goes on from the one before it too.
             continue

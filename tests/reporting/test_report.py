@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from fake_run import without_checksum
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -117,6 +118,7 @@ def test_a_run_that_goes_on_says_how_far_it_is(make_run, console, quick_figures)
     path = make_run(units=UNITS, stop="evaluate", epochs=5)
     lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (path / "metrics.jsonl").write_text("".join(lines[:3]))
+    without_checksum(path, "metrics.jsonl")
     report([path], None, console)
     assert "csnet (interrupted; train: 3 of 5 epochs done)" in console.file.getvalue()
 
