@@ -16,6 +16,7 @@ from prunekit.counting import count, total
 from prunekit.data.cache import data_folder, kept_tensors
 from prunekit.data.pairs import ImageSet, Tensors, normalise
 from prunekit.errors import DataError, PlanError, RecipeError
+from prunekit.job import Job
 from prunekit.loading import (
     CLASSES,
     build_dense,
@@ -42,7 +43,7 @@ from prunekit.rundir import RunDir
 from prunekit.schema import Recipe, Training
 from prunekit.tasks.base import Task, inference
 from prunekit.trackers import check_tracker, track
-from prunekit.training import Job, chosen, fit
+from prunekit.training import chosen, fit
 
 PROOF_IMAGES = 8
 

@@ -13,7 +13,7 @@ from prunekit.loading import load_model
 from prunekit.pipeline import run_recipe, slim_run
 from prunekit.recipe import load
 from prunekit.rundir import RunDir
-from prunekit.training import _save
+from prunekit.training_state import save_state
 
 QUICK = [
     "backbone.options={depth: 8, width: 8}",
@@ -95,12 +95,12 @@ def test_the_course_of_λ_and_size_is_in_the_metrics(whole):
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_steered_training_that_broke_off_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, after):
     def stopped(model, optimizer, gates, job, epoch):
-        _save(model, optimizer, gates, job, epoch)
+        save_state(model, optimizer, gates, job, epoch)
         if epoch == after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", stopped)
+        patch.setattr(training, "save_state", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_it(tmp_path / "run")
     run_it(tmp_path / "run", resume=True)
@@ -157,12 +157,12 @@ def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
     run_it(tmp_path / "whole", *steps)
 
     def stopped(model, optimizer, gates, job, epoch):
-        _save(model, optimizer, gates, job, epoch)
+        save_state(model, optimizer, gates, job, epoch)
         if (job.stage, epoch) == ("step2", 1):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", stopped)
+        patch.setattr(training, "save_state", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_it(tmp_path / "broken", *steps)
     run_it(tmp_path / "broken", *steps, resume=True)

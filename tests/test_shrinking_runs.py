@@ -16,7 +16,7 @@ from prunekit.pruning.groups import find_groups
 from prunekit.recipe import load
 from prunekit.reporting import load_run, report
 from prunekit.rundir import RunDir
-from prunekit.training import _save
+from prunekit.training_state import save_state
 
 QUICK = [
     "backbone.options={depth: 8, width: 8}",
@@ -42,11 +42,11 @@ def run_it(out, *overrides, **how):
 
 def stopped_after(epoch, patch):
     def stopped(model, optimizer, gates, job, done):
-        _save(model, optimizer, gates, job, done)
+        save_state(model, optimizer, gates, job, done)
         if (job.stage, done) == ("train", epoch):
             raise KeyboardInterrupt
 
-    patch.setattr(training, "_save", stopped)
+    patch.setattr(training, "save_state", stopped)
 
 
 def summary(folder):

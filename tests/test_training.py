@@ -6,11 +6,12 @@ from prunekit import registry
 from prunekit.backbones.csnet import csnet
 from prunekit.data.pairs import load_tensors
 from prunekit.errors import CheckpointError, TrainingError
+from prunekit.job import Job
 from prunekit.pruning.decay import DynamicWeightDecay
 from prunekit.pruning.groups import find_groups
 from prunekit.rundir import RunDir
 from prunekit.schema import Training
-from prunekit.training import FLUSH, Job, fit
+from prunekit.training import FLUSH, fit
 
 SIZE = 16
 

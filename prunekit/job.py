@@ -1,0 +1,58 @@
+"""What one stage of a run trains, and whom it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from prunekit.data.pairs import Tensors
+from prunekit.pruning.shrinking import Shrinking
+from prunekit.pruning.steering import Steering
+from prunekit.rundir import RunDir
+from prunekit.schema import Training
+
+
+class Reporter(Protocol):
+    """What the loop tells while it runs."""
+
+    def start(self, stage: str, epochs: int, steps: int, first: int, losses: Sequence[float]) -> None: ...
+
+    def step(self, done: int, loss: float, penalty: float, weight: float, alive: int, of: int) -> None: ...
+
+    def epoch(self, line: dict[str, Any]) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+# From the number of epochs that are done to what takes the lines of those that follow; see prunekit.trackers.
+Tracker = Callable[[int], AbstractContextManager[Callable[[dict[str, Any]], None]]]
+
+
+def untracked(first: int) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """A tracker that tracks nothing."""
+    return nullcontext(lambda line: None)
+
+
+@dataclass
+class Job:
+    """What one stage trains: everything but the model."""
+
+    stage: str
+    section: Training
+    task: Any
+    train: Tensors
+    val: Tensors
+    seed: int
+    run: RunDir
+    reporter: Reporter
+    device: torch.device
+    threshold: float = 0.0
+    steering: Steering | None = None
+    tracker: Tracker = untracked
+    shrinking: Shrinking | None = None
