@@ -33,7 +33,10 @@ def encode_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str] | No
 
 
 class CheckpointStore:
-    """The folder ``checkpoints`` of a run: ``<stage>-<epoch>.safetensors`` and ``.json``.
+    """The folder ``checkpoints`` of a run: ``<stage>-<step>.safetensors`` and ``.json``.
+
+    The number is that of the steps of the training that are done. (Epoch and step in the name were weighed: one number
+    sorts, and those of earlier prunekits, which are epochs, sort among them, being no larger than their steps.)
 
     The tensors are written first; the JSON holds their checksum, so that without it, or with another one, they do not
     count. It also says which run it is of (see :func:`prunekit.state.fresh`); a state of another one does not count
@@ -44,22 +47,30 @@ class CheckpointStore:
         self.folder = folder
         self.run = run
 
-    def epochs(self, stage: str) -> list[int]:
-        """The epochs of this stage with a JSON, the newest first; whether they can be read is not looked at."""
+    def steps(self, stage: str) -> list[int]:
+        """The states of this stage with a JSON, the newest first; whether they can be read is not looked at."""
         found = (path.stem.removeprefix(f"{stage}-") for path in self.folder.glob(f"{stage}-*.json"))
-        return sorted((int(epoch) for epoch in found if epoch.isdecimal()), reverse=True)
+        return sorted((int(step) for step in found if step.isdecimal()), reverse=True)
 
     def stages(self) -> set[str]:
         """The stages of which there are states."""
         return {path.stem.rpartition("-")[0] for path in self.folder.glob("*-*.json")}
 
-    def save(self, stage: str, epoch: int, tensors: dict[str, np.ndarray], state: dict[str, Any], keep: int) -> None:
-        """Write one state and remove all but the newest ``keep`` of this stage.
+    def save(
+        self,
+        stage: str,
+        step: int,
+        tensors: dict[str, np.ndarray],
+        state: dict[str, Any],
+        keep: int,
+        best: int | None = None,
+    ) -> None:
+        """Write one state and remove all of this stage but the newest ``keep`` and the ``best``.
 
         Raises:
             CheckpointError: the system refused, or the state is no JSON; the states written before still stand.
         """
-        arrays, record = self._paths(stage, epoch)
+        arrays, record = self._paths(stage, step)
         data = encode_tensors(tensors)
         body = encode_json(state, record.name, indent=None)
         # The old JSON does not speak for new tensors.
@@ -68,33 +79,34 @@ class CheckpointStore:
         sums = {"sha256": sha256(data), "state_sha256": sha256(body)}
         written = {"format": FORMAT, "run": self.run, **sums, "state": json.loads(body)}
         write_atomic(record, encode_json(written, record.name, indent=None))
-        for old in self.epochs(stage)[max(keep, 1) :]:
-            self.discard(stage, old)
-        kept = {self._paths(stage, epoch)[0] for epoch in self.epochs(stage)}
+        for old in self.steps(stage)[max(keep, 1) :]:
+            if old != best:
+                self.discard(stage, old)
+        kept = {self._paths(stage, step)[0] for step in self.steps(stage)}
         for orphan in set(self.folder.glob(f"{stage}-*.safetensors")) - kept:
             self._remove(orphan)
 
     def load(self, stage: str) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-        """Epoch, tensors and state of the newest whole state, or None; a damaged one is logged and passed over.
+        """Step, tensors and state of the newest whole state, or None; a damaged one is logged and passed over.
 
         Raises:
             RunFolderError: it needs a newer prunekit.
         """
-        for epoch in self.epochs(stage):
+        for step in self.steps(stage):
             try:
-                return epoch, *self.read(stage, epoch)
+                return step, *self.read(stage, step)
             except CheckpointError as error:
                 logger.warning("%s; trying the one before", error)
         return None
 
-    def read(self, stage: str, epoch: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Tensors and state of one epoch.
+    def read(self, stage: str, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Tensors and state of one step.
 
         Raises:
             CheckpointError: it is damaged, or of another run.
             RunFolderError: it needs a newer prunekit.
         """
-        arrays, record = self._paths(stage, epoch)
+        arrays, record = self._paths(stage, step)
         named = f"checkpoint {record.with_suffix('')}"
         try:
             written = json.loads(record.read_bytes())
@@ -114,14 +126,14 @@ class CheckpointStore:
             why = reason(error) if isinstance(error, OSError) else error
             raise CheckpointError(f"{named} is damaged ({why})") from error
 
-    def discard(self, stage: str, epoch: int) -> None:
+    def discard(self, stage: str, step: int) -> None:
         """Remove one state."""
-        arrays, record = self._paths(stage, epoch)
+        arrays, record = self._paths(stage, step)
         self._remove(record)
         self._remove(arrays)
 
-    def _paths(self, stage: str, epoch: int) -> tuple[Path, Path]:
-        stem = f"{stage}-{epoch:04d}"
+    def _paths(self, stage: str, step: int) -> tuple[Path, Path]:
+        stem = f"{stage}-{step:04d}"
         return self.folder / f"{stem}.safetensors", self.folder / f"{stem}.json"
 
     @staticmethod

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from prunekit.errors import PrunekitError, PrunekitWarning, WriteError
+from prunekit.endings import ending, going_on
+from prunekit.errors import RecipeError
+from prunekit.interrupts import terminable
+from prunekit.logs import LEVELS, is_quiet, terminal
 
 app = typer.Typer(
     name="prunekit",
@@ -20,8 +19,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Any command takes --debug, which shows the traceback of an error. Exit status: 0 done, 2 your mistake, "
-    "3 failed while running, 130 interrupted.",
+    epilog="Any command takes --debug, which shows the traceback of an error, and --log-level LEVEL (debug, info, "
+    "warning, error), from which on the terminal shows what is said; run.log in a run folder gets all of it. "
+    "Exit status: 0 done, 2 your mistake, 3 failed while running, 130 interrupted.",
 )
 
 Overrides = Annotated[
@@ -60,14 +60,16 @@ def run(
     loaded = load(recipe, overrides or [])
     from prunekit.pipeline import run_recipe
 
-    run_recipe(
-        loaded,
-        out or Path("runs") / loaded.name,
-        _console(),
-        resume=resume or start_from is not None,
-        overwrite=overwrite,
-        start_from=start_from,
-    )
+    out = out or Path("runs") / loaded.name
+    with going_on("run", recipe, *(overrides or []), "--out", out, "--resume"):
+        run_recipe(
+            loaded,
+            out,
+            _console(quiet=is_quiet()),
+            resume=resume or start_from is not None,
+            overwrite=overwrite,
+            start_from=start_from,
+        )
 
 
 @app.command()
@@ -187,7 +189,9 @@ def slim(
     recipe = derived_recipe(run, overrides or [])
     from prunekit.pipeline import slim_run
 
-    slim_run(run, recipe, out or run.with_name(f"{run.resolve().name}-slim"), _console(), overwrite=overwrite)
+    out = out or run.with_name(f"{run.resolve().name}-slim")
+    with going_on("slim", run, *(overrides or []), "--out", out, "--overwrite"):
+        slim_run(run, recipe, out, _console(quiet=is_quiet()), overwrite=overwrite)
 
 
 @app.command()
@@ -203,7 +207,9 @@ def finetune(
     recipe = derived_recipe(run, overrides or [])
     from prunekit.pipeline import finetune_run
 
-    finetune_run(run, recipe, out or run.with_name(f"{run.resolve().name}-finetuned"), _console(), overwrite=overwrite)
+    out = out or run.with_name(f"{run.resolve().name}-finetuned")
+    with going_on("run", out / "recipe.yaml", "--out", out, "--resume"):
+        finetune_run(run, recipe, out, _console(quiet=is_quiet()), overwrite=overwrite)
 
 
 @app.command()
@@ -280,8 +286,6 @@ def import_(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a run folder of a model that was trained elsewhere."""
-    from prunekit.errors import RecipeError
-
     if kind != "csnet":
         raise RecipeError(f"import {kind}: what can be imported is csnet, as in: prunekit import csnet FILE [LAYOUT] …")
     from prunekit.exchange import import_run
@@ -327,62 +331,30 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    try:
-        with _notices():
-            app(args=arguments, prog_name="prunekit")
-    except PrunekitError as error:
-        _fail(str(error), error.exit_status, debug)
-    except (KeyboardInterrupt, EOFError):
-        _fail("interrupted; go on with --resume", 130, debug)
-    except SystemExit as stop:
-        # Typer turns Ctrl-C into an exit without a word.
-        if stop.code == 130:
-            _fail("interrupted; go on with --resume", 130, debug)
-        raise
-    except BrokenPipeError:
-        # What reads our output has seen enough.
-        sys.stderr.close()
-        sys.exit(0)
-    except Exception as error:
-        from prunekit.files import disk_fails, refusal
-
-        if disk_fails(error):
-            _fail(str(refusal(error, error.filename or "a file")), WriteError.exit_status, debug)
-        text = " ".join(str(error).split()) or "no message"
-        _fail(f"unexpected {type(error).__name__}: {text}; run again with --debug to see where", 3, debug)
+    with ending(debug), terminable(), terminal(_level(arguments)):
+        app(args=arguments, prog_name="prunekit")
 
 
-def _fail(message: str, status: int, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    for line in message.splitlines():
-        print(f"prunekit: {line}", file=sys.stderr)
-    sys.exit(status)
+def _level(arguments: list[str]) -> int:
+    """The terminal's level; its option is taken out of the arguments."""
+    name = "info"
+    for index, argument in reversed(list(enumerate(arguments))):
+        option, given, value = argument.partition("=")
+        if option == "--log-level":
+            name = value if given else "".join(arguments[index + 1 : index + 2])
+            del arguments[index : index + 1 if given else index + 2]
+    if name not in LEVELS:
+        raise RecipeError(f"--log-level {name}: no such level; give one of {', '.join(LEVELS)}")
+    return LEVELS[name]
 
 
-@contextlib.contextmanager
-def _notices() -> Iterator[None]:
-    """Show our own warnings as lines of ours."""
-
-    def show(message, category, filename, lineno, file=None, line=None) -> None:
-        if issubclass(category, PrunekitWarning):
-            for part in str(message).splitlines():
-                print(f"prunekit: {part}", file=sys.stderr)
-        else:
-            others(message, category, filename, lineno, file, line)
-
-    with warnings.catch_warnings():
-        others, warnings.showwarning = warnings.showwarning, show
-        yield
-
-
-def _console():
+def _console(quiet: bool = False):
     from rich.console import Console
 
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that has no × or λ is no reason to stop.
         sys.stdout.reconfigure(errors="replace")
-    return Console()
+    return Console(quiet=quiet)
 
 
 if __name__ == "__main__":

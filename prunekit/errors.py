@@ -54,5 +54,15 @@ class ExportError(PrunekitError):
     exit_status = 3
 
 
+class RunError(PrunekitError):
+    """A run was broken off by what none of the other errors foresees: too little memory, a library that fails."""
+
+    exit_status = 3
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped from outside, when it had begun; it can go on with ``resume``."""
+
+
 class PrunekitWarning(UserWarning):
     """Something is done, but not as it was asked for: nothing to cut, a tie, a count that could not be rounded."""

@@ -91,7 +91,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
@@ -105,6 +105,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise refusal(error, path) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents; their names are durable then, too."""
+    if not folder.is_dir():
+        if folder.parent != folder:
+            make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        # In a folder that may be written into and not read it cannot be opened.
+        with contextlib.suppress(PermissionError):
+            sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

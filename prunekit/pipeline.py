@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
 
 from prunekit import registry
 from prunekit.environment import environment
-from prunekit.errors import CheckpointError, PrunekitError, RecipeError, RunFolderError
+from prunekit.errors import CheckpointError, Interrupted, PrunekitError, RecipeError, RunError, RunFolderError
+from prunekit.files import disk_fails, refusal
 from prunekit.loading import CLASSES, SHRUNK, begun, load_model, newest_model, read_recipe, trained_plan
+from prunekit.logs import recorded
 from prunekit.plan import Plan
 from prunekit.progress import Reporter
 from prunekit.reporting import report
@@ -43,6 +45,8 @@ def run_recipe(
 
     Raises:
         PrunekitError: what went wrong; the folder then says how far the run came.
+        Interrupted: by Ctrl-C or SIGTERM, behind the first of which a training saves its state; as a KeyboardInterrupt
+            before the folder is touched and after the run is complete.
     """
     if overwrite and recipe.init is not None:
         _elsewhere(Path(recipe.init).expanduser(), out)
@@ -53,8 +57,8 @@ def run_recipe(
         load=any(stage in pending for stage in ("train", "finetune")),
         begin="train" in pending and (overwrite or not (out / "init" / "model.safetensors").is_file()),
     )
-    with RunDir.start(out, recipe.dump(), environment(recipe.seed), resume=resume, overwrite=overwrite) as run:
-        work.reporter.log = out / "run.log"
+    with _begun(work, out, resume=resume, overwrite=overwrite) as run:
+        _not_half_derived(run)
         if start_from is not None:
             run.restart_from(start_from)
         _run_stages(work, run, STAGES)
@@ -80,8 +84,8 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
     part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
     work.rehearse(load=True)
     work.agree(old)
-    with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
-        work.reporter.log = out / "run.log"
+    with _begun(work, out, overwrite=overwrite) as run:
+        run.begin("extract")
         _copy(old, run, f"{part}/model.safetensors", "dense/model.safetensors")
         _copy(old, run, CLASSES, CLASSES)
         if part == "dense":
@@ -106,8 +110,8 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     newest_model(old)
     work.rehearse(load=True)
     work.agree(old)
-    with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
-        work.reporter.log = out / "run.log"
+    with _begun(work, out, overwrite=overwrite) as run:
+        run.begin("finetune")
         weights = ("dense/model.safetensors", "slim/model.safetensors")
         for name in (*weights, CLASSES, "init.json", SHRUNK, "plan.json", "layers.json"):
             _copy(old, run, name, name)
@@ -128,6 +132,45 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     return out
 
 
+@contextmanager
+def _begun(work: Work, out: Path, **flags: bool) -> Iterator[RunDir]:
+    """The folder of a run that is made or taken up, and whose log gets all that is said and what breaks the run off.
+
+    Raises:
+        PrunekitError: as ``RunDir.start``, or what the stages raise; for what they did not foresee a RunError.
+        Interrupted: instead of a KeyboardInterrupt.
+    """
+    recipe, run = work.recipe, None
+    try:
+        with RunDir.start(out, recipe.dump(), environment(recipe.seed), **flags) as run:
+            work.reporter.log = out / "run.log"
+            with recorded(work.reporter.record):
+                yield run
+    except PrunekitError:
+        raise
+    except KeyboardInterrupt as stop:
+        raise Interrupted from stop
+    except Exception as error:
+        if run is None:
+            raise
+        if disk_fails(error):
+            raise refusal(error, error.filename or "a file") from error
+        raise RunError(_unforeseen(run, error)) from error
+
+
+def _unforeseen(run: RunDir, error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    # Libraries have no type for it in common.
+    memory = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    mend = (
+        "free memory and go on with --resume, or start again with a smaller batch_size or data.size"
+        if memory
+        else "go on with --resume when that is mended"
+    )
+    kind = type(error).__name__
+    return f"{run.stage or 'start'}: {kind}: {text[:500]}; {mend}; where it happened is in {run.path / 'run.log'}"
+
+
 def _run_stages(work: Work, run: RunDir, stages: Sequence[str]) -> None:
     for stage in stages:
         if run.is_done(stage):
@@ -140,7 +183,7 @@ def _run_stages(work: Work, run: RunDir, stages: Sequence[str]) -> None:
                 STAGE_FUNCTIONS[stage](work, run)
         except BaseException:
             # What went wrong first is what counts.
-            with contextlib.suppress(CheckpointError):
+            with suppress(CheckpointError):
                 run.add_seconds(stage, round(time.perf_counter() - began, 3))
             raise
         run.add_seconds(stage, round(time.perf_counter() - began, 3))
@@ -164,6 +207,16 @@ def _elsewhere(source: Path, out: Path) -> None:
     """Refuse to replace the very run that is to be read."""
     if source.resolve() == out.resolve():
         raise RunFolderError(f"{out} is the run to begin from, and would be replaced; choose another --out DIR")
+
+
+def _not_half_derived(run: RunDir) -> None:
+    """Refuse to train what was to be copied: a stage has begun and one before it is not done where ``slim`` and
+    ``finetune`` were stopped before they had their models."""
+    if run.stage is not None and any(not run.is_done(stage) for stage in STAGES[: STAGES.index(run.stage)]):
+        raise RunFolderError(
+            f"{run.path} was to begin with the models of another run, and was stopped before it had them; give the "
+            "command that made it again, with --overwrite"
+        )
 
 
 def _copy(source: RunDir, target: RunDir, name: str, to: str) -> None:

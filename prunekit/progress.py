@@ -22,6 +22,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from prunekit.files import reason
+from prunekit.logs import course, is_quiet
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 SPARK = 12  # columns of a spark line
@@ -201,11 +202,17 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.note(text)
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.record(text)
+        if not is_quiet():
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """One line, for the log alone."""
+        """One line, for the log alone; at the level debug the terminal shows it too."""
+        self.record(text)
+        course.debug("%s", text)
+
+    def record(self, text: str) -> None:
+        """One line, for the log alone at every level: the terminal shows it by itself, or not at all."""
         if self.log is None:
             return
         try:
@@ -246,7 +253,9 @@ class Reporter:
         finally:
             self._pop(view)
 
-    def start(self, stage: str, epochs: int, steps: int, first: int, losses: Sequence[float] = ()) -> None:
+    def start(
+        self, stage: str, epochs: int, steps: int, first: int, losses: Sequence[float] = (), step: int = 0
+    ) -> None:
         """A training begins.
 
         Args:
@@ -255,8 +264,9 @@ class Reporter:
             steps: in each.
             first: how many epochs are done before.
             losses: theirs.
+            step: how many steps of the next one are done before.
         """
-        self._training = _Training(stage, epochs, steps, first, list(losses), self._later(stage))
+        self._training = _Training(stage, epochs, steps, first, list(losses), self._later(stage), step)
         self._push(self._training)
 
     def step(self, done: int, loss: float, penalty: float, weight: float, alive: int, of: int) -> None:
@@ -291,7 +301,7 @@ class Reporter:
 
     def _push(self, view: Any) -> None:
         self._views.append(view)
-        if self._live is None and self.console.is_interactive:
+        if self._live is None and self.console.is_interactive and not is_quiet():
             self._live = Live(console=self.console, get_renderable=self._top, transient=True, vertical_overflow="crop")
             self._live.start(refresh=True)
 
@@ -309,9 +319,9 @@ class Reporter:
 class _Training:
     """A training under way, as a view of the live display."""
 
-    def __init__(self, stage: str, epochs: int, steps: int, first: int, losses: list[float], later: int):
+    def __init__(self, stage: str, epochs: int, steps: int, first: int, losses: list[float], later: int, step: int = 0):
         self.stage, self.epochs, self.steps, self.later = stage, epochs, steps, later
-        self.first = self.done = first * steps
+        self.first = self.done = first * steps + step
         self.losses = losses  # of the epochs that are done
         self.looks: list[float] = []  # within the one that is not
         self.line: dict[str, Any] = {}

@@ -22,7 +22,7 @@ import numpy as np
 from prunekit import __version__
 from prunekit import state as states
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError, WriteError
-from prunekit.files import TEMPORARY, FolderLock, alive, disk_fails, reason, refusal
+from prunekit.files import TEMPORARY, FolderLock, alive, disk_fails, make_folder, reason, refusal
 from prunekit.runfiles import PARTS, RECIPE, STAGES, RunFiles, place, stage_index
 from prunekit.state import FORMAT, STATE, SUMMARY
 from prunekit.yaml12 import parse
@@ -73,7 +73,7 @@ class RunDir(RunFiles):
         if resume and overwrite:
             raise RunFolderError("--resume and --overwrite exclude each other; give one of them")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             foreign = not holds_run(path) and any(
                 e.name not in _BEGINNINGS and not e.name.startswith(TEMPORARY) for e in path.iterdir()
             )
@@ -138,6 +138,7 @@ class RunDir(RunFiles):
             raise
 
     def _set_up(self, recipe_text: str, environment: dict[str, Any]) -> None:
+        self._remove_temporaries()  # of a start that was killed
         self._write_state(states.fresh())
         self.write_json("environment.json", environment)
         self.write_json(
@@ -246,6 +247,11 @@ class RunDir(RunFiles):
         return "interrupted" if status == "running" and gone else str(status)
 
     @property
+    def stage(self) -> str | None:
+        """The stage that began or ended last; None before the first."""
+        return self._state["stage"]
+
+    @property
     def version(self) -> str:
         """The prunekit that last took up this run."""
         return str(self._state["prunekit"])
@@ -294,8 +300,8 @@ class RunDir(RunFiles):
         self._write_state({**self._state, "stage": stage, "done": list(STAGES[:first])})
         self._forget_from(stage)
         for later in self.states().stages():
-            for epoch in self.states().epochs(later) if place(later) >= place(stage) else ():
-                self.states().discard(later, epoch)
+            for step in self.states().steps(later) if place(later) >= place(stage) else ():
+                self.states().discard(later, step)
         self.truncate_metrics(stage, 0)
         summary = {k: v for k, v in self.read_json(SUMMARY).items() if k not in PARTS or PARTS[k] in STAGES[:first]}
         if "seconds" in summary:
@@ -331,15 +337,22 @@ class RunDir(RunFiles):
     # ---- checkpoints
 
     def save_checkpoint(
-        self, stage: str, epoch: int, tensors: dict[str, np.ndarray], state: dict[str, Any], keep: int
+        self,
+        stage: str,
+        step: int,
+        tensors: dict[str, np.ndarray],
+        state: dict[str, Any],
+        keep: int,
+        best: int | None = None,
     ) -> None:
-        """Write the training state after ``epoch`` and remove all but the newest ``keep`` of this stage.
+        """Write the training state behind ``step`` and remove all of this stage but the newest ``keep`` and the
+        ``best``.
 
         Raises:
             CheckpointError: the system refused; the states written before still stand.
         """
         self._may_write()
-        self.states().save(stage, epoch, tensors, state, keep)
+        self.states().save(stage, step, tensors, state, keep, best)
 
     def load_checkpoint(self, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """Tensors and state of the newest training state that is whole; a damaged one is logged and passed over."""

@@ -75,10 +75,18 @@ class Data(Section):
 
 
 class Checkpoint(Section):
-    """Training state is written each ``every`` epochs; the last ``keep`` files stay."""
+    """When the state of a training is written, from which it goes on to the same weights whatever stopped it.
+
+    Behind each ``every`` epochs and, within an epoch too, each ``steps`` steps and when ``minutes`` have passed since
+    the last one. The newest ``keep`` stay and, with ``best``, the one behind the epoch with the best validation, by the
+    first of the task's metrics.
+    """
 
     every: Annotated[int, Field(ge=1)] = 1
+    steps: Annotated[int, Field(ge=1)] | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = 10.0
     keep: Annotated[int, Field(ge=1)] = 2
+    best: bool = True
 
 
 class Training(Section):

@@ -43,14 +43,14 @@ def fast_steps(
         section: its ``fast`` and ``compile`` say what may be done.
         say: takes a line where something that would make it faster cannot be had.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, ExitStack() as kernels:
         first = next(model.parameters(), None)
         on_cpu = first is not None and first.device.type == "cpu"
         if section.fast and on_cpu:
             stack.enter_context(kept_memory())
         if section.compile:
             compiled = _Compiled(model, on_cpu, say)
-            yield compiled if on_cpu else _channels_last(compiled)
+            yield compiled if on_cpu else _channels_last(compiled, model, say)
             return
         if not section.fast:
             yield model
@@ -61,29 +61,46 @@ def fast_steps(
             if isinstance(why, NoKernels):
                 say(f"training without the kernels for CPUs: {why}")
             else:
-                stack.enter_context(_replaced(_kernels(model, groups)))
-        yield _channels_last(model, say)
+                kernels.enter_context(_replaced(_kernels(model, groups)))
+        # What the kernels give lies channels-last too.
+        yield _channels_last(model, model, say, kernels.close)
 
 
-def _channels_last(forward: Forward, say: Callable[[str], None] = lambda line: None) -> Forward:
-    """The forward, given its images in this format; convolutions pass it on. A model that takes views of its features
-    may refuse it."""
-    refused = False
+def _channels_last(
+    forward: Forward, model: nn.Module, say: Callable[[str], None], without: Callable[[], None] = lambda: None
+) -> Forward:
+    """The forward of this model, given its images in this format; convolutions pass it on. A model that takes views of
+    its features may refuse it; then ``without`` is called."""
+    refused: bool | None = None
 
     def run(images: Tensor) -> Tensor:
         nonlocal refused
-        if refused:
-            return forward(images)
-        try:
-            return forward(images.contiguous(memory_format=torch.channels_last))
-        except RuntimeError as error:
-            if "view" not in str(error):
-                raise
-            refused = True
-            say(f"training without channels-last, which the model refuses ({str(error).splitlines()[0]})")
-            return forward(images)
+        if refused is None:
+            refused = _refuses(model, images[:2], say)
+            if refused:
+                without()
+        return forward(images if refused else images.contiguous(memory_format=torch.channels_last))
 
     return run
+
+
+@torch.no_grad()
+def _refuses(model: nn.Module, images: Tensor, say: Callable[[str], None]) -> bool:
+    """Asked in evaluation mode: a forward in train mode that breaks off half-way has moved statistics and random
+    generators, and a training that goes on from a state would move them once more than one that was never stopped."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        model(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        # All others come again where they belong.
+        if "view" in str(error):
+            say(f"training without channels-last, which the model refuses ({str(error).splitlines()[0]})")
+            return True
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return False
 
 
 class _Compiled:

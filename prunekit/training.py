@@ -1,7 +1,7 @@
 """One training loop, for sparse training and for fine-tuning.
 
-Nothing random is carried from step to step: every epoch seeds its generators from (seed, stage, epoch). So a run that
-goes on from the state after some epoch does what it would have done without the stop.
+Every epoch seeds its random generators from (seed, stage, epoch), and a state that is taken within one holds them. So a
+run that goes on from a state does what it would have done without the stop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,6 +23,7 @@ from prunekit.data.cache import resident
 from prunekit.data.pairs import normalise
 from prunekit.errors import TrainingError
 from prunekit.gatecourse import GateCourse
+from prunekit.interrupts import held_back
 from prunekit.job import Job
 from prunekit.optimizers import shares
 from prunekit.plan import Group
@@ -31,7 +32,7 @@ from prunekit.pruning.optimizer_state import slim_optimizer
 from prunekit.pruning.shrinking import Cut
 from prunekit.schema import Named
 from prunekit.stepping import fast_steps, flushed_denormals
-from prunekit.training_state import restore_state, save_state
+from prunekit.training_state import Place, restore_state, save_state
 
 # Below this a parameter is set to zero after each epoch. Decay leaves numbers on their way to zero; past 1e-38 they are
 # subnormal, and a processor takes many times as long for each.
@@ -75,29 +76,42 @@ class _Fit:
         self.augment = chosen(registry.augmentations, section.augment)
         self.batch = min(section.batch_size, len(job.train))
         self.steps = len(job.train) // self.batch
-        self.first = restore_state(self.model, self.optimizer, self.gates, job, self.decay, found)
+        self.place = restore_state(self.model, self.optimizer, self.gates, job, self.decay, self.steps, found)
+        self.saved = time.monotonic()
         self.total = max(1, section.epochs * self.steps)
         self.way = np.cumsum([self.schedule(step / self.total) for step in range(self.total)])
         self.train = resident(job.train, job.device)
 
     def run(self) -> nn.Module:
-        job, section = self.job, self.job.section
-        if self.first < section.epochs:
-            job.run.truncate_metrics(job.stage, self.first)
+        job, epochs, first = self.job, self.job.section.epochs, self.place.epoch
+        if first < epochs:
+            job.run.truncate_metrics(job.stage, first)
         losses = [line["loss"] for line in job.run.read_metrics() if line["stage"] == job.stage]
-        job.reporter.start(job.stage, section.epochs, self.steps, self.first, losses)
+        job.reporter.start(job.stage, epochs, self.steps, first, losses, self.place.step)
         try:
-            with ExitStack() as self.watching, flushed_denormals(), job.tracker(self.first) as track:
+            with (
+                held_back() as self.stop,
+                ExitStack() as self.watching,
+                flushed_denormals(),
+                job.tracker(first) as track,
+            ):
                 self._watch()
-                for epoch in range(self.first, section.epochs):
+                for epoch in range(first, epochs):
                     line = self._epoch(epoch)
                     # The line first: one without its state is dropped and written again, a state without its line would
                     # leave a gap. The same goes for what is tracked.
                     track(line)
                     job.run.append_metrics(line)
-                    if (epoch + 1) % section.checkpoint.every == 0 or epoch + 1 == section.epochs:
-                        save_state(self.model, self.optimizer, self.gates, job, epoch + 1)
+                    self.place = Place(epoch + 1, best=self.place.best)
+                    # Asked once, since a signal may come between the two.
+                    stopping = self.stop.asked
+                    last = epoch + 1 == epochs or (epoch + 1) % job.section.checkpoint.every == 0
+                    if stopping or last or self._is_due():
+                        self._rate(line["metrics"])
+                        self._save()
                     job.reporter.epoch(line)
+                    if stopping:
+                        self._stop(f"epoch {epoch + 1}")
         finally:
             job.reporter.stop()
         if job.stage == "train":
@@ -106,17 +120,19 @@ class _Fit:
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """One epoch; what ``metrics.jsonl`` holds of it."""
-        began = time.perf_counter()
-        job, shrinking, train = self.job, self.job.shrinking, self.train
+        job, shrinking, train, place = self.job, self.job.shrinking, self.train, self.place
+        began = time.perf_counter() - place.seconds
         generator = seeded(job.seed, job.stage, epoch)
         order = torch.randperm(len(train), generator=generator)
         where = order.to(train.images.device)
-        self.sums, self.told = torch.zeros(2, dtype=torch.float64, device=job.device), 0.0
+        place.sums = place.sums.to(job.device)
         due = shrinking is not None and shrinking.due(epoch + 1, job.section.epochs)
-        if due:
+        if place.step:
+            place.remind(generator, job.device)
+        elif due:
             shrinking.begin()
         self.model.train()
-        for step in range(self.steps):
+        for step in range(place.step, self.steps):
             self._steer(epoch, step)
             factor = self.schedule((epoch * self.steps + step) / self.total)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -125,7 +141,8 @@ class _Fit:
             rows = where[part]
             images, targets = self.augment(train.images[rows], train.targets[rows], train.sizes[order[part]], generator)
             loss, penalty = self._step(images, targets)
-            self.sums += torch.stack([loss, penalty])
+            place.sums += torch.stack([loss, penalty])
+            place.step = step + 1
             if step % LOOK_EVERY == 0 or step == self.steps - 1:
                 _check(loss, penalty, epoch, step)
                 alive, of = self.gates.count()
@@ -133,10 +150,19 @@ class _Fit:
                     shrinking.look(self.model, self.groups)
                 done = epoch * self.steps + step + 1
                 job.reporter.step(done, float(loss), float(penalty), self.decay.weight, alive, of)
+            stopping = self.stop.asked
+            if step + 1 < self.steps and (stopping or self._is_due()):
+                # A state that cannot be gone on from is not to replace one that can.
+                _check(loss, penalty, epoch, step)
+                place.seconds = time.perf_counter() - began
+                place.remember(generator, job.device)
+                self._save()
+                if stopping:
+                    self._stop(f"step {step + 1} of epoch {epoch + 1}")
         _flush(self.model)
         self.gates.record()
         cut = self._shrink(epoch) if due else None
-        mean = (self.sums / self.steps).tolist()
+        mean = (place.sums / self.steps).tolist()
         alive, of = self.gates.count()
         return {
             "stage": job.stage,
@@ -158,8 +184,9 @@ class _Fit:
         """Let λ follow the model, where it is time to look."""
         steering = self.job.steering
         if steering is not None and step % (every := steering.every(self.total)) == 0:
-            recent = float(self.sums[0] - self.told) / every if step else None
-            self.told = float(self.sums[0])
+            sums = self.place.sums
+            recent = float(sums[0] - self.place.told) / every if step else None
+            self.place.told = float(sums[0])
             self.decay.weight = steering.look(float(self.way[epoch * self.steps + step] / self.way[-1]), recent)
 
     def _step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +200,29 @@ class _Fit:
         (loss + penalty.to(loss.device)).backward()
         self.optimizer.step()
         return loss.detach(), penalty.detach().to(loss.device)
+
+    def _is_due(self) -> bool:
+        """Whether it is time to write a state."""
+        section, done = self.job.section.checkpoint, self.place.epoch * self.steps + self.place.step
+        by_steps = section.steps is not None and done % section.steps == 0
+        by_time = section.minutes is not None and time.monotonic() - self.saved >= 60 * section.minutes
+        return by_steps or by_time
+
+    def _save(self) -> None:
+        save_state(self.model, self.optimizer, self.gates, self.job, self.place, self.steps)
+        self.saved = time.monotonic()
+
+    def _stop(self, where: str) -> None:
+        self.job.reporter.say(f"{self.job.stage}: stopped behind {where}, its state is saved")
+        raise KeyboardInterrupt
+
+    def _rate(self, metrics: Mapping[str, float]) -> None:
+        """See whether the state that is written next is the best so far."""
+        task, place = self.job.task, self.place
+        main = task.metric_names[0]
+        if main in metrics:
+            score = -metrics[main] if main in task.lower_is_better else metrics[main]
+            place.best = max(filter(None, [place.best, (score, place.epoch * self.steps)]))
 
     def _shrink(self, epoch: int) -> Cut | None:
         """Cut what is dead, and go on with what is left."""

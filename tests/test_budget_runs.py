@@ -94,9 +94,9 @@ def test_the_course_of_λ_and_size_is_in_the_metrics(whole):
 
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_steered_training_that_broke_off_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, after):
-    def stopped(model, optimizer, gates, job, epoch):
-        save_state(model, optimizer, gates, job, epoch)
-        if epoch == after:
+    def stopped(model, optimizer, gates, job, place, steps):
+        save_state(model, optimizer, gates, job, place, steps)
+        if place.epoch == after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -156,9 +156,9 @@ def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
     steps = ["slim.steps=3", "train.epochs=1", "finetune.epochs=2"]
     run_it(tmp_path / "whole", *steps)
 
-    def stopped(model, optimizer, gates, job, epoch):
-        save_state(model, optimizer, gates, job, epoch)
-        if (job.stage, epoch) == ("step2", 1):
+    def stopped(model, optimizer, gates, job, place, steps):
+        save_state(model, optimizer, gates, job, place, steps)
+        if (job.stage, place.epoch) == ("step2", 1):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

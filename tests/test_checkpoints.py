@@ -38,6 +38,15 @@ def test_only_the_newest_checkpoints_are_kept(run):
     assert run.latest_checkpoint("train") == 6
 
 
+def test_the_best_stays_beside_the_newest(run):
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4)):
+        run.save_checkpoint("train", step, {"v": np.full(2, step)}, {"epoch": step}, keep=1, best=best)
+        kept = sorted({best, step})
+        assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == [
+            f"train-{one:04d}.{kind}" for one in kept for kind in ("json", "safetensors")
+        ]
+
+
 @pytest.mark.parametrize("name", ["train-0002.safetensors", "train-0002.json"])
 @pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-9]), "flip"])
 def test_a_damaged_checkpoint_is_passed_over_and_said(run, caplog, name, harm):

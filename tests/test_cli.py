@@ -1,5 +1,6 @@
 """What the person at the terminal sees."""
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from prunekit import registry
-from prunekit.cli import main
-from prunekit.errors import PrunekitWarning, RecipeError
+from prunekit.cli import app, main
+from prunekit.errors import DataError, Interrupted, PrunekitWarning, RecipeError, RunError, TrainingError
+from prunekit.progress import Reporter
 
 
 @pytest.fixture
@@ -167,7 +169,94 @@ def test_interrupted(call, monkeypatch):
 
     monkeypatch.setattr(prunekit.recipe, "load", interrupt)
     status, _, error = call("run", "x.yaml")
-    assert status == 130 and one_line(error) and "--resume" in error
+    assert status == 130 and error == "prunekit: interrupted\n"
+
+
+# Each command, as short as it can be called, and what does its work.
+COMMANDS = {
+    "run": (["csnet"], "prunekit.pipeline.run_recipe"),
+    "slim": (["RUN"], "prunekit.pipeline.slim_run"),
+    "finetune": (["RUN"], "prunekit.pipeline.finetune_run"),
+    "report": (["RUN"], "prunekit.reporting.report"),
+    "watch": (["RUN"], "prunekit.watching.watch"),
+    "eval": (["RUN", "--data", "a=b"], "prunekit.evaluation.evaluate"),
+    "predict": (["RUN", "photos", "--out", "maps"], "prunekit.prediction.predict"),
+    "export": (["RUN", "--format", "onnx"], "prunekit.exporting.export_run"),
+    "bench": (["RUN"], "prunekit.benching.bench_run"),
+    "import": (["csnet", "file", "--out", "DIR"], "prunekit.exchange.import_run"),
+    "groups": (["csnet", "--json"], "prunekit.inspection.inspect_groups"),
+    "list": ([], "prunekit.listing.table"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_exit_statuses(call, monkeypatch, command):
+    arguments, work = COMMANDS[command]
+    monkeypatch.setattr("prunekit.exchange.derived_recipe", lambda *_: None)
+    monkeypatch.setattr("prunekit.inspection.dump", lambda _: "")
+    monkeypatch.setattr(work, lambda *_, **__: "")
+    assert call(command, *arguments)[0] == 0
+    for error, status, words in (
+        (RecipeError("wrong"), 2, "wrong"),
+        (DataError("wrong"), 2, "wrong"),
+        (TrainingError("diverged"), 3, "diverged"),
+        (RunError("memory"), 3, "memory"),
+        (RuntimeError("a library"), 3, "unexpected RuntimeError: a library"),
+        (OSError("the system"), 3, "the system"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted(), 130, "interrupted"),
+    ):
+
+        def raises(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(work, raises)
+        found, _, said = call(command, *arguments)
+        assert (found, one_line(said), words in said) == (status, True, True), said
+
+
+def test_every_command_has_its_statuses_tested():
+    assert set(COMMANDS) == {c.name or c.callback.__name__ for c in app.registered_commands}
+
+
+@pytest.mark.parametrize(
+    "command, arguments, goes_on",
+    [
+        ("run", ["csnet", "name=two words"], "run csnet 'name=two words' --out 'runs/two words' --resume"),
+        ("run", ["csnet", "--out", "x", "--from", "slim"], "run csnet --out x --resume"),
+        ("slim", ["RUN", "slim.threshold=1"], "slim RUN slim.threshold=1 --out RUN-slim --overwrite"),
+        ("finetune", ["RUN", "--out", "x"], "run x/recipe.yaml --out x --resume"),
+    ],
+)
+def test_who_is_interrupted_is_told_how_to_go_on(call, monkeypatch, command, arguments, goes_on):
+    def stopped(*_, **__):
+        raise Interrupted
+
+    monkeypatch.setattr("prunekit.exchange.derived_recipe", lambda *_: None)
+    monkeypatch.setattr(COMMANDS[command][1], stopped)
+    status, _, said = call(command, *arguments)
+    assert (status, said) == (130, f"prunekit: interrupted; go on with: prunekit {goes_on}\n")
+
+
+@pytest.mark.parametrize("given", [["--log-level", "warning"], ["--log-level=error"], ["--log-level=info"], []])
+def test_the_level_of_the_terminal(call, monkeypatch, given):
+    def told(recipe, out, console, **_):
+        console.print("the report")
+        Reporter(console).say("the course")
+        logging.getLogger("prunekit.rundir").warning("damaged")
+
+    monkeypatch.setattr("prunekit.pipeline.run_recipe", told)
+    for arguments in (["run", *given, "csnet"], [*given, "run", "csnet"], ["run", "csnet", *given]):
+        status, out, error = call(*arguments)
+        assert status == 0
+        assert out == ("" if "warning" in given or "--log-level=error" in given else "the report\nthe course\n")
+        assert error == ("" if "--log-level=error" in given else "prunekit: damaged\n")
+
+
+@pytest.mark.parametrize("given", [["--log-level", "loud"], ["--log-level"], ["--log-level="]])
+def test_a_level_that_there_is_not(call, given):
+    status, _, error = call("list", *given)
+    assert status == 2 and one_line(error) and "give one of debug, info, warning, error" in error
 
 
 def test_list_names_everything(call):

@@ -15,6 +15,9 @@ FLOORS = {
     "yaml12": 1,
     "schedules": 1,
     "progress": 1,
+    "interrupts": 1,
+    "endings": 1,
+    "logs": 1,
     "environment": 1,
     "userfile": 1,
     "optimizers": 2,
@@ -58,6 +61,9 @@ FLOORS = {
     "cli": 7,
 }
 TORCH_FREE = {"errors", "registry", "files", "yaml12", "schedules", "progress", "schema", "sources", "recipe"} | {
+    "interrupts",
+    "endings",
+    "logs",
     "userfile",
     "listing",
     "checkpoints",

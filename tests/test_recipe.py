@@ -70,7 +70,16 @@ trainings = st.fixed_dictionaries(
         "gate_lr": st.none() | rates,
         "schedule": st.sampled_from(["constant", "cosine", {"name": "cosine", "options": {"warmup": 0.1}}]),
         "precision": st.sampled_from(["float32", "bf16"]),
-        "checkpoint": st.fixed_dictionaries({}, optional={"every": st.integers(1, 9), "keep": st.integers(1, 9)}),
+        "checkpoint": st.fixed_dictionaries(
+            {},
+            optional={
+                "every": st.integers(1, 9),
+                "steps": st.none() | st.integers(1, 99),
+                "minutes": st.none() | st.floats(0.1, 99),
+                "keep": st.integers(1, 9),
+                "best": st.booleans(),
+            },
+        ),
     },
 )
 toys = st.fixed_dictionaries(

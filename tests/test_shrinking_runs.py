@@ -41,9 +41,9 @@ def run_it(out, *overrides, **how):
 
 
 def stopped_after(epoch, patch):
-    def stopped(model, optimizer, gates, job, done):
-        save_state(model, optimizer, gates, job, done)
-        if (job.stage, done) == ("train", epoch):
+    def stopped(model, optimizer, gates, job, place, steps):
+        save_state(model, optimizer, gates, job, place, steps)
+        if (job.stage, place.epoch) == ("train", epoch):
             raise KeyboardInterrupt
 
     patch.setattr(training, "save_state", stopped)

@@ -123,9 +123,13 @@ class Shrinking:
         """Whether a cut comes behind this epoch, counted from 1: none behind the last, since extraction follows."""
         return epoch % self.every == 0 and epoch < epochs
 
-    def begin(self) -> None:
-        """Forget what was seen."""
-        self._highest = {}
+    def begin(self, seen: Mapping[str, np.ndarray] | None = None) -> None:
+        """Forget what was seen, or go on from what :meth:`seen` gave."""
+        self._highest = dict(seen or {})
+
+    def seen(self) -> dict[str, np.ndarray]:
+        """How high the gates stood at most, at the looks since ``begin``: group → (channels,) float64."""
+        return dict(self._highest)
 
     def look(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """See how high the gates stand now."""

@@ -273,9 +273,9 @@ def _gates_of_training(files: RunFiles) -> pd.DataFrame:
     """Those of the newest training state; that may be replaced while it is read, and then the one before has to do."""
     prefix = "gates/"
     states = files.states()
-    for epoch in states.epochs("train"):
+    for step in states.steps("train"):
         try:
-            tensors, _ = states.read("train", epoch)
+            tensors, _ = states.read("train", step)
             held = {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
             return contents.gates(held)
         except Exception:

@@ -1,0 +1,63 @@
+"""How a command ends: what is said then, and with which exit status."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prunekit.errors import Interrupted, PrunekitError
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def ending(debug: bool) -> Iterator[None]:
+    """Within ``with`` a command is done; whatever it raises is said in a line, and a SystemExit.
+
+    Args:
+        debug: show its traceback, too.
+    """
+    try:
+        yield
+    except PrunekitError as error:
+        _fail(str(error), error.exit_status, debug)
+    except (KeyboardInterrupt, EOFError):
+        _fail("interrupted", INTERRUPTED, debug)
+    except SystemExit as stop:
+        # Typer turns Ctrl-C into an exit without a word.
+        if stop.code == INTERRUPTED:
+            _fail("interrupted", INTERRUPTED, debug)
+        raise
+    except BrokenPipeError:
+        # What reads our output has seen enough.
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no message"
+        _fail(f"unexpected {type(error).__name__}: {text}; run again with --debug to see where", 3, debug)
+
+
+@contextmanager
+def going_on(*command: object) -> Iterator[None]:
+    """Say by which command what is done within ``with`` goes on, where it is interrupted."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise _Stopped(f"interrupted; go on with: prunekit {shlex.join(map(str, command))}") from stop
+
+
+class _Stopped(PrunekitError):
+    """A run was interrupted, and here is how it goes on. (Typer keeps a KeyboardInterrupt to itself.)"""
+
+    exit_status = INTERRUPTED
+
+
+def _fail(message: str, status: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    for line in message.splitlines():
+        print(f"prunekit: {line}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,70 @@
+"""Being asked to stop: by Ctrl-C, or by the SIGTERM that clusters send before they kill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HEARD = b"\nprunekit: stopping behind this step, its state is saved then; once more to stop at once\n"
+
+
+@dataclass
+class Stop:
+    """Whether somebody has asked."""
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Within ``with``, SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt."""
+    with _handled((signal.SIGTERM,), _interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[Stop]:
+    """Within ``with``, the first signal only makes the :class:`Stop` say so, and the second raises KeyboardInterrupt.
+
+    What has been asked for and not been done by the end raises there. A thread that is not the main one gets no
+    signals, and a signal that is ignored, as nohup does it, stays so.
+    """
+    stop = Stop()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        # No print: a handler may come in the middle of one, and a stream cannot be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, _HEARD)
+
+    with _handled(SIGNALS, handler):
+        yield stop
+    if stop.asked:
+        raise KeyboardInterrupt
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handled(numbers: tuple[signal.Signals, ...], handler: object) -> Iterator[None]:
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                # None: set by something that is not Python, and cannot be put back.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, held in before.items():
+            signal.signal(number, held)
