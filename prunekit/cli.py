@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from prunekit import launch
 from prunekit.endings import ending, going_on
 from prunekit.errors import RecipeError
 from prunekit.interrupts import terminable
@@ -331,8 +332,11 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    with ending(debug), terminable(), terminal(_level(arguments)):
-        app(args=arguments, prog_name="prunekit")
+    with ending(debug), launch.silenced():
+        level = _level(arguments)
+        launch.begin(*arguments[:1])
+        with terminable(), terminal(level):
+            app(args=arguments, prog_name="prunekit")
 
 
 def _level(arguments: list[str]) -> int:

@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prunekit.errors import Interrupted, PrunekitError
+from prunekit import launch
+from prunekit.errors import Interrupted, PluginError, PrunekitError, RecipeError
 
 INTERRUPTED = 130
 
@@ -23,13 +24,13 @@ def ending(debug: bool) -> Iterator[None]:
     try:
         yield
     except PrunekitError as error:
-        _fail(str(error), error.exit_status, debug)
+        _fail(str(error), error.exit_status, debug, alike=isinstance(error, (RecipeError, PluginError, _Stopped)))
     except (KeyboardInterrupt, EOFError):
-        _fail("interrupted", INTERRUPTED, debug)
+        _fail("interrupted", INTERRUPTED, debug, alike=True)
     except SystemExit as stop:
         # Typer turns Ctrl-C into an exit without a word.
         if stop.code == INTERRUPTED:
-            _fail("interrupted", INTERRUPTED, debug)
+            _fail("interrupted", INTERRUPTED, debug, alike=True)
         raise
     except BrokenPipeError:
         # What reads our output has seen enough.
@@ -55,9 +56,12 @@ class _Stopped(PrunekitError):
     exit_status = INTERRUPTED
 
 
-def _fail(message: str, status: int, debug: bool) -> None:
+def _fail(message: str, status: int, debug: bool, alike: bool = False) -> None:
+    """End; ``alike``: where there are several processes the others end with the same, and the first says it."""
     if debug:
         traceback.print_exc()
-    for line in message.splitlines():
-        print(f"prunekit: {line}", file=sys.stderr)
+    number = launch.process()
+    name = f"prunekit, process {number}" if number else "prunekit"
+    for line in message.splitlines() if not (alike and number) else ():
+        print(f"{name}: {line}", file=sys.stderr)
     sys.exit(status)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prunekit import __version__
+from prunekit import __version__, processes
 
 _PACKAGES = ("torch", "numpy", "torch-pruning", "fvcore", "thop", "onnx", "onnxruntime", "accelerate", "pysodmetrics")
 
@@ -32,6 +32,7 @@ def environment(seed: int) -> dict[str, Any]:
         "packages": versions,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "seed": seed,
         "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

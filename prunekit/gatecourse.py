@@ -9,6 +9,7 @@ from torch import nn
 
 from prunekit.plan import Group
 from prunekit.pruning.life import effective_gates, scores
+from prunekit.pruning.limits import lifeless, listed, vital
 
 
 class GateCourse:
@@ -25,11 +26,13 @@ class GateCourse:
         self.width = {name: len(model.get_submodule(name).weight) for name in self.norms}
         self.places = {name: np.arange(width) for name, width in self.width.items()}
         self.course: dict[str, list[np.ndarray]] = {name: [] for name in self.norms}
+        self._told: set[str] = set()
 
     def follow(self, model: nn.Module, groups: Sequence[Group], places: Mapping[str, np.ndarray] | None = None) -> None:
         """Look at this model from now on; ``places`` says where what is left of a norm stands in the first one's."""
         self.model = model
         self.groups = [group for group in groups if group.reason is None]
+        self.vital = vital(model, self.groups)
         if places is not None:
             self.places = dict(places)
 
@@ -37,6 +40,19 @@ class GateCourse:
         """Living channels, of all."""
         alive = sum(int((scores(self.model, group) > self.threshold).sum()) for group in self.groups)
         return alive, self.of
+
+    def warning(self) -> str | None:
+        """What is to be said of layers that have just lost all of their channels; once of each."""
+        found = lifeless(self.vital, self.threshold, lambda group: scores(self.model, group))
+        fresh = [name for name in found if name not in self._told]
+        self._told.update(fresh)
+        if not fresh:
+            return None
+        return (
+            f"no channel of {listed(fresh)} is above the threshold {self.threshold:g} any more, the best has "
+            f"{max(found[name] for name in fresh):.2g}; if that matters, stop and train with a lower decay.weight, or "
+            "leave its norms out in decay.options.exclude"
+        )
 
     def record(self) -> None:
         """Keep the gates as they stand now, as those of one more epoch."""

@@ -6,11 +6,15 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from prunekit import launch
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ECHO = 2.0  # seconds within which a second signal may be the launcher's copy of the first
 _HEARD = b"\nprunekit: stopping behind this step, its state is saved then; once more to stop at once\n"
 
 
@@ -31,19 +35,24 @@ def terminable() -> Iterator[None]:
 @contextlib.contextmanager
 def held_back() -> Iterator[Stop]:
     """Within ``with``, the first signal only makes the :class:`Stop` say so, and the second raises KeyboardInterrupt.
+    (On Ctrl-C, what torchrun has started gets one from the terminal and one from torchrun: there they count as one.)
 
     What has been asked for and not been done by the end raises there. A thread that is not the main one gets no
     signals, and a signal that is ignored, as nohup does it, stays so.
     """
-    stop = Stop()
+    stop, first = Stop(), 0.0
 
     def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal first
         if stop.asked:
+            if launch.process() is not None and time.monotonic() - first < _ECHO:
+                return
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.asked, first = True, time.monotonic()
         # No print: a handler may come in the middle of one, and a stream cannot be entered twice.
-        with contextlib.suppress(OSError):
-            os.write(2, _HEARD)
+        if not launch.process():
+            with contextlib.suppress(OSError):
+                os.write(2, _HEARD)
 
     with _handled(SIGNALS, handler):
         yield stop
@@ -67,4 +76,6 @@ def _handled(numbers: tuple[signal.Signals, ...], handler: object) -> Iterator[N
         yield
     finally:
         for number, held in before.items():
-            signal.signal(number, held)
+            # Unless somebody has set another meanwhile.
+            if signal.getsignal(number) is handler:
+                signal.signal(number, held)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 from pydantic import ValidationError
@@ -181,5 +179,5 @@ def save_model(run: RunDir, name: str, model: nn.Module) -> str:
     for key, value in arrays.items():
         if not np.isfinite(value).all():
             raise PrunekitError(f"{key} of the {name} model is not finite; train with a lower rate")
-    path = run.write_tensors(f"{name}/model.safetensors", arrays)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    run.write_tensors(f"{name}/model.safetensors", arrays)
+    return run.checksum(f"{name}/model.safetensors")[:16]

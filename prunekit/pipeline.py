@@ -9,10 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prunekit import registry
+from prunekit import processes, registry
 from prunekit.environment import environment
 from prunekit.errors import CheckpointError, Interrupted, PrunekitError, RecipeError, RunError, RunFolderError
 from prunekit.files import disk_fails, refusal
+from prunekit.following import led, trains
 from prunekit.loading import CLASSES, SHRUNK, begun, load_model, newest_model, read_recipe, trained_plan
 from prunekit.logs import recorded
 from prunekit.plan import Plan
@@ -24,6 +25,7 @@ from prunekit.stages import STAGE_FUNCTIONS
 from prunekit.work import Work
 
 
+@led
 def run_recipe(
     recipe: Recipe,
     out: Path,
@@ -66,6 +68,7 @@ def run_recipe(
     return out
 
 
+@led
 def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overwrite: bool = False) -> Path:
     """Extract and slim once more from what another run has trained, with another threshold, say; no training.
 
@@ -99,6 +102,7 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
     return out
 
 
+@led
 def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overwrite: bool = False) -> Path:
     """Fine-tune the slim model of another run (or its dense one, where it has no other), evaluate and export it.
 
@@ -180,6 +184,8 @@ def _run_stages(work: Work, run: RunDir, stages: Sequence[str]) -> None:
         began = time.perf_counter()
         try:
             with work.reporter.stage(stage):
+                if trains(stage, work.recipe):
+                    processes.tell(stage)
                 STAGE_FUNCTIONS[stage](work, run)
         except BaseException:
             # What went wrong first is what counts.

@@ -21,14 +21,16 @@ import numpy as np
 
 from prunekit import __version__
 from prunekit import state as states
-from prunekit.errors import CheckpointError, PrunekitError, RunFolderError, WriteError
+from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.files import TEMPORARY, FolderLock, alive, disk_fails, make_folder, reason, refusal
 from prunekit.runfiles import PARTS, RECIPE, STAGES, RunFiles, place, stage_index
+from prunekit.schema import same_run
 from prunekit.state import FORMAT, STATE, SUMMARY
 from prunekit.yaml12 import parse
 
 __all__ = ["FORMAT", "STAGES", "RunDir", "holds_run"]
 
+SKIPPED = "skipped_steps"  # in the summary: training → how many
 # What a start that was killed can leave; recipe.yaml is written last, so without it nothing of worth is there.
 _BEGINNINGS = {"lock", STATE, "environment.json", SUMMARY}
 
@@ -152,7 +154,7 @@ class RunDir(RunFiles):
         self._remove_temporaries()
         self._settle()
         held = self.read_text(RECIPE)
-        if held != recipe_text and not self._is_older(recipe_text):
+        if not same_run(held, recipe_text):
             lines = difflib.unified_diff(held.splitlines(), recipe_text.splitlines(), RECIPE, "now", lineterm="", n=0)
             shown = list(islice(lines, 13))
             if len(shown) > 12:
@@ -161,18 +163,12 @@ class RunDir(RunFiles):
                 f"{self.path} was started with another recipe; use that one, or --overwrite, or another --out DIR:\n"
                 + "\n".join(shown)
             )
+        if held != recipe_text:
+            # A key that may change, or one that an older prunekit did not know.
+            self.write_text(RECIPE, recipe_text)
         self._vouch_for_beginnings()
         self.write_json("environment.json", environment)
         self._set_status("running")
-
-    def _is_older(self, recipe_text: str) -> bool:
-        """Whether the recipe that is there says the same, written by a prunekit that knew fewer keys."""
-        from prunekit.recipe import load
-
-        try:
-            return load(self.path / RECIPE).dump() == recipe_text
-        except PrunekitError:
-            return False
 
     def settled(self, stage: str) -> Self:
         """This folder, if what ``stage`` leaves in it stands, or if nobody is at work on it.
@@ -306,6 +302,8 @@ class RunDir(RunFiles):
         summary = {k: v for k, v in self.read_json(SUMMARY).items() if k not in PARTS or PARTS[k] in STAGES[:first]}
         if "seconds" in summary:
             summary["seconds"] = {s: seconds for s, seconds in summary["seconds"].items() if s in STAGES[:first]}
+        if SKIPPED in summary:
+            summary[SKIPPED] = {s: count for s, count in summary[SKIPPED].items() if place(s) < place(stage)}
         for part in ("dense", "slim", "finetuned"):
             if part in summary and stage_index("evaluate") >= first:
                 summary[part] = {key: value for key, value in summary[part].items() if key != "metrics"}
@@ -333,6 +331,13 @@ class RunDir(RunFiles):
         stage_index(stage)
         taken = self.read_json(SUMMARY).get("seconds", {})
         self.update_summary("seconds", {**taken, stage: taken.get(stage, 0.0) + seconds})
+
+    def note_skipped(self, stage: str) -> None:
+        """Write down how many steps of a training, by its lines of metrics, were skipped as not finite, if any were."""
+        count = sum(line.get("skipped", 0) for line in self.read_metrics() if line["stage"] == stage)
+        held = self.read_json(SUMMARY).get(SKIPPED, {})
+        if count != held.get(stage, 0):
+            self.update_summary(SKIPPED, {**held, stage: count})
 
     # ---- checkpoints
 

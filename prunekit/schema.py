@@ -92,17 +92,23 @@ class Checkpoint(Section):
 class Training(Section):
     """One stage of training; ``gate_lr`` None means ``lr``.
 
+    ``accumulate`` batches make one step of the optimiser, in each process; ``sync_norms`` lets norms see the batches of
+    all processes as one (on GPUs alone). ``on_nonfinite`` says what becomes of a step in which a loss, a penalty or a
+    gradient is not finite: "stop" ends the training, "skip" leaves the step out and goes on; neither changes the model.
     ``fast`` lets prunekit's own kernels compute a step; ``compile`` gives the model to ``torch.compile`` instead.
     """
 
     epochs: Annotated[int, Field(ge=0)]
     batch_size: Annotated[int, Field(ge=1)] = 16
+    accumulate: Annotated[int, Field(ge=1)] = 1
     optimizer: Named = Named(name="adam")
     lr: Annotated[float, Field(gt=0)] = 1e-3
     gate_lr: Annotated[float, Field(gt=0)] | None = None
     schedule: Named = Named(name="constant")
     precision: Literal["float32", "bf16"] = "float32"
     augment: Named = Named(name="none")
+    sync_norms: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     fast: bool = True
     compile: bool = False
     checkpoint: Checkpoint = Checkpoint()
@@ -229,7 +235,25 @@ def conflicts(recipe: Recipe) -> list[tuple[yaml12.Path, str]]:
                 "cuts dead channels wherever they are, and slim.scope 'layer' the same share of each layer; drop one",
             )
         )
+    for stage in ("train", "finetune"):
+        section: Training = getattr(recipe, stage)
+        if section.sync_norms and section.compile:
+            found.append(
+                ((stage, "sync_norms"), f"a compiled model cannot wait for other processes; drop it or {stage}.compile")
+            )
     return found
+
+
+def same_run(held: str, now: str) -> bool:
+    """Whether a run that was begun with one resolved recipe may go on with another, both as :meth:`Recipe.dump` writes
+    them: they say the same, but for what becomes of steps that are not finite. (More keys than that could change and
+    leave what is done as it is; but then a recipe no longer says what its run has done.)"""
+    try:
+        one, other = (Recipe.model_validate(yaml12.parse(text).value) for text in (held, now))
+    except ValueError:
+        return held == now
+    loose = {"train": {"on_nonfinite"}, "finetune": {"on_nonfinite"}}
+    return one.model_dump(exclude=loose) == other.model_dump(exclude=loose)
 
 
 # Where a name is looked up: path of the section → the table in prunekit.registry.

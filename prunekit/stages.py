@@ -3,6 +3,7 @@ result into it, so that a run can be picked up anywhere."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from prunekit.data.images import encode_png
 from prunekit.data.pairs import normalise
+from prunekit.errors import TrainingError
 from prunekit.exporting import Exporter, variants
 from prunekit.loading import MODELS, begun, load_model, newest_model, save_model
 from prunekit.pruning.decay import NoDecay
@@ -62,6 +64,9 @@ def evaluate_stage(work: Work, run: RunDir) -> None:
             result = work.task.evaluate(model, pairs, recipe.data.size, 4 * recipe.train.batch_size, counter)
         finally:
             counter.close()
+        odd = [f"{key} is {value}" for key, value in result.metrics.items() if not math.isfinite(value)]
+        if odd:
+            raise TrainingError(f"evaluate: the {name} model's {odd[0]}, so it is not written down; see to its outputs")
         run.update_summary(name, {**run.read_json("summary.json")[name], "metrics": result.metrics})
         curves[name] = result.curves
         errors = result.errors

@@ -178,6 +178,23 @@ def _replaced(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
             del module.forward
 
 
+@contextmanager
+def synced_norms(model: nn.Module) -> Iterator[None]:
+    """Within ``with``, norms in train mode take mean and variance over the batches of all processes; on GPUs.
+
+    Each has the forward of a ``SyncBatchNorm`` with its own parameters and statistics; the modules stay what they are,
+    so that groups, decays and whatever is saved do not know of it.
+    """
+
+    def synced(norm: nn.modules.batchnorm._BatchNorm) -> Forward:
+        over_all = nn.SyncBatchNorm.convert_sync_batchnorm(norm).train()
+        return lambda x: over_all(x) if norm.training else type(norm).forward(norm, x)
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    with _replaced({norm: synced(norm) for norm in norms}):
+        yield
+
+
 def _is_depthwise(conv: nn.Conv2d) -> bool:
     return (
         conv.groups == conv.in_channels == conv.out_channels

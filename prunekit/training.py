@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,21 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit import registry
+from prunekit import processes, registry
 from prunekit.data.cache import resident
-from prunekit.data.pairs import normalise
 from prunekit.errors import TrainingError
 from prunekit.gatecourse import GateCourse
 from prunekit.interrupts import held_back
 from prunekit.job import Job
+from prunekit.native.library import load
 from prunekit.optimizers import shares
 from prunekit.plan import Group
 from prunekit.pruning.decay import Decay
 from prunekit.pruning.optimizer_state import slim_optimizer
 from prunekit.pruning.shrinking import Cut
 from prunekit.schema import Named
-from prunekit.stepping import fast_steps, flushed_denormals
-from prunekit.training_state import Place, restore_state, save_state
+from prunekit.stepping import fast_steps, flushed_denormals, synced_norms
+from prunekit.training_state import Place, restore_state, save_state, shared_out
+from prunekit.updating import Update, agree, spread
 
 # Below this a parameter is set to zero after each epoch. Decay leaves numbers on their way to zero; past 1e-38 they are
 # subnormal, and a processor takes many times as long for each.
@@ -53,7 +54,8 @@ def fit(model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay) -> nn
 
     Raises:
         PlanError: the optimiser keeps what cannot be cut with its parameters.
-        TrainingError: loss or penalty is not finite; says epoch, step and which.
+        TrainingError: a loss, a penalty or a gradient is not finite; says epoch, step and which. Or another process of
+            the run has died.
         CheckpointError: the training state does not fit the model.
     """
     return _Fit(model, job, groups, decay).run()
@@ -63,10 +65,11 @@ class _Fit:
     """One training under way: the model and all that trains it, which a cut replaces together."""
 
     def __init__(self, model: nn.Module, job: Job, groups: Sequence[Group], decay: Decay):
-        self.job, self.model, self.groups, self.decay = job, model, groups, decay
+        self.model, self.groups, self.decay = model, groups, decay
+        found = job.run.load_checkpoint(job.stage)
+        self.job = job = shared_out(job, found)
         section, shrinking = job.section, job.shrinking
         self.gates = GateCourse(model, groups, job.threshold)
-        found = job.run.load_checkpoint(job.stage)
         if shrinking is not None and found is not None:
             self.groups = shrinking.restore(model, groups, found[1]["shrinking"])
             if shrinking.plan is not None:
@@ -74,9 +77,18 @@ class _Fit:
         self._equip(_optimizer(self.model, job, self.decay))
         self.schedule = chosen(registry.schedules, section.schedule)
         self.augment = chosen(registry.augmentations, section.augment)
-        self.batch = min(section.batch_size, len(job.train))
-        self.steps = len(job.train) // self.batch
+        self.batch = min(section.batch_size, len(job.train) // self.update.shares)
+        if not self.batch:
+            raise TrainingError(
+                f"{len(job.train)} images are too few for the {self.update.shares} batches of a step; "
+                "start fewer processes, or lower train.accumulate and finetune.accumulate"
+            )
+        self.steps = len(job.train) // (self.batch * self.update.shares)
         self.place = restore_state(self.model, self.optimizer, self.gates, job, self.decay, self.steps, found)
+        if processes.count() > 1 and section.fast and job.device.type == "cpu":
+            with processes.in_turn():
+                load()  # compiled once, and found by the others
+        spread(self.model)
         self.saved = time.monotonic()
         self.total = max(1, section.epochs * self.steps)
         self.way = np.cumsum([self.schedule(step / self.total) for step in range(self.total)])
@@ -104,7 +116,7 @@ class _Fit:
                     job.run.append_metrics(line)
                     self.place = Place(epoch + 1, best=self.place.best)
                     # Asked once, since a signal may come between the two.
-                    stopping = self.stop.asked
+                    stopping = self.update.stopping(self.stop.asked)
                     last = epoch + 1 == epochs or (epoch + 1) % job.section.checkpoint.every == 0
                     if stopping or last or self._is_due():
                         self._rate(line["metrics"])
@@ -114,6 +126,7 @@ class _Fit:
                         self._stop(f"epoch {epoch + 1}")
         finally:
             job.reporter.stop()
+        job.run.note_skipped(job.stage)
         if job.stage == "train":
             job.run.write_arrays("gates.npz", self.gates.arrays())
         return self.model
@@ -137,23 +150,23 @@ class _Fit:
             factor = self.schedule((epoch * self.steps + step) / self.total)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
-            part = slice(step * self.batch, (step + 1) * self.batch)
-            rows = where[part]
-            images, targets = self.augment(train.images[rows], train.targets[rows], train.sizes[order[part]], generator)
-            loss, penalty = self._step(images, targets)
-            place.sums += torch.stack([loss, penalty])
+            batches = self._batches(epoch, step, order, where, generator)
+            loss, penalty = self.update(self.forward, self.decay, batches, place.sums)
             place.step = step + 1
+            if self.update.troubled:
+                self.update.look(epoch, step)
             if step % LOOK_EVERY == 0 or step == self.steps - 1:
-                _check(loss, penalty, epoch, step)
+                self.update.look(epoch, step)
                 alive, of = self.gates.count()
                 if due and step >= self.steps // 2:
                     shrinking.look(self.model, self.groups)
                 done = epoch * self.steps + step + 1
-                job.reporter.step(done, float(loss), float(penalty), self.decay.weight, alive, of)
-            stopping = self.stop.asked
+                if math.isfinite(loss):
+                    job.reporter.step(done, float(loss), float(penalty), self.decay.weight, alive, of)
+            stopping = self.update.stopping(self.stop.asked)
             if step + 1 < self.steps and (stopping or self._is_due()):
                 # A state that cannot be gone on from is not to replace one that can.
-                _check(loss, penalty, epoch, step)
+                self.update.look(epoch, step)
                 place.seconds = time.perf_counter() - began
                 place.remember(generator, job.device)
                 self._save()
@@ -161,45 +174,55 @@ class _Fit:
                     self._stop(f"step {step + 1} of epoch {epoch + 1}")
         _flush(self.model)
         self.gates.record()
+        if job.stage == "train" and (warning := self.gates.warning()):
+            job.reporter.say(f"train: {warning}")
         cut = self._shrink(epoch) if due else None
-        mean = (place.sums / self.steps).tolist()
+        agree(self.model, f"the models that epoch {epoch + 1} has left")
+        *totals, counted = place.sums.tolist()
+        if not counted:
+            raise TrainingError(f"every step of epoch {epoch + 1} was skipped; try a lower train.lr or decay.weight")
+        skipped = self.steps - round(counted)
         alive, of = self.gates.count()
         return {
             "stage": job.stage,
             "epoch": epoch + 1,
             "step": (epoch + 1) * self.steps,
-            "loss": mean[0],
-            "penalty": mean[1],
+            "loss": totals[0] / counted,
+            "penalty": totals[1] / counted,
             "lambda": self.decay.weight,
             "lr": job.section.lr * factor,
             "alive": alive,
             "of": of,
             **(job.steering.figures() if job.steering is not None else {}),
             **({"shrunk": {key: cut.record[key] for key in ("channels", "params", "macs")}} if cut else {}),
-            "metrics": job.task.quick(self.model, job.val, 4 * self.batch),
+            **({"skipped": skipped} if skipped else {}),
+            "metrics": job.task.quick(self.model, job.val, 4 * self.batch) if processes.leads() else {},
             "seconds": time.perf_counter() - began,
         }
 
     def _steer(self, epoch: int, step: int) -> None:
         """Let λ follow the model, where it is time to look."""
         steering = self.job.steering
-        if steering is not None and step % (every := steering.every(self.total)) == 0:
-            sums = self.place.sums
-            recent = float(sums[0] - self.place.told) / every if step else None
-            self.place.told = float(sums[0])
+        if steering is not None and step % steering.every(self.total) == 0:
+            loss, _, counted = self.place.sums.tolist()
+            before, told = self.place.told
+            recent = (loss - before) / (counted - told) if counted > told else None
+            self.place.told = loss, counted
             self.decay.weight = steering.look(float(self.way[epoch * self.steps + step] / self.way[-1]), recent)
 
-    def _step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        job = self.job
-        images = normalise(images.to(job.device))
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.section.precision == "bf16"):
-            output = self.forward(images)
-        loss = job.task.loss(output, targets.to(job.device))
-        penalty = self.decay.penalty()
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss + penalty.to(loss.device)).backward()
-        self.optimizer.step()
-        return loss.detach(), penalty.detach().to(loss.device)
+    def _batches(
+        self, epoch: int, step: int, order: Tensor, where: Tensor, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The micro-batches of this process in one step. All processes go through one order, and where a step has
+        several, each draws its numbers by itself, so that they are the same whoever takes it."""
+        train, shares = self.train, self.update.shares
+        for number in range(processes.rank(), shares, processes.count()):
+            if shares > 1:
+                generator = seeded(self.job.seed, self.job.stage, epoch, step, number)
+            start = (step * shares + number) * self.batch
+            part = slice(start, start + self.batch)
+            rows = where[part]
+            yield self.augment(train.images[rows], train.targets[rows], train.sizes[order[part]], generator)
 
     def _is_due(self) -> bool:
         """Whether it is time to write a state."""
@@ -251,6 +274,7 @@ class _Fit:
 
     def _equip(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.update = Update(self.model, optimizer, self.job, self.job.section.accumulate)
         self.rates = [group["lr"] for group in optimizer.param_groups]
 
     def _watch(self) -> None:
@@ -259,22 +283,17 @@ class _Fit:
         self.forward = self.watching.enter_context(
             fast_steps(self.model, self.groups, self.job.section, self.job.reporter.say)
         )
+        if self.job.section.sync_norms and processes.count() > 1:
+            self.watching.enter_context(synced_norms(self.model))
 
 
-def seeded(seed: int, stage: str, epoch: int) -> torch.Generator:
-    """The generator of one epoch; torch's global one is seeded alike, for models that draw numbers themselves."""
-    number = int.from_bytes(hashlib.sha256(f"{seed}/{stage}/{epoch}".encode()).digest()[:7], "big")
+def seeded(seed: int, stage: str, epoch: int, *within: int) -> torch.Generator:
+    """The generator of one epoch, or of a place within it; torch's global one is seeded alike, for models that draw
+    numbers themselves."""
+    name = "/".join(map(str, (seed, stage, epoch, *within)))
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     torch.manual_seed(number)
     return torch.Generator().manual_seed(number)
-
-
-def _check(loss: Tensor, penalty: Tensor, epoch: int, step: int) -> None:
-    for name, value in (("loss", loss), ("penalty", penalty)):
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the {name} is {float(value)} at epoch {epoch + 1}, step {step + 1}; "
-                "try a lower train.lr or decay.weight, or precision: float32"
-            )
 
 
 def chosen(table: registry.Registry, named: Named) -> Callable[..., Any]:

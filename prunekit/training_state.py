@@ -6,13 +6,14 @@ how far that has come, what it has summed up, what the shrinking has seen, and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit import processes
 from prunekit.errors import CheckpointError, TrainingError
 from prunekit.gatecourse import GateCourse
 from prunekit.job import Job
@@ -31,8 +32,8 @@ class Place:
     Attributes:
         epoch: how many are done.
         step: how many steps of the next one are done.
-        sums: of loss and penalty over those, float64 [2].
-        told: the sum of losses when λ was looked at last.
+        sums: of loss and penalty over those of them that counted, and how many did, float64 [3].
+        told: the sum of losses, and how many there were, when λ was looked at last.
         seconds: which those have taken.
         best: the best figure of validation so far, the more the better, and the number of the state that has it.
         random: the states of the random generators behind the last step; empty between two epochs, since each epoch
@@ -41,8 +42,8 @@ class Place:
 
     epoch: int = 0
     step: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    told: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    told: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0
     best: tuple[float, int] | None = None
     random: dict[str, Tensor] = field(default_factory=dict)
@@ -93,6 +94,7 @@ def save_state(
         "epoch": place.epoch,
         "step": place.step,
         "steps": steps,
+        "batches": job.section.accumulate * processes.count(),
         "sums": place.sums.tolist(),
         "told": place.told,
         "seconds": place.seconds,
@@ -105,6 +107,13 @@ def save_state(
     }
     parts = {"steering": job.steering, "shrinking": job.shrinking}
     state |= {name: part.state() for name, part in parts.items() if part is not None}
+    for name, values in arrays.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            what = name.partition("/")[2]
+            raise TrainingError(
+                f"{what} is not finite behind {place.epoch} epochs and {place.step} steps, so this state is not kept; "
+                "try a lower train.lr or decay.weight"
+            )
     section, number = job.section.checkpoint, place.epoch * steps + place.step
     best = place.best[1] if section.best and place.best is not None else None
     job.run.save_checkpoint(job.stage, number, arrays, state, section.keep, best)
@@ -157,11 +166,36 @@ def restore_state(
     if state.get("best") is not None:
         place.best = (float(state["best"][0]), int(state["best"][1]))
     if state.get("step"):
-        place.step, place.told, place.seconds = int(state["step"]), state["told"], state["seconds"]
+        place.step, place.told, place.seconds = int(state["step"]), tuple(state["told"]), state["seconds"]
         place.sums, place.random = torch.tensor(state["sums"], dtype=torch.float64), parts["random"]
         if job.shrinking is not None:
             job.shrinking.begin(parts["looks"])
     return place
+
+
+def shared_out(job: Job, found: Found | None) -> Job:
+    """The job of this process: what was begun with so many batches a step goes on with as many, shared among the
+    processes that there are now. That gives what it would have given, but for rounding.
+
+    Raises:
+        CheckpointError: these processes cannot share them evenly.
+    """
+    count, accumulate = processes.count(), job.section.accumulate
+    batches = accumulate * count if found is None else int(found[1].get("batches", 1))
+    if batches == accumulate * count:
+        return job
+    if batches % count:
+        fit = " or ".join(str(n) for n in range(1, batches + 1) if batches % n == 0)
+        raise CheckpointError(
+            f"{_named(job)} is of steps of {batches} batches, which {count} processes cannot share; go on with {fit}, "
+            f"or {_again(job)}"
+        )
+    job.reporter.say(
+        f"{job.stage}: begun with {batches} {'batches' if batches > 1 else 'batch'} a step; each of "
+        f"{count} {'processes takes' if count > 1 else 'process takes'} {batches // count}"
+    )
+    section = job.section.model_copy(update={"accumulate": batches // count})
+    return replace(job, section=section)
 
 
 def _named(job: Job) -> str:

@@ -11,12 +11,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from prunekit import registry
+from prunekit import processes, registry
 from prunekit.counting import count, total
 from prunekit.data.cache import data_folder, kept_tensors
 from prunekit.data.pairs import ImageSet, Tensors, normalise
 from prunekit.errors import DataError, PlanError, RecipeError
-from prunekit.job import Job
+from prunekit.job import Job, untracked
 from prunekit.loading import (
     CLASSES,
     build_dense,
@@ -91,6 +91,7 @@ class Work:
                     self.recipe.data.size,
                     data_folder(self.recipe.data.cache),
                     self.reporter.say,
+                    keep=processes.leads(),
                 )
         return self._tensors[split]
 
@@ -143,6 +144,12 @@ class Work:
             PrunekitError: what is wrong.
         """
         check_tracker(self.recipe)
+        for stage in ("train", "finetune"):
+            if getattr(self.recipe, stage).sync_norms and self.device.type == "cpu":
+                raise RecipeError(
+                    f"{stage}.sync_norms: norms over several processes (SyncBatchNorm) exist on GPUs alone, and this "
+                    f"run is on the CPU; set {stage}.sync_norms=false"
+                )
         model = build_dense(self.recipe)
         self._fits(model)
         if self.recipe.slim.keep_layers:
@@ -254,7 +261,7 @@ class Work:
             device=self.device,
             threshold=self.recipe.slim.threshold,
             steering=steering,
-            tracker=functools.partial(track, self.recipe, run.path, stage),
+            tracker=functools.partial(track, self.recipe, run.path, stage) if processes.leads() else untracked,
             shrinking=shrinking,
         )
         return fit(model, job, groups, decay).cpu().eval()

@@ -84,3 +84,15 @@ def test_a_process_that_is_asked_in_the_middle_of_a_print():
     out, error = process.communicate(timeout=30)
     assert out == b"heard\n" and b"reentrant" not in error
     assert process.returncode != 0 and b"KeyboardInterrupt" in error
+
+
+def test_what_a_launcher_sends_on_is_no_second_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(KeyboardInterrupt), held_back() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        monkeypatch.setattr("prunekit.interrupts._ECHO", 0.0)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError

@@ -15,6 +15,7 @@ import pytest
 
 from prunekit import __version__, files
 from prunekit.errors import CheckpointError, RunFolderError
+from prunekit.recipe import load
 from prunekit.rundir import FORMAT, STAGES, RunDir
 
 RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
@@ -330,3 +331,14 @@ def test_restart_needs_the_stages_before(run):
 
 def failing(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_goes_on_with_the_recipe_of_an_older_prunekit_and_with_another_word_on_bad_steps(tmp_path):
+    old = load("csnet").dump()
+    lines = [line for line in old.splitlines(keepends=True) if "accumulate" not in line and "sync_norms" not in line]
+    RunDir.start(tmp_path / "run", "".join(lines), {}).close()
+    now = load("csnet", ["train.on_nonfinite=skip"]).dump()
+    with RunDir.start(tmp_path / "run", now, {}, resume=True) as run:
+        assert run.read_text("recipe.yaml") == now
+    with pytest.raises(RunFolderError, match="another recipe"):
+        RunDir.start(tmp_path / "run", load("csnet", ["train.accumulate=2"]).dump(), {}, resume=True)

@@ -36,13 +36,16 @@ def data_folder(given: str) -> Path | None:
     return cache_folder() / "data" if given == "auto" else Path(given).expanduser()
 
 
-def kept_tensors(pairs: ImageSet, size: int, folder: Path | None, say: Callable[[str], None]) -> Tensors:
+def kept_tensors(
+    pairs: ImageSet, size: int, folder: Path | None, say: Callable[[str], None], keep: bool = True
+) -> Tensors:
     """The set at one size as :func:`load_tensors` reads it: from ``folder`` where it lies there, else put there.
 
     Args:
         pairs: loses, if tolerant, what could not be read when it was decoded.
         size: side of the images in pixels.
         folder: from :func:`data_folder`; None to read the files.
+        keep: put it there.
         say: takes a line where the folder is of no use: its file is damaged, or cannot be written.
 
     Raises:
@@ -63,6 +66,8 @@ def kept_tensors(pairs: ImageSet, size: int, folder: Path | None, say: Callable[
     tensors = load_tensors(pairs, size)
     left = set(pairs.names)
     gone = [index for index, name in enumerate(names) if name not in left]
+    if not keep:
+        return tensors
     try:
         _write(tensors, gone, note, store)
     except (OSError, SafetensorError, CheckpointError) as error:

@@ -16,7 +16,17 @@ from torch import nn
 
 from prunekit.errors import PlanError
 from prunekit.plan import Group
-from prunekit.pruning.limits import kept_whole, layers_of, number, removable, uncuttable
+from prunekit.pruning.limits import (
+    check_finite,
+    kept_whole,
+    layers_of,
+    lifeless,
+    listed,
+    number,
+    removable,
+    uncuttable,
+    vital,
+)
 from prunekit.pruning.surgery import Cutter
 
 Scope = Literal["global", "layer"]
@@ -98,6 +108,7 @@ class Chooser:
                 raise PlanError(f"{name} is at least 1, got {value}")
         if scope not in ("global", "layer"):
             raise PlanError(f"scope is 'global' or 'layer', got {scope!r}")
+        check_finite(model)
         self.scope, self.min_channels, self.round_to = scope, min_channels, round_to
         self.all_groups = groups
         self.groups = [group for group in groups if group.reason is None]
@@ -113,6 +124,7 @@ class Chooser:
         self.order, self.sorted = [order for order, _ in ordered], [values for _, values in ordered]
         self.at = {group.id: place for place, group in enumerate(self.groups)}
         self.layers = [[self.at[group.id] for group in layer] for layer in layers_of(self.groups)]
+        self.vital = vital(model, self.groups)
         self.channels = int(self.widths[~self.fixed].sum())
         self._rank()
 
@@ -259,6 +271,8 @@ class Chooser:
             # A count is what a search tries, and what it searches for is something else.
             choice.fewer = f"{number(choice.cut, 'channel')} cut where {how} asks for {choice.asked}: {_kept(lost)}"
             choice.say(choice.fewer, urgent=name != "count")
+        if name == "threshold":
+            self._tell_lifeless(choice, value)
         also = sum(len(choice.dead[group] - channels) for group, channels in chosen.items())
         if also:
             choice.say(
@@ -327,6 +341,15 @@ class Chooser:
             choice.say(
                 f"in {number(len(tied), 'group')} channels tie where the cut ends; in {self.groups[first].id} {of} "
                 f"at the score {score:.3g}, {cut} of them cut"
+            )
+
+    def _tell_lifeless(self, choice: Choice, threshold: float) -> None:
+        """Say which layers live on by the limits alone."""
+        found = lifeless(self.vital, threshold, lambda group: self.values[self.at[group.id]])
+        if found:
+            choice.say(
+                f"no channel of {listed(list(found))} is above threshold {threshold:g} (the best has "
+                f"{max(found.values()):.3g}), so their best alone stay; if they matter, train with a lower decay.weight"
             )
 
     def _tell_rounding(self, choice: Choice) -> None:

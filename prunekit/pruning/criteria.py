@@ -40,7 +40,11 @@ def gate(model: nn.Module, groups: Sequence[Group], losses: Losses | None = None
     found = {group.id: scores(model, group) for group in groups if group.reason is None}
     for name, values in found.items():
         if not np.isfinite(values).all():
-            raise PlanError(f"a gate of {name} is not finite, so nothing can be read from it; train with a lower rate")
+            group = next(group for group in groups if group.id == name)
+            raise PlanError(
+                f"a gate of {name} is not finite{_at_fault(model, {gate.norm for gate in group.gates})}, so nothing "
+                "can be read from it; train with a lower rate"
+            )
     return found
 
 
@@ -73,7 +77,7 @@ def magnitude(
         raise PlanError(f"the criterion magnitude needs a p above 0, got {p}; 1 and 2 are usual")
     slices = _slices(model, groups, norms)
     parts = slices.sums(lambda weight: weight.detach().double().abs().pow(p))
-    return _normalized(slices, groups, _reduced(slices, parts, reduction), normalizer)
+    return _normalized(model, slices, groups, _reduced(slices, parts, reduction), normalizer)
 
 
 @register_criterion("taylor")
@@ -134,7 +138,7 @@ def taylor(
             parameter.requires_grad_(flag)
     if not batches:
         raise PlanError("the criterion taylor got no batch from losses; give it one at least")
-    return _normalized(slices, groups, found / batches, normalizer)
+    return _normalized(model, slices, groups, found / batches, normalizer)
 
 
 @register_criterion("random")
@@ -149,6 +153,16 @@ def random(
         for group in groups
         if group.reason is None
     }
+
+
+def _at_fault(model: nn.Module, modules: Iterable[str]) -> str:
+    """The first number of these modules that is not finite, in brackets; nothing where all are."""
+    for name in sorted(modules):
+        for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
+            bad = torch.nonzero(~torch.isfinite(tensor.detach()))
+            if len(bad):
+                return f" ({name}.{key} is {float(tensor[tuple(bad[0])])})"
+    return ""
 
 
 def _see(loss: Tensor, batch: int) -> None:
@@ -181,7 +195,7 @@ def _reduced(slices: Slices, parts: Iterable[tuple[Tensor, Tensor]], reduction: 
 
 
 def _normalized(
-    slices: Slices, groups: Sequence[Group], figures: Tensor, normalizer: Normalizer
+    model: nn.Module, slices: Slices, groups: Sequence[Group], figures: Tensor, normalizer: Normalizer
 ) -> dict[str, np.ndarray]:
     by = {"mean": np.mean, "sum": np.sum, "max": np.max, "none": lambda _: 1.0}
     if normalizer not in by:
@@ -191,7 +205,8 @@ def _normalized(
         if group.reason is None:
             values = slices.part(figures, group).numpy()
             if not np.isfinite(values).all():
-                raise PlanError(f"a weight of {group.id} or its gradient is not finite; train with a lower rate")
+                fault = _at_fault(model, {member.tensor.rpartition(".")[0] for member in group.members})
+                raise PlanError(f"a weight of {group.id} or its gradient is not finite{fault}; train with a lower rate")
             # A group of nothing but zeros is all dead, and stays so.
             found[group.id] = values / (by[normalizer](values) or 1.0)
     return found

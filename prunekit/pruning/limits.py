@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
+import torch
 from torch import nn
 
 from prunekit.errors import PlanError
 from prunekit.layers import OptionalModules
 from prunekit.plan import Group
 from prunekit.pruning.axes import axis_length
+from prunekit.pruning.life import scores
 from prunekit.registry import nearest
 
 
@@ -74,3 +77,49 @@ def layers_of(groups: Sequence[Group]) -> list[list[Group]]:
         if group.gates:
             found[group.gates[-1].norm.rpartition(".")[0]].append(group)
     return list(found.values())
+
+
+def vital(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
+    """The sets of groups of which a channel each must live: all branches of a layer together, and each group that
+    cannot be taken out."""
+    free = [group for group in groups if group.reason is None]
+    may_go = {group.id: removable(model, group) for group in free}
+    layers = [layer for layer in layers_of(free) if all(may_go[group.id] for group in layer)]
+    return layers + [[group] for group in free if not may_go[group.id]]
+
+
+def lifeless(
+    sets: Sequence[Sequence[Group]], threshold: float, values: Callable[[Group], np.ndarray]
+) -> dict[str, float]:
+    """Those of these sets of groups of which no channel has a score above the threshold: their names, and the best
+    score in each.
+
+    Args:
+        sets: from ``vital``.
+        threshold: of the score.
+        values: the scores of a group, (channels,).
+    """
+    best = {" + ".join(group.id for group in one): max(float(values(g).max()) for g in one) for one in sets}
+    return {name: score for name, score in best.items() if score <= threshold}
+
+
+def dead_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """What a model cannot do without and whose gates are all zero."""
+    return list(lifeless(vital(model, groups), 0.0, lambda group: scores(model, group)))
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """ "a", "a and b", "a, b, c and 4 more"."""
+    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise PlanError where a parameter or a buffer holds a number that is not finite: nothing can be read from it."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        bad = tensor.detach()[~torch.isfinite(tensor.detach())]
+        if bad.numel():
+            raise PlanError(
+                f"{name} is {float(bad.flatten()[0])} in {number(bad.numel(), 'place')} of {tensor.numel()}, so "
+                "nothing can be read from the model; train with a lower rate, or load an earlier state"
+            )

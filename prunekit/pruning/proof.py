@@ -21,6 +21,7 @@ from prunekit.pruning.graph import first_line, tensors_in
 from prunekit.pruning.life import closing
 
 TOLERANCE = 1e-6
+DEAD = "the output is the same for every input: the network is dead"
 
 
 @dataclass
@@ -142,7 +143,7 @@ def prove(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor]) -> Proof:
     if not finite:
         proof.reason = "an output is not finite"
     elif not varies:
-        proof.reason = "the output is the same for every input: the network is dead"
+        proof.reason = DEAD
     elif not worst <= proof.tolerance:
         proof.reason = f"the outputs differ by {worst:.2g}, more than {proof.tolerance:.2g}"
     proof.holds = proof.reason is None

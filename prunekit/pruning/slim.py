@@ -16,7 +16,8 @@ from prunekit.pruning.constants import Constants, Report
 from prunekit.pruning.extract import dead_channels, settled_plan
 from prunekit.pruning.graph import first_line
 from prunekit.pruning.groups import find_groups
-from prunekit.pruning.proof import Proof, beyond, difference, gate_off, proof_inputs, prove
+from prunekit.pruning.limits import dead_layers, listed
+from prunekit.pruning.proof import DEAD, Proof, beyond, difference, gate_off, proof_inputs, prove
 from prunekit.pruning.surgery import Cutter
 
 CONSTANTS = ("carrier", "fold", "keep", "drop")
@@ -70,7 +71,11 @@ def slim(
     if not proof.holds and constants != "drop":
         rebuilt, proof = attempt.give_back(dead)
     if not proof.holds and not (constants == "drop" and math.isfinite(proof.max_abs_diff)):
-        raise PlanError(f"the slim model is not the dense one with its dead gates at zero: {proof.reason}")
+        dead_already = dead_layers(model, groups) if proof.reason == DEAD else []
+        where = (
+            f", every gate of {listed(dead_already)} is zero; train with a lower decay.weight" if dead_already else ""
+        )
+        raise PlanError(f"the slim model is not the dense one with its dead gates at zero: {proof.reason}{where}")
     proof.plan.notes = [*plan.notes, *_given(proof)]
     return _deliver(rebuilt, model, attempt, proof), proof
 

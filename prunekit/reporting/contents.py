@@ -63,6 +63,7 @@ _SUMMARY = {
     "reference": {EACH: {EACH: MAYBE_NUMBER}},
     "export": {"path": TEXT, "max_abs_diff": NUMBER, "latency_ms": {EACH: DURATION}},
     "skipped": {EACH: COUNT},
+    "skipped_steps": {EACH: COUNT},
     "seconds": {EACH: DURATION},
 }
 _SIDES = {"before": MAYBE_COUNT, "after": MAYBE_COUNT}
@@ -82,7 +83,7 @@ _PLAN = {
 }
 _LINE = {
     "stage": TEXT,
-    **dict.fromkeys(("epoch", "step", "alive", "of"), COUNT),
+    **dict.fromkeys(("epoch", "step", "alive", "of", "skipped"), COUNT),
     **dict.fromkeys(("loss", "penalty", "lambda", "lr"), NUMBER),
     "seconds": DURATION,
     **{key: {EACH: MAYBE_NUMBER} for key in ("metrics", "size", "budget")},
@@ -95,7 +96,7 @@ _CURVES = {
 _ENVIRONMENT = {
     **dict.fromkeys(("prunekit", "python", "platform", "device"), TEXT),
     "packages": {EACH: MAYBE_TEXT},
-    "threads": COUNT,
+    **dict.fromkeys(("threads", "processes"), COUNT),
     "command": [TEXT],
 }
 _EVAL = {

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from prunekit.data.pairs import ImageSet, Tensors, image_tensor, normalise, resize
-from prunekit.errors import DataError
+from prunekit.errors import DataError, TrainingError
 
 # At its own size an image's sides are rounded up to what a network with four halvings divides evenly.
 OWN_SIZE_MULTIPLE = 16
@@ -78,7 +78,8 @@ class Task(ABC):
 
     @abstractmethod
     def quick(self, model: nn.Module, tensors: Tensors, batch_size: int) -> dict[str, float]:
-        """Some figures, fast, for a look after each epoch.
+        """Some figures, fast, for a look after each epoch; none where the model's output is not finite, as that of a
+        model whose norms have seen little yet may be.
 
         Raises:
             DataError: the set is empty.
@@ -204,7 +205,17 @@ def outputs(
     else:
         planes = torch.cat([resize(image_tensor(image), (size, size)) for image in images])
         inputs = planes.split(max(1, _CPU_PIXELS // size**2) if device.type == "cpu" else len(planes))
-    return [one for part in inputs for one in last(_logits(model, normalise(part.to(device)))).cpu()]
+    found = []
+    for part in inputs:
+        logits = _logits(model, normalise(part.to(device)))
+        if not torch.isfinite(logits).all():
+            # As a map or a class it would look like any other.
+            raise TrainingError(
+                "the model's output for an image is not finite, so there is nothing to measure or to show; "
+                "train with a lower rate"
+            )
+        found += last(logits).cpu()
+    return found
 
 
 def _logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,8 @@ class Classification(Task):
             for start in range(0, len(tensors), batch_size):
                 batch = slice(start, start + batch_size)
                 logits = model(normalise(tensors.images[batch].to(device)))
+                if not torch.isfinite(logits).all():
+                    return {}
                 right += int((logits.argmax(1).cpu() == tensors.targets[batch]).sum())
         return {"top1": right / len(tensors)}
 

@@ -70,7 +70,10 @@ class Saliency(Task):
         with inference(model) as device:
             for start in range(0, len(tensors), batch_size):
                 batch = slice(start, start + batch_size)
-                scores = torch.sigmoid(model(normalise(tensors.images[batch].to(device))).float())
+                logits = model(normalise(tensors.images[batch].to(device))).float()
+                if not torch.isfinite(logits).all():
+                    return {}
+                scores = torch.sigmoid(logits)
                 maps = (scores[:, 0] * 255).to(torch.uint8).cpu().numpy()
                 for saliency, mask in zip(maps, tensors.targets[batch, 0].cpu().numpy(), strict=True):
                     meter.add(saliency, mask * np.uint8(255))

@@ -202,7 +202,11 @@ def test_what_is_less_than_asked_is_said_with_numbers():
     )
     low = {name: np.full(len(values), 1e-9) for name, values in scores.items()}
     choice = Chooser(model, groups, low).cut(threshold=1e-3)
-    assert choice.urgent == ["12 channels cut where threshold 0.001 asks for 14: 2 kept for min_channels 1"]
+    assert choice.urgent == [
+        "12 channels cut where threshold 0.001 asks for 14: 2 kept for min_channels 1",
+        "no channel of conv1 and conv2 is above threshold 0.001 (the best has 1e-09), so their best alone stay; if "
+        "they matter, train with a lower decay.weight",
+    ]
 
 
 def test_a_count_that_cannot_be_rounded_is_said():

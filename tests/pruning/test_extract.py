@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import numpy as np
@@ -108,6 +109,42 @@ def test_what_cannot_be_read_is_refused():
     gate(model, "bn2", [float("nan")])
     with pytest.raises(PlanError, match="a gate of conv1 is not finite"):
         extract(model, groups)
+
+
+def test_a_norm_that_is_not_finite_is_named_whatever_the_criterion():
+    model = Row()
+    example = settle(model)
+    groups = find_groups(model, example)
+    model.bn2.running_mean[4] = float("nan")
+    with pytest.raises(PlanError, match=r"bn2\.running_mean is nan in 1 place of"):
+        extract(model, groups)
+    model.bn2.running_mean[4] = 0
+    model.bn3.running_var[2] = float("inf")
+    with pytest.raises(PlanError, match=r"a gate of conv2 is not finite \(bn3\.running_var is inf\)"):
+        extract(model, groups)
+    model.bn3.running_var[2] = 1
+    gate(model, "bn1", [float("inf")])
+    with pytest.raises(PlanError, match=r"a weight of conv1 .* is not finite \(bn1\.weight is inf\)"):
+        magnitude(model, groups)
+
+
+@pytest.mark.parametrize("gates", [0.0, 1e-5])
+def test_a_layer_without_a_living_channel_is_named(gates):
+    model = csnet(10)
+    example = settle(model)
+    for branch in "01":
+        gate(model, f"stage1.1.depthwise2_out.norms.{branch}", [gates] * 5)
+    groups = find_groups(model, example)
+    name = "stage1.1.mix.paths.0to0 + stage1.1.mix.paths.0to1"
+    with pytest.warns(
+        PrunekitWarning, match=rf"no channel of {re.escape(name)} is above threshold 0.001 \(the best has"
+    ):
+        plan = extract(model, groups)
+    assert sum(plan.splits["stage1.1"]) == 1
+    if gates == 0:
+        match = f"the network is dead, every gate of {re.escape(name)} is zero; train with a lower decay.weight"
+        with pytest.raises(PlanError, match=match):
+            slim(model, plan, example, groups=groups)
 
 
 def ready(name="resnet_basic"):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from networks import Row
@@ -8,7 +9,17 @@ from prunekit.backbones.resnet import resnet
 from prunekit.errors import PlanError
 from prunekit.plan import Group
 from prunekit.pruning.groups import find_groups
-from prunekit.pruning.limits import kept_whole, layers_of, removable, uncuttable
+from prunekit.pruning.limits import (
+    check_finite,
+    dead_layers,
+    kept_whole,
+    layers_of,
+    lifeless,
+    listed,
+    removable,
+    uncuttable,
+    vital,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +89,54 @@ def test_a_branch_may_go_whose_reader_reads_others_too():
     whole = resnet(depth=8, width=8)
     groups = find_groups(whole, torch.zeros(2, 3, 8, 8))
     assert not any(removable(whole, group) for group in groups)
+
+
+def test_of_a_layer_with_branches_one_must_live_and_of_another_each_group(row, branched):
+    assert [[group.id for group in one] for one in vital(*row)] == [["conv1"], ["conv2"]]
+    model, groups = branched
+    sets = [{group.id for group in one} for one in vital(model, groups)]
+    assert {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"} in sets
+    assert set().union(*sets) == {group.id for group in groups if group.reason is None}
+
+
+def test_a_layer_is_lifeless_when_all_of_its_branches_are(branched):
+    model, groups = branched
+    fine, coarse = "stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"
+    values = {group.id: np.full(group.channels, 0.5) for group in groups}
+    values[fine][:] = 1e-5
+
+    def found():
+        return lifeless(vital(model, groups), 1e-3, lambda group: values[group.id])
+
+    assert found() == {}
+    values[coarse][:] = [*[0.0] * (len(values[coarse]) - 1), 1e-3]
+    assert found() == {f"{fine} + {coarse}": 1e-3}
+
+
+def test_what_has_no_gate_left_is_named():
+    model = Row()
+    groups = find_groups(model, torch.randn(1, 3, 16, 16))
+    assert dead_layers(model, groups) == []
+    with torch.no_grad():
+        model.bn3.weight.zero_()
+    assert dead_layers(model, groups) == ["conv2"]
+
+
+def test_names_in_a_row():
+    assert [listed("abcdef"[:count]) for count in (1, 2, 3, 4, 6)] == [
+        "a",
+        "a and b",
+        "a, b and c",
+        "a, b, c and 1 more",
+        "a, b, c and 3 more",
+    ]
+
+
+@pytest.mark.parametrize("name", ["bn1.weight", "bn2.running_mean", "bn2.running_var", "conv2.weight"])
+def test_a_number_that_is_not_finite_is_named(name):
+    model = Row()
+    check_finite(model)
+    tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
+    tensor.data.view(-1)[1:3] = float("-inf")
+    with pytest.raises(PlanError, match=rf"^{name} is -inf in 2 places of {tensor.numel()}, so nothing can be read"):
+        check_finite(model)

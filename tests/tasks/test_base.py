@@ -1,7 +1,11 @@
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from prunekit import registry
+from prunekit.data.pairs import Tensors
+from prunekit.errors import TrainingError
 from prunekit.tasks.base import Task, inference
 
 
@@ -28,3 +32,25 @@ def test_inference_leaves_every_module_in_its_mode():
         assert device == torch.device("cpu") and not any(m.training for m in model.modules())
         assert not model(torch.ones(1, 3, 2, 2)).requires_grad
     assert [m.training for m in model.modules()] == [True, False, True, True]
+
+
+class Bad(nn.Module):
+    """One map for saliency, or two logits, of which one number is not finite."""
+
+    def __init__(self, maps):
+        super().__init__()
+        self.maps, self.weight = maps, nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        y = x[:, :1] * self.weight if self.maps else x.mean((2, 3))[:, :2] * self.weight
+        y.view(-1)[1] = float("nan")
+        return y
+
+
+@pytest.mark.parametrize("name", ["saliency", "classification"])
+def test_an_output_that_is_not_finite_is_no_map_no_class_and_no_figure(name):
+    task, model = registry.tasks.get(name)(), Bad(name == "saliency")
+    with pytest.raises(TrainingError, match="the model's output for an image is not finite"):
+        task.predict(model, np.zeros((16, 16, 3), np.uint8), 16)
+    targets = torch.zeros(2, 1, 16, 16, dtype=torch.uint8) if name == "saliency" else torch.zeros(2, dtype=torch.int64)
+    assert task.quick(model, Tensors(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), targets, torch.ones(2, 2)), 2) == {}

@@ -1,0 +1,130 @@
+"""One of several processes that train a small model together; started by test_processes, with torchrun's variables.
+
+    python rank.py FOLDER
+
+The weights of each of RUNS come to lie in FOLDER/NAME-RANK.safetensors.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from prunekit import processes, registry
+from prunekit.data.pairs import load_tensors
+from prunekit.job import Job
+from prunekit.onlooker import Onlooker
+from prunekit.pruning.decay import DynamicWeightDecay
+from prunekit.pruning.groups import find_groups
+from prunekit.rundir import RunDir
+from prunekit.schema import SparseTraining
+from prunekit.training import fit
+
+SIZE = 16
+IMAGES = 24
+OPTIONS = {
+    "batch_size": 4,
+    "lr": 1e-3,
+    "gate_lr": 1e-2,
+    "optimizer": {"name": "sgd", "options": {"momentum": 0.9}},
+    "augment": {"name": "crop_flip", "options": {"crop": 2}},
+}
+
+
+class Small(nn.Module):
+    """Two convolutions with their norms, and dropout, so that each process has something to draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.act, self.drop = nn.PReLU(6), nn.Dropout(0.1)
+        self.out = nn.Conv2d(6, 1, 1)
+        self.register_buffer("constant", torch.tensor([1 / 3]))
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x * self.constant * 3)))
+        return self.out(self.drop(self.act(self.bn2(self.conv2(x)))))
+
+
+class Silent:
+    def __init__(self):
+        self.said = []
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def data():
+    build = registry.datasets.get("salient_shapes")
+    return {split: load_tensors(build(split, size=SIZE, train=IMAGES, val=4), SIZE) for split in ("train", "val")}
+
+
+def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
+    """The model after so many epochs, and what was said."""
+    torch.manual_seed(0)
+    model, found, reporter = Small(), data(), Silent()
+    groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
+    section = SparseTraining.model_validate({**OPTIONS, "epochs": epochs, "accumulate": accumulate, **changes})
+    job = Job(
+        stage="train",
+        section=section,
+        task=registry.tasks.get("saliency")(),
+        train=found["train"],
+        val=found["val"],
+        seed=3,
+        run=run,
+        reporter=reporter,
+        device=torch.device("cpu"),
+        threshold=threshold,
+    )
+    return fit(model, job, groups, DynamicWeightDecay(model, groups, 0.1)), reporter.said
+
+
+# Folder → what is trained in it: one step with each optimiser, and many.
+RUNS = {
+    "sgd": {"epochs": 1, "batch_size": IMAGES // 2},
+    "adam": {"epochs": 1, "batch_size": IMAGES // 2, "optimizer": "adam"},
+    "many": {"epochs": 3},
+}
+
+
+def opened(folder):
+    """A new run folder: for the first process to write, for the others to look at."""
+    with processes.in_turn():
+        return RunDir.start(folder, "name: test\n", {}) if processes.leads() else Onlooker.open(folder)
+
+
+def main(folder):
+    processes.join()
+    for name, how in RUNS.items():
+        with opened(folder / name) as run:
+            model, _ = train(run, **how)
+        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(state, folder / f"{name}-{processes.rank()}.safetensors")
+    with opened(folder / "death") as run:
+        saliency = registry.tasks.get("saliency")
+        loss = saliency.loss
+
+        def deadly(task, logits, targets):
+            if processes.rank() and run.read_metrics():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(task, logits, targets)
+
+        saliency.loss = deadly
+        train(run, epochs=9)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except processes.LostProcess as lost:
+        print(lost)
+        sys.exit(lost.exit_status)
