@@ -63,5 +63,10 @@ def _fail(message: str, status: int, debug: bool, alike: bool = False) -> None:
     number = launch.process()
     name = f"prunekit, process {number}" if number else "prunekit"
     for line in message.splitlines() if not (alike and number) else ():
-        print(f"{name}: {line}", file=sys.stderr)
+        print(f"{name}: {_harmless(line)}", file=sys.stderr)
     sys.exit(status)
+
+
+def _harmless(line: str) -> str:
+    """A line that a file from anywhere may be quoted in: what a terminal would obey is spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -316,3 +316,8 @@ def test_help_needs_no_torch():
         done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(call):
+    status, _, error = call("run", "evil\x1b[2J\u202egnp.yaml")
+    assert status == 2 and r"evil\x1b[2J\u202egnp.yaml" in error and "\x1b" not in error
