@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as decode_tensors
 from safetensors.numpy import save as encode_safetensors
 
+from prunekit.decoding import decode_json, decode_tensors
 from prunekit.errors import CheckpointError
 from prunekit.files import encode_json, reason, sha256, write_atomic
 
@@ -74,13 +73,13 @@ class CheckpointStore:
         for epoch in self.epochs(stage):
             arrays, record = self._paths(stage, epoch)
             try:
-                written = json.loads(record.read_bytes())
+                written = decode_json(record.read_bytes())
                 data = arrays.read_bytes()
                 body = encode_json(written["state"], record.name, indent=None)
                 if sha256(data) != written["sha256"] or sha256(body) != written["state_sha256"]:
                     raise ValueError("its bytes are not those written")
                 return epoch, decode_tensors(data), written["state"]
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
                 why = reason(error) if isinstance(error, OSError) else error
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", record.with_suffix(""), why)
         return None

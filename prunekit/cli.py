@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from prunekit.errors import PrunekitError, PrunekitWarning
+from prunekit.userfile import trusting
 
 app = typer.Typer(
     name="prunekit",
@@ -20,8 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Any command takes --debug, which shows the traceback of an error. Exit status: 0 done, 2 your mistake, "
-    "3 failed while running, 130 interrupted.",
+    epilog="Any command takes --debug, which shows the traceback of an error, and --trust, which runs the Python file "
+    "that a run folder names. Exit status: 0 done, 2 your mistake, 3 failed while running, 130 interrupted.",
 )
 
 Overrides = Annotated[
@@ -326,9 +327,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``prunekit`` command."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    trust = "--trust" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--debug", "--trust")]
     try:
-        with _notices():
+        with _notices(), trusting(trust):
             app(args=arguments, prog_name="prunekit")
     except PrunekitError as error:
         _fail(str(error), error.exit_status, debug)

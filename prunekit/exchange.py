@@ -89,4 +89,4 @@ def derived_recipe(folder: Path, overrides: list[str]) -> Recipe:
     from prunekit.recipe import load
 
     RunDir.open(folder)
-    return load(folder / "recipe.yaml", overrides)
+    return load(folder / "recipe.yaml", overrides, foreign=True)

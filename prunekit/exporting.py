@@ -145,7 +145,7 @@ def with_data(run: RunDir, overrides: list[str]) -> Recipe:
     for override in overrides:
         if not override.startswith(("data.", "data=")):
             raise RecipeError(f"{override}: only keys of the data can be set here, such as data.root=FOLDER")
-    return load(run.path / "recipe.yaml", overrides)
+    return load(run.path / "recipe.yaml", overrides, foreign=True)
 
 
 @dataclass

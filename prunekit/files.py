@@ -147,7 +147,7 @@ class FolderLock:
         """
         while self._handle is None:
             try:
-                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             except OSError as error:
                 raise RunFolderError(
                     f"cannot lock {self.path.parent}: {reason(error)}; mend its permissions or choose another --out DIR"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import logging
 import os
 import shutil
@@ -22,6 +21,8 @@ import numpy as np
 
 from prunekit import __version__
 from prunekit.checkpoints import CheckpointStore
+from prunekit.decoding import decode_json
+from prunekit.enclosed import check_enclosed
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.files import TEMPORARY, FolderLock, alive, reason
 from prunekit.runfiles import PARTS, RECIPE, STAGES, STATE, SUMMARY, RunFiles, place, stage_index
@@ -91,6 +92,9 @@ class RunDir(RunFiles):
             raise RunFolderError(
                 f"{path} holds files and no run, so nothing is written there; choose another --out DIR"
             )
+        if not overwrite:
+            # That one removes links, and follows none.
+            check_enclosed(path)
         lock = FolderLock(path)
         lock.acquire()
         try:
@@ -122,6 +126,7 @@ class RunDir(RunFiles):
         path = Path(path)
         if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):
             raise RunFolderError(f"{path} is no run folder (no {RECIPE} in it); give one that prunekit run has made")
+        check_enclosed(path)
         lock = FolderLock(path) if write else None
         if lock is not None:
             lock.acquire()
@@ -337,7 +342,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     """``state.json``, or an empty one where there is none, as in a folder that was copied in part."""
     empty = {**_fresh_state(), "status": "unknown", "pid": None, "host": None}
     try:
-        state = json.loads((path / STATE).read_bytes())
+        state = decode_json((path / STATE).read_bytes())
         if not (
             isinstance(state["format"], int)
             and isinstance(state["done"], list)
@@ -357,7 +362,7 @@ def _refuse_newer(path: Path) -> None:
     for name in (STATE, SUMMARY):
         # What cannot be read here is told by whoever needs it.
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            held = json.loads((path / name).read_bytes())
+            held = decode_json((path / name).read_bytes())
             if held.get("format", FORMAT) > FORMAT:
                 raise RunFolderError(
                     f"{path} has format {held['format']}, this prunekit ({__version__}) reads up to {FORMAT}; it needs "
