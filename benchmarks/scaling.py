@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from prunekit.backbones.csnet import csnet
-from prunekit.backbones.octresnet import octresnet
+from prunekit.backbones import build
 from prunekit.benching import settled
 from prunekit.counting import count, total
 from prunekit.deploy.deployed import deploy
+from prunekit.deploy.handed import hand_over
 from prunekit.deploy.timing import Job, measure
+from prunekit.plan import Builder
 
 FORMS = ("eager", "deployed")
 
@@ -43,12 +43,16 @@ def main(arguments: list[str] | None = None) -> dict:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
 
-    def fixed() -> nn.Module:
-        return csnet(width=args.width)
+    def csnet(width: int) -> Builder:
+        return Builder(name="csnet", options={"width": width})
 
-    axes: dict[str, list[tuple[int, Callable[[], nn.Module], int, int]]] = {
-        "width": [(w, lambda w=w: csnet(width=w), args.size, 1) for w in args.widths],
-        "depth": [(d, lambda d=d: octresnet(d, 16), args.size, 1) for d in args.depths],
+    def octresnet(depth: int) -> Builder:
+        return Builder(name="octresnet", options={"depth": depth, "width": 16})
+
+    fixed = csnet(args.width)
+    axes: dict[str, list[tuple[int, Builder, int, int]]] = {
+        "width": [(w, csnet(w), args.size, 1) for w in args.widths],
+        "depth": [(d, octresnet(d), args.size, 1) for d in args.depths],
         "resolution": [(s, fixed, s, 1) for s in args.sizes],
         "batch": [(b, fixed, args.size, b) for b in args.batches],
     }
@@ -57,17 +61,18 @@ def main(arguments: list[str] | None = None) -> dict:
     return result
 
 
-def grow(points: Sequence[tuple[int, Callable[[], nn.Module], int, int]], args: argparse.Namespace) -> dict:
+def grow(points: Sequence[tuple[int, Builder, int, int]], args: argparse.Namespace) -> dict:
     """Milliseconds and MACs at each point of an axis, as ratios to the first, and the powers through them."""
     jobs, macs = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for place, (_, build, size, batch) in enumerate(points):
-            model = settled(build()).requires_grad_(False)
+        for place, (_, builder, size, batch) in enumerate(points):
+            model = settled(build(builder.name, builder.options)).requires_grad_(False)
             macs.append(batch * total(count(model, (3, size, size))[0])["macs"])
             example = torch.randn(2, 3, size, size)
             for form in FORMS:
-                path = Path(folder) / f"{place}-{form}.pt"
-                torch.save(model if form == "eager" else deploy(model, example)[0], path)
+                path = Path(folder) / f"{place}-{form}.safetensors"
+                chosen = None if form == "eager" else deploy(model, example)[1].form
+                hand_over(path, model, builder, chosen, (3, size, size))
                 jobs.append(Job(f"{form} {place}", "torch", path, batch, size, args.threads))
         timings, _ = measure(jobs, args.seconds)
     for job, timing in zip(jobs, timings, strict=True):

@@ -21,6 +21,7 @@ from torch import nn
 
 from prunekit.counting import count, total
 from prunekit.deploy.deployed import deploy
+from prunekit.deploy.handed import hand_over
 from prunekit.deploy.onnx import export_onnx
 from prunekit.deploy.openvino import imported
 from prunekit.deploy.quantise import last_convolution, quantise
@@ -28,6 +29,7 @@ from prunekit.deploy.subnormals import without_subnormals
 from prunekit.deploy.timing import Job, Timing, measure
 from prunekit.errors import ExportError, RecipeError
 from prunekit.loading import MODELS, build_dense, input_shape, load_model, newest_model, read_recipe
+from prunekit.plan import Builder
 from prunekit.progress import Reporter
 from prunekit.registry import nearest
 from prunekit.rundir import RunDir
@@ -85,7 +87,7 @@ def bench_run(
             with reporter.busy(f"preparing {model}"):
                 files = Files(model, network, recipe, Path(scratch), reporter).make(chosen)
             jobs += [
-                (model, form, Job(f"{model} {form}", kind, path, batch, size, n, precision, _user_file(recipe)))
+                (model, form, Job(f"{model} {form}", kind, path, batch, size, n, precision))
                 for form, (kind, path, precision) in files.items()
                 for batch in counts["--batch"]
                 for size in counts["--size"]
@@ -150,10 +152,11 @@ class Files:
         if form in ("eager", "deployed", "deployed_bf16", "compiled"):
             # What is compiled, or computes in bf16, is the deployed form without kernels of our own.
             which = {"eager": "eager", "deployed": "torch"}.get(form, "pt2")
-            path = self.folder / f"{self.name}-{which}.pt"
+            path = self.folder / f"{self.name}-{which}.safetensors"
             if not path.exists():
-                model = self.network if which == "eager" else deploy(self.network, self.example, runtime=which)[0]
-                torch.save(without_subnormals(model), path)
+                record = None if which == "eager" else deploy(self.network, self.example, runtime=which)[1]
+                form = None if record is None or record.reason else record.form
+                hand_over(path, self.network, _builder(self.recipe), form, input_shape(self.recipe))
             return ("compiled" if form == "compiled" else "torch"), path, precision
         kind = "onnxruntime" if form.startswith("ort") else "openvino"
         which = "plain" if form.endswith("_plain") else "int8" if form.endswith("_int8") else kind
@@ -354,5 +357,5 @@ def _device() -> str:
         return platform.processor() or platform.machine() or "cpu"
 
 
-def _user_file(recipe: Recipe) -> str | None:
-    return f"{recipe.backbone.file}::{recipe.backbone.name}" if recipe.backbone.file else None
+def _builder(recipe: Recipe) -> Builder:
+    return Builder(**recipe.backbone.model_dump(mode="json"))

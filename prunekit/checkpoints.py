@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as decode_tensors
 from safetensors.numpy import save as encode_safetensors
 
+from prunekit.decoding import decode_json, decode_tensors
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.files import encode_json, format_fault, is_newer, reason, refusal, sha256, write_atomic
 
@@ -109,7 +108,7 @@ class CheckpointStore:
         arrays, record = self._paths(stage, step)
         named = f"checkpoint {record.with_suffix('')}"
         try:
-            written = json.loads(record.read_bytes())
+            written = decode_json(record.read_bytes())
             if is_newer(written["format"], FORMAT):
                 raise RunFolderError(
                     f"{named} {format_fault(written['format'], FORMAT)}; it was written by a newer prunekit and needs "
@@ -122,7 +121,7 @@ class CheckpointStore:
             if None not in (self.run, written.get("run")) and written["run"] != self.run:
                 raise ValueError("it is of another run")
             return decode_tensors(data), written["state"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             raise CheckpointError(f"{named} is damaged ({why})") from error
 

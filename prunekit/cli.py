@@ -13,6 +13,7 @@ from prunekit.endings import ending, going_on
 from prunekit.errors import RecipeError
 from prunekit.interrupts import terminable
 from prunekit.logs import LEVELS, is_quiet, terminal
+from prunekit.userfile import trusting
 
 app = typer.Typer(
     name="prunekit",
@@ -20,8 +21,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Any command takes --debug, which shows the traceback of an error, and --log-level LEVEL (debug, info, "
-    "warning, error), from which on the terminal shows what is said; run.log in a run folder gets all of it. "
+    epilog="Any command takes --debug, which shows the traceback of an error; --log-level LEVEL (debug, info, warning, "
+    "error), from which on the terminal shows what is said; run.log in a run folder gets all of it; and --trust, which "
+    "runs the Python file that a run folder names. "
     "Exit status: 0 done, 2 your mistake, 3 failed while running, 130 interrupted.",
 )
 
@@ -331,11 +333,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the ``prunekit`` command."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    trust = "--trust" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--debug", "--trust")]
     with ending(debug), launch.silenced():
         level = _level(arguments)
         launch.begin(*arguments[:1])
-        with terminable(), terminal(level):
+        with terminable(), terminal(level), trusting(trust):
             app(args=arguments, prog_name="prunekit")
 
 

@@ -91,4 +91,4 @@ def derived_recipe(folder: Path, overrides: list[str]) -> Recipe:
     from prunekit.recipe import load
 
     RunDir.open(folder).read_text(RECIPE)  # whose checksum is held against it
-    return load(folder / RECIPE, overrides)
+    return load(folder / RECIPE, overrides, foreign=True)

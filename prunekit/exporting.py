@@ -147,7 +147,7 @@ def with_data(run: RunDir, overrides: list[str]) -> Recipe:
         if not override.startswith(("data.", "data=")):
             raise RecipeError(f"{override}: only keys of the data can be set here, such as data.root=FOLDER")
     run.read_text(RECIPE)  # whose checksum is held against it
-    return load(run.path / RECIPE, overrides)
+    return load(run.path / RECIPE, overrides, foreign=True)
 
 
 @dataclass

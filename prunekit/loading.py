@@ -17,6 +17,7 @@ from prunekit.rundir import RunDir
 from prunekit.runfiles import RECIPE
 from prunekit.schema import Recipe
 from prunekit.tasks.base import Task
+from prunekit.userfile import UserFile
 
 # "dense" is the model that was trained with decay: the builder's, or (with `init`) what another run ended with; where
 # the training shrank, what was left of it.
@@ -51,7 +52,13 @@ def read_recipe(run: RunDir) -> Recipe:
 
 
 def build_dense(recipe: Recipe) -> nn.Module:
-    """The dense model of a recipe, its first weights drawn from the recipe's seed."""
+    """The dense model of a recipe, its first weights drawn from the recipe's seed.
+
+    Raises:
+        PluginError: it is built by a file that the user has not vouched for.
+    """
+    if recipe.backbone.file is not None:
+        UserFile.read(recipe.backbone.file).check()
     torch.manual_seed(recipe.seed)
     return build(recipe.backbone.name, recipe.backbone.options, recipe.backbone.file)
 

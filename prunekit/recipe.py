@@ -60,12 +60,14 @@ _BOUNDS = {
 _ROOTS = ("root", "val_root", "val_holdout")
 
 
-def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(source: str | Path, overrides: Sequence[str] = (), *, foreign: bool = False) -> Recipe:
     """Read a recipe and check all of it.
 
     Args:
         source: a file, or the bare name of a shipped recipe.
         overrides: ``a.b.c=value`` each, the value in YAML; laid over the file after its ``base``.
+        foreign: whether the file may be somebody else's, as a run folder's: a ``backbone.file`` in it is imported only
+            if the user has vouched for that, see ``userfile``.
 
     Returns:
         The recipe with every default filled in, those of the builders' options included.
@@ -79,7 +81,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     at_fault = {mistake.path for mistake in in_texts}
     tree.mistakes = []
     _check_schema(tree)
-    _check_names(tree)
+    _check_names(tree, foreign)
     # What could not be read is None in the tree; that None does not fit is no second mistake.
     of_values = [m for m in tree.mistakes if not any(m.path[: n + 1] in at_fault for n in range(len(m.path)))]
     if mistakes := sorted(in_texts + of_values):
@@ -113,7 +115,7 @@ def _check_schema(tree: Tree) -> None:
                 tree.complain(path, f"is missing; add {add}")
 
 
-def _check_names(tree: Tree) -> None:
+def _check_names(tree: Tree, foreign: bool) -> None:
     """The second pass: names, options and the keys that not every data set takes; fills in names and options."""
     task = tree.at(("task",)) if "task" in tree.value else Recipe.model_fields["task"].default
     if isinstance(task, str) and task not in registry.tasks:
@@ -124,7 +126,7 @@ def _check_names(tree: Tree) -> None:
         if not isinstance(part, dict):
             continue
         if path == ("backbone",) and part.get("file") is not None:
-            holder[path[-1]] = _check_file(tree, part)
+            holder[path[-1]] = _check_file(tree, part, foreign)
             continue
         # A name that stands in a text we could not read is not the default one.
         name = part.get("name", schema.default_name(path) if tree.complete else None)
@@ -144,7 +146,7 @@ def _check_names(tree: Tree) -> None:
         holder[path[-1]] = {**part, "name": name, "options": options}
 
 
-def _check_file(tree: Tree, part: dict[str, Any]) -> dict[str, Any]:
+def _check_file(tree: Tree, part: dict[str, Any], foreign: bool) -> dict[str, Any]:
     """The section of a backbone from a user's file: the file found and noted as it is now, its options checked."""
     path = ("backbone",)
     file, name, options = part["file"], part.get("name"), part.get("options", {})
@@ -158,6 +160,10 @@ def _check_file(tree: Tree, part: dict[str, Any]) -> dict[str, Any]:
         if source.changed:
             mend = f"put that version back, or go on with this one by backbone.file={source.path}"
             raise RecipeError(f"{source.changed}; {mend}")
+        if foreign and place.column:
+            source.check()
+        else:
+            source.vouch()
         build = source.function(name)
     except PrunekitError as error:
         tree.complain((*path, "file"), str(error))

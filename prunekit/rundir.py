@@ -21,6 +21,7 @@ import numpy as np
 
 from prunekit import __version__
 from prunekit import state as states
+from prunekit.enclosed import check_enclosed
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.files import TEMPORARY, FolderLock, alive, disk_fails, make_folder, reason, refusal
 from prunekit.runfiles import PARTS, RECIPE, STAGES, RunFiles, place, stage_index
@@ -94,6 +95,9 @@ class RunDir(RunFiles):
             raise RunFolderError(
                 f"{path} holds files and no run, so nothing is written there; choose another --out DIR"
             )
+        if not overwrite:
+            # That one removes links, and follows none.
+            check_enclosed(path)
         lock = FolderLock(path)
         lock.acquire()
         try:
@@ -125,6 +129,7 @@ class RunDir(RunFiles):
         path = Path(path)
         if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):
             raise RunFolderError(f"{path} is no run folder (no {RECIPE} in it); give one that prunekit run has made")
+        check_enclosed(path)
         lock = FolderLock(path) if write else None
         if lock is not None:
             lock.acquire()

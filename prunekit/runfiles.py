@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import zipfile
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as decode_tensors
 
 from prunekit import state as states
 from prunekit.checkpoints import CheckpointStore, encode_tensors
+from prunekit.decoding import decode_arrays, decode_json, decode_tensors
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.files import FolderLock, encode_json, reason, refusal, sha256, sync_folder, write_atomic
 from prunekit.state import STATE
@@ -216,23 +214,22 @@ class RunFiles:
     def read_json(self, name: str) -> Any:
         """Read JSON; errors as for :meth:`read_bytes`."""
         try:
-            return json.loads(self.read_text(name))
+            return decode_json(self.read_text(name))
         except ValueError as error:
             raise self._damage(name, f"damaged ({error})") from error
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:
         """Read an ``.npz``; errors as for :meth:`read_bytes`."""
         try:
-            with np.load(io.BytesIO(self.read_bytes(name)), allow_pickle=False) as archive:
-                return dict(archive.items())
-        except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            return decode_arrays(self.read_bytes(name))
+        except ValueError as error:
             raise self._damage(name, f"damaged ({error})") from error
 
     def read_tensors(self, name: str) -> dict[str, np.ndarray]:
         """Read a ``.safetensors``; errors as for :meth:`read_bytes`."""
         try:
             return decode_tensors(self.read_bytes(name))
-        except (SafetensorError, ValueError, KeyError) as error:
+        except ValueError as error:
             raise self._damage(name, f"damaged ({error})") from error
 
     def has(self, name: str) -> bool:
@@ -345,7 +342,7 @@ class RunFiles:
         metrics = []
         for number, line in enumerate(lines, 1):
             try:
-                metrics.append(json.loads(line))
+                metrics.append(decode_json(line))
             except ValueError as error:
                 raise self._damage(METRICS, f"damaged in line {number} ({error})") from error
         return metrics

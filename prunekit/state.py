@@ -6,7 +6,6 @@ a stage done that is not.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit import __version__
+from prunekit.decoding import decode_json
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.files import encode_json, format_fault, is_newer, reason, sha256
 
@@ -63,7 +63,7 @@ def read(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}; mend its permissions") from error
     try:
-        state = json.loads(data)
+        state = decode_json(data)
         if isinstance(state, dict) and is_newer(state.get("format"), FORMAT):
             raise newer(path, state)
         _fits(state)
@@ -80,7 +80,7 @@ def refuse_newer(folder: Path) -> None:
     none."""
     for name in (STATE, SUMMARY):
         try:
-            held = json.loads((folder / name).read_bytes())
+            held = decode_json((folder / name).read_bytes())
         except (OSError, ValueError, RecursionError):
             continue  # What cannot be read here is told by whoever needs it.
         if isinstance(held, dict) and (fault := format_fault(held.get("format", FORMAT), FORMAT)):

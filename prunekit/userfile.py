@@ -2,26 +2,35 @@
 
 A recipe that was read names its file as ``/the/whole/path/my_net.py#sha256=…``, the first digits of the file's
 SHA-256. So the run folder, its plan and its weights know the code that they were made with.
+
+A recipe that its user runs may name any file: that is the user's word. A run folder may come from somebody else, and
+what it names is run only where this user has run a file of the same content before (its SHA-256 is noted in the cache
+folder), or says so now (``--trust``). Two other rules were weighed: to run what lies outside of the folder, which
+whoever knows where folders are unpacked gets round; and to ask for the word always, which every ``predict`` would pay.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from prunekit.errors import PluginError, PrunekitError, RecipeError
+from prunekit.files import cache_folder
 from prunekit.registry import nearest, reason_of
 
 DIGITS = 16
 _PINNED = re.compile(r"(?P<path>.*)#sha256=(?P<digits>[0-9a-f]{8,64})", re.DOTALL)
 
+_known: set[str] = set()
+_trusting = False
 _modules: dict[tuple[Path, str], ModuleType] = {}
 
 
@@ -83,6 +92,26 @@ class UserFile:
         now = self.digest[: len(self.expected)]
         return f"{self.path} has changed since it was noted (sha256 {self.expected}, now {now})"
 
+    def vouch(self) -> None:
+        """Note that the user has this content run."""
+        _known.add(self.digest)
+        # Where the note cannot be written, the user will be asked again.
+        with contextlib.suppress(OSError):
+            _notes().mkdir(parents=True, exist_ok=True, mode=0o700)
+            (_notes() / self.digest).touch()
+
+    def check(self) -> None:
+        """See that the user has vouched for this content.
+
+        Raises:
+            PluginError: not yet, and nobody says so now.
+        """
+        if _trusting:
+            self.vouch()
+        elif self.digest not in _known and not (_notes() / self.digest).is_file():
+            what = self.changed or f"{self.path} is code that a run folder names, and that you have not run before"
+            raise PluginError(f"backbone.file: {what}; read it, and give the command again with --trust to run it")
+
     def function(self, name: str) -> Callable[..., Any]:
         """The function of this name in the file, which is imported once for each content that it has.
 
@@ -122,3 +151,18 @@ class UserFile:
             mend = f"; a plain file stands alone: make it and {missing} a package, or add its folder to PYTHONPATH"
             raise PluginError(f"{self.path} fails to import ({reason_of(error)}){mend if beside else ''}") from error
         return module
+
+
+def _notes() -> Path:
+    return cache_folder() / "trusted"
+
+
+@contextlib.contextmanager
+def trusting(wanted: bool = True) -> Iterator[None]:
+    """Within, the user vouches for whatever file a run folder names."""
+    global _trusting
+    before, _trusting = _trusting, wanted
+    try:
+        yield
+    finally:
+        _trusting = before

@@ -156,7 +156,7 @@ def test_mistakes(folder, published, capsys, tmp_path):
         (["import torch", "csnet"], "import", "torch", published / "slim.bin", "--out", "x"),
         (["slim.bin", "which no checkpoint needs"], "import", "csnet", published / "slim.bin", "--out", "x"),
         (
-            ["dense.pth.tar", "is it the checkpoint"],
+            ["dense.pth.tar", "is it another one"],
             "import",
             "csnet",
             published / "slim.pth.tar",

@@ -13,12 +13,31 @@ from PIL import ExifTags, Image, ImageOps
 from prunekit.errors import CheckpointError, DataError, WriteError
 from prunekit.files import write_atomic
 
+# Pillow knows more, but some of those are drawn by another program (EPS by Ghostscript, whatever the file is called).
+_FORMS = (
+    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+)
+# Some decoders read the whole file first; 16 bits of three colours of the most pixels take half of this.
+LARGEST_FILE = 1 << 30
+# A progressive JPEG is drawn anew at each of its scans, and a scan takes a few bytes; cameras and tools make about ten.
+MOST_SCANS = 100
+# JPEG leaves masks that were grey with a little colour.
+MOST_COLOUR = 96
+# Higher ones are the noise around the edges of a graded mask, or a very faint one.
+MOST_CLASSES = 20
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
 @cache
 def _suffixes() -> frozenset[str]:
-    return frozenset(s for s, form in Image.registered_extensions().items() if form in Image.OPEN)
+    return frozenset(s for s, form in Image.registered_extensions().items() if form in _forms())
+
+
+@cache
+def _forms() -> tuple[str, ...]:
+    """Those that this build of Pillow reads."""
+    Image.init()
+    return tuple(form for form in _FORMS if form in Image.OPEN)
 
 
 def is_image(path: str | Path) -> bool:
@@ -38,7 +57,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     picture = _open(path)
     if picture.mode in _DEEP:
-        return np.repeat(_eight_bits(picture)[..., None], 3, axis=-1)
+        return np.repeat(_eight_bits(picture, path)[..., None], 3, axis=-1)
     if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
@@ -52,15 +71,32 @@ def read_mask(path: str | Path) -> np.ndarray:
     are only 0 and 1 is read as 0 and 255.
 
     Raises:
-        DataError: as for :func:`read_image`.
+        DataError: as for :func:`read_image`; or it is in colours, or its levels are numbers of several classes, of
+            which none can be called the object.
     """
     picture = _open(path)
     if picture.mode in _DEEP:
-        levels = _eight_bits(picture)
+        levels = _eight_bits(picture, path)
+    elif picture.mode in ("1", "L"):
+        levels = np.array(picture.convert("L"))
     else:
-        levels = np.array((picture if picture.mode in ("1", "L") else picture.convert("RGB")).convert("L"))
+        colours = picture.convert("RGB")
+        planes = np.array(colours)
+        spread = int((planes.max(-1).astype(np.int16) - planes.min(-1)).max(initial=0))
+        if spread > MOST_COLOUR:
+            raise DataError(
+                f"{path} is in colours (channels up to {spread} levels apart), and a mask is grey, 0 for background to "
+                "255 for object; convert it"
+            )
+        levels = np.array(colours.convert("L"))
+    highest = int(levels.max(initial=0))
+    if 1 < highest <= MOST_CLASSES:
+        raise DataError(
+            f"{path} has levels up to {highest}, numbers of classes it seems; a mask is 0 for background and 255 "
+            "(or 1) for object; convert it"
+        )
     # Some tools write the class number itself; as a grey level it would be an empty mask.
-    return levels * np.uint8(255) if levels.size and levels.max() == 1 else levels
+    return levels * np.uint8(255) if highest == 1 else levels
 
 
 def turned_like(levels: np.ndarray, photo: str | Path) -> np.ndarray:
@@ -70,7 +106,7 @@ def turned_like(levels: np.ndarray, photo: str | Path) -> np.ndarray:
         DataError: the photograph cannot be read.
     """
     try:
-        with Image.open(photo) as picture:
+        with Image.open(photo, formats=_forms()) as picture:
             exif = picture.getexif()
     except Exception as error:
         raise DataError(f"{photo} cannot be read as an image ({_one_line(error)}); copy it again") from error
@@ -113,14 +149,23 @@ def encode_png(levels: np.ndarray) -> bytes:
 def _open(path: str | Path) -> Image.Image:
     path = Path(path)
     try:
-        if path.stat().st_size == 0:
+        size = path.stat().st_size
+        if size == 0:
             raise DataError(f"{path} is empty (0 bytes); copy it again, or remove it together with its partner")
+        if size > LARGEST_FILE:
+            raise DataError(f"{path} is too large to be read safely ({size:,} bytes); make it smaller")
         with warnings.catch_warnings():
             # Pillow only warns of a bomb up to twice its limit; for us both are the same.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Palettes with transparency in bytes, odd EXIF: no fault of the pixels.
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(path) as picture:
+            with Image.open(path, formats=_forms()) as picture:
+                if 0 in picture.size:
+                    raise DataError(f"{path} has no pixels; remove it together with its partner")
+                if picture.format in ("JPEG", "MPO") and path.read_bytes().count(b"\xff\xda") > MOST_SCANS:
+                    raise DataError(
+                        f"{path} has more than {MOST_SCANS} scans, too many to be read safely; save it anew"
+                    )
                 picture.load()
                 return ImageOps.exif_transpose(picture)
     except DataError:
@@ -131,6 +176,8 @@ def _open(path: str | Path) -> Image.Image:
         raise DataError(f"{path} does not exist; check the path") from error
     except PermissionError as error:
         raise DataError(f"{path} may not be read; change its permissions") from error
+    except MemoryError as error:
+        raise DataError(f"{path} takes more memory than there is; make it smaller") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file.
         raise DataError(
             f"{path} cannot be read as an image ({_one_line(error)}); copy it again, or remove it with its partner"
@@ -141,10 +188,18 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _eight_bits(picture: Image.Image) -> np.ndarray:
-    """Grey of more than 8 bits → uint8 [H, W]: its levels end at 65535, or at 255 (float: 1) where none is above."""
+def _eight_bits(picture: Image.Image, path: str | Path) -> np.ndarray:
+    """Grey of more than 8 bits → uint8 [H, W]: its levels end at 65535, or at 255 (float: 1) where none is above.
+
+    Raises:
+        DataError: a level is below 0, above 65535, or no number.
+    """
     levels = np.array(picture).astype(np.float64)
-    highest = levels.max(initial=0)
+    lowest, highest = levels.min(initial=0), levels.max(initial=0)
+    if not (lowest >= 0 and highest <= 65535):
+        raise DataError(
+            f"{path} has levels from {lowest:g} to {highest:g}, and grey goes from 0 to 65535 (255, 1); convert it"
+        )
     # A file of 16 bits that holds 0 and 255 was meant so: read as 16 bits it would be black.
     top = 255.0 if highest <= 255 else 65535.0
     if picture.mode == "F" and highest <= 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,8 @@ from prunekit.deploy.checking import TOLERANCE
 from prunekit.deploy.emit import Unknown, emit
 from prunekit.deploy.form import Deployed, Form
 from prunekit.deploy.graph import Graph
-from prunekit.deploy.kernels import use_kernels
-from prunekit.deploy.merge import merge_inputs, merge_sums, share_poolings
-from prunekit.deploy.norms import fold_norms
 from prunekit.deploy.onnx import onnx_function
-from prunekit.deploy.pad import pad_channels
-from prunekit.deploy.prelu import relu_form
+from prunekit.deploy.rewriting import Record, rewrite, written
 from prunekit.errors import ExportError
 from prunekit.native.library import NoKernels
 
@@ -60,41 +56,6 @@ FORMS = {
     # A PReLU stays one: as a sum of two quantised parts it costs accuracy.
     "int8": [Form()],
 }
-
-
-@dataclass
-class Record:
-    """What was done to a model.
-
-    Attributes:
-        runtime: for which it was written.
-        reason: why the model stays as it is; None where it was rewritten.
-        form: the one that was chosen.
-        measured: each form that was tried, with the median of its milliseconds for one input like the example's first.
-        folded, left: norms that went into convolutions, and those that stay.
-        shared: poolings that are computed once, or from smaller ones.
-        padded: channels that were added.
-        merged: convolutions that went into others.
-        relus: PReLUs that are written as ReLUs.
-        kernels: how many operations kernels of our own took over, or why they cannot be had.
-        max_abs_diff: of the outputs, on the example and at a second size.
-    """
-
-    runtime: str
-    reason: str | None = None
-    form: Form = field(default_factory=Form)
-    measured: list[dict[str, Any]] = field(default_factory=list)
-    folded: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    shared: int = 0
-    padded: int = 0
-    merged: int = 0
-    relus: int = 0
-    kernels: int | str = 0
-    max_abs_diff: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def deploy(
@@ -138,33 +99,9 @@ def deploy(
     graph, record = made[form]
     record.measured = measured
     record.kernels = without_kernels or record.kernels
-    deployed = Deployed(_laid_out(graph, form), form)
+    deployed = written(graph, form)
     record.max_abs_diff = _difference(plain, deployed, example)
     return deployed, record
-
-
-def rewrite(model: nn.Module, example: Tensor, form: Form, record: Record | None = None) -> Graph:
-    """The graph of a model in one form; what was done is written into ``record``.
-
-    Raises:
-        ExportError: as for :class:`Graph`.
-        NoKernels: the form wants kernels, and they cannot be had here.
-    """
-    record = Record("") if record is None else record
-    graph = Graph(model, example)
-    record.folded, record.left = fold_norms(graph)
-    record.shared = share_poolings(graph)
-    record.padded = pad_channels(graph, form.multiple) if form.multiple > 1 else 0
-    record.relus = relu_form(graph) if form.relus else 0
-    record.merged = (merge_sums(graph) if form.sums else 0) + (merge_inputs(graph) if form.inputs else 0)
-    if form.kernels:
-        record.kernels = use_kernels(graph)
-    return graph
-
-
-def _laid_out(graph: Graph, form: Form) -> nn.Module:
-    module = graph.finish()
-    return module.to(memory_format=torch.channels_last) if form.channels_last else module
 
 
 def _quickest(made: dict[Form, Graph], example: Tensor, runtime: str) -> tuple[list[dict[str, Any]], Form]:
@@ -200,7 +137,7 @@ def by_turns(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[f
 
 
 def _in_torch(graph: Graph, form: Form, image: Tensor) -> Callable[[], Any]:
-    module = Deployed(_laid_out(graph, form), form)
+    module = written(graph, form)
     return lambda: module(image)
 
 

@@ -37,9 +37,8 @@ class Job:
     Attributes:
         name: for messages.
         kind: what runs it.
-        path: its file: a pickled module, ``.onnx`` or ``.xml``; none for the product of matrices.
+        path: its file: one of :mod:`prunekit.deploy.handed`, ``.onnx`` or ``.xml``; none for the product of matrices.
         precision: "float32" or "bf16".
-        user_file: ``FILE::FUNCTION``, where the module's classes are in a user's file.
     """
 
     name: str
@@ -49,12 +48,11 @@ class Job:
     size: int
     threads: int
     precision: str = "float32"
-    user_file: str | None = None
 
     @property
     def process(self) -> tuple[Any, ...]:
         """Jobs that agree in this share a process."""
-        return self.kind, self.path, self.precision, self.user_file
+        return self.kind, self.path, self.precision
 
 
 @dataclass
@@ -168,9 +166,7 @@ class _Worker:
         self.base_mb = 0.0
         self._error: str | None = None
         try:
-            found = self.ask(
-                "load", kind=job.kind, path=job.path and str(job.path), precision=job.precision, user_file=job.user_file
-            )
+            found = self.ask("load", kind=job.kind, path=job.path and str(job.path), precision=job.precision)
             self.base_mb = found["base_mb"]
         except _Failed as error:
             # Told by whoever asks next.

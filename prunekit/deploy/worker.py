@@ -46,11 +46,11 @@ class _State:
         self.make: Maker | None = None
         self.call: Call | None = None
 
-    def load(self, kind: str, path: str | None, precision: str, user_file: str | None) -> dict[str, Any]:
+    def load(self, kind: str, path: str | None, precision: str) -> dict[str, Any]:
         """Import the runtime and read the model."""
         self.make = {"torch": _torch, "compiled": _compiled, "onnxruntime": _onnxruntime, "openvino": _openvino}.get(
             kind, _matrix
-        )(path, precision, user_file)
+        )(path, precision)
         return {"base_mb": _resident()}
 
     def prepare(self, batch: int, size: int, threads: int) -> dict[str, Any]:
@@ -81,23 +81,17 @@ def _input(batch: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
 
 
-def _module(path: str, user_file: str | None) -> Any:
-    import torch
+def _module(path: str) -> Any:
+    from prunekit.deploy.handed import take_over
 
-    if user_file is not None:
-        # A model of a user's file needs the module that its classes are in.
-        from prunekit.userfile import UserFile
-
-        name, _, function = user_file.rpartition("::")
-        UserFile.read(name).function(function)
-    return torch.load(path, weights_only=False).eval()
+    return take_over(Path(path))
 
 
-def _torch(path: str, precision: str, user_file: str | None) -> Maker:
+def _torch(path: str, precision: str) -> Maker:
     import torch
 
     dtype = torch.bfloat16 if precision == BF16 else torch.float32
-    model = _module(path, user_file).to(dtype)
+    model = _module(path).to(dtype)
 
     def make(batch: int, size: int, threads: int) -> Call:
         torch.set_num_threads(threads)
@@ -112,12 +106,12 @@ def _torch(path: str, precision: str, user_file: str | None) -> Maker:
     return make
 
 
-def _compiled(path: str, precision: str, user_file: str | None) -> Maker:
+def _compiled(path: str, precision: str) -> Maker:
     # Compiled code holds the number of threads that it was made for, and the cache does not know it.
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     import torch
 
-    model = _module(path, user_file)
+    model = _module(path)
 
     def make(batch: int, size: int, threads: int) -> Call:
         torch.set_num_threads(threads)
@@ -135,7 +129,7 @@ def _compiled(path: str, precision: str, user_file: str | None) -> Maker:
     return make
 
 
-def _onnxruntime(path: str, precision: str, user_file: str | None) -> Maker:
+def _onnxruntime(path: str, precision: str) -> Maker:
     import onnxruntime
 
     def make(batch: int, size: int, threads: int) -> Call:
@@ -157,7 +151,7 @@ def _onnxruntime(path: str, precision: str, user_file: str | None) -> Maker:
     return make
 
 
-def _openvino(path: str, precision: str, user_file: str | None) -> Maker:
+def _openvino(path: str, precision: str) -> Maker:
     import openvino
 
     core = openvino.Core()
@@ -178,7 +172,7 @@ def _openvino(path: str, precision: str, user_file: str | None) -> Maker:
     return make
 
 
-def _matrix(path: str | None, precision: str, user_file: str | None) -> Maker:
+def _matrix(path: str | None, precision: str) -> Maker:
     import torch
 
     def make(batch: int, size: int, threads: int) -> Call:

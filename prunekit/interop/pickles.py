@@ -22,6 +22,8 @@ from torch import Tensor
 from prunekit.errors import CheckpointError
 
 LARGEST_LAYOUT = 1 << 20  # bytes; the published ones have 4 kB
+LARGEST_CHECKPOINT = 1 << 30  # bytes; the published ones have 4 MB
+MOST_NUMBERS = 100_000  # in a layout, each counted as often as the lists and arrays that hold it are named
 _KINDS = {"f4": 4, "f8": 8, "i4": 4, "i8": 8}
 
 
@@ -31,8 +33,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or damaged, names a function, or holds no state dict.
     """
-    data = _bytes(path)
+    data = _bytes(path, LARGEST_CHECKPOINT)
     try:
+        _check_archive(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -51,10 +54,27 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     state = held.get("state_dict", held) if isinstance(held, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict; give a file with the key 'state_dict'")
+    # Tensors may share their numbers, and one number may stand for a whole tensor.
+    if sum(value.numel() * value.element_size() for value in state.values()) > len(data):
+        raise CheckpointError(f"{path} claims more numbers than it holds; get it again")
     prefix = "module."
+    if not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path} has tensors without names; give a file with the key 'state_dict'")
     if all(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return {str(name): value.detach() for name, value in state.items()}
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _check_archive(data: bytes) -> None:
+    """Raise ValueError for a zip that would grow when it is read: PyTorch stores its members as they are."""
+    if data[:4] != b"PK\x03\x04":
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its members are compressed")
+    if sum(member.file_size for member in members) > len(data):
+        raise ValueError("its members claim to be larger than the file")
 
 
 def write_checkpoint(state: dict[str, Tensor]) -> bytes:
@@ -70,13 +90,11 @@ def read_layout(path: Path) -> list[Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or names a function.
     """
-    data = _bytes(path)
-    if len(data) > LARGEST_LAYOUT:
-        raise CheckpointError(f"{path} has {len(data)} bytes, too many for a layout; is it the checkpoint?")
+    data = _bytes(path, LARGEST_LAYOUT)
     if not data.endswith(pickle.STOP):
         raise CheckpointError(f"{path} is no layout or is cut off; get it again")
     try:
-        held = _plain(_Reader(io.BytesIO(data)).load())
+        held = _plain(_Reader(io.BytesIO(data)).load(), [MOST_NUMBERS])
     except _Refused as error:
         raise CheckpointError(
             f"{path} asks to run {error}, which no layout needs; it was not run, and is not read"
@@ -118,6 +136,11 @@ class _Array:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.state = state
 
+    @property
+    def size(self) -> int:
+        """At most as many numbers are in it."""
+        return max(1, len(self.state[-1]))
+
     def array(self) -> np.ndarray:
         _, shape, dtype, fortran, data = self.state
         if not isinstance(dtype, _Dtype) or dtype.kind not in _KINDS or not isinstance(data, bytes):
@@ -141,8 +164,31 @@ _KNOWN = {
 }
 
 
+def _build(reader: pickle._Unpickler) -> None:
+    """The opcode BUILD, for our records alone: it sets attributes of whatever it is given, of functions too."""
+    state = reader.stack.pop()
+    if not isinstance(reader.stack[-1], _Array | _Dtype):
+        raise ValueError("it sets attributes")
+    reader.stack[-1].__setstate__(state)
+
+
 # The pure-Python unpickler: the one in C allocates whatever size a file names.
 class _Reader(pickle._Unpickler):
+    # What a file of numbers, lists and arrays is made of; among the rest are opcodes that allocate what they are told.
+    dispatch = {
+        code[0]: pickle._Unpickler.dispatch[code[0]]
+        for code in (
+            *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
+            *(pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.FLOAT, pickle.BINFLOAT),
+            *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.UNICODE, pickle.BINUNICODE),
+            *(pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.STRING, pickle.BINSTRING),
+            *(pickle.SHORT_BINSTRING, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+            *(pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS, pickle.GLOBAL, pickle.STACK_GLOBAL),
+            *(pickle.REDUCE, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
+            *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET),
+        )
+    } | {pickle.BUILD[0]: _build}
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _KNOWN[module, name]
@@ -150,23 +196,29 @@ class _Reader(pickle._Unpickler):
             raise _Refused(f"{module}.{name}") from None
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """The records as arrays; anything but numbers, lists and arrays is refused."""
+def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
+    """The records as arrays; anything but numbers, lists and arrays is refused, and more than ``left`` of them are."""
     if depth > 4:
         raise ValueError("lists nested too deeply")
+    left[0] -= value.size if isinstance(value, _Array) else 1
+    if left[0] < 0:
+        raise ValueError(f"more than {MOST_NUMBERS} numbers")
     if isinstance(value, _Array):
         return value.array()
     if isinstance(value, list | tuple):
-        if len(value) > 1000:
-            raise ValueError("a list that is too long")
-        return [_plain(part, depth + 1) for part in value]
+        return [_plain(part, left, depth + 1) for part in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     raise ValueError(f"it holds {type(value).__name__}")
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, most: int) -> bytes:
     try:
+        if path.stat().st_size > most:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes, more than the {most:,} that such a file may have; is it "
+                "another one?"
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not there; give the path of the file") from None

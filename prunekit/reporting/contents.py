@@ -6,7 +6,6 @@ where nothing is left to show. A kill, a full disk, an editor or a newer pruneki
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from prunekit.decoding import decode_json
 from prunekit.reporting.kinds import (
     COUNT,
     DURATION,
@@ -228,7 +228,7 @@ def metrics(data: bytes, faults: list[str], cut_off: bool = True) -> pd.DataFram
     for number, line in enumerate(lines, 1):
         found: list[str] = []
         try:
-            row = mapping(json.loads(line), _LINE, found)
+            row = mapping(decode_json(line), _LINE, found)
             faults += [f"line {number}: {text}" for text in found]
             if "stage" not in row or "epoch" not in row:
                 raise ValueError("it has no stage and epoch")

@@ -85,6 +85,7 @@ def file_recipe(tmp_path, monkeypatch):
     (tmp_path / "project" / "nets" / "net.py").write_text(FILE)
     (tmp_path / "project" / "mine.yaml").write_text(RECIPE)
     (tmp_path / "cwd").mkdir()
+    monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "cwd")
     return tmp_path / "project" / "mine.yaml"
 
@@ -161,6 +162,8 @@ def test_a_run_finds_its_file_from_anywhere_and_notices_a_change(file_recipe, tm
     assert status == 0 and not said.err
     net.write_text(net.read_text().replace("ReLU", "SiLU"))
     status, said = call("groups", run)
+    assert status == 2 and "has changed" in said.err and "--trust" in said.err
+    status, said = call("groups", run, "--trust")
     assert status == 0 and said.err.startswith("prunekit: backbone.file: ") and "has changed" in said.err
     status, said = call("slim", run, "--out", "more")
     assert status == 2 and "put that version back" in said.err

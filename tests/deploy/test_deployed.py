@@ -8,8 +8,9 @@ from deployed_models import gap, learned
 from networks import settle
 from torch import nn
 
-from prunekit.deploy.deployed import FORMS, deploy, rewrite
+from prunekit.deploy.deployed import FORMS, deploy
 from prunekit.deploy.form import Form
+from prunekit.deploy.rewriting import rewrite
 from prunekit.errors import ExportError
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
@@ -95,6 +96,23 @@ def test_what_cannot_be_followed_stays_as_it_is_and_says_so():
     deployed, record = deploy(model, torch.randn(2, 3, 16, 16), measure=False)
     assert "torch.fx cannot follow the model" in record.reason
     assert gap(model, deployed, 2, 3, 16, 16) == 0
+
+
+class Counts(nn.Module):
+    """A network that gives something else at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 4, 1), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return {"out": [self.conv(x) * self.calls]}
+
+
+def test_a_trace_that_computes_something_else_is_not_taken():
+    _, record = deploy(Counts().eval(), torch.randn(1, 3, 8, 8), measure=False)
+    assert "not what the model computes: its outputs differ" in record.reason
 
 
 class Shared(nn.Module):

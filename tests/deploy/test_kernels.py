@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prunekit.deploy import kernels
-from prunekit.deploy.deployed import deploy, rewrite
+from prunekit.deploy.deployed import deploy
 from prunekit.deploy.form import Form
+from prunekit.deploy.rewriting import rewrite
 from prunekit.native.library import NoKernels, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
