@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prunekit import launch
-from prunekit.errors import Interrupted, PluginError, PrunekitError, RecipeError
+from prunekit.errors import Interrupted, PluginError, PrunekitError, RecipeError, WriteError
 
 INTERRUPTED = 130
 
@@ -37,6 +37,11 @@ def ending(debug: bool) -> Iterator[None]:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
+        # Not at the top: it needs numpy, which help does without.
+        from prunekit.files import disk_fails, refusal
+
+        if disk_fails(error):
+            _fail(str(refusal(error, error.filename or "a file")), WriteError.exit_status, debug)
         text = " ".join(str(error).split()) or "no message"
         _fail(f"unexpected {type(error).__name__}: {text}; run again with --debug to see where", 3, debug)
 

@@ -287,7 +287,7 @@ def test_a_training_state_of_another_run_is_not_gone_on_from(bed, tmp_path, capl
     for path in (run / "checkpoints").iterdir():
         shutil.copy(bed.other_broken / "checkpoints" / path.name, path)
     run_recipe(bed.recipe, run, quiet(), resume=True)
-    assert "train-0001 is damaged (it is of another run)" in caplog.text
+    assert "train-0002 is damaged (it is of another run)" in caplog.text
     assert outcome(run) == outcome(bed.whole)
 
 
@@ -437,8 +437,8 @@ def test_a_format_that_never_was_is_damage(bed, tmp_path, name):
 
 def test_a_newer_training_state_is_not_passed_over(bed, tmp_path):
     run = Path(shutil.copytree(bed.broken, tmp_path / "toy"))
-    with_format(run, "checkpoints/train-0001.json", 2)
-    with pytest.raises(PrunekitError, match=r"train-0001 has format 2.*pip install --upgrade") as error:
+    with_format(run, "checkpoints/train-0002.json", 2)
+    with pytest.raises(PrunekitError, match=r"train-0002 has format 2.*pip install --upgrade") as error:
         run_recipe(bed.recipe, run, quiet(), resume=True)
     assert "\n" not in str(error.value)
 

@@ -122,7 +122,6 @@ MOMENTS = {
     "before there is a run": ("replace run/state.json", ""),
     "half of a state": ("fsync checkpoints/.tmp-", "fsync run/metrics.jsonl"),
     "a state without what vouches for it": ("replace checkpoints/train-0006.json", ""),
-    "half of a line": ("fsync run/metrics.jsonl", "fsync run/metrics.jsonl"),
     "between extract and slim": ("fsync run/.tmp-", "replace run/plan.json"),
 }
 
@@ -145,7 +144,7 @@ def test_killed_in_its_steps_again_and_again(launcher, whole, tmp_path):
 
 @pytest.mark.skipif(not SOAK, reason="takes half an hour; PRUNEKIT_SOAK=1 runs it")
 @pytest.mark.parametrize("recipe", [TOY, SHRINKING], ids=["toy", "shrinking"])
-def test_killed_at_every_write(launcher, whole, tmp_path, recipe):
+def test_killed_at_every_write(launcher, whole, tmp_path, capsys, recipe):
     folder, calls = whole(recipe)
     wrong = []
     for number, call in enumerate(calls, 1):
@@ -158,13 +157,14 @@ def test_killed_at_every_write(launcher, whole, tmp_path, recipe):
         except (AssertionError, OSError) as error:
             print(number, call, error)
             wrong.append((number, call))
-    print(f"\nkilled at all of {len(calls)} writes: {len(wrong)} ended otherwise")
+    with capsys.disabled():
+        print(f"\nkilled at all of {len(calls)} writes: {len(wrong)} ended otherwise")
     assert wrong == []
 
 
 @pytest.mark.skipif(not SOAK, reason="takes some minutes; PRUNEKIT_SOAK=1 runs it")
 @pytest.mark.parametrize("recipe", [EXPORTING, SHRINKING], ids=["exporting", "shrinking"])
-def test_killed_at_random_moments(launcher, whole, tmp_path, recipe):
+def test_killed_at_random_moments(launcher, whole, tmp_path, capsys, recipe):
     folder, _ = whole(recipe)
     seconds = json.loads((folder / "summary.json").read_text())["seconds"]
     drawn, came, wrong = random.Random(0), 0, []
@@ -176,7 +176,8 @@ def test_killed_at_random_moments(launcher, whole, tmp_path, recipe):
             same(out, folder)
         except (AssertionError, OSError) as error:
             wrong.append((kills, str(error)))
-    print(f"\nkilled at {15 * SOAK} random moments, {came} of them in time: {len(wrong)} ended otherwise")
+    with capsys.disabled():
+        print(f"\nkilled at {15 * SOAK} random moments, {came} of them in time: {len(wrong)} ended otherwise")
     assert wrong == []
 
 
@@ -213,7 +214,6 @@ def test_a_run_that_was_killed_before_it_had_its_models_is_not_taken_for_one_tha
     assert launcher.run(*command, out, call=number)["status"] == -9
     answer = launcher.run("run", out / "recipe.yaml", "--out", out, "--resume")
     assert answer["status"] == 2 and "again, with --overwrite" in answer["err"]
-    assert launcher.run(*command, out, "--overwrite")["status"] == 0
 
 
 def test_who_asks_twice_is_obeyed_at_once(launcher, tmp_path):
