@@ -295,7 +295,8 @@ class RunDir(RunFiles):
         for earlier in STAGES[:first]:
             if not self.is_done(earlier):
                 raise RunFolderError(
-                    f"{self.path}: cannot start from {stage}, {earlier} is not done; use --from {earlier} or --resume"
+                    f"{self.path}: cannot start from {stage}, {earlier} is not done by its {STATE}; "
+                    f"use --from {earlier} or --resume"
                 )
         # First of all that they are not done: a kill in between must not leave a stage that is done without its files.
         self._write_state({**self._state, "stage": stage, "done": list(STAGES[:first])})

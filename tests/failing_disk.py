@@ -64,11 +64,16 @@ class FailingDisk:
                 self._call("unlink", path)
             return unlink(path, **options)
 
+        def failing_mkdir(path, *more, **options):
+            if not Path(path).exists():
+                self._call("mkdir", path)
+            return mkdir(path, *more, **options)
+
         for module in (builtins, io):
             self._patch.setattr(module, "open", failing_open)
         self._patch.setattr(os, "fsync", lambda fd: (self._call("fsync", by_number(fd)), fsync(fd))[1])
         self._patch.setattr(os, "replace", lambda a, b, **o: (self._call("replace", b), replace(a, b, **o))[1])
-        self._patch.setattr(os, "mkdir", lambda path, *a, **o: (self._call("mkdir", path), mkdir(path, *a, **o))[1])
+        self._patch.setattr(os, "mkdir", failing_mkdir)
         self._patch.setattr(os, "pwrite", lambda fd, *a: (self._call("pwrite", by_number(fd)), pwrite(fd, *a))[1])
         self._patch.setattr(os, "open", failing_create)
         self._patch.setattr(os, "unlink", failing_unlink)
