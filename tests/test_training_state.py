@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from prunekit.errors import TrainingError
 from prunekit.gatecourse import GateCourse
 from prunekit.pruning.decay import NoDecay
 from prunekit.rundir import RunDir
@@ -54,8 +55,8 @@ numbers = st.floats(allow_nan=False, allow_infinity=False)
 @given(
     epoch=st.integers(0, 9),
     step=st.integers(1, 99),
-    sums=st.tuples(numbers, numbers),
-    told=numbers,
+    sums=st.tuples(numbers, numbers, numbers),
+    told=st.tuples(numbers, numbers),
     seconds=numbers,
     best=st.none() | st.tuples(numbers, st.integers(0, 9)),
     drawn=st.integers(0, 5),
@@ -70,7 +71,7 @@ def test_a_place_within_an_epoch(run, epoch, step, sums, told, seconds, best, dr
     place.remember(generator, device)
     looks = {"a": np.array([0.5, np.inf]), "b.c": np.zeros(0)}
     ours = job(run)
-    ours.steering, ours.shrinking = Parts({"now": told}), Parts({"cuts": []}, looks)
+    ours.steering, ours.shrinking = Parts({"now": seconds}), Parts({"cuts": []}, looks)
     save_state(model, optimizer, GateCourse(model, [], 0.0), ours, place, 100)
     wanted = torch.rand(3, generator=generator), torch.rand(3)
 
@@ -82,7 +83,7 @@ def test_a_place_within_an_epoch(run, epoch, step, sums, told, seconds, best, dr
     held = restore_state(model, optimizer, GateCourse(model, [], 0.0), theirs, decay, 100, found)
     assert (held.epoch, held.step, held.told, held.seconds, held.best) == (epoch, step, told, seconds, best)
     assert torch.equal(held.sums, place.sums)
-    assert theirs.steering.held == {"now": told} and decay.weight == 0.125
+    assert theirs.steering.held == {"now": seconds} and decay.weight == 0.125
     assert sorted(theirs.shrinking.looks) == sorted(looks)
     assert all(np.array_equal(theirs.shrinking.looks[name], looks[name]) for name in looks)
     other = torch.Generator()
@@ -103,3 +104,21 @@ def test_between_two_epochs_the_generators_and_what_was_seen_are_not_carried(run
         model, optimizer, GateCourse(model, [], 0.0), ours, NoDecay(model, []), 100, (arrays, {"epoch": 1})
     )
     assert (held.epoch, held.step, held.random) == (1, 0, {})
+
+
+@pytest.mark.parametrize("what", ["1.running_var", "0.weight", "0/exp_avg"])
+def test_no_state_holds_a_number_that_is_not_finite(run, what):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    kept = enumerate(optimizer.state.values())
+    moments = {f"{index}/{key}": value for index, one in kept for key, value in one.items()}
+    tensor = {**model.state_dict(), **moments}[what]
+    tensor.view(-1)[1] = float("nan")
+    before = run.latest_checkpoint("train")
+    with pytest.raises(
+        TrainingError, match=rf"^{what} is not finite behind 2 epochs and 0 steps, so this state is not"
+    ):
+        save_state(model, optimizer, GateCourse(model, [], 0.0), job(run), Place(2), 100)
+    assert run.latest_checkpoint("train") == before
