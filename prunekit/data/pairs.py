@@ -200,6 +200,27 @@ def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
 
 
+def checked_pair(pairs: ImageSet, index: int) -> tuple[np.ndarray, Any]:
+    """A pair, whoever's set it comes from.
+
+    Raises:
+        DataError: it cannot be read, or is not what :class:`ImageSet` says: a mask of 0 to 1 in float, say, would train
+            a model towards nothing.
+    """
+    image, target = pairs.pair(index)
+    wanted = [("image", image, "[H, W, 3]", np.ndim(image) == 3 and np.shape(image)[2] == 3)]
+    if isinstance(pairs, PairSet):
+        wanted.append(("mask", target, f"{list(np.shape(image)[:2])}", np.shape(target) == np.shape(image)[:2]))
+    for what, value, shape, fits in wanted:
+        kind = getattr(value, "dtype", type(value).__name__)
+        if not fits or kind != np.uint8 or not np.size(value):
+            raise DataError(
+                f"the {what} of {pairs.names[index]} is {kind} {list(np.shape(value))}, and has to be uint8 {shape} "
+                "with levels 0 to 255; mend the data set that gives it"
+            )
+    return image, target
+
+
 def load_tensors(pairs: ImageSet, size: int) -> Tensors:
     """Read a whole set and resize it: images rounded to uint8, masks thresholded at one half after the resize.
 
@@ -217,7 +238,7 @@ def load_tensors(pairs: ImageSet, size: int) -> Tensors:
 
     def fill(index: int) -> DataError | None:
         try:
-            image, target = pairs.pair(index)
+            image, target = checked_pair(pairs, index)
         except DataError as error:
             return error
         images[index] = resize(image_tensor(image), (size, size))[0].round_().clamp_(0, 255).to(torch.uint8)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunekit.data.pairs import ImageSet, Tensors, image_tensor, normalise, resize
+from prunekit.data.pairs import ImageSet, Tensors, checked_pair, image_tensor, normalise, resize
 from prunekit.errors import DataError, TrainingError
 
 # At its own size an image's sides are rounded up to what a network with four halvings divides evenly.
@@ -153,7 +153,7 @@ def passes(
         batch = []
         for index in range(start, min(start + batch_size, len(pairs))):
             try:
-                batch.append(pairs.pair(index))
+                batch.append(checked_pair(pairs, index))
             except DataError:
                 if not pairs.tolerant:
                     raise
