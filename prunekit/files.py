@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prunekit import __version__
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError, WriteError
 
@@ -148,6 +146,10 @@ def encode_json(value: Any, name: str, indent: int | None = 2) -> bytes:
 
 
 def _plain(value: Any) -> Any:
+    """A NumPy scalar or array as plain values."""
+    # Not at the top: the command line's help needs this file, and comes without NumPy.
+    import numpy as np
+
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -156,11 +158,14 @@ def _plain(value: Any) -> Any:
 
 
 def _non_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, (float, np.floating)):
+    if not isinstance(value, (str, int, float, dict, list, tuple, type(None))):
+        try:
+            value = _plain(value)
+        except TypeError:
+            return  # Which the encoder says.
+    if isinstance(value, float):
         if not math.isfinite(value):
-            yield key, float(value)
+            yield key, value
     elif isinstance(value, dict):
         for name, item in value.items():
             yield from _non_finite(item, f"{key}.{name}" if key else str(name))

@@ -118,7 +118,8 @@ _BENCH = {
 
 
 def _without_nulls(value: Any) -> Any:
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+    # A format of null never was; that is told.
+    return {k: v for k, v in value.items() if v is not None or k == "format"} if isinstance(value, dict) else value
 
 
 def summary(value: Any, faults: list[str]) -> dict[str, Any]:
