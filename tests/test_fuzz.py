@@ -21,6 +21,7 @@ from small_run import small_run
 from prunekit import state, yaml12
 from prunekit.backbones.csnet import csnet
 from prunekit.checkpoints import CheckpointStore
+from prunekit.decoding import decode_arrays, decode_json, decode_tensors
 from prunekit.errors import PrunekitError
 from prunekit.files import sha256
 from prunekit.interop.csnet import Layout, export_csnet
@@ -33,17 +34,18 @@ from prunekit.rundir import RunDir
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 # Inputs of a million, by how long one takes.
 SHARES = {
-    "yaml": 150_000,
-    "recipe": 20_000,
-    "override": 20_000,
-    "plan": 250_000,
-    "summary": 8_000,
-    "metrics": 200_000,
-    "state": 100_000,
-    "checkpoint": 100_000,
-    "gates": 90_000,
-    "layout": 50_000,
-    "pth": 12_000,
+    "yaml": 40_000,
+    "recipe": 15_000,
+    "override": 10_000,
+    "plan": 400_000,
+    "summary": 5_000,
+    "metrics": 60_000,
+    "state": 60_000,
+    "checkpoint": 50_000,
+    "tensors": 150_000,
+    "gates": 150_000,
+    "layout": 55_000,
+    "pth": 10_000,
 }
 SHORT = {"recipe": 40, "override": 40, "summary": 20, "pth": 60}
 
@@ -102,6 +104,18 @@ def readers(folder, tmp_path_factory):
         (store.folder / "train-0009.safetensors").write_bytes(tensors)
         store.read("train", 9)
 
+    def decoded(decode, use=lambda value: None):
+        """As run folders do it, without the folder."""
+
+        def reader(data: bytes) -> None:
+            try:
+                value = decode(data)
+            except ValueError as error:
+                raise PrunekitError(f"damaged ({error})") from error
+            use(value)
+
+        return reader
+
     def override(data: bytes) -> None:
         load("digits_resnet", [data.decode(errors="surrogateescape")])
 
@@ -118,7 +132,7 @@ def readers(folder, tmp_path_factory):
         "recipe": (through("recipe-in.yaml", load), recipes),
         "override": (override, [b"train.epochs=3", b"data.root=~/x", b"train.optimizer={name: adam, options: {}}"]),
         "plan": (
-            through("plan.json", lambda _: Plan.from_json(loose.read_json("plan.json"))),
+            decoded(decode_json, Plan.from_json),
             [json.dumps(plan).encode(), json.dumps({**plan, "groups": {"a": 3, "b": [0, 2]}}).encode()],
         ),
         "summary": (through("summary.json", lambda _: load_run(loose.path)), [json.dumps(summary).encode()]),
@@ -128,10 +142,8 @@ def readers(folder, tmp_path_factory):
         ),
         "state": (through(state.STATE, lambda _: state.read(loose.path)), [(folder / state.STATE).read_bytes()]),
         "checkpoint": (checkpoint, files),
-        "gates": (
-            through("gates.npz", lambda _: loose.read_arrays("gates.npz")),
-            [(folder / "gates.npz").read_bytes()],
-        ),
+        "tensors": (decoded(decode_tensors), [path.read_bytes() for path in folder.rglob("*.safetensors")]),
+        "gates": (decoded(decode_arrays), [(folder / "gates.npz").read_bytes()]),
         "layout": (through("layout.bin", lambda path: Layout.parse(read_layout(path), "layout.bin")), [layout]),
         "pth": (through("in.pth.tar", read_checkpoint), [(place / "seed.pth").read_bytes()]),
     }
@@ -141,7 +153,7 @@ def readers(folder, tmp_path_factory):
 def test_only_our_errors_come_out(readers, name, tmp_path, capsys):
     reader, seeds = readers[name]
     seeds = [*seeds, *kept(name)]
-    count = SOAK * SHARES[name] if SOAK else SHORT.get(name, 300)
+    count = int(SOAK * SHARES[name]) if SOAK else SHORT.get(name, 300)
     began = time.perf_counter()
     found = fuzz(reader, seeds, count + len(seeds), seed=int(os.environ.get("PRUNEKIT_FUZZ_SEED", "0")))
     took = time.perf_counter() - began
