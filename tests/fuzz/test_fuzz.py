@@ -1,0 +1,91 @@
+"""Whatever stands in a file, a reader raises an error of ours or none, in bounded time and memory.
+
+A few thousand inputs here; ``PRUNEKIT_SOAK=1`` makes it more than a million, and larger factors as many times that.
+What is found is written into a temporary folder, and goes into ``corpus/`` when it is mended.
+"""
+
+import hashlib
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from fuzz_engine import CORPUS, Found, Reader, fuzz, inputs, mutate
+from fuzz_readers import Place, readers
+
+SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
+NAMES = [*sorted(path.name for path in CORPUS.iterdir())]
+
+
+@pytest.fixture(scope="module")
+def place():
+    place = Place()
+    yield place
+    place.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_input_gets_through(place, name, capsys):
+    reader = next(one for one in readers(place) if one.name == name)
+    count = SOAK * reader.long or reader.short
+    found = fuzz(reader, max(count, len(reader.corpus())), f"{SOAK}")
+    with capsys.disabled():
+        if SOAK:
+            print(f"\n{found.line(name)}", end="", flush=True)
+    said = []
+    for fault, data in found.faults:
+        kept = Path(tempfile.gettempdir()) / f"prunekit-fuzz-{name}-{hashlib.sha256(data).hexdigest()[:10]}"
+        kept.write_bytes(data)
+        said.append(f"{fault}\n  the input is in {kept}")
+    assert not said, "\n".join(said)
+
+
+# ---- the engine itself
+
+
+def bad(data: bytes) -> None:
+    if b"raise" in data:
+        raise KeyError(3)
+    if b"die" in data:
+        os.abort()
+    while b"loop" in data:
+        pass
+    if b"grow" in data:
+        bytearray(1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("raise", "KeyError: 3"), ("die", "SIGABRT"), ("loop", "SIGVTALRM"), ("grow", "MemoryError")]
+)
+def test_the_engine_finds(tmp_path, monkeypatch, word, said):
+    monkeypatch.setattr("fuzz_engine.CORPUS", tmp_path)
+    monkeypatch.setattr("fuzz_engine.SECONDS", 0.3)
+    (tmp_path / "bad").mkdir()
+    for number in range(8):
+        (tmp_path / "bad" / f"{number}").write_bytes(word.encode() if number == 5 else b"good")
+    found = fuzz(Reader("bad", bad), 8, "")
+    assert [data for _, data in found.faults] == [word.encode()] and said in found.faults[0][0]
+    assert found.inputs == 8
+
+
+def test_inputs_are_the_same_again_and_differ_among_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr("fuzz_engine.CORPUS", tmp_path)
+    (tmp_path / "any").mkdir()
+    (tmp_path / "any" / "a").write_bytes(b'{"a": 123}' * 9)
+    reader = Reader("any", bad)
+    first = list(inputs(reader, 0, 300, "x"))
+    assert first == list(inputs(reader, 0, 300, "x")) and first[50:] == list(inputs(reader, 50, 300, "x"))
+    assert len(set(first)) > 280 and list(inputs(reader, 1, 300, "y")) != first[1:]
+
+
+def test_mutations_stay_small():
+    chance = random.Random(0)
+    data = bytes(60_000)
+    for _ in range(50):
+        data = mutate(chance, data, [data], [b"t" * 9000])
+        assert len(data) <= 1 << 16
+
+
+def test_its_line():
+    assert Found(1000, 900, 2.0, 0.01).line("plan").split()[:4] == ["fuzz", "plan", "1,000", "inputs,"]

@@ -1,0 +1,139 @@
+"""Files of the right form and with any values in them: what comes out is a value that holds, or an error of ours."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_a_child import in_a_child
+
+from prunekit import recipe, schema, yaml12
+from prunekit.decoding import decode_json
+from prunekit.errors import PlanError, PrunekitError
+from prunekit.plan import Plan
+from prunekit.reporting import contents
+from prunekit.schema import Recipe
+
+ODD = st.sampled_from(
+    [None, True, 0, -1, 1 << 63, 10**30, 0.5, 1e308, "", "x", "../x", "\0", "1e-4", "null", "~", "60k"]
+)
+SCALARS = ODD | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+
+
+def any_of(keys, inner=VALUES):
+    return st.fixed_dictionaries({}, optional={key: inner for key in keys})
+
+
+def section(path=()):
+    """A mapping with some of a section's keys, each with anything or with a mapping of its own."""
+    model = schema.section(path)
+    inner = {
+        key: VALUES | section((*path, key)) if schema.section((*path, key)) else VALUES for key in model.model_fields
+    }
+    return st.fixed_dictionaries({}, optional=inner)
+
+
+GOOD = {
+    "name": "good",
+    "backbone": {"name": "csnet", "options": {"width": 10}},
+    "data": {"name": "salient_shapes"},
+    "train": {"epochs": 1},
+    "finetune": {"epochs": 1},
+}
+
+
+@settings(max_examples=120, deadline=None)
+@given(section(), st.sampled_from(["", *GOOD]))
+def test_recipes(tmp_path_factory, value, kept):
+    # A file is its user's word; and all but one part are right half of the time, so that what is behind is met too.
+    for key in ("backbone", "base"):
+        if isinstance(value.get(key), dict):
+            value[key].pop("file", None)
+    value = {**value, **{key: GOOD[key] for key in GOOD if key != kept}} if kept else value
+    path = tmp_path_factory.getbasetemp() / "recipe.yaml"
+    path.write_text(json.dumps(value))
+    try:
+        loaded = recipe.load(path)
+    except PrunekitError as error:
+        assert str(error) and all(line.count("recipe.yaml") <= 2 for line in str(error).splitlines())
+    else:
+        assert Recipe.model_validate(yaml12.parse(loaded.dump()).value) == loaded
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_of(Plan.model_fields) | VALUES)
+def test_plans(value):
+    try:
+        plan = Plan.from_json(value)
+    except PlanError as error:
+        assert "\n" not in str(error)
+    else:
+        assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+SUMMARY = [*contents.PARTS, "recipe", "status", "kept", "proof", "drift", "reference", "export", "skipped", "seconds"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_of(SUMMARY, VALUES | any_of(["params", "macs", "metrics", "holds", "steps", "path"])))
+def test_summaries(value):
+    faults = []
+    try:
+        found = contents.summary(value, faults)
+    except ValueError:
+        return
+    # What was taken can be written; what was not is told.
+    assert json.loads(json.dumps(found, allow_nan=False)) is not None
+    assert found.keys() <= value.keys() and (faults or found.keys() == {k for k, v in value.items() if v is not None})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(any_of(["stage", "epoch", "step", "loss", "lambda", "metrics", "size"]), max_size=4))
+def test_metrics(lines):
+    faults = []
+    try:
+        table = contents.metrics(b"".join(json.dumps(line).encode() + b"\n" for line in lines), faults)
+    except ValueError:
+        return
+    assert len(table) <= len(lines) and (faults or len(table) == len(lines))
+
+
+@given(VALUES)
+def test_json(value):
+    assert decode_json(json.dumps(value).encode()) == decode_json(json.dumps(value, ensure_ascii=False)) == value
+
+
+@given(st.binary(max_size=300))
+def test_yaml_never_raises_and_what_it_read_comes_back(data):
+    document = yaml12.parse(data)
+    if not document.problems:
+        assert yaml12.parse(yaml12.dump(document.value)).value == document.value
+
+
+HUGE = 1 << 17
+LONG = {
+    "brackets": b"[" * HUGE,
+    "brackets closed": b"[" * (HUGE // 2) + b"]" * (HUGE // 2),
+    "braces": b"{a: " * (HUGE // 4),
+    "dashes": b"- " * HUGE,
+    "questions": b"? " * HUGE,
+    "colons": b"a: " * (HUGE // 3),
+    "bangs": b"!" * HUGE,
+    "lines": b"a\n" * HUGE,
+    "one key": b"k: 1\n" * (HUGE // 4),
+    "keys": b"".join(b"k%d: 1\n" % n for n in range(9000)),
+    "anchors": b"".join(b"- &a%d x\n" % n for n in range(12000)),
+    "steps": b"".join(b" " * n + b"a:\n" for n in range(500)),
+    "blanks": b"a: " + b"x " * (HUGE // 2),
+    "escapes": b'a: "' + b"\\x41" * (HUGE // 4) + b'"',
+    "a quote that never ends": b"a: '" + b"x\n" * (HUGE // 2),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_no_document_takes_long(kind):
+    assert len(LONG[kind]) <= yaml12.MAX_BYTES
+    assert in_a_child(lambda: yaml12.parse(LONG[kind]), memory=1 << 29, seconds=6) < 300 << 20
