@@ -167,7 +167,7 @@ class Plan(_Schema):
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the top level"
+            where = " ".join(".".join(map(str, first["loc"])).split()) or "the top level"
             raise PlanError(f"{name} is no plan: {where}: {first['msg']}; extract it again") from None
 
 

@@ -107,6 +107,13 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         Composer.__init__(self)
         BaseResolver.__init__(self)
 
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        # PyYAML looks at all open brackets for each new one, until Python's stack ends.
+        if self.flow_level >= MAX_DEPTH:
+            mark = self.get_mark()
+            raise _Unreadable(f"nested deeper than {MAX_DEPTH} levels; flatten it", mark.line + 1, mark.column + 1)
+        super().fetch_flow_collection_start(token)
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.1 or 1.2 would take for something else, so that any reader sees text."""

@@ -108,7 +108,7 @@ def test_places_are_those_of_keys_and_items():
         ("a: *b", 1, 4, "undefined alias"),
         ("a: &a [*a]", 1, 4, "holds itself"),
         ("a: " + "[" * 60 + "]" * 60, 1, 54, "nested deeper"),
-        ("[" * 5000, 1, 1, "nested deeper"),
+        ("[" * 5000, 1, 51, "nested deeper"),
         ("a: 1\nb: \x01", 2, 4, "U+0001"),
         (b"a: 1\nbc: \xff", 2, 5, "0xff is not UTF-8"),
         (b"\xef\xbb\xbfa: \xff", 1, 4, "0xff is not UTF-8"),

@@ -24,7 +24,7 @@ VALUES = st.recursive(
 
 
 def any_of(keys, inner=VALUES):
-    return st.fixed_dictionaries({}, optional={key: inner for key in keys})
+    return st.fixed_dictionaries({}, optional=dict.fromkeys(keys, inner))
 
 
 def section(path=()):
