@@ -25,6 +25,12 @@ from prunekit.work import Work
 
 TESTS = Path(__file__).parent
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
+# They take longer than all else.
+WITHOUT_FIGURES = """
+from prunekit import cli, pipeline
+pipeline.report = lambda *_: None
+cli.main()
+"""
 TOY = [
     "digits_resnet",
     "backbone.options={depth: 8, width: 4}",
@@ -122,7 +128,7 @@ def test_the_death_of_a_process_ends_the_run_in_a_line(pair):
 
 
 def run_by_two(out, *more):
-    return start("-m", "prunekit.cli", "run", *TOY, "--out", out, *more)
+    return start("-c", WITHOUT_FIGURES, "run", *TOY, "--out", out, *more)
 
 
 def test_a_whole_run(tmp_path):
