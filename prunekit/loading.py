@@ -42,7 +42,7 @@ def read_recipe(run: RunDir) -> Recipe:
         return Recipe.model_validate(document.value)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the top level"
+        key = yaml12.dotted(first["loc"]) or "the top level"
         if first["type"] == "extra_forbidden":
             raise CheckpointError(
                 f"{path}: this prunekit ({__version__}) does not know the key {key}; the run was written by prunekit "

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunekit.errors import PlanError
 from prunekit.files import format_fault, is_newer
+from prunekit.yaml12 import dotted
 
 FORMAT = 1
 
@@ -167,7 +168,7 @@ class Plan(_Schema):
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            where = " ".join(".".join(map(str, first["loc"])).split()) or "the top level"
+            where = dotted(first["loc"]) or "the top level"
             raise PlanError(f"{name} is no plan: {where}: {first['msg']}; extract it again") from None
 
 
