@@ -169,10 +169,13 @@ def _odd() -> list[Any]:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in list(items):
-        yield value, key
-        yield from _places(item)
+    waiting = [value]
+    while waiting:
+        holder = waiting.pop()
+        items = holder.items() if isinstance(holder, dict) else enumerate(holder) if isinstance(holder, list) else ()
+        for key, item in items:
+            yield holder, key
+            waiting.append(item)
 
 
 def json_within(chance: random.Random, data: bytes) -> bytes:

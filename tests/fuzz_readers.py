@@ -124,7 +124,7 @@ def readers(place: Place) -> list[Reader]:
             # Whoever forges a state forges its checksums.
             body = encode_json(decode_json(told), "state", indent=None)
             sums = {"format": 1, "sha256": sha256(arrays), "state_sha256": sha256(body), "state": decode_json(told)}
-            told = encode_json(sums, "state")
+            told = encode_json(sums, "state", indent=None)
         except (ValueError, PrunekitError, RecursionError):
             pass
         place.put("checkpoints/train-0001.json", told)

@@ -80,22 +80,39 @@ def everything(tmp_path_factory):
     return make(tmp_path_factory.mktemp("data") / "set", list(QUIRKS), good=GOOD)
 
 
+NET = """
+from torch import nn
+
+
+def build():
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    return nn.Sequential(stem, nn.Conv2d(8, 1, 1))
+"""
+RECIPE = """
+name: quirks
+backbone: {file: net.py, name: build}
+data: {name: folder, size: 32, val_holdout: 0.3, on_error: skip, cache: none}
+train: {epochs: 1, batch_size: 8}
+finetune: {epochs: 1, batch_size: 8}
+export: {onnx: false}
+"""
+
+
 @pytest.fixture(scope="module")
 def made(everything, tmp_path_factory):
     """A run on all of it, what cannot be used skipped."""
+    home = tmp_path_factory.mktemp("runs")
+    (home / "net.py").write_text(NET)
+    (home / "quirks.yaml").write_text(RECIPE)
     patch = pytest.MonkeyPatch()
-    skip_export(patch)
     patch.setattr("prunekit.pipeline.report", lambda *_: None)
-    out = tmp_path_factory.mktemp("runs") / "run"
-    keys = ["backbone.options.width=10", "data.size=32", "train.epochs=1", "finetune.epochs=1", "data.cache=none"]
-    keys += ["data.val_holdout=0.3", "train.batch_size=8", "finetune.batch_size=8", "data.on_error=skip"]
     try:
         with pytest.raises(SystemExit) as stop:
-            main(["run", "csnet_duts", f"data.root={everything}", *keys, "--out", str(out)])
+            main(["run", str(home / "quirks.yaml"), f"data.root={everything}", "--out", str(home / "run")])
     finally:
         patch.undo()
     assert not stop.value.code
-    return out
+    return home / "run"
 
 
 def test_a_run_skips_and_counts(made):
