@@ -164,17 +164,10 @@ _KNOWN = {
 }
 
 
-def _build(reader: pickle._Unpickler) -> None:
-    """The opcode BUILD, for our records alone: it sets attributes of whatever it is given, of functions too."""
-    state = reader.stack.pop()
-    if not isinstance(reader.stack[-1], _Array | _Dtype):
-        raise ValueError("it sets attributes")
-    reader.stack[-1].__setstate__(state)
-
-
 # The pure-Python unpickler: the one in C allocates whatever size a file names.
 class _Reader(pickle._Unpickler):
-    # What a file of numbers, lists and arrays is made of; among the rest are opcodes that allocate what they are told.
+    # What a file of numbers, lists and arrays is made of. Among the rest are opcodes that allocate what they are told,
+    # and mappings, without which BUILD sets no attributes.
     dispatch = {
         code[0]: pickle._Unpickler.dispatch[code[0]]
         for code in (
@@ -184,10 +177,10 @@ class _Reader(pickle._Unpickler):
             *(pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.STRING, pickle.BINSTRING),
             *(pickle.SHORT_BINSTRING, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
             *(pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS, pickle.GLOBAL, pickle.STACK_GLOBAL),
-            *(pickle.REDUCE, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
+            *(pickle.REDUCE, pickle.BUILD, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
             *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET),
         )
-    } | {pickle.BUILD[0]: _build}
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         try:

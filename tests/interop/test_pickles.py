@@ -4,14 +4,18 @@ import builtins
 import io
 import os
 import pickle
+import struct
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_a_child import in_a_child
 
 from prunekit.errors import CheckpointError
+from prunekit.interop import pickles
 from prunekit.interop.pickles import read_checkpoint, read_layout, write_checkpoint, write_layout
 
 
@@ -150,3 +154,62 @@ def test_a_checkpoint_of_data_parallel_loses_its_prefix(tmp_path):
     file = tmp_path / "a"
     file.write_bytes(write_checkpoint({"module.a": torch.ones(2), "module.b": torch.zeros(1)}))
     assert set(read_checkpoint(file)) == {"a", "b"}
+
+
+def archived(state, compression=zipfile.ZIP_STORED, again=0):
+    """A checkpoint whose members are packed again in another way, or named several times."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(write_checkpoint(state))) as held, zipfile.ZipFile(out, "w", compression) as made:
+        for member in held.infolist():
+            made.writestr(member.filename, held.read(member))
+        made.filelist.extend([max(made.filelist, key=lambda member: member.file_size)] * again)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (archived({"a": torch.zeros(1 << 20)}, zipfile.ZIP_DEFLATED), "members are compressed"),
+        (archived({"a": torch.zeros(9000)}, again=90), "claim to be larger than the file"),
+        (write_checkpoint({"a": torch.ones(1).expand(10**9)}), "claims more numbers than it holds"),
+        (write_checkpoint({1: torch.ones(1)}), "tensors without names"),
+    ],
+    ids=["packed", "overlapping", "one number for many", "no names"],
+)
+def test_a_checkpoint_that_would_grow_is_refused(tmp_path, data, words):
+    file = tmp_path / "a"
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(file)
+
+
+def folded(value, levels):
+    for _ in range(levels):
+        value = [value] * 1000
+    return pickle.dumps(value, protocol=3)
+
+
+GLOBAL = b"cnumpy.core.multiarray\n_reconstruct\n"
+GROWING = {
+    "lists of lists": (folded(1.0, 4), "more than 100000 numbers"),
+    "an array named often": (folded(np.zeros(100), 1), "more than 100000 numbers"),
+    "room for 64 GB": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b".", "no layout"),
+    "attributes of a function": (b"\x80\x02" + GLOBAL + b"N}U\x0c__defaults__)s\x86b0].", "no layout"),
+    "many digits": (b"I" + b"9" * 60_000 + b"\n.", "no layout"),
+    "a deep list": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_layout_that_would_grow_is_refused(tmp_path, kind):
+    file = tmp_path / "a.bin"
+    data, words = GROWING[kind]
+    file.write_bytes(data)
+
+    def read():
+        with pytest.raises(CheckpointError, match=words):
+            read_layout(file)
+
+    assert in_a_child(read, memory=1 << 29, seconds=10) < 200 << 20
+    read()
+    assert pickles._reconstruct.__defaults__ is None
