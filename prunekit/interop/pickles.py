@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ _KNOWN = {
 class _Reader(pickle._Unpickler):
     # What a file of numbers, lists and arrays is made of. Among the rest are opcodes that allocate what they are told,
     # and mappings, without which BUILD sets no attributes.
-    dispatch = {
+    dispatch: ClassVar = {
         code[0]: pickle._Unpickler.dispatch[code[0]]
         for code in (
             *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
