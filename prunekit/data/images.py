@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -55,13 +57,14 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         DataError: the file is missing, empty, cut off, too large to be safe, or no image.
     """
-    picture = _open(path)
-    if picture.mode in _DEEP:
-        return np.repeat(_eight_bits(picture, path)[..., None], 3, axis=-1)
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-    return np.array(picture.convert("RGB"))
+    with _named(path):
+        picture = _open(path)
+        if picture.mode in _DEEP:
+            return np.repeat(_eight_bits(picture, path)[..., None], 3, axis=-1)
+        if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+        return np.array(picture.convert("RGB"))
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -74,29 +77,30 @@ def read_mask(path: str | Path) -> np.ndarray:
         DataError: as for :func:`read_image`; or it is in colours, or its levels are numbers of several classes, of
             which none can be called the object.
     """
-    picture = _open(path)
-    if picture.mode in _DEEP:
-        levels = _eight_bits(picture, path)
-    elif picture.mode in ("1", "L"):
-        levels = np.array(picture.convert("L"))
-    else:
-        colours = picture.convert("RGB")
-        planes = np.array(colours)
-        spread = int((planes.max(-1).astype(np.int16) - planes.min(-1)).max(initial=0))
-        if spread > MOST_COLOUR:
+    with _named(path):
+        picture = _open(path)
+        if picture.mode in _DEEP:
+            levels = _eight_bits(picture, path)
+        elif picture.mode in ("1", "L"):
+            levels = np.array(picture.convert("L"))
+        else:
+            colours = picture.convert("RGB")
+            planes = np.array(colours)
+            spread = int((planes.max(-1).astype(np.int16) - planes.min(-1)).max(initial=0))
+            if spread > MOST_COLOUR:
+                raise DataError(
+                    f"{path} is in colours (channels up to {spread} levels apart); a mask is grey, 0 for background "
+                    "to 255 for object; convert it"
+                )
+            levels = np.array(colours.convert("L"))
+        highest = int(levels.max(initial=0))
+        if 1 < highest <= MOST_CLASSES:
             raise DataError(
-                f"{path} is in colours (channels up to {spread} levels apart), and a mask is grey, 0 for background to "
-                "255 for object; convert it"
+                f"{path} has levels up to {highest}, numbers of classes it seems; a mask is 0 for background and 255 "
+                "(or 1) for object; convert it"
             )
-        levels = np.array(colours.convert("L"))
-    highest = int(levels.max(initial=0))
-    if 1 < highest <= MOST_CLASSES:
-        raise DataError(
-            f"{path} has levels up to {highest}, numbers of classes it seems; a mask is 0 for background and 255 "
-            "(or 1) for object; convert it"
-        )
-    # Some tools write the class number itself; as a grey level it would be an empty mask.
-    return levels * np.uint8(255) if highest == 1 else levels
+        # Some tools write the class number itself; as a grey level it would be an empty mask.
+        return levels * np.uint8(255) if highest == 1 else levels
 
 
 def turned_like(levels: np.ndarray, photo: str | Path) -> np.ndarray:
@@ -148,26 +152,30 @@ def encode_png(levels: np.ndarray) -> bytes:
 
 def _open(path: str | Path) -> Image.Image:
     path = Path(path)
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{path} is empty (0 bytes); copy it again, or remove it together with its partner")
+    if size > LARGEST_FILE:
+        raise DataError(f"{path} is too large to be read safely ({size:,} bytes); make it smaller")
+    with Image.open(path, formats=_forms()) as picture:
+        if 0 in picture.size:
+            raise DataError(f"{path} has no pixels; remove it together with its partner")
+        if picture.format in ("JPEG", "MPO") and path.read_bytes().count(b"\xff\xda") > MOST_SCANS:
+            raise DataError(f"{path} has more than {MOST_SCANS} scans, too many to be read safely; save it anew")
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+
+
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Whatever Pillow raises, as an error with the file's name; its conversions of a damaged file raise, too."""
     try:
-        size = path.stat().st_size
-        if size == 0:
-            raise DataError(f"{path} is empty (0 bytes); copy it again, or remove it together with its partner")
-        if size > LARGEST_FILE:
-            raise DataError(f"{path} is too large to be read safely ({size:,} bytes); make it smaller")
         with warnings.catch_warnings():
             # Pillow only warns of a bomb up to twice its limit; for us both are the same.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Palettes with transparency in bytes, odd EXIF: no fault of the pixels.
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(path, formats=_forms()) as picture:
-                if 0 in picture.size:
-                    raise DataError(f"{path} has no pixels; remove it together with its partner")
-                if picture.format in ("JPEG", "MPO") and path.read_bytes().count(b"\xff\xda") > MOST_SCANS:
-                    raise DataError(
-                        f"{path} has more than {MOST_SCANS} scans, too many to be read safely; save it anew"
-                    )
-                picture.load()
-                return ImageOps.exif_transpose(picture)
+            yield
     except DataError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
