@@ -1,0 +1,13 @@
+"""The readers are fuzzed in silence, and what comes after is not."""
+
+import logging
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def silence():
+    logger = logging.getLogger("prunekit")
+    level = logger.level
+    yield
+    logger.setLevel(level)
