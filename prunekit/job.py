@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from prunekit.data.pairs import Tensors
+from prunekit.distilling import Criterion
 from prunekit.pruning.shrinking import Shrinking
 from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
@@ -46,6 +47,7 @@ class Job:
     stage: str
     section: Training
     task: Any
+    criterion: Criterion
     train: Tensors
     val: Tensors
     seed: int

@@ -12,7 +12,10 @@ from rich.text import Text
 from prunekit import registry
 from prunekit.recipe import shipped
 
-TABLES = ("backbones", "datasets", "tasks", "decays", "criteria", "optimizers", "schedules", "augmentations")
+TABLES = (
+    *("backbones", "datasets", "tasks", "losses", "decays", "criteria"),
+    *("optimizers", "schedules", "augmentations"),
+)
 
 
 def table() -> Table:

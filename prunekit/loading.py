@@ -20,8 +20,8 @@ from prunekit.tasks.base import Task
 from prunekit.userfile import UserFile
 
 # "dense" is the model that was trained with decay: the builder's, or (with `init`) what another run ended with; where
-# the training shrank, what was left of it.
-MODELS = ("dense", "slim", "finetuned")
+# the training shrank, what was left of it. "baseline" has begun as that did, and was trained without decay.
+MODELS = ("baseline", "dense", "slim", "finetuned")
 # What the classes are called that the models tell apart, in the order of their outputs.
 CLASSES = "classes.json"
 # The plan of all that is gone when a training that shrinks has ended.
@@ -130,12 +130,14 @@ def trained_plan(run: RunDir) -> Plan | None:
 
 
 def plan_of(run: RunDir, name: str) -> Plan | None:
-    """The plan, from the builder's model, of the "dense", "slim" or "finetuned" model; None where nothing is cut."""
+    """The plan, from the builder's model, of one of :data:`MODELS`; None where nothing is cut."""
+    if name == "baseline":
+        return start_plan(run)
     return trained_plan(run) if name == "dense" else read_plan(run)
 
 
 def newest_model(run: RunDir) -> str:
-    """The last of "dense", "slim" and "finetuned" that the folder holds.
+    """The last of :data:`MODELS` that the folder holds.
 
     Raises:
         CheckpointError: it holds none.
@@ -147,7 +149,7 @@ def newest_model(run: RunDir) -> str:
 
 
 def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Module:
-    """The "dense", "slim" or "finetuned" model of a run folder, in eval mode on the CPU.
+    """One of :data:`MODELS` from a run folder, in eval mode on the CPU.
 
     Raises:
         CheckpointError: its file is missing, damaged or of another shape.

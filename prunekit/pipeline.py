@@ -24,6 +24,8 @@ from prunekit.schema import Recipe
 from prunekit.stages import STAGE_FUNCTIONS
 from prunekit.work import Work
 
+BASELINE = "baseline/model.safetensors"
+
 
 @led
 def run_recipe(
@@ -90,11 +92,12 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
     with _begun(work, out, overwrite=overwrite) as run:
         run.begin("extract")
         _copy(old, run, f"{part}/model.safetensors", "dense/model.safetensors")
-        _copy(old, run, CLASSES, CLASSES)
+        for name in (CLASSES, BASELINE):
+            _copy(old, run, name, name)
         if part == "dense":
             _copy(old, run, SHRUNK, SHRUNK)
         _copy(old, run, "init.json" if part == "dense" else "plan.json", "init.json")
-        _adopt(work, old, run, {part: "dense"})
+        _adopt(work, old, run, {part: "dense", "baseline": "baseline"})
         run.end("train")
         _run_stages(work, run, ("extract", "slim"))
         run.finish()
@@ -116,15 +119,14 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     work.agree(old)
     with _begun(work, out, overwrite=overwrite) as run:
         run.begin("finetune")
-        weights = ("dense/model.safetensors", "slim/model.safetensors")
+        weights = (BASELINE, "dense/model.safetensors", "slim/model.safetensors")
         for name in (*weights, CLASSES, "init.json", SHRUNK, "plan.json", "layers.json"):
             _copy(old, run, name, name)
         if not run.has("slim/model.safetensors"):
             # Nothing more is cut from a dense model that was never slimmed.
             _copy(run, run, "dense/model.safetensors", "slim/model.safetensors")
             run.write_json("plan.json", (trained_plan(run) or Plan()).to_json())
-        parts = [part for part in ("dense", "slim") if run.has(f"{part}/model.safetensors")]
-        _adopt(work, old, run, {part: part for part in parts})
+        _adopt(work, old, run, {part: part for part in ("baseline", "dense", "slim")})
         summary = old.read_json("summary.json")
         for part in ("kept", "proof", "drift"):
             if part in summary:
@@ -203,6 +205,8 @@ def _adopt(work: Work, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
     theirs, ours = (recipe.data.model_dump(exclude={"cache"}) for recipe in (read_recipe(old), work.recipe))
     same_data = theirs == ours
     for theirs, ours in parts.items():
+        if not run.has(f"{ours}/model.safetensors"):
+            continue
         work.measure(run, ours, begun(run, work.recipe) if ours == "dense" else load_model(run, ours))
         metrics = summary.get(theirs, {}).get("metrics")
         if same_data and metrics:

@@ -30,10 +30,15 @@ BAR, WIDEST = 6, 40  # columns of a bar: fewer say nothing, more say no more
 GAP = "  "
 
 
-def trainings(train: int, finetune: int, rounds: int = 1) -> dict[str, int]:
-    """The trainings of a run, in their order, and their epochs: "train", after each round of cuts but the last "step1",
-    "step2" …, and "finetune"."""
-    return {"train": train, **{f"step{number}": finetune for number in range(1, rounds)}, "finetune": finetune}
+def trainings(train: int, finetune: int, rounds: int = 1, baseline: bool = False) -> dict[str, int]:
+    """The trainings of a run, in their order, and their epochs: "train", "baseline" where there is one, after each
+    round of cuts but the last "step1", "step2" …, and "finetune"."""
+    return {
+        "train": train,
+        **({"baseline": train} if baseline else {}),
+        **{f"step{number}": finetune for number in range(1, rounds)},
+        "finetune": finetune,
+    }
 
 
 def spark(values: Sequence[float], width: int = SPARK, ascii_only: bool = False) -> str:

@@ -238,6 +238,7 @@ criteria = Registry("criterion", ("model", "groups", "losses"))
 optimizers = Registry("optimizer", ("groups",))
 schedules = Registry("schedule", ("progress",))
 augmentations = Registry("augmentation", ("images", "targets", "sizes", "generator"))
+losses = Registry("loss", ("task",))
 
 register_backbone = backbones.register
 register_dataset = datasets.register
@@ -247,3 +248,4 @@ register_criterion = criteria.register
 register_optimizer = optimizers.register
 register_schedule = schedules.register
 register_augmentation = augmentations.register
+register_loss = losses.register

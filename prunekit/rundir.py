@@ -310,7 +310,7 @@ class RunDir(RunFiles):
             summary["seconds"] = {s: seconds for s, seconds in summary["seconds"].items() if s in STAGES[:first]}
         if SKIPPED in summary:
             summary[SKIPPED] = {s: count for s, count in summary[SKIPPED].items() if place(s) < place(stage)}
-        for part in ("dense", "slim", "finetuned"):
+        for part in ("baseline", "dense", "slim", "finetuned"):
             if part in summary and stage_index("evaluate") >= first:
                 summary[part] = {key: value for key, value in summary[part].items() if key != "metrics"}
         self.write_json(SUMMARY, summary)

@@ -40,6 +40,7 @@ _MADE_BY = {
     "gates.npz": "train",
     "shrunk.json": "train",
     "dense": "train",
+    "baseline": "train",
     "plan.json": "extract",
     "layers.json": "slim",
     "slim": "slim",
@@ -373,8 +374,10 @@ def stage_index(stage: str) -> int:
 
 
 def place(name: str) -> tuple[int, int]:
-    """Where a training stands among the stages: it is one, or "step1", "step2" … within the stage slim; raises as
-    :func:`stage_index` does."""
+    """Where a training stands among the stages: it is one, or "baseline" behind it within the stage train, or "step1",
+    "step2" … within the stage slim; raises as :func:`stage_index` does."""
+    if name == "baseline":
+        return stage_index("train"), 1
     number = name.removeprefix("step")
     return (stage_index("slim"), int(number)) if number != name and number.isdecimal() else (stage_index(name), 0)
 

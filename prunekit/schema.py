@@ -92,9 +92,11 @@ class Checkpoint(Section):
 class Training(Section):
     """One stage of training; ``gate_lr`` None means ``lr``.
 
-    ``accumulate`` batches make one step of the optimiser, in each process; ``sync_norms`` lets norms see the batches of
-    all processes as one (on GPUs alone). ``on_nonfinite`` says what becomes of a step in which a loss, a penalty or a
-    gradient is not finite: "stop" ends the training, "skip" leaves the step out and goes on; neither changes the model.
+    ``loss`` is what the task learns by; ``ema`` keeps a mean of the weights over about 1 / (1 - ema) steps, and that is
+    the model that the stage ends with. ``accumulate`` batches make one step of the optimiser, in each process;
+    ``sync_norms`` lets norms see the batches of all processes as one (on GPUs alone). ``on_nonfinite`` says what
+    becomes of a step in which a loss, a penalty or a gradient is not finite: "stop" ends the training, "skip" leaves
+    the step out and goes on; neither changes the model.
     ``fast`` lets prunekit's own kernels compute a step; ``compile`` gives the model to ``torch.compile`` instead.
     """
 
@@ -105,6 +107,8 @@ class Training(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     gate_lr: Annotated[float, Field(gt=0)] | None = None
     schedule: Named = Named(name="constant")
+    loss: Named = Named(name="task")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["float32", "bf16"] = "float32"
     augment: Named = Named(name="none")
     sync_norms: bool = False
@@ -118,6 +122,23 @@ class SparseTraining(Training):
     """Training with decay; each ``shrink_every`` epochs the channels that are dead by then are cut out."""
 
     shrink_every: Annotated[int, Field(ge=1)] | None = None
+
+
+class Distill(Section):
+    """Learning from what the ``teacher``, a model of the same run, gives for an image, beside what the data say.
+
+    ``weight`` is the teacher's share of the loss, 0 without one; ``temperature`` divides the logits of both.
+    """
+
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    teacher: Literal["dense", "baseline"] = "dense"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class FineTuning(Training):
+    """Training of the slim model, also between the rounds of cuts; no decay."""
+
+    distill: Distill = Distill()
 
 
 class Decay(Section):
@@ -192,20 +213,26 @@ class Export(Section):
 
 
 class Recipe(Section):
-    """All that a run needs, with every default filled in; made by :func:`prunekit.recipe.load`."""
+    """All that a run needs, with every default filled in; made by :func:`prunekit.recipe.load`.
+
+    ``init`` is a run whose newest model the training begins with; with ``init_weights`` "fresh" only its layout is
+    taken, and the weights are drawn anew. ``baseline``: the model is also trained without decay, to be compared with.
+    """
 
     name: Annotated[str, AfterValidator(_folder_name)]
     # Above 32 bits numpy takes no seed.
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     init: str | None = None
+    init_weights: Literal["trained", "fresh"] = "trained"
     backbone: Backbone
     task: str = "saliency"
     data: Data
+    baseline: bool = False
     train: SparseTraining
     decay: Decay = Decay()
     target: Target = Target()
     slim: Slim = Slim()
-    finetune: Training
+    finetune: FineTuning
     export: Export = Export()
     log: Literal["none", "tensorboard"] = "none"
 
@@ -235,6 +262,11 @@ def conflicts(recipe: Recipe) -> list[tuple[yaml12.Path, str]]:
                 "cuts dead channels wherever they are, and slim.scope 'layer' the same share of each layer; drop one",
             )
         )
+    if recipe.init_weights == "fresh" and recipe.init is None:
+        found.append((("init_weights",), "'fresh' takes the layout of a run; name one with init=RUN"))
+    distill = recipe.finetune.distill
+    if distill.weight and distill.teacher == "baseline" and not recipe.baseline:
+        found.append((("finetune", "distill", "teacher"), "there is no baseline; set baseline=true, or take 'dense'"))
     for stage in ("train", "finetune"):
         section: Training = getattr(recipe, stage)
         if section.sync_norms and section.compile:
@@ -260,7 +292,12 @@ def same_run(held: str, now: str) -> bool:
 NAMED = {
     (stage, key): table
     for stage in ("train", "finetune")
-    for key, table in (("optimizer", "optimizers"), ("schedule", "schedules"), ("augment", "augmentations"))
+    for key, table in (
+        ("optimizer", "optimizers"),
+        ("schedule", "schedules"),
+        ("augment", "augmentations"),
+        ("loss", "losses"),
+    )
 }
 NAMED["slim", "criterion"] = "criteria"
 REGISTRIES = {("backbone",): "backbones", ("data",): "datasets", ("decay",): "decays", **NAMED}

@@ -39,6 +39,8 @@ def train_stage(work: Work, run: RunDir) -> None:
         keep_cuts(work, run, shrink)
     save_model(run, "dense", model)
     work.measure(run, "dense", begun(run, work.recipe))
+    if work.recipe.baseline:
+        _train_baseline(work, run)
 
 
 def finetune_stage(work: Work, run: RunDir) -> None:
@@ -103,6 +105,15 @@ STAGE_FUNCTIONS: dict[str, Callable[[Work, RunDir], None]] = {
     "export": export_stage,
     "report": report_stage,
 }
+
+
+def _train_baseline(work: Work, run: RunDir) -> None:
+    """Train what sparse training has begun with once more, without decay."""
+    model = work.start_model(run)
+    groups = find_groups(model, work.example())
+    model = work.train(run, "baseline", model, groups, NoDecay(model.to(work.device), groups))
+    save_model(run, "baseline", model)
+    work.measure(run, "baseline", model)
 
 
 def _recalibrate(work: Work, run: RunDir, model: nn.Module) -> None:

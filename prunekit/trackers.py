@@ -96,7 +96,7 @@ def flat(tree: dict[str, Any], joint: str = ".") -> dict[str, bool | int | float
 
 def _before(recipe: Recipe, stage: str) -> int:
     """The epochs of the trainings before this one."""
-    epochs = trainings(recipe.train.epochs, recipe.finetune.epochs, recipe.slim.steps)
+    epochs = trainings(recipe.train.epochs, recipe.finetune.epochs, recipe.slim.steps, recipe.baseline)
     return sum(list(epochs.values())[: list(epochs).index(stage)])
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import processes, registry
+from prunekit.averaging import Average
 from prunekit.data.cache import resident
 from prunekit.errors import TrainingError
 from prunekit.gatecourse import GateCourse
@@ -84,11 +85,15 @@ class _Fit:
                 "start fewer processes, or lower train.accumulate and finetune.accumulate"
             )
         self.steps = len(job.train) // (self.batch * self.update.shares)
-        self.place = restore_state(self.model, self.optimizer, self.gates, job, self.decay, self.steps, found)
+        self.place = restore_state(
+            self.model, self.optimizer, self.gates, job, self.decay, self.steps, found, self.average
+        )
         if processes.count() > 1 and section.fast and job.device.type == "cpu":
             with processes.in_turn():
                 load()  # compiled once, and found by the others
         spread(self.model)
+        if self.average is not None:
+            spread(self.average.model)
         self.saved = time.monotonic()
         self.total = max(1, section.epochs * self.steps)
         self.way = np.cumsum([self.schedule(step / self.total) for step in range(self.total)])
@@ -126,6 +131,9 @@ class _Fit:
                         self._stop(f"epoch {epoch + 1}")
         finally:
             job.reporter.stop()
+        if self.average is not None and self.average.steps:
+            self.average.put(self.model)
+            _flush(self.model)
         job.run.note_skipped(job.stage)
         if job.stage == "train":
             job.run.write_arrays("gates.npz", self.gates.arrays())
@@ -152,6 +160,8 @@ class _Fit:
                 group["lr"] = rate * factor
             batches = self._batches(epoch, step, order, where, generator)
             loss, penalty = self.update(self.forward, self.decay, batches, place.sums)
+            if self.average is not None:
+                self.average.update(self.model)
             place.step = step + 1
             if self.update.troubled:
                 self.update.look(epoch, step)
@@ -196,9 +206,16 @@ class _Fit:
             **(job.steering.figures() if job.steering is not None else {}),
             **({"shrunk": {key: cut.record[key] for key in ("channels", "params", "macs")}} if cut else {}),
             **({"skipped": skipped} if skipped else {}),
-            "metrics": job.task.quick(self.model, job.val, 4 * self.batch) if processes.leads() else {},
+            "metrics": self._metrics(),
             "seconds": time.perf_counter() - began,
         }
+
+    def _metrics(self) -> dict[str, float]:
+        """Those of the model that the training would end with now; process 0 measures."""
+        if not processes.leads():
+            return {}
+        model = self.model if self.average is None else self.average.model
+        return self.job.task.quick(model, self.job.val, 4 * self.batch)
 
     def _steer(self, epoch: int, step: int) -> None:
         """Let λ follow the model, where it is time to look."""
@@ -232,7 +249,7 @@ class _Fit:
         return by_steps or by_time
 
     def _save(self) -> None:
-        save_state(self.model, self.optimizer, self.gates, self.job, self.place, self.steps)
+        save_state(self.model, self.optimizer, self.gates, self.job, self.place, self.steps, self.average)
         self.saved = time.monotonic()
 
     def _stop(self, where: str) -> None:
@@ -276,6 +293,9 @@ class _Fit:
         self.optimizer = optimizer
         self.update = Update(self.model, optimizer, self.job, self.job.section.accumulate)
         self.rates = [group["lr"] for group in optimizer.param_groups]
+        # A cut begins the mean anew: what was cut is not to be averaged with what is left.
+        ema = self.job.section.ema
+        self.average = None if ema is None else Average(self.model, ema)
 
     def _watch(self) -> None:
         """Enter everything that holds on to the model and the decay that are under training now."""

@@ -1,7 +1,8 @@
 """The state of a training in its run folder: all that it needs to go on as if it had not been stopped.
 
-Between two epochs that is the model, the optimiser, the gates' course, λ and what was cut. Within an epoch it is also
-how far that has come, what it has summed up, what the shrinking has seen, and the random generators.
+Between two epochs that is the model and the mean of its weights, the optimiser, the gates' course, λ and what was cut.
+Within an epoch it is also how far that has come, what it has summed up, what the shrinking has seen, and the random
+generators.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import processes
+from prunekit.averaging import Average
 from prunekit.errors import CheckpointError, TrainingError
 from prunekit.gatecourse import GateCourse
 from prunekit.job import Job
@@ -64,7 +66,13 @@ class Place:
 
 
 def save_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, gates: GateCourse, job: Job, place: Place, steps: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    gates: GateCourse,
+    job: Job,
+    place: Place,
+    steps: int,
+    average: Average | None = None,
 ) -> None:
     """Write the state at ``place`` into the run folder, in a training of so many steps an epoch.
 
@@ -73,6 +81,8 @@ def save_state(
         CheckpointError: the system refused; the states written before still stand.
     """
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average/{name}": value for name, value in average.state().items()}
     held, numbers = optimizer.state_dict(), {}
     for index, state in held["state"].items():
         for key, value in state.items():
@@ -99,6 +109,7 @@ def save_state(
         "told": place.told,
         "seconds": place.seconds,
         "best": place.best,
+        "averaged": 0 if average is None else average.steps,
         "optimizer": numbers,
         # What an optimiser counts by itself, such as schedule-free ones do, stands beside the rates.
         "shares": [
@@ -128,6 +139,7 @@ def restore_state(
     decay: Decay,
     steps: int,
     found: Found | None,
+    average: Average | None = None,
 ) -> Place:
     """Load a training state, where there is one; where the training stands. States of earlier prunekits stand between
     two epochs, and say no more than which.
@@ -143,7 +155,8 @@ def restore_state(
             f"{_named(job)} is of a training of {state['steps']} steps an epoch, and the data now give {steps}; put "
             f"back what is missing of them, or {_again(job)}"
         )
-    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "gates": {}, "looks": {}, "random": {}}
+    kinds = ("model", "average", "optimizer", "gates", "looks", "random")
+    parts: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for name, value in arrays.items():
         kind, _, rest = name.partition("/")
         parts[kind][rest] = value if kind in ("gates", "looks") else torch.from_numpy(value.copy())
@@ -155,6 +168,8 @@ def restore_state(
     counts = state.get("shares", [{}] * len(made))
     try:
         model.load_state_dict(parts["model"])
+        if average is not None:
+            average.load(parts["average"], state["averaged"])
         shares = [{**ours, **theirs} for ours, theirs in zip(made, counts, strict=True)]
         optimizer.load_state_dict({"param_groups": shares, "state": moments})
     except (RuntimeError, ValueError, KeyError) as error:

@@ -105,8 +105,8 @@ class Update:
         job = self.job
         images = normalise(images.to(job.device))
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.section.precision == "bf16"):
-            output = forward(images)
-        return job.task.loss(output, targets.to(job.device))
+            taught, output = job.criterion.taught(images), forward(images)
+        return job.criterion(output, targets.to(job.device), taught)
 
     def _gathered(self, loss: Tensor, penalty: Tensor, held: Tensor, moved: Tensor | None) -> Tensor:
         """All that a step has found, in a row: gradients, statistics, figures; of all processes."""

@@ -323,9 +323,10 @@ def _epochs(data: bytes) -> dict[str, int]:
     try:
         recipe = parse(data.decode()).value
         counts = recipe["train"]["epochs"], recipe["finetune"]["epochs"], recipe["slim"]["steps"]
+        baseline = recipe.get("baseline") is True
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return trainings(*counts) if all(isinstance(count, int) for count in counts) else {}
+    return trainings(*counts, baseline) if all(isinstance(count, int) for count in counts) else {}
 
 
 def _last(data: bytes) -> str:

@@ -15,6 +15,7 @@ from prunekit import processes, registry
 from prunekit.counting import count, total
 from prunekit.data.cache import data_folder, kept_tensors
 from prunekit.data.pairs import ImageSet, Tensors, normalise
+from prunekit.distilling import Criterion
 from prunekit.errors import DataError, PlanError, RecipeError
 from prunekit.job import Job, untracked
 from prunekit.loading import (
@@ -40,7 +41,7 @@ from prunekit.pruning.limits import kept_whole
 from prunekit.pruning.shrinking import Shrinking
 from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
-from prunekit.schema import Recipe, Training
+from prunekit.schema import FineTuning, Recipe, Training
 from prunekit.tasks.base import Task, inference
 from prunekit.trackers import check_tracker, track
 from prunekit.training import chosen, fit
@@ -57,7 +58,8 @@ class Work:
         self.task: Task = registry.tasks.get(recipe.task)()
         self.device = PartialState().device
         self.shape = input_shape(recipe)
-        reporter.trainings = trainings(recipe.train.epochs, recipe.finetune.epochs, recipe.slim.steps)
+        epochs = recipe.train.epochs, recipe.finetune.epochs
+        reporter.trainings = trainings(*epochs, recipe.slim.steps, recipe.baseline)
         self._pairs: dict[str, ImageSet] = {}
         self._tensors: dict[str, Tensors] = {}
 
@@ -112,7 +114,8 @@ class Work:
             plan = plan_of(source, name)
             if plan is not None:
                 run.write_json("init.json", plan.to_json())
-            save_model(run, "init", load_model(source, name))
+            fresh = self.recipe.init_weights == "fresh"
+            save_model(run, "init", shaped(self.recipe, plan) if fresh else load_model(source, name))
         model = shaped(self.recipe, start_plan(run))
         fit_weights(model, run.read_tensors("init/model.safetensors"), str(run.path / "init"))
         return model
@@ -163,6 +166,9 @@ class Work:
             self.agree(source)
         for split in ("train", "val") if load else ():
             self.tensors(split)
+        if self.recipe.finetune.distill.weight:
+            nothing = torch.zeros(1, 1, 1, 1)
+            self.task.distance(nothing, nothing, 1.0)
         for stage in ("train", "finetune"):
             section: Training = getattr(self.recipe, stage)
             tries: list[tuple[str, Callable[[], Any]]] = [
@@ -171,6 +177,7 @@ class Work:
                     lambda s=section: chosen(registry.optimizers, s.optimizer)(shares(model, s.lr, s.gate_lr)),
                 ),
                 ("schedule", lambda s=section: chosen(registry.schedules, s.schedule)(0.5)),
+                ("loss", lambda s=section: chosen(registry.losses, s.loss)(self.task)),
                 (
                     "augment",
                     lambda s=section: chosen(registry.augmentations, s.augment)(
@@ -247,12 +254,14 @@ class Work:
         shrinking: Shrinking | None = None,
     ) -> nn.Module:
         """Train a model in place; the model, or (``shrinking``) what is left of it. ``stage`` names its lines and
-        states, and all but "train" are fine-tuning."""
+        states, and all but "train" and "baseline" are fine-tuning."""
         model.to(self.device)
+        section = self.recipe.train if stage in ("train", "baseline") else self.recipe.finetune
         job = Job(
             stage=stage,
-            section=self.recipe.train if stage == "train" else self.recipe.finetune,
+            section=section,
             task=self.task,
+            criterion=self._criterion(run, section),
             train=self.tensors("train"),
             val=self.tensors("val"),
             seed=self.recipe.seed,
@@ -265,6 +274,15 @@ class Work:
             shrinking=shrinking,
         )
         return fit(model, job, groups, decay).cpu().eval()
+
+    def _criterion(self, run: RunDir, section: Training) -> Criterion:
+        criterion = Criterion(chosen(registry.losses, section.loss)(self.task))
+        if isinstance(section, FineTuning) and section.distill.weight:
+            distill = section.distill
+            teacher = load_model(run, distill.teacher, self.recipe).to(self.device)
+            criterion.task, criterion.teacher = self.task, teacher.to(memory_format=torch.channels_last)
+            criterion.share, criterion.temperature = distill.weight, distill.temperature
+        return criterion
 
     def measure(self, run: RunDir, part: str, model: nn.Module) -> None:
         """Write a model's size into its part of the summary."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from prunekit import processes, registry
 from prunekit.data.pairs import load_tensors
+from prunekit.distilling import Criterion
 from prunekit.job import Job
 from prunekit.onlooker import Onlooker
 from prunekit.pruning.decay import DynamicWeightDecay
@@ -77,6 +78,7 @@ def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
         stage="train",
         section=section,
         task=registry.tasks.get("saliency")(),
+        criterion=Criterion(registry.tasks.get("saliency")().loss),
         train=found["train"],
         val=found["val"],
         seed=3,

@@ -94,8 +94,8 @@ def test_the_course_of_λ_and_size_is_in_the_metrics(whole):
 
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_steered_training_that_broke_off_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, after):
-    def stopped(model, optimizer, gates, job, place, steps):
-        save_state(model, optimizer, gates, job, place, steps)
+    def stopped(model, optimizer, gates, job, place, steps, average):
+        save_state(model, optimizer, gates, job, place, steps, average)
         if place.epoch == after:
             raise KeyboardInterrupt
 
@@ -156,8 +156,8 @@ def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
     steps = ["slim.steps=3", "train.epochs=1", "finetune.epochs=2"]
     run_it(tmp_path / "whole", *steps)
 
-    def stopped(model, optimizer, gates, job, place, steps):
-        save_state(model, optimizer, gates, job, place, steps)
+    def stopped(model, optimizer, gates, job, place, steps, average):
+        save_state(model, optimizer, gates, job, place, steps, average)
         if (job.stage, place.epoch) == ("step2", 1):
             raise KeyboardInterrupt
 

@@ -41,8 +41,8 @@ def run_it(out, *overrides, **how):
 
 
 def stopped_after(epoch, patch):
-    def stopped(model, optimizer, gates, job, place, steps):
-        save_state(model, optimizer, gates, job, place, steps)
+    def stopped(model, optimizer, gates, job, place, steps, average):
+        save_state(model, optimizer, gates, job, place, steps, average)
         if (job.stage, place.epoch) == ("train", epoch):
             raise KeyboardInterrupt
 

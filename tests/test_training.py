@@ -9,6 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from prunekit import registry, training
 from prunekit.backbones.csnet import csnet
 from prunekit.data.pairs import load_tensors
+from prunekit.distilling import Criterion
 from prunekit.errors import CheckpointError, TrainingError
 from prunekit.job import Job
 from prunekit.pruning.decay import DynamicWeightDecay
@@ -79,6 +80,7 @@ def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(wi
             stage="train",
             section=section(**changes),
             task=registry.tasks.get("saliency")(),
+            criterion=Criterion(registry.tasks.get("saliency")().loss),
             train=data["train"],
             val=data["val"],
             seed=3,
@@ -151,8 +153,8 @@ def tiny(tmp_path_factory, data):
 def stop_behind(monkeypatch, step):
     """Break off behind the state of this step."""
 
-    def stopped(model, optimizer, gates, job, place, steps):
-        save_state(model, optimizer, gates, job, place, steps)
+    def stopped(model, optimizer, gates, job, place, steps, average):
+        save_state(model, optimizer, gates, job, place, steps, average)
         if place.epoch * steps + place.step == step:
             raise KeyboardInterrupt
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prunekit import updating
+from prunekit.distilling import Criterion
 from prunekit.errors import TrainingError
 from prunekit.gatecourse import GateCourse
 from prunekit.pruning.decay import Decay, DynamicWeightDecay, NoDecay
@@ -35,6 +36,7 @@ class Job:
     def __init__(self, **changes):
         self.section = SparseTraining.model_validate({"epochs": 1, **changes})
         self.task, self.said = Mean(), []
+        self.criterion = Criterion(self.task.loss)
         self.reporter = self
 
     def say(self, text):

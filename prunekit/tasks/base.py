@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from prunekit.data.pairs import ImageSet, Tensors, checked_pair, image_tensor, normalise, resize
-from prunekit.errors import DataError, TrainingError
+from prunekit.errors import DataError, RecipeError, TrainingError
 
 # At its own size an image's sides are rounded up to what a network with four halvings divides evenly.
 OWN_SIZE_MULTIPLE = 16
@@ -75,6 +75,22 @@ class Task(ABC):
             logits: the model's output.
             targets: of these images, as :class:`prunekit.data.pairs.Tensors` holds them (masks may be float).
         """
+
+    def distance(self, logits: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
+        """How far logits are from a teacher's, for ``finetune.distill``: a scalar with a gradient, of the size of
+        :meth:`loss` at every temperature.
+
+        Args:
+            logits: the model's output.
+            taught: the teacher's for the same images.
+            temperature: divides both.
+
+        Raises:
+            RecipeError: the task cannot say it.
+        """
+        raise RecipeError(
+            "the task has no measure of how far a model is from its teacher; set finetune.distill.weight=0"
+        )
 
     @abstractmethod
     def quick(self, model: nn.Module, tensors: Tensors, batch_size: int) -> dict[str, float]:

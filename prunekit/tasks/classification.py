@@ -47,6 +47,12 @@ class Classification(Task):
         """Mean cross-entropy of logits [B, K] against labels [B] of 0 to K - 1: a scalar."""
         return F.cross_entropy(logits.float(), targets)
 
+    def distance(self, logits: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Mean cross-entropy against the teacher's probabilities, both logits divided by the temperature, times its
+        square: a scalar."""
+        soft = torch.softmax(taught.float() / temperature, 1)
+        return temperature**2 * F.cross_entropy(logits.float() / temperature, soft)
+
     def predict(self, model: nn.Module, image: np.ndarray, size: int | None) -> np.ndarray:
         """The probability of each class: float32 [K]."""
         with inference(model) as device:

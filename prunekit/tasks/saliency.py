@@ -45,6 +45,12 @@ class Saliency(Task):
         """Mean binary cross-entropy of logits [B, 1, H, W] against masks [B, 1, H, W] of 0 and 1: a scalar."""
         return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
+    def distance(self, logits: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Mean binary cross-entropy against the teacher's map, both logits divided by the temperature, times its
+        square: a scalar."""
+        soft = torch.sigmoid(taught.float() / temperature)
+        return temperature**2 * F.binary_cross_entropy_with_logits(logits.float() / temperature, soft)
+
     def predict(self, model: nn.Module, image: np.ndarray, size: int | None) -> np.ndarray:
         """The saliency map of one image by the published protocol: uint8 [H, W].
 

@@ -1,0 +1,66 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from prunekit.averaging import Average
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4))
+
+
+def moved(net, generator):
+    with torch.no_grad():
+        for tensor in [*net.parameters(), *net.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            else:
+                tensor.add_(1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(decay=st.floats(0.01, 0.999), steps=st.integers(1, 40), seed=st.integers(0, 99))
+def test_the_mean_is_what_it_says(decay, steps, seed):
+    net, generator = model(), torch.Generator().manual_seed(seed)
+    average = Average(net, decay)
+    wanted = None
+    for step in range(steps):
+        moved(net, generator)
+        average.update(net)
+        now = {name: value.double() for name, value in net.state_dict().items()}
+        kept = 0.0 if step == 0 else min(decay, (1 + step) / (10 + step))
+        wanted = {n: v if wanted is None else kept * wanted[n] + (1 - kept) * v for n, v in now.items()}
+    for name, value in average.state().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), wanted[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert value == steps
+    assert average.steps == steps
+
+
+def test_it_goes_on_from_a_state_and_leaves_the_model_alone():
+    net, generator = model(), torch.Generator().manual_seed(0)
+    average = Average(net, 0.9)
+    for _ in range(3):
+        moved(net, generator)
+        average.update(net)
+    other = Average(model(), 0.9)
+    other.load({name: value.clone() for name, value in average.state().items()}, average.steps)
+    moved(net, generator)
+    before = copy.deepcopy(net.state_dict())
+    for one in (average, other):
+        one.update(net)
+    assert all(torch.equal(a, b) for a, b in zip(average.state().values(), other.state().values(), strict=True))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    average.put(net)
+    assert all(torch.equal(value, average.state()[name]) for name, value in net.state_dict().items())
+
+
+def test_a_state_of_another_model_is_refused():
+    with pytest.raises(RuntimeError):
+        Average(model(), 0.9).load(nn.Linear(2, 2).state_dict(), 3)

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from prunekit import registry
+from prunekit.distilling import Criterion
+from prunekit.errors import RecipeError
+from prunekit.tasks.base import Task
+from prunekit.tasks.classification import Classification
+from prunekit.tasks.saliency import Saliency
+
+SHAPES = {Saliency: (2, 1, 4, 4), Classification: (5, 7)}
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_nothing_is_nearer_to_a_teacher_than_the_teacher(kind, temperature):
+    torch.manual_seed(0)
+    taught = torch.randn(SHAPES[kind])
+    logits = taught.clone().requires_grad_()
+    distance = kind().distance(logits, taught, temperature)
+    distance.backward()
+    assert logits.grad.abs().max() < 1e-6
+    assert kind().distance(taught + torch.randn(SHAPES[kind]), taught, temperature) > distance
+
+
+def test_a_sure_teacher_says_what_the_data_say():
+    logits, masks = torch.randn(2, 1, 4, 4), (torch.rand(2, 1, 4, 4) > 0.5).float()
+    torch.testing.assert_close(Saliency().distance(logits, 200 * masks - 100, 1.0), Saliency().loss(logits, masks))
+    scores, labels = torch.randn(5, 7), torch.arange(5)
+    sure = 200 * nn.functional.one_hot(labels, 7).float()
+    torch.testing.assert_close(Classification().distance(scores, sure, 1.0), Classification().loss(scores, labels))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_gradients_keep_their_size_at_every_temperature(kind):
+    """That is what the square is for (Hinton et al., section 2.1)."""
+    torch.manual_seed(0)
+    logits, taught = torch.randn(SHAPES[kind]), torch.randn(SHAPES[kind])
+    sizes = []
+    for temperature in (20.0, 80.0):
+        leaf = logits.clone().requires_grad_()
+        kind().distance(leaf, taught, temperature).backward()
+        sizes.append(float(leaf.grad.norm()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_shares_of_data_and_teacher():
+    task, images = Saliency(), torch.randn(2, 1, 4, 4)
+    masks = (images > 0).float()
+    alone = Criterion(task.loss)
+    assert alone.taught(images) is None and alone(images, masks, None) == task.loss(images, masks)
+    both = Criterion(task.loss, task, Twice(), share=0.25, temperature=2.0)
+    taught = both.taught(images.requires_grad_())
+    assert torch.equal(taught, 2 * images) and not taught.requires_grad
+    wanted = 0.75 * task.loss(images, masks) + 0.25 * task.distance(images, taught, 2.0)
+    torch.testing.assert_close(both(images, masks, taught), wanted)
+
+
+def test_a_task_that_cannot_say_it_says_so():
+    plain = type("Plain", (Saliency,), {"distance": Task.distance})
+    with pytest.raises(RecipeError, match=r"no measure of how far .* finetune.distill.weight=0"):
+        plain().distance(torch.zeros(1), torch.zeros(1), 1.0)
+    assert math.isfinite(registry.tasks.get("saliency")().distance(torch.zeros(1), torch.zeros(1), 1.0))
