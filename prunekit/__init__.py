@@ -27,6 +27,7 @@ _EXPORTS = {
     "register_criterion": "prunekit.registry",
     "register_dataset": "prunekit.registry",
     "register_decay": "prunekit.registry",
+    "register_loss": "prunekit.registry",
     "register_optimizer": "prunekit.registry",
     "register_schedule": "prunekit.registry",
     "register_task": "prunekit.registry",

@@ -94,7 +94,7 @@ def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
 RUNS = {
     "sgd": {"epochs": 1, "batch_size": IMAGES // 2},
     "adam": {"epochs": 1, "batch_size": IMAGES // 2, "optimizer": "adam"},
-    "many": {"epochs": 3},
+    "many": {"epochs": 3, "ema": 0.9},
 }
 
 

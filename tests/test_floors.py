@@ -51,6 +51,8 @@ FLOORS = {
     "following": 6,
     "slimming": 6,
     "stepping": 4,
+    "averaging": 4,
+    "distilling": 4,
     "job": 5,
     "gatecourse": 5,
     "training_state": 5,

@@ -51,7 +51,7 @@ def test_recipes_are_found_by_name():
 
 
 def test_the_published_schedule():
-    recipe = load("csnet_duts", ["data.root=somewhere"])
+    recipe = load("csnet_duts_paper", ["data.root=somewhere"])
     assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.lr, recipe.data.size) == (300, 24, 1e-4, 224)
     assert recipe.train.optimizer.options == {"betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 5e-3}
     milestones = recipe.train.schedule.options["milestones"]
