@@ -120,7 +120,7 @@ def _status(out: Path) -> str | None:
     return json.loads(path.read_text()).get("status") if path.is_file() else None
 
 
-def main(argv: list[str] | None = None) -> None:
+def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("train", type=Path, help="images/ and GT/ to learn from")
     parser.add_argument("test", type=Path, help="images/ and GT/ for the figures")
@@ -130,7 +130,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--side-by-side", action="store_true", help="two runs at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/duts"))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "duts")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parsed(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     todo = dict(commands(args))
     for group in ([n for n in todo if not n.startswith("scratch")], [n for n in todo if n.startswith("scratch")]):
