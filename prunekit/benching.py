@@ -61,7 +61,7 @@ def bench_run(
     Args:
         batches, sizes, threads: whole numbers, separated by commas; None: the recipe's size, and all cores.
         forms: of :data:`FORMS` and :data:`EXTRA`; None for the former.
-        models: of "dense", "slim" and "finetuned"; None for the first two.
+        models: of "baseline", "dense", "slim" and "finetuned"; None for the first two.
         seconds: of timed calls for each row, at least.
 
     Returns:

@@ -140,7 +140,7 @@ def eval_(
     ],
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="dense, slim or finetuned; default the last that the run has."),
+        typer.Option(help="baseline, dense, slim or finetuned; default the last."),
     ] = None,
     size: Annotated[
         Optional[int],  # noqa: UP045
@@ -170,7 +170,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder for what is written.")],
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="dense, slim or finetuned; default the last that the run has."),
+        typer.Option(help="baseline, dense, slim or finetuned; default the last."),
     ] = None,
 ) -> None:
     """Apply a model to images: saliency maps or, for classification, a table predictions.csv."""
@@ -225,7 +225,7 @@ def export(
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="dense, slim or finetuned; default the last that the run has."),
+        typer.Option(help="baseline, dense, slim or finetuned; default the last."),
     ] = None,
     preprocess: Annotated[
         bool, typer.Option("--preprocess", help="Images (uint8, N×H×W×3) in; maps (uint8) or probabilities out.")
@@ -267,7 +267,7 @@ def bench(
     ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME,...", help="dense, slim, finetuned; default dense,slim."),
+        typer.Option(metavar="NAME,...", help="Of baseline, dense, slim, finetuned; default dense,slim."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Of timed calls for each row, at least.")] = 2.0,
 ) -> None:
@@ -302,7 +302,7 @@ def groups(
     overrides: Overrides = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Of a run: dense, slim or finetuned; default the last that it has."),
+        typer.Option(help="Of a run: baseline, dense, slim or finetuned; default the last."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: each group with its tensors and gates.")] = False,
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.tasks.base import Task
 
@@ -19,14 +19,14 @@ class Criterion:
     Attributes:
         loss: of logits and targets, a scalar.
         task: says how far logits are from a teacher's.
-        teacher: in evaluation mode, on the device of the model that learns; None without one.
+        teacher: the forward of a model in evaluation mode, on the device of the one that learns; None without.
         share: the teacher's, of the loss, 0 … 1.
         temperature: divides the logits of both.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     task: Task | None = None
-    teacher: nn.Module | None = None
+    teacher: Callable[[Tensor], Tensor] | None = None
     share: float = 0.0
     temperature: float = 1.0
 

@@ -48,7 +48,7 @@ def evaluate(
         data: ``NAME=FOLDER`` for each set, all of which is taken: for saliency a folder that holds images/ and GT/, for
             classification one that holds a folder of images for each class.
         console: where the table goes.
-        model: "dense", "slim" or "finetuned"; None for the last that the run has.
+        model: "baseline", "dense", "slim" or "finetuned"; None for the last that the run has.
         size: side of the square that the model sees; None for that of the run's recipe.
         own_size: the model sees each image at its own size, rounded up to a multiple of 16, instead.
         batch_size: images in hand at once.

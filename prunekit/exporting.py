@@ -87,7 +87,7 @@ def export_run(
 
     Args:
         form: "onnx", "openvino", "pt2", or "csnet" (the published form, ``exports/csnet.pth.tar`` and ``.bin``).
-        model: "dense", "slim" or "finetuned"; None for the last that the run has.
+        model: "baseline", "dense", "slim" or "finetuned"; None for the last that the run has.
         plain, preprocess, int8: as for :class:`Variant`.
         overrides: ``data.…=…``, where the run's data are elsewhere now, or where it has none.
 
@@ -155,7 +155,7 @@ class Exporter:
     """Writes files of one model of a run; what several of them need is made once.
 
     Args:
-        name: "dense", "slim" or "finetuned".
+        name: "baseline", "dense", "slim" or "finetuned".
     """
 
     work: Work
@@ -285,7 +285,7 @@ class Exporter:
 
     def _metadata(self, variant: Variant) -> dict[str, str]:
         """What a file says of itself; nothing of this machine: of paths no more than the last part is told."""
-        plan = plan_of(self.run, self.name) if self.run.has("plan.json") or self.name == "dense" else None
+        plan = plan_of(self.run, self.name) if self.run.has("plan.json") or self.name in ("baseline", "dense") else None
         sizes = total(count(self.network, (3, self.size, self.size))[0])
         picture = {"type": "uint8", "shape": ["N", "H", "W", 3], "values": "RGB, 0 to 255"}
         tensor = {"type": "float32", "shape": ["N", 3, "H", "W"], "values": "RGB, normalised as in preprocessing"}

@@ -38,7 +38,7 @@ class Inspection:
 
     Attributes:
         source: the recipe or the run folder.
-        model: "dense", "slim" or "finetuned"; a recipe's is "dense", untrained.
+        model: "baseline", "dense", "slim" or "finetuned"; a recipe's is "dense", untrained.
         shape: of one input, (C, H, W).
         params, macs: of the whole model.
         groups: in the order of computation.
@@ -76,7 +76,7 @@ def inspect_groups(source: str, overrides: Sequence[str] = (), model: str | None
     Args:
         source: a run folder, a recipe file or the name of a shipped recipe.
         overrides: ``key=value`` each, such as ``data.size=64`` or ``slim.threshold=5e-2``.
-        model: "dense", "slim" or "finetuned", of a run; None for the last that the run has.
+        model: "baseline", "dense", "slim" or "finetuned", of a run; None for the last that the run has.
 
     Raises:
         RecipeError: there is no such recipe, run or model.

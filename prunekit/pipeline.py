@@ -115,6 +115,7 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     work = Work(recipe, Reporter(console))
     old = RunDir.open(source).settled("slim")
     newest_model(old)
+    _has_teacher(recipe, old)
     work.rehearse(load=True)
     work.agree(old)
     with _begun(work, out, overwrite=overwrite) as run:
@@ -211,6 +212,15 @@ def _adopt(work: Work, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
         metrics = summary.get(theirs, {}).get("metrics")
         if same_data and metrics:
             run.update_summary(ours, {**run.read_json("summary.json")[ours], "metrics": metrics})
+
+
+def _has_teacher(recipe: Recipe, source: RunDir) -> None:
+    """Refuse to fine-tune by a model that the run to begin from does not have."""
+    distill = recipe.finetune.distill
+    if distill.weight and not source.has(f"{distill.teacher}/model.safetensors"):
+        raise RecipeError(
+            f"finetune.distill.teacher: {source.path} has no {distill.teacher} model; set finetune.distill.weight=0"
+        )
 
 
 def _elsewhere(source: Path, out: Path) -> None:

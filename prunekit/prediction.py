@@ -30,7 +30,7 @@ def predict(
         folder: a run folder.
         images: image files, and folders whose images are taken.
         out: made where it is not there.
-        model: "dense", "slim" or "finetuned"; None for the last that the run has.
+        model: "baseline", "dense", "slim" or "finetuned"; None for the last that the run has.
 
     Returns:
         the files written.

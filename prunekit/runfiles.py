@@ -349,8 +349,12 @@ class RunFiles:
         return metrics
 
     def truncate_metrics(self, stage: str, epoch: int) -> None:
-        """Drop the lines of this stage after ``epoch``, and those of later stages: a resumed run writes them again."""
+        """Drop the lines of this stage after ``epoch``, and lines and states of later trainings: a resumed run writes
+        them again."""
         first = place(stage)
+        for later in self.states().stages():
+            for step in self.states().steps(later) if place(later) > first else ():
+                self.states().discard(later, step)
         if first == place(STAGES[0]) and epoch == 0:
             # Unread, so that the run can be made again where they are damaged.
             if self.has(METRICS):

@@ -217,14 +217,16 @@ def _goals(work: Work, run: RunDir, dense: nn.Module, groups: Sequence[Group]) -
 
 
 def _losses(work: Work) -> Any:
-    """The loss of a model on each of a few batches of training data, the same ones every time."""
+    """The loss of a model, that which it was trained by, on each of a few batches of training data, the same ones every
+    time."""
+    loss = chosen(registry.losses, work.recipe.train.loss)(work.task)
     train, size = work.tensors("train"), work.recipe.train.batch_size
     order = torch.randperm(len(train), generator=seeded(work.recipe.seed, "criterion", 0))
 
     def losses(model: nn.Module) -> Iterator[Tensor]:
         for rows in order.split(size)[:LOSS_BATCHES]:
             images = normalise(train.images[rows])
-            yield work.task.loss(model(images), train.targets[rows])
+            yield loss(model(images), train.targets[rows])
 
     return losses
 

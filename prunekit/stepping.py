@@ -50,7 +50,7 @@ def fast_steps(
             stack.enter_context(kept_memory())
         if section.compile:
             compiled = _Compiled(model, on_cpu, say)
-            yield compiled if on_cpu else _channels_last(compiled, model, say)
+            yield compiled if on_cpu else channels_last(compiled, model, say)
             return
         if not section.fast:
             yield model
@@ -63,10 +63,10 @@ def fast_steps(
             else:
                 kernels.enter_context(_replaced(_kernels(model, groups)))
         # What the kernels give lies channels-last too.
-        yield _channels_last(model, model, say, kernels.close)
+        yield channels_last(model, model, say, kernels.close)
 
 
-def _channels_last(
+def channels_last(
     forward: Forward, model: nn.Module, say: Callable[[str], None], without: Callable[[], None] = lambda: None
 ) -> Forward:
     """The forward of this model, given its images in this format; convolutions pass it on. A model that takes views of

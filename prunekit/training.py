@@ -24,7 +24,7 @@ from prunekit.data.cache import resident
 from prunekit.errors import TrainingError
 from prunekit.gatecourse import GateCourse
 from prunekit.interrupts import held_back
-from prunekit.job import Job
+from prunekit.job import Job, untracked
 from prunekit.native.library import load
 from prunekit.optimizers import shares
 from prunekit.plan import Group
@@ -110,7 +110,8 @@ class _Fit:
                 held_back() as self.stop,
                 ExitStack() as self.watching,
                 flushed_denormals(),
-                job.tracker(first) as track,
+                # A training that is done has nothing to track, and what came behind it is not to be dropped.
+                (job.tracker if first < epochs else untracked)(first) as track,
             ):
                 self._watch()
                 for epoch in range(first, epochs):
@@ -190,7 +191,9 @@ class _Fit:
         agree(self.model, f"the models that epoch {epoch + 1} has left")
         *totals, counted = place.sums.tolist()
         if not counted:
-            raise TrainingError(f"every step of epoch {epoch + 1} was skipped; try a lower train.lr or decay.weight")
+            raise TrainingError(
+                f"every step of epoch {epoch + 1} of {job.stage} was skipped; try a lower lr or decay.weight"
+            )
         skipped = self.steps - round(counted)
         alive, of = self.gates.count()
         return {

@@ -176,7 +176,7 @@ class Update:
         bad = int(self._bad)
         if not bad:
             return
-        section = "train" if self.job.stage == "train" else "finetune"
+        section = "train" if self.job.stage in ("train", "baseline") else "finetune"
         what = f"{self._fault(self._first)} at epoch {epoch + 1}, step {step + 1 - self._calls + int(self._when)}"
         skips = self.job.section.on_nonfinite == "skip"
         if not skips or int(self._in_a_row) >= MOST:

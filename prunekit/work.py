@@ -42,6 +42,7 @@ from prunekit.pruning.shrinking import Shrinking
 from prunekit.pruning.steering import Steering
 from prunekit.rundir import RunDir
 from prunekit.schema import FineTuning, Recipe, Training
+from prunekit.stepping import channels_last
 from prunekit.tasks.base import Task, inference
 from prunekit.trackers import check_tracker, track
 from prunekit.training import chosen, fit
@@ -280,7 +281,8 @@ class Work:
         if isinstance(section, FineTuning) and section.distill.weight:
             distill = section.distill
             teacher = load_model(run, distill.teacher, self.recipe).to(self.device)
-            criterion.task, criterion.teacher = self.task, teacher.to(memory_format=torch.channels_last)
+            # What it refuses, the model that learns refuses as well, and that is said.
+            criterion.task, criterion.teacher = self.task, channels_last(teacher, teacher, lambda _: None)
             criterion.share, criterion.temperature = distill.weight, distill.temperature
         return criterion
 

@@ -80,6 +80,7 @@ def registered():
             registry.optimizers: {"adam": plain, "sgd": plain},
             registry.schedules: {"constant": lambda progress: 1.0, "cosine": cosine},
             registry.augmentations: {"none": lambda images, targets, sizes, generator: None},
+            registry.losses: {"task": lambda task: None},
         }.items():  # fmt: skip
             patch.setattr(table, "_families", {})
             patch.setattr(table, "_entries", {name: registry.Entry(name, b, "test") for name, b in builders.items()})

@@ -61,6 +61,18 @@ def test_it_goes_on_from_a_state_and_leaves_the_model_alone():
     assert all(torch.equal(value, average.state()[name]) for name, value in net.state_dict().items())
 
 
+def test_what_is_dead_in_the_model_is_dead_in_the_mean():
+    net = model()
+    average = Average(net, 0.9)
+    for gate in (1.0, 0.5, 0.0):
+        with torch.no_grad():
+            net[1].weight[2] = gate
+        average.update(net)
+    assert average.model[1].weight[2] > 0.1
+    average.put(net)
+    assert net[1].weight[2] == 0 and (net[1].weight[:2] == 1).all()
+
+
 def test_a_state_of_another_model_is_refused():
     with pytest.raises(RuntimeError):
         Average(model(), 0.9).load(nn.Linear(2, 2).state_dict(), 3)

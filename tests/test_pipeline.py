@@ -203,7 +203,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(whole, tm
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["good.png"]
     with pytest.raises(DataError, match="is not there"):
         predict(whole, [tmp_path / "none.png"], tmp_path / "maps", console=quiet())
-    with pytest.raises(DataError, match="there are dense, slim, finetuned"):
+    with pytest.raises(DataError, match="there are baseline, dense, slim, finetuned"):
         predict(whole, [good], tmp_path / "maps", "thin", console=quiet())
 
 

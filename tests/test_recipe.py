@@ -41,7 +41,7 @@ def test_dump_has_every_key_in_the_order_of_the_schema_and_null_for_none(write):
     top = [line.partition(":")[0] for line in lines if line[0] != " "]
     assert top == list(recipe.Recipe.model_fields)
     assert "init: null" in lines and "  gate_lr: null" in lines
-    assert lines[3:7] == ["backbone:", "  name: toy", "  file: null", "  options:"]
+    assert lines[4:8] == ["backbone:", "  name: toy", "  file: null", "  options:"]
 
 
 def test_whole_numbers_become_numbers_where_numbers_are_meant(write):

@@ -315,7 +315,7 @@ class Example:
         name: its name there.
         kind: "best" or "worst" by the error of the last model, or None.
         fixed: whether it is one of the images that are always shown.
-        files: "image", "truth", "dense", "slim", "finetuned" → the picture, a PNG; only those that are there.
+        files: "image", "truth", and the models' names → the picture, a PNG; only those that are there.
         said: what stands for a picture where there is none: the truth's and the models' words, as of a class.
     """
 

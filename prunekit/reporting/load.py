@@ -304,10 +304,15 @@ def _at_odds(run: Run) -> list[str]:
         counts[str(stage)] = len(epochs)
         if epochs != list(range(1, len(epochs) + 1)):
             found.append(f"{METRICS}: the epochs of {stage} are not 1, 2, 3 and so on")
-    for stage, key in (("train", "train.epochs"), ("finetune", "finetune.epochs")):
+    for stage, key in (("train", "train.epochs"), ("baseline", "train.epochs"), ("finetune", "finetune.epochs")):
         wanted, held = run.setting(key), counts.get(stage, 0)
         # The training of a run that was derived from another one stands in that one.
-        if stage in run.done and isinstance(wanted, int) and held < wanted and (held or stage == "finetune"):
+        if (
+            ("train" if stage == "baseline" else stage) in run.done
+            and isinstance(wanted, int)
+            and held < wanted
+            and (held or stage == "finetune")
+        ):
             found.append(f"{METRICS}: {held} of {wanted} epochs of {stage}")
     if len(run.gates) and "train" in run.done and counts.get("train") and len(run.gates) != counts["train"]:
         found.append(f"gates.npz: {len(run.gates)} epochs, {METRICS} has {counts['train']} of train")

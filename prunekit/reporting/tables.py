@@ -39,7 +39,7 @@ _TITLES = {
     "thop_macs": "thop MACs {} {}",
     "paper_flops": "paper FLOPs {} (224×224)",
 }
-# The stages that make a model; sparse training and a baseline are one stage.
+# The stages that make a model. Sparse training and a baseline are one; of that the baseline's epochs are its own.
 _MADE_IN = {"dense": ("train",), "slim": ("extract", "slim"), "finetuned": ("finetune",)}
 
 
@@ -336,7 +336,11 @@ def _part(run: Run, name: str) -> dict[str, Any]:
 def _seconds(run: Run, part: str) -> float | None:
     taken = run.summary.get("seconds") or {}
     found = [taken[stage] for stage in _MADE_IN.get(part, ()) if is_number(taken.get(stage))]
-    return round(sum(found), 3) if found else None
+    lines = run.metrics[run.metrics["stage"] == "baseline"] if "seconds" in run.metrics else run.metrics[:0]
+    own = float(lines["seconds"].sum())
+    if part == "baseline":
+        return round(own, 3) if own else None
+    return round(sum(found) - (own if part == "dense" else 0.0), 3) if found else None
 
 
 def _ratio(value: Any, dense: Any) -> float | None:
