@@ -65,7 +65,7 @@ def run(name: str, arguments: list[str], runs: Path, threads: int | None) -> Non
         return
     command = [sys.executable, "-m", "prunekit.cli", "run", *arguments, "--out", str(out)]
     command += ["--resume"] if out.exists() else []
-    print("prunekit", shlex.join(command[3:]), flush=True)
+    print(f"prunekit {shlex.join(command[3:])}\n", end="", flush=True)  # in one piece: there may be two
     env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with (runs / f"{name}.log").open("a") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env, check=True)

@@ -92,27 +92,50 @@ def test_a_teacher_has_its_share(run_it, plain, tmp_path):
     assert len({*found.values(), weights(plain, "finetuned")}) == 3
 
 
-@pytest.mark.parametrize(
-    ("stage", "step"), [("train", 3), ("baseline", 1), ("baseline", 2), ("baseline", 4), ("finetune", 1)]
-)
-def test_broken_off_and_resumed_it_ends_as_ever(run_it, whole, tmp_path, stage, step):
+def broken_off(run_it, out, stage, step, *overrides):
+    """A run that has stopped behind the state of this step."""
+
     def stopped(model, optimizer, gates, job, place, steps, average):
         save_state(model, optimizer, gates, job, place, steps, average)
         if (job.stage, place.epoch * steps + place.step) == (stage, step):
             raise KeyboardInterrupt
 
-    out = tmp_path / "run"
-    overrides = [*ALL, "train.checkpoint.steps=1", "finetune.checkpoint.steps=1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "save_state", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_it(out, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [("train", 3), ("baseline", 1), ("baseline", 2), ("baseline", 4), ("finetune", 1)]
+)
+def test_broken_off_and_resumed_it_ends_as_ever(run_it, whole, tmp_path, stage, step):
+    out = tmp_path / "run"
+    overrides = [*ALL, "train.checkpoint.steps=1", "finetune.checkpoint.steps=1"]
+    broken_off(run_it, out, stage, step, *overrides)
     assert RunDir.open(out).stage == ("finetune" if stage == "finetune" else "train")
     run_it(out, *overrides, resume=True)
     found, wanted = outcome(out), outcome(whole)
     for one in (found, wanted):
         del one["recipe.yaml"], one["plan.json"]  # which holds the recipe's hash
     assert found == wanted
+
+
+def test_where_the_sparse_training_goes_back_the_baseline_does_too(run_it, whole, tmp_path):
+    """Its newest state is damaged, so an epoch of it is done again, and whatever came behind."""
+    out = tmp_path / "run"
+    broken_off(run_it, out, "baseline", 4, *ALL)
+    newest = max((out / "checkpoints").glob("train-*.json"))
+    newest.write_bytes(b"{}")
+    run_it(out, *ALL, resume=True)
+    assert outcome(out) == outcome(whole)
+
+
+def test_a_run_without_the_teacher_is_refused(plain, photos, tmp_path):
+    wanted = toy_recipe(photos, *CUTTING, *ALL)
+    with pytest.raises(RecipeError, match=r"finetune.distill.teacher: .* has no baseline model; set finetune.distill"):
+        finetune_run(plain, wanted, tmp_path / "tuned", quiet())
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_done_again_from_the_start_nothing_is_left_of_it(run_it, whole, tmp_path):
