@@ -300,13 +300,13 @@ def _is_number(value: Any) -> bool:
 
 def _unknown_key(path: yaml12.Path) -> str:
     known = list((schema.section(path[:-1]) or Recipe).model_fields)
-    near = registry.nearest(path[-1][:100], known)
-    if near:
-        return f"unknown key, did you mean {dotted((*path[:-1], near))!r}? known here: {', '.join(known)}"
-    # A known key at a wrong level is the other common slip.
+    # A known key at a wrong level says more than one that looks alike.
     elsewhere = [dotted(other) for other in schema.all_keys() if other[-1] == path[-1]]
     if elsewhere:
         return f"unknown key, it belongs elsewhere; write {' or '.join(elsewhere[:3])}"
+    near = registry.nearest(path[-1][:100], known)
+    if near:
+        return f"unknown key, did you mean {dotted((*path[:-1], near))!r}? known here: {', '.join(known)}"
     return f"unknown key; remove it, known here: {', '.join(known)}"
 
 

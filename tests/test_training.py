@@ -259,7 +259,7 @@ def test_the_first_ctrl_c_saves_the_state_behind_the_step_and_the_second_stops_a
 def test_a_stop_behind_the_last_step_is_one_too(tmp_path, data, monkeypatch):
     def late(*arguments):
         save_state(*arguments)
-        if arguments[-2].epoch == 1:
+        if arguments[-3].epoch == 1:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:

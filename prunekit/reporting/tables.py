@@ -336,8 +336,8 @@ def _part(run: Run, name: str) -> dict[str, Any]:
 def _seconds(run: Run, part: str) -> float | None:
     taken = run.summary.get("seconds") or {}
     found = [taken[stage] for stage in _MADE_IN.get(part, ()) if is_number(taken.get(stage))]
-    lines = run.metrics[run.metrics["stage"] == "baseline"] if "seconds" in run.metrics else run.metrics[:0]
-    own = float(lines["seconds"].sum())
+    timed = "seconds" in run.metrics
+    own = float(run.metrics.loc[run.metrics["stage"] == "baseline", "seconds"].sum()) if timed else 0.0
     if part == "baseline":
         return round(own, 3) if own else None
     return round(sum(found) - (own if part == "dense" else 0.0), 3) if found else None
