@@ -29,8 +29,9 @@ def of_task(task: Task) -> Loss:
 
 @register_loss("bce_iou")
 def bce_iou(task: Task, *, iou: float = 1.0) -> Loss:
-    """Binary cross-entropy and, for each map as a whole, 1 less its soft intersection over union (Qin et al., CVPR
-    2019, section 3.3).
+    """Binary cross-entropy, and 1 less the soft intersection over union of each map.
+
+    After Qin et al., CVPR 2019, section 3.3, without its third term.
 
     Args:
         task: with masks as targets.
@@ -56,8 +57,9 @@ def bce_iou(task: Task, *, iou: float = 1.0) -> Loss:
 
 @register_loss("structure")
 def structure(task: Task, *, window: int = 31, gain: float = 5.0, size: int = 352) -> Loss:
-    """Binary cross-entropy and soft intersection over union, pixels near an outline weighing more (F³Net: Wei et al.,
-    AAAI 2020, section 3.3).
+    """As bce_iou, with pixels near an outline weighing more.
+
+    After F³Net (Wei et al., AAAI 2020, section 3.3).
 
     A pixel weighs 1 + gain · |mean of the mask around it - mask|; outside the image the mask is 0 there.
 
