@@ -12,7 +12,7 @@ from torch import Tensor
 from prunekit.tasks.base import Task
 
 
-@dataclass
+@dataclass(frozen=True)
 class Criterion:
     """Loss and teacher of one training.
 

@@ -277,14 +277,14 @@ class Work:
         return fit(model, job, groups, decay).cpu().eval()
 
     def _criterion(self, run: RunDir, section: Training) -> Criterion:
-        criterion = Criterion(chosen(registry.losses, section.loss)(self.task))
-        if isinstance(section, FineTuning) and section.distill.weight:
-            distill = section.distill
-            teacher = load_model(run, distill.teacher, self.recipe).to(self.device)
-            # What it refuses, the model that learns refuses as well, and that is said.
-            criterion.task, criterion.teacher = self.task, channels_last(teacher, teacher, lambda _: None)
-            criterion.share, criterion.temperature = distill.weight, distill.temperature
-        return criterion
+        loss = chosen(registry.losses, section.loss)(self.task)
+        if not (isinstance(section, FineTuning) and section.distill.weight):
+            return Criterion(loss)
+        distill = section.distill
+        model = load_model(run, distill.teacher, self.recipe).to(self.device)
+        # What it refuses, the model that learns refuses as well, and that is said.
+        teacher = channels_last(model, model, lambda _: None)
+        return Criterion(loss, self.task, teacher, distill.weight, distill.temperature)
 
     def measure(self, run: RunDir, part: str, model: nn.Module) -> None:
         """Write a model's size into its part of the summary."""

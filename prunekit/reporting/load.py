@@ -16,7 +16,7 @@ from prunekit.reporting import contents, shown
 from prunekit.reporting.contents import COUNTERS, PARTS, Example
 from prunekit.reporting.kinds import SIZE, told
 from prunekit.rundir import RunDir
-from prunekit.runfiles import METRICS, RECIPE, RunFiles
+from prunekit.runfiles import METRICS, RECIPE, STAGES, RunFiles, place
 from prunekit.state import STATE, SUMMARY
 from prunekit.yaml12 import parse
 
@@ -307,12 +307,8 @@ def _at_odds(run: Run) -> list[str]:
     for stage, key in (("train", "train.epochs"), ("baseline", "train.epochs"), ("finetune", "finetune.epochs")):
         wanted, held = run.setting(key), counts.get(stage, 0)
         # The training of a run that was derived from another one stands in that one.
-        if (
-            ("train" if stage == "baseline" else stage) in run.done
-            and isinstance(wanted, int)
-            and held < wanted
-            and (held or stage == "finetune")
-        ):
+        done = STAGES[place(stage)[0]] in run.done
+        if done and isinstance(wanted, int) and held < wanted and (held or stage == "finetune"):
             found.append(f"{METRICS}: {held} of {wanted} epochs of {stage}")
     if len(run.gates) and "train" in run.done and counts.get("train") and len(run.gates) != counts["train"]:
         found.append(f"gates.npz: {len(run.gates)} epochs, {METRICS} has {counts['train']} of train")
