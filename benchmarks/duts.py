@@ -1,12 +1,14 @@
-"""Real photographs: ways to the same size side by side, and the hour-long recipe with its dense baseline.
+"""Real photographs: ways to the same size side by side, what each option brings, and the hour-long recipe with its
+dense baseline.
 
-    python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE                    # all of it: some two hours on two cores
+    python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE                    # all of it: some three hours on two cores
     python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE --only dynamic l1 --seeds 0
     python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE --side-by-side     # two runs at a time, one thread each
 
 Each run is a command of prunekit's, which is printed first. One that is complete is not run again, and one that was
-broken off goes on. What they found is gathered in ``benchmarks/results/duts``: the summary and the tables of each run,
-no weights and no pictures; ``table.md`` there is made of the summaries alone.
+broken off goes on. The options are judged on 500 pairs held out of DUTS-TR; the other figures are of the second folder.
+What was found is gathered in ``benchmarks/results/duts``: the summary and the tables of each run, no weights and no
+pictures; ``table.md`` there is made of those files alone.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+PRUNEKIT = [sys.executable, "-m", "prunekit.cli"]
 COMPARE = "csnet_duts_compare"
 # In the order in which they can be run: the last one takes the layout that the first has learned.
 WAYS = {
@@ -33,7 +36,20 @@ WAYS = {
     "l1": ["decay.name=l1", "decay.weight=1e-4"],
     "scratch": ["decay.name=none", "target.params_ratio=null", "init_weights=fresh"],
 }
+# Each beside "plain", on pairs held out of DUTS-TR. The first ones act all the way, the others while fine-tuning alone.
+HELD_OUT = "data.val_holdout=0.04738"
+OPTIONS = {
+    "plain": [],
+    "bce_iou": ["train.loss=bce_iou", "finetune.loss=bce_iou"],
+    "structure": ["train.loss=structure", "finetune.loss=structure"],
+    "resized_crop": ["train.augment=resized_crop", "finetune.augment=resized_crop"],
+}
+TUNED = {"ema": ["finetune.ema=0.99"], "distill": ["finetune.distill.weight=0.5"]}
 LONG = {"cpu": "csnet_duts_cpu"}
+ALL = (*WAYS, *OPTIONS, *TUNED, *LONG)
+# What needs another run's folder, and which one.
+AFTER = {"scratch": "dynamic", **dict.fromkeys(TUNED, "plain")}
+BENCH = ["--size", "224", "--threads", "1", "--forms", "eager,ort", "--model", "dense,finetuned"]
 # Run, model → what it is called in the table.
 ROWS = {
     ("magnitude", "dense"): "dense, no decay",
@@ -42,64 +58,120 @@ ROWS = {
     ("magnitude", "finetuned"): "one-shot magnitude",
     ("scratch", "finetuned"): "the layout of dynamic, from scratch",
 }
-FILES = ("*.csv", "*.md", "channels.png", "params_macs.png", "training.png", "gates_map.png", "precision_recall.png")
+TABLES = ("*.csv", "*.md")
+FIGURES = ("channels.png", "params_macs.png", "training.png", "gates_map.png", "precision_recall.png")
 
 
 def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """The runs and their commands."""
-    data = [f"data.root={args.train}", f"data.val_root={args.test}"]
-    wanted = args.only or [*WAYS, *LONG]
-    for way, overrides in WAYS.items():
-        for seed in args.seeds if way in wanted else ():
-            init = [f"init={args.runs / f'dynamic-{seed}'}"] if way == "scratch" else []
-            yield f"{way}-{seed}", [COMPARE, *data, f"seed={seed}", *overrides, *init, *args.overrides]
+    """The runs and their commands, those that others need first."""
+    root, test = f"data.root={args.train}", f"data.val_root={args.test}"
+    wanted = args.only or ALL
+    seeds = [(kind, seed) for kind in (*WAYS, *OPTIONS, *TUNED) if kind in wanted for seed in args.seeds]
+    for kind, seed in seeds:
+        before = str(args.runs / f"{AFTER[kind]}-{seed}") if kind in AFTER else None
+        if kind in WAYS:
+            init = [f"init={before}"] if before else []
+            words = ["run", COMPARE, root, test, f"seed={seed}", *WAYS[kind], *init]
+        elif kind in OPTIONS:
+            words = ["run", COMPARE, root, HELD_OUT, f"seed={seed}", *OPTIONS[kind]]
+        else:
+            words = ["finetune", before, *TUNED[kind]]
+        yield f"{kind}-{seed}", [*words, *args.overrides]
     for name, recipe in LONG.items():
         if name in wanted:
-            yield name, [recipe, *data, *args.overrides]
+            yield name, ["run", recipe, root, test, *args.overrides]
 
 
-def run(name: str, arguments: list[str], runs: Path, threads: int | None) -> None:
+def run(name: str, words: list[str], runs: Path, threads: int | None) -> None:
     out = runs / name
     if _status(out) == "complete":
         print(f"{name}: is there", flush=True)
         return
-    command = [sys.executable, "-m", "prunekit.cli", "run", *arguments, "--out", str(out)]
-    command += ["--resume"] if out.exists() else []
-    print(f"prunekit {shlex.join(command[3:])}\n", end="", flush=True)  # in one piece: there may be two
+    again = ["--resume" if words[0] == "run" else "--overwrite"] if out.exists() else []
+    command = [*words, "--out", str(out), *again]
+    print(f"prunekit {shlex.join(command)}\n", end="", flush=True)  # in one piece: there may be two
     env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with (runs / f"{name}.log").open("a") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env, check=True)
+        subprocess.run([*PRUNEKIT, *command], stdout=log, stderr=subprocess.STDOUT, env=env, check=True)
+
+
+def bench(out: Path) -> None:
+    """Time a run's models, once."""
+    if not (out / "bench.json").is_file():
+        command = ["bench", str(out), *BENCH]
+        print(f"prunekit {shlex.join(command)}", flush=True)
+        subprocess.run([*PRUNEKIT, *command], stdout=subprocess.DEVNULL, check=True)
 
 
 def gather(name: str, runs: Path, results: Path) -> None:
-    """Take over a run's summary and what its report says, without weights and photographs."""
+    """Take over a run's summary and what its report says, without weights and photographs; of an option no figures."""
     out = results / name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    shutil.copy(runs / name / "summary.json", out)
-    subprocess.run(
-        [sys.executable, "-m", "prunekit.cli", "report", str(runs / name), "--out", str(out / "report")],
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    kept = {path for pattern in FILES for path in (out / "report").glob(pattern)}
+    for file in ("summary.json", "bench.json"):
+        if (runs / name / file).is_file():
+            shutil.copy(runs / name / file, out)
+    command = ["report", str(runs / name), "--out", str(out / "report")]
+    subprocess.run([*PRUNEKIT, *command], stdout=subprocess.DEVNULL, check=True)
+    patterns = TABLES if name.rpartition("-")[0] in (*OPTIONS, *TUNED) else (*TABLES, *FIGURES)
+    kept = {path for pattern in patterns for path in (out / "report").glob(pattern)}
     for path in (out / "report").iterdir():
         if path not in kept:
             path.unlink()
 
 
-def table(summaries: dict[str, dict[str, Any]]) -> str:
-    """Markdown, of the summaries by the names of their runs; of several seeds the mean, and each in brackets."""
+def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
+    """Markdown; of several seeds the mean, and each in brackets.
+
+    Args:
+        found: name of a run → its summary.
+        times: name of a run → its ``bench.json``.
+    """
     lines = ["| | params | paper FLOPs | max F | MAE |", "|---|---:|---:|---:|---:|"]
     for (way, model), title in ROWS.items():
-        parts = [s[model] for name, s in summaries.items() if name.rpartition("-")[0] == way]
+        parts = [s[model] for s in _seeds(found, way).values()]
         if parts:
             lines.append(f"| {title} | {_cells(parts)} |")
+    options = [
+        f"| {kind} | {_cells([s['finetuned'] for s in _seeds(found, kind).values()])} | {_gain(found, kind)} |"
+        for kind in (*OPTIONS, *TUNED)
+        if _seeds(found, kind)
+    ]
+    if options:
+        lines += [
+            "",
+            "| option | params | paper FLOPs | max F | MAE | gain in max F |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        lines += options
     for name in LONG:
-        for model in ("baseline", "dense", "slim", "finetuned") if name in summaries else ():
-            if model in summaries[name]:
-                lines.append(f"| {LONG[name]}: {model} | {_cells([summaries[name][model]])} |")
+        if name in found:
+            lines += ["", "| | params | paper FLOPs | max F | MAE | ms, PyTorch | ms, ONNX Runtime |"]
+            lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+            for model in ("baseline", "dense", "slim", "finetuned"):
+                if model in found[name]:
+                    row = f"{LONG[name]}: {model} | {_cells([found[name][model]])}"
+                    lines.append(f"| {row} | {_ms(times.get(name), model)} |")
     return "\n".join(lines) + "\n"
+
+
+def _seeds(found: dict[str, dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
+    """Seed → summary."""
+    return {name.rpartition("-")[2]: summary for name, summary in found.items() if name.rpartition("-")[0] == kind}
+
+
+def _gain(found: dict[str, dict[str, Any]], kind: str) -> str:
+    """Mean over the seeds that both have."""
+    own, plain = _seeds(found, kind), _seeds(found, "plain")
+    both = [[s["finetuned"]["metrics"]["max_f"] for s in (own[seed], plain[seed])] for seed in own if seed in plain]
+    return "" if kind == "plain" or not both else f"{statistics.fmean(a - b for a, b in both):+.4f}"
+
+
+def _ms(times: dict[str, Any] | None, model: str) -> str:
+    """Median in PyTorch and in ONNX Runtime; models of one layout are timed once."""
+    timed = {"baseline": "dense", "slim": "finetuned"}.get(model, model)
+    rows = {row["form"]: row["median_ms"] for row in (times or {}).get("rows", ()) if row["model"] == timed}
+    return " | ".join(f"{rows[form]:.1f}" if form in rows else "" for form in ("eager", "ort"))
 
 
 def _cells(parts: list[dict[str, Any]]) -> str:
@@ -125,7 +197,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("train", type=Path, help="images/ and GT/ to learn from")
     parser.add_argument("test", type=Path, help="images/ and GT/ for the figures")
     parser.add_argument("overrides", nargs="*", help="key=value, for every run")
-    parser.add_argument("--only", nargs="+", choices=[*WAYS, *LONG], help="some of the runs")
+    parser.add_argument("--only", nargs="+", choices=ALL, help="some of the runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--side-by-side", action="store_true", help="two runs at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/duts"))
@@ -137,17 +209,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     todo = dict(commands(args))
-    for group in ([n for n in todo if not n.startswith("scratch")], [n for n in todo if n.startswith("scratch")]):
+    later = [name for name in todo if name.rpartition("-")[0] in AFTER]
+    for group in ([name for name in todo if name not in later], later):
         with ThreadPoolExecutor(2 if args.side_by_side else 1) as pool:
             threads = 1 if args.side_by_side else None
             for done in [pool.submit(run, name, todo[name], args.runs, threads) for name in group]:
                 done.result()
     for name in todo:
+        if name in LONG:
+            bench(args.runs / name)
         gather(name, args.runs, args.results)
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(args.results.glob("*/summary.json"))}
-    text = table(found)
+    text = table(_read(args.results, "summary.json"), _read(args.results, "bench.json"))
     (args.results / "table.md").write_text(text)
     print(text)
+
+
+def _read(results: Path, file: str) -> dict[str, dict[str, Any]]:
+    """Name of a run → what it found."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob(f"*/{file}"))}
 
 
 if __name__ == "__main__":

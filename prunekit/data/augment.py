@@ -60,11 +60,87 @@ def crop_flip(
     flips = torch.rand(count, 2, generator=generator) < torch.tensor([vflip, hflip])
     shares = (cuts / sizes.cpu()[:, :, None]).clamp(max=1 / 3)
     before, after = shares.unbind(-1)
+    return _seen(images, targets, before, after, flips)
+
+
+@register_augmentation("resized_crop")
+def resized_crop(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    sizes: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    area: float = 0.5,
+    aspect: float = 4 / 3,
+    hflip: float = 0.5,
+    colour: float = 0.2,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut out a part of another size and shape, resize it back, flip it, change its colours.
+
+    After Szegedy et al., CVPR 2015, section 6 (the part), and Krizhevsky et al., NeurIPS 2012, section 4.1 (flips).
+
+    Args:
+        images: [B, 3, S, S], levels 0 to 255 (uint8 or float).
+        targets: masks [B, 1, S, S] of 0 and 1, or labels [B].
+        sizes: not used: parts are shares of the image that the model sees.
+        generator: a CPU generator; the same state gives the same result on every device.
+        area: least share of the image's area, 0 … 1; each image gets its own, up to 1, all alike likely.
+        aspect: most that the part is drawn out in either direction, as a ratio of its sides; at least 1. A side is at
+            most the image's own.
+        hflip: probability of a left-right flip.
+        colour: most change of brightness, contrast and saturation, each by its own factor in 1 ± colour; 0 … 1.
+
+    Returns:
+        Images float32 [B, 3, S, S], levels 0 to 255; masks float32 [B, 1, S, S] of 0 and 1 (bilinear, cut at one half),
+        or the labels.
+
+    Raises:
+        ValueError: an area, probability or change of colour outside 0 … 1 (an area of 0), or an aspect below 1.
+    """
+    if not 0 < area <= 1 or aspect < 1 or not 0 <= hflip <= 1 or not 0 <= colour <= 1:
+        raise ValueError(
+            "resized_crop takes area above 0 and up to 1, aspect >= 1, hflip and colour in 0 … 1, "
+            f"not {area}, {aspect}, {hflip}, {colour}"
+        )
+    # All numbers are drawn whatever the options, so that changing one leaves the others' course as it was.
+    drawn = torch.rand(len(images), 8, generator=generator)
+    share = (area + (1 - area) * drawn[:, 0]).sqrt()
+    drawn_out = aspect ** (drawn[:, 1] - 0.5)  # of either side, so that their ratio reaches aspect
+    parts = torch.stack([share / drawn_out, share * drawn_out], 1).clamp(max=1)
+    flips = torch.stack([torch.zeros(len(images), dtype=torch.bool), drawn[:, 2] < hflip], 1)
+    before = (1 - parts) * drawn[:, 3:5]
+    images, targets = _seen(images, targets, before, 1 - parts - before, flips)
+    factors = 1 + colour * (2 * drawn[:, 5:] - 1)
+    return _recoloured(images, *_sent(factors, images.device)[..., None, None, None].unbind(1)), targets
+
+
+def _recoloured(
+    images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
+) -> torch.Tensor:
+    """Each factor about what it keeps: black, the image's mean luma, each pixel's luma (ITU-R BT.601)."""
+    weights = images.new_tensor([0.299, 0.587, 0.114])[:, None, None]
+    images = (images * brightness).clamp(0, 255)
+    mean = (images * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    images = (mean + (images - mean) * contrast).clamp(0, 255)
+    luma = (images * weights).sum(1, keepdim=True)
+    return (luma + (images - luma) * saturation).clamp(0, 255)
+
+
+def _seen(
+    images: torch.Tensor, targets: torch.Tensor, before: torch.Tensor, after: torch.Tensor, flips: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A part of each image, resized to the whole.
+
+    Args:
+        before: [B, 2], what is left out above and to the left, as a share of the side.
+        after: [B, 2], the same below and to the right.
+        flips: [B, 2], upside-down and left-right.
+    """
     # In grid_sample's coordinates an image spans -1 … 1, so a share off one side is twice that.
     scale = (1 - before - after) * torch.where(flips, -1.0, 1.0)
     shift = before - after
-    matrix = torch.zeros(count, 2, 3)
-    # Rows of the matrix are x, y; sizes and shares are y, x.
+    matrix = torch.zeros(len(images), 2, 3)
+    # Rows of the matrix are x, y; shares are y, x.
     matrix[:, 0, 0], matrix[:, 0, 2] = scale[:, 1], shift[:, 1]
     matrix[:, 1, 1], matrix[:, 1, 2] = scale[:, 0], shift[:, 0]
     masks = [targets.float()] if _are_masks(targets) else []

@@ -16,18 +16,32 @@ def args(*more):
 
 def test_each_run_is_a_command_of_the_shipped_recipes():
     found = dict(duts.commands(args("data.cache=none", "--seeds", "0", "3", "--runs", "here")))
-    assert list(found) == [f"{way}-{seed}" for way in duts.WAYS for seed in (0, 3)] + ["cpu"]
-    for name, command in found.items():
-        recipe, *overrides = command
-        assert recipe == ("csnet_duts_cpu" if name == "cpu" else "csnet_duts_compare")
-        assert overrides[:2] == ["data.root=TRAIN", "data.val_root=TEST"] and overrides[-1] == "data.cache=none"
+    kinds = [*duts.WAYS, *duts.OPTIONS, *duts.TUNED]
+    assert list(found) == [f"{kind}-{seed}" for kind in kinds for seed in (0, 3)] + ["cpu"]
+    for name, (verb, first, *overrides) in found.items():
+        kind = name.rpartition("-")[0]
+        assert overrides[-1] == "data.cache=none"
+        if kind in duts.TUNED:
+            assert (verb, first) == ("finetune", f"here/plain-{name[-1]}")
+            continue
+        assert (verb, first) == ("run", "csnet_duts_cpu" if name == "cpu" else "csnet_duts_compare")
+        assert overrides[0] == "data.root=TRAIN"
+        assert overrides[1] == ("data.val_holdout=0.04738" if kind in duts.OPTIONS else "data.val_root=TEST")
     assert "seed=3" in found["l1-3"] and "init=here/dynamic-3" in found["scratch-3"]
 
 
-def test_the_recipes_take_what_the_ways_say():
-    for name, (recipe, *overrides) in duts.commands(args()):
-        loaded = load(recipe, [text for text in overrides if not text.startswith("init=")] + ["init=RUN"])
+def test_the_recipes_take_what_the_runs_say():
+    for name, (verb, recipe, *overrides) in duts.commands(args()):
+        overrides = ["data.root=TRAIN", *(text for text in overrides if not text.startswith("init=")), "init=RUN"]
+        loaded = load(recipe if verb == "run" else duts.COMPARE, overrides)
         assert loaded.target.params_ratio == (None if name.startswith("scratch") else 0.25), name
+
+
+def test_an_option_is_held_against_plain_runs_that_never_saw_the_second_folder():
+    found = dict(duts.commands(args()))
+    base = found["plain-0"]
+    for kind, overrides in duts.OPTIONS.items():
+        assert found[f"{kind}-0"] == [*base, *overrides] and not any("TEST" in word for word in base)
 
 
 def test_some_of_the_runs():
@@ -63,9 +77,47 @@ def test_what_is_complete_is_gathered_and_not_run_again(tmp_path, monkeypatch, c
 def test_what_broke_off_goes_on(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(duts.subprocess, "run", lambda command, **how: seen.append((command, how["env"])))
-    (tmp_path / "l1-0").mkdir()
-    duts.run("l1-0", ["csnet_duts_compare", "seed=0"], tmp_path, 1)
-    duts.run("l1-1", ["csnet_duts_compare", "seed=1"], tmp_path, None)
-    (first, how), (second, _) = seen
+    for name in ("l1-0", "ema-0"):
+        (tmp_path / name).mkdir()
+    duts.run("l1-0", ["run", "csnet_duts_compare", "seed=0"], tmp_path, 1)
+    duts.run("l1-1", ["run", "csnet_duts_compare", "seed=1"], tmp_path, None)
+    duts.run("ema-0", ["finetune", "plain-0"], tmp_path, None)
+    (first, how), (second, _), (third, _) = seen
     assert first[-3:] == ["--out", str(tmp_path / "l1-0"), "--resume"] and how["OMP_NUM_THREADS"] == "1"
     assert second[-2:] == ["--out", str(tmp_path / "l1-1")]
+    assert third[-3:] == ["--out", str(tmp_path / "ema-0"), "--overwrite"]
+
+
+def test_runs_that_need_others_come_after_them(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(duts, "run", lambda name, *_: order.append(name))
+    monkeypatch.setattr(duts, "gather", lambda *_: None)
+    monkeypatch.setattr(duts, "bench", lambda *_: None)
+    out = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    duts.main(["a", "b", "--side-by-side", "--seeds", "0", *out])
+    for name, needed in duts.AFTER.items():
+        assert order.index(f"{name}-0") > order.index(f"{needed}-0")
+
+
+def test_gains_and_latencies_stand_in_the_table():
+    def summary(max_f):
+        return {"finetuned": {"params": 10, "paper_flops": 20, "metrics": {"max_f": max_f, "mae": 0.1}}}
+
+    found = {"plain-0": summary(0.5), "plain-1": summary(0.75), "ema-0": summary(0.625), "cpu": summary(0.25)}
+    found["cpu"]["baseline"] = found["cpu"]["finetuned"]
+    times = [("dense", "eager", 8.25), ("dense", "ort", 4), ("finetuned", "eager", 2)]
+    rows = [dict(zip(("model", "form", "median_ms"), each, strict=True)) for each in times]
+    text = duts.table(found, {"cpu": {"rows": rows}}).splitlines()
+    assert "| plain | 10 | 20 | 0.6250 (0.5000, 0.7500) | 0.1000 (0.1000, 0.1000) |  |" in text
+    assert "| ema | 10 | 20 | 0.6250 | 0.1000 | +0.1250 |" in text, "of the seed that both have"
+    assert "| csnet_duts_cpu: baseline | 10 | 20 | 0.2500 | 0.1000 | 8.2 | 4.0 |" in text
+    assert "| csnet_duts_cpu: finetuned | 10 | 20 | 0.2500 | 0.1000 | 2.0 |  |" in text
+
+
+def test_a_run_is_timed_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(duts.subprocess, "run", lambda command, **_: calls.append(command))
+    duts.bench(tmp_path)
+    (tmp_path / "bench.json").touch()
+    duts.bench(tmp_path)
+    assert [call[3:5] for call in calls] == [["bench", str(tmp_path)]]

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit.data.augment import crop_flip, none, shift
+from prunekit.data.augment import crop_flip, none, resized_crop, shift
 
 
 def seeded(seed=0):
@@ -40,12 +40,21 @@ def test_flips_are_exact(options, axes):
     assert torch.equal(targets, masks.float().flip(axes))
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31), crop=st.integers(0, 60), side=st.integers(8, 40), size=st.integers(10, 500))
-def test_image_and_mask_move_together(seed, crop, side, size):
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    crop=st.integers(0, 60),
+    side=st.integers(8, 40),
+    size=st.integers(10, 500),
+    area=st.none() | st.floats(0.1, 1),
+)
+def test_image_and_mask_move_together(seed, crop, side, size, area):
     _, masks, sizes = batch(6, side, seed)
     images = (masks * 255).expand(-1, 3, -1, -1)
-    out, targets = crop_flip(images, masks, sizes * 0 + size, seeded(seed), crop=crop)
+    if area is None:
+        out, targets = crop_flip(images, masks, sizes * 0 + size, seeded(seed), crop=crop)
+    else:
+        out, targets = resized_crop(images, masks, sizes, seeded(seed), area=area, colour=0)
     assert out.shape == images.shape and out.min() >= 0 and out.max() <= 255
     assert set(targets.unique().tolist()) <= {0.0, 1.0}
     # Where rounding decides (exactly between two pixels) either side is right.
@@ -81,7 +90,7 @@ def test_flips_come_with_their_probability():
     assert (out[:, 0, 0, 0] > out[:, 0, 0, -1]).float().mean() == pytest.approx(0.25, abs=0.04)
 
 
-@pytest.mark.parametrize("augment", [crop_flip, shift])
+@pytest.mark.parametrize("augment", [crop_flip, resized_crop, shift])
 def test_the_generator_decides_everything(augment):
     images, masks, sizes = batch(8)
     state = torch.random.get_rng_state()
@@ -99,10 +108,77 @@ def test_options_outside_their_range_are_refused(options):
         crop_flip(*batch(), seeded(), **options)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), area=st.floats(0.05, 1), aspect=st.floats(1, 3))
+def test_a_part_is_of_the_size_and_shape_asked_for_and_inside_the_image(seed, area, aspect):
+    """Two ramps say where the part begins and ends; the outermost pixels' centres lie half a pixel inside."""
+    side = 64
+    ramp = torch.linspace(0.5, side - 0.5, side)
+    images = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side), torch.zeros(side, side)])
+    masks = torch.zeros(8, 1, side, side)
+    out, _ = resized_crop(
+        images.expand(8, 3, side, side),
+        masks,
+        torch.ones(8, 2),
+        seeded(seed),
+        area=area,
+        aspect=aspect,
+        hflip=0,
+        colour=0,
+    )
+    # Away from the border, which repeats itself by half a pixel.
+    step_x = (out[:, 0, 32, 40] - out[:, 0, 32, 24]) / 16
+    step_y = (out[:, 1, 40, 32] - out[:, 1, 24, 32]) / 16
+    assert max(step_x.max(), step_y.max()) <= 1 + 1e-4
+    clipped = (step_x > 1 - 1e-3) | (step_y > 1 - 1e-3)
+    assert ((step_x * step_y)[~clipped] >= area - 1e-3).all()
+    ratio = (step_x / step_y).log().abs()
+    assert ratio.max() <= torch.tensor(aspect).log() + 1e-3
+    middle = out[:, :2, 31:33, 31:33].mean((2, 3))
+    half = torch.stack([step_x, step_y], 1) * side / 2
+    assert (middle - half).min() > -1e-2 and (middle + half).max() < side + 1e-2
+
+
+def test_parts_of_all_sizes_and_places_come():
+    ramp = torch.linspace(0, 255, 64).expand(500, 3, 64, 64)
+    out, _ = resized_crop(ramp, ramp[:, :1] * 0, torch.ones(500, 2), seeded(), aspect=1, hflip=0.5, colour=0)
+    first, last = out[:, 0, 32, 0], out[:, 0, 32, -1]
+    assert (first > last).float().mean() == pytest.approx(0.5, abs=0.07)
+    areas = ((first - last).abs() / 255) ** 2
+    assert areas.min() < 0.53 and areas.max() > 0.97 and areas.mean() == pytest.approx(0.75, abs=0.03)
+    left, right = torch.minimum(first, last), 255 - torch.maximum(first, last)
+    assert left.mean().item() == pytest.approx(right.mean().item(), abs=4)
+
+
+def test_colours_change_by_their_factors_and_masks_do_not():
+    images, masks, sizes = batch(400, 4)
+    grey = images[:, :1].expand(-1, 3, -1, -1) // 2 + 60
+    whole = {"area": 1, "aspect": 1, "hflip": 0}
+    out, targets = resized_crop(grey, masks, sizes, seeded(), **whole, colour=0.2)
+    assert torch.equal(targets, masks.float())
+    assert (out - out[:, :1]).abs().max() < 1e-2, "grey stays grey"
+    change = out.mean((1, 2, 3)) / grey.float().mean((1, 2, 3))
+    assert 0.8 - 1e-3 <= change.min() < 0.82 and 1.18 < change.max() <= 1.2 + 1e-3
+    spread = out.std((1, 2, 3)) / grey.float().std((1, 2, 3)) / change
+    assert 0.8 - 1e-3 <= spread.min() < 0.82 and 1.18 < spread.max() <= 1.2 + 1e-3
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    mild = images // 4 + 96  # nothing is cut off at 0 or 255
+    out, _ = resized_crop(mild, masks, sizes, seeded(), **whole, colour=0.2)
+    colourless = [x - (x * weights).sum(1, keepdim=True) for x in (out, mild.float())]
+    change = colourless[0].flatten(1).norm(dim=1) / colourless[1].flatten(1).norm(dim=1)
+    assert change.min() < 0.7 and change.max() > 1.3, "three factors"
+
+
+@pytest.mark.parametrize("options", [{"area": 0}, {"area": 1.1}, {"aspect": 0.9}, {"hflip": -0.1}, {"colour": 1.2}])
+def test_parts_outside_their_range_are_refused(options):
+    with pytest.raises(ValueError, match="resized_crop"):
+        resized_crop(*batch(), seeded(), **options)
+
+
 LABELS = torch.tensor([3, 0, 1, 9])
 
 
-@pytest.mark.parametrize("augment", [none, crop_flip, shift])
+@pytest.mark.parametrize("augment", [none, crop_flip, resized_crop, shift])
 def test_labels_stay_and_images_move_as_with_masks(augment):
     images, masks, sizes = batch()
     out, labels = augment(images, LABELS, sizes, seeded())
