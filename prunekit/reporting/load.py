@@ -307,8 +307,8 @@ def _at_odds(run: Run) -> list[str]:
     for stage, key in (("train", "train.epochs"), ("baseline", "train.epochs"), ("finetune", "finetune.epochs")):
         wanted, held = run.setting(key), counts.get(stage, 0)
         # The training of a run that was derived from another one stands in that one.
-        done = STAGES[place(stage)[0]] in run.done
-        if done and isinstance(wanted, int) and held < wanted and (held or stage == "finetune"):
+        own = held or stage == "finetune" or (stage == "baseline" and run.setting("baseline") and counts.get("train"))
+        if own and STAGES[place(stage)[0]] in run.done and isinstance(wanted, int) and held < wanted:
             found.append(f"{METRICS}: {held} of {wanted} epochs of {stage}")
     if len(run.gates) and "train" in run.done and counts.get("train") and len(run.gates) != counts["train"]:
         found.append(f"gates.npz: {len(run.gates)} epochs, {METRICS} has {counts['train']} of train")

@@ -272,6 +272,20 @@ def test_epochs_that_are_not_there_are_counted(run):
         assert any("epochs of train are not 1, 2, 3" in line for line in found.missing)
 
 
+@pytest.mark.parametrize("held", [0, 1])
+def test_epochs_of_the_baseline_are_counted(run, held):
+    """The last of them are gone, or all."""
+    recipe = (run / "recipe.yaml").read_text() + "baseline: true\n"
+    (run / "recipe.yaml").write_text(recipe)
+    first = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(first.replace('"train"', '"baseline"') * held)
+    without_checksums(run)
+    assert f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).missing
+    (run / "recipe.yaml").write_text(recipe.replace("baseline: true", "baseline: false"))
+    assert (f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).missing) == bool(held)
+
+
 @pytest.mark.parametrize("name, key, needed", [("bench.json", "rows", "median_ms"), ("eval.json", "sets", "name")])
 def test_rows_without_what_they_are_about_are_left_out(run, name, key, needed):
     without_checksums(run)
