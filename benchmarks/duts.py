@@ -33,7 +33,7 @@ COMPARE = "csnet_duts_compare"
 WAYS = {
     "dynamic": [],
     "magnitude": ["decay.name=none", "slim.criterion=magnitude"],
-    "l1": ["decay.name=l1", "decay.weight=1e-4"],
+    "l1": ["decay.name=l1", "decay.weight=1e-3"],
     "scratch": ["decay.name=none", "target.params_ratio=null", "init_weights=fresh"],
 }
 # Each beside "plain", on pairs held out of DUTS-TR. The first ones act all the way, the others while fine-tuning alone.
