@@ -46,7 +46,9 @@ OPTIONS = {
 }
 TUNED = {"ema": ["finetune.ema=0.99"], "distill": ["finetune.distill.weight=0.5"]}
 LONG = {"cpu": "csnet_duts_cpu"}
-ALL = (*WAYS, *OPTIONS, *TUNED, *LONG)
+# From the same training to a smaller size yet.
+SMALLER = {"cpu-20": 0.2, "cpu-15": 0.15}
+ALL = (*WAYS, *OPTIONS, *TUNED, *LONG, *SMALLER)
 # What needs another run's folder, and which one.
 AFTER = {"scratch": "dynamic", **dict.fromkeys(TUNED, "plain")}
 BENCH = ["--size", "224", "--threads", "1", "--forms", "eager,ort", "--model", "dense,finetuned"]
@@ -68,18 +70,40 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     wanted = args.only or ALL
     seeds = [(kind, seed) for kind in (*WAYS, *OPTIONS, *TUNED) if kind in wanted for seed in args.seeds]
     for kind, seed in seeds:
-        before = str(args.runs / f"{AFTER[kind]}-{seed}") if kind in AFTER else None
+        before = args.runs / str(needed(f"{kind}-{seed}"))
         if kind in WAYS:
-            init = [f"init={before}"] if before else []
+            init = [f"init={before}"] if kind in AFTER else []
             words = ["run", COMPARE, root, test, f"seed={seed}", *WAYS[kind], *init]
         elif kind in OPTIONS:
             words = ["run", COMPARE, root, HELD_OUT, f"seed={seed}", *OPTIONS[kind]]
         else:
-            words = ["finetune", before, *TUNED[kind]]
+            words = ["finetune", str(before), *TUNED[kind]]
         yield f"{kind}-{seed}", [*words, *args.overrides]
     for name, recipe in LONG.items():
         if name in wanted:
             yield name, ["run", recipe, root, test, *args.overrides]
+    for name, ratio in SMALLER.items():
+        if name in wanted:
+            slim = f"{name}-slim"
+            size = f"target.params_ratio={ratio}"
+            yield slim, ["slim", str(args.runs / needed(slim)), size, *args.overrides]
+            yield name, ["finetune", str(args.runs / needed(name)), *args.overrides]
+
+
+def needed(name: str) -> str | None:
+    """The run whose folder this one reads."""
+    kind, _, seed = name.rpartition("-")
+    if kind in AFTER:
+        return f"{AFTER[kind]}-{seed}"
+    if name in SMALLER:
+        return f"{name}-slim"
+    return kind.partition("-")[0] if kind in SMALLER else None
+
+
+def depth(name: str) -> int:
+    """How many runs lie before this one."""
+    before = needed(name)
+    return 0 if before is None else 1 + depth(before)
 
 
 def run(name: str, words: list[str], runs: Path, threads: int | None) -> None:
@@ -144,14 +168,15 @@ def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) ->
             "|---|---:|---:|---:|---:|---:|",
         ]
         lines += options
-    for name in LONG:
-        if name in found:
-            lines += ["", "| | params | paper FLOPs | max F | MAE | ms, PyTorch | ms, ONNX Runtime |"]
-            lines += ["|---|---:|---:|---:|---:|---:|---:|"]
-            for model in ("baseline", "dense", "slim", "finetuned"):
-                if model in found[name]:
-                    row = f"{LONG[name]}: {model} | {_cells([found[name][model]])}"
-                    lines.append(f"| {row} | {_ms(times.get(name), model)} |")
+    timed = [
+        f"| {LONG.get(name, name)}: {model} | {_cells([found[name][model]])} | {_ms(times.get(name), model)} |"
+        for name in (*LONG, *SMALLER)
+        for model in (("slim", "finetuned") if name in SMALLER else ("baseline", "dense", "slim", "finetuned"))
+        if model in found.get(name, ())
+    ]
+    if timed:
+        lines += ["", "| | params | paper FLOPs | max F | MAE | ms, PyTorch | ms, ONNX Runtime |"]
+        lines += ["|---|---:|---:|---:|---:|---:|---:|", *timed]
     return "\n".join(lines) + "\n"
 
 
@@ -209,16 +234,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     todo = dict(commands(args))
-    later = [name for name in todo if name.rpartition("-")[0] in AFTER]
-    for group in ([name for name in todo if name not in later], later):
+    for level in sorted(set(map(depth, todo))):
+        group = [name for name in todo if depth(name) == level]
         with ThreadPoolExecutor(2 if args.side_by_side else 1) as pool:
             threads = 1 if args.side_by_side else None
             for done in [pool.submit(run, name, todo[name], args.runs, threads) for name in group]:
                 done.result()
     for name in todo:
-        if name in LONG:
+        if name in (*LONG, *SMALLER):
             bench(args.runs / name)
-        gather(name, args.runs, args.results)
+        if not name.endswith("-slim"):
+            gather(name, args.runs, args.results)
     text = table(_read(args.results, "summary.json"), _read(args.results, "bench.json"))
     (args.results / "table.md").write_text(text)
     print(text)
