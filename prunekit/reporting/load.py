@@ -186,13 +186,15 @@ class _Reader:
         self.files = files
         self.missing: list[str] = []
         self.read: set[str] = set()
+        # Of a run that is over its state says what was written: not all stages belong to one that began from another.
+        self.all_told = isinstance(files, RunDir) and files.status == "complete" and bool(files.written())
 
     def __call__(self, name: str, how: Callable[[list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
         faults: list[str] = []
         self.read.add(name)
         try:
             if not (self.files.path / name).exists():
-                if not optional or name in self.files.written():
+                if name in self.files.written() or not (optional or self.all_told):
                     self.missing.append(f"{name}{_NOT_THERE}")
                 return otherwise
             value = how(faults)
