@@ -36,6 +36,8 @@ WAYS = {
     "l1": ["decay.name=l1", "decay.weight=1e-3"],
     "scratch": ["decay.name=none", "target.params_ratio=null", "init_weights=fresh"],
 }
+# Fine-tuned as the others, with nothing cut.
+UNCUT = {"dense": ["slim.criterion=gate", "slim.threshold=0", "target.params_ratio=null"]}
 # Each beside "plain", on pairs held out of DUTS-TR. The first ones act all the way, the others while fine-tuning alone.
 HELD_OUT = "data.val_holdout=0.04738"
 OPTIONS = {
@@ -48,13 +50,14 @@ TUNED = {"ema": ["finetune.ema=0.99"], "distill": ["finetune.distill.weight=0.5"
 LONG = {"cpu": "csnet_duts_cpu"}
 # From the same training to a smaller size yet.
 SMALLER = {"cpu-20": 0.2, "cpu-15": 0.15}
-ALL = (*WAYS, *OPTIONS, *TUNED, *LONG, *SMALLER)
+ALL = (*WAYS, *UNCUT, *OPTIONS, *TUNED, *LONG, *SMALLER)
 # What needs another run's folder, and which one.
 AFTER = {"scratch": "dynamic", **dict.fromkeys(TUNED, "plain")}
 BENCH = ["--size", "224", "--threads", "1", "--forms", "eager,ort", "--model", "dense,finetuned"]
 # Run, model → what it is called in the table.
 ROWS = {
     ("magnitude", "dense"): "dense, no decay",
+    ("dense", "finetuned"): "dense, no decay, fine-tuned as those below",
     ("dynamic", "finetuned"): "dynamic weight decay",
     ("l1", "finetuned"): "l1 (network slimming)",
     ("magnitude", "finetuned"): "one-shot magnitude",
@@ -82,12 +85,12 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     for name, recipe in LONG.items():
         if name in wanted:
             yield name, ["run", recipe, root, test, *args.overrides]
-    for name, ratio in SMALLER.items():
-        if name in wanted:
-            slim = f"{name}-slim"
-            size = f"target.params_ratio={ratio}"
-            yield slim, ["slim", str(args.runs / needed(slim)), size, *args.overrides]
-            yield name, ["finetune", str(args.runs / needed(name)), *args.overrides]
+    cuts = {f"{kind}-{seed}": UNCUT[kind] for kind in UNCUT if kind in wanted for seed in args.seeds}
+    cuts |= {name: [f"target.params_ratio={SMALLER[name]}"] for name in SMALLER if name in wanted}
+    for name, overrides in cuts.items():
+        slim = needed(name)
+        yield slim, ["slim", str(args.runs / needed(slim)), *overrides, *args.overrides]
+        yield name, ["finetune", str(args.runs / slim), *args.overrides]
 
 
 def needed(name: str) -> str | None:
@@ -95,9 +98,11 @@ def needed(name: str) -> str | None:
     kind, _, seed = name.rpartition("-")
     if kind in AFTER:
         return f"{AFTER[kind]}-{seed}"
-    if name in SMALLER:
+    if kind in UNCUT or name in SMALLER:
         return f"{name}-slim"
-    return kind.partition("-")[0] if kind in SMALLER else None
+    if kind in SMALLER:
+        return kind.partition("-")[0]
+    return f"magnitude-{kind.rpartition('-')[2]}" if seed == "slim" else None
 
 
 def depth(name: str) -> int:

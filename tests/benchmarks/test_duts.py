@@ -19,6 +19,10 @@ def test_each_run_is_a_command_of_the_shipped_recipes():
     kinds = [*duts.WAYS, *duts.OPTIONS, *duts.TUNED]
     assert list(found) == [f"{kind}-{seed}" for kind in kinds for seed in (0, 3)] + [
         "cpu",
+        "dense-0-slim",
+        "dense-0",
+        "dense-3-slim",
+        "dense-3",
         "cpu-20-slim",
         "cpu-20",
         "cpu-15-slim",
@@ -30,9 +34,10 @@ def test_each_run_is_a_command_of_the_shipped_recipes():
         if kind in duts.TUNED:
             assert (verb, first) == ("finetune", f"here/plain-{name[-1]}")
             continue
-        if name.startswith("cpu-"):
+        if name.startswith(("cpu-", "dense-")):
+            trained = "cpu" if name.startswith("cpu-") else f"magnitude-{name[6]}"
             slim = name.endswith("-slim")
-            assert (verb, first) == (("slim", "here/cpu") if slim else ("finetune", f"here/{name}-slim"))
+            assert (verb, first) == (("slim", f"here/{trained}") if slim else ("finetune", f"here/{name}-slim"))
             continue
         assert (verb, first) == ("run", "csnet_duts_cpu" if name == "cpu" else "csnet_duts_compare")
         assert overrides[0] == "data.root=TRAIN"
@@ -44,7 +49,7 @@ def test_the_recipes_take_what_the_runs_say():
     for name, (verb, recipe, *overrides) in duts.commands(args()):
         overrides = ["data.root=TRAIN", *(text for text in overrides if not text.startswith("init=")), "init=RUN"]
         loaded = load(recipe if verb == "run" else duts.COMPARE, overrides)
-        ratio = {"scratch": None, "cpu-20-slim": 0.2, "cpu-15-slim": 0.15}
+        ratio = {"scratch": None, "dense-0-slim": None, "dense-1-slim": None, "cpu-20-slim": 0.2, "cpu-15-slim": 0.15}
         kind = name if name in ratio else name.rpartition("-")[0]
         assert loaded.target.params_ratio == ratio.get(kind, 0.25), name
 
