@@ -48,9 +48,7 @@ OPTIONS = {
 }
 TUNED = {"ema": ["finetune.ema=0.99"], "distill": ["finetune.distill.weight=0.5"]}
 LONG = {"cpu": "csnet_duts_cpu"}
-# From the same training to a smaller size yet.
-SMALLER = {"cpu-20": 0.2, "cpu-15": 0.15}
-ALL = (*WAYS, *UNCUT, *OPTIONS, *TUNED, *LONG, *SMALLER)
+ALL = (*WAYS, *UNCUT, *OPTIONS, *TUNED, *LONG)
 # What needs another run's folder, and which one.
 AFTER = {"scratch": "dynamic", **dict.fromkeys(TUNED, "plain")}
 BENCH = ["--size", "224", "--threads", "1", "--forms", "eager,ort", "--model", "dense,finetuned"]
@@ -71,38 +69,32 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """The runs and their commands, those that others need first."""
     root, test = f"data.root={args.train}", f"data.val_root={args.test}"
     wanted = args.only or ALL
-    seeds = [(kind, seed) for kind in (*WAYS, *OPTIONS, *TUNED) if kind in wanted for seed in args.seeds]
-    for kind, seed in seeds:
-        before = args.runs / str(needed(f"{kind}-{seed}"))
-        if kind in WAYS:
-            init = [f"init={before}"] if kind in AFTER else []
-            words = ["run", COMPARE, root, test, f"seed={seed}", *WAYS[kind], *init]
-        elif kind in OPTIONS:
-            words = ["run", COMPARE, root, HELD_OUT, f"seed={seed}", *OPTIONS[kind]]
-        else:
-            words = ["finetune", str(before), *TUNED[kind]]
-        yield f"{kind}-{seed}", [*words, *args.overrides]
+    for kind in (kind for kind in (*WAYS, *UNCUT, *OPTIONS, *TUNED) if kind in wanted):
+        for seed in args.seeds:
+            name = f"{kind}-{seed}"
+            before = str(args.runs / (needed(name) or ""))
+            if kind in UNCUT:
+                trained = str(args.runs / needed(f"{name}-slim"))
+                yield f"{name}-slim", ["slim", trained, *UNCUT[kind], *args.overrides]
+            if kind in WAYS:
+                init = [f"init={before}"] if kind in AFTER else []
+                words = ["run", COMPARE, root, test, f"seed={seed}", *WAYS[kind], *init]
+            elif kind in OPTIONS:
+                words = ["run", COMPARE, root, HELD_OUT, f"seed={seed}", *OPTIONS[kind]]
+            else:
+                words = ["finetune", before, *TUNED.get(kind, [])]
+            yield name, [*words, *args.overrides]
     for name, recipe in LONG.items():
         if name in wanted:
             yield name, ["run", recipe, root, test, *args.overrides]
-    cuts = {f"{kind}-{seed}": UNCUT[kind] for kind in UNCUT if kind in wanted for seed in args.seeds}
-    cuts |= {name: [f"target.params_ratio={SMALLER[name]}"] for name in SMALLER if name in wanted}
-    for name, overrides in cuts.items():
-        slim = needed(name)
-        yield slim, ["slim", str(args.runs / needed(slim)), *overrides, *args.overrides]
-        yield name, ["finetune", str(args.runs / slim), *args.overrides]
 
 
 def needed(name: str) -> str | None:
     """The run whose folder this one reads."""
-    kind, _, seed = name.rpartition("-")
-    if kind in AFTER:
-        return f"{AFTER[kind]}-{seed}"
-    if kind in UNCUT or name in SMALLER:
-        return f"{name}-slim"
-    if kind in SMALLER:
-        return kind.partition("-")[0]
-    return f"magnitude-{kind.rpartition('-')[2]}" if seed == "slim" else None
+    kind, _, seed = name.removesuffix("-slim").rpartition("-")
+    if kind in UNCUT:
+        return f"magnitude-{seed}" if name.endswith("-slim") else f"{name}-slim"
+    return f"{AFTER[kind]}-{seed}" if kind in AFTER else None
 
 
 def depth(name: str) -> int:
@@ -174,9 +166,9 @@ def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) ->
         ]
         lines += options
     timed = [
-        f"| {LONG.get(name, name)}: {model} | {_cells([found[name][model]])} | {_ms(times.get(name), model)} |"
-        for name in (*LONG, *SMALLER)
-        for model in (("slim", "finetuned") if name in SMALLER else ("baseline", "dense", "slim", "finetuned"))
+        f"| {recipe}: {model} | {_cells([found[name][model]])} | {_ms(times.get(name), model)} |"
+        for name, recipe in LONG.items()
+        for model in ("baseline", "dense", "slim", "finetuned")
         if model in found.get(name, ())
     ]
     if timed:
@@ -246,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
             for done in [pool.submit(run, name, todo[name], args.runs, threads) for name in group]:
                 done.result()
     for name in todo:
-        if name in (*LONG, *SMALLER):
+        if name in LONG:
             bench(args.runs / name)
         if not name.endswith("-slim"):
             gather(name, args.runs, args.results)

@@ -16,32 +16,22 @@ def args(*more):
 
 def test_each_run_is_a_command_of_the_shipped_recipes():
     found = dict(duts.commands(args("data.cache=none", "--seeds", "0", "3", "--runs", "here")))
-    kinds = [*duts.WAYS, *duts.OPTIONS, *duts.TUNED]
-    assert list(found) == [f"{kind}-{seed}" for kind in kinds for seed in (0, 3)] + [
-        "cpu",
-        "dense-0-slim",
-        "dense-0",
-        "dense-3-slim",
-        "dense-3",
-        "cpu-20-slim",
-        "cpu-20",
-        "cpu-15-slim",
-        "cpu-15",
+    kinds = [*duts.WAYS, *duts.UNCUT, *duts.OPTIONS, *duts.TUNED]
+    assert [n for n in found if not n.endswith("slim")] == [f"{kind}-{seed}" for kind in kinds for seed in (0, 3)] + [
+        "cpu"
     ]
     for name, (verb, first, *overrides) in found.items():
         kind = name.rpartition("-")[0]
         assert overrides[-1] == "data.cache=none"
         if kind in duts.TUNED:
             assert (verb, first) == ("finetune", f"here/plain-{name[-1]}")
-            continue
-        if name.startswith(("cpu-", "dense-")):
-            trained = "cpu" if name.startswith("cpu-") else f"magnitude-{name[6]}"
-            slim = name.endswith("-slim")
-            assert (verb, first) == (("slim", f"here/{trained}") if slim else ("finetune", f"here/{name}-slim"))
-            continue
-        assert (verb, first) == ("run", "csnet_duts_cpu" if name == "cpu" else "csnet_duts_compare")
-        assert overrides[0] == "data.root=TRAIN"
-        assert overrides[1] == ("data.val_holdout=0.04738" if kind in duts.OPTIONS else "data.val_root=TEST")
+        elif kind in duts.UNCUT:
+            assert (verb, first) == ("finetune", f"here/{name}-slim")
+            assert found[f"{name}-slim"][:2] == ["slim", f"here/magnitude-{name[-1]}"]
+        elif not name.endswith("slim"):
+            assert (verb, first) == ("run", "csnet_duts_cpu" if name == "cpu" else "csnet_duts_compare")
+            assert overrides[0] == "data.root=TRAIN"
+            assert overrides[1] == ("data.val_holdout=0.04738" if kind in duts.OPTIONS else "data.val_root=TEST")
     assert "seed=3" in found["l1-3"] and "init=here/dynamic-3" in found["scratch-3"]
 
 
@@ -49,9 +39,8 @@ def test_the_recipes_take_what_the_runs_say():
     for name, (verb, recipe, *overrides) in duts.commands(args()):
         overrides = ["data.root=TRAIN", *(text for text in overrides if not text.startswith("init=")), "init=RUN"]
         loaded = load(recipe if verb == "run" else duts.COMPARE, overrides)
-        ratio = {"scratch": None, "dense-0-slim": None, "dense-1-slim": None, "cpu-20-slim": 0.2, "cpu-15-slim": 0.15}
-        kind = name if name in ratio else name.rpartition("-")[0]
-        assert loaded.target.params_ratio == ratio.get(kind, 0.25), name
+        uncut = name.startswith("scratch") or name.endswith("slim")
+        assert loaded.target.params_ratio == (None if uncut else 0.2 if name == "cpu" else 0.25), name
 
 
 def test_an_option_is_held_against_plain_runs_that_never_saw_the_second_folder():
@@ -114,13 +103,7 @@ def test_runs_that_need_others_come_after_them(tmp_path, monkeypatch):
     duts.main(["a", "b", "--side-by-side", "--seeds", "0", *out])
     for name, needed in duts.AFTER.items():
         assert order.index(f"{name}-0") > order.index(f"{needed}-0")
-    assert [name for name in order if name.startswith("cpu")] == [
-        "cpu",
-        "cpu-20-slim",
-        "cpu-15-slim",
-        "cpu-20",
-        "cpu-15",
-    ]
+    assert order.index("dense-0") > order.index("dense-0-slim") > order.index("magnitude-0")
 
 
 def test_gains_and_latencies_stand_in_the_table():
