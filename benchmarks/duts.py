@@ -1,14 +1,14 @@
 """Real photographs: ways to the same size side by side, what each option brings, and the hour-long recipe with its
 dense baseline.
 
-    python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE                    # all of it: some three hours on two cores
+    python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE                    # all of it: some four hours on two cores
     python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE --only dynamic l1 --seeds 0
     python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE --side-by-side     # two runs at a time, one thread each
 
-Each run is a command of prunekit's, which is printed first. One that is complete is not run again, and one that was
-broken off goes on. The options are judged on 500 pairs held out of DUTS-TR; the other figures are of the second folder.
-What was found is gathered in ``benchmarks/results/duts``: the summary and the tables of each run, no weights and no
-pictures; ``table.md`` there is made of those files alone.
+Each run is a command of prunekit's, which is printed first. What is complete is not run again, and a run that was
+broken off goes on (one that only fine-tunes begins again). The options are judged on 500 pairs held out of DUTS-TR; the
+other figures are of the second folder. What was found is gathered in ``benchmarks/results/duts``: the summary and the
+tables of each run, no weights and no pictures; ``table.md`` there is made of those files alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,10 @@ def depth(name: str) -> int:
 
 def run(name: str, words: list[str], runs: Path, threads: int | None) -> None:
     out = runs / name
-    if _status(out) == "complete":
+    if words[0] != "run" and _status(out) == "complete":
         print(f"{name}: is there", flush=True)
         return
+    # A run that is complete is resumed too: prunekit refuses it where it is of another recipe.
     again = ["--resume" if words[0] == "run" else "--overwrite"] if out.exists() else []
     command = [*words, "--out", str(out), *again]
     print(f"prunekit {shlex.join(command)}\n", end="", flush=True)  # in one piece: there may be two
@@ -142,13 +143,13 @@ def gather(name: str, runs: Path, results: Path) -> None:
 
 
 def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
-    """Markdown; of several seeds the mean, and each in brackets.
+    """Markdown; of several seeds the mean, and each in brackets. Times are of one image of 224×224 on one thread.
 
     Args:
         found: name of a run → its summary.
         times: name of a run → its ``bench.json``.
     """
-    lines = ["| | params | paper FLOPs | max F | MAE |", "|---|---:|---:|---:|---:|"]
+    lines = ["| csnet_duts_compare | params | paper FLOPs | max F | MAE |", "|---|---:|---:|---:|---:|"]
     for (way, model), title in ROWS.items():
         parts = [s[model] for s in _seeds(found, way).values()]
         if parts:
@@ -172,7 +173,7 @@ def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) ->
         if model in found.get(name, ())
     ]
     if timed:
-        lines += ["", "| | params | paper FLOPs | max F | MAE | ms, PyTorch | ms, ONNX Runtime |"]
+        lines += ["", "| | params | paper FLOPs | max F | MAE | ms, eager | ms, ONNX Runtime |"]
         lines += ["|---|---:|---:|---:|---:|---:|---:|", *timed]
     return "\n".join(lines) + "\n"
 
@@ -231,12 +232,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     todo = dict(commands(args))
+    for name, before in ((name, needed(name)) for name in todo):
+        if before and before not in todo and _status(args.runs / before) != "complete":
+            sys.exit(f"{name} needs {before}, which is not in {args.runs}: add {before.rpartition('-')[0]} to --only")
+    in_pairs = {name for name in todo if args.side_by_side and name not in LONG}
+
+    def one(name: str) -> None:
+        run(name, todo[name], args.runs, 1 if name in in_pairs else None)
+
     for level in sorted(set(map(depth, todo))):
-        group = [name for name in todo if depth(name) == level]
-        with ThreadPoolExecutor(2 if args.side_by_side else 1) as pool:
-            threads = 1 if args.side_by_side else None
-            for done in [pool.submit(run, name, todo[name], args.runs, threads) for name in group]:
-                done.result()
+        names = [name for name in todo if depth(name) == level]
+        _all([name for name in names if name in in_pairs], one, 2)
+        _all([name for name in names if name not in in_pairs], one, 1)
     for name in todo:
         if name in LONG:
             bench(args.runs / name)
@@ -245,6 +252,18 @@ def main(argv: list[str] | None = None) -> None:
     text = table(_read(args.results, "summary.json"), _read(args.results, "bench.json"))
     (args.results / "table.md").write_text(text)
     print(text)
+
+
+def _all(names: list[str], do: Callable[[str], None], workers: int) -> None:
+    """One after another, or several at a time; the first that fails is the last."""
+    with ThreadPoolExecutor(workers) as pool:
+        doing = {name: pool.submit(do, name) for name in names}
+        for name, future in doing.items():
+            try:
+                future.result()
+            except subprocess.CalledProcessError:
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"{name} failed; its log in the folder of the runs, {name}.log, says why")
 
 
 def _read(results: Path, file: str) -> dict[str, dict[str, Any]]:

@@ -85,8 +85,8 @@ def resized_crop(
         sizes: not used: parts are shares of the image that the model sees.
         generator: a CPU generator; the same state gives the same result on every device.
         area: least share of the image's area, 0 … 1; each image gets its own, up to 1, all alike likely.
-        aspect: most that the part is drawn out in either direction, as a ratio of its sides; at least 1. A side is at
-            most the image's own.
+        aspect: most that the part is drawn out in either direction, as a ratio of its sides; at least 1. Less where a
+            side would be longer than the image's.
         hflip: probability of a left-right flip.
         colour: most change of brightness, contrast and saturation, each by its own factor in 1 ± colour; 0 … 1.
 
@@ -105,7 +105,9 @@ def resized_crop(
     # All numbers are drawn whatever the options, so that changing one leaves the others' course as it was.
     drawn = torch.rand(len(images), 8, generator=generator)
     share = (area + (1 - area) * drawn[:, 0]).sqrt()
-    drawn_out = aspect ** (drawn[:, 1] - 0.5)  # of either side, so that their ratio reaches aspect
+    # A ratio that would make one side longer than the image's would cost area.
+    most = (share**-2).clamp(max=aspect)
+    drawn_out = most ** (drawn[:, 1] - 0.5)  # of either side, so that their ratio reaches the most
     parts = torch.stack([share / drawn_out, share * drawn_out], 1).clamp(max=1)
     flips = torch.stack([torch.zeros(len(images), dtype=torch.bool), drawn[:, 2] < hflip], 1)
     before = (1 - parts) * drawn[:, 3:5]
@@ -118,12 +120,16 @@ def _recoloured(
     images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
 ) -> torch.Tensor:
     """Each factor about what it keeps: black, the image's mean luma, each pixel's luma (ITU-R BT.601)."""
-    weights = images.new_tensor([0.299, 0.587, 0.114])[:, None, None]
     images = (images * brightness).clamp(0, 255)
-    mean = (images * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    mean = _luma(images).mean((2, 3), keepdim=True)
     images = (mean + (images - mean) * contrast).clamp(0, 255)
-    luma = (images * weights).sum(1, keepdim=True)
+    luma = _luma(images)
     return (luma + (images - luma) * saturation).clamp(0, 255)
+
+
+def _luma(images: torch.Tensor) -> torch.Tensor:
+    red, green, blue = images.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def _seen(

@@ -25,6 +25,15 @@ __all__ = ["COUNTERS", "PARTS", "Example", "Run", "load_run"]
 _STATUSES = ("running", "complete", "interrupted", "failed")
 _NOT_THERE = ": not there"
 _TRIES = 3  # while a run goes on
+# What every run has is not among these.
+_STAGES_OF = {
+    METRICS: {"train", "finetune"},
+    "gates.npz": {"train"},
+    "plan.json": {"extract"},
+    "layers.json": {"slim"},
+    "curves.json": {"evaluate"},
+    "gallery/index.json": {"evaluate"},
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,6 +139,7 @@ def _load(path: Path) -> Run:
     status, done = files.status if isinstance(files, RunDir) else "unknown", _done(files)
     status = status if status in _STATUSES else summary.get("status", "unknown")
     over = status not in ("running", "interrupted")
+    read.stages = set(summary.get("seconds", ())) if status == "complete" else set()
     metrics = read(METRICS, lambda faults: contents.metrics(files.read_bytes(METRICS), faults, over), pd.DataFrame())
     plan = read.json("plan.json", contents.plan, None)
     nothing = contents.empty_layers(), contents.empty_counters(), None
@@ -180,21 +190,26 @@ def _done(files: RunFiles) -> list[str]:
 
 
 class _Reader:
-    """Reads files, and notes which of them are not there or damaged."""
+    """Reads files, and notes which of them are not there or damaged.
+
+    Attributes:
+        missing: what is to be said of them.
+        read: their names.
+        stages: those that a run which is complete has done itself; empty where that is not known.
+    """
 
     def __init__(self, files: RunFiles):
         self.files = files
         self.missing: list[str] = []
         self.read: set[str] = set()
-        # Of a run that is over its state says what was written: not all stages belong to one that began from another.
-        self.all_told = isinstance(files, RunDir) and files.status == "complete" and bool(files.written())
+        self.stages: set[str] = set()
 
     def __call__(self, name: str, how: Callable[[list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
         faults: list[str] = []
         self.read.add(name)
         try:
             if not (self.files.path / name).exists():
-                if name in self.files.written() or not (optional or self.all_told):
+                if name in self.files.written() or not (optional or self._elsewhere(name)):
                     self.missing.append(f"{name}{_NOT_THERE}")
                 return otherwise
             value = how(faults)
@@ -209,6 +224,10 @@ class _Reader:
         if faults:
             self.missing.append(f"{name}: left out what is not as prunekit writes it ({_one_line(told(faults))})")
         return value
+
+    def _elsewhere(self, name: str) -> bool:
+        """Whether this file stands in the run that this one began from, whose stages were not done again."""
+        return bool(self.stages) and name in _STAGES_OF and not self.stages & _STAGES_OF[name]
 
     def json(self, name: str, check: Callable[[Any, list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
         return self(name, lambda faults: check(self.files.read_json(name), faults), otherwise, optional)
@@ -306,11 +325,12 @@ def _at_odds(run: Run) -> list[str]:
         counts[str(stage)] = len(epochs)
         if epochs != list(range(1, len(epochs) + 1)):
             found.append(f"{METRICS}: the epochs of {stage} are not 1, 2, 3 and so on")
+    # The training of a run that was derived from another one stands in that one.
+    here = {"finetune", *run.summary.get("seconds", ())}
     for stage, key in (("train", "train.epochs"), ("baseline", "train.epochs"), ("finetune", "finetune.epochs")):
-        wanted, held = run.setting(key), counts.get(stage, 0)
-        # The training of a run that was derived from another one stands in that one.
-        own = held or stage == "finetune" or (stage == "baseline" and run.setting("baseline") and counts.get("train"))
-        if own and STAGES[place(stage)[0]] in run.done and isinstance(wanted, int) and held < wanted:
+        wanted, held, of = run.setting(key), counts.get(stage, 0), STAGES[place(stage)[0]]
+        own = held or (of in here and (stage != "baseline" or run.setting("baseline")))
+        if own and of in run.done and isinstance(wanted, int) and held < wanted:
             found.append(f"{METRICS}: {held} of {wanted} epochs of {stage}")
     if len(run.gates) and "train" in run.done and counts.get("train") and len(run.gates) != counts["train"]:
         found.append(f"gates.npz: {len(run.gates)} epochs, {METRICS} has {counts['train']} of train")

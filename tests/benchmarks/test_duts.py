@@ -1,6 +1,8 @@
 """What the script runs, and what it makes of what was found; no run is started."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import duts
@@ -36,11 +38,16 @@ def test_each_run_is_a_command_of_the_shipped_recipes():
 
 
 def test_the_recipes_take_what_the_runs_say():
-    for name, (verb, recipe, *overrides) in duts.commands(args()):
+    loaded = {}
+    for name, (verb, recipe, *overrides) in duts.commands(args("--seeds", "0")):
         overrides = ["data.root=TRAIN", *(text for text in overrides if not text.startswith("init=")), "init=RUN"]
-        loaded = load(recipe if verb == "run" else duts.COMPARE, overrides)
-        uncut = name.startswith("scratch") or name.endswith("slim")
-        assert loaded.target.params_ratio == (None if uncut else 0.2 if name == "cpu" else 0.25), name
+        loaded[name.removesuffix("-0")] = load(recipe if verb == "run" else duts.COMPARE, overrides)
+    ratios = {name: recipe.target.params_ratio for name, recipe in loaded.items()}
+    assert ratios.pop("scratch") is None and ratios.pop("dense-0-slim") is None and ratios.pop("cpu") == 0.2
+    assert set(ratios.values()) == {0.25}
+    assert loaded["ema"].finetune.ema == 0.99 and loaded["distill"].finetune.distill.weight == 0.5
+    assert loaded["structure"].train.loss == loaded["structure"].finetune.loss != loaded["plain"].train.loss
+    assert loaded["resized_crop"].train.augment == loaded["resized_crop"].finetune.augment
 
 
 def test_an_option_is_held_against_plain_runs_that_never_saw_the_second_folder():
@@ -56,21 +63,24 @@ def test_some_of_the_runs():
         args("--only", "nothing")
 
 
-def test_what_is_complete_is_gathered_and_not_run_again(tmp_path, monkeypatch, capsys):
+def test_what_was_found_is_gathered(tmp_path, monkeypatch):
     runs, results = tmp_path / "runs", tmp_path / "results"
     for seed, name in enumerate(("dynamic-0", "dynamic-1")):
         write_run(runs / name, seed=seed)
     calls = []
-    monkeypatch.setattr(duts.subprocess, "run", lambda command, **_: calls.append(command) or report(command))
 
-    def report(command):
-        assert command[3] == "report"
+    def prunekit(command, **_):
+        calls.append(command[3])
+        if command[3] == "run":
+            assert command[-1] == "--resume", "which refuses another recipe, and does nothing where all is done"
+            return
         Path(command[-1]).mkdir()
         for name in ("summary.csv", "summary.tex", "channels.png", "gallery.png", "index.html"):
             (Path(command[-1]) / name).touch()
 
+    monkeypatch.setattr(duts.subprocess, "run", prunekit)
     duts.main(["a", "b", "--only", "dynamic", "--runs", str(runs), "--results", str(results)])
-    assert len(calls) == 2 and capsys.readouterr().out.count("is there") == 2
+    assert calls == ["run", "run", "report", "report"]
     for name in ("dynamic-0", "dynamic-1"):
         assert (results / name / "summary.json").read_bytes() == (runs / name / "summary.json").read_bytes()
         assert {path.name for path in (results / name / "report").iterdir()} == {"summary.csv", "channels.png"}
@@ -94,16 +104,47 @@ def test_what_broke_off_goes_on(tmp_path, monkeypatch):
     assert third[-3:] == ["--out", str(tmp_path / "ema-0"), "--overwrite"]
 
 
-def test_runs_that_need_others_come_after_them(tmp_path, monkeypatch):
-    order = []
-    monkeypatch.setattr(duts, "run", lambda name, *_: order.append(name))
+def nothing_but_runs(monkeypatch, run):
+    monkeypatch.setattr(duts, "run", run)
     monkeypatch.setattr(duts, "gather", lambda *_: None)
     monkeypatch.setattr(duts, "bench", lambda *_: None)
+
+
+def test_runs_that_need_others_wait_for_them(tmp_path, monkeypatch):
+    over, threads = set(), {}
+
+    def run(name, words, runs, number):
+        assert duts.needed(name) is None or duts.needed(name) in over
+        time.sleep(0.02)
+        over.add(name)
+        threads[name] = number
+
+    nothing_but_runs(monkeypatch, run)
     out = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
     duts.main(["a", "b", "--side-by-side", "--seeds", "0", *out])
-    for name, needed in duts.AFTER.items():
-        assert order.index(f"{name}-0") > order.index(f"{needed}-0")
-    assert order.index("dense-0") > order.index("dense-0-slim") > order.index("magnitude-0")
+    assert {f"{name}-0" for name in duts.AFTER} | {"dense-0", "dense-0-slim", "cpu"} <= over
+    assert threads.pop("cpu") is None and set(threads.values()) == {1}, "the long one has the machine to itself"
+
+
+def test_a_run_that_others_need_and_that_is_not_there_is_named(tmp_path, monkeypatch):
+    nothing_but_runs(monkeypatch, lambda *_: pytest.fail("nothing is run"))
+    out = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"ema-0 needs plain-0, which is not in .*: add plain to --only"):
+        duts.main(["a", "b", "--only", "ema", "--seeds", "0", *out])
+
+
+def test_the_first_run_that_fails_is_the_last(tmp_path, monkeypatch):
+    begun = []
+
+    def run(name, *_):
+        begun.append(name)
+        raise subprocess.CalledProcessError(2, "prunekit")
+
+    nothing_but_runs(monkeypatch, run)
+    out = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    with pytest.raises(SystemExit, match="dynamic-0 failed; its log"):
+        duts.main(["a", "b", "--seeds", "0", *out])
+    assert begun[0] == "dynamic-0" and len(begun) < 4
 
 
 def test_gains_and_latencies_stand_in_the_table():

@@ -130,8 +130,7 @@ def test_a_part_is_of_the_size_and_shape_asked_for_and_inside_the_image(seed, ar
     step_x = (out[:, 0, 32, 40] - out[:, 0, 32, 24]) / 16
     step_y = (out[:, 1, 40, 32] - out[:, 1, 24, 32]) / 16
     assert max(step_x.max(), step_y.max()) <= 1 + 1e-4
-    clipped = (step_x > 1 - 1e-3) | (step_y > 1 - 1e-3)
-    assert ((step_x * step_y)[~clipped] >= area - 1e-3).all()
+    assert (step_x * step_y).min() >= area - 1e-3
     ratio = (step_x / step_y).log().abs()
     assert ratio.max() <= torch.tensor(aspect).log() + 1e-3
     middle = out[:, :2, 31:33, 31:33].mean((2, 3))
@@ -139,15 +138,32 @@ def test_a_part_is_of_the_size_and_shape_asked_for_and_inside_the_image(seed, ar
     assert (middle - half).min() > -1e-2 and (middle + half).max() < side + 1e-2
 
 
-def test_parts_of_all_sizes_and_places_come():
-    ramp = torch.linspace(0, 255, 64).expand(500, 3, 64, 64)
-    out, _ = resized_crop(ramp, ramp[:, :1] * 0, torch.ones(500, 2), seeded(), aspect=1, hflip=0.5, colour=0)
-    first, last = out[:, 0, 32, 0], out[:, 0, 32, -1]
-    assert (first > last).float().mean() == pytest.approx(0.5, abs=0.07)
-    areas = ((first - last).abs() / 255) ** 2
-    assert areas.min() < 0.53 and areas.max() > 0.97 and areas.mean() == pytest.approx(0.75, abs=0.03)
-    left, right = torch.minimum(first, last), 255 - torch.maximum(first, last)
-    assert left.mean().item() == pytest.approx(right.mean().item(), abs=4)
+def test_parts_of_all_sizes_places_and_shapes_come():
+    ramp = torch.linspace(0, 1, 64) * 255
+    images = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]).expand(
+        500, -1, -1, -1
+    )
+    masks = torch.zeros(500, 1, 64, 64)
+    out, _ = resized_crop(images, masks, torch.ones(500, 2), seeded(), area=0.25, aspect=2, hflip=0.5, colour=0)
+    ends = {"x": (out[:, 0, 32, 0], out[:, 0, 32, -1]), "y": (out[:, 1, 0, 32], out[:, 1, -1, 32])}
+    assert (ends["x"][0] > ends["x"][1]).float().mean() == pytest.approx(0.5, abs=0.07)
+    assert (ends["y"][0] < ends["y"][1]).all(), "upside down it never is"
+    spans = {axis: (last - first).abs() / 255 for axis, (first, last) in ends.items()}
+    areas = spans["x"] * spans["y"]
+    assert areas.min() < 0.28 and areas.max() > 0.95 and areas.mean() == pytest.approx(0.62, abs=0.04)
+    ratio = (spans["x"] / spans["y"]).log()
+    assert ratio.min() < -0.6 and ratio.max() > 0.6 and ratio.mean() == pytest.approx(0, abs=0.05)
+    for axis, (first, last) in ends.items():
+        room = 1 - spans[axis]
+        # Uniform in 0 … 1 has a deviation of 0.29.
+        place = (torch.minimum(first, last) / 255 / room)[room > 0.1]
+        assert place.mean() == pytest.approx(0.5, abs=0.05) and place.std() == pytest.approx(0.29, abs=0.03), axis
+
+
+def test_the_whole_image_stays_where_its_area_is_asked_for():
+    images, masks, sizes = batch()
+    out, targets = resized_crop(images, masks, sizes, seeded(), area=1, aspect=3, hflip=0, colour=0)
+    assert (out - images.float()).abs().max() < 1e-2 and torch.equal(targets, masks.float())
 
 
 def test_colours_change_by_their_factors_and_masks_do_not():

@@ -286,6 +286,24 @@ def test_epochs_of_the_baseline_are_counted(run, held):
     assert (f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).missing) == bool(held)
 
 
+def test_of_epochs_that_are_all_gone_the_run_knows_that_they_were(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text(lines[-1])
+    without_checksums(run)
+    assert "metrics.jsonl: 0 of 3 epochs of train" in load_run(run).missing
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["seconds"]["train"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert not any("epochs of train" in line for line in load_run(run).missing), "its training stands in another run"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml", "environment.json", "gates.npz", "layers.json"])
+def test_a_file_is_missed_whose_checksum_nobody_holds(run, name):
+    without_checksum(run, name)
+    (run / name).unlink()
+    assert f"{name}: not there" in load_run(run).missing
+
+
 @pytest.mark.parametrize("name, key, needed", [("bench.json", "rows", "median_ms"), ("eval.json", "sets", "name")])
 def test_rows_without_what_they_are_about_are_left_out(run, name, key, needed):
     without_checksums(run)
