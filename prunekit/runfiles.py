@@ -68,6 +68,11 @@ PARTS = {
 _OF_MODELS = ("eval.json", "bench.json")
 
 
+def made_by(name: str) -> str | None:
+    """The stage that makes this file, or the folder that it is in; None for what no stage makes alone."""
+    return _MADE_BY.get(name.partition("/")[0])
+
+
 class RunFiles:
     """Reads and, with a lock, writes the files of one run folder.
 
@@ -281,16 +286,15 @@ class RunFiles:
             raise refusal(error, path, "remove") from error
 
     def _damage(self, name: str, what: str) -> CheckpointError:
-        first = name.partition("/")[0]
         if name == RECIPE and what.startswith("damaged"):
             return CheckpointError(
                 f"{self.path / name} is not what {STATE} vouches for: one of the two was edited, damaged or taken from "
                 "another run; put the old one back, or start a run of its own with it: "
                 f"prunekit run {self.path / name} --out DIR"
             )
-        if first in _MADE_BY:
-            again = f"make it again with --from {_MADE_BY[first]}, or the whole run with --overwrite"
-        elif first in _OF_MODELS:
+        if by := made_by(name):
+            again = f"make it again with --from {by}, or the whole run with --overwrite"
+        elif name in _OF_MODELS:
             again = "remove it and measure again"
         else:
             again = "put a copy of it back, or start again with --overwrite"

@@ -16,7 +16,7 @@ from prunekit.reporting import contents, shown
 from prunekit.reporting.contents import COUNTERS, PARTS, Example
 from prunekit.reporting.kinds import SIZE, told
 from prunekit.rundir import RunDir
-from prunekit.runfiles import METRICS, RECIPE, STAGES, RunFiles, place
+from prunekit.runfiles import METRICS, RECIPE, STAGES, RunFiles, made_by, place
 from prunekit.state import STATE, SUMMARY
 from prunekit.yaml12 import parse
 
@@ -25,15 +25,6 @@ __all__ = ["COUNTERS", "PARTS", "Example", "Run", "load_run"]
 _STATUSES = ("running", "complete", "interrupted", "failed")
 _NOT_THERE = ": not there"
 _TRIES = 3  # while a run goes on
-# What every run has is not among these.
-_STAGES_OF = {
-    METRICS: {"train", "finetune"},
-    "gates.npz": {"train"},
-    "plan.json": {"extract"},
-    "layers.json": {"slim"},
-    "curves.json": {"evaluate"},
-    "gallery/index.json": {"evaluate"},
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -227,7 +218,11 @@ class _Reader:
 
     def _elsewhere(self, name: str) -> bool:
         """Whether this file stands in the run that this one began from, whose stages were not done again."""
-        return bool(self.stages) and name in _STAGES_OF and not self.stages & _STAGES_OF[name]
+        by = made_by(name)
+        if by is None or not self.stages:
+            return False
+        # Fine-tuning adds to the lines of training.
+        return not self.stages & ({by, "finetune"} if name == METRICS else {by})
 
     def json(self, name: str, check: Callable[[Any, list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
         return self(name, lambda faults: check(self.files.read_json(name), faults), otherwise, optional)
