@@ -19,8 +19,9 @@ from prunekit.logs import recorded
 from prunekit.plan import Plan
 from prunekit.progress import Reporter
 from prunekit.reporting import report
-from prunekit.rundir import STAGES, RunDir, holds_run
+from prunekit.rundir import RunDir, holds_run
 from prunekit.schema import Recipe
+from prunekit.stageorder import STAGES
 from prunekit.stages import STAGE_FUNCTIONS
 from prunekit.work import Work
 

@@ -24,12 +24,13 @@ from prunekit import state as states
 from prunekit.enclosed import check_enclosed
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.files import TEMPORARY, FolderLock, alive, disk_fails, make_folder, reason, refusal
-from prunekit.runfiles import PARTS, RECIPE, STAGES, RunFiles, place, stage_index
+from prunekit.runfiles import RECIPE, RunFiles
 from prunekit.schema import same_run
+from prunekit.stageorder import PARTS, STAGES, place, stage_index
 from prunekit.state import FORMAT, STATE, SUMMARY
 from prunekit.yaml12 import parse
 
-__all__ = ["FORMAT", "STAGES", "RunDir", "holds_run"]
+__all__ = ["FORMAT", "RunDir", "holds_run"]
 
 SKIPPED = "skipped_steps"  # in the summary: training → how many
 # What a start that was killed can leave; recipe.yaml is written last, so without it nothing of worth is there.

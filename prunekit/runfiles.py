@@ -26,51 +26,16 @@ from prunekit.checkpoints import CheckpointStore, encode_tensors
 from prunekit.decoding import decode_arrays, decode_json, decode_tensors
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.files import FolderLock, encode_json, reason, refusal, sha256, sync_folder, write_atomic
+from prunekit.stageorder import MADE_BY, METRICS, STAGES, made_by, place, stage_index
 from prunekit.state import STATE
 
-STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report")
-RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+RECIPE = "recipe.yaml"
 _UNCHECKED = (STATE, "run.log")
 # What no stage writes again: ended between file and checksum, a process leaves them for good without the latter.
 _ONCE = (RECIPE, "classes.json", "init.json", "init/model.safetensors")
 _LOOKS = 20  # at a file that another process is replacing again and again
-_MADE_BY = {
-    METRICS: "train",
-    "classes.json": "train",
-    "gates.npz": "train",
-    "shrunk.json": "train",
-    "dense": "train",
-    "baseline": "train",
-    "plan.json": "extract",
-    "layers.json": "slim",
-    "slim": "slim",
-    "finetuned": "finetune",
-    "curves.json": "evaluate",
-    "gallery": "evaluate",
-    "model.onnx": "export",
-    "exports": "export",
-}
-# Parts of summary.json → the stage that makes them.
-PARTS = {
-    "baseline": "train",
-    "dense": "train",
-    "shrunk": "train",
-    "slim": "slim",
-    "kept": "slim",
-    "proof": "slim",
-    "drift": "slim",
-    "recalibrated": "finetune",
-    "finetuned": "finetune",
-    "reference": "evaluate",
-    "export": "export",
-}
 # What the models of a run were measured to do holds for those models only; a user may remove it.
 _OF_MODELS = ("eval.json", "bench.json")
-
-
-def made_by(name: str) -> str | None:
-    """The stage that makes this file, or the folder that it is in; None for what no stage makes alone."""
-    return _MADE_BY.get(name.partition("/")[0])
 
 
 class RunFiles:
@@ -265,7 +230,7 @@ class RunFiles:
     def _forget_from(self, stage: str) -> None:
         """Remove what this stage and the later ones have written; the model that a run began with stays."""
         first = stage_index(stage)
-        gone = [n for n, by in _MADE_BY.items() if stage_index(by) >= first]
+        gone = [n for n, by in MADE_BY.items() if stage_index(by) >= first]
         gone += _OF_MODELS if first <= stage_index("finetune") else ()
         self._write_state(
             {
@@ -368,26 +333,6 @@ class RunFiles:
         kept = [m for m in lines if place(m["stage"]) < first or (m["stage"] == stage and m["epoch"] <= epoch)]
         if len(kept) < len(lines):
             self.write_bytes(METRICS, b"".join(encode_json(line, METRICS, indent=None) for line in kept))
-
-
-def stage_index(stage: str) -> int:
-    """The place of a stage in :data:`STAGES`.
-
-    Raises:
-        RunFolderError: no such stage.
-    """
-    if stage not in STAGES:
-        raise RunFolderError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
-    return STAGES.index(stage)
-
-
-def place(name: str) -> tuple[int, int]:
-    """Where a training stands among the stages: it is one, or "baseline" behind it within the stage train, or "step1",
-    "step2" … within the stage slim; raises as :func:`stage_index` does."""
-    if name == "baseline":
-        return stage_index("train"), 1
-    number = name.removeprefix("step")
-    return (stage_index("slim"), int(number)) if number != name and number.isdecimal() else (stage_index(name), 0)
 
 
 def _begins(data: bytes, sums: set[str | None]) -> bool:

@@ -20,8 +20,8 @@ from prunekit.errors import CheckpointError, TrainingError
 from prunekit.gatecourse import GateCourse
 from prunekit.job import Job
 from prunekit.pruning.decay import Decay
-from prunekit.rundir import STAGES
-from prunekit.runfiles import place as stage_place
+from prunekit.stageorder import STAGES
+from prunekit.stageorder import place as stage_place
 
 # Tensors and the rest, as RunDir.load_checkpoint gives them.
 Found = tuple[dict[str, np.ndarray], dict[str, Any]]

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from prunekit import state
-from prunekit.rundir import STAGES, RunDir
+from prunekit.rundir import RunDir
+from prunekit.stageorder import STAGES
 
 BLOCKS = {"stage0": (1, 20), "stage1": (3, 20), "stage2": (4, 40), "stage3": (6, 80), "stage4": (4, 80)}
 UNITS = ("conv1", "depthwise2", "depthwise3")

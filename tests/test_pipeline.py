@@ -16,7 +16,8 @@ from prunekit.pipeline import finetune_run, run_recipe, slim_run
 from prunekit.prediction import predict
 from prunekit.recipe import load
 from prunekit.reporting import load_run
-from prunekit.rundir import STAGES, RunDir
+from prunekit.rundir import RunDir
+from prunekit.stageorder import STAGES
 
 REAL = Path(__file__).parents[1].parent / "shared" / "data"
 QUICK = [

@@ -16,7 +16,8 @@ import pytest
 from prunekit import __version__, files
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.recipe import load
-from prunekit.rundir import FORMAT, STAGES, RunDir
+from prunekit.rundir import FORMAT, RunDir
+from prunekit.stageorder import STAGES
 
 RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
 

@@ -17,7 +17,8 @@ from hypothesis.extra import numpy as arrays
 
 from prunekit import files, state
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
-from prunekit.rundir import STAGES, RunDir
+from prunekit.rundir import RunDir
+from prunekit.stageorder import STAGES
 
 RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
 

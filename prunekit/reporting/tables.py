@@ -17,7 +17,7 @@ from prunekit.reporting.kinds import is_number
 from prunekit.reporting.load import COUNTERS, PARTS, Run
 from prunekit.reporting.numbers import NOTHING, file_stem, short, size_text, written_out
 from prunekit.reporting.published import LABEL, PUBLISHED
-from prunekit.rundir import STAGES
+from prunekit.stageorder import STAGES
 
 __all__ = [
     "NOTHING", "Named", "bench_table", "budget_table", "counters_table", "epochs_table", "evals_table", "latency",

@@ -17,7 +17,8 @@ from prunekit.pruning.proof import gate_off
 from prunekit.pruning.recalibrate import recalibrate
 from prunekit.pruning.slim import slim
 from prunekit.recipe import load
-from prunekit.rundir import STAGES, RunDir
+from prunekit.rundir import RunDir
+from prunekit.stageorder import STAGES
 
 
 def batches(count=4, size=6, side=12):

@@ -1,0 +1,70 @@
+"""Runs to be damaged, and what the commands give for them undamaged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from run_readers import READERS, Bed
+from toy_run import quiet, shorten, toy_recipe, write_photos
+
+from prunekit import benching
+from prunekit.benching import bench_run
+from prunekit.deploy.timing import Timing
+from prunekit.evaluation import evaluate
+from prunekit.pipeline import run_recipe
+from prunekit.rundir import RunDir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        patch.setattr(benching, "measure", lambda jobs, _: ([Timing([1.0], 1.0, 1.0, 1.0) for _ in jobs], {1: 1.0}))
+        yield
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    here = tmp_path_factory.mktemp("runs")
+    photos = write_photos(here / "photos")
+    recipe = toy_recipe(photos)
+    # Of another seed: every file fits, and is another one.
+    others = toy_recipe(photos, "seed=1", "train.epochs=3")
+    for name, one in (("whole", recipe), ("other", others)):
+        run_recipe(one, here / name / "toy", quiet())
+        evaluate(here / name / "toy", [f"photos={photos}"], quiet())
+        bench_run(here / name / "toy", quiet(), forms="eager", threads="1")
+    for name, one in (("broken", recipe), ("other_broken", others)):
+        _break_off(one, here / name / "toy")
+    return Bed(photos, recipe, *(here / name / "toy" for name in ("whole", "other", "broken", "other_broken")))
+
+
+def _break_off(recipe, out: Path) -> None:
+    """Kill a run in its second epoch."""
+    append = RunDir.append_metrics
+
+    def second(run, line):
+        if line["epoch"] == 2:
+            raise KeyboardInterrupt
+        append(run, line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDir, "append_metrics", second)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, out, quiet())
+
+
+@pytest.fixture(scope="module")
+def good(bed, tmp_path_factory):
+    """What each command gives for the undamaged run; made when it is asked for."""
+    made: dict[str, object] = {}
+
+    def of(reader: str) -> object:
+        if reader not in made:
+            run = tmp_path_factory.mktemp(reader) / "toy"
+            made[reader] = READERS[reader](Path(shutil.copytree(bed.whole, run)), bed)
+        return made[reader]
+
+    return of
