@@ -1,7 +1,7 @@
 """Real photographs: ways to the same size side by side, what each option brings, and the hour-long recipe with its
-dense baseline.
+dense baseline, fine-tuned too.
 
-    python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE                    # all of it: some four hours on two cores
+    python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE                    # all of it: some five hours on two cores
     python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE --only dynamic l1 --seeds 0
     python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE --side-by-side     # two runs at a time, one thread each
 
@@ -28,16 +28,19 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PRUNEKIT = [sys.executable, "-m", "prunekit.cli"]
-COMPARE = "csnet_duts_compare"
+COMPARE, LONG_ONE = "csnet_duts_compare", "csnet_duts_cpu"
+WHOLE = ["decay.name=none", "slim.criterion=gate", "slim.threshold=0", "target.params_ratio=null"]
 # In the order in which they can be run: the last one takes the layout that the first has learned.
 WAYS = {
     "dynamic": [],
     "magnitude": ["decay.name=none", "slim.criterion=magnitude"],
     "l1": ["decay.name=l1", "decay.weight=1e-3"],
     "scratch": ["decay.name=none", "target.params_ratio=null", "init_weights=fresh"],
+    # The widest that keeps to the budget.
+    "narrow": ["backbone.options.width=9", *WHOLE],
 }
 # Fine-tuned as the others, with nothing cut.
-UNCUT = {"dense": ["slim.criterion=gate", "slim.threshold=0", "target.params_ratio=null"]}
+UNCUT = {"dense": WHOLE[1:]}
 # Each beside "plain", on pairs held out of DUTS-TR. The first ones act all the way, the others while fine-tuning alone.
 HELD_OUT = "data.val_holdout=0.04738"
 OPTIONS = {
@@ -47,7 +50,7 @@ OPTIONS = {
     "resized_crop": ["train.augment=resized_crop", "finetune.augment=resized_crop"],
 }
 TUNED = {"ema": ["finetune.ema=0.99"], "distill": ["finetune.distill.weight=0.5"]}
-LONG = {"cpu": "csnet_duts_cpu"}
+LONG = {"cpu": [], "cpu_uncut": ["baseline=false", *WHOLE]}
 ALL = (*WAYS, *UNCUT, *OPTIONS, *TUNED, *LONG)
 # What needs another run's folder, and which one.
 AFTER = {"scratch": "dynamic", **dict.fromkeys(TUNED, "plain")}
@@ -60,6 +63,15 @@ ROWS = {
     ("l1", "finetuned"): "l1 (network slimming)",
     ("magnitude", "finetuned"): "one-shot magnitude",
     ("scratch", "finetuned"): "the layout of dynamic, from scratch",
+    ("narrow", "finetuned"): "all layers as narrow (width 9), from scratch",
+}
+# Run, model → what it is called, and the model of "cpu" that has its layout and was timed.
+LONG_ROWS = {
+    ("cpu", "baseline"): ("dense, no decay", "dense"),
+    ("cpu_uncut", "finetuned"): ("dense, no decay, fine-tuned as the slim one", "dense"),
+    ("cpu", "dense"): ("dense, dynamic weight decay", "dense"),
+    ("cpu", "slim"): ("slim", "finetuned"),
+    ("cpu", "finetuned"): ("slim, fine-tuned", "finetuned"),
 }
 TABLES = ("*.csv", "*.md")
 FIGURES = ("channels.png", "params_macs.png", "training.png", "gates_map.png", "precision_recall.png")
@@ -84,9 +96,9 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
             else:
                 words = ["finetune", before, *TUNED.get(kind, [])]
             yield name, [*words, *args.overrides]
-    for name, recipe in LONG.items():
+    for name, overrides in LONG.items():
         if name in wanted:
-            yield name, ["run", recipe, root, test, *args.overrides]
+            yield name, ["run", LONG_ONE, root, test, *overrides, *args.overrides]
 
 
 def needed(name: str) -> str | None:
@@ -167,13 +179,12 @@ def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) ->
         ]
         lines += options
     timed = [
-        f"| {recipe}: {model} | {_cells([found[name][model]])} | {_ms(times.get(name), model)} |"
-        for name, recipe in LONG.items()
-        for model in ("baseline", "dense", "slim", "finetuned")
+        f"| {title} | {_cells([found[name][model]])} | {_ms(times.get('cpu'), alike)} |"
+        for (name, model), (title, alike) in LONG_ROWS.items()
         if model in found.get(name, ())
     ]
     if timed:
-        lines += ["", "| | params | paper FLOPs | max F | MAE | ms, eager | ms, ONNX Runtime |"]
+        lines += ["", f"| {LONG_ONE} | params | paper FLOPs | max F | MAE | ms, eager | ms, ONNX Runtime |"]
         lines += ["|---|---:|---:|---:|---:|---:|---:|", *timed]
     return "\n".join(lines) + "\n"
 
@@ -191,9 +202,8 @@ def _gain(found: dict[str, dict[str, Any]], kind: str) -> str:
 
 
 def _ms(times: dict[str, Any] | None, model: str) -> str:
-    """Median in PyTorch and in ONNX Runtime; models of one layout are timed once."""
-    timed = {"baseline": "dense", "slim": "finetuned"}.get(model, model)
-    rows = {row["form"]: row["median_ms"] for row in (times or {}).get("rows", ()) if row["model"] == timed}
+    """Median in PyTorch and in ONNX Runtime."""
+    rows = {row["form"]: row["median_ms"] for row in (times or {}).get("rows", ()) if row["model"] == model}
     return " | ".join(f"{rows[form]:.1f}" if form in rows else "" for form in ("eager", "ort"))
 
 
@@ -245,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         _all([name for name in names if name in in_pairs], one, 2)
         _all([name for name in names if name not in in_pairs], one, 1)
     for name in todo:
-        if name in LONG:
+        if name == "cpu":
             bench(args.runs / name)
         if not name.endswith("-slim"):
             gather(name, args.runs, args.results)

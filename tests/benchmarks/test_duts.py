@@ -20,7 +20,7 @@ def test_each_run_is_a_command_of_the_shipped_recipes():
     found = dict(duts.commands(args("data.cache=none", "--seeds", "0", "3", "--runs", "here")))
     kinds = [*duts.WAYS, *duts.UNCUT, *duts.OPTIONS, *duts.TUNED]
     assert [n for n in found if not n.endswith("slim")] == [f"{kind}-{seed}" for kind in kinds for seed in (0, 3)] + [
-        "cpu"
+        *duts.LONG
     ]
     for name, (verb, first, *overrides) in found.items():
         kind = name.rpartition("-")[0]
@@ -31,7 +31,7 @@ def test_each_run_is_a_command_of_the_shipped_recipes():
             assert (verb, first) == ("finetune", f"here/{name}-slim")
             assert found[f"{name}-slim"][:2] == ["slim", f"here/magnitude-{name[-1]}"]
         elif not name.endswith("slim"):
-            assert (verb, first) == ("run", "csnet_duts_cpu" if name == "cpu" else "csnet_duts_compare")
+            assert (verb, first) == ("run", "csnet_duts_cpu" if name in duts.LONG else "csnet_duts_compare")
             assert overrides[0] == "data.root=TRAIN"
             assert overrides[1] == ("data.val_holdout=0.04738" if kind in duts.OPTIONS else "data.val_root=TEST")
     assert "seed=3" in found["l1-3"] and "init=here/dynamic-3" in found["scratch-3"]
@@ -43,7 +43,8 @@ def test_the_recipes_take_what_the_runs_say():
         overrides = ["data.root=TRAIN", *(text for text in overrides if not text.startswith("init=")), "init=RUN"]
         loaded[name.removesuffix("-0")] = load(recipe if verb == "run" else duts.COMPARE, overrides)
     ratios = {name: recipe.target.params_ratio for name, recipe in loaded.items()}
-    assert ratios.pop("scratch") is None and ratios.pop("dense-0-slim") is None and ratios.pop("cpu") == 0.2
+    assert [ratios.pop(name) for name in ("scratch", "narrow", "dense-0-slim", "cpu_uncut")] == [None] * 4
+    assert ratios.pop("cpu") == 0.2
     assert set(ratios.values()) == {0.25}
     assert loaded["ema"].finetune.ema == 0.99 and loaded["distill"].finetune.distill.weight == 0.5
     assert loaded["structure"].train.loss == loaded["structure"].finetune.loss != loaded["plain"].train.loss
@@ -122,8 +123,10 @@ def test_runs_that_need_others_wait_for_them(tmp_path, monkeypatch):
     nothing_but_runs(monkeypatch, run)
     out = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
     duts.main(["a", "b", "--side-by-side", "--seeds", "0", *out])
-    assert {f"{name}-0" for name in duts.AFTER} | {"dense-0", "dense-0-slim", "cpu"} <= over
-    assert threads.pop("cpu") is None and set(threads.values()) == {1}, "the long one has the machine to itself"
+    assert {f"{name}-0" for name in duts.AFTER} | {"dense-0", "dense-0-slim", *duts.LONG} <= over
+    assert {threads.pop(name) for name in duts.LONG} == {None} and set(threads.values()) == {1}, (
+        "the long ones have the machine to themselves"
+    )
 
 
 def test_a_run_that_others_need_and_that_is_not_there_is_named(tmp_path, monkeypatch):
@@ -153,13 +156,15 @@ def test_gains_and_latencies_stand_in_the_table():
 
     found = {"plain-0": summary(0.5), "plain-1": summary(0.75), "ema-0": summary(0.625), "cpu": summary(0.25)}
     found["cpu"]["baseline"] = found["cpu"]["finetuned"]
+    found["cpu_uncut"] = summary(0.5)
     times = [("dense", "eager", 8.25), ("dense", "ort", 4), ("finetuned", "eager", 2)]
     rows = [dict(zip(("model", "form", "median_ms"), each, strict=True)) for each in times]
     text = duts.table(found, {"cpu": {"rows": rows}}).splitlines()
     assert "| plain | 10 | 20 | 0.6250 (0.5000, 0.7500) | 0.1000 (0.1000, 0.1000) |  |" in text
     assert "| ema | 10 | 20 | 0.6250 | 0.1000 | +0.1250 |" in text, "of the seed that both have"
-    assert "| csnet_duts_cpu: baseline | 10 | 20 | 0.2500 | 0.1000 | 8.2 | 4.0 |" in text
-    assert "| csnet_duts_cpu: finetuned | 10 | 20 | 0.2500 | 0.1000 | 2.0 |  |" in text
+    assert "| dense, no decay | 10 | 20 | 0.2500 | 0.1000 | 8.2 | 4.0 |" in text
+    assert "| slim, fine-tuned | 10 | 20 | 0.2500 | 0.1000 | 2.0 |  |" in text
+    assert "| dense, no decay, fine-tuned as the slim one | 10 | 20 | 0.5000 | 0.1000 | 8.2 | 4.0 |" in text
 
 
 def test_a_run_is_timed_once(tmp_path, monkeypatch):
