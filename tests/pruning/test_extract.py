@@ -128,8 +128,10 @@ def test_a_norm_that_is_not_finite_is_named_whatever_the_criterion():
         magnitude(model, groups)
 
 
-@pytest.mark.parametrize("gates", [0.0, 1e-5])
-def test_a_layer_without_a_living_channel_is_named(gates):
+# With some weights the images of a batch differ in the last bit, though nothing of them gets through.
+@pytest.mark.parametrize("gates, seed", [(0.0, 0), (0.0, 2), (1e-5, 0)])
+def test_a_layer_without_a_living_channel_is_named(gates, seed):
+    torch.manual_seed(seed)
     model = csnet(10)
     example = settle(model)
     for branch in "01":

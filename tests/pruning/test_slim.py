@@ -175,6 +175,18 @@ def test_the_proof_fails_on_nan_and_on_a_dead_network():
     assert prove(gated, small, inputs).reason == "an output is not finite"
 
 
+@pytest.mark.parametrize("share", [1e-15, 1e-7, 1e-5])
+def test_what_hardly_changes_from_input_to_input_proves_nothing(share):
+    gated, small, inputs = gated_pair()
+    last = torch.nn.Conv2d(1, 1, 1).double().requires_grad_(False)
+    spread = max(float((maps - maps[:1]).detach().abs().max()) for maps in map(gated, inputs))
+    last.weight.fill_(share / spread)
+    last.bias.fill_(1)
+    proof = prove(torch.nn.Sequential(gated, last), torch.nn.Sequential(small, last), inputs)
+    assert proof.max_abs_diff <= proof.tolerance
+    assert proof.holds is (share > 1e-6) and (proof.holds or "same for every input" in proof.reason)
+
+
 def test_a_slim_model_that_is_wrong_is_a_plan_error(monkeypatch):
     from prunekit.pruning import constants
 
