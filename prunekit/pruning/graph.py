@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -28,6 +29,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 SUMS = ("AddBackward0", "SubBackward0")
 PRODUCT = "MulBackward0"
+
+COSTLY = ("bilinear", "bicubic")
 
 # Operations through which a constant channel stays constant and adds up linearly, so that it can be moved to the norm
 # behind.
@@ -108,16 +111,23 @@ class _Tracer(tp.DependencyGraph):
 
 class _Tensors(TorchFunctionMode):
     """Notes the sums and products of which one side has no gradient and a value for each channel. To autograd a buffer
-    looks like a number."""
+    looks like a number.
 
-    def __init__(self) -> None:
+    Where there are no numbers (``weightless``), up-sampling is that of the nearest value: the same shapes, and the
+    others are worked out operation by operation as well."""
+
+    def __init__(self, weightless: bool) -> None:
         super().__init__()
+        self.weightless = weightless
         self.mixed: set[Any] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.weightless and func is F.interpolate and kwargs.get("mode") in COSTLY and not kwargs.get("antialias"):
+            kwargs = {**kwargs, "mode": "nearest", "align_corners": None}
+        out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.grad_fn is not None and out.grad_fn.name() in (*SUMS, PRODUCT):
-            for side in (*args, *(kwargs or {}).values()):
+            for side in (*args, *kwargs.values()):
                 if isinstance(side, Tensor) and not side.requires_grad:
                     axis = side.dim() - out.dim() + 1
                     if axis >= 0 and side.shape[axis] != 1:
@@ -180,8 +190,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _weightless(model: nn.Module) -> nn.Module:
-    """A copy on the meta device: the same modules, without a number in them; its norms hand on what they get, since
-    PyTorch works out their shapes operation by operation, which takes longer than all the rest."""
+    """A copy on the meta device: the same modules, without a number in them; its norms and PReLUs hand on what they
+    get, since PyTorch works out their shapes operation by operation, which takes longer than all the rest."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -191,7 +201,7 @@ def _weightless(model: nn.Module) -> nn.Module:
                 memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
-        if type(module) in NORMS:
+        if type(module) in (*NORMS, nn.PReLU):
             module.forward = torch.clone
     return copied
 
@@ -212,7 +222,7 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
     hooks = [leaf.register_forward_hook(seen) for leaf in leaves]
     modes = {module: module.training for module in model.modules()}
     before = {module: set(module._forward_hooks) for module in model.modules()}
-    tensors = _Tensors()
+    tensors = _Tensors(example.is_meta)
     start: list[Any] = []
     ends: set[Any] = set()
 

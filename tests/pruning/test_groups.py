@@ -3,12 +3,14 @@ import sys
 
 import pytest
 import torch
-from networks import Concat, Residual, Row, Shared
+from networks import Concat, Residual, Row, Shared, settle
 from torch import nn
+from zoo import ZOO
 
 from prunekit.backbones.csnet import csnet
 from prunekit.counting import count, total
 from prunekit.errors import PlanError
+from prunekit.pruning import graph
 from prunekit.pruning.groups import find_groups
 
 EXAMPLE = torch.randn(2, 3, 16, 16)
@@ -149,3 +151,28 @@ def test_frozen_models_have_groups_too():
 def test_an_example_that_does_not_fit_is_one_line():
     with pytest.raises(PlanError, match=r"fails on an input of shape \(2, 5, 16, 16\)"):
         find_groups(Row(), torch.randn(2, 5, 16, 16))
+
+
+class UpSampled(nn.Sequential):
+    """Every way to make a map larger, behind one another."""
+
+    def __init__(self):
+        ways = ({"mode": "bilinear"}, {"mode": "bicubic", "align_corners": True}, {"mode": "nearest"}, {"mode": "area"})
+        blocks = [
+            nn.Sequential(nn.Conv2d(c, c + 1, 1), nn.Upsample((c, 8), **way), nn.BatchNorm2d(c + 1), nn.PReLU(c + 1))
+            for c, way in enumerate(ways, start=3)
+        ]
+        super().__init__(*blocks, nn.Conv2d(3 + len(ways), 1, 1))
+
+
+@pytest.mark.parametrize("name", [*ZOO, "csnet", "up-sampled"])
+def test_they_are_the_same_whether_numbers_are_computed_or_not(name, monkeypatch):
+    model = {**ZOO, "csnet": lambda: csnet(10), "up-sampled": UpSampled}[name]()
+    example = settle(model)
+    without = find_groups(model, example)
+
+    def refuse(_):
+        raise RuntimeError("wants to see numbers")
+
+    monkeypatch.setattr(graph, "_weightless", refuse)
+    assert find_groups(model, example) == without
