@@ -71,10 +71,14 @@ def slim(
     if not proof.holds and constants != "drop":
         rebuilt, proof = attempt.give_back(dead)
     if not proof.holds and not (constants == "drop" and math.isfinite(proof.max_abs_diff)):
-        dead_already = dead_layers(model, groups) if proof.reason == DEAD else []
-        where = (
-            f", every gate of {listed(dead_already)} is zero; train with a lower decay.weight" if dead_already else ""
-        )
+        where = ""
+        if proof.reason == DEAD:
+            layers = dead_layers(model, groups)
+            where = (
+                f", every gate of {listed(layers)} is zero; train with a lower decay.weight"
+                if layers
+                else "; lower slim.threshold, or train with a lower rate or decay.weight"
+            )
         raise PlanError(f"the slim model is not the dense one with its dead gates at zero: {proof.reason}{where}")
     proof.plan.notes = [*plan.notes, *_given(proof)]
     return _deliver(rebuilt, model, attempt, proof), proof

@@ -187,6 +187,13 @@ def test_what_hardly_changes_from_input_to_input_proves_nothing(share):
     assert proof.holds is (share > 1e-6) and (proof.holds or "same for every input" in proof.reason)
 
 
+def test_a_dead_network_of_living_gates_is_refused_with_what_may_help():
+    model, groups, example = csnet_with_dead_gates(0)
+    model.classifier.weight.data.mul_(1e-12)
+    with pytest.raises(PlanError, match=r"the network is dead; lower slim\.threshold, or train with a lower rate"):
+        slim(model, extract(model, groups), example, groups=groups)
+
+
 def test_a_slim_model_that_is_wrong_is_a_plan_error(monkeypatch):
     from prunekit.pruning import constants
 
