@@ -36,8 +36,9 @@ WAYS = {
     "magnitude": ["decay.name=none", "slim.criterion=magnitude"],
     "l1": ["decay.name=l1", "decay.weight=1e-3"],
     "scratch": ["decay.name=none", "target.params_ratio=null", "init_weights=fresh"],
-    # The widest that keeps to the budget.
+    # The widest that keeps to the budget, and the one of as many multiply-adds as the layout that is learned.
     "narrow": ["backbone.options.width=9", *WHOLE],
+    "narrow_macs": ["backbone.options.width=15", *WHOLE],
 }
 # Fine-tuned as the others, with nothing cut.
 UNCUT = {"dense": WHOLE[1:]}
@@ -63,7 +64,8 @@ ROWS = {
     ("l1", "finetuned"): "l1 (network slimming)",
     ("magnitude", "finetuned"): "one-shot magnitude",
     ("scratch", "finetuned"): "the layout of dynamic, from scratch",
-    ("narrow", "finetuned"): "all layers as narrow (width 9), from scratch",
+    ("narrow", "finetuned"): "all layers as narrow (width 9: as many parameters), from scratch",
+    ("narrow_macs", "finetuned"): "all layers as narrow (width 15: as many multiply-adds), from scratch",
 }
 # Run, model → what it is called, and the model of "cpu" that has its layout and was timed.
 LONG_ROWS = {

@@ -43,7 +43,9 @@ def test_the_recipes_take_what_the_runs_say():
         overrides = ["data.root=TRAIN", *(text for text in overrides if not text.startswith("init=")), "init=RUN"]
         loaded[name.removesuffix("-0")] = load(recipe if verb == "run" else duts.COMPARE, overrides)
     ratios = {name: recipe.target.params_ratio for name, recipe in loaded.items()}
-    assert [ratios.pop(name) for name in ("scratch", "narrow", "dense-0-slim", "cpu_uncut")] == [None] * 4
+    assert [ratios.pop(name) for name in ("scratch", "narrow", "narrow_macs", "dense-0-slim", "cpu_uncut")] == [
+        None
+    ] * 5
     assert ratios.pop("cpu") == 0.2
     assert set(ratios.values()) == {0.25}
     assert loaded["ema"].finetune.ema == 0.99 and loaded["distill"].finetune.distill.weight == 0.5
