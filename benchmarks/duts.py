@@ -212,7 +212,7 @@ def _ms(times: dict[str, Any] | None, model: str) -> str:
 def _cells(parts: list[dict[str, Any]]) -> str:
     def sizes(key: str) -> str:
         found = sorted({part[key] for part in parts})
-        return " and ".join(f"{value:,}" for value in found)
+        return " and ".join(f"{value:,}" for value in found) if len(found) < 3 else f"{found[0]:,}–{found[-1]:,}"
 
     def figures(key: str) -> str:
         found = [part["metrics"][key] for part in parts]

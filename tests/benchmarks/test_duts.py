@@ -159,10 +159,14 @@ def test_gains_and_latencies_stand_in_the_table():
     found = {"plain-0": summary(0.5), "plain-1": summary(0.75), "ema-0": summary(0.625), "cpu": summary(0.25)}
     found["cpu"]["baseline"] = found["cpu"]["finetuned"]
     found["cpu_uncut"] = summary(0.5)
+    found |= {f"l1-{seed}": summary(0.25) for seed in range(3)}
+    for seed in range(3):
+        found[f"l1-{seed}"]["finetuned"]["params"] = 1000 + seed
     times = [("dense", "eager", 8.25), ("dense", "ort", 4), ("finetuned", "eager", 2)]
     rows = [dict(zip(("model", "form", "median_ms"), each, strict=True)) for each in times]
     text = duts.table(found, {"cpu": {"rows": rows}}).splitlines()
     assert "| plain | 10 | 20 | 0.6250 (0.5000, 0.7500) | 0.1000 (0.1000, 0.1000) |  |" in text
+    assert any(line.startswith("| l1 (network slimming) | 1,000–1,002 | 20 | 0.2500 (0.2500, ") for line in text)
     assert "| ema | 10 | 20 | 0.6250 | 0.1000 | +0.1250 |" in text, "of the seed that both have"
     assert "| dense, no decay | 10 | 20 | 0.2500 | 0.1000 | 8.2 | 4.0 |" in text
     assert "| slim, fine-tuned | 10 | 20 | 0.2500 | 0.1000 | 2.0 |  |" in text
