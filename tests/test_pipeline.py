@@ -27,8 +27,8 @@ QUICK = [
     "train.epochs=2",
     "train.batch_size=8",
     "train.gate_lr=0.1",
-    "decay.weight=20",
-    "slim.threshold=0.8",
+    "decay.weight=0.1",
+    "slim.threshold=0.75",
     "finetune.epochs=1",
     "finetune.batch_size=8",
 ]
