@@ -30,7 +30,6 @@ HERE = Path(__file__).resolve().parent
 PRUNEKIT = [sys.executable, "-m", "prunekit.cli"]
 COMPARE, LONG_ONE = "csnet_duts_compare", "csnet_duts_cpu"
 WHOLE = ["decay.name=none", "slim.criterion=gate", "slim.threshold=0", "target.params_ratio=null"]
-# In the order in which they can be run: the last one takes the layout that the first has learned.
 WAYS = {
     "dynamic": [],
     "magnitude": ["decay.name=none", "slim.criterion=magnitude"],
@@ -67,7 +66,8 @@ ROWS = {
     ("narrow", "finetuned"): "all layers as narrow (width 9: as many parameters), from scratch",
     ("narrow_macs", "finetuned"): "all layers as narrow (width 15: as many multiply-adds), from scratch",
 }
-# Run, model → what it is called, and the model of "cpu" that has its layout and was timed.
+TIMED = "cpu"
+# Run, model → what it is called, and the model of the timed run that has its layout.
 LONG_ROWS = {
     ("cpu", "baseline"): ("dense, no decay", "dense"),
     ("cpu_uncut", "finetuned"): ("dense, no decay, fine-tuned as the slim one", "dense"),
@@ -181,7 +181,7 @@ def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) ->
         ]
         lines += options
     timed = [
-        f"| {title} | {_cells([found[name][model]])} | {_ms(times.get('cpu'), alike)} |"
+        f"| {title} | {_cells([found[name][model]])} | {_ms(times.get(TIMED), alike)} |"
         for (name, model), (title, alike) in LONG_ROWS.items()
         if model in found.get(name, ())
     ]
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         _all([name for name in names if name in in_pairs], one, 2)
         _all([name for name in names if name not in in_pairs], one, 1)
     for name in todo:
-        if name == "cpu":
+        if name == TIMED:
             bench(args.runs / name)
         if not name.endswith("-slim"):
             gather(name, args.runs, args.results)

@@ -26,10 +26,10 @@ from prunekit.checkpoints import CheckpointStore, encode_tensors
 from prunekit.decoding import decode_arrays, decode_json, decode_tensors
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.files import FolderLock, encode_json, reason, refusal, sha256, sync_folder, write_atomic
-from prunekit.stageorder import MADE_BY, METRICS, STAGES, made_by, place, stage_index
+from prunekit.stageorder import MADE_BY, STAGES, made_by, place, stage_index
 from prunekit.state import STATE
 
-RECIPE = "recipe.yaml"
+RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 _UNCHECKED = (STATE, "run.log")
 # What no stage writes again: ended between file and checksum, a process leaves them for good without the latter.
 _ONCE = (RECIPE, "classes.json", "init.json", "init/model.safetensors")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from prunekit.errors import RunFolderError
 
 STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report")
-METRICS = "metrics.jsonl"
 # Files and folders of a run → the stage that makes them.
 MADE_BY = {
-    METRICS: "train",
+    "metrics.jsonl": "train",
     "classes.json": "train",
     "gates.npz": "train",
     "shrunk.json": "train",

@@ -23,8 +23,8 @@ from rich.text import Text
 from prunekit.errors import CheckpointError, PrunekitError
 from prunekit.progress import Figures, clock, packed, trainings
 from prunekit.rundir import RunDir
-from prunekit.runfiles import RECIPE
-from prunekit.stageorder import METRICS, STAGES, place
+from prunekit.runfiles import METRICS, RECIPE
+from prunekit.stageorder import STAGES, place
 from prunekit.state import STATE
 from prunekit.yaml12 import parse
 

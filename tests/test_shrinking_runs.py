@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from toy_run import killed_in
 
 from prunekit import pipeline, training
 from prunekit.errors import RecipeError
@@ -139,17 +140,8 @@ def test_a_run_that_broke_off_behind_a_cut_ends_as_an_undisturbed_one(whole, tmp
 
 
 def test_a_cut_that_came_behind_the_last_state_is_made_again(whole, tmp_path):
-    append = RunDir.append_metrics
-
-    def stopped(run, line):
-        if line["epoch"] == 4:
-            raise KeyboardInterrupt
-        append(run, line)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDir, "append_metrics", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run_it(tmp_path / "run", "train.checkpoint.every=2")
+    with killed_in(4):
+        run_it(tmp_path / "run", "train.checkpoint.every=2")
     run_it(tmp_path / "run", "train.checkpoint.every=2", resume=True)
     resumed_equals(tmp_path / "run", whole)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from rich.console import Console
 from small_run import NoRecord
@@ -58,6 +60,21 @@ def shorten(patch) -> None:
     patch.setattr("prunekit.exporting.check_onnx", lambda *_: 0.0)
     patch.setitem(report.__globals__, "figures", lambda *_: iter(()))
     patch.setitem(report.__globals__, "page", lambda *_: "")
+
+
+@contextmanager
+def killed_in(epoch: int):
+    """Ctrl-C when the line of this epoch is to be written, which this expects to end what is within."""
+    append = RunDir.append_metrics
+
+    def stopped(run, line):
+        if line["epoch"] == epoch:
+            raise KeyboardInterrupt
+        append(run, line)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDir, "append_metrics", stopped)
+        yield
 
 
 def outcome(folder: Path) -> dict[str, object]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,6 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 SUMS = ("AddBackward0", "SubBackward0")
 PRODUCT = "MulBackward0"
-
-COSTLY = ("bilinear", "bicubic")
 
 # Operations through which a constant channel stays constant and adds up linearly, so that it can be moved to the norm
 # behind.
@@ -111,28 +109,32 @@ class _Tracer(tp.DependencyGraph):
 
 class _Tensors(TorchFunctionMode):
     """Notes the sums and products of which one side has no gradient and a value for each channel. To autograd a buffer
-    looks like a number.
+    looks like a number."""
 
-    Where there are no numbers (``weightless``), up-sampling is that of the nearest value: the same shapes, and the
-    others are worked out operation by operation as well."""
-
-    def __init__(self, weightless: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.weightless = weightless
         self.mixed: set[Any] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.weightless and func is F.interpolate and kwargs.get("mode") in COSTLY and not kwargs.get("antialias"):
-            kwargs = {**kwargs, "mode": "nearest", "align_corners": None}
-        out = func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.grad_fn is not None and out.grad_fn.name() in (*SUMS, PRODUCT):
-            for side in (*args, *kwargs.values()):
+            for side in (*args, *(kwargs or {}).values()):
                 if isinstance(side, Tensor) and not side.requires_grad:
                     axis = side.dim() - out.dim() + 1
                     if axis >= 0 and side.shape[axis] != 1:
                         self.mixed.add(out.grad_fn)
         return out
+
+
+class _Nearest(TorchFunctionMode):
+    """Up-samples by the nearest value, for tensors without numbers: the same shapes, and what is read from the graph
+    holds for these kinds alike. (Theirs are worked out as those of norms are, see ``_weightless``.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.interpolate and kwargs.get("mode") in ("bilinear", "bicubic") and not kwargs.get("antialias"):
+            kwargs = {**kwargs, "mode": "nearest", "align_corners": None}
+        return func(*args, **kwargs)
 
 
 def trace(model: nn.Module, example: Tensor) -> Graph:
@@ -222,7 +224,7 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
     hooks = [leaf.register_forward_hook(seen) for leaf in leaves]
     modes = {module: module.training for module in model.modules()}
     before = {module: set(module._forward_hooks) for module in model.modules()}
-    tensors = _Tensors(example.is_meta)
+    tensors = _Tensors()
     start: list[Any] = []
     ends: set[Any] = set()
 
@@ -231,7 +233,7 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
         # multiplication gives the input itself a place in the graph.
         fed = example.detach().clone().requires_grad_() * 1.0
         start.append(fed.grad_fn)
-        with tensors:
+        with tensors, _Nearest() if example.is_meta else nullcontext():
             found = [tensor for tensor in tensors_in(model(fed)) if tensor.grad_fn is not None]
         if not found:
             raise ValueError("no gradient reaches its output from its parameters; is it wrapped in no_grad?")

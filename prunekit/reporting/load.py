@@ -16,8 +16,8 @@ from prunekit.reporting import contents, shown
 from prunekit.reporting.contents import COUNTERS, PARTS, Example
 from prunekit.reporting.kinds import SIZE, told
 from prunekit.rundir import RunDir
-from prunekit.runfiles import RECIPE, RunFiles
-from prunekit.stageorder import METRICS, STAGES, made_by, place
+from prunekit.runfiles import METRICS, RECIPE, RunFiles
+from prunekit.stageorder import STAGES, made_by, place
 from prunekit.state import STATE, SUMMARY
 from prunekit.yaml12 import parse
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 from run_readers import READERS, Bed
-from toy_run import quiet, shorten, toy_recipe, write_photos
+from toy_run import killed_in, quiet, shorten, toy_recipe, write_photos
 
 from prunekit import benching
 from prunekit.benching import bench_run
 from prunekit.deploy.timing import Timing
 from prunekit.evaluation import evaluate
 from prunekit.pipeline import run_recipe
-from prunekit.rundir import RunDir
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,23 +36,9 @@ def bed(tmp_path_factory):
         evaluate(here / name / "toy", [f"photos={photos}"], quiet())
         bench_run(here / name / "toy", quiet(), forms="eager", threads="1")
     for name, one in (("broken", recipe), ("other_broken", others)):
-        _break_off(one, here / name / "toy")
+        with killed_in(2):
+            run_recipe(one, here / name / "toy", quiet())
     return Bed(photos, recipe, *(here / name / "toy" for name in ("whole", "other", "broken", "other_broken")))
-
-
-def _break_off(recipe, out: Path) -> None:
-    """Kill a run in its second epoch."""
-    append = RunDir.append_metrics
-
-    def second(run, line):
-        if line["epoch"] == 2:
-            raise KeyboardInterrupt
-        append(run, line)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDir, "append_metrics", second)
-        with pytest.raises(KeyboardInterrupt):
-            run_recipe(recipe, out, quiet())
 
 
 @pytest.fixture(scope="module")
