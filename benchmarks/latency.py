@@ -20,17 +20,17 @@ from rich.console import Console
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.benching import FORMS, Files, settled
-from prunekit.counting import count, total
-from prunekit.deploy.subnormals import without_subnormals
-from prunekit.deploy.timing import Job, measure
-from prunekit.loading import build_dense, load_model, newest_model, read_recipe
-from prunekit.progress import Reporter
-from prunekit.pruning.extract import make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
-from prunekit.rundir import RunDir
-from prunekit.schema import Recipe
+from prunekit.commands.bench import FORMS, Files, settled
+from prunekit.config.schema import Recipe
+from prunekit.deployment.bench.timing import BenchJob, measure
+from prunekit.deployment.export.subnormals import without_subnormals
+from prunekit.flops import count, total
+from prunekit.pipeline.models import build_dense, load_model, newest_model, read_recipe
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import make_plan
+from prunekit.pruning.surgery.slim import slim
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.progress import Reporter
 
 PAIRS = (("deployed", "eager"), ("compiled", "eager"), ("ort", "ort_plain"), ("openvino", "openvino_plain"))
 
@@ -105,7 +105,7 @@ def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argpa
             files = Files(name, clean, recipe, Path(folder), reporter).make(args.forms.split(","))
             shape = (args.batch, size, args.threads)
             jobs += [
-                (name, form, Job(f"{name} {form}", kind, path, *shape, precision))
+                (name, form, BenchJob(f"{name} {form}", kind, path, *shape, precision))
                 for form, (kind, path, precision) in files.items()
             ]
         timings, products = measure([job for *_, job in jobs], args.seconds)

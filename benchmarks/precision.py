@@ -20,17 +20,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from prunekit.data.pairs import normalise
-from prunekit.deploy.deployed import deploy
-from prunekit.deploy.onnx import export_onnx, onnx_function
-from prunekit.deploy.openvino import imported
-from prunekit.deploy.quantise import last_convolution, quantise
-from prunekit.deploy.subnormals import without_subnormals
-from prunekit.exporting import CALIBRATION, Computed, with_data
-from prunekit.loading import load_model, newest_model
-from prunekit.progress import Reporter
-from prunekit.rundir import RunDir
-from prunekit.work import Work
+from prunekit.data.datasets import normalise
+from prunekit.deployment.deploy import deploy
+from prunekit.deployment.export.onnx import export_onnx, onnx_function
+from prunekit.deployment.export.openvino import imported
+from prunekit.deployment.export.quantize import last_convolution, quantise
+from prunekit.deployment.export.subnormals import without_subnormals
+from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.export import CALIBRATION, Computed, with_data
+from prunekit.pipeline.models import load_model, newest_model
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.progress import Reporter
 
 FORMS = ("eager", "deployed", "deployed_bf16", "ort", "openvino", "openvino_bf16", "ort_int8", "openvino_int8")
 
@@ -56,7 +56,7 @@ def in_openvino(file: bytes, precision: str) -> Callable[[np.ndarray], np.ndarra
 class Forms:
     """One model, made ready in each form."""
 
-    def __init__(self, work: Work, model: nn.Module):
+    def __init__(self, work: RunContext, model: nn.Module):
         self.work, self.model = work, model
         self.example = work.example()
         self.files: dict[str, bytes] = {}
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     run = RunDir.open(args.run)
     recipe = with_data(run, args.overrides)
-    work = Work(recipe, Reporter(Console(stderr=True)))
+    work = RunContext(recipe, Reporter(Console(stderr=True)))
     forms = Forms(work, without_subnormals(load_model(run, newest_model(run), recipe)).eval())
     pairs = work.pairs("val")
     found = {}

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from prunekit.backbones import build
-from prunekit.benching import settled
-from prunekit.counting import count, total
-from prunekit.deploy.deployed import deploy
-from prunekit.deploy.handed import hand_over
-from prunekit.deploy.timing import Job, measure
-from prunekit.plan import Builder
+from prunekit.commands.bench import settled
+from prunekit.deployment.bench.model_transfer import pack_model
+from prunekit.deployment.bench.timing import BenchJob, measure
+from prunekit.deployment.deploy import deploy
+from prunekit.flops import count, total
+from prunekit.pruning.plan import Builder
 
 FORMS = ("eager", "deployed")
 
@@ -72,8 +72,8 @@ def grow(points: Sequence[tuple[int, Builder, int, int]], args: argparse.Namespa
             for form in FORMS:
                 path = Path(folder) / f"{place}-{form}.safetensors"
                 chosen = None if form == "eager" else deploy(model, example)[1].form
-                hand_over(path, model, builder, chosen, (3, size, size))
-                jobs.append(Job(f"{form} {place}", "torch", path, batch, size, args.threads))
+                pack_model(path, model, builder, chosen, (3, size, size))
+                jobs.append(BenchJob(f"{form} {place}", "torch", path, batch, size, args.threads))
         timings, _ = measure(jobs, args.seconds)
     for job, timing in zip(jobs, timings, strict=True):
         if timing.error:

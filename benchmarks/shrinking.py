@@ -4,7 +4,7 @@
     python benchmarks/shrinking.py csnet seed=1 data.size=32 --every 2 --out runs/both
 
 The two take turns, an epoch each, so that whatever else the machine does meets both alike. What counts is the
-processor's seconds (of all cores; set OMP_WAIT_POLICY=passive, or waiting counts as well), cuts and their proofs
+processor's seconds (of all cores; set OMP_WAIT_POLICY=passive, or waiting counts as well), cuts and their equivalence checks
 included. Then both are slimmed, fine-tuned and evaluated.
 """
 
@@ -21,13 +21,13 @@ from typing import Any
 
 from rich.console import Console
 
-from prunekit.environment import environment
-from prunekit.progress import Reporter
-from prunekit.recipe import load
-from prunekit.rundir import RunDir
-from prunekit.schema import Recipe
-from prunekit.stages import STAGE_FUNCTIONS
-from prunekit.work import Work
+from prunekit.config.recipe import load
+from prunekit.config.schema import Recipe
+from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.stages import STAGE_FUNCTIONS
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.environment import environment
+from prunekit.utils.progress import Reporter
 
 STAGES = ("train", "extract", "slim", "finetune", "evaluate")
 
@@ -80,7 +80,7 @@ def both(recipes: tuple[Recipe, Recipe], folder: Path, held: AbstractContextMana
     def run(me: int) -> None:
         turns.wait(me)
         try:
-            work = Work(recipes[me], Alternating(turns, me, folder / f"{me}.jsonl"))
+            work = RunContext(recipes[me], Alternating(turns, me, folder / f"{me}.jsonl"))
             text = recipes[me].dump()
             with RunDir.start(folder / str(me), text, environment(recipes[me].seed), overwrite=True) as opened:
                 for stage in STAGES:

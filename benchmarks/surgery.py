@@ -13,7 +13,7 @@ What is timed, on one thread, in process time, one side after the other in turns
 - torch-pruning, as its manual has it (once, to compare): all groups found by ``get_all_groups``, then as above; and
   ``BNScalePruner(...).step()``, which chooses other channels and so is not compared in its output.
 
-Our proof (both models run in float64 at two sizes) has no counterpart there: its time is a column of its own and in no
+Our equivalence check (both models run in float64 at two sizes) has no counterpart there: its time is a column of its own and in no
 ratio.
 """
 
@@ -37,11 +37,11 @@ import torch_pruning as tp
 from architectures import NETWORKS, TINY, deep_densenet, deep_resnet
 from torch import Tensor, nn
 
-from prunekit.plan import Group, Plan
-from prunekit.pruning.extract import dead_channels, make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import rebuild, slim
-from prunekit.pruning.surgery import Cutter
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.selection.extract import dead_channels, make_plan
+from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.pruning.surgery.slim import rebuild, slim
 
 DEEP = {"resnet": deep_resnet, "densenet": deep_densenet}
 
@@ -102,7 +102,7 @@ def pink(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def cut(model: nn.Module, groups: Sequence[Group], case: Case) -> nn.Module:
-    """Our cut with the constants kept, in place, without the proof."""
+    """Our cut with the constants kept, in place, without the equivalence check."""
     dead, _ = Cutter(model, groups).settle(dead_channels(groups, case.plan))
     rebuild(model, groups, dead, [small(case.example)])
     return model
@@ -199,7 +199,7 @@ def compare(name: str, build: Callable[[], nn.Module], args: argparse.Namespace)
     result["seconds"] = {key: spread(values) for key, values in seconds.items()}
     result["ratio"] = result["seconds"]["ours"]["median"] / result["seconds"]["theirs"]["median"]
     proven, _ = clock(lambda: slim(case.model, case.plan, case.example, groups=case.groups))
-    result["seconds_with_proof"] = proven + result["seconds"]["find"]["median"]
+    result["seconds_with_equivalence"] = proven + result["seconds"]["find"]["median"]
     if not args.quick:
         copies = [copy.deepcopy(case.model) for _ in range(2)]
         result["seconds_theirs_all_groups"], _ = clock(lambda: theirs(copies[0], case, all_groups=True))
@@ -255,7 +255,7 @@ def show(results: dict) -> None:
             "ours, s",
             "torch-pruning, s",
             "ours ÷ theirs",
-            "with our proof, s",
+            "with our equivalence check, s",
         ]
     ]
     rows[0] += ["all groups, s", "BNScalePruner, s"]
@@ -266,7 +266,13 @@ def show(results: dict) -> None:
         s, gap = r["seconds"], r["difference"]
         more = [f"{r[k]:.2f}" if k in r else "–" for k in ("seconds_theirs_all_groups", "seconds_their_pruner")]
         rows.append([r["network"], str(r["channels_cut"]), f"{s['find']['median']:.3f}", f"{s['cut']['median']:.3f}"])
-        rows[-1] += [run(s["ours"]), run(s["theirs"]), f"{r['ratio']:.2f}", f"{r['seconds_with_proof']:.2f}", *more]
+        rows[-1] += [
+            run(s["ours"]),
+            run(s["theirs"]),
+            f"{r['ratio']:.2f}",
+            f"{r['seconds_with_equivalence']:.2f}",
+            *more,
+        ]
         for kind in ("random", "pink"):
             gaps.append([r["network"], kind])
             gaps[-1] += [f"{gap[side][f'{kind}_{tag}']:.1e}" for side in gap for tag in ("float64", "float32")]

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from prunekit.backbones.csnet import csnet
+from prunekit.config.schema import Training
 from prunekit.data.augment import crop_flip
-from prunekit.data.cache import kept_tensors
-from prunekit.data.pairs import PairSet, normalise
-from prunekit.plan import Group
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.groups import find_groups
-from prunekit.schema import Training
-from prunekit.stepping import fast_steps, flushed_denormals
+from prunekit.data.cache import cached_tensors
+from prunekit.data.datasets import MaskDataset, normalise
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.training.acceleration import fast_steps, flush_denormals
 
 WEIGHT = 1e-2
 KINDS = {
@@ -173,7 +173,7 @@ def shares(step: Callable[[], Any]) -> dict[str, float]:
     return found
 
 
-class Drawn(PairSet):
+class Drawn(MaskDataset):
     """Pictures of files that are drawn instead of read, so that nothing has to lie on a disk but their names."""
 
     def __init__(self, folder: Path, count: int, size: int):
@@ -198,8 +198,8 @@ def pipeline(size: int, batch: int, batches: int, rounds: int) -> dict[str, floa
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder) / "pictures"
         pictures.mkdir()
-        kept_tensors(Drawn(pictures, batch * batches, size), size, Path(folder) / "kept", print)
-        tensors = kept_tensors(Drawn(pictures, batch * batches, size), size, Path(folder) / "kept", print)
+        cached_tensors(Drawn(pictures, batch * batches, size), size, Path(folder) / "kept", print)
+        tensors = cached_tensors(Drawn(pictures, batch * batches, size), size, Path(folder) / "kept", print)
         generator = torch.Generator().manual_seed(0)
         seconds: list[float] = []
         for epoch in range(rounds + 1):
@@ -221,7 +221,7 @@ def dying(width: int, size: int, batch: int, protected: bool, times: int) -> dic
     biases = [m.bias for m in case.model.modules() if isinstance(m, nn.BatchNorm2d)]
     found = {}
     with ExitStack() as stack:
-        stack.enter_context(flushed_denormals() if protected else nullcontext())
+        stack.enter_context(flush_denormals() if protected else nullcontext())
         step = stack.enter_context(ours(case))
         for value in (1.0, 1e-20, 1e-36, 1e-38, 1e-39, 1e-40, 1e-41, 1e-42, 0.0):
             seconds = []

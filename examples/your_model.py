@@ -43,7 +43,7 @@ with prunekit.DynamicWeightDecay(model, groups, weight=1) as decay:
         (loss(model(images), labels) + decay.penalty()).backward()  # your loop, and one term more
         optimizer.step()
 plan = prunekit.extract(model, groups, threshold=5e-2)
-slim, proof = prunekit.slim(model, plan, images[:8])
+slim, equivalence = prunekit.slim(model, plan, images[:8])
 
 print(f"{sum(p.numel() for p in model.parameters())} → {sum(p.numel() for p in slim.parameters())} parameters")
-print(f"proof holds: {proof.holds}, largest difference {proof.max_abs_diff:.1e}")
+print(f"equivalence check passed: {equivalence.passed}, largest difference {equivalence.max_abs_diff:.1e}")

@@ -8,12 +8,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from prunekit import launch
-from prunekit.endings import ending, going_on
+from prunekit.config.user_module import trust_modules
 from prunekit.errors import RecipeError
-from prunekit.interrupts import terminable
-from prunekit.logs import LEVELS, is_quiet, terminal
-from prunekit.userfile import trusting
+from prunekit.utils import launcher
+from prunekit.utils.exit_status import exit_on_error, suggest_resume
+from prunekit.utils.logging import LEVELS, is_quiet, terminal_logging
+from prunekit.utils.signals import sigterm_as_interrupt
 
 app = typer.Typer(
     name="prunekit",
@@ -58,13 +58,13 @@ def run(
     ] = None,
 ) -> None:
     """Train, extract, slim, fine-tune, evaluate, export and report: all that a recipe says."""
-    from prunekit.recipe import load
+    from prunekit.config.recipe import load
 
     loaded = load(recipe, overrides or [])
-    from prunekit.pipeline import run_recipe
+    from prunekit.pipeline.runner import run_recipe
 
     out = out or Path("runs") / loaded.name
-    with going_on("run", recipe, *(overrides or []), "--out", out, "--resume"):
+    with suggest_resume("run", recipe, *(overrides or []), "--out", out, "--resume"):
         run_recipe(
             loaded,
             out,
@@ -122,7 +122,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once and stop.")] = False,
 ) -> None:
     """Show how a run goes, until it is over, and draw its training's figures into RUN/report after each epoch."""
-    from prunekit.watching import watch as show
+    from prunekit.commands.watch import watch as show
 
     show(run, _console(), every=every, once=once)
 
@@ -158,7 +158,7 @@ def eval_(
     ] = "raise",
 ) -> None:
     """Measure a model on data sets, by the metrics of its task."""
-    from prunekit.evaluation import evaluate
+    from prunekit.commands.evaluate import evaluate
 
     evaluate(run, data, _console(), model=model, size=size, own_size=own_size, batch_size=batch_size, on_error=on_error)
 
@@ -174,7 +174,7 @@ def predict(
     ] = None,
 ) -> None:
     """Apply a model to images: saliency maps or, for classification, a table predictions.csv."""
-    from prunekit.prediction import predict as make
+    from prunekit.commands.predict import predict as make
 
     make(run, images, out, model, _console())
 
@@ -187,13 +187,13 @@ def slim(
     overwrite: Overwrite = False,
 ) -> None:
     """Extract and slim again what a run has trained, e.g. with slim.threshold=5e-2, into a new run folder."""
-    from prunekit.exchange import derived_recipe
+    from prunekit.commands.import_model import derived_recipe
 
     recipe = derived_recipe(run, overrides or [])
-    from prunekit.pipeline import slim_run
+    from prunekit.pipeline.runner import slim_run
 
     out = out or run.with_name(f"{run.resolve().name}-slim")
-    with going_on("slim", run, *(overrides or []), "--out", out, "--overwrite"):
+    with suggest_resume("slim", run, *(overrides or []), "--out", out, "--overwrite"):
         slim_run(run, recipe, out, _console(quiet=is_quiet()), overwrite=overwrite)
 
 
@@ -205,13 +205,13 @@ def finetune(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a run's slim model, e.g. with finetune.epochs=5, evaluate and export it, into a new run folder."""
-    from prunekit.exchange import derived_recipe
+    from prunekit.commands.import_model import derived_recipe
 
     recipe = derived_recipe(run, overrides or [])
-    from prunekit.pipeline import finetune_run
+    from prunekit.pipeline.runner import finetune_run
 
     out = out or run.with_name(f"{run.resolve().name}-finetuned")
-    with going_on("run", out / "recipe.yaml", "--out", out, "--resume"):
+    with suggest_resume("run", out / "recipe.yaml", "--out", out, "--resume"):
         finetune_run(run, recipe, out, _console(quiet=is_quiet()), overwrite=overwrite)
 
 
@@ -238,7 +238,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a run's model as a file that needs no prunekit, into the run folder."""
-    from prunekit.exporting import export_run
+    from prunekit.pipeline.export import export_run
 
     export_run(
         run, form, _console(), model=model, plain=plain, preprocess=preprocess, int8=int8, overrides=overrides or []
@@ -272,7 +272,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Of timed calls for each row, at least.")] = 2.0,
 ) -> None:
     """Time a run's models in PyTorch, ONNX Runtime and OpenVINO, by turns; into RUN/bench.json and the report."""
-    from prunekit.benching import bench_run
+    from prunekit.commands.bench import bench_run
 
     bench_run(run, _console(), batches=batch, sizes=size, threads=threads, forms=forms, models=model, seconds=seconds)
 
@@ -291,7 +291,7 @@ def import_(
     """Make a run folder of a model that was trained elsewhere."""
     if kind != "csnet":
         raise RecipeError(f"import {kind}: what can be imported is csnet, as in: prunekit import csnet FILE [LAYOUT] …")
-    from prunekit.exchange import import_run
+    from prunekit.commands.import_model import import_run
 
     import_run(checkpoint, layout, out, _console(), overwrite=overwrite)
 
@@ -307,7 +307,7 @@ def groups(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: each group with its tensors and gates.")] = False,
 ) -> None:
     """Which channels can only be cut together, which gates decide, what a channel costs, and what cannot be cut."""
-    from prunekit.inspection import dump, inspect_groups, show_groups
+    from prunekit.commands.groups import dump, inspect_groups, show_groups
 
     found = inspect_groups(source, overrides or [], model)
     if as_json:
@@ -319,8 +319,8 @@ def groups(
 @app.command(name="list")
 def list_() -> None:
     """What recipes can name: backbones, data sets, tasks and so on, their options, and where each comes from."""
-    from prunekit import registry
-    from prunekit.listing import table
+    from prunekit.commands.list import table
+    from prunekit.config import registry
 
     # First, so that a plugin that fails is said once, below the table.
     failures = registry.plugin_failures()
@@ -335,10 +335,10 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     trust = "--trust" in arguments
     arguments = [argument for argument in arguments if argument not in ("--debug", "--trust")]
-    with ending(debug), launch.silenced():
+    with exit_on_error(debug), launcher.silence_other_ranks():
         level = _level(arguments)
-        launch.begin(*arguments[:1])
-        with terminable(), terminal(level), trusting(trust):
+        launcher.begin(*arguments[:1])
+        with sigterm_as_interrupt(), terminal_logging(level), trust_modules(trust):
             app(args=arguments, prog_name="prunekit")
 
 

@@ -4,10 +4,10 @@ import torch
 from networks import kill, settle
 from torch import nn
 
-from prunekit import registry
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
+from prunekit.config import registry
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.slim import slim
 
 
 def learned(name: str, seed: int, share: float = 0.5, **options) -> tuple[nn.Module, torch.Tensor]:

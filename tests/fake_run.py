@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from prunekit import state
-from prunekit.rundir import RunDir
-from prunekit.stageorder import STAGES
+from prunekit.runs import state
+from prunekit.runs.run_dir import RunDir
+from prunekit.runs.stage_order import STAGES
 
 BLOCKS = {"stage0": (1, 20), "stage1": (3, 20), "stage2": (4, 40), "stage3": (6, 80), "stage4": (4, 80)}
 UNITS = ("conv1", "depthwise2", "depthwise3")
@@ -207,8 +207,14 @@ def write_slim(run: RunDir, rows: list[dict]) -> None:
     before, after = (sum(row["channels"][when] for row in rows) for when in ("before", "after"))
     ratios = {f"{key}_ratio": slim[key] / dense[key] for key in ("params", "macs")}
     run.update_summary("kept", {"channels": after, "of": before, **ratios})
-    proof = {"max_abs_diff": 2e-15, "tolerance": 1e-6, "inputs": [[8, 3, 64, 64]], "float32_diff": 3e-7, "holds": True}
-    run.update_summary("proof", proof)
+    equivalence = {
+        "max_abs_diff": 2e-15,
+        "tolerance": 1e-6,
+        "inputs": [[8, 3, 64, 64]],
+        "float32_diff": 3e-7,
+        "passed": True,
+    }
+    run.update_summary("equivalence", equivalence)
     run.update_summary("drift", {"max_abs_diff": 1.5, "mean_abs_diff": 0.2})
 
 

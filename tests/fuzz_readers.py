@@ -13,19 +13,20 @@ from typing import Any
 
 from fuzz_engine import Reader, json_within, png_within, reshape, zip_within
 
-from prunekit import recipe, schema, yaml12
-from prunekit.checkpoints import CheckpointStore
+from prunekit.config import recipe, schema
+from prunekit.config import yaml as yaml12
 from prunekit.data.images import read_image, read_mask
-from prunekit.decoding import decode_json
 from prunekit.errors import PrunekitError
-from prunekit.files import encode_json, sha256
 from prunekit.interop.csnet import Layout
 from prunekit.interop.pickles import read_checkpoint, read_layout
-from prunekit.plan import Plan
-from prunekit.reporting import contents
-from prunekit.reporting.load import _Reader, _recipe
-from prunekit.rundir import RunDir
-from prunekit.runfiles import RunFiles
+from prunekit.pruning.plan import Plan
+from prunekit.reporting import run_contents
+from prunekit.reporting.loader import _Reader, _recipe
+from prunekit.runs.artifacts import RunFiles
+from prunekit.runs.checkpoints import CheckpointStore
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.decode import decode_json
+from prunekit.utils.io import encode_json, sha256
 
 SPLIT = b"\n----\n"
 KEYS = (
@@ -106,12 +107,14 @@ def readers(place: Place) -> list[Reader]:
 
     def metrics(data: bytes) -> None:
         place.put("metrics.jsonl", data)
-        _Reader(files)("metrics.jsonl", lambda f: contents.metrics(files.read_bytes("metrics.jsonl"), f, True), None)
+        _Reader(files)(
+            "metrics.jsonl", lambda f: run_contents.metrics(files.read_bytes("metrics.jsonl"), f, True), None
+        )
         files.read_metrics()
 
     def gates(data: bytes) -> None:
         place.put("gates.npz", data)
-        _Reader(files)("gates.npz", lambda _: contents.gates(files.read_arrays("gates.npz")), None)
+        _Reader(files)("gates.npz", lambda _: run_contents.gates(files.read_arrays("gates.npz")), None)
         files.read_arrays("gates.npz")
 
     def tensors(data: bytes) -> None:
@@ -153,21 +156,21 @@ def readers(place: Place) -> list[Reader]:
 
     def plan(data: bytes) -> None:
         place.put("plan.json", data)
-        _Reader(files).json("plan.json", contents.plan, None)
+        _Reader(files).json("plan.json", run_contents.plan, None)
         Plan.from_json(files.read_json("plan.json"))
 
     def gallery(value: Any, faults: list[str]) -> Any:
-        return contents.gallery(value, place.path / "gallery", faults)
+        return run_contents.gallery(value, place.path / "gallery", faults)
 
     of = {
-        "summary": contents.summary,
-        "layers": lambda value, _: contents.layers(value),
-        "curves": contents.curves,
+        "summary": run_contents.summary,
+        "layers": lambda value, _: run_contents.layers(value),
+        "curves": run_contents.curves,
         "gallery": gallery,
-        "environment": contents.environment,
-        "classes": contents.classes,
-        "bench": contents.bench,
-        "eval": contents.evals,
+        "environment": run_contents.environment,
+        "classes": run_contents.classes,
+        "bench": run_contents.bench,
+        "eval": run_contents.evals,
     }
 
     def yaml_within(chance: random.Random, data: bytes) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
 
 LONG = "unbroken" * 60
 ATTACKS = (
@@ -57,7 +57,7 @@ def hostile_run(folder: Path) -> Path:
         counts = {"ours": {"params": 8, "macs": 64}, "thop": {"params": 8, "macs": 65}}
         run.write_json("layers.json", {"format": 1, "size": [8, 8], "layers": rows, "counters": {text: counts}})
         run.update_summary("slim", model)
-        run.update_summary("proof", {"holds": False, "reason": text, "max_abs_diff": 1.0, "tolerance": 1e-6})
+        run.update_summary("equivalence", {"passed": False, "reason": text, "max_abs_diff": 1.0, "tolerance": 1e-6})
         run.end("slim")
         run.begin("evaluate")
         run.update_summary("reference", {text: {text: 0.1}})

@@ -23,7 +23,7 @@ from pathlib import Path
 CALLS = ("fsync", "replace", "unlink", "truncate", "rmdir")
 
 WARM = """matplotlib.pyplot onnxruntime onnxscript sklearn.datasets torch_pruning torch._dynamo fvcore.nn thop
-prunekit.cli prunekit.pipeline""".split()
+prunekit.cli prunekit.pipeline.runner""".split()
 
 
 class Launcher:
@@ -141,10 +141,10 @@ def _prepare(request: dict, counts: int) -> None:
 
     for name in CALLS:
         setattr(os, name, counted(name))
-    from prunekit import pipeline
+    from prunekit.pipeline import runner
 
     # Read from the folder when the run is over, and it takes longer than the run.
-    pipeline.report = lambda *_: None
+    runner.report = lambda *_: None
     if "step" in request or "at" in request:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -168,7 +168,7 @@ def _prepare(request: dict, counts: int) -> None:
         def broken(*_):
             raise getattr(builtins, kind)(text)
 
-        pipeline.STAGE_FUNCTIONS[stage] = broken
+        runner.STAGE_FUNCTIONS[stage] = broken
 
 
 def _name(call: str, arguments: tuple) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from prunekit.backbones.csnet import csnet
 from prunekit.layers import layer_of
-from prunekit.pruning.groups import find_groups
+from prunekit.pruning.graph.groups import find_groups
 
 
 class Row(nn.Module):

@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from prunekit import processes, registry
-from prunekit.data.pairs import load_tensors
-from prunekit.distilling import Criterion
-from prunekit.job import Job
-from prunekit.onlooker import Onlooker
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.groups import find_groups
-from prunekit.rundir import RunDir
-from prunekit.schema import SparseTraining
-from prunekit.training import fit
+from prunekit.config import registry
+from prunekit.config.schema import SparseTraining
+from prunekit.data.datasets import load_tensors
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.runs.read_only import NullRunDir
+from prunekit.runs.run_dir import RunDir
+from prunekit.training.distillation import TrainingLoss
+from prunekit.training.job import TrainingJob
+from prunekit.training.trainer import fit
+from prunekit.utils import distributed
 
 SIZE = 16
 IMAGES = 24
@@ -74,11 +75,11 @@ def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
     model, found, reporter = Small(), data(), Silent()
     groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
     section = SparseTraining.model_validate({**OPTIONS, "epochs": epochs, "accumulate": accumulate, **changes})
-    job = Job(
+    job = TrainingJob(
         stage="train",
         section=section,
         task=registry.tasks.get("saliency")(),
-        criterion=Criterion(registry.tasks.get("saliency")().loss),
+        criterion=TrainingLoss(registry.tasks.get("saliency")().loss),
         train=found["train"],
         val=found["val"],
         seed=3,
@@ -100,23 +101,23 @@ RUNS = {
 
 def opened(folder):
     """A new run folder: for the first process to write, for the others to look at."""
-    with processes.in_turn():
-        return RunDir.start(folder, "name: test\n", {}) if processes.leads() else Onlooker.open(folder)
+    with distributed.main_process_first():
+        return RunDir.start(folder, "name: test\n", {}) if distributed.is_main_process() else NullRunDir.open(folder)
 
 
 def main(folder):
-    processes.join()
+    distributed.init()
     for name, how in RUNS.items():
         with opened(folder / name) as run:
             model, _ = train(run, **how)
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        save_file(state, folder / f"{name}-{processes.rank()}.safetensors")
+        save_file(state, folder / f"{name}-{distributed.rank()}.safetensors")
     with opened(folder / "death") as run:
         saliency = registry.tasks.get("saliency")
         loss = saliency.loss
 
         def deadly(task, logits, targets):
-            if processes.rank() and run.read_metrics():
+            if distributed.rank() and run.read_metrics():
                 os.kill(os.getpid(), signal.SIGKILL)
             return loss(task, logits, targets)
 
@@ -127,6 +128,6 @@ def main(folder):
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
-    except processes.LostProcess as lost:
+    except distributed.LostProcess as lost:
         print(lost)
         sys.exit(lost.exit_status)

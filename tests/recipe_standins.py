@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prunekit import recipe, registry, sources
+from prunekit.config import recipe, registry, sources
 from prunekit.errors import RecipeError
 
 GOOD = """\

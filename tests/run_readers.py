@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from toy_run import outcome, quiet
 
-from prunekit.benching import bench_run
-from prunekit.evaluation import evaluate
-from prunekit.exchange import derived_recipe
-from prunekit.exporting import export_run
-from prunekit.inspection import dump, inspect_groups
-from prunekit.pipeline import finetune_run, run_recipe, slim_run
-from prunekit.prediction import predict
+from prunekit.commands.bench import bench_run
+from prunekit.commands.evaluate import evaluate
+from prunekit.commands.groups import dump, inspect_groups
+from prunekit.commands.import_model import derived_recipe
+from prunekit.commands.predict import predict
+from prunekit.pipeline.export import export_run
+from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.reporting import report
 
 

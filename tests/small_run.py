@@ -5,23 +5,23 @@ import torch
 from networks import kill, settle
 
 from prunekit.backbones import build
-from prunekit.counting import count, total
-from prunekit.environment import environment
-from prunekit.loading import save_model
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
-from prunekit.rundir import RunDir
-from prunekit.schema import Recipe
+from prunekit.config.schema import Recipe
+from prunekit.flops import count, total
+from prunekit.pipeline.models import save_model
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.slim import slim
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.environment import environment
 
 OPTIONS = {"depth": 8, "width": 4, "classes": 10}
 
 
 def skip_export(monkeypatch):
     """Let the export stage write something else in no time."""
-    monkeypatch.setattr("prunekit.exporting.deploy", lambda model, example, runtime: (model, NoRecord))
-    monkeypatch.setattr("prunekit.exporting.export_onnx", lambda *_: b"a file")
-    monkeypatch.setattr("prunekit.exporting.check_onnx", lambda *_: 0.0)
+    monkeypatch.setattr("prunekit.pipeline.export.deploy", lambda model, example, runtime: (model, NoRecord))
+    monkeypatch.setattr("prunekit.pipeline.export.export_onnx", lambda *_: b"a file")
+    monkeypatch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
 
 
 class NoRecord:
@@ -51,12 +51,12 @@ def small_run(path):
     with torch.no_grad():
         # What sparse training leaves behind.
         dense.conv.weight.view(-1)[:7] = 1e-40
-    small, proof = slim(dense, extract(dense, groups), example, groups=groups)
+    small, equivalence = slim(dense, extract(dense, groups), example, groups=groups)
     with RunDir.start(path, recipe.dump(), environment(0)) as run:
         for name, model in (("dense", dense), ("slim", small)):
             save_model(run, name, model)
             run.update_summary(name, total(count(model, (3, 16, 16))[0]))
-        run.write_json("plan.json", proof.plan.to_json())
+        run.write_json("plan.json", equivalence.plan.to_json())
         run.write_json("classes.json", [str(digit) for digit in range(10)])
         for stage in ("train", "extract", "slim"):
             run.end(stage)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.averaging import Average
+from prunekit.training.ema import WeightAverage
 
 
 def model():
@@ -27,7 +27,7 @@ def moved(net, generator):
 @given(decay=st.floats(0.01, 0.999), steps=st.integers(1, 40), seed=st.integers(0, 99))
 def test_the_mean_is_what_it_says(decay, steps, seed):
     net, generator = model(), torch.Generator().manual_seed(seed)
-    average = Average(net, decay)
+    average = WeightAverage(net, decay)
     wanted = None
     for step in range(steps):
         moved(net, generator)
@@ -45,11 +45,11 @@ def test_the_mean_is_what_it_says(decay, steps, seed):
 
 def test_it_goes_on_from_a_state_and_leaves_the_model_alone():
     net, generator = model(), torch.Generator().manual_seed(0)
-    average = Average(net, 0.9)
+    average = WeightAverage(net, 0.9)
     for _ in range(3):
         moved(net, generator)
         average.update(net)
-    other = Average(model(), 0.9)
+    other = WeightAverage(model(), 0.9)
     other.load({name: value.clone() for name, value in average.state().items()}, average.steps)
     moved(net, generator)
     before = copy.deepcopy(net.state_dict())
@@ -63,7 +63,7 @@ def test_it_goes_on_from_a_state_and_leaves_the_model_alone():
 
 def test_what_is_dead_in_the_model_is_dead_in_the_mean():
     net = model()
-    average = Average(net, 0.9)
+    average = WeightAverage(net, 0.9)
     for gate in (1.0, 0.5, 0.0):
         with torch.no_grad():
             net[1].weight[2] = gate
@@ -75,4 +75,4 @@ def test_what_is_dead_in_the_model_is_dead_in_the_mean():
 
 def test_a_state_of_another_model_is_refused():
     with pytest.raises(RuntimeError):
-        Average(model(), 0.9).load(nn.Linear(2, 2).state_dict(), 3)
+        WeightAverage(model(), 0.9).load(nn.Linear(2, 2).state_dict(), 3)

@@ -5,13 +5,13 @@ import json
 import pytest
 from toy_run import outcome, quiet, shorten, toy_recipe, write_photos
 
-from prunekit import training
 from prunekit.errors import RecipeError
-from prunekit.loading import build_dense, load_model, read_plan, read_recipe, shaped
-from prunekit.pipeline import finetune_run, run_recipe, slim_run
+from prunekit.pipeline.models import build_dense, build_with_plan, load_model, read_plan, read_recipe
+from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.reporting import load_run
-from prunekit.rundir import RunDir
-from prunekit.training_state import save_state
+from prunekit.runs.run_dir import RunDir
+from prunekit.training import trainer
+from prunekit.training.checkpoint import save_state
 
 CUTTING = ("train.epochs=3", "train.gate_lr=0.3")
 ALL = ("baseline=true", "train.ema=0.9", "finetune.ema=0.9", "finetune.distill={weight: 0.5, teacher: baseline}")
@@ -101,7 +101,7 @@ def broken_off(run_it, out, stage, step, *overrides):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "save_state", stopped)
+        patch.setattr(trainer, "save_state", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_it(out, *overrides)
 
@@ -169,7 +169,7 @@ def test_fresh_weights_in_the_layout_of_a_run(run_it, plain, tmp_path):
     run, source = RunDir.open(out), RunDir.open(plain)
     assert summary(out)["dense"]["params"] == summary(plain)["slim"]["params"]
     plan = read_plan(source)
-    drawn = shaped(read_recipe(run), plan).state_dict()
+    drawn = build_with_plan(read_recipe(run), plan).state_dict()
     begun = run.read_tensors("init/model.safetensors")
     assert all((begun[name] == value.numpy()).all() for name, value in drawn.items())
     own = load_model(source, "finetuned").state_dict()

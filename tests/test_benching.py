@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 from small_run import small_run
 
-from prunekit.benching import bench_run, ratios
-from prunekit.deploy.timing import Job, measure
+from prunekit.commands.bench import bench_run, ratios
+from prunekit.deployment.bench.timing import BenchJob, measure
 from prunekit.errors import RecipeError
 from prunekit.reporting import load_run
 from prunekit.reporting.tables import bench_table
@@ -49,7 +49,7 @@ def test_ratios():
 
 def test_what_cannot_be_timed_is_told(tmp_path):
     (tmp_path / "no.onnx").write_bytes(b"nothing")
-    (timing,), products = measure([Job("no", "onnxruntime", tmp_path / "no.onnx", 1, 8, 1)], 0.01)
+    (timing,), products = measure([BenchJob("no", "onnxruntime", tmp_path / "no.onnx", 1, 8, 1)], 0.01)
     assert timing.error and not timing.milliseconds and products[1] > 0
 
 

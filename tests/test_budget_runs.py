@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from prunekit import pipeline, training
+from prunekit.config.recipe import load
 from prunekit.errors import PlanError, RecipeError
-from prunekit.loading import load_model
-from prunekit.pipeline import run_recipe, slim_run
-from prunekit.recipe import load
-from prunekit.rundir import RunDir
-from prunekit.training_state import save_state
+from prunekit.pipeline import runner
+from prunekit.pipeline.models import load_model
+from prunekit.pipeline.runner import run_recipe, slim_run
+from prunekit.runs.run_dir import RunDir
+from prunekit.training import trainer
+from prunekit.training.checkpoint import save_state
 
 QUICK = [
     "backbone.options={depth: 8, width: 8}",
@@ -38,8 +39,8 @@ def quick():
     """What comes after fine-tuning is other tests' business, and takes longer than all else."""
     with pytest.MonkeyPatch.context() as patch:
         for stage in ("evaluate", "export", "report"):
-            patch.setitem(pipeline.STAGE_FUNCTIONS, stage, lambda *_: None)
-        patch.setattr(pipeline, "report", lambda *_: None)
+            patch.setitem(runner.STAGE_FUNCTIONS, stage, lambda *_: None)
+        patch.setattr(runner, "report", lambda *_: None)
         yield
 
 
@@ -77,7 +78,7 @@ def same_models(a, b, *names):
 def test_the_slim_model_meets_the_budget(whole):
     found = summary(whole)
     assert found["kept"]["params_ratio"] == pytest.approx(0.3, rel=0.02)
-    assert found["proof"]["holds"]
+    assert found["equivalence"]["passed"]
     said = log(whole)
     assert "channels are cut for" in said and "budget" in said
 
@@ -100,7 +101,7 @@ def test_a_steered_training_that_broke_off_ends_as_an_undisturbed_one(whole, tmp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", stopped)
+        patch.setattr(trainer, "save_state", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_it(tmp_path / "run")
     run_it(tmp_path / "run", resume=True)
@@ -142,10 +143,10 @@ def test_rounds_with_fine_tuning_in_between(whole, tmp_path):
     out = slim_run(whole, wanted, tmp_path / "steps", Console(quiet=True))
     found = summary(out)
     assert found["kept"]["macs_ratio"] == pytest.approx(0.25, rel=0.02)
-    rounds = found["proof"]["steps"]
+    rounds = found["equivalence"]["steps"]
     ratios = [one["macs"] / found["dense"]["macs"] for one in rounds]
     assert ratios == pytest.approx([0.25 ** (k / 3) for k in (1, 2, 3)], rel=0.025)
-    assert all(one["holds"] and one["max_abs_diff"] <= one["tolerance"] for one in rounds)
+    assert all(one["passed"] and one["max_abs_diff"] <= one["tolerance"] for one in rounds)
     assert [line["stage"] for line in lines(out)] == ["step1", "step2"]
     # The plan is of the dense model, and rebuilds the slim one.
     assert sum(p.numel() for p in load_model(RunDir.open(out), "slim").parameters()) == found["slim"]["params"]
@@ -162,13 +163,13 @@ def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", stopped)
+        patch.setattr(trainer, "save_state", stopped)
         with pytest.raises(KeyboardInterrupt):
             run_it(tmp_path / "broken", *steps)
     run_it(tmp_path / "broken", *steps, resume=True)
     assert same_models(tmp_path / "broken", tmp_path / "whole", "slim", "finetuned")
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
-    assert summary(tmp_path / "broken")["proof"] == summary(tmp_path / "whole")["proof"]
+    assert summary(tmp_path / "broken")["equivalence"] == summary(tmp_path / "whole")["equivalence"]
     # Done again from the start of the stage, the rounds train again.
     run_it(tmp_path / "broken", *steps, resume=True, start_from="slim")
     assert same_models(tmp_path / "broken", tmp_path / "whole", "slim", "finetuned")

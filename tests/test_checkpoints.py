@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prunekit.errors import CheckpointError
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
 
 RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
 

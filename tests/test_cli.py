@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from prunekit import registry
 from prunekit.cli import app, main
+from prunekit.config import registry
 from prunekit.errors import DataError, Interrupted, PrunekitWarning, RecipeError, RunError, TrainingError
-from prunekit.progress import Reporter
+from prunekit.utils.progress import Reporter
 
 
 @pytest.fixture
@@ -151,49 +151,49 @@ def test_debug_shows_the_traceback(call):
 
 
 def test_what_nobody_expected_is_one_line_too(call, monkeypatch):
-    import prunekit.recipe
+    import prunekit.config.recipe
 
     def broken(*_):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(prunekit.recipe, "load", broken)
+    monkeypatch.setattr(prunekit.config.recipe, "load", broken)
     status, _, error = call("run", "x.yaml")
     assert status == 3 and one_line(error) and "--debug" in error
 
 
 def test_interrupted(call, monkeypatch):
-    import prunekit.recipe
+    import prunekit.config.recipe
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prunekit.recipe, "load", interrupt)
+    monkeypatch.setattr(prunekit.config.recipe, "load", interrupt)
     status, _, error = call("run", "x.yaml")
     assert status == 130 and error == "prunekit: interrupted\n"
 
 
 # Each command, as short as it can be called, and what does its work.
 COMMANDS = {
-    "run": (["csnet"], "prunekit.pipeline.run_recipe"),
-    "slim": (["RUN"], "prunekit.pipeline.slim_run"),
-    "finetune": (["RUN"], "prunekit.pipeline.finetune_run"),
+    "run": (["csnet"], "prunekit.pipeline.runner.run_recipe"),
+    "slim": (["RUN"], "prunekit.pipeline.runner.slim_run"),
+    "finetune": (["RUN"], "prunekit.pipeline.runner.finetune_run"),
     "report": (["RUN"], "prunekit.reporting.report"),
-    "watch": (["RUN"], "prunekit.watching.watch"),
-    "eval": (["RUN", "--data", "a=b"], "prunekit.evaluation.evaluate"),
-    "predict": (["RUN", "photos", "--out", "maps"], "prunekit.prediction.predict"),
-    "export": (["RUN", "--format", "onnx"], "prunekit.exporting.export_run"),
-    "bench": (["RUN"], "prunekit.benching.bench_run"),
-    "import": (["csnet", "file", "--out", "DIR"], "prunekit.exchange.import_run"),
-    "groups": (["csnet", "--json"], "prunekit.inspection.inspect_groups"),
-    "list": ([], "prunekit.listing.table"),
+    "watch": (["RUN"], "prunekit.commands.watch.watch"),
+    "eval": (["RUN", "--data", "a=b"], "prunekit.commands.evaluate.evaluate"),
+    "predict": (["RUN", "photos", "--out", "maps"], "prunekit.commands.predict.predict"),
+    "export": (["RUN", "--format", "onnx"], "prunekit.pipeline.export.export_run"),
+    "bench": (["RUN"], "prunekit.commands.bench.bench_run"),
+    "import": (["csnet", "file", "--out", "DIR"], "prunekit.commands.import_model.import_run"),
+    "groups": (["csnet", "--json"], "prunekit.commands.groups.inspect_groups"),
+    "list": ([], "prunekit.commands.list.table"),
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_exit_statuses(call, monkeypatch, command):
     arguments, work = COMMANDS[command]
-    monkeypatch.setattr("prunekit.exchange.derived_recipe", lambda *_: None)
-    monkeypatch.setattr("prunekit.inspection.dump", lambda _: "")
+    monkeypatch.setattr("prunekit.commands.import_model.derived_recipe", lambda *_: None)
+    monkeypatch.setattr("prunekit.commands.groups.dump", lambda _: "")
     monkeypatch.setattr(work, lambda *_, **__: "")
     assert call(command, *arguments)[0] == 0
     for error, status, words in (
@@ -232,7 +232,7 @@ def test_who_is_interrupted_is_told_how_to_go_on(call, monkeypatch, command, arg
     def stopped(*_, **__):
         raise Interrupted
 
-    monkeypatch.setattr("prunekit.exchange.derived_recipe", lambda *_: None)
+    monkeypatch.setattr("prunekit.commands.import_model.derived_recipe", lambda *_: None)
     monkeypatch.setattr(COMMANDS[command][1], stopped)
     status, _, said = call(command, *arguments)
     assert (status, said) == (130, f"prunekit: interrupted; go on with: prunekit {goes_on}\n")
@@ -243,9 +243,9 @@ def test_the_level_of_the_terminal(call, monkeypatch, given):
     def told(recipe, out, console, **_):
         console.print("the report")
         Reporter(console).say("the course")
-        logging.getLogger("prunekit.rundir").warning("damaged")
+        logging.getLogger("prunekit.runs.run_dir").warning("damaged")
 
-    monkeypatch.setattr("prunekit.pipeline.run_recipe", told)
+    monkeypatch.setattr("prunekit.pipeline.runner.run_recipe", told)
     for arguments in (["run", *given, "csnet"], [*given, "run", "csnet"], ["run", "csnet", *given]):
         status, out, error = call(*arguments)
         assert status == 0
@@ -279,14 +279,14 @@ def test_list_names_everything(call):
 
 
 def test_our_warnings_are_lines_of_ours_and_others_are_not(call, monkeypatch):
-    import prunekit.recipe
+    import prunekit.config.recipe
 
     def load(*_):
         warnings.warn("first\nsecond", PrunekitWarning, stacklevel=1)
         warnings.warn("a library's", UserWarning, stacklevel=1)
         raise RecipeError("and the end")
 
-    monkeypatch.setattr(prunekit.recipe, "load", load)
+    monkeypatch.setattr(prunekit.config.recipe, "load", load)
     shown = warnings.showwarning
     status, _, error = call("run", "x.yaml")
     ours = [line for line in error.splitlines() if line.startswith("prunekit: ")]

@@ -11,7 +11,7 @@ from thop import profile
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.counting import count, counters, total
+from prunekit.flops import count, counters, total
 
 SHAPE = (4, 8, 8)
 PIXELS = 64

@@ -4,9 +4,9 @@ from networks import Row, csnet_with_dead_gates
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.counting import count, counters, layer_rows, total
-from prunekit.pruning.extract import extract
-from prunekit.pruning.slim import slim
+from prunekit.flops import count, counters, layer_rows, total
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.slim import slim
 
 SIZE = (3, 224, 224)
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as nps
 from in_a_child import in_a_child
 from safetensors.numpy import save
 
-from prunekit.decoding import decode_arrays, decode_json, decode_tensors
+from prunekit.utils.decode import decode_arrays, decode_json, decode_tensors
 
 ROOM = 512 << 20  # bytes of address space that a hostile file may take
 

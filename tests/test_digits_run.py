@@ -14,14 +14,15 @@ from PIL import Image
 from rich.console import Console
 from small_run import skip_export
 
-from prunekit import registry, stages
 from prunekit.cli import main
+from prunekit.commands.evaluate import evaluate
+from prunekit.commands.predict import predict
+from prunekit.config import registry
+from prunekit.config.recipe import load
 from prunekit.data.digits import digits
 from prunekit.errors import CheckpointError, DataError, RecipeError
-from prunekit.evaluation import evaluate
-from prunekit.pipeline import finetune_run, run_recipe, slim_run
-from prunekit.prediction import predict
-from prunekit.recipe import load
+from prunekit.pipeline import stages
+from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.reporting import load_run, report, summary_table
 
 QUICK = [
@@ -79,7 +80,7 @@ def photos(tmp_path_factory):
 
 def test_the_folder_says_all(whole):
     summary = read(whole, "summary.json")
-    assert summary["status"] == "complete" and summary["proof"]["holds"] and summary["kept"]["params_ratio"] < 1
+    assert summary["status"] == "complete" and summary["equivalence"]["passed"] and summary["kept"]["params_ratio"] < 1
     assert summary["export"]["max_abs_diff"] < 1e-3
     for part in ("dense", "slim", "finetuned"):
         assert set(summary[part]["metrics"]) == {"top1"}

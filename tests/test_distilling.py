@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from prunekit import registry
-from prunekit.distilling import Criterion
+from prunekit.config import registry
 from prunekit.errors import RecipeError
 from prunekit.tasks.base import Task
 from prunekit.tasks.classification import Classification
 from prunekit.tasks.saliency import Saliency
+from prunekit.training.distillation import TrainingLoss
 
 SHAPES = {Saliency: (2, 1, 4, 4), Classification: (5, 7)}
 
@@ -55,9 +55,9 @@ def test_gradients_keep_their_size_at_every_temperature(kind):
 def test_shares_of_data_and_teacher():
     task, images = Saliency(), torch.randn(2, 1, 4, 4)
     masks = (images > 0).float()
-    alone = Criterion(task.loss)
+    alone = TrainingLoss(task.loss)
     assert alone.taught(images) is None and alone(images, masks, None) == task.loss(images, masks)
-    both = Criterion(task.loss, task, Twice(), share=0.25, temperature=2.0)
+    both = TrainingLoss(task.loss, task, Twice(), share=0.25, temperature=2.0)
     taught = both.taught(images.requires_grad_())
     assert torch.equal(taught, 2 * images) and not taught.requires_grad
     wanted = 0.75 * task.loss(images, masks) + 0.25 * task.distance(images, taught, 2.0)

@@ -7,10 +7,10 @@ import pytest
 from fake_run import write_run
 
 from prunekit.cli import main
-from prunekit.enclosed import check_enclosed
 from prunekit.errors import RunFolderError
 from prunekit.reporting import load_run
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.symlinks import check_no_external_links
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_pipe_is_refused_and_not_waited_for(run):
 def test_links_that_stay_within_and_a_link_to_the_folder_are_fine(run, tmp_path):
     (run / "latest.json").symlink_to("summary.json")
     (tmp_path / "link").symlink_to(run)
-    check_enclosed(tmp_path / "link")
+    check_no_external_links(tmp_path / "link")
     assert RunDir.open(tmp_path / "link").read_json("latest.json")["status"] == "complete"
 
 

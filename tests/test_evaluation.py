@@ -13,14 +13,14 @@ from PIL import Image
 from rich.console import Console
 
 from prunekit.cli import main
+from prunekit.config.recipe import load
+from prunekit.data.datasets import normalise
 from prunekit.data.images import read_image, read_mask
-from prunekit.data.pairs import normalise
-from prunekit.loading import build_dense, load_model, save_model
-from prunekit.progress import Reporter
-from prunekit.recipe import load
-from prunekit.rundir import RunDir
+from prunekit.pipeline.models import build_dense, load_model, save_model
+from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import own_size
-from prunekit.tasks.meter import Meter
+from prunekit.tasks.saliency_metrics import SaliencyMetrics
+from prunekit.utils.progress import Reporter
 
 SIZES = [(40, 56), (33, 47), (64, 20)]
 METRICS = {"max_f", "mae", "s_measure", "max_e"}
@@ -116,7 +116,7 @@ def test_a_set_replaces_itself_and_nothing_else(call):
 
 def by_hand(model, size_of):
     """The protocol written out: one image at a time, float64 for what is not the network."""
-    meter = Meter()
+    meter = SaliencyMetrics()
     for number in range(len(SIZES)):
         image, mask = (
             read_image(f"photos/images/{number}.png"),

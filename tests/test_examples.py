@@ -19,7 +19,7 @@ def test_your_model():
     done = subprocess.run([sys.executable, file], capture_output=True, text=True, check=True)
     before, after = (int(word) for word in done.stdout.split(" parameters")[0].split(" → "))
     assert after < 0.8 * before
-    assert "proof holds: True" in done.stdout
+    assert "equivalence check passed: True" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_its_recipe_runs_to_the_end(installed):
     # Two steps move gates from 1 a little to either side.
     tiny += ["backbone.options.width=4", "decay.weight=0", "slim.threshold=0.99", "--out", "run"]
     out = installed("run", "package/mobile.yaml", *tiny)
-    kept, of = map(int, re.search(r"slim: (\d+) of (\d+) channels kept.*proof holds", out).groups())
+    kept, of = map(int, re.search(r"slim: (\d+) of (\d+) channels kept.*equivalence check passed", out).groups())
     assert 0 < kept < of and "run (complete)" in out
     living = " ".join(installed("groups", "run", "--model", "dense").split())
     assert "8 of 10 groups can be cut" in living and "live (effective gate above 0.99)" in living

@@ -14,11 +14,11 @@ from prunekit.backbones.csnet import csnet
 from prunekit.cli import main
 from prunekit.interop.csnet import export_csnet
 from prunekit.interop.pickles import write_checkpoint, write_layout
-from prunekit.loading import load_model
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
-from prunekit.rundir import RunDir
+from prunekit.pipeline.models import load_model
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.slim import slim
+from prunekit.runs.run_dir import RunDir
 
 QUICK = [
     "data={name: salient_shapes, size: 32, options: {train: 16, val: 8}}",
@@ -90,7 +90,7 @@ def test_a_dense_import(published, tmp_path):
     assert summary["dense"] == {"params": 210_985, "macs": 432_819_744, "paper_flops": 610_638_784}
     run("slim", tmp_path / "dense", *QUICK, "slim.threshold=0.8", "--out", tmp_path / "thin")
     thin = summary_of(tmp_path / "thin")
-    assert thin["status"] == "complete" and thin["proof"]["holds"] and thin["kept"]["params_ratio"] < 1
+    assert thin["status"] == "complete" and thin["equivalence"]["passed"] and thin["kept"]["params_ratio"] < 1
 
 
 def test_import_export_import_is_the_identity(folder, tmp_path):
@@ -109,7 +109,7 @@ def test_slim_finetune_export_predict_report(folder, tmp_path):
     # The same model, its MACs at the new size of the images.
     assert thin["dense"] == {**before["slim"], "macs": thin["dense"]["macs"]}
     assert thin["dense"]["macs"] < 0.05 * before["slim"]["macs"]
-    assert thin["slim"]["params"] < thin["dense"]["params"] and thin["proof"]["holds"]
+    assert thin["slim"]["params"] < thin["dense"]["params"] and thin["equivalence"]["passed"]
     run("finetune", "published-slim", *QUICK)
     tuned = summary_of("published-slim-finetuned")
     assert tuned["status"] == "complete" and set(tuned["finetuned"]["metrics"]) == {
@@ -145,7 +145,7 @@ def test_a_recipe_begins_from_a_run(folder):
     run("run", "csnet", "init=published", *keys, "--out", "on")
     shutil.rmtree(folder)
     on = summary_of("on")
-    assert on["status"] == "complete" and on["proof"]["holds"]
+    assert on["status"] == "complete" and on["equivalence"]["passed"]
     assert on["slim"]["params"] < on["dense"]["params"] < 210_985
     run("run", "csnet", "init=published", *keys, "--out", "on", "--from", "extract")
 

@@ -11,12 +11,12 @@ import torch
 from small_run import NoRecord, small_run
 
 from prunekit.cli import main
-from prunekit.deploy.onnx import count_subnormals, onnx_function
-from prunekit.deploy.subnormals import subnormals
-from prunekit.exporting import without_paths
-from prunekit.loading import load_model
+from prunekit.deployment.export.onnx import count_subnormals, onnx_function
+from prunekit.deployment.export.subnormals import subnormal_count
+from prunekit.pipeline.export import without_paths
+from prunekit.pipeline.models import load_model
 from prunekit.reporting import load_run
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.classification import Classification
 
 
@@ -54,7 +54,7 @@ def test_openvino_reads_its_files_alone(folder):
     model = openvino.Core().read_model(folder / "exports/dense-plain.xml")
     assert model.get_rt_info(["prunekit", "model"]).astype(str) == "dense"
     constants = [op.data for op in model.get_ops() if op.get_type_name() == "Constant"]
-    assert constants and not sum(subnormals(np.asarray(values)) for values in constants)
+    assert constants and not sum(subnormal_count(np.asarray(values)) for values in constants)
     image = torch.randn(2, 3, 19, 24)
     network = load_model(RunDir.open(folder), "dense")
     given = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image.numpy())[0]
@@ -67,7 +67,7 @@ def test_pt2_of_pictures(folder):
     extra = {"prunekit.json": ""}
     program = torch.export.load(folder / "exports/slim-image.pt2", extra_files=extra)
     assert json.loads(json.loads(extra["prunekit.json"])["preprocessing"])["inside"] is True
-    assert not sum(subnormals(v.numpy()) for v in program.state_dict.values())
+    assert not sum(subnormal_count(v.numpy()) for v in program.state_dict.values())
     image = np.random.default_rng(0).integers(0, 256, (21, 30, 3), np.uint8)
     wanted = Classification().predict(load_model(RunDir.open(folder), "slim"), image, 16)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_int8_says_what_it_costs(folder, capsys):
 
 def test_nothing_is_written_of_what_computes_something_else(folder, monkeypatch, capsys):
     monkeypatch.setattr(
-        "prunekit.exporting.deploy",
+        "prunekit.pipeline.export.deploy",
         lambda model, example, runtime: (torch.nn.Sequential(model, torch.nn.ReLU()), NoRecord),
     )
     assert command("export", folder, "--format", "onnx") == 3

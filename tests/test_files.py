@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prunekit.files import write_atomic
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.io import write_atomic
 
 
 @pytest.fixture

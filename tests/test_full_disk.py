@@ -23,20 +23,21 @@ from rich.console import Console
 from small_run import small_run
 from toy_run import outcome, quiet, shorten, toy_recipe, write_photos
 
-from prunekit import benching, pipeline
-from prunekit.benching import bench_run
 from prunekit.cli import main
+from prunekit.commands import bench
+from prunekit.commands.bench import bench_run
+from prunekit.commands.evaluate import evaluate
+from prunekit.commands.predict import predict
 from prunekit.data.cache import data_folder
-from prunekit.deploy.timing import Timing
+from prunekit.deployment.bench.timing import Timing
 from prunekit.errors import PrunekitError, WriteError
-from prunekit.evaluation import evaluate
-from prunekit.exporting import export_run
-from prunekit.files import TEMPORARY
 from prunekit.native import library
-from prunekit.pipeline import run_recipe
-from prunekit.prediction import predict
+from prunekit.pipeline import runner
+from prunekit.pipeline.export import export_run
+from prunekit.pipeline.runner import run_recipe
 from prunekit.reporting import load_run, report
-from prunekit.rundir import RunDir, holds_run
+from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.utils.io import TEMPORARY
 
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 FULL, FAILS = errno.ENOSPC, errno.EIO
@@ -68,7 +69,7 @@ def broken_off(out: Path, recipe, at: int, error: int) -> str | None:
     said = None
     with FailingDisk(out.parent, at, error) as disk:
         try:
-            run_recipe(recipe, out, quiet(), resume=holds_run(out))
+            run_recipe(recipe, out, quiet(), resume=is_run_folder(out))
         except PrunekitError as raised:
             said = str(raised)
             assert isinstance(raised, WriteError) and raised.exit_status == 3, raised
@@ -182,7 +183,7 @@ def test_what_went_wrong_first_is_what_is_said(recipe, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     disk = FailingDisk(tmp_path, 0)
-    monkeypatch.setitem(pipeline.STAGE_FUNCTIONS, "train", interrupted)
+    monkeypatch.setitem(runner.STAGE_FUNCTIONS, "train", interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe, tmp_path / "whole", quiet())
@@ -278,7 +279,7 @@ def test_a_command_leaves_what_was_there(small, tmp_path, name, monkeypatch):
         timing = Timing([1.0], 1.0, 1.0, 1.0)
         return [timing for _ in jobs], {1: 1.0}
 
-    monkeypatch.setattr(benching, "measure", measured)
+    monkeypatch.setattr(bench, "measure", measured)
     for digit in range(10):
         (tmp_path / "photos" / str(digit)).mkdir(parents=True)
         Image.new("RGB", (8, 8), (digit * 20, 0, 0)).save(tmp_path / "photos" / str(digit) / f"{digit}.png")

@@ -11,16 +11,16 @@ import torch
 from rich.console import Console
 
 from prunekit.cli import main
+from prunekit.commands.groups import combination, dump, inspect_groups, show_groups
+from prunekit.config.recipe import load
 from prunekit.errors import CheckpointError, RecipeError
-from prunekit.inspection import combination, dump, inspect_groups, show_groups
-from prunekit.loading import build_dense, load_model, save_model
-from prunekit.plan import Gate, Group
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.life import scores
-from prunekit.pruning.slim import slim
-from prunekit.recipe import load
-from prunekit.rundir import RunDir
+from prunekit.pipeline.models import build_dense, load_model, save_model
+from prunekit.pruning.graph.gate_expr import gate_scores
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Gate, Group
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.slim import slim
+from prunekit.runs.run_dir import RunDir
 
 NET = """
 import torch
@@ -69,9 +69,9 @@ def folder(tmp_path_factory):
     with RunDir.start(folder / "runs" / "one", recipe.dump(), {}) as run:
         save_model(run, "dense", model)
         groups = find_groups(model, images)
-        rebuilt, proof = slim(model, extract(model, groups, 0.01), images, groups=groups)
+        rebuilt, equivalence = slim(model, extract(model, groups, 0.01), images, groups=groups)
         save_model(run, "slim", rebuilt)
-        run.write_json("plan.json", proof.plan.to_json())
+        run.write_json("plan.json", equivalence.plan.to_json())
     return folder
 
 
@@ -97,7 +97,7 @@ def test_a_run_shows_what_lives(folder):
     run = RunDir.open(folder / "runs" / "one")
     found = inspect_groups(str(folder / "runs" / "one"), model="dense")
     model = load_model(run, "dense")
-    assert found.living == {g.id: int((scores(model, g) > 0.5).sum()) for g in found.groups if g.reason is None}
+    assert found.living == {g.id: int((gate_scores(model, g) > 0.5).sum()) for g in found.groups if g.reason is None}
     first = found.groups[0]
     assert found.living[first.id] <= first.channels - 3
     # With another threshold, others.

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from prunekit.interrupts import SIGNALS, held_back, terminable
+from prunekit.utils.signals import SIGNALS, defer_interrupts, sigterm_as_interrupt
 
 
 def handlers():
@@ -18,7 +18,7 @@ def handlers():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_is_held_back_and_the_second_is_not(number, capfd):
     before = handlers()
-    with pytest.raises(KeyboardInterrupt), held_back() as stop:
+    with pytest.raises(KeyboardInterrupt), defer_interrupts() as stop:
         assert not stop.asked
         signal.raise_signal(number)
         assert stop.asked
@@ -29,16 +29,16 @@ def test_the_first_is_held_back_and_the_second_is_not(number, capfd):
 
 
 def test_what_nobody_has_heeded_is_raised_in_the_end():
-    with pytest.raises(KeyboardInterrupt), held_back():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
-    with pytest.raises(ValueError, match="first"), held_back():
+    with pytest.raises(ValueError, match="first"), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
         raise ValueError("what went wrong first")
 
 
 def test_sigterm_is_a_ctrl_c():
     before = handlers()
-    with pytest.raises(KeyboardInterrupt), terminable():
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
         signal.raise_signal(signal.SIGTERM)
     assert handlers() == before
 
@@ -46,7 +46,7 @@ def test_sigterm_is_a_ctrl_c():
 def test_what_is_ignored_stays_so():
     held = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with held_back() as stop:
+        with defer_interrupts() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.asked
     finally:
@@ -57,7 +57,7 @@ def test_another_thread_gets_no_signals():
     found = []
 
     def work():
-        with held_back() as stop:
+        with defer_interrupts() as stop:
             found.append(stop.asked)
 
     thread = threading.Thread(target=work)
@@ -69,7 +69,7 @@ def test_another_thread_gets_no_signals():
 def test_a_process_that_is_asked_in_the_middle_of_a_print():
     """A handler that printed would enter the stream a second time, which raises."""
     code = (
-        "import signal, sys\nfrom prunekit.interrupts import held_back\n"
+        "import signal, sys\nfrom prunekit.utils.signals import held_back\n"
         "with held_back() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.asked:\n"
@@ -89,10 +89,10 @@ def test_a_process_that_is_asked_in_the_middle_of_a_print():
 def test_what_a_launcher_sends_on_is_no_second_one(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(KeyboardInterrupt), held_back() as stop:
+    with pytest.raises(KeyboardInterrupt), defer_interrupts() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
-        monkeypatch.setattr("prunekit.interrupts._ECHO", 0.0)
+        monkeypatch.setattr("prunekit.utils.signals._ECHO", 0.0)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from prunekit import registry
 from prunekit.cli import main
-from prunekit.listing import TABLES, table
+from prunekit.commands.list import TABLES, table
+from prunekit.config import registry
 
 
 def shown():

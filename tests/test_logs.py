@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from prunekit.errors import PrunekitWarning
-from prunekit.logs import LEVELS, course, is_quiet, recorded, terminal
-from prunekit.progress import Reporter
+from prunekit.utils.logging import LEVELS, is_quiet, progress_logger, record_logs, terminal_logging
+from prunekit.utils.progress import Reporter
 
 
 def everything(reporter):
     reporter.say("a line of the course")
     reporter.note("a note")
-    logging.getLogger("prunekit.rundir").warning("a state\nis damaged")
+    logging.getLogger("prunekit.runs.run_dir").warning("a state\nis damaged")
     logging.getLogger("library").error("it fails")
     logging.getLogger("library").info("too quiet for anybody")
     warnings.warn("of ours", PrunekitWarning, stacklevel=1)
@@ -40,10 +40,10 @@ def test_the_terminal_shows_what_its_level_lets_through_and_the_log_gets_all(lev
     reporter = Reporter(Console(file=out))
     reporter.log = tmp_path / "run.log"
     hooks = warnings.showwarning, logging.getLogger().handlers[:]
-    with terminal(LEVELS[level]), recorded(reporter.record):
+    with terminal_logging(LEVELS[level]), record_logs(reporter.record):
         everything(reporter)
         assert is_quiet() is (level in ("warning", "error"))
-    assert (warnings.showwarning, logging.getLogger().handlers) == hooks and course.level == logging.NOTSET
+    assert (warnings.showwarning, logging.getLogger().handlers) == hooks and progress_logger.level == logging.NOTSET
     told, lines = SHOWN[level]
     assert out.getvalue() == "a line of the course\n" * told
     error = capsys.readouterr().err
@@ -58,7 +58,7 @@ def test_from_python_everything_is_as_loud_as_ever(capsys):
     out, noted, root = io.StringIO(), [], logging.getLogger()
     held, root.handlers = root.handlers, []  # pytest's own
     try:
-        with recorded(noted.append), pytest.warns(UserWarning):
+        with record_logs(noted.append), pytest.warns(UserWarning):
             everything(Reporter(Console(file=out)))
     finally:
         root.handlers = held
@@ -69,18 +69,18 @@ def test_from_python_everything_is_as_loud_as_ever(capsys):
 
 def test_what_breaks_a_run_off_is_noted_with_its_traceback():
     noted = []
-    with pytest.raises(ZeroDivisionError), recorded(noted.append):
+    with pytest.raises(ZeroDivisionError), record_logs(noted.append):
         _ = 1 / 0
     assert noted[0] == "Traceback (most recent call last):" and noted[-1] == "ZeroDivisionError: division by zero"
     assert not any("\n" in line for line in noted)
-    with pytest.raises(KeyboardInterrupt), recorded(noted.append):
+    with pytest.raises(KeyboardInterrupt), record_logs(noted.append):
         raise KeyboardInterrupt
     assert noted[-1].startswith("ZeroDivisionError")
 
 
 def test_a_quiet_terminal_draws_nothing():
     out = io.StringIO()
-    with terminal(logging.WARNING):
+    with terminal_logging(logging.WARNING):
         reporter = Reporter(Console(file=out, force_terminal=True))
         with reporter.busy("a stage"):
             reporter.say("a line")

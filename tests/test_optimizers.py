@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from prunekit import registry
-from prunekit.optimizers import shares
+from prunekit.config import registry
+from prunekit.training.optimizers import param_groups
 
 
 class Stored(nn.Module):
@@ -34,7 +34,7 @@ class Stored(nn.Module):
 )
 def test_a_scaled_parameter_trains_as_the_plain_one(name, options):
     models = [Stored(1.0), Stored(100.0)]
-    optimizers = [registry.optimizers.get(name)(shares(model, 1e-2), **options) for model in models]
+    optimizers = [registry.optimizers.get(name)(param_groups(model, 1e-2), **options) for model in models]
     generator = torch.Generator().manual_seed(1)
     for _ in range(200):
         x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
@@ -49,7 +49,7 @@ def test_a_scaled_parameter_trains_as_the_plain_one(name, options):
 
 def test_gates_have_their_own_rate_and_no_second_decay():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
-    optimizer = registry.optimizers.get("adam")(shares(model, 1e-3, 1e-2, ["1"]), weight_decay=0.5)
+    optimizer = registry.optimizers.get("adam")(param_groups(model, 1e-3, 1e-2, ["1"]), weight_decay=0.5)
     rule = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert rule[id(model[1].weight)] == (1e-2, 0.0)
     assert rule[id(model[2].weight)] == (1e-2, 0.5)
@@ -59,4 +59,4 @@ def test_gates_have_their_own_rate_and_no_second_decay():
 def test_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     model[0].weight.requires_grad_(False)
-    assert sum(len(share.params) for share in shares(model, 1e-3)) == 3
+    assert sum(len(share.params) for share in param_groups(model, 1e-3)) == 3

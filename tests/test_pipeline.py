@@ -10,14 +10,14 @@ from PIL import Image
 from rich.console import Console
 from small_run import skip_export
 
+from prunekit.commands.predict import predict
+from prunekit.config.recipe import load
 from prunekit.errors import DataError, RecipeError, RunFolderError
-from prunekit.loading import load_model
-from prunekit.pipeline import finetune_run, run_recipe, slim_run
-from prunekit.prediction import predict
-from prunekit.recipe import load
+from prunekit.pipeline.models import load_model
+from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.reporting import load_run
-from prunekit.rundir import RunDir
-from prunekit.stageorder import STAGES
+from prunekit.runs.run_dir import RunDir
+from prunekit.runs.stage_order import STAGES
 
 REAL = Path(__file__).parents[1].parent / "shared" / "data"
 QUICK = [
@@ -71,8 +71,12 @@ def test_the_summary_says_all(whole):
     kept = summary["kept"]
     assert 0 < kept["channels"] < kept["of"]
     assert kept["params_ratio"] == summary["slim"]["params"] / summary["dense"]["params"]
-    proof = summary["proof"]
-    assert proof["holds"] and proof["max_abs_diff"] <= proof["tolerance"] and len(proof["inputs"]) == 2
+    equivalence = summary["equivalence"]
+    assert (
+        equivalence["passed"]
+        and equivalence["max_abs_diff"] <= equivalence["tolerance"]
+        and len(equivalence["inputs"]) == 2
+    )
     assert set(summary["drift"]) == {"max_abs_diff", "mean_abs_diff"}
     assert set(summary["reference"]) == {"constant", "centre", "colour"}
     assert summary["skipped"] == {"train": 0, "val": 0}
@@ -129,14 +133,14 @@ def test_stages_can_be_done_again_with_the_same_result(run, without_export):
 
 
 def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch, without_export):
-    from prunekit import pipeline
+    from prunekit.pipeline import runner
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     out = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        patch.setitem(pipeline.STAGE_FUNCTIONS, "slim", interrupted)
+        patch.setitem(runner.STAGE_FUNCTIONS, "slim", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(load("csnet", QUICK), out, quiet())
     assert summary_of(out)["status"] == "interrupted"
@@ -227,5 +231,5 @@ def test_real_photographs(tmp_path):
         quiet(),
     )
     summary = summary_of(out)
-    assert summary["status"] == "complete" and summary["proof"]["holds"]
+    assert summary["status"] == "complete" and summary["equivalence"]["passed"]
     assert np.isfinite(list(summary["finetuned"]["metrics"].values())).all()

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from prunekit import processes, stepping
+from prunekit.config.recipe import load
 from prunekit.errors import CheckpointError, RecipeError, TrainingError
-from prunekit.recipe import load
-from prunekit.rundir import RunDir
-from prunekit.work import Work
+from prunekit.pipeline.context import RunContext
+from prunekit.runs.run_dir import RunDir
+from prunekit.training import acceleration
+from prunekit.utils import distributed
 
 TESTS = Path(__file__).parent
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
@@ -107,7 +108,7 @@ def test_what_two_have_begun_one_goes_on_with_and_three_do_not(pair, tmp_path, m
         _, said = rank.train(run, epochs=4)
         assert said == ["train: begun with 2 batches a step; each of 1 process takes 2"]
         assert [line["step"] for line in run.read_metrics()] == [3, 6, 9, 12]
-        monkeypatch.setattr(processes, "count", lambda: 3)
+        monkeypatch.setattr(distributed, "world_size", lambda: 3)
         with pytest.raises(CheckpointError, match="of 2 batches, which 3 processes cannot share; go on with 1 or 2,"):
             rank.train(run, epochs=5)
 
@@ -137,7 +138,7 @@ def test_a_whole_run(tmp_path):
     assert (status, second) == (0, 0), err + silence
     assert "train: done in" in text and "finetuned" in text and not other and "prunekit" not in silence
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["status"] == "complete" and summary["proof"]["holds"]
+    assert summary["status"] == "complete" and summary["equivalence"]["passed"]
     assert summary["kept"]["params_ratio"] == pytest.approx(0.5, abs=0.02)
     assert json.loads((out / "environment.json").read_text())["processes"] == 2
     lines = [(line["stage"], line["epoch"]) for line in RunDir.open(out).read_metrics()]
@@ -173,7 +174,7 @@ def test_runs_that_lose_processes_end_as_one_that_does_not(tmp_path):
 
 def test_norms_over_all_processes_are_those_of_torch_and_refused_on_a_cpu(monkeypatch):
     with pytest.raises(RecipeError, match=r"train\.sync_norms: norms over several processes .* on GPUs alone"):
-        Work(load("digits_resnet", ["train.sync_norms=true"]), rank.Silent()).rehearse(load=False)
+        RunContext(load("digits_resnet", ["train.sync_norms=true"]), rank.Silent()).rehearse(load=False)
     model, seen = rank.Small(), []
 
     def forward(norm, x):
@@ -181,7 +182,7 @@ def test_norms_over_all_processes_are_those_of_torch_and_refused_on_a_cpu(monkey
         return nn.BatchNorm2d.forward(norm, x)
 
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward)
-    with stepping.synced_norms(model):
+    with acceleration.sync_batch_norms(model):
         model(torch.randn(2, 3, 8, 8)).sum().backward()
         model.eval()
         model(torch.randn(2, 3, 8, 8))

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from prunekit import progress
-from prunekit.progress import ASCII_BLOCKS, BLOCKS, Figures, Reporter, clock, epoch_text, short, spark, trainings
+from prunekit.utils import progress
+from prunekit.utils.progress import ASCII_BLOCKS, BLOCKS, Figures, Reporter, clock, epoch_text, short, spark, trainings
 
 LINE = {
     "stage": "train",

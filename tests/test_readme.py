@@ -44,7 +44,7 @@ labels = torch.arange(32) % 4
 images = torch.randn(32, 3, 8, 8) + labels[:, None, None, None] * 0.5
 """
 SHOW = """
-print(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in slim.parameters()), proof.holds)
+print(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in slim.parameters()), equivalence.passed)
 """
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_standins import GOOD, mistake, mistakes, registered, write
 
-from prunekit import recipe, registry, yaml12
+from prunekit.config import recipe, registry, yaml
+from prunekit.config.schema import SparseTraining
+from prunekit.config.sources import find_recipe
 from prunekit.errors import RecipeError
-from prunekit.schema import SparseTraining
 
 # What comes out
 
@@ -51,7 +52,7 @@ def test_whole_numbers_become_numbers_where_numbers_are_meant(write):
 
 def test_loads_without_torch(write):
     # A process of its own, because others in this one import torch.
-    code = "import sys; sys.modules['torch'] = None; import prunekit.recipe, prunekit.schedules"
+    code = "import sys; sys.modules['torch'] = None; import prunekit.config.recipe, prunekit.training.schedules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -131,7 +132,7 @@ trees = st.fixed_dictionaries(
 def test_a_dumped_recipe_loads_to_an_equal_one(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     path.with_name("net.py").write_text("def __getattr__(name):\n    return lambda **options: None\n")
-    path.write_text(yaml12.dump(tree), encoding="utf-8")
+    path.write_text(yaml.dump(tree), encoding="utf-8")
     first = recipe.load(path)
     path.write_text(first.dump(), encoding="utf-8")
     second = recipe.load(path)
@@ -157,7 +158,7 @@ def test_anything_else_raises_recipe_errors_with_places(tmp_path_factory, conten
 @given(st.text(max_size=300))
 def test_any_name_is_found_or_refused(text):
     try:
-        recipe.find(text)
+        find_recipe(text)
     except RecipeError as error:
         assert "\n" not in str(error)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from prunekit import registry
 from prunekit.backbones import build
-from prunekit.recipe import load, shipped
+from prunekit.config import registry
+from prunekit.config.recipe import load
+from prunekit.config.sources import shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for folder in ("recipes", "examples") for path in (ROOT / folder).rglob("*.yaml"))
@@ -46,7 +47,7 @@ def test_recipe_says_how_to_use_it(path):
 
 
 def test_recipes_are_found_by_name():
-    assert set(shipped()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert set(shipped_recipes()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     assert load("csnet").name == "csnet"
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import prunekit
-from prunekit import registry
+from prunekit.config import registry
 from prunekit.errors import PluginError, PrunekitWarning, RecipeError
 
 

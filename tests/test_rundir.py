@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunekit import __version__, files
+from prunekit import __version__
+from prunekit.config.recipe import load
 from prunekit.errors import CheckpointError, RunFolderError
-from prunekit.recipe import load
-from prunekit.rundir import FORMAT, RunDir
-from prunekit.stageorder import STAGES
+from prunekit.runs.run_dir import FORMAT, RunDir
+from prunekit.runs.stage_order import STAGES
+from prunekit.utils import io
 
 RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
 
@@ -35,7 +36,7 @@ def one_line(error) -> str:
 
 
 def leftovers(path: Path) -> list[Path]:
-    return list(path.rglob(f"{files.TEMPORARY}*"))
+    return list(path.rglob(f"{io.TEMPORARY}*"))
 
 
 # ---- starting
@@ -108,7 +109,7 @@ def test_resume_keeps_what_is_there(run):
     run.begin("train")
     run.end("train")
     run.add_seconds("train", 2.0)
-    (run.path / f"{files.TEMPORARY}1-dead").write_text("half")
+    (run.path / f"{io.TEMPORARY}1-dead").write_text("half")
     run.close()
     with RunDir.start(run.path, RECIPE, {"threads": 2}, resume=True) as again:
         again.add_seconds("train", 1.5)
@@ -200,7 +201,7 @@ def test_without_flock_the_process_number_decides(tmp_path, monkeypatch, run):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    monkeypatch.setattr(io.fcntl, "flock", unsupported)
     with pytest.raises(RunFolderError):
         RunDir.start(run.path, RECIPE, {}, resume=True)
     (tmp_path / "dead").mkdir()
@@ -296,7 +297,7 @@ def test_leaving_after_the_last_stage_is_complete(tmp_path):
 
 def test_a_full_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), RunDir.start(tmp_path, RECIPE, {}):
-        monkeypatch.setattr(files.os, "replace", failing)
+        monkeypatch.setattr(io.os, "replace", failing)
         raise ZeroDivisionError
     monkeypatch.undo()
     assert not (tmp_path / "lock").exists()

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from prunekit import files, state
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
-from prunekit.rundir import RunDir
-from prunekit.stageorder import STAGES
+from prunekit.runs import state
+from prunekit.runs.run_dir import RunDir
+from prunekit.runs.stage_order import STAGES
+from prunekit.utils import io
 
 RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
 
@@ -36,7 +37,7 @@ def one_line(error) -> str:
 
 
 def leftovers(path: Path) -> list[Path]:
-    return list(path.rglob(f"{files.TEMPORARY}*"))
+    return list(path.rglob(f"{io.TEMPORARY}*"))
 
 
 # ---- files
@@ -82,7 +83,7 @@ def test_a_full_disk_leaves_the_old_files_and_no_temporary_ones(run, monkeypatch
     before = contents(run.path)
     with monkeypatch.context() as patch:
         if call == "open":
-            for module in ("prunekit.files.open", "prunekit.runfiles.open"):
+            for module in ("prunekit.utils.io.open", "prunekit.runs.artifacts.open"):
                 patch.setattr(module, failing, raising=False)
         else:
             patch.setattr(os, call, failing)
@@ -233,10 +234,10 @@ def test_a_file_whose_replacement_failed_is_vouched_for_as_before(run, monkeypat
     def refused(written, data):
         if written == path:
             failing()
-        files.write_atomic(written, data)
+        io.write_atomic(written, data)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr("prunekit.runfiles.write_atomic", refused)
+        patch.setattr("prunekit.runs.artifacts.write_atomic", refused)
         run.write_text("a.txt", "new")
     run.close()
     held = (run.path / "state.json").read_bytes()
@@ -250,7 +251,7 @@ def test_a_file_whose_replacement_failed_is_vouched_for_as_before(run, monkeypat
                 assert write == ("replacing" not in json.loads((run.path / "state.json").read_text()))
                 if holds:
                     assert opened.read_text("a.txt") == text
-                    assert not write or opened.checksum("a.txt") == files.sha256(text.encode())
+                    assert not write or opened.checksum("a.txt") == io.sha256(text.encode())
                 else:
                     with pytest.raises(CheckpointError):
                         opened.read_text("a.txt")
@@ -263,7 +264,7 @@ def test_what_the_user_cannot_mend_at_once_is_no_mistake(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(os, "replace", refused)
     with pytest.raises(CheckpointError) as error:
-        files.write_atomic(tmp_path / "a", b"")
+        io.write_atomic(tmp_path / "a", b"")
     mistake = number in (errno.EACCES, errno.EROFS, errno.ENOTDIR)
     assert error.value.exit_status == (2 if mistake else 3) and ("permissions" in one_line(error)) == mistake
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunekit import registry, schedules
+from prunekit.config import registry
+from prunekit.training import schedules
 
 progress = st.floats(0, 1, exclude_max=True)
 share = st.floats(0, 1, exclude_max=True)

@@ -9,15 +9,16 @@ import torch
 from rich.console import Console
 from toy_run import killed_in
 
-from prunekit import pipeline, training
+from prunekit.config.recipe import load
 from prunekit.errors import RecipeError
-from prunekit.loading import begun, build_dense, load_model, read_plan, shaped
-from prunekit.pipeline import finetune_run, run_recipe, slim_run
-from prunekit.pruning.groups import find_groups
-from prunekit.recipe import load
+from prunekit.pipeline import runner
+from prunekit.pipeline.models import build_dense, build_with_plan, initial_model, load_model, read_plan
+from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
+from prunekit.pruning.graph.groups import find_groups
 from prunekit.reporting import load_run, report
-from prunekit.rundir import RunDir
-from prunekit.training_state import save_state
+from prunekit.runs.run_dir import RunDir
+from prunekit.training import trainer
+from prunekit.training.checkpoint import save_state
 
 QUICK = [
     "backbone.options={depth: 8, width: 8}",
@@ -47,7 +48,7 @@ def stopped_after(epoch, patch):
         if (job.stage, place.epoch) == ("train", epoch):
             raise KeyboardInterrupt
 
-    patch.setattr(training, "save_state", stopped)
+    patch.setattr(trainer, "save_state", stopped)
 
 
 def summary(folder):
@@ -74,11 +75,11 @@ def params(model):
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """What comes after fine-tuning takes longer than all else; one test does it."""
-    held = {name: pipeline.STAGE_FUNCTIONS[name] for name in ("evaluate", "export", "report")}
+    held = {name: runner.STAGE_FUNCTIONS[name] for name in ("evaluate", "export", "report")}
     with pytest.MonkeyPatch.context() as patch:
         for stage in held:
-            patch.setitem(pipeline.STAGE_FUNCTIONS, stage, lambda *_: None)
-        patch.setattr(pipeline, "report", lambda *_: None)
+            patch.setitem(runner.STAGE_FUNCTIONS, stage, lambda *_: None)
+        patch.setattr(runner, "report", lambda *_: None)
         yield held
 
 
@@ -93,7 +94,7 @@ def test_what_is_cut_is_written_down(whole):
     assert found["dense"]["params"] == dense and found["kept"]["of"] == lines(whole)[0]["of"]
     records = found["shrunk"]
     assert len(records) >= 2 and {one["epoch"] for one in records} <= {1, 2, 3}
-    assert all(one["holds"] and one["max_abs_diff"] <= one["tolerance"] for one in records)
+    assert all(one["passed"] and one["max_abs_diff"] <= one["tolerance"] for one in records)
     sizes = [one["params"] for one in records]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] == params(load_model(run, "dense")) < dense
     told = {line["epoch"]: line["shrunk"] for line in lines(whole) if "shrunk" in line}
@@ -106,8 +107,10 @@ def test_the_plan_is_of_the_builder_s_model(whole):
     run = RunDir.open(whole)
     plan = read_plan(run)
     for name in ("slim", "finetuned"):
-        assert params(load_model(run, name)) == params(shaped(recipe(), plan)) == summary(whole)[name]["params"]
-    groups = find_groups(begun(run, recipe()), torch.zeros(1, 3, recipe().data.size, recipe().data.size))
+        assert (
+            params(load_model(run, name)) == params(build_with_plan(recipe(), plan)) == summary(whole)[name]["params"]
+        )
+    groups = find_groups(initial_model(run, recipe()), torch.zeros(1, 3, recipe().data.size, recipe().data.size))
     kept = sum(len(plan.kept(group)) for group in groups if group.reason is None)
     assert kept == summary(whole)["kept"]["channels"]
 
@@ -179,8 +182,8 @@ def test_evaluation_export_and_report_read_it(whole, tmp_path, quick):
     run = shutil.copytree(whole, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         for stage, function in quick.items():
-            patch.setitem(pipeline.STAGE_FUNCTIONS, stage, function)
-        patch.setattr(pipeline, "report", report)
+            patch.setitem(runner.STAGE_FUNCTIONS, stage, function)
+        patch.setattr(runner, "report", report)
         run_it(run, resume=True, start_from="evaluate")
     found = summary(run)
     assert all(0 <= found[name]["metrics"]["top1"] <= 1 for name in NAMES)

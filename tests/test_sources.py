@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from recipe_standins import GOOD, mistake, mistakes, registered, ship, write
 
-from prunekit import recipe, yaml12
+from prunekit.config import recipe, yaml
 from prunekit.errors import RecipeError
 
 # Overrides
@@ -69,12 +69,12 @@ def test_options_given_with_a_new_name_stay_in_any_order(write, name, turned):
     ],
 )
 def test_a_new_name_drops_the_options_of_the_old_one(write, through, held, new, kept):
-    tree = yaml12.parse(GOOD).value
+    tree = yaml.parse(GOOD).value
     tree["train"]["optimizer"] = held
-    text = yaml12.dump(tree)
+    text = yaml.dump(tree)
     if through == "base":
         write(text, "below.yaml")
-        r = recipe.load(write(yaml12.dump({"base": "below.yaml", "train": {"optimizer": new}})))
+        r = recipe.load(write(yaml.dump({"base": "below.yaml", "train": {"optimizer": new}})))
     else:
         flow = repr(new).replace("'", '"')
         r = recipe.load(write(text), [f"train.optimizer={flow}"])

@@ -3,23 +3,23 @@
 import pytest
 
 from prunekit.errors import RunFolderError
-from prunekit.stageorder import MADE_BY, PARTS, STAGES, made_by, place, stage_index
+from prunekit.runs.stage_order import MADE_BY, PARTS, STAGES, stage_index, stage_that_writes, training_position
 
 
 def test_trainings_stand_in_the_order_in_which_they_are_done():
     done = ["train", "baseline", "extract", "slim", "step2", "step10", "finetune", "evaluate"]
     names = sorted(done)
-    assert names != done and sorted(names, key=place) == done
+    assert names != done and sorted(names, key=training_position) == done
 
 
 @pytest.mark.parametrize("name", ["prune", "step", "stepone", "step-1", "Train", ""])
 def test_what_is_no_stage_is_refused_with_those_that_are(name):
     with pytest.raises(RunFolderError, match=", ".join(STAGES)):
-        place(name)
+        training_position(name)
 
 
 def test_a_file_is_made_by_the_stage_of_its_folder():
-    assert made_by("dense/model.safetensors") == made_by("dense") == "train"
-    assert made_by("exports/model.onnx") == "export" and made_by("recipe.yaml") is None
+    assert stage_that_writes("dense/model.safetensors") == stage_that_writes("dense") == "train"
+    assert stage_that_writes("exports/model.onnx") == "export" and stage_that_writes("recipe.yaml") is None
     for by in (*MADE_BY.values(), *PARTS.values()):
         stage_index(by)

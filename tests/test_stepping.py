@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunekit import stepping
 from prunekit.backbones.csnet import csnet
 from prunekit.backbones.octresnet import octresnet
 from prunekit.backbones.resnet import resnet
+from prunekit.config.schema import Training
 from prunekit.native.library import NoKernels, load
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.groups import find_groups
-from prunekit.schema import Training
-from prunekit.stepping import fast_steps, flushed_denormals, kept_memory
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.training import acceleration
+from prunekit.training.acceleration import fast_steps, flush_denormals, reuse_memory
 
 SIZE = 32
 kernels = pytest.mark.skipif(isinstance(load(), NoKernels), reason="no compiler")
@@ -71,9 +71,9 @@ def test_a_fast_step_is_a_plain_one(build):
 def test_the_kernels_are_used_within_and_not_after(monkeypatch):
     model, groups, _ = prepared(lambda: csnet(10))
     calls = []
-    held = stepping.norm_act, stepping.depthwise
-    monkeypatch.setattr(stepping, "norm_act", lambda *a: calls.append("norm") or held[0](*a))
-    monkeypatch.setattr(stepping, "depthwise", lambda *a: calls.append("depthwise") or held[1](*a))
+    held = acceleration.norm_act, acceleration.depthwise
+    monkeypatch.setattr(acceleration, "norm_act", lambda *a: calls.append("norm") or held[0](*a))
+    monkeypatch.setattr(acceleration, "depthwise", lambda *a: calls.append("depthwise") or held[1](*a))
     x = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.float64)
     with fast_steps(model, groups, Training(epochs=1), print) as forward:
         forward(x)
@@ -114,7 +114,7 @@ def test_a_norm_that_somebody_listens_to_is_left_its_own_output():
 
 
 def test_without_kernels_it_says_so_and_trains(monkeypatch):
-    monkeypatch.setattr(stepping, "load", lambda: NoKernels("there is no C++ compiler"))
+    monkeypatch.setattr(acceleration, "load", lambda: NoKernels("there is no C++ compiler"))
     model, groups, optimizer = prepared(lambda: csnet(10))
     said, say = lines()
     with (
@@ -179,7 +179,7 @@ def test_subnormals_are_zero_in_every_thread():
         small = torch.full((12, 1 << 16), 1e-39)
         rows = lambda: (small * 0.5).ne(0).any(1).tolist()  # noqa: E731
         assert all(rows())
-        with flushed_denormals():
+        with flush_denormals():
             assert not any(rows())
         assert all(rows())
     finally:
@@ -187,7 +187,7 @@ def test_subnormals_are_zero_in_every_thread():
 
 
 def test_memory_is_given_back_where_something_fails():
-    with pytest.raises(ZeroDivisionError), kept_memory():
+    with pytest.raises(ZeroDivisionError), reuse_memory():
         torch.zeros(1 << 20)
         raise ZeroDivisionError
 

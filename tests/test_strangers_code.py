@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prunekit import recipe, userfile
 from prunekit.cli import main
+from prunekit.config import recipe, user_module
 
 ROOT = Path(__file__).parents[1]
 NET = """
@@ -41,7 +41,7 @@ def made(tmp_path_factory):
     home = tmp_path_factory.mktemp("theirs")
     patch = pytest.MonkeyPatch()
     patch.setenv("PRUNEKIT_CACHE", str(home / "cache"))
-    patch.setattr("prunekit.pipeline.report", lambda *_: None)
+    patch.setattr("prunekit.pipeline.runner.report", lambda *_: None)
     (home / "net.py").write_text(NET.format(mark=str(home / "mark")))
     (home / "mine.yaml").write_text(RECIPE)
     with pytest.raises(SystemExit) as stop:
@@ -55,8 +55,8 @@ def made(tmp_path_factory):
 def stranger(made, tmp_path, monkeypatch):
     """The same folder on a machine where nobody has vouched for anything; ``stranger.mark`` is made if code is run."""
     monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(userfile, "_known", set())
-    monkeypatch.setattr(userfile, "_modules", {})
+    monkeypatch.setattr(user_module, "_known", set())
+    monkeypatch.setattr(user_module, "_modules", {})
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made / "run", tmp_path / "run")
     (made / "mark").unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def test_the_users_word_is_asked_once(made, stranger, capsys):
     status, said = call(capsys, *COMMANDS["groups"])
     assert status == 2 and f"{made / 'net.py'} is code that a run folder names" in said
     assert call(capsys, *COMMANDS["groups"], "--trust")[0] == 0 and (made / "mark").exists()
-    userfile._known.clear()  # As in another process.
+    user_module._known.clear()  # As in another process.
     assert call(capsys, *COMMANDS["predict"])[0] == 0
     (stranger.parent / "net.py").write_text("raise SystemExit(7)")
     text = (stranger / "recipe.yaml").read_text()

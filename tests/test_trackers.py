@@ -8,11 +8,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 from tensorboard.summary.writer import event_file_writer
 
+from prunekit.config.recipe import load
 from prunekit.errors import CheckpointError, RecipeError
-from prunekit.pipeline import run_recipe
-from prunekit.recipe import load
-from prunekit.rundir import RunDir
-from prunekit.trackers import FOLDER, check_tracker, flat, scalars, track
+from prunekit.pipeline.runner import run_recipe
+from prunekit.runs.run_dir import RunDir
+from prunekit.training.trackers import FOLDER, check_tracker, flat, scalars, track
 
 QUICK = [
     "backbone.options={depth: 8, width: 4}",
@@ -137,7 +137,7 @@ def test_what_the_system_refuses_is_said(tmp_path):
 
 
 def test_a_run_that_broke_off_is_one_series(tmp_path, monkeypatch):
-    from prunekit.progress import Reporter
+    from prunekit.utils.progress import Reporter
 
     out, epoch = tmp_path / "run", Reporter.epoch
 
@@ -152,7 +152,7 @@ def test_a_run_that_broke_off_is_one_series(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe(), out, Console(quiet=True), resume=True)
     monkeypatch.setattr(Reporter, "epoch", epoch)
-    monkeypatch.setattr(sys.modules["prunekit.pipeline"], "report", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["prunekit.pipeline.runner"], "report", lambda *_, **__: None)
     run_recipe(recipe(), out, Console(quiet=True), resume=True)
     lines = RunDir.open(out).read_metrics()
     assert [line["epoch"] for line in lines] == [1, 2, 3, 1, 2]

@@ -7,18 +7,19 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from toy_run import killed_in
 
-from prunekit import registry, training
 from prunekit.backbones.csnet import csnet
-from prunekit.data.pairs import load_tensors
-from prunekit.distilling import Criterion
+from prunekit.config import registry
+from prunekit.config.schema import Training
+from prunekit.data.datasets import load_tensors
 from prunekit.errors import CheckpointError, TrainingError
-from prunekit.job import Job
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.groups import find_groups
-from prunekit.rundir import RunDir
-from prunekit.schema import Training
-from prunekit.training import FLUSH, fit
-from prunekit.training_state import save_state
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.runs.run_dir import RunDir
+from prunekit.training import trainer
+from prunekit.training.checkpoint import save_state
+from prunekit.training.distillation import TrainingLoss
+from prunekit.training.job import TrainingJob
+from prunekit.training.trainer import FLUSH, fit
 
 SIZE = 16
 
@@ -77,11 +78,11 @@ def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(wi
     groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
     reporter = Silent()
     with RunDir.start(folder, "name: test\n", {}, resume=resume) as run:
-        job = Job(
+        job = TrainingJob(
             stage="train",
             section=section(**changes),
             task=registry.tasks.get("saliency")(),
-            criterion=Criterion(registry.tasks.get("saliency")().loss),
+            criterion=TrainingLoss(registry.tasks.get("saliency")().loss),
             train=data["train"],
             val=data["val"],
             seed=3,
@@ -159,7 +160,7 @@ def stop_behind(monkeypatch, step):
         if place.epoch * steps + place.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_state", stopped)
+    monkeypatch.setattr(trainer, "save_state", stopped)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
@@ -264,7 +265,7 @@ def test_a_stop_behind_the_last_step_is_one_too(tmp_path, data, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", late)
+        patch.setattr(trainer, "save_state", late)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, data, build=Tiny, epochs=1)
     assert RunDir.open(tmp_path).status == "interrupted" and places(tmp_path) == ["train-0003"]
@@ -311,7 +312,7 @@ class Counting(torch.optim.SGD):
 
 def test_numbers_that_an_optimizer_keeps_are_part_of_the_state(tmp_path, data, monkeypatch):
     monkeypatch.setattr(
-        training, "_optimizer", lambda model, job, decay: Counting(model.parameters(), lr=1e-3, momentum=0.9)
+        trainer, "_optimizer", lambda model, job, decay: Counting(model.parameters(), lr=1e-3, momentum=0.9)
     )
     whole, _ = train(tmp_path / "whole", data, build=Tiny)
     with monkeypatch.context() as patch:

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from prunekit.config.schema import Training
 from prunekit.errors import TrainingError
-from prunekit.gatecourse import GateCourse
-from prunekit.pruning.decay import NoDecay
-from prunekit.rundir import RunDir
-from prunekit.schema import Training
-from prunekit.training_state import Place, restore_state, save_state
+from prunekit.pruning.sparsity.decay import NoDecay
+from prunekit.runs.run_dir import RunDir
+from prunekit.training.checkpoint import TrainingPosition, restore_state, save_state
+from prunekit.training.gate_history import GateHistory
 
 
 class Parts:
@@ -67,12 +67,12 @@ def test_a_place_within_an_epoch(run, epoch, step, sums, told, seconds, best, dr
     generator, device = torch.Generator().manual_seed(1), torch.device("cpu")
     torch.rand(drawn, generator=generator)
     torch.rand(drawn)
-    place = Place(epoch, step, torch.tensor(sums, dtype=torch.float64), told, seconds, best)
+    place = TrainingPosition(epoch, step, torch.tensor(sums, dtype=torch.float64), told, seconds, best)
     place.remember(generator, device)
     looks = {"a": np.array([0.5, np.inf]), "b.c": np.zeros(0)}
     ours = job(run)
     ours.steering, ours.shrinking = Parts({"now": seconds}), Parts({"cuts": []}, looks)
-    save_state(model, optimizer, GateCourse(model, [], 0.0), ours, place, 100)
+    save_state(model, optimizer, GateHistory(model, [], 0.0), ours, place, 100)
     wanted = torch.rand(3, generator=generator), torch.rand(3)
 
     theirs, decay = job(run), NoDecay(model, [])
@@ -80,7 +80,7 @@ def test_a_place_within_an_epoch(run, epoch, step, sums, told, seconds, best, dr
     found = run.load_checkpoint("train")
     for path in (run.path / "checkpoints").iterdir():
         path.unlink(missing_ok=True)
-    held = restore_state(model, optimizer, GateCourse(model, [], 0.0), theirs, decay, 100, found)
+    held = restore_state(model, optimizer, GateHistory(model, [], 0.0), theirs, decay, 100, found)
     assert (held.epoch, held.step, held.told, held.seconds, held.best) == (epoch, step, told, seconds, best)
     assert torch.equal(held.sums, place.sums)
     assert theirs.steering.held == {"now": seconds} and decay.weight == 0.125
@@ -97,11 +97,11 @@ def test_between_two_epochs_the_generators_and_what_was_seen_are_not_carried(run
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     ours = job(run)
     ours.shrinking = Parts({}, {"a": np.zeros(2)})
-    save_state(model, optimizer, GateCourse(model, [], 0.0), ours, Place(1), 100)
+    save_state(model, optimizer, GateHistory(model, [], 0.0), ours, TrainingPosition(1), 100)
     arrays, _ = run.load_checkpoint("train")
     assert {name.partition("/")[0] for name in arrays} == {"model"}
     held = restore_state(
-        model, optimizer, GateCourse(model, [], 0.0), ours, NoDecay(model, []), 100, (arrays, {"epoch": 1})
+        model, optimizer, GateHistory(model, [], 0.0), ours, NoDecay(model, []), 100, (arrays, {"epoch": 1})
     )
     assert (held.epoch, held.step, held.random) == (1, 0, {})
 
@@ -120,5 +120,5 @@ def test_no_state_holds_a_number_that_is_not_finite(run, what):
     with pytest.raises(
         TrainingError, match=rf"^{what} is not finite behind 2 epochs and 0 steps, so this state is not"
     ):
-        save_state(model, optimizer, GateCourse(model, [], 0.0), job(run), Place(2), 100)
+        save_state(model, optimizer, GateHistory(model, [], 0.0), job(run), TrainingPosition(2), 100)
     assert run.latest_checkpoint("train") == before

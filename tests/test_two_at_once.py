@@ -17,13 +17,13 @@ from fake_run import change_state, write_run
 from rich.console import Console
 from small_run import small_run
 
-from prunekit import runfiles
 from prunekit.cli import main
+from prunekit.commands.groups import inspect_groups
+from prunekit.commands.watch import look
 from prunekit.errors import RunFolderError
-from prunekit.inspection import inspect_groups
 from prunekit.reporting import load_run
-from prunekit.rundir import RunDir
-from prunekit.watching import look
+from prunekit.runs import artifacts
+from prunekit.runs.run_dir import RunDir
 
 HOLDER = """
 import sys, time
@@ -130,7 +130,7 @@ def test_what_is_still_being_made_is_not_begun_from(run, holder, tmp_path, capsy
 
 def test_a_reader_finds_whole_files_between_any_two_writes(tmp_path, monkeypatch):
     """Before and after each write of a run, with a state that was read now and with one that was read before."""
-    whole, looked, begun = runfiles.write_atomic, [], {}
+    whole, looked, begun = artifacts.write_atomic, [], {}
 
     def watched(path: Path, data: bytes) -> None:
         glance()
@@ -149,7 +149,7 @@ def test_a_reader_finds_whole_files_between_any_two_writes(tmp_path, monkeypatch
         look(folder)
         looked.append([line for line in load_run(folder).missing if not line.endswith(": not there")])
 
-    monkeypatch.setattr(runfiles, "write_atomic", watched)
+    monkeypatch.setattr(artifacts, "write_atomic", watched)
     write_run(tmp_path / "run", units=("block",))
     assert len(looked) > 60 and not any(looked)
 

@@ -8,15 +8,15 @@ import rank
 import torch
 from torch import nn
 
-from prunekit import updating
-from prunekit.distilling import Criterion
+from prunekit.config.schema import SparseTraining
 from prunekit.errors import TrainingError
-from prunekit.gatecourse import GateCourse
-from prunekit.pruning.decay import Decay, DynamicWeightDecay, NoDecay
-from prunekit.pruning.groups import find_groups
-from prunekit.rundir import RunDir
-from prunekit.schema import SparseTraining
-from prunekit.updating import MOST, Update
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.sparsity.decay import Decay, DynamicWeightDecay, NoDecay
+from prunekit.runs.run_dir import RunDir
+from prunekit.training import step as updating
+from prunekit.training.distillation import TrainingLoss
+from prunekit.training.gate_history import GateHistory
+from prunekit.training.step import MOST, TrainingStep
 
 SIZE = 16
 
@@ -36,7 +36,7 @@ class Job:
     def __init__(self, **changes):
         self.section = SparseTraining.model_validate({"epochs": 1, **changes})
         self.task, self.said = Mean(), []
-        self.criterion = Criterion(self.task.loss)
+        self.criterion = TrainingLoss(self.task.loss)
         self.reporter = self
 
     def say(self, text):
@@ -62,7 +62,7 @@ def made(optimizer=torch.optim.Adam, accumulate=1, model=rank.Small, **changes):
     torch.manual_seed(0)
     model = model().train()
     how = {"fused": True} if optimizer is not torch.optim.RMSprop else {}
-    return model, Update(model, optimizer(model.parameters(), lr=1e-2, **how), Job(**changes), accumulate)
+    return model, TrainingStep(model, optimizer(model.parameters(), lr=1e-2, **how), Job(**changes), accumulate)
 
 
 def state(model, update):
@@ -241,7 +241,7 @@ def test_layers_without_a_living_channel_are_named_once_while_training(tmp_path)
 
 def test_a_layer_is_named_when_it_has_lost_its_last_channel():
     model = rank.Small()
-    course = GateCourse(model, find_groups(model, torch.zeros(1, 3, SIZE, SIZE)), 1e-3)
+    course = GateHistory(model, find_groups(model, torch.zeros(1, 3, SIZE, SIZE)), 1e-3)
     with torch.no_grad():
         model.bn2.weight[1:] = 0
     assert course.warning() is None

@@ -15,11 +15,11 @@ import pytest
 from fake_run import change_state
 from rich.console import Console
 
-from prunekit import watching
 from prunekit.cli import main
+from prunekit.commands import watch as watching
+from prunekit.commands.watch import Drawer, look, watch
 from prunekit.errors import PrunekitError, RunFolderError
-from prunekit.rundir import RunDir
-from prunekit.watching import Drawer, look, watch
+from prunekit.runs.run_dir import RunDir
 
 RECIPE = "name: toy\ntrain:\n  epochs: 4\nfinetune:\n  epochs: 2\nslim:\n  steps: 2\n  threshold: 0.1\n"
 WRITER = """
@@ -283,7 +283,7 @@ def test_stopping_to_watch_is_no_mistake(tmp_path, terminal, drawn, monkeypatch)
 def test_it_needs_no_torch_and_starts_fast():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'pandas', 'matplotlib', 'accelerate'))); "
-        "import prunekit.watching"
+        "import prunekit.commands.watch"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

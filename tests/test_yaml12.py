@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit import yaml12
+from prunekit.config import yaml as yaml12
 
 scalars = (
     st.none()
@@ -173,6 +173,6 @@ def test_anything_is_read_or_complained_about(source):
 
 
 def test_words_for_messages():
-    assert yaml12.dotted(("a", "b", 0, "c d", "e\n")) == "a.b[0].'c d'.'e\\n'"
-    assert [yaml12.quoted(v) for v in (None, True, 1.5, "x")] == ["null", "true", "1.5", "'x'"]
-    assert len(yaml12.quoted("x" * 1000)) <= 60
+    assert yaml12.format_path(("a", "b", 0, "c d", "e\n")) == "a.b[0].'c d'.'e\\n'"
+    assert [yaml12.quote(v) for v in (None, True, 1.5, "x")] == ["null", "true", "1.5", "'x'"]
+    assert len(yaml12.quote("x" * 1000)) <= 60

@@ -13,11 +13,11 @@ from PIL import Image
 from rich.console import Console
 from small_run import NoRecord
 
-from prunekit.files import TEMPORARY
-from prunekit.recipe import load
+from prunekit.config.recipe import load
+from prunekit.config.schema import Recipe
 from prunekit.reporting import load_run, report
-from prunekit.rundir import RunDir
-from prunekit.schema import Recipe
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.io import TEMPORARY
 
 
 def quiet() -> Console:
@@ -55,9 +55,9 @@ def shorten(patch) -> None:
         values = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
         return hashlib.sha256(values).hexdigest().encode()
 
-    patch.setattr("prunekit.exporting.deploy", lambda model, example, runtime: (model, NoRecord))
-    patch.setattr("prunekit.exporting.export_onnx", weights)
-    patch.setattr("prunekit.exporting.check_onnx", lambda *_: 0.0)
+    patch.setattr("prunekit.pipeline.export.deploy", lambda model, example, runtime: (model, NoRecord))
+    patch.setattr("prunekit.pipeline.export.export_onnx", weights)
+    patch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
     patch.setitem(report.__globals__, "figures", lambda *_: iter(()))
     patch.setitem(report.__globals__, "page", lambda *_: "")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from prunekit import registry
+from prunekit.config import registry
+from prunekit.config.user_module import UserModule
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
-from prunekit.userfile import UserFile
 
 
 def build(name: str, options: dict[str, Any] | None = None, file: str | None = None) -> nn.Module:
@@ -56,7 +56,7 @@ def build(name: str, options: dict[str, Any] | None = None, file: str | None = N
 
 def _from_file(text: str, name: str) -> tuple[Any, str]:
     try:
-        source = UserFile.read(text)
+        source = UserModule.read(text)
         function = source.function(name)
     except (RecipeError, PluginError) as error:
         raise type(error)(f"backbone.file: {error}") from error

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunekit.config.registry import register_backbone
 from prunekit.layers import FusionHead, InLayerBlock, branch_size, split_channels
 from prunekit.layers.blocks import STEP_SCALE
-from prunekit.registry import register_backbone
 
 # (blocks, channels as a multiple of the width) of stages 1 to 4; stage 0 is one 3×3 block of the plain width.
 STAGES = ((3, 1), (4, 2), (6, 4), (4, 4))

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.config.registry import Entry, backbones, nearest, reason_of
 from prunekit.errors import PluginError, RecipeError
-from prunekit.registry import Entry, backbones, nearest, reason_of
 
 
 @backbones.register_family("timm")

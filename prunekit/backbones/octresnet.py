@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from prunekit.backbones.resnet import resnet
+from prunekit.config.registry import register_backbone
 from prunekit.layers.octavize import octavize
-from prunekit.registry import register_backbone
 
 
 @register_backbone("octresnet")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.registry import register_backbone
+from prunekit.config.registry import register_backbone
 
 
 class BasicBlock(nn.Module):

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from prunekit.registry import register_augmentation
+from prunekit.config.registry import register_augmentation
 
 
 @register_augmentation("none")

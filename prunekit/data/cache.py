@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prunekit.data.pairs import ImageSet, Tensors, load_tensors
+from prunekit.data.datasets import ImageDataset, Tensors, load_tensors
 from prunekit.errors import CheckpointError, DataError
-from prunekit.files import TEMPORARY, cache_folder, encode_json, reason, write_atomic
+from prunekit.utils.io import TEMPORARY, cache_folder, encode_json, os_error_reason, write_atomic
 
 FORMAT = 1  # grows when the same files would give other tensors
 PARTS = ("images", "targets", "sizes")
@@ -36,8 +36,8 @@ def data_folder(given: str) -> Path | None:
     return cache_folder() / "data" if given == "auto" else Path(given).expanduser()
 
 
-def kept_tensors(
-    pairs: ImageSet, size: int, folder: Path | None, say: Callable[[str], None], keep: bool = True
+def cached_tensors(
+    pairs: ImageDataset, size: int, folder: Path | None, say: Callable[[str], None], keep: bool = True
 ) -> Tensors:
     """The set at one size as :func:`load_tensors` reads it: from ``folder`` where it lies there, else put there.
 
@@ -71,12 +71,12 @@ def kept_tensors(
     try:
         _write(tensors, gone, note, store)
     except (OSError, SafetensorError, CheckpointError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
+        why = os_error_reason(error) if isinstance(error, OSError) else str(error)
         say(f"data: decoded images cannot be kept in {folder} ({why}); set data.cache to a folder, or to none")
     return tensors
 
 
-def identity(pairs: ImageSet, size: int) -> str | None:
+def identity(pairs: ImageDataset, size: int) -> str | None:
     """What tells this set at this size from all others, in hexadecimal; None where its files are not known.
 
     Raises:
@@ -100,7 +100,7 @@ def identity(pairs: ImageSet, size: int) -> str | None:
                 if pairs.tolerant:
                     digest.update(b" gone")
                     continue
-                raise DataError(f"cannot read {path}: {reason(error)}; restore it, or start again") from error
+                raise DataError(f"cannot read {path}: {os_error_reason(error)}; restore it, or start again") from error
             where = f" {os.path.realpath(path)!r} {found.st_size} {found.st_mtime_ns}"
             digest.update(where.encode(errors="surrogateescape"))
     return digest.hexdigest()[:40]
@@ -148,7 +148,7 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def resident(tensors: Tensors, device: torch.device, share: float = 0.25) -> Tensors:
+def to_device(tensors: Tensors, device: torch.device, share: float = 0.25) -> Tensors:
     """The set in the accelerator's memory where it takes at most ``share`` of what is free there; else as it is.
 
     The sizes stay on the CPU, where augmentations draw their numbers.

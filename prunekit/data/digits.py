@@ -10,14 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from prunekit.data.pairs import LabelSet
+from prunekit.config.registry import register_dataset
+from prunekit.data.datasets import LabelDataset
 from prunekit.errors import DataError
-from prunekit.registry import register_dataset
 
 HELD_OUT = 5  # every so many-th image of a class is for validation
 
 
-class Digits(LabelSet):
+class Digits(LabelDataset):
     """The scans of one split; see :func:`digits`."""
 
     def __init__(self, numbers: np.ndarray, images: np.ndarray, labels: np.ndarray):
@@ -34,7 +34,7 @@ class Digits(LabelSet):
 
 
 @register_dataset("digits")
-def digits(split: Literal["train", "val"]) -> LabelSet:
+def digits(split: Literal["train", "val"]) -> LabelDataset:
     """Handwritten digits of 8×8 pixels that come with scikit-learn: 1,442 to train, 355 to validate.
 
     Args:

@@ -9,16 +9,16 @@ from typing import Literal
 
 import numpy as np
 
-from prunekit.data.folder import checked, existing, some
+from prunekit.config.registry import register_dataset
+from prunekit.data.datasets import LabelDataset
 from prunekit.data.images import is_image, read_image
-from prunekit.data.pairs import LabelSet
+from prunekit.data.mask_folder import checked, existing, some
 from prunekit.errors import DataError
-from prunekit.registry import register_dataset
 
 _LAYOUT = "a data folder holds a folder of images for each class, ROOT/CLASS/*.png"
 
 
-class FolderImages(LabelSet):
+class FolderImages(LabelDataset):
     """Images read from files when asked for, their class that of their folder; see :func:`image_folder`."""
 
     def __init__(self, files: dict[str, list[Path]], classes: Sequence[str], tolerant: bool, skipped: int):
@@ -45,7 +45,7 @@ def image_folder(
     val_holdout: float | None = None,
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
-) -> LabelSet:
+) -> LabelDataset:
     """A folder that holds a folder of images for each class; labels follow the sorted names of the classes.
 
     Args:
@@ -88,7 +88,7 @@ def image_folder(
     return FolderImages(chosen, classes, tolerant, skipped if split == "train" else 0)
 
 
-def read_all(root: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> LabelSet:
+def read_all(root: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> LabelDataset:
     """All images of a folder, labelled by the places of their classes in ``classes``.
 
     Raises:

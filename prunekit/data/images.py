@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from prunekit.errors import CheckpointError, DataError, WriteError
-from prunekit.files import write_atomic
+from prunekit.utils.io import write_atomic
 
 # Pillow knows more, but some of those are drawn by another program (EPS by Ghostscript, whatever the file is called).
 _FORMS = (
@@ -103,7 +103,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         return levels * np.uint8(255) if highest == 1 else levels
 
 
-def turned_like(levels: np.ndarray, photo: str | Path) -> np.ndarray:
+def match_orientation(levels: np.ndarray, photo: str | Path) -> np.ndarray:
     """Turn an array [H, W] as the photograph's EXIF orientation turns the photograph itself.
 
     Raises:

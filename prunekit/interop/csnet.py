@@ -23,10 +23,10 @@ from prunekit.backbones.csnet import STAGES, csnet
 from prunekit.errors import CheckpointError, ExportError
 from prunekit.layers import layer_of
 from prunekit.layers.blocks import STEP_SCALE
-from prunekit.plan import Group, Plan
-from prunekit.pruning.extract import make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import apply_plan
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.selection.extract import make_plan
+from prunekit.pruning.surgery.slim import apply_plan
 
 BLOCKS = [(0, 0), *((s, i) for s, (n, _) in enumerate(STAGES, start=1) for i in range(n))]
 DILATIONS = (1, 2, 4, 8, 16)

@@ -2,7 +2,7 @@
 
 from prunekit.layers.blocks import FusionHead, InLayerBlock, NormAct
 from prunekit.layers.goctconv import GOctConv, branch_size, split_channels
-from prunekit.layers.naming import layer_of
+from prunekit.layers.module_names import layer_of
 from prunekit.layers.optional import DepthwiseModules, MultiScaleLayer, OptionalModules
 
 __all__ = [

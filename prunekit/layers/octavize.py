@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.config.registry import nearest
 from prunekit.errors import PlanError
 from prunekit.layers.goctconv import GOctConv, split_channels
 from prunekit.layers.octave_ops import (
@@ -33,7 +34,6 @@ from prunekit.layers.octave_ops import (
 from prunekit.layers.octave_roles import KEPT, Role, roles
 from prunekit.layers.octave_trace import Call, first_line, kept, trace
 from prunekit.layers.optional import MultiScaleLayer
-from prunekit.registry import nearest
 
 # What hands its branches on one by one.
 _CARRIES = ("depthwise", "norm", "prelu", "each", "pool")

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 from prunekit.errors import CheckpointError, PrunekitError
-from prunekit.files import cache_folder, reason, sha256, write_atomic
+from prunekit.utils.io import cache_folder, os_error_reason, sha256, write_atomic
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 LONGEST = 120  # seconds that the compiler may take
@@ -106,7 +106,7 @@ def _compile(compiler: str, sources: dict[str, bytes], path: Path) -> None:
     except subprocess.TimeoutExpired as error:
         raise NoKernels(f"{compiler} takes more than {LONGEST} s") from error
     except (OSError, CheckpointError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
+        why = os_error_reason(error) if isinstance(error, OSError) else str(error)
         raise NoKernels(f"cannot compile in {path.parent} ({why}); set PRUNEKIT_CACHE to a folder") from error
 
 

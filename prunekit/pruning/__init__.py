@@ -1,0 +1,4 @@
+"""Channel pruning: plans, and the packages ``graph``, ``sparsity``, ``selection`` and ``surgery``.
+
+Imports ``layers``, ``flops``, ``config``, ``utils`` and ``errors``.
+"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prunekit.reporting.load import Run, load_run
+from prunekit.reporting.loader import Run, load_run
 from prunekit.reporting.report import report
 from prunekit.reporting.tables import counters_table, layers_table, summary_table
 

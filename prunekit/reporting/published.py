@@ -1,7 +1,7 @@
 """The published CSNet models, to stand beside a run of one's own.
 
 Gao et al., *Highly Efficient Salient Object Detection with 100K Parameters*, ECCV 2020. Parameters and paper FLOPs are
-counted (:mod:`prunekit.counting`); the other figures were measured with the published weights on ECSSD (1,000 images)
+counted (:mod:`prunekit.flops`); the other figures were measured with the published weights on ECSSD (1,000 images)
 by the published protocol (:mod:`prunekit.tasks.saliency`).
 """
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from rich.console import Console
 
 from prunekit.errors import PrunekitError, RunFolderError
-from prunekit.files import write_atomic
+from prunekit.reporting.columns import arrange_table
 from prunekit.reporting.figures import encode_figure, figures
-from prunekit.reporting.formats import write_csv, write_table
-from prunekit.reporting.load import Run, load_run
-from prunekit.reporting.numbers import file_stem
-from prunekit.reporting.page import Illustration, illustrate, page
-from prunekit.reporting.selecting import arranged
+from prunekit.reporting.html.page import Illustration, illustrate, page
+from prunekit.reporting.loader import Run, load_run
+from prunekit.reporting.number_format import file_stem
+from prunekit.reporting.table_writers import write_csv, write_table
 from prunekit.reporting.tables import Named, epochs_table, summary_table, tables
-from prunekit.reporting.telling import one_line, tell
+from prunekit.reporting.terminal_report import one_line, print_report
+from prunekit.utils.io import write_atomic
 
 
 @dataclass
@@ -63,7 +63,7 @@ def report(
         out: the folder for the files; None means ``RUN/report`` for one run and ``report`` for several.
         console: where the summary and what was written go.
         html: the page; None means ``index.html`` in the folder.
-        columns: the columns of the summary, with commas between; see :func:`prunekit.reporting.selecting.arranged`.
+        columns: the columns of the summary, with commas between; see :func:`prunekit.reporting.columns.arrange_table`.
         sort: the columns that the rows of the summary are sorted by, likewise; ``-params`` for the largest first.
         layers: print the table of layers too.
         published: put the published CSNet models below the runs; without a run their table is printed alone, and
@@ -82,7 +82,7 @@ def report(
     if not (runs or published):
         raise RunFolderError("no run folder is given; name one, such as runs/csnet")
     # Before anything is written.
-    summary = arranged(summary_table(runs, published), columns, sort)
+    summary = arrange_table(summary_table(runs, published), columns, sort)
     written = None
     if runs or out is not None or html is not None:
         folder = Path(out) if out is not None else runs[0].path / "report" if len(runs) == 1 else Path("report")
@@ -94,7 +94,7 @@ def report(
         )
         drawn = list(_write_figures(runs, written))
         _write_page(runs, drawn, html, published, written)
-    tell(runs, written, console, published=published, columns=columns, sort=sort, layers=layers)
+    print_report(runs, written, console, published=published, columns=columns, sort=sort, layers=layers)
     return written.paths if written is not None else []
 
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pandas as pd
 
-from prunekit.reporting.kinds import is_number
-from prunekit.reporting.load import COUNTERS, PARTS, Run
-from prunekit.reporting.numbers import NOTHING, file_stem, short, size_text, written_out
+from prunekit.reporting.loader import COUNTERS, PARTS, Run
+from prunekit.reporting.number_format import NOTHING, file_stem, size_text, written_out
 from prunekit.reporting.published import LABEL, PUBLISHED
-from prunekit.stageorder import STAGES
+from prunekit.reporting.validators import is_number
+from prunekit.runs.stage_order import STAGES
 
 __all__ = [
     "NOTHING", "Named", "bench_table", "budget_table", "counters_table", "epochs_table", "evals_table", "latency",
-    "layers_macs_title", "layers_table", "macs_title", "notes_table", "seconds_table", "short", "size_text",
+    "layers_macs_title", "layers_table", "macs_title", "notes_table", "seconds_table", "size_text",
     "summary_table", "tables", "written_out",
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunekit.data.pairs import ImageSet, Tensors, checked_pair, image_tensor, normalise, resize
+from prunekit.data.datasets import ImageDataset, Tensors, checked_pair, image_tensor, normalise, resize
 from prunekit.errors import DataError, RecipeError, TrainingError
 
 # At its own size an image's sides are rounded up to what a network with four halvings divides evenly.
@@ -59,11 +59,11 @@ class Task(ABC):
 
     metric_names: tuple[str, ...]
     lower_is_better: frozenset[str] = frozenset()
-    data: type[ImageSet]
+    data: type[ImageDataset]
     pictures: bool
 
     @abstractmethod
-    def fault(self, output: Any, size: int, images: ImageSet) -> str | None:
+    def fault(self, output: Any, size: int, images: ImageDataset) -> str | None:
         """What is wrong with a model's output for one image [1, 3, size, size] of this set, and the mend; None where it
         is as it should be."""
 
@@ -73,7 +73,7 @@ class Task(ABC):
 
         Args:
             logits: the model's output.
-            targets: of these images, as :class:`prunekit.data.pairs.Tensors` holds them (masks may be float).
+            targets: of these images, as :class:`prunekit.data.datasets.Tensors` holds them (masks may be float).
         """
 
     def distance(self, logits: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -103,7 +103,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: nn.Module, pairs: ImageSet, size: int | None, batch_size: int, progress: Progress | None = None
+        self, model: nn.Module, pairs: ImageDataset, size: int | None, batch_size: int, progress: Progress | None = None
     ) -> Result:
         """All figures of a set.
 
@@ -132,7 +132,7 @@ class Task(ABC):
         """A prediction as people look at it: a picture, uint8 [H, W], or a row of a table."""
 
     @abstractmethod
-    def read_folder(self, folder: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> ImageSet:
+    def read_folder(self, folder: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> ImageDataset:
         """A whole folder as a set of the task's kind.
 
         Args:
@@ -142,7 +142,7 @@ class Task(ABC):
             DataError: the folder cannot be used.
         """
 
-    def reference(self, pairs: ImageSet) -> dict[str, dict[str, float]]:
+    def reference(self, pairs: ImageDataset) -> dict[str, dict[str, float]]:
         """What trivial predictors reach on a set: name → metrics. None, where a task has no such predictor.
 
         Raises:
@@ -157,7 +157,7 @@ class Task(ABC):
 
 
 def passes(
-    pairs: ImageSet, batch_size: int, progress: Progress | None = None
+    pairs: ImageDataset, batch_size: int, progress: Progress | None = None
 ) -> Iterator[list[tuple[np.ndarray, Any]]]:
     """Go through a set: batches of (image, target). A tolerant set has lost what cannot be read at the end.
 

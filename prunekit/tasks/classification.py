@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prunekit.config.registry import register_task
+from prunekit.data.datasets import LabelDataset, Tensors, normalise
 from prunekit.data.image_folder import read_all
-from prunekit.data.pairs import LabelSet, Tensors, normalise
 from prunekit.errors import DataError
-from prunekit.registry import register_task
 from prunekit.tasks.base import Progress, Result, Task, inference, outputs, passes
 
 _EMPTY = "there is no image to evaluate; check data.val_root and data.val_holdout"
@@ -25,10 +25,10 @@ class Classification(Task):
     """Classification: a logit for each class, cross-entropy; top-1 accuracy."""
 
     metric_names = ("top1",)
-    data = LabelSet
+    data = LabelDataset
     pictures = False
 
-    def fault(self, output: Any, size: int, images: LabelSet) -> str | None:
+    def fault(self, output: Any, size: int, images: LabelDataset) -> str | None:
         classes = len(images.classes)
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if found == (1, classes):
@@ -82,7 +82,7 @@ class Classification(Task):
         return {"top1": right / len(tensors)}
 
     def evaluate(
-        self, model: nn.Module, pairs: LabelSet, size: int | None, batch_size: int, progress: Progress | None = None
+        self, model: nn.Module, pairs: LabelDataset, size: int | None, batch_size: int, progress: Progress | None = None
     ) -> Result:
         """``top1`` of a set, an image's error being 1 less the probability of its class.
 
@@ -103,14 +103,14 @@ class Classification(Task):
         curves = {"classes": list(pairs.classes), "confusion": confusion.tolist()}
         return Result(metrics, curves, errors, list(pairs.names))
 
-    def reference(self, pairs: LabelSet) -> dict[str, dict[str, float]]:
+    def reference(self, pairs: LabelDataset) -> dict[str, dict[str, float]]:
         """What it reaches to call every image by the set's most frequent class: ``majority`` → ``top1``."""
         labels = [pairs.target(index) for index in range(len(pairs))]
         if not labels:
             raise DataError(_EMPTY)
         return {"majority": {"top1": int(np.bincount(labels).max()) / len(labels)}}
 
-    def read_folder(self, folder: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> LabelSet:
+    def read_folder(self, folder: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> LabelDataset:
         """All images of a folder that has a folder of images for each of some of these classes."""
         return read_all(folder, on_error, classes)
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekit.data.pairs import PairSet
+from prunekit.config.registry import register_loss
+from prunekit.data.datasets import MaskDataset
 from prunekit.errors import RecipeError
-from prunekit.registry import register_loss
 from prunekit.tasks.base import Task
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +107,7 @@ def _iou(logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _needs_masks(task: Task, name: str) -> None:
-    if not issubclass(task.data, PairSet):
+    if not issubclass(task.data, MaskDataset):
         raise RecipeError(
             f"the loss {name} compares maps with masks, and this task learns from {task.data.targets}; "
             "name another, such as: task"

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunekit.data.folder import folder as folder_pairs
-from prunekit.data.pairs import PairSet, Tensors, normalise, resize
-from prunekit.registry import register_task
+from prunekit.config.registry import register_task
+from prunekit.data.datasets import MaskDataset, Tensors, normalise, resize
+from prunekit.data.mask_folder import folder as folder_pairs
 from prunekit.tasks.base import Progress, Result, Task, inference, outputs, passes
-from prunekit.tasks.meter import Meter
-from prunekit.tasks.reference import reference
+from prunekit.tasks.saliency_metrics import SaliencyMetrics
+from prunekit.tasks.trivial_predictors import trivial_predictor_scores
 
 
 @register_task("saliency")
@@ -29,10 +29,10 @@ class Saliency(Task):
 
     metric_names = ("max_f", "mae", "s_measure", "max_e")
     lower_is_better = frozenset({"mae"})
-    data = PairSet
+    data = MaskDataset
     pictures = True
 
-    def fault(self, output: Any, size: int, images: PairSet) -> str | None:
+    def fault(self, output: Any, size: int, images: MaskDataset) -> str | None:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if found == (1, 1, size, size):
             return None
@@ -72,7 +72,7 @@ class Saliency(Task):
         Raises:
             DataError: the set is empty.
         """
-        meter = Meter(only_quick=True)
+        meter = SaliencyMetrics(only_quick=True)
         with inference(model) as device:
             for start in range(0, len(tensors), batch_size):
                 batch = slice(start, start + batch_size)
@@ -89,7 +89,7 @@ class Saliency(Task):
     def evaluate(
         self,
         model: nn.Module,
-        pairs: PairSet,
+        pairs: MaskDataset,
         size: int | None,
         batch_size: int,
         progress: Progress | None = None,
@@ -105,7 +105,7 @@ class Saliency(Task):
             keep: indices (of the set without its unreadable pairs) whose maps are wanted.
             others, and errors: as for :meth:`Task.evaluate`.
         """
-        meter, wanted, kept, done = Meter(), set(keep), {}, 0
+        meter, wanted, kept, done = SaliencyMetrics(), set(keep), {}, 0
         with inference(model) as device:
             for batch in passes(pairs, batch_size, progress):
                 maps = _maps(model, [image for image, _ in batch], size, device)
@@ -118,11 +118,11 @@ class Saliency(Task):
         curves = {key: [float(v) for v in values] for key, values in meter.curves().items()}
         return Result(metrics, curves, meter.per_image_mae, list(pairs.names), kept)
 
-    def reference(self, pairs: PairSet) -> dict[str, dict[str, float]]:
-        """What a constant, the centre and colour reach; see :func:`prunekit.tasks.reference.reference`."""
-        return reference(pairs)
+    def reference(self, pairs: MaskDataset) -> dict[str, dict[str, float]]:
+        """The metrics of a constant map, a centre prior and a colour threshold; see ``trivial_predictors``."""
+        return trivial_predictor_scores(pairs)
 
-    def read_folder(self, folder: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> PairSet:
+    def read_folder(self, folder: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> MaskDataset:
         """All pairs of a folder that holds images/ and GT/."""
         return folder_pairs("val", root=folder, val_root=folder, on_error=on_error)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from prunekit import recipe, registry
 from prunekit.backbones import build
 from prunekit.cli import main
+from prunekit.config import recipe, registry
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
 
 FILE = """

@@ -3,8 +3,8 @@ import torch
 
 from prunekit.backbones import build
 from prunekit.backbones.csnet import csnet
-from prunekit.counting import count, total
 from prunekit.errors import PluginError, RecipeError
+from prunekit.flops import count, total
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from torch import nn
 
-from prunekit import recipe, registry
 from prunekit.backbones import build
+from prunekit.config import recipe, registry
 from prunekit.errors import PluginError, RecipeError
 
 RECIPE = """

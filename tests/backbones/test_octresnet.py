@@ -4,8 +4,8 @@ import torch
 from prunekit.backbones import build
 from prunekit.backbones.octresnet import octresnet
 from prunekit.backbones.resnet import resnet
-from prunekit.counting import count, total
 from prunekit.errors import RecipeError
+from prunekit.flops import count, total
 from prunekit.layers.octave_ops import OctaveLayer
 
 

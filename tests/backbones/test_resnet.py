@@ -3,9 +3,9 @@ import torch
 
 from prunekit.backbones import build
 from prunekit.backbones.resnet import resnet
-from prunekit.counting import count, total
 from prunekit.errors import RecipeError
-from prunekit.pruning.groups import find_groups
+from prunekit.flops import count, total
+from prunekit.pruning.graph.groups import find_groups
 
 
 @pytest.mark.parametrize(("depth", "million"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])

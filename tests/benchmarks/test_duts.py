@@ -9,7 +9,7 @@ import duts
 import pytest
 from fake_run import write_run
 
-from prunekit.recipe import load
+from prunekit.config.recipe import load
 
 
 def args(*more):

@@ -9,18 +9,18 @@ import pytest
 from run_readers import READERS, Bed
 from toy_run import killed_in, quiet, shorten, toy_recipe, write_photos
 
-from prunekit import benching
-from prunekit.benching import bench_run
-from prunekit.deploy.timing import Timing
-from prunekit.evaluation import evaluate
-from prunekit.pipeline import run_recipe
+from prunekit.commands import bench
+from prunekit.commands.bench import bench_run
+from prunekit.commands.evaluate import evaluate
+from prunekit.deployment.bench.timing import Timing
+from prunekit.pipeline.runner import run_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
-        patch.setattr(benching, "measure", lambda jobs, _: ([Timing([1.0], 1.0, 1.0, 1.0) for _ in jobs], {1: 1.0}))
+        patch.setattr(bench, "measure", lambda jobs, _: ([Timing([1.0], 1.0, 1.0, 1.0) for _ in jobs], {1: 1.0}))
         yield
 
 

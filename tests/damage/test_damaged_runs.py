@@ -16,8 +16,8 @@ from run_readers import READERS, predicted, told
 from toy_run import outcome, quiet
 
 from prunekit.errors import PrunekitError
-from prunekit.exporting import export_run
-from prunekit.pipeline import run_recipe
+from prunekit.pipeline.export import export_run
+from prunekit.pipeline.runner import run_recipe
 
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 
@@ -194,7 +194,7 @@ def test_a_recipe_that_was_edited_is_not_taken_for_the_runs(bed, tmp_path):
     with pytest.raises(PrunekitError, match="edited"):
         export_run(run, "onnx", quiet(), overrides=[f"data.root={bed.photos}"])
     # Which is the way that is proposed.
-    from prunekit.recipe import load
+    from prunekit.config.recipe import load
 
     assert load(run / "recipe.yaml").slim.threshold == 0.4
     (run / "recipe.yaml").write_text(text)

@@ -13,7 +13,7 @@ from run_readers import READERS, predicted
 from toy_run import outcome, quiet
 
 from prunekit.errors import PrunekitError
-from prunekit.pipeline import run_recipe
+from prunekit.pipeline.runner import run_recipe
 
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+from prunekit.config.registry import datasets
 from prunekit.data import cache
-from prunekit.data.cache import data_folder, identity, kept_tensors, resident
-from prunekit.data.folder import FolderPairs, folder
+from prunekit.data.cache import cached_tensors, data_folder, identity, to_device
+from prunekit.data.datasets import load_tensors
 from prunekit.data.image_folder import image_folder
-from prunekit.data.pairs import load_tensors
+from prunekit.data.mask_folder import FolderPairs, folder
 from prunekit.errors import DataError
-from prunekit.registry import datasets
 
 
 @pytest.fixture
@@ -51,30 +51,30 @@ def silent(line):
 
 def test_the_second_time_nothing_is_decoded(root, tmp_path, decoded):
     kept = tmp_path / "kept"
-    first = kept_tensors(pairs(root), 8, kept, silent)
-    again = kept_tensors(pairs(root), 8, kept, silent)
+    first = cached_tensors(pairs(root), 8, kept, silent)
+    again = cached_tensors(pairs(root), 8, kept, silent)
     assert len(decoded) == 1 and same(first, again) and same(again, load_tensors(pairs(root), 8))
-    kept_tensors(pairs(root), 16, kept, silent)
+    cached_tensors(pairs(root), 16, kept, silent)
     assert len(decoded) == 2, "another size is another set"
 
 
 def test_a_changed_file_is_read_again(root, tmp_path, decoded):
     kept = tmp_path / "kept"
-    kept_tensors(pairs(root), 8, kept, silent)
+    cached_tensors(pairs(root), 8, kept, silent)
     file = root / "GT" / "b.png"
     Image.fromarray(np.full((9, 12), 255, np.uint8)).save(file)
     os.utime(file, ns=(1, 1))
-    found = kept_tensors(pairs(root), 8, kept, silent)
+    found = cached_tensors(pairs(root), 8, kept, silent)
     assert len(decoded) == 2 and found.targets[1].min() == 1
     (root / "GT" / "d.png").unlink()
     (root / "images" / "d.png").unlink()
-    assert len(kept_tensors(pairs(root), 8, kept, silent)) == 3 and len(decoded) == 3
+    assert len(cached_tensors(pairs(root), 8, kept, silent)) == 3 and len(decoded) == 3
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "gone", "note", "other"])
 def test_a_damaged_file_is_refused(root, tmp_path, decoded, harm):
     kept, said = tmp_path / "kept", []
-    whole = kept_tensors(pairs(root), 8, kept, said.append)
+    whole = cached_tensors(pairs(root), 8, kept, said.append)
     (store,), (note,) = kept.glob("*.safetensors"), kept.glob("*.json")
     data = store.read_bytes()
     if harm == "flip":
@@ -87,9 +87,9 @@ def test_a_damaged_file_is_refused(root, tmp_path, decoded, harm):
         note.write_text('{"format": 1}')
     else:
         note.write_text("[]")
-    assert same(kept_tensors(pairs(root), 8, kept, said.append), whole)
+    assert same(cached_tensors(pairs(root), 8, kept, said.append), whole)
     assert len(decoded) == 2 and len(said) == 1 and str(store) in said[0] and "read again" in said[0]
-    assert same(kept_tensors(pairs(root), 8, kept, silent), whole) and len(decoded) == 2, "mended"
+    assert same(cached_tensors(pairs(root), 8, kept, silent), whole) and len(decoded) == 2, "mended"
 
 
 def test_what_cannot_be_read_stays_left_out(root, tmp_path, decoded):
@@ -97,17 +97,17 @@ def test_what_cannot_be_read_stays_left_out(root, tmp_path, decoded):
     kept, found = tmp_path / "kept", []
     for _ in range(2):
         held = pairs(root, on_error="skip")
-        found.append(kept_tensors(held, 8, kept, silent))
+        found.append(cached_tensors(held, 8, kept, silent))
         assert held.names == ["a", "b", "d"] and held.skipped == 1
     assert len(decoded) == 1 and same(*found)
     with pytest.raises(DataError):
-        kept_tensors(pairs(root), 8, kept, silent)
+        cached_tensors(pairs(root), 8, kept, silent)
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_a_word(root, tmp_path):
     (tmp_path / "kept").write_text("a file")
     said = []
-    assert same(kept_tensors(pairs(root), 8, tmp_path / "kept", said.append), load_tensors(pairs(root), 8))
+    assert same(cached_tensors(pairs(root), 8, tmp_path / "kept", said.append), load_tensors(pairs(root), 8))
     assert len(said) == 1 and "set data.cache" in said[0]
 
 
@@ -118,19 +118,19 @@ def test_nothing_half_written_is_left(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache, "save_file", full)
     said = []
-    kept_tensors(pairs(root), 8, tmp_path / "kept", said.append)
+    cached_tensors(pairs(root), 8, tmp_path / "kept", said.append)
     assert "No space left" in said[0] and not list((tmp_path / "kept").iterdir())
 
 
 def test_labels_are_kept_too(root, tmp_path, decoded):
     sets = [image_folder("val", root=str(root), val_root=str(root)) for _ in range(2)]
-    assert same(*(kept_tensors(one, 8, tmp_path / "kept", silent) for one in sets)) and len(decoded) == 1
+    assert same(*(cached_tensors(one, 8, tmp_path / "kept", silent) for one in sets)) and len(decoded) == 1
 
 
 def test_sets_without_files_are_not_kept(tmp_path):
     shapes = datasets.get("salient_shapes")("val", size=16, val=2)
     assert identity(shapes, 16) is None
-    kept_tensors(shapes, 16, tmp_path / "kept", silent)
+    cached_tensors(shapes, 16, tmp_path / "kept", silent)
     assert not (tmp_path / "kept").exists()
 
 
@@ -154,11 +154,11 @@ def test_where_sets_are_kept(tmp_path, monkeypatch):
 
 
 def test_the_note_says_what_lies_beside_it(root, tmp_path):
-    kept_tensors(pairs(root), 8, tmp_path / "kept", silent)
+    cached_tensors(pairs(root), 8, tmp_path / "kept", silent)
     (note,) = (tmp_path / "kept").glob("*.json")
     assert json.loads(note.read_text())["gone"] == []
 
 
 def test_on_a_cpu_a_set_stays_where_it_is(root):
     tensors = load_tensors(pairs(root), 8)
-    assert resident(tensors, torch.device("cpu")) is tensors
+    assert to_device(tensors, torch.device("cpu")) is tensors

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from prunekit.data.datasets import load_tensors
 from prunekit.data.digits import digits
-from prunekit.data.pairs import load_tensors
 from prunekit.errors import DataError
 
 

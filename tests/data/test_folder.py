@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from prunekit.data.folder import folder
-from prunekit.data.pairs import load_tensors
+from prunekit.data.datasets import load_tensors
+from prunekit.data.mask_folder import folder
 from prunekit.errors import DataError
 
 REAL = Path(__file__).parents[2] / "../shared/data"

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from prunekit.data.datasets import load_tensors
 from prunekit.data.image_folder import image_folder, read_all
-from prunekit.data.pairs import load_tensors
 from prunekit.errors import DataError
 
 

@@ -106,7 +106,7 @@ def test_the_exif_orientation_is_applied_to_photo_and_mask_alike(tmp_path, orien
     assert photo.shape[:2] == mask.shape == ((6, 8) if orientation < 5 else (8, 6))
     # The red channel is the ramp that the mask was cut from.
     assert np.array_equal(mask, np.where(photo[..., 0] > 100, 255, 0))
-    assert np.array_equal(images.turned_like(HARD, tmp_path / "p.png"), mask)
+    assert np.array_equal(images.match_orientation(HARD, tmp_path / "p.png"), mask)
 
 
 def damaged(tmp_path, kind):

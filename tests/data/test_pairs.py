@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit.data.pairs import LabelSet, PairSet, image_tensor, load_tensors, normalise, resize
+from prunekit.data.datasets import LabelDataset, MaskDataset, image_tensor, load_tensors, normalise, resize
 from prunekit.errors import DataError
 
 
-class InMemory(PairSet):
+class InMemory(MaskDataset):
     """Pairs from arrays; those of `broken` cannot be read."""
 
     def __init__(self, pairs, broken=(), tolerant=False):
@@ -90,7 +90,7 @@ def test_nothing_left_is_an_error():
         load_tensors(InMemory([flat(1), flat(2)], broken=(0, 1), tolerant=True), 4)
 
 
-class Labelled(LabelSet):
+class Labelled(LabelDataset):
     """A grey image for each label."""
 
     def __init__(self, labels, tolerant=False):

@@ -13,12 +13,12 @@ from rich.console import Console
 from small_run import skip_export
 
 from prunekit.cli import main
-from prunekit.data.folder import folder
-from prunekit.data.pairs import LabelSet, PairSet, load_tensors
+from prunekit.commands.evaluate import evaluate
+from prunekit.commands.predict import predict
+from prunekit.config.registry import tasks
+from prunekit.data.datasets import LabelDataset, MaskDataset, load_tensors
+from prunekit.data.mask_folder import folder
 from prunekit.errors import DataError
-from prunekit.evaluation import evaluate
-from prunekit.prediction import predict
-from prunekit.registry import tasks
 from prunekit.tasks.base import passes
 
 GOOD = 6
@@ -105,7 +105,7 @@ def made(everything, tmp_path_factory):
     (home / "net.py").write_text(NET)
     (home / "quirks.yaml").write_text(RECIPE)
     patch = pytest.MonkeyPatch()
-    patch.setattr("prunekit.pipeline.report", lambda *_: None)
+    patch.setattr("prunekit.pipeline.runner.report", lambda *_: None)
     try:
         with pytest.raises(SystemExit) as stop:
             main(["run", str(home / "quirks.yaml"), f"data.root={everything}", "--out", str(home / "run")])
@@ -160,7 +160,7 @@ def test_prediction_does_the_others_and_names_what_it_cannot(made, everything, t
 
 def test_classes_skip_and_count_too(tmp_path, monkeypatch):
     skip_export(monkeypatch)
-    monkeypatch.setattr("prunekit.pipeline.report", lambda *_: None)
+    monkeypatch.setattr("prunekit.pipeline.runner.report", lambda *_: None)
     kinds = [kind for kind, quirk in QUIRKS.items() if quirk.error is None or quirk.photo]
     make(tmp_path / "pairs", kinds)
     random = np.random.default_rng(0)
@@ -195,7 +195,7 @@ def test_classes_skip_and_count_too(tmp_path, monkeypatch):
 # ---- sets of others
 
 
-class Theirs(PairSet):
+class Theirs(MaskDataset):
     """A data set of a plugin."""
 
     def __init__(self, image, mask):
@@ -234,7 +234,7 @@ def test_values_out_of_range_are_errors_whoever_gives_them(image, mask, words):
     assert list(passes(tolerant, 4)) == [] and tolerant.skipped == 1
 
 
-class Nothing(LabelSet):
+class Nothing(LabelDataset):
     def image(self, index):
         raise AssertionError
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from prunekit.data.patterns import FIELDS, coverage, outline
-from prunekit.data.shapes import salient_shapes
+from prunekit.data.salient_shapes import salient_shapes
 from prunekit.errors import DataError
 
 

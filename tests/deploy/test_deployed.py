@@ -8,9 +8,9 @@ from deployed_models import gap, learned
 from networks import settle
 from torch import nn
 
-from prunekit.deploy.deployed import FORMS, deploy
-from prunekit.deploy.form import Form
-from prunekit.deploy.rewriting import rewrite
+from prunekit.deployment.deploy import FORMS, deploy
+from prunekit.deployment.form import Form
+from prunekit.deployment.rewrite import rewrite
 from prunekit.errors import ExportError
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
@@ -54,7 +54,7 @@ def test_nothing_of_a_csnet_is_left_undone():
 
 def test_the_quickest_form_is_taken_and_all_are_recorded(monkeypatch):
     model, example = learned("csnet", 0, width=10)
-    monkeypatch.setattr("prunekit.deploy.deployed.by_turns", lambda calls: [5.0, 4.0, 3.0, 1.0, 2.0])
+    monkeypatch.setattr("prunekit.deployment.deploy.by_turns", lambda calls: [5.0, 4.0, 3.0, 1.0, 2.0])
     _, record = deploy(model, example, runtime="pt2")
     assert record.form == FORMS["pt2"][3]
     assert [row["median_ms"] for row in record.measured] == [5.0, 4.0, 3.0, 1.0, 2.0]

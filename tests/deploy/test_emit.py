@@ -8,11 +8,11 @@ import torch
 from deployed_models import learned
 from torch import nn
 
-from prunekit.deploy.deployed import FORMS
-from prunekit.deploy.emit import Unknown, emit
-from prunekit.deploy.form import Form
-from prunekit.deploy.graph import Graph
-from prunekit.deploy.rewriting import rewrite
+from prunekit.deployment.deploy import FORMS
+from prunekit.deployment.export.onnx_writer import Unknown, emit
+from prunekit.deployment.form import Form
+from prunekit.deployment.graph import Graph
+from prunekit.deployment.rewrite import rewrite
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.deploy import kernels
-from prunekit.deploy.deployed import deploy
-from prunekit.deploy.form import Form
-from prunekit.deploy.rewriting import rewrite
+from prunekit.deployment.deploy import deploy
+from prunekit.deployment.form import Form
+from prunekit.deployment.passes import native_kernels
+from prunekit.deployment.rewrite import rewrite
 from prunekit.native.library import NoKernels, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
@@ -24,7 +24,7 @@ compiled = pytest.mark.skipif(isinstance(load(), NoKernels), reason="there is no
 def test_a_learned_csnet(seed):
     model, example = learned("csnet", seed, width=10)
     network = rewrite(model, example, FORM).finish()
-    assert sum(isinstance(m, kernels._Kernel) for m in network.modules()) > 20
+    assert sum(isinstance(m, native_kernels._Kernel) for m in network.modules()) > 20
     assert not any(isinstance(m, nn.PReLU) for m in network.modules())
     for shape in ((2, 3, 32, 32), (1, 3, 48, 64), (3, 3, 37, 51), (1, 3, 33, 17)):
         assert gap(model, network, *shape) < 1e-5
@@ -66,10 +66,10 @@ def test_a_block_in_one_call(images, height, width, blocks, seed):
     slopes = [torch.rand(channels) * 2 - 0.5 for _ in range(3)]
     x, add = torch.randn(images, 5, height, width), torch.randn(images, channels, height, width)
     coarse = torch.randn(images, channels, (height + 1) // 2, (width + 1) // 2)
-    kernel = kernels.Convolution([conv])
+    kernel = native_kernels.Convolution([conv])
     kernel.slope = slopes[0]
     for one, slope in zip(deep, slopes[1:], strict=True):
-        unit = kernels.Depthwise(one)
+        unit = native_kernels.Depthwise(one)
         unit.slope = slope
         kernel.units.append(unit)
     with torch.no_grad():
@@ -86,21 +86,21 @@ def test_a_block_in_one_call(images, height, width, blocks, seed):
 def test_pooling(height, width, mean):
     x = torch.randn(2, 8, height, width)
     wanted = (F.avg_pool2d if mean else F.max_pool2d)(x, 2, ceil_mode=True)
-    assert torch.allclose(kernels.Pool(mean, 8)(x), wanted, atol=1e-6)
+    assert torch.allclose(native_kernels.Pool(mean, 8)(x), wanted, atol=1e-6)
     x[0, 0, 0, 0] = float("nan")
-    assert kernels.Pool(mean, 8)(x)[0, 0, 0, 0].isnan()
+    assert native_kernels.Pool(mean, 8)(x)[0, 0, 0, 0].isnan()
 
 
 @compiled
 def test_what_kernels_would_read_wrongly_is_refused():
-    kernel = kernels.Pool(False, 8)
+    kernel = native_kernels.Pool(False, 8)
     for wrong in (torch.randn(1, 8, 4, 4).double(), torch.randn(1, 7, 4, 4), torch.randn(8, 4, 4)):
         with pytest.raises(RuntimeError, match=r"takes float32 \(N, 8, H, W\)"):
             kernel(wrong)
 
 
 def test_without_a_compiler_the_rest_is_measured_and_it_is_said(monkeypatch):
-    monkeypatch.setattr(kernels, "load", lambda: NoKernels("there is no C++ compiler; install g++"))
+    monkeypatch.setattr(native_kernels, "load", lambda: NoKernels("there is no C++ compiler; install g++"))
     model, example = learned("csnet", 0, width=10)
     deployed, record = deploy(model, example)
     assert record.kernels == "there is no C++ compiler; install g++" and not record.form.kernels

@@ -6,12 +6,12 @@ from networks import kill, params, settle
 from octave_networks import Residual
 
 from prunekit.backbones.octresnet import octresnet
-from prunekit.counting import counters, layer_rows
-from prunekit.deploy.onnx import check_onnx, export_onnx
+from prunekit.deployment.export.onnx import check_onnx, export_onnx
+from prunekit.flops import counters, layer_rows
 from prunekit.layers.octavize import octavize
-from prunekit.pruning.extract import extract, make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract, make_plan
+from prunekit.pruning.surgery.slim import slim
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 

@@ -4,7 +4,7 @@ import torch
 from deployed_models import learned
 from torch import nn
 
-from prunekit.deploy.onnx import check_onnx, export_onnx
+from prunekit.deployment.export.onnx import check_onnx, export_onnx
 from prunekit.errors import ExportError
 
 

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_a_child import in_a_child
 
-from prunekit import recipe, schema, yaml12
-from prunekit.decoding import decode_json
+from prunekit.config import recipe, schema, yaml
+from prunekit.config.schema import Recipe
 from prunekit.errors import PlanError, PrunekitError
-from prunekit.plan import Plan
-from prunekit.reporting import contents
-from prunekit.schema import Recipe
+from prunekit.pruning.plan import Plan
+from prunekit.reporting import run_contents
+from prunekit.utils.decode import decode_json
 
 ODD = st.sampled_from(
     [None, True, 0, -1, 1 << 63, 10**30, 0.5, 1e308, "", "x", "../x", "\0", "1e-4", "null", "~", "60k"]
@@ -60,7 +60,7 @@ def test_recipes(tmp_path_factory, value, kept):
     except PrunekitError as error:
         assert str(error) and all(line.count("recipe.yaml") <= 2 for line in str(error).splitlines())
     else:
-        assert Recipe.model_validate(yaml12.parse(loaded.dump()).value) == loaded
+        assert Recipe.model_validate(yaml.parse(loaded.dump()).value) == loaded
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,15 +74,26 @@ def test_plans(value):
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
-SUMMARY = [*contents.PARTS, "recipe", "status", "kept", "proof", "drift", "reference", "export", "skipped", "seconds"]
+SUMMARY = [
+    *run_contents.PARTS,
+    "recipe",
+    "status",
+    "kept",
+    "equivalence",
+    "drift",
+    "reference",
+    "export",
+    "skipped",
+    "seconds",
+]
 
 
 @settings(max_examples=60, deadline=None)
-@given(any_of(SUMMARY, VALUES | any_of(["params", "macs", "metrics", "holds", "steps", "path"])))
+@given(any_of(SUMMARY, VALUES | any_of(["params", "macs", "metrics", "passed", "steps", "path"])))
 def test_summaries(value):
     faults = []
     try:
-        found = contents.summary(value, faults)
+        found = run_contents.summary(value, faults)
     except ValueError:
         return
     # What was taken can be written; what was not is told.
@@ -95,7 +106,7 @@ def test_summaries(value):
 def test_metrics(lines):
     faults = []
     try:
-        table = contents.metrics(b"".join(json.dumps(line).encode() + b"\n" for line in lines), faults)
+        table = run_contents.metrics(b"".join(json.dumps(line).encode() + b"\n" for line in lines), faults)
     except ValueError:
         return
     assert len(table) <= len(lines) and (faults or len(table) == len(lines))
@@ -108,9 +119,9 @@ def test_json(value):
 
 @given(st.binary(max_size=300))
 def test_yaml_never_raises_and_what_it_read_comes_back(data):
-    document = yaml12.parse(data)
+    document = yaml.parse(data)
     if not document.problems:
-        assert yaml12.parse(yaml12.dump(document.value)).value == document.value
+        assert yaml.parse(yaml.dump(document.value)).value == document.value
 
 
 HUGE = 1 << 17
@@ -135,5 +146,5 @@ LONG = {
 
 @pytest.mark.parametrize("kind", LONG)
 def test_no_document_takes_long(kind):
-    assert len(LONG[kind]) <= yaml12.MAX_BYTES
-    assert in_a_child(lambda: yaml12.parse(LONG[kind]), memory=1 << 29, seconds=6) < 300 << 20
+    assert len(LONG[kind]) <= yaml.MAX_BYTES
+    assert in_a_child(lambda: yaml.parse(LONG[kind]), memory=1 << 29, seconds=6) < 300 << 20

@@ -7,16 +7,16 @@ import torch
 from networks import csnet_with_dead_gates, kill, settle
 
 from prunekit.backbones.csnet import csnet
-from prunekit.counting import count, total
+from prunekit.data.datasets import image_tensor, normalise, resize
 from prunekit.data.images import read_image
-from prunekit.data.pairs import image_tensor, normalise, resize
 from prunekit.errors import CheckpointError, ExportError
+from prunekit.flops import count, total
 from prunekit.interop.csnet import SUBNORMAL, Layout, export_csnet, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout
-from prunekit.plan import Plan
-from prunekit.pruning.extract import extract, make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import apply_plan, slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Plan
+from prunekit.pruning.selection.extract import extract, make_plan
+from prunekit.pruning.surgery.slim import apply_plan, slim
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 FILES = SHARED / "reference" / "csnet-L-x2"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from prunekit.data.datasets import image_tensor, normalise, resize
 from prunekit.data.images import read_image
-from prunekit.data.pairs import image_tensor, normalise, resize
 from prunekit.interop.csnet import Layout, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.life import scores
-from prunekit.pruning.proof import gate_off
+from prunekit.pruning.graph.gate_expr import gate_scores
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.surgery.equivalence import zero_dead_gates
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 FILES = SHARED / "reference" / "csnet-L-x2"
@@ -31,7 +31,7 @@ def test_our_score_ranks_channels_better_than_raw_gates_and_chance():
     photographs = sorted((SHARED / "data" / "DUTS-TE-200" / "images").iterdir())[:4]
     images = torch.cat([normalise(resize(image_tensor(read_image(path)), (224, 224))) for path in photographs])
     groups = [group for group in find_groups(model, images) if group.reason is None]
-    ours = np.concatenate([scores(model, group) for group in groups])
+    ours = np.concatenate([gate_scores(model, group) for group in groups])
     alive = ours > 0
     rankings = {
         "score": ours,
@@ -49,5 +49,5 @@ def test_our_score_ranks_channels_better_than_raw_gates_and_chance():
                 dead = {
                     g.id: np.flatnonzero(part).tolist() for g, part in zip(groups, np.split(cut, bounds), strict=True)
                 }
-                moved[name] = float((gate_off(model, groups, dead)(images).sigmoid() - before).abs().mean())
+                moved[name] = float((zero_dead_gates(model, groups, dead)(images).sigmoid() - before).abs().mean())
             assert moved["score"] < 0.5 * min(moved["raw"], moved["chance"]), (share, moved)

@@ -1,7 +1,7 @@
 """Every architecture of the zoo: random gates die, the slim model computes the same, and its parameters are gone.
 
 A gate that dies may stand anywhere in its row, and only so many die as it takes. So the dense model is as it is its own
-reference: nothing but zero gates is cut from it. The outputs are compared here on other inputs than the proof's.
+reference: nothing but zero gates is cut from it. The outputs are compared here on other inputs than the equivalence check's.
 """
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from networks import params, settle
 from zoo import ZOO
 
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.slim import slim
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 
@@ -67,16 +67,16 @@ def test_random_dead_gates(name, seed):
             count = min(int(rng.binomial(group.channels, 0.15 + 0.15 * seed)), group.channels - 1)
             die(model, group, np.sort(rng.permutation(group.channels)[:count]), rng)
             dead += count
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
-    assert proof.holds and proof.max_abs_diff <= proof.tolerance
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
+    assert equivalence.passed and equivalence.max_abs_diff <= equivalence.tolerance
     other = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(seed + 99), dtype=torch.float64)
     with torch.no_grad():
         a, b = model.double()(other), small.double()(other)
     assert (a - b).abs().max() <= 2e-6 * max(1, a.abs().max())
     assert params(small) < params(model)
     small.train()(other)  # heads that are used in training alone, too
-    cut = sum(group.channels - len(proof.plan.kept(group)) for group in groups if group.reason is None)
-    assert cut + proof.carriers + proof.given_back >= dead or name in GROUPED
+    cut = sum(group.channels - len(equivalence.plan.kept(group)) for group in groups if group.reason is None)
+    assert cut + equivalence.carriers + equivalence.given_back >= dead or name in GROUPED
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -103,7 +103,7 @@ def test_groups_of_a_convolution_stay_of_one_size(first, left):
     with torch.no_grad():
         model[1].weight[first], model[1].bias[first] = 0, -1
     groups = find_groups(model, example)
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
-    assert proof.holds and proof.carriers == 0
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
+    assert equivalence.passed and equivalence.carriers == 0
     assert small[3].in_channels == left and small[3].groups == 4 and small[3].out_channels == 12
     assert small[3].weight.shape == (12, left // 4, 3, 3)

@@ -12,13 +12,13 @@ from torch import nn
 import prunekit
 from prunekit.backbones.csnet import csnet
 from prunekit.backbones.resnet import resnet
-from prunekit.counting import count, total
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.pruning.budget import ATTEMPTS, TOLERANCE, Budget, Fitter, fit_budget, slim_to_budget
-from prunekit.pruning.extract import dead_channels
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.size import Size, Sizes
-from prunekit.pruning.slim import apply_plan
+from prunekit.flops import count, total
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.budget import ATTEMPTS, TOLERANCE, Budget, BudgetSearch, fit_budget, slim_to_budget
+from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
+from prunekit.pruning.selection.extract import dead_channels
+from prunekit.pruning.surgery.slim import apply_plan
 
 
 class Grouped(nn.Module):
@@ -77,7 +77,7 @@ def test_a_plan_lands_just_below_its_budget(name, seed, given):
     if size < (1 - TOLERANCE) * goal:
         # Only where every single step from there is too large, and then it is said.
         assert any("no channel is so small that it fits" in note for note in plan.notes)
-        sizes, dead = Sizes(model, groups, example.shape[1:]), dead_channels(groups, plan)
+        sizes, dead = SizeModel(model, groups, example.shape[1:]), dead_channels(groups, plan)
         for group, gone in dead.items():
             for channel in gone if len(gone) < next(g.channels for g in groups if g.id == group) else ():
                 assert getattr(sizes.of({**dead, group: gone - {channel}}), measure) > goal
@@ -87,7 +87,7 @@ def test_a_plan_lands_just_below_its_budget(name, seed, given):
 def test_the_least_channels_go(seed):
     model, groups, example = made("resnet", seed)
     plan = fit_budget(model, groups, example, params_ratio=0.5)
-    scores = prunekit.pruning.criteria.gate(model, groups)
+    scores = prunekit.pruning.selection.importance.gate(model, groups)
     dead = dead_channels(groups, plan)
     gone = [scores[name][k] for name, channels in dead.items() for k in channels]
     kept = [s for name, values in scores.items() for k, s in enumerate(values) if k not in dead[name]]
@@ -130,20 +130,20 @@ def test_scores_of_another_criterion_decide():
 def test_what_slimming_adds_is_counted(name, share):
     """Carriers of constants and biases of folded ones: the real model is within 2% all the same."""
     model, groups, example = made(name)
-    small, proof = slim_to_budget(model, example, params_ratio=share, groups=groups)
-    assert proof.holds
+    small, equivalence = slim_to_budget(model, example, params_ratio=share, groups=groups)
+    assert equivalence.passed
     size, goal = real(small, example)["params"], share * real(model, example)["params"]
-    told = [note for note in proof.plan.notes if f"the slim model has {size:,} params" in note]
+    told = [note for note in equivalence.plan.notes if f"the slim model has {size:,} params" in note]
     assert (abs(size / goal - 1) <= TOLERANCE) != bool(told)
     if share >= 0.2:
         assert size <= goal + 0.5
     if name == "csnet":
-        assert proof.carriers and not told
+        assert equivalence.carriers and not told
 
 
 def test_a_plan_that_grows_too_much_is_fitted_again(monkeypatch):
     """Where slimming adds a tenth, the first plan misses the budget and the next ones do not."""
-    from prunekit.pruning import budget
+    from prunekit.pruning.selection import budget
 
     model, groups, example = made("resnet")
     aims = []
@@ -155,7 +155,7 @@ def test_a_plan_that_grows_too_much_is_fitted_again(monkeypatch):
         return counts, unknown
 
     monkeypatch.setattr(budget, "count", counted)
-    fitter = Fitter(model, groups, example.shape[1:], None)
+    fitter = BudgetSearch(model, groups, example.shape[1:], None)
     wanted = fitter.budget(params_ratio=0.5)
     small, _, _ = fitter.slim(wanted, example)
     assert 2 <= len(aims) <= ATTEMPTS and 1.1 * aims[0] > wanted.goal
@@ -196,7 +196,7 @@ def test_budgets_that_cannot_be_met_say_what_can(given, words):
 
 def test_what_is_said_to_be_possible_is():
     model, groups, example = made("resnet")
-    fitter = Fitter(model, groups, example.shape[1:], None)
+    fitter = BudgetSearch(model, groups, example.shape[1:], None)
     least = fitter.smallest.params
     assert fitter.sizes.of(fitter.choose(fitter.budget(params=least)).dead).params == least
     with pytest.raises(PlanError, match="cannot be met"):
@@ -207,16 +207,16 @@ def test_a_branch_that_is_too_much_is_made_up_for_elsewhere():
     """The order of scores would cut or keep a branch whole; what lies between is filled with other channels."""
     for seed in range(2):
         model, groups, example = csnet_with_dead_gates(seed, share=0.5, whole=0.3)
-        fitter = Fitter(model, groups, example.shape[1:], None)
+        fitter = BudgetSearch(model, groups, example.shape[1:], None)
         budget = fitter.budget(params_ratio=0.3)
         found = fitter.choose(budget)
         assert -TOLERANCE <= budget.off(fitter.sizes.of(found.dead).params) <= 0, seed
 
 
 def test_a_budget_is_read_in_its_own_measure():
-    budget = Budget.of(Size(1000, 50), macs_ratio=0.5)
+    budget = Budget.of(ModelSize(1000, 50), macs_ratio=0.5)
     assert (budget.measure, budget.goal) == ("macs", 25)
-    assert budget.met(Size(10**6, 25)) and not budget.met(Size(1, 26))
+    assert budget.met(ModelSize(10**6, 25)) and not budget.met(ModelSize(1, 26))
     assert budget.off(30) == pytest.approx(0.2)
 
 
@@ -225,5 +225,5 @@ def test_nothing_is_warned_of_where_all_is_as_asked():
     with warnings.catch_warnings():
         warnings.simplefilter("error", PrunekitWarning)
         plan = prunekit.fit_budget(model, groups, example, params_ratio=0.5)
-        small, proof = prunekit.slim_to_budget(model, example, params_ratio=0.5)
-    assert plan.groups and proof.holds and small is not model
+        small, equivalence = prunekit.slim_to_budget(model, example, params_ratio=0.5)
+    assert plan.groups and equivalence.passed and small is not model

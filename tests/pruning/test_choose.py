@@ -11,12 +11,12 @@ from zoo import ZOO
 
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
-from prunekit.pruning.choose import Chooser
-from prunekit.pruning.criteria import random
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.limits import kept_whole
-from prunekit.pruning.surgery import Cutter
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.constraints import kept_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.selection.importance import random
+from prunekit.pruning.selection.selector import Selector
+from prunekit.pruning.surgery.cutter import Cutter
 
 
 def built(network):
@@ -59,7 +59,7 @@ def rank(scores, dead):
 def test_a_share_is_cut_to_the_channel(net, seed, share, ties, least):
     model, groups = NETS[net]
     scores = scored(groups, seed, ties)
-    chooser = Chooser(model, groups, scores, min_channels=least)
+    chooser = Selector(model, groups, scores, min_channels=least)
     choice = chooser.cut(share=share)
     of = sum(group.channels for group in free(groups))
     assert chooser.channels == of and choice.asked == math.floor(share * of + 1e-9)
@@ -77,7 +77,7 @@ def test_a_share_is_cut_to_the_channel(net, seed, share, ties, least):
 @settings(max_examples=30, deadline=None)
 def test_a_larger_count_cuts_all_that_a_smaller_one_does(seed, first, second):
     model, groups = NETS["residual"]
-    chooser = Chooser(model, groups, scored(groups, seed, ties=True))
+    chooser = Selector(model, groups, scored(groups, seed, ties=True))
     few, many = (chooser.cut(count=int(part * chooser.channels)).dead for part in sorted((first, second)))
     assert all(few[name] <= many[name] for name in few)
 
@@ -89,8 +89,8 @@ def test_a_larger_count_cuts_all_that_a_smaller_one_does(seed, first, second):
 def test_kept_counts_are_multiples_or_the_whole_group(seed, share, step, scope):
     model, groups = NETS["row"]
     scores = scored(groups, seed)
-    plain = Chooser(model, groups, scores, scope=scope).cut(share=share)
-    choice = Chooser(model, groups, scores, scope=scope, round_to=step).cut(share=share)
+    plain = Selector(model, groups, scores, scope=scope).cut(share=share)
+    choice = Selector(model, groups, scores, scope=scope, round_to=step).cut(share=share)
     for group in free(groups):
         kept = group.channels - len(choice.dead[group.id])
         assert kept % step == 0 or kept == group.channels
@@ -105,7 +105,7 @@ def test_kept_counts_are_multiples_or_the_whole_group(seed, share, step, scope):
 def test_a_share_of_each_layer(seed, share, ties):
     model, groups = NETS["residual"]
     scores = scored(groups, seed, ties)
-    choice = Chooser(model, groups, scores, scope="layer").cut(share=share)
+    choice = Selector(model, groups, scores, scope="layer").cut(share=share)
     for group in free(groups):
         assert len(choice.dead[group.id]) == min(math.floor(share * group.channels + 1e-9), group.channels - 1)
     assert all(dead <= alive for dead, alive in rank(scores, choice.dead))
@@ -115,7 +115,7 @@ def test_a_share_of_each_layer(seed, share, ties):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
 def test_every_layer_of_a_branched_network_lives(seed, share):
     model, groups = BRANCHED
-    chooser = Chooser(model, groups, scored(groups, seed))
+    chooser = Selector(model, groups, scored(groups, seed))
     choice = chooser.cut(share=share)
     settled, removed = Cutter(model, groups).settle(choice.dead)
     assert settled == choice.dead and removed == choice.removed
@@ -131,7 +131,7 @@ def test_every_layer_of_a_branched_network_lives(seed, share):
 def test_the_groups_of_a_convolution_stay_of_one_size(seed, share, ties, step):
     model, groups = GROUPED
     scores = scored(groups, seed, ties)
-    chooser = Chooser(model, groups, scores, round_to=step)
+    chooser = Selector(model, groups, scores, round_to=step)
     choice = chooser.cut(share=share)
     settled, _ = Cutter(model, groups).settle(choice.dead)
     for group in free(groups):
@@ -156,11 +156,11 @@ def test_what_the_groups_of_a_convolution_keep_is_said():
     model, groups = GROUPED
     scores = {name: np.ones(len(values)) for name, values in scored(groups, 0).items()}
     scores["layers.0.0.conv2"][:3] = 0
-    choice = Chooser(model, groups, scores).cut(threshold=0.5)
+    choice = Selector(model, groups, scores).cut(threshold=0.5)
     assert choice.asked == 3 and choice.cut == 0
     assert choice.urgent == ["nothing is cut: 3 kept so that the groups of a convolution stay of one size"]
     scores["layers.0.0.conv2"][[5, 7]] = 0
-    choice = Chooser(model, groups, scores).cut(threshold=0.5)
+    choice = Selector(model, groups, scores).cut(threshold=0.5)
     assert choice.dead["layers.0.0.conv2"] == {1, 2, 5, 7}
     assert choice.urgent == [
         "4 channels cut where threshold 0.5 asks for 5: 1 kept so that the groups of a convolution stay of one size"
@@ -170,7 +170,7 @@ def test_what_the_groups_of_a_convolution_keep_is_said():
 def test_equal_scores_are_cut_to_the_share_and_spread_and_said():
     model, groups = NETS["row"]
     scores = {group.id: np.full(group.channels, 0.5) for group in free(groups)}
-    choice = Chooser(model, groups, scores).cut(share=0.5)
+    choice = Selector(model, groups, scores).cut(share=0.5)
     assert {name: len(dead) for name, dead in choice.dead.items()} == {"conv1": 4, "conv2": 3}
     assert choice.cut == 7 and any("all 14 scores are 0.5" in note for note in choice.urgent)
 
@@ -178,30 +178,30 @@ def test_equal_scores_are_cut_to_the_share_and_spread_and_said():
 def test_ties_at_the_border_cut_no_more_than_asked_and_are_said():
     model, groups = NETS["row"]
     scores = {"conv1": np.array([0.1, *[0.2] * 7]), "conv2": np.array([0.2, 0.2, 0.2, 0.3, 0.3, 0.3])}
-    choice = Chooser(model, groups, scores).cut(share=0.3)
+    choice = Selector(model, groups, scores).cut(share=0.3)
     assert choice.cut == 4
     assert choice.urgent == ["10 channels tie at the score 0.2, where the cut ends; 3 of them cut"]
-    by_layer = Chooser(model, groups, scores, scope="layer").cut(share=0.5)
+    by_layer = Selector(model, groups, scores, scope="layer").cut(share=0.5)
     assert any(
         "in 1 group channels tie" in note and "conv1 7 at the score 0.2, 3 of them cut" in note
         for note in by_layer.urgent
     )
     # At a border between scores that differ nothing is said.
-    assert Chooser(model, groups, scores).cut(count=1).urgent == []
+    assert Selector(model, groups, scores).cut(count=1).urgent == []
 
 
 def test_what_is_less_than_asked_is_said_with_numbers():
     model, groups = NETS["row"]
     scores = scored(groups, 0)
-    choice = Chooser(model, groups, scores, min_channels=3).cut(share=1.0)
+    choice = Selector(model, groups, scores, min_channels=3).cut(share=1.0)
     assert choice.urgent == ["8 channels cut where share 1 asks for 14: 6 kept for min_channels 3"]
-    choice = Chooser(model, groups, scores, round_to=4).cut(share=0.6)
+    choice = Selector(model, groups, scores, round_to=4).cut(share=0.6)
     assert choice.asked == 8 and choice.cut < 8
     assert (
         f"{choice.cut} channels cut where share 0.6 asks for 8: {8 - choice.cut} kept for round_to 4" in choice.urgent
     )
     low = {name: np.full(len(values), 1e-9) for name, values in scores.items()}
-    choice = Chooser(model, groups, low).cut(threshold=1e-3)
+    choice = Selector(model, groups, low).cut(threshold=1e-3)
     assert choice.urgent == [
         "12 channels cut where threshold 0.001 asks for 14: 2 kept for min_channels 1",
         "no channel of conv1 and conv2 is above threshold 0.001 (the best has 1e-09), so their best alone stay; if "
@@ -211,7 +211,7 @@ def test_what_is_less_than_asked_is_said_with_numbers():
 
 def test_a_count_that_cannot_be_rounded_is_said():
     model, groups = NETS["row"]
-    choice = Chooser(model, groups, scored(groups, 0), round_to=8).cut(share=0.5)
+    choice = Selector(model, groups, scored(groups, 0), round_to=8).cut(share=0.5)
     assert choice.cut == 0 and len(choice.dead["conv2"]) == 0
     assert any("round_to 8 is not met in 1 group" in note and "conv2 (6 of 6)" in note for note in choice.urgent)
 
@@ -220,22 +220,22 @@ def test_a_score_at_the_threshold_is_dead():
     model, groups = NETS["row"]
     scores = {"conv1": np.array([0.0, *[1.0] * 7]), "conv2": np.array([0.5, 0.5, 0.6, 1, 1, 1])}
     for threshold, dead in ((0.0, {"conv1": {0}, "conv2": set()}), (0.5, {"conv1": {0}, "conv2": {0, 1}})):
-        choice = Chooser(model, groups, scores).cut(threshold=threshold)
+        choice = Selector(model, groups, scores).cut(threshold=threshold)
         assert choice.dead == dead and choice.urgent == []
 
 
 def test_nothing_cut_is_said_with_the_smallest_score():
     model, groups = NETS["row"]
     scores = {"conv1": np.linspace(0.5, 1, 8), "conv2": np.linspace(0.25, 1, 6)}
-    choice = Chooser(model, groups, scores).cut(threshold=0.1)
+    choice = Selector(model, groups, scores).cut(threshold=0.1)
     assert choice.cut == 0
     assert "the smallest of 14 scores is 0.25 (conv2), above threshold 0.1" in choice.urgent[0]
-    assert "share 0.01 of 14 channels is less than one" in Chooser(model, groups, scores).cut(share=0.01).urgent[0]
+    assert "share 0.01 of 14 channels is less than one" in Selector(model, groups, scores).cut(share=0.01).urgent[0]
 
 
 def test_what_cannot_be_cut_is_noted():
     model, groups = NETS["row"]
-    choice = Chooser(model, groups, scored(groups, 0)).cut(share=0.5)
+    choice = Selector(model, groups, scored(groups, 0)).cut(share=0.5)
     assert "2 groups cannot be cut: 1 the model's output; 1 the model's input" in choice.notes
     assert choice.urgent == []
 
@@ -252,7 +252,7 @@ def test_what_cannot_be_cut_is_noted():
 )
 def test_layers_to_keep(pattern, whole):
     model, groups = NETS["row"]
-    choice = Chooser(model, groups, scored(groups, 1), keep_layers=[pattern]).cut(share=1.0)
+    choice = Selector(model, groups, scored(groups, 1), keep_layers=[pattern]).cut(share=1.0)
     assert {name for name, dead in choice.dead.items() if not dead} == whole
     assert any(note.startswith(f"keep_layers keeps {len(whole)} group") for note in choice.notes)
     assert (choice.urgent == ["nothing is cut: keep_layers keeps every group whole"]) == (len(whole) == 2)
@@ -260,9 +260,9 @@ def test_layers_to_keep(pattern, whole):
 
 def test_a_layer_to_keep_holds_what_reads_it():
     model, groups = BRANCHED
-    kept = kept_whole(model, groups, ["stage1.1", "head.fuse"])
+    kept = kept_groups(model, groups, ["stage1.1", "head.fuse"])
     for seed in range(6):
-        choice = Chooser(model, groups, scored(groups, seed), keep_layers=["stage1.1", "head.fuse"]).cut(share=1.0)
+        choice = Selector(model, groups, scored(groups, seed), keep_layers=["stage1.1", "head.fuse"]).cut(share=1.0)
         assert not any(choice.dead[name] for name in kept if name in choice.dead)
 
 
@@ -282,7 +282,7 @@ def test_a_layer_to_keep_holds_what_reads_it():
 def test_numbers_out_of_range_are_refused(how, message):
     model, groups = NETS["row"]
     with pytest.raises(PlanError, match=message):
-        Chooser(model, groups, scored(groups, 0)).cut(**how)
+        Selector(model, groups, scored(groups, 0)).cut(**how)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_numbers_out_of_range_are_refused(how, message):
 def test_limits_out_of_range_are_refused(options, message):
     model, groups = NETS["row"]
     with pytest.raises(PlanError, match=message):
-        Chooser(model, groups, scored(groups, 0), **options)
+        Selector(model, groups, scored(groups, 0), **options)
 
 
 def test_scores_that_do_not_fit_are_refused():
@@ -308,13 +308,13 @@ def test_scores_that_do_not_fit_are_refused():
         ({**scores, "conv2": np.full(6, np.inf)}, "a score of conv2 is not finite"),
     ):
         with pytest.raises(PlanError, match=message):
-            Chooser(model, groups, wrong)
+            Selector(model, groups, wrong)
 
 
 def test_a_model_that_cannot_be_cut_says_so():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     groups = find_groups(model, torch.randn(1, 3, 8, 8))
-    choice = Chooser(model, groups, {}).cut(share=0.5)
+    choice = Selector(model, groups, {}).cut(share=0.5)
     assert choice.urgent == ["nothing is cut: no group can be cut"] and choice.cut == 0
     with pytest.warns(UserWarning, match="no group can be cut"):
         assert not extract(model, groups).removed

@@ -4,11 +4,11 @@ from networks import Concat, Residual, Row, csnet_with_dead_gates, kill, settle
 
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
-from prunekit.plan import Plan
-from prunekit.pruning.compose import compose
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import apply_plan, slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Plan
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.compose import compose
+from prunekit.pruning.surgery.slim import apply_plan, slim
 
 
 def twice(model, groups, example, seed):

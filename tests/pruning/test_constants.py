@@ -7,9 +7,9 @@ from torch import nn
 
 from prunekit.errors import PlanError
 from prunekit.layers.octavize import octavize
-from prunekit.pruning.extract import extract, make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract, make_plan
+from prunekit.pruning.surgery.slim import slim
 
 DEAD = {1: 2.0, 4: 3.0, 6: 0.0}  # channel → β
 
@@ -35,29 +35,29 @@ def padded():
 )
 def test_what_stays(constants, left, carriers, given):
     model, example, groups = padded()
-    small, proof = slim(model, extract(model, groups), example, groups=groups, constants=constants)
-    assert (small.conv1.out_channels, proof.carriers, proof.given_back) == (left, carriers, given)
-    assert proof.holds == (constants != "drop")
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups, constants=constants)
+    assert (small.conv1.out_channels, equivalence.carriers, equivalence.given_back) == (left, carriers, given)
+    assert equivalence.passed == (constants != "drop")
     if constants != "drop":
-        assert proof.max_abs_diff < 1e-12
+        assert equivalence.max_abs_diff < 1e-12
 
 
 def test_dropped_constants_are_said_with_their_size():
     model, example, groups = padded()
-    _, proof = slim(model, extract(model, groups), example, groups=groups, constants="drop")
+    _, equivalence = slim(model, extract(model, groups), example, groups=groups, constants="drop")
     silu = nn.functional.silu(torch.tensor([2.0, 3.0, 0.0]))
     moved = (model.conv2.weight.detach()[:, list(DEAD)].sum((2, 3)) @ silu).abs().max()
-    assert proof.inexact == pytest.approx({"conv2": float(moved)}, rel=1e-4)
-    assert "conv2 by up to" in proof.plan.notes[-1] and "dropped" in proof.plan.notes[-1]
-    assert proof.max_abs_diff > proof.tolerance and "differ" in proof.reason
-    assert proof.to_json()["inexact"] == proof.inexact
+    assert equivalence.inexact == pytest.approx({"conv2": float(moved)}, rel=1e-4)
+    assert "conv2 by up to" in equivalence.plan.notes[-1] and "dropped" in equivalence.plan.notes[-1]
+    assert equivalence.max_abs_diff > equivalence.tolerance and "differ" in equivalence.reason
+    assert equivalence.to_json()["inexact"] == equivalence.inexact
 
 
 def test_channels_that_stay_are_said_with_what_they_would_move():
     model, example, groups = padded()
-    _, proof = slim(model, extract(model, groups), example, groups=groups, constants="fold")
-    assert list(proof.inexact) == ["conv2"] and proof.inexact["conv2"] > 0.1
-    assert "2 dead channels stay" in proof.plan.notes[-1]
+    _, equivalence = slim(model, extract(model, groups), example, groups=groups, constants="fold")
+    assert list(equivalence.inexact) == ["conv2"] and equivalence.inexact["conv2"] > 0.1
+    assert "2 dead channels stay" in equivalence.plan.notes[-1]
 
 
 def test_an_unknown_way_is_refused():
@@ -75,8 +75,8 @@ def test_a_gate_that_dies_before_a_padded_depthwise_convolution(beta, given):
     with torch.no_grad():
         model.bn1.weight[3], model.bn1.bias[3] = 0, beta
     groups = find_groups(model, example)
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
-    assert proof.given_back == given and small.conv1.out_channels == 7 + given
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
+    assert equivalence.given_back == given and small.conv1.out_channels == 7 + given
     other = torch.randn(2, 3, 40, 24, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
@@ -92,8 +92,8 @@ def test_a_transposed_convolution_is_read_by_a_carrier():
     with torch.no_grad():
         model[1].weight[:3], model[1].bias[:3] = 0, torch.tensor([1.0, 2.0, -1.0])
     groups = find_groups(model, example)
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
-    assert proof.carriers == 1 and proof.given_back == 0 and proof.max_abs_diff < 1e-12
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
+    assert equivalence.carriers == 1 and equivalence.given_back == 0 and equivalence.max_abs_diff < 1e-12
     assert (small[3].in_channels, small[3].weight.shape[:2]) == (4, (4, 4))
 
 
@@ -117,8 +117,8 @@ def test_a_product_lets_a_constant_through_weighed():
         model.bn.weight[[1, 4]] = 0
         model.bn.bias[[1, 4]] = torch.tensor([0.0, 1.0])
     groups = find_groups(model, example)
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
-    assert proof.holds and proof.given_back == 1 and proof.plan.groups["conv"] == [0, 2, 3, 4, 5]
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
+    assert equivalence.passed and equivalence.given_back == 1 and equivalence.plan.groups["conv"] == [0, 2, 3, 4, 5]
     assert (small.up.out_features, small.down.in_features, small.out.in_channels) == (5, 5, 5)
 
 
@@ -144,9 +144,9 @@ def test_a_constant_whose_reader_would_go_keeps_a_channel(constants, left):
         for gate in coarse.gates:
             model.get_submodule(gate.norm).weight.zero_()
             model.get_submodule(gate.norm).bias.fill_(1)
-    _, proof = slim(model, make_plan(model, groups, {coarse.id: range(4)}), example, constants=constants)
-    assert proof.holds and proof.given_back == left and proof.max_abs_diff < 1e-12
-    assert proof.plan.splits["b"] == [4, left]
+    _, equivalence = slim(model, make_plan(model, groups, {coarse.id: range(4)}), example, constants=constants)
+    assert equivalence.passed and equivalence.given_back == left and equivalence.max_abs_diff < 1e-12
+    assert equivalence.plan.splits["b"] == [4, left]
 
 
 def test_modes_and_what_is_trained_stay_as_they_were():

@@ -8,11 +8,11 @@ from networks import Row, settle
 from torch import nn
 from zoo import ZOO
 
-from prunekit import registry
+from prunekit.config import registry
 from prunekit.errors import PlanError
-from prunekit.pruning.criteria import gate, magnitude, random, taylor
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.life import scores
+from prunekit.pruning.graph.gate_expr import gate_scores
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.importance import gate, magnitude, random, taylor
 
 
 def settled(name, seed=0):
@@ -231,7 +231,7 @@ def test_gate_is_the_effective_gate():
     model, groups, _ = settled("resnet_basic")
     for group in groups:
         if group.reason is None:
-            assert np.array_equal(gate(model, groups)[group.id], scores(model, group))
+            assert np.array_equal(gate(model, groups)[group.id], gate_scores(model, group))
 
 
 def test_chance_is_the_same_in_every_order():

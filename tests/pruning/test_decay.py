@@ -8,8 +8,8 @@ from torch import nn
 
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import TrainingError
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.groups import find_groups
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
 
 
 class Two(nn.Module):
@@ -152,8 +152,8 @@ def test_gates_in_a_row_and_activations_by_function():
 
 def test_a_slim_model_can_be_decayed_again():
     model, groups, example = csnet_with_dead_gates(0)
-    from prunekit.pruning.extract import extract
-    from prunekit.pruning.slim import slim
+    from prunekit.pruning.selection.extract import extract
+    from prunekit.pruning.surgery.slim import slim
 
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     with DynamicWeightDecay(small.train(), find_groups(small, example)) as decay:

@@ -10,13 +10,13 @@ from zoo import ZOO
 import prunekit
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.pruning.choose import Chooser
-from prunekit.pruning.criteria import gate as gate_scores
-from prunekit.pruning.criteria import magnitude, random, taylor
-from prunekit.pruning.extract import dead_channels, extract, plan_of_choice
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
-from prunekit.pruning.surgery import Cutter
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import dead_channels, extract, plan_of_choice
+from prunekit.pruning.selection.importance import gate as gate_scores
+from prunekit.pruning.selection.importance import magnitude, random, taylor
+from prunekit.pruning.selection.selector import Selector
+from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.pruning.surgery.slim import slim
 
 # Most of these networks are cut to their limits, and that this is said has tests of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
@@ -174,7 +174,7 @@ def test_a_choice_is_what_extract_cuts_and_warns_of_nothing():
     model, groups, _ = ready()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choice = Chooser(model, groups, gate_scores(model, groups), min_channels=2).cut(share=1.0)
+        choice = Selector(model, groups, gate_scores(model, groups), min_channels=2).cut(share=1.0)
     assert choice.urgent
     with pytest.warns(PrunekitWarning):
         plan = extract(model, groups, share=1.0, min_channels=2)
@@ -193,7 +193,7 @@ def test_the_effective_gates_are_the_default_scores():
 
 
 @pytest.mark.parametrize("name", ["resnet_basic", "mobilenet_v2", "resnext", "densenet"])
-def test_every_criterion_gives_a_plan_that_slims_with_proof(name):
+def test_every_criterion_gives_a_plan_that_slims_with_equivalence_check(name):
     model, groups, example = ready(name)
     for scores in (
         magnitude(model, groups),
@@ -201,8 +201,8 @@ def test_every_criterion_gives_a_plan_that_slims_with_proof(name):
         random(model, groups, seed=1),
     ):
         plan = extract(model, groups, scores=scores, share=0.4, round_to=2)
-        small, proof = slim(model, plan, example, groups=groups)
-        assert proof.holds and params(small) < 0.9 * params(model)
+        small, equivalence = slim(model, plan, example, groups=groups)
+        assert equivalence.passed and params(small) < 0.9 * params(model)
         of = sum(group.channels for group in groups if group.reason is None)
         cut = dead_channels(groups, plan)
         assert 0.2 * of < sum(map(len, cut.values())) <= 0.4 * of

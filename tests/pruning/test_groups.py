@@ -8,10 +8,10 @@ from torch import nn
 from zoo import ZOO
 
 from prunekit.backbones.csnet import csnet
-from prunekit.counting import count, total
 from prunekit.errors import PlanError
-from prunekit.pruning import graph
-from prunekit.pruning.groups import find_groups
+from prunekit.flops import count, total
+from prunekit.pruning.graph import trace
+from prunekit.pruning.graph.groups import find_groups
 
 EXAMPLE = torch.randn(2, 3, 16, 16)
 
@@ -108,8 +108,8 @@ def test_costs_are_what_a_channel_saves():
     model = csnet(20)
     shape = (3, 32, 32)
     group = next(g for g in find_groups(model, torch.randn(1, *shape)) if g.id == "stage2.1.mix.paths.0to1")
-    from prunekit.pruning.extract import make_plan
-    from prunekit.pruning.slim import apply_plan
+    from prunekit.pruning.selection.extract import make_plan
+    from prunekit.pruning.surgery.slim import apply_plan
 
     before = total(count(model, shape)[0])
     plan = make_plan(model, find_groups(model, torch.randn(1, *shape)), {group.id: {3}})
@@ -120,7 +120,8 @@ def test_costs_are_what_a_channel_saves():
 
 def test_ids_are_the_same_in_every_process():
     code = (
-        "import torch; from prunekit.backbones.csnet import csnet; from prunekit.pruning.groups import find_groups;"
+        "import torch; from prunekit.backbones.csnet import csnet;"
+        "from prunekit.pruning.graph.groups import find_groups;"
         "print([g.id for g in find_groups(csnet(10), torch.randn(1, 3, 32, 32))])"
     )
     texts = {
@@ -174,5 +175,5 @@ def test_they_are_the_same_whether_numbers_are_computed_or_not(name, monkeypatch
     def refuse(_):
         raise RuntimeError("wants to see numbers")
 
-    monkeypatch.setattr(graph, "_weightless", refuse)
+    monkeypatch.setattr(trace, "_weightless", refuse)
     assert find_groups(model, example) == without

@@ -9,12 +9,12 @@ from networks import Row, settle
 from torch import nn
 
 from prunekit.errors import PlanError
-from prunekit.plan import Plan
-from prunekit.pruning.compose import compose
-from prunekit.pruning.extract import extract, make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.optimizer_state import slim_optimizer
-from prunekit.pruning.slim import apply_plan, slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Plan
+from prunekit.pruning.selection.extract import extract, make_plan
+from prunekit.pruning.surgery.compose import compose
+from prunekit.pruning.surgery.optimizer_state import slim_optimizer
+from prunekit.pruning.surgery.slim import apply_plan, slim
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 
@@ -50,8 +50,8 @@ def test_what_is_constant_on_the_data_alone_is_none(seed):
     example = settle(model, seed, 16)
     with torch.no_grad():
         model.a[1].weight[:4], model.a[1].bias[:4] = 0, 1
-    small, proof = slim(model, extract(model, find_groups(model, example)), example)
-    assert proof.holds
+    small, equivalence = slim(model, extract(model, find_groups(model, example)), example)
+    assert equivalence.passed
     other = 3 * torch.randn(64, 3, 12, 12, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
@@ -66,11 +66,11 @@ def test_maps_of_one_pixel_have_no_border_to_tell():
     example = settle(model, 0, 16)
     with torch.no_grad():
         model[13].weight[:4], model[13].bias[:4] = 0, 1  # before the depthwise convolution
-    small, proof = slim(model, extract(model, find_groups(model, example)), example)
+    small, equivalence = slim(model, extract(model, find_groups(model, example)), example)
     other = torch.randn(2, 3, 80, 64, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
-    assert proof.holds and proof.given_back == 3  # of one, nothing comes through its convolution
+    assert equivalence.passed and equivalence.given_back == 3  # of one, nothing comes through its convolution
 
 
 def test_two_rounds_through_a_convolution_with_groups():
@@ -80,11 +80,11 @@ def test_two_rounds_through_a_convolution_with_groups():
     example = settle(model)
     groups = find_groups(model, example)
     first = {g.id: [0, 2, 4, 6] for g in groups if g.reason is None}
-    small, proof = slim(model, make_plan(model, groups, first), example, groups=groups)
+    small, equivalence = slim(model, make_plan(model, groups, first), example, groups=groups)
     again = find_groups(small, example)
     dead = {g.id: [0] for g in again if g.reason is None}
     smaller, second = slim(small, make_plan(small, again, dead), example, groups=again)
-    plan = compose(model, groups, proof.plan, again, second.plan)
+    plan = compose(model, groups, equivalence.plan, again, second.plan)
     made = apply_plan(build(), Plan.from_json(plan.to_json()), example)
     made.load_state_dict(smaller.state_dict())
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_a_weight_that_is_used_outside_of_its_layer_is_left_whole():
     assert "used outside of it" in groups["3"].reason and groups["6"].reason is None
     with torch.no_grad():
         model[7].weight[:2] = 0
-    assert slim(model, extract(model, list(groups.values())), example)[1].holds
+    assert slim(model, extract(model, list(groups.values())), example)[1].passed
 
 
 def test_finding_leaves_counters_and_caches_alone():
@@ -167,8 +167,8 @@ def test_other_precisions(dtype):
     with torch.no_grad():
         model.bn1.weight[2] = model.bn2.weight[2] = 0
     model, example = model.to(dtype), example.to(dtype)
-    small, proof = slim(model, extract(model, find_groups(model, example)), example)
-    assert proof.holds and small.conv1.weight.dtype == dtype and small.conv1.out_channels == 7
+    small, equivalence = slim(model, extract(model, find_groups(model, example)), example)
+    assert equivalence.passed and small.conv1.weight.dtype == dtype and small.conv1.out_channels == 7
 
 
 def test_mixed_precision_stays_mixed():
@@ -237,6 +237,6 @@ def test_an_optimiser_that_cannot_be_cut_is_refused(build):
 
     optimizer.step(closure)
     groups = find_groups(model, example)
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
     with pytest.raises(PlanError, match="make a new one"):
-        slim_optimizer(optimizer, model, small, groups, proof.plan)
+        slim_optimizer(optimizer, model, small, groups, equivalence.plan)

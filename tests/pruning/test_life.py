@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.plan import Gate, Group
-from prunekit.pruning import life
+from prunekit.pruning.graph import gate_expr
+from prunekit.pruning.plan import Gate, Group
 
 
 def gates_of(*weights, variances=None):
@@ -22,7 +22,9 @@ def gates_of(*weights, variances=None):
 
 def score(combine, *weights, **options):
     model, gates = gates_of(*weights, **options)
-    return life.scores(model, Group(id="g", channels=len(weights[0]), members=[], gates=gates, combine=combine))
+    return gate_expr.gate_scores(
+        model, Group(id="g", channels=len(weights[0]), members=[], gates=gates, combine=combine)
+    )
 
 
 def test_a_row_scores_as_its_last_norm_unless_a_gate_is_zero():
@@ -46,13 +48,13 @@ def test_effective_gate_counts_what_the_variance_leaves():
 
 
 def test_lives_of_a_graph():
-    a = life.gated(life.ALIVE, "a", 0)
-    assert life.gated(a, "b", 2) == ("serial", a, ("gate", "b", 2))
-    both = life.parallel([a, life.gated(life.ALIVE, "b", 0)])
-    assert both == life.parallel([both, a])
-    assert life.parallel([a, life.ALIVE]) == life.ALIVE
-    assert life.shift(both, 3) == ("parallel", ("gate", "a", 3), ("gate", "b", 3))
-    gates, tree = life.resolve(life.shift(both, 3), 2)
+    a = gate_expr.append_gate(gate_expr.ALIVE, "a", 0)
+    assert gate_expr.append_gate(a, "b", 2) == ("serial", a, ("gate", "b", 2))
+    both = gate_expr.parallel([a, gate_expr.append_gate(gate_expr.ALIVE, "b", 0)])
+    assert both == gate_expr.parallel([both, a])
+    assert gate_expr.parallel([a, gate_expr.ALIVE]) == gate_expr.ALIVE
+    assert gate_expr.shift(both, 3) == ("parallel", ("gate", "a", 3), ("gate", "b", 3))
+    gates, tree = gate_expr.resolve(gate_expr.shift(both, 3), 2)
     assert [tuple(g.slice) for g in gates] == [(3, 5), (3, 5)] and tree == {"parallel": [0, 1]}
 
 

@@ -7,18 +7,18 @@ from prunekit.backbones.csnet import csnet
 from prunekit.backbones.octresnet import octresnet
 from prunekit.backbones.resnet import resnet
 from prunekit.errors import PlanError
-from prunekit.plan import Group
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.limits import (
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group
+from prunekit.pruning.selection.constraints import (
+    below_threshold,
     check_finite,
     dead_layers,
-    kept_whole,
+    essential_groups,
+    join_names,
+    kept_groups,
     layers_of,
-    lifeless,
-    listed,
     removable,
     uncuttable,
-    vital,
 )
 
 
@@ -47,21 +47,21 @@ def branched():
     ],
 )
 def test_a_pattern_keeps_what_a_module_makes_or_hands_on(row, patterns, whole):
-    assert kept_whole(*row, patterns) == whole
+    assert kept_groups(*row, patterns) == whole
 
 
 def test_a_module_stands_for_all_inside_it(branched):
     model, groups = branched
-    names = kept_whole(model, groups, ["stage1.1"])
+    names = kept_groups(model, groups, ["stage1.1"])
     assert names == {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"}
-    assert names == kept_whole(model, groups, ["stage1.1.*"]) and names < kept_whole(model, groups, ["stage1"])
+    assert names == kept_groups(model, groups, ["stage1.1.*"]) and names < kept_groups(model, groups, ["stage1"])
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest_module(row):
     with pytest.raises(PlanError, match=r"no module with channels matches 'depthwize'; did you mean 'depthwise'\?"):
-        kept_whole(*row, ["conv1", "depthwize"])
+        kept_groups(*row, ["conv1", "depthwize"])
     with pytest.raises(PlanError, match="matches 'layer\\[0-9]'; the first are conv1, "):
-        kept_whole(*row, ["layer[0-9]"])
+        kept_groups(*row, ["layer[0-9]"])
 
 
 def test_what_cannot_be_cut_is_counted_by_its_reason():
@@ -92,9 +92,9 @@ def test_a_branch_may_go_whose_reader_reads_others_too():
 
 
 def test_of_a_layer_with_branches_one_must_live_and_of_another_each_group(row, branched):
-    assert [[group.id for group in one] for one in vital(*row)] == [["conv1"], ["conv2"]]
+    assert [[group.id for group in one] for one in essential_groups(*row)] == [["conv1"], ["conv2"]]
     model, groups = branched
-    sets = [{group.id for group in one} for one in vital(model, groups)]
+    sets = [{group.id for group in one} for one in essential_groups(model, groups)]
     assert {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"} in sets
     assert set().union(*sets) == {group.id for group in groups if group.reason is None}
 
@@ -106,7 +106,7 @@ def test_a_layer_is_lifeless_when_all_of_its_branches_are(branched):
     values[fine][:] = 1e-5
 
     def found():
-        return lifeless(vital(model, groups), 1e-3, lambda group: values[group.id])
+        return below_threshold(essential_groups(model, groups), 1e-3, lambda group: values[group.id])
 
     assert found() == {}
     values[coarse][:] = [*[0.0] * (len(values[coarse]) - 1), 1e-3]
@@ -123,7 +123,7 @@ def test_what_has_no_gate_left_is_named():
 
 
 def test_names_in_a_row():
-    assert [listed("abcdef"[:count]) for count in (1, 2, 3, 4, 6)] == [
+    assert [join_names("abcdef"[:count]) for count in (1, 2, 3, 4, 6)] == [
         "a",
         "a and b",
         "a, b and c",

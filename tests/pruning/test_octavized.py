@@ -1,4 +1,4 @@
-"""Octavized networks go all the way: groups, decay, plan, slim with proof."""
+"""Octavized networks go all the way: groups, decay, plan, slim with an equivalence check."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from octave_networks import NETWORKS, PreActivation, Residual
 import prunekit
 from prunekit.backbones.octresnet import octresnet
 from prunekit.layers.octavize import octavize
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.extract import extract, make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import apply_plan, slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract, make_plan
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.surgery.slim import apply_plan, slim
 
 EXAMPLE = torch.zeros(2, 3, 20, 20)
 SPLITS = ([0.5, 0.5], [0.25, 0.75], [0.4, 0.3, 0.3], [1, 0])
@@ -34,17 +34,17 @@ def settled(model, seed=0):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NETWORKS)
-def test_random_dead_gates_and_branches_slim_with_proof(name, seed):
+def test_random_dead_gates_and_branches_slim_with_equivalence_check(name, seed):
     torch.manual_seed(seed)
     split = SPLITS[(seed + list(NETWORKS).index(name)) % len(SPLITS)]
     model = build(name, split)
     example = settled(model, seed)
     groups = find_groups(model, example)
     kill(model, groups, 0.6 if name == "PreActivation" else 0.35, seed, whole=0.4)
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
-    assert proof.holds and len(proof.inputs) == 2 and params(small) < params(model)
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
+    assert equivalence.passed and len(equivalence.inputs) == 2 and params(small) < params(model)
     # The plan, as JSON, and the builder are all that it takes.
-    again = apply_plan(build(name, split), prunekit.Plan.from_json(proof.plan.to_json()), example)
+    again = apply_plan(build(name, split), prunekit.Plan.from_json(equivalence.plan.to_json()), example)
     again.load_state_dict(small.state_dict())
     with torch.no_grad():
         for size in ((20, 20), (13, 18)):
@@ -73,7 +73,7 @@ SIZES = ((20, 20), (9, 11), (13, 6), (2, 3), (1, 1))
 
 
 def agrees(model, small, groups_off):
-    """On inputs and sizes other than the proof's."""
+    """On inputs and sizes other than the equivalence check's."""
     with torch.no_grad():
         for size in SIZES:
             x = torch.randn(2, 3, *size)
@@ -92,10 +92,10 @@ def test_any_branch_may_go_at_any_place(layer, branch):
     torch.manual_seed(3)
     model = small_octresnet()
     example = settled(model)
-    small, proof = without(model, example, f"{layer}.mix.paths.0to{branch}")
+    small, equivalence = without(model, example, f"{layer}.mix.paths.0to{branch}")
     agrees(model, small, model)
-    assert proof.holds and proof.carriers == 0
-    assert proof.plan.splits[layer][branch] == 0 and proof.plan.splits[layer][1 - branch] > 0
+    assert equivalence.passed and equivalence.carriers == 0
+    assert equivalence.plan.splits[layer][branch] == 0 and equivalence.plan.splits[layer][1 - branch] > 0
     here = small.get_submodule(layer)
     assert list(here.norms) == [str(1 - branch)] and not any(key.endswith(f"to{branch}") for key in here.mix.paths)
     if layer == "stage3.0.conv2":
@@ -103,16 +103,16 @@ def test_any_branch_may_go_at_any_place(layer, branch):
     # And on from there.
     groups = find_groups(small, example)
     kill(small, groups, 0.3, seed=1)
-    smaller, proof = slim(small, extract(small, groups), example, groups=groups)
-    assert proof.holds and params(smaller) < params(small)
+    smaller, equivalence = slim(small, extract(small, groups), example, groups=groups)
+    assert equivalence.passed and params(smaller) < params(small)
 
 
 def test_a_block_may_lose_all_that_it_computes():
     """What is left of its last norm is a constant, and is still added."""
     model = small_octresnet()
     example = settled(model)
-    small, proof = without(model, example, "stage1.0.conv1.mix.paths.0to0", "stage1.0.conv1.mix.paths.0to1")
-    assert proof.holds and proof.plan.splits["stage1.0.conv1"] == [0, 0]
+    small, equivalence = without(model, example, "stage1.0.conv1.mix.paths.0to0", "stage1.0.conv1.mix.paths.0to1")
+    assert equivalence.passed and equivalence.plan.splits["stage1.0.conv1"] == [0, 0]
     assert not len(small.get_submodule("stage1.0.conv2").mix.paths)
     agrees(model, small, model)
 
@@ -121,9 +121,9 @@ def test_a_branch_with_a_stream_of_its_own_norms():
     torch.manual_seed(0)
     model = octavize(PreActivation(), EXAMPLE)
     example = settled(model)
-    small, proof = without(model, example, "stem.mix.paths.0to1")
+    small, equivalence = without(model, example, "stem.mix.paths.0to1")
     agrees(model, small, model)
-    assert proof.plan.splits == {name: [6, 0] for name in ("stem", "convs.0", "convs.1")}
+    assert equivalence.plan.splits == {name: [6, 0] for name in ("stem", "convs.0", "convs.1")}
     assert small.out.in_channels == 6
 
 

@@ -1,6 +1,6 @@
 """Networks with something in them that a tracer or a cut stumbles over: slimmed right, or refused with a reason.
 
-The outputs are compared here once more, on other inputs and sizes than the proof's and without its code.
+The outputs are compared here once more, on other inputs and sizes than the equivalence check's and without its code.
 """
 
 import copy
@@ -12,10 +12,10 @@ from networks import settle
 from torch import nn
 
 from prunekit.errors import PlanError
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slim import slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.surgery.slim import slim
 
 
 class Net(nn.Module):
@@ -165,8 +165,8 @@ def slimmed(model, seed, constants):
 def test_a_large_output_does_not_hide_a_small_one():
     torch.manual_seed(0)
     model = Loud()
-    _, small, proof = slimmed(model, 0, "fold")
-    assert proof.holds and proof.max_abs_diff <= proof.tolerance
+    _, small, equivalence = slimmed(model, 0, "fold")
+    assert equivalence.passed and equivalence.max_abs_diff <= equivalence.tolerance
     image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(small.double().eval()(image)[0], model.double()(image)[0], rtol=1e-5, atol=1e-5)
@@ -182,8 +182,8 @@ def first(output):
 def test_the_slim_model_computes_the_same_on_other_inputs(name, seed, constants):
     torch.manual_seed(seed)
     model = NETWORKS[name]()
-    _, small, proof = slimmed(model, seed, constants)
-    assert proof.holds and (constants == "fold" or name == "map added" or proof.given_back <= 4)
+    _, small, equivalence = slimmed(model, seed, constants)
+    assert equivalence.passed and (constants == "fold" or name == "map added" or equivalence.given_back <= 4)
     dense, small = copy.deepcopy(model).double().eval(), small.double().eval()
     for size in (16,) if name in ("asserts its size", "map added") else (16, 21, 30):
         image = 3 * torch.randn(3, 3, size, size, dtype=torch.float64)

@@ -4,10 +4,10 @@ from networks import csnet_with_dead_gates, settle
 from zoo import ZOO
 
 from prunekit.errors import PlanError
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.optimizer_state import slim_optimizer
-from prunekit.pruning.slim import slim
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.optimizer_state import slim_optimizer
+from prunekit.pruning.surgery.slim import slim
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=1e-4),
@@ -57,8 +57,8 @@ def test_what_it_remembers_is_cut_as_the_parameters_are(name, build):
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor) and value.dim():
                 optimizer.state[parameter][key] = parameter.detach().clone()
-    small, proof = slim(model, extract(model, groups), example, groups=groups, constants="drop")
-    made = slim_optimizer(optimizer, model, small, groups, proof.plan)
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups, constants="drop")
+    made = slim_optimizer(optimizer, model, small, groups, equivalence.plan)
     assert type(made) is type(optimizer) and made is not optimizer
     assert {p for group in made.param_groups for p in group["params"]} == set(small.parameters())
     compared = 0
@@ -73,8 +73,8 @@ def test_what_it_remembers_is_cut_as_the_parameters_are(name, build):
 def test_it_trains_the_slim_model_and_not_the_dense_one():
     model, groups, example = trained("csnet")
     optimizer = stepped(model, example, OPTIMIZERS["adam"])
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
-    made = slim_optimizer(optimizer, model, small, groups, proof.plan)
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
+    made = slim_optimizer(optimizer, model, small, groups, equivalence.plan)
     dense = {name: value.clone() for name, value in model.named_parameters()}
     slim_before = {name: value.clone() for name, value in small.named_parameters()}
     small.train()(example).square().mean().backward()
@@ -95,18 +95,20 @@ def test_an_added_bias_stands_with_its_weight():
         model[1].weight[1], model[1].bias[1] = 0, 3
     groups = find_groups(model, example)
     optimizer = torch.optim.Adam([{"params": model[:2].parameters()}, {"params": model[2].parameters(), "lr": 1e-4}])
-    small, proof = slim(model, extract(model, groups), example)
-    made = slim_optimizer(optimizer, model, small, groups, proof.plan)
-    assert proof.plan.added_bias == ["2"]
+    small, equivalence = slim(model, extract(model, groups), example)
+    made = slim_optimizer(optimizer, model, small, groups, equivalence.plan)
+    assert equivalence.plan.added_bias == ["2"]
     assert [len(group["params"]) for group in made.param_groups] == [3, 2] and made.param_groups[1]["lr"] == 1e-4
     assert made.param_groups[1]["params"][1] is small[2].bias
 
 
 def test_an_optimiser_of_another_model_is_refused():
     model, groups, example = trained("csnet")
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
     with pytest.raises(PlanError, match="not the dense model's"):
-        slim_optimizer(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1), model, small, groups, proof.plan)
+        slim_optimizer(
+            torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1), model, small, groups, equivalence.plan
+        )
     optimizer = stepped(model, example, OPTIMIZERS["adam"])
     with pytest.raises(PlanError, match="not what the plan makes of it"):
-        slim_optimizer(optimizer, model, model, groups, proof.plan)
+        slim_optimizer(optimizer, model, model, groups, equivalence.plan)

@@ -6,13 +6,13 @@ from networks import Concat, Row, settle
 from torch import nn
 from zoo import ZOO
 
-from prunekit import registry
+from prunekit.config import registry
 from prunekit.errors import TrainingError
-from prunekit.optimizers import adam, shares
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.life import scores
-from prunekit.pruning.penalties import GroupNormDecay, L1Decay
+from prunekit.pruning.graph.gate_expr import gate_scores
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.norm_penalties import GroupNormDecay, L1Decay
+from prunekit.training.optimizers import adam, param_groups
 
 NAMES = ["vgg", "resnet_basic", "resnext", "mobilenet_v2", "densenet", "unet_bilinear"]
 
@@ -172,7 +172,7 @@ def test_the_optimisers_own_decay_leaves_the_gates_to_it(decay):
     groups = find_groups(model, torch.randn(1, 3, 16, 16))
     penalty = registry.decays.get(decay)(model, groups, 1.0)
     assert set(penalty.norms) == {"bn1", "bn2", "bn3"}
-    for share in shares(model, 1e-3, None, penalty.norms):
+    for share in param_groups(model, 1e-3, None, penalty.norms):
         gates = [any(p is model.get_submodule(name).weight for name in penalty.norms) for p in share.params]
         assert all(gates) != share.decayed and all(gates) == any(gates)
 
@@ -184,7 +184,7 @@ def trained(name, weight, steps=300):
     y = (x[:, :1] + x[:, 1:2] > 0).float()
     groups = find_groups(model, x)
     decay = registry.decays.get(name)(model, groups, weight)
-    optimizer = adam(shares(model, 1e-2, 2e-2, decay.norms))
+    optimizer = adam(param_groups(model, 1e-2, 2e-2, decay.norms))
     rates = [group["lr"] for group in optimizer.param_groups]
     with decay:
         for step in range(steps):
@@ -194,7 +194,7 @@ def trained(name, weight, steps=300):
             optimizer.zero_grad()
             (loss + decay.penalty()).backward()
             optimizer.step()
-    return loss.item(), np.concatenate([scores(model, group) for group in groups if group.reason is None])
+    return loss.item(), np.concatenate([gate_scores(model, group) for group in groups if group.reason is None])
 
 
 def test_each_decay_leaves_fewer_channels_alive_and_the_task_learned():

@@ -8,17 +8,18 @@ from networks import Row, kill, settle
 from torch import nn
 
 import prunekit
-from prunekit import registry, stages
-from prunekit.data.pairs import load_tensors
+from prunekit.config import registry
+from prunekit.config.recipe import load
+from prunekit.data.datasets import load_tensors
 from prunekit.errors import PlanError
-from prunekit.pruning.extract import extract
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.proof import gate_off
-from prunekit.pruning.recalibrate import recalibrate
-from prunekit.pruning.slim import slim
-from prunekit.recipe import load
-from prunekit.rundir import RunDir
-from prunekit.stageorder import STAGES
+from prunekit.pipeline import stages
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.equivalence import zero_dead_gates
+from prunekit.pruning.surgery.recalibrate import recalibrate
+from prunekit.pruning.surgery.slim import slim
+from prunekit.runs.run_dir import RunDir
+from prunekit.runs.stage_order import STAGES
 
 
 def batches(count=4, size=6, side=12):
@@ -104,9 +105,9 @@ def test_a_slim_model_and_its_gated_dense_one_stay_the_same(seed, padding):
     example = settle(model, seed, size=16, beta=1.0)
     groups = find_groups(model, example)
     dead = kill(model, groups, 0.5, seed)
-    small, proof = slim(model, extract(model, groups), example, groups=groups)
-    assert proof.carriers == padding and (padding or proof.folded)
-    pair = gate_off(model, groups, dead).double(), small.double()
+    small, equivalence = slim(model, extract(model, groups), example, groups=groups)
+    assert equivalence.carriers == padding and (padding or equivalence.folded)
+    pair = zero_dead_gates(model, groups, dead).double(), small.double()
     data = [3 * torch.randn(4, 3, 16, 16, dtype=torch.float64) + 1 for _ in range(2)]
     with torch.no_grad():
         before = pair[0].eval()(data[0])

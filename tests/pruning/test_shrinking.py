@@ -8,17 +8,17 @@ import torch
 from networks import Residual, Row, csnet_with_dead_gates, settle
 
 from prunekit.backbones.octresnet import octresnet
-from prunekit.counting import count, total
-from prunekit.optimizers import adam, sgd, shares
-from prunekit.pruning.budget import Budget
-from prunekit.pruning.decay import DynamicWeightDecay
-from prunekit.pruning.extract import dead_channels
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.life import last_gates
-from prunekit.pruning.optimizer_state import slim_optimizer
-from prunekit.pruning.shrinking import Shrinking, height
-from prunekit.pruning.slim import apply_plan
-from prunekit.pruning.surgery import Cutter, sliced
+from prunekit.flops import count, total
+from prunekit.pruning.graph.gate_expr import last_gates
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.budget import Budget
+from prunekit.pruning.selection.extract import dead_channels
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.progressive import ProgressivePruning, height
+from prunekit.pruning.surgery.cutter import Cutter, sliced
+from prunekit.pruning.surgery.optimizer_state import slim_optimizer
+from prunekit.pruning.surgery.slim import apply_plan
+from prunekit.training.optimizers import adam, param_groups, sgd
 
 SIZE = 32
 OPTIMIZERS = {
@@ -72,7 +72,7 @@ def shrinking(model, groups, example, **options):
         return DynamicWeightDecay(left, of, 0.1), None
 
     options = {"every": 1, "threshold": 1e-9, "worth": 0.0, **options}
-    made = Shrinking(model, groups, example, equip=equip, **options)
+    made = ProgressivePruning(model, groups, example, equip=equip, **options)
     made.begin()
     made.look(model, groups)
     return made
@@ -90,7 +90,7 @@ def step(model, decay, optimizer, batch):
 
 
 def rates(model, decay):
-    return shares(model, 1e-3, 1e-2, decay.norms)
+    return param_groups(model, 1e-3, 1e-2, decay.norms)
 
 
 def cutting(model, groups, plan):
@@ -169,7 +169,7 @@ def test_constants_that_dead_channels_leave_are_there_in_train_mode_too(name, se
 
 def test_what_has_been_alive_at_any_look_is_not_dead():
     model, groups, example = network("row", 0)
-    known = Shrinking(model, groups, example, every=1, threshold=1e-9, equip=None, worth=0.0)
+    known = ProgressivePruning(model, groups, example, every=1, threshold=1e-9, equip=None, worth=0.0)
     known.begin()
     higher = copy.deepcopy(model)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_cuts_follow_one_another_and_their_plan_is_of_the_first_model():
     known.look(cut.model, cut.groups)
     again = known.cut(cut.model, cut.groups, DynamicWeightDecay(cut.model, cut.groups), 2)
     assert again is not None and [one["epoch"] for one in known.records] == [1, 2]
-    assert all(one["holds"] and one["max_abs_diff"] <= one["tolerance"] for one in known.records)
+    assert all(one["passed"] and one["max_abs_diff"] <= one["tolerance"] for one in known.records)
     rebuilt = apply_plan(copy.deepcopy(first), known.plan, example)
     shapes = {key: value.shape for key, value in again.model.state_dict().items()}
     assert {key: value.shape for key, value in rebuilt.state_dict().items()} == shapes
@@ -240,7 +240,7 @@ def test_carriers_and_channels_given_back_are_not_cut_over_and_over(monkeypatch)
     assert cut.plan.carriers
     known.begin()
     known.look(cut.model, cut.groups)
-    monkeypatch.setattr("prunekit.pruning.shrinking.slim", None)
+    monkeypatch.setattr("prunekit.pruning.sparsity.progressive.slim", None)
     assert known.cut(cut.model, cut.groups, DynamicWeightDecay(cut.model, cut.groups), 2) is None
 
 
@@ -260,7 +260,7 @@ def test_no_cut_goes_below_the_budget():
     assert goal <= record["params"] < 1.05 * goal
 
 
-def test_a_proof_that_fails_is_written_down_and_nothing_is_cut():
+def test_an_equivalence_check_that_fails_is_written_down_and_nothing_is_cut():
     model, groups, example = network("row", 0)
     with torch.no_grad():
         model.out.weight.zero_()  # the output does not vary, which proves nothing
@@ -279,7 +279,7 @@ def test_weights_by_the_side_stay_relative_to_the_gates_there_were():
 
     hold(model, groups, {g.id: set(np.flatnonzero(height(model, g) == 0)) for g in groups if g.reason is None})
     decay, _ = equip(model, groups)
-    known = Shrinking(model, groups, example, every=1, threshold=1e-9, equip=equip, worth=0.0)
+    known = ProgressivePruning(model, groups, example, every=1, threshold=1e-9, equip=equip, worth=0.0)
     known.begin()
     known.look(model, groups)
     with decay:

@@ -6,13 +6,13 @@ from networks import Concat, Residual, Row, csnet_with_dead_gates, kill, settle
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.counting import count, total
+from prunekit.flops import count, total
 from prunekit.layers import OptionalModules
-from prunekit.pruning.extract import dead_channels, extract, make_plan
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.size import Size, Sizes
-from prunekit.pruning.slim import apply_plan
-from prunekit.pruning.surgery import Cutter
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
+from prunekit.pruning.selection.extract import dead_channels, extract, make_plan
+from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.pruning.surgery.slim import apply_plan
 
 
 class Flat(nn.Module):
@@ -86,14 +86,14 @@ class Paths(nn.Module):
 def real(model, shape):
     counts, _ = count(model, shape)
     found = total(counts)
-    return Size(found["params"], found["macs"])
+    return ModelSize(found["params"], found["macs"])
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_csnet_with_dead_branches(seed):
     model, groups, example = csnet_with_dead_gates(seed, share=0.1 * seed, whole=0.1 * (seed % 4))
     shape = tuple(example.shape[1:])
-    sizes = Sizes(model, groups, shape)
+    sizes = SizeModel(model, groups, shape)
     assert sizes.dense == real(model, shape)
     plan = extract(model, groups)
     made = apply_plan(csnet(10), plan, example)
@@ -107,7 +107,7 @@ def test_what_cannot_live_without_the_dead_goes_too():
     torch.manual_seed(0)
     model = csnet(10)
     groups = find_groups(model, torch.zeros(1, 3, 32, 32))
-    sizes, cutter = Sizes(model, groups, (3, 32, 32)), Cutter(model, groups)
+    sizes, cutter = SizeModel(model, groups, (3, 32, 32)), Cutter(model, groups)
     free = [group for group in groups if group.reason is None]
     starved = 0
     for seed in range(20):
@@ -131,7 +131,7 @@ def test_other_networks(network, seed):
     groups = find_groups(model, example)
     kill(model, groups, 0.2 * seed, seed)
     plan = extract(model, groups)
-    sizes = Sizes(model, groups, (3, 32, 32))
+    sizes = SizeModel(model, groups, (3, 32, 32))
     assert sizes.dense == real(model, (3, 32, 32))
     made = apply_plan(network(), plan, example)
     assert sizes.of(dead_channels(groups, plan)) == real(made, (3, 32, 32))
@@ -142,14 +142,14 @@ def test_a_module_that_goes_takes_its_bias_along():
     groups = find_groups(model, settle(model))
     plan = make_plan(model, groups, {"stems.a": range(5), "joins.a": {0}})
     assert plan.removed == ["joins.a", "norms.a", "stems.a"]
-    size = Sizes(model, groups, (3, 32, 32)).of(dead_channels(groups, plan))
+    size = SizeModel(model, groups, (3, 32, 32)).of(dead_channels(groups, plan))
     assert size == real(apply_plan(Paths(), plan, torch.zeros(1, 3, 32, 32)), (3, 32, 32))
 
 
 def test_units_are_those_of_the_counter():
     model = Flat()
     groups = find_groups(model, settle(model))
-    size = Sizes(model, groups, (3, 32, 32)).of({"conv": [1, 4], "hidden": 3})
+    size = SizeModel(model, groups, (3, 32, 32)).of({"conv": [1, 4], "hidden": 3})
     # By hand: 4 of 6 channels at 15×15 positions, 4 of 7 hidden units.
     assert size.macs == 15 * 15 * 4 * 27 + 4 * 15 * 15 * 4 + 4 * 2
     assert size.params == 4 * 28 + 4 * 2 + 1 + (4 * 225 * 4 + 4) + 4 * 2 + (4 * 2 + 2)

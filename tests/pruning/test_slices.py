@@ -4,8 +4,8 @@ from torch import nn
 from zoo import ZOO
 
 from prunekit.backbones.csnet import csnet
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.slices import Slices
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.graph.parameter_slices import ParameterSlices
 
 
 @pytest.mark.parametrize("norms", [True, False])
@@ -14,7 +14,7 @@ def test_slices_are_what_a_cut_takes_away(name, norms):
     """Ones summed are sizes, and one member after another gives the same."""
     model = csnet(10) if name == "csnet" else ZOO[name]()
     groups = [group for group in find_groups(model, torch.randn(2, 3, 32, 32)) if group.reason is None]
-    slices = Slices(model, groups, norms)
+    slices = ParameterSlices(model, groups, norms)
     assert torch.equal(slices.sum(torch.ones_like).double(), slices.sizes)
     for group in groups:
         kinds = [(model.get_submodule(m.tensor.rpartition(".")[0]), m) for m in group.members]
@@ -37,6 +37,6 @@ def test_the_size_of_a_residual_channel():
     model = ZOO["resnet_basic"]()
     groups = find_groups(model, torch.randn(2, 3, 32, 32))
     stream = next(group for group in groups if group.id == "layers.1.0.conv2")
-    slices = Slices(model, [stream])
+    slices = ParameterSlices(model, [stream])
     makers = 2 * 8 * 9 + 6  # conv2 of two blocks, and a 1×1 shortcut from 6 channels
     assert set(slices.sizes.tolist()) == {makers + 3 + 8 * 9 + 10}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from networks import settle
 
-from prunekit import schedules
 from prunekit.backbones.resnet import resnet
-from prunekit.pruning.groups import find_groups
-from prunekit.pruning.size import Sizes
-from prunekit.pruning.steering import RANGE, Controller, Steering
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.cost_model import SizeModel
+from prunekit.pruning.sparsity.lambda_controller import RANGE, FeedbackController, LambdaController
+from prunekit.training import schedules
 
 THRESHOLD = 1e-2
 SHARE = 0.4  # of the channels are to live
@@ -28,7 +28,7 @@ def plant(controller, steps, optimizer, schedule="one_cycle", seed=0, channels=3
     rate = [getattr(schedules, schedule)(step / steps) for step in range(steps)]
     way, course = np.cumsum(rate) / sum(rate), []
     for step in range(steps):
-        if step % Steering.every(steps) == 0:
+        if step % LambdaController.every(steps) == 0:
             reach = float(np.sort(abs(gates))[int((1 - SHARE) * channels) - 1])
             course.append(controller.update(way[step], reach, 1.0))
         gradient = 0.01 * (controller.now * response * gates + 0.02 * draw.normal(size=channels))
@@ -48,14 +48,14 @@ def plant(controller, steps, optimizer, schedule="one_cycle", seed=0, channels=3
 @pytest.mark.parametrize("steps", [600, 2000])
 def test_the_budget_is_met_from_a_λ_that_is_ten_times_off(optimizer, schedule, factor, steps):
     """The λ at which this plant keeps 40% is about 2.5 (a long training with it shows this)."""
-    alive, course = plant(Controller(2.5 * factor, THRESHOLD), steps, optimizer, schedule)
+    alive, course = plant(FeedbackController(2.5 * factor, THRESHOLD), steps, optimizer, schedule)
     assert alive == pytest.approx(SHARE, abs=0.06)
     assert max(course) <= 2.5 * max(RANGE * factor, 4)
     assert course[-1] == pytest.approx(2.5, rel=1.5), "λ has settled where it has to be"
 
 
 def test_without_steering_it_is_not():
-    class Fixed(Controller):
+    class Fixed(FeedbackController):
         def update(self, *_):
             return self.now
 
@@ -65,7 +65,7 @@ def test_without_steering_it_is_not():
 
 def test_λ_stays_in_its_range_and_does_not_wind_up():
     """A reach that cannot come down drives λ to its bound, and the first good news takes it from there at once."""
-    controller = Controller(2.0, THRESHOLD)
+    controller = FeedbackController(2.0, THRESHOLD)
     for step in range(900):
         weight = controller.update(step / 1000, 1.0)
     assert weight == pytest.approx(2.0 * RANGE)
@@ -77,7 +77,7 @@ def test_λ_stays_in_its_range_and_does_not_wind_up():
 
 
 def test_λ_is_taken_back_where_the_task_suffers():
-    calm, ruined = Controller(1.0, THRESHOLD), Controller(1.0, THRESHOLD)
+    calm, ruined = FeedbackController(1.0, THRESHOLD), FeedbackController(1.0, THRESHOLD)
     for step in range(500):
         progress = step / 500
         calm.update(progress, 0.8, 1.0)
@@ -87,7 +87,7 @@ def test_λ_is_taken_back_where_the_task_suffers():
 
 def test_a_loss_near_zero_may_double():
     """From 2.0 down to 0.001 and up to 0.002 is no harm."""
-    controller = Controller(1.0, THRESHOLD)
+    controller = FeedbackController(1.0, THRESHOLD)
     for step in range(500):
         strain = controller.strain(2.0 if step < 50 else 0.001 if step < 250 else 0.002, 1 / 500)
     assert strain < 0.05
@@ -97,7 +97,7 @@ def test_a_loss_near_zero_may_double():
 def test_it_goes_on_from_its_state_as_if_nothing_had_been(cut):
     draw = np.random.default_rng(0)
     news = [(k / 100, float(draw.uniform(0, 1)), float(draw.uniform(0.5, 2)) if k else None) for k in range(100)]
-    whole, first, second = (Controller(3.0, THRESHOLD) for _ in range(3))
+    whole, first, second = (FeedbackController(3.0, THRESHOLD) for _ in range(3))
     course = [whole.update(*one) for one in news]
     begun = [first.update(*one) for one in news[:cut]]
     assert second.load(json.loads(json.dumps(first.state()))) == begun[-1]
@@ -109,10 +109,10 @@ def test_the_reach_is_what_would_have_to_go():
     model = resnet(depth=8, width=8)
     example = settle(model)
     groups = find_groups(model, example)
-    sizes = Sizes(model, groups, example.shape[1:])
+    sizes = SizeModel(model, groups, example.shape[1:])
     goal = sizes.dense.params // 2
     most = {group.id: group.channels - 1 for group in groups if group.reason is None}
-    steering = Steering(model, groups, sizes, "params", goal, THRESHOLD, 1.0, most)
+    steering = LambdaController(model, groups, sizes, "params", goal, THRESHOLD, 1.0, most)
     reach = steering.reach()
     scores = np.concatenate(steering._values())
     below = scores[scores < reach].max()
@@ -129,10 +129,10 @@ def test_groups_that_are_kept_do_not_count():
     model = resnet(depth=8, width=8)
     example = settle(model)
     groups = find_groups(model, example)
-    sizes = Sizes(model, groups, example.shape[1:])
+    sizes = SizeModel(model, groups, example.shape[1:])
     with torch.no_grad():
         model.get_submodule(groups[0].gates[0].norm).weight.zero_()
     most = {group.id: group.channels - 1 for group in groups[1:] if group.reason is None}
-    steering = Steering(model, groups, sizes, "macs", 1, THRESHOLD, 1.0, most)
+    steering = LambdaController(model, groups, sizes, "macs", 1, THRESHOLD, 1.0, most)
     steering.threshold = 10.0
     assert steering.size() == sizes.of(most)

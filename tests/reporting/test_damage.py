@@ -15,8 +15,8 @@ from prunekit.cli import main
 from prunekit.errors import RunFolderError
 from prunekit.reporting import load_run, report
 from prunekit.reporting.figures.gallery import gallery_drawings
-from prunekit.reporting.load import PARTS
-from prunekit.rundir import RunDir
+from prunekit.reporting.loader import PARTS
+from prunekit.runs.run_dir import RunDir
 
 FILES = [
     "state.json", "recipe.yaml", "summary.json", "environment.json", "metrics.jsonl", "gates.npz", "plan.json",

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from prunekit.errors import CheckpointError
 from prunekit.reporting import load_run, summary_table
-from prunekit.reporting.formats import PAGE_ROWS, latex, write_csv, write_json, write_latex, write_markdown, write_table
+from prunekit.reporting.table_writers import (
+    PAGE_ROWS,
+    latex,
+    write_csv,
+    write_json,
+    write_latex,
+    write_markdown,
+    write_table,
+)
 from prunekit.reporting.tables import tables
 
 

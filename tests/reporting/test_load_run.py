@@ -15,7 +15,7 @@ from fake_run import gates, layer_rows, without_checksum, write_run
 import prunekit
 from prunekit.errors import RunFolderError
 from prunekit.reporting import load_run
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")

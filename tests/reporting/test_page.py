@@ -13,9 +13,9 @@ from hostile_run import ATTACKS, hostile_run
 
 from prunekit.reporting.figures import Drawing, figures
 from prunekit.reporting.figures.style import new_figure
-from prunekit.reporting.load import load_run
-from prunekit.reporting.page import illustrate, page
-from prunekit.reporting.page_figures import LARGE_SVG
+from prunekit.reporting.html.figures import LARGE_SVG
+from prunekit.reporting.html.page import illustrate, page
+from prunekit.reporting.loader import load_run
 
 VOID = {"meta", "link", "img", "br"}
 UNITS = ("conv1",)
@@ -181,9 +181,9 @@ def test_names_that_are_no_unicode_are_written_all_the_same(hostile):
     assert "half\ufffd pair" in Parsed(page([odd], [])).words
 
 
-def test_failed_proof_is_said_first(hostile):
+def test_failed_equivalence_check_comes_first(hostile):
     parsed = Parsed(page([hostile], []))
-    assert parsed.words.index("The proof does not hold") < parsed.words.index("What is missing")
+    assert parsed.words.index("The equivalence check failed") < parsed.words.index("What is missing")
     assert any(a.get("class") == "bad" for a in parsed.all("div"))
 
 

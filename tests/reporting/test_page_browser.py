@@ -13,8 +13,8 @@ from fake_run import write_run
 from hostile_run import hostile_run
 
 from prunekit.reporting.figures import figures
-from prunekit.reporting.load import load_run
-from prunekit.reporting.page import illustrate, page
+from prunekit.reporting.html.page import illustrate, page
+from prunekit.reporting.loader import load_run
 
 pytest.importorskip("selenium", reason="the page's tests need selenium: pip install -e '.[dev]'")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from prunekit.backbones.csnet import csnet
-from prunekit.counting import count, total
+from prunekit.flops import count, total
 from prunekit.reporting.published import PUBLISHED
 
 

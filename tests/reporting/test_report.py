@@ -61,7 +61,7 @@ def test_one_run_lies_flat_in_its_own_folder(make_run, console):
     assert set((path / "report").iterdir()) == set(written)
     text = console.file.getvalue()
     table, _, listed = text.partition("written to")
-    assert "complete" in text and "finetuned" in text and "proof: holds" in text and "thop +" in text
+    assert "complete" in text and "finetuned" in text and "equivalence check: passed" in text and "thop +" in text
     assert "latency:" in text and "PASCAL-S" in text and "note: " in text and "train 1.5 s" in text
     assert max(map(len, table.splitlines())) <= 80
     for name in names:
@@ -130,14 +130,14 @@ def test_a_damaged_file_is_said(make_run, console, quick_figures):
     assert "layers.json" in console.file.getvalue() and "--from slim" in console.file.getvalue()
 
 
-def test_a_proof_that_does_not_hold_is_said(make_run, console, quick_figures):
+def test_an_equivalence_check_that_fails_is_said(make_run, console, quick_figures):
     path = make_run(units=UNITS)
     summary = json.loads((path / "summary.json").read_text())
-    summary["proof"] |= {"holds": False, "reason": "the output does not vary"}
+    summary["equivalence"] |= {"passed": False, "reason": "the output does not vary"}
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "state.json").unlink()
     report([path], None, console)
-    assert "proof: does not hold (the output does not vary)" in console.file.getvalue()
+    assert "equivalence check: failed (the output does not vary)" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("ratio, words", [(0.9, "the slim model has"), (0.1, "which is above it")])
@@ -223,7 +223,7 @@ def test_the_options_of_the_command(make_run, tmp_path, capsys, quick_figures):
     with pytest.raises(SystemExit) as stop:
         main(["report", str(path), *map(str, arguments), "--sort=-params"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and "stage4.3.block" in out and "max_f" not in out.partition("proof")[0]
+    assert stop.value.code == 0 and "stage4.3.block" in out and "max_f" not in out.partition("equivalence")[0]
     assert (tmp_path / "out" / "summary.csv").read_text().startswith("model,params\ndense,")
     assert (tmp_path / "pages" / "a.html").exists() and not (tmp_path / "out" / "index.html").exists()
 

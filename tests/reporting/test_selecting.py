@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunekit.errors import PrunekitError
-from prunekit.reporting.selecting import arranged
+from prunekit.reporting.columns import arrange_table
 
 TABLE = pd.DataFrame(
     {
@@ -36,7 +36,7 @@ TABLE = pd.DataFrame(
     ],
 )
 def test_columns_by_their_names(names, columns):
-    table = arranged(TABLE, names, None)
+    table = arrange_table(TABLE, names, None)
     assert table.columns.tolist() == columns and len(table) == 3
 
 
@@ -47,7 +47,7 @@ def test_columns_by_their_names(names, columns):
 @pytest.mark.parametrize("which", ["--columns", "--sort"])
 def test_an_unknown_column_is_named_with_the_nearest(option, word, which):
     with pytest.raises(PrunekitError, match=which) as error:
-        arranged(TABLE, *((option, None) if which == "--columns" else (None, option)))
+        arrange_table(TABLE, *((option, None) if which == "--columns" else (None, option)))
     assert word in str(error.value) and "\n" not in str(error.value) and error.value.exit_status == 2
 
 
@@ -65,9 +65,9 @@ def test_an_unknown_column_is_named_with_the_nearest(option, word, which):
     ],
 )
 def test_sorting_puts_what_is_missing_last_and_keeps_the_order_of_equals(sort, params):
-    table = arranged(TABLE, None, sort)
+    table = arrange_table(TABLE, None, sort)
     assert table["params"].tolist() == params and table.index.tolist() == [0, 1, 2]
-    assert arranged(TABLE, "run", sort)["run"].tolist() == table["run"].tolist()
+    assert arrange_table(TABLE, "run", sort)["run"].tolist() == table["run"].tolist()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.one_of(st.none(), st.integers(0, 3))), max_size=12), st.booleans())
@@ -75,6 +75,6 @@ def test_sorting_is_that_of_python(rows, descending):
     table = pd.DataFrame({"place": range(len(rows)), "a": [a for a, _ in rows]}).astype("Int64")
     table["b"] = pd.array([b for _, b in rows], "Int64")
     sign = -1 if descending else 1
-    found = arranged(table, None, f"{'-' * descending}b,a")["place"].tolist()
+    found = arrange_table(table, None, f"{'-' * descending}b,a")["place"].tolist()
     key = lambda i: (rows[i][1] is None, sign * (rows[i][1] or 0), rows[i][0], i)  # noqa: E731
     assert found == sorted(range(len(rows)), key=key)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunekit.reporting import counters_table, layers_table, load_run, summary_table
-from prunekit.reporting.numbers import seconds_text, short, written_out
+from prunekit.reporting.number_format import seconds_text, short_number, written_out
 from prunekit.reporting.tables import (
     bench_table,
     budget_table,
@@ -206,12 +206,12 @@ def test_the_tables_of_several_runs_have_names_of_their_own(make_run):
     ],
 )  # fmt: skip
 def test_short_numbers(value, text):
-    assert short(value) == text
+    assert short_number(value) == text
 
 
 @given(st.integers(0, 10**15))
 def test_short_numbers_are_short_and_near(value):
-    text = short(value)
+    text = short_number(value)
     assert len(text) <= 7 or value >= 10**15
     number, _, unit = text.replace(",", "").partition(" ")
     assert float(number) * {"": 1, "M": 1e6, "G": 1e9, "T": 1e12}[unit] == pytest.approx(value, rel=0.0051)

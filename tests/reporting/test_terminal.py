@@ -11,7 +11,7 @@ from rich.console import Console
 
 from prunekit.reporting import counters_table, load_run
 from prunekit.reporting.tables import bench_table, evals_table
-from prunekit.reporting.terminal import layers_listing, listing, terminal_table
+from prunekit.reporting.terminal_tables import layers_listing, listing, terminal_table
 
 
 def printed(make, width=80):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from prunekit import registry
-from prunekit.data.pairs import Tensors
+from prunekit.config import registry
+from prunekit.data.datasets import Tensors
 from prunekit.errors import TrainingError
 from prunekit.tasks.base import Task, inference
 

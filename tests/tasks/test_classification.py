@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from prunekit.data.datasets import LabelDataset, load_tensors, normalise
 from prunekit.data.digits import digits
-from prunekit.data.pairs import LabelSet, load_tensors, normalise
 from prunekit.errors import DataError
 from prunekit.tasks.classification import Classification
 
 task = Classification()
 
 
-class Grey(LabelSet):
+class Grey(LabelDataset):
     """Flat images of the levels given, with labels; a level of None cannot be read."""
 
     def __init__(self, levels, labels, classes=4, tolerant=False):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from prunekit.config.recipe import load
 from prunekit.errors import RecipeError
-from prunekit.recipe import load
 from prunekit.tasks.classification import Classification
 from prunekit.tasks.losses import bce_iou, of_task, structure
 from prunekit.tasks.saliency import Saliency

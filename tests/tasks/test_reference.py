@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from prunekit.data.shapes import salient_shapes
+from prunekit.data.salient_shapes import salient_shapes
 from prunekit.errors import DataError
-from prunekit.tasks.reference import centre, colour_distance, constant, otsu, reference
 from prunekit.tasks.saliency import Saliency
+from prunekit.tasks.trivial_predictors import centre, colour_distance, constant, otsu, trivial_predictor_scores
 
 
 def on_ground(side=32, shaded=False):
@@ -44,7 +44,7 @@ def test_the_centre_prior_peaks_in_the_middle_of_any_shape():
 
 def test_the_generated_set_cannot_be_solved_without_looking():
     """The floor under every figure on this set: a network reaches 0.85 and more, nothing trivial comes near."""
-    found = reference(salient_shapes("val", size=64, val=120))
+    found = trivial_predictor_scores(salient_shapes("val", size=64, val=120))
     assert set(found) == {"constant", "centre", "colour"}
     assert all(set(metrics) == set(Saliency.metric_names) for metrics in found.values())
     assert max(metrics["max_f"] for metrics in found.values()) < 0.56
@@ -57,7 +57,7 @@ def test_the_better_of_the_two_colour_maps_counts():
             return on_ground(shaded=True)
 
     # The distance map is uneven over a shaded disc, its cut is not.
-    found = reference(One("val", 1, 32, 0))
+    found = trivial_predictor_scores(One("val", 1, 32, 0))
     assert found["colour"]["max_f"] == pytest.approx(1) and found["colour"]["mae"] == pytest.approx(0, abs=1e-3)
 
 
@@ -65,4 +65,4 @@ def test_an_empty_set_is_an_error():
     pairs = salient_shapes("val", size=16, val=1)
     pairs.drop([0])
     with pytest.raises(DataError, match="no image"):
-        reference(pairs)
+        trivial_predictor_scores(pairs)

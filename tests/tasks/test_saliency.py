@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.data.folder import folder
-from prunekit.data.pairs import PairSet, load_tensors, normalise
-from prunekit.data.shapes import salient_shapes
+from prunekit.data.datasets import MaskDataset, load_tensors, normalise
+from prunekit.data.mask_folder import folder
+from prunekit.data.salient_shapes import salient_shapes
 from prunekit.errors import DataError
-from prunekit.tasks.meter import Meter
 from prunekit.tasks.saliency import Saliency
+from prunekit.tasks.saliency_metrics import SaliencyMetrics
 
 REAL = Path(__file__).parents[2] / "../shared/data"
 task = Saliency()
 
 
-class Pairs(PairSet):
+class Pairs(MaskDataset):
     """Pairs from arrays; a None cannot be read."""
 
     def __init__(self, pairs, tolerant=False):
@@ -108,7 +108,7 @@ def test_a_perfect_map_scores_full_marks():
 
 def test_max_f_is_taken_of_the_mean_curves_and_not_of_each_image():
     """Two images of four pixels, worked out by hand; PySODMetrics stretches each map to 0 … 255 first."""
-    meter = Meter()
+    meter = SaliencyMetrics()
     meter.add(np.array([[255, 200], [100, 0]], np.uint8), np.array([[255, 0], [0, 0]], np.uint8))
     meter.add(np.array([[255, 200], [100, 0]], np.uint8), np.array([[0, 255], [255, 0]], np.uint8))
     # Precision and recall of the two images when the maps are cut at 255, 200, 100 and 0.
@@ -192,7 +192,7 @@ def test_quick_agrees_with_evaluate_at_the_tensors_size():
 @pytest.mark.parametrize("fill", [0, 255])
 def test_an_empty_or_a_full_mask_gives_numbers(level, fill):
     for levels in (np.full((8, 8), level, np.uint8), np.arange(64, dtype=np.uint8).reshape(8, 8)):
-        meter = Meter()
+        meter = SaliencyMetrics()
         meter.add(levels, np.full((8, 8), fill, np.uint8))
         assert all(math.isfinite(value) for value in meter.metrics().values())
 

@@ -12,8 +12,8 @@ from prunekit.reporting.figures.layers import layer_drawings
 from prunekit.reporting.figures.style import Drawing, encode_figure, write_figure
 from prunekit.reporting.figures.tradeoff import tradeoff_drawings
 from prunekit.reporting.figures.training import training_drawings
-from prunekit.reporting.load import Run
-from prunekit.reporting.numbers import file_stem
+from prunekit.reporting.loader import Run
+from prunekit.reporting.number_format import file_stem
 
 __all__ = ["Drawing", "encode_figure", "figures", "training_figures", "write_figure"]
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from prunekit.reporting.figures.style import LOOKS, Drawing, new_figure, plain, quiet, shorten, styled
-from prunekit.reporting.load import PARTS, Run
+from prunekit.reporting.loader import PARTS, Run
 
 WRITTEN = 12  # classes; of more the counts are shown by colour alone
 NAMED = 30  # classes whose names stand at the axes of one matrix

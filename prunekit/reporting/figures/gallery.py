@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
-from prunekit.reporting.figures.sources import number
+from prunekit.reporting.figures.run_data import number
 from prunekit.reporting.figures.style import LOOKS, Drawing, new_figure, plain, shorten, styled
-from prunekit.reporting.load import PARTS, Example, Run
+from prunekit.reporting.loader import PARTS, Example, Run
 
 SHOWN = 8  # of the images that every run shows
 TILE, GAP, LINE = 84, 6, 14  # pixels

@@ -23,8 +23,8 @@ from prunekit.reporting.figures.style import (
     number_axis,
     styled,
 )
-from prunekit.reporting.load import Run
-from prunekit.reporting.numbers import size_text
+from prunekit.reporting.loader import Run
+from prunekit.reporting.number_format import size_text
 
 WRITTEN = 60  # layers; beyond it shares are drawn, not written
 

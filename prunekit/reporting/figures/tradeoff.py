@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from prunekit.reporting.figures.labels import place_labels
-from prunekit.reporting.figures.sources import lower_is_better, main_metric, metric_title, number
+from prunekit.reporting.figures.run_data import lower_is_better, main_metric, metric_title, number
 from prunekit.reporting.figures.style import (
     COLOURS,
     HATCHES,
@@ -28,8 +28,8 @@ from prunekit.reporting.figures.style import (
     shorten,
     styled,
 )
-from prunekit.reporting.load import PARTS, Run
-from prunekit.reporting.numbers import short, size_text
+from prunekit.reporting.loader import PARTS, Run
+from prunekit.reporting.number_format import short_number, size_text
 
 COSTS = ("params", "macs", "latency")
 NEAR = 32  # 1/72 inch from a model to the name of its run: beyond it one cannot tell whose it is
@@ -271,7 +271,9 @@ def totals_figure(runs: Sequence[Run]) -> Figure:
                     edgecolor="white", linewidth=0, label=LOOKS[part].label if axes is panels[0] else None,
                 )  # fmt: skip
                 if len(runs) <= 30:
-                    axes.bar_label(bars, [short(height) for height in heights], fontsize=7, padding=2, rotation=90)
+                    axes.bar_label(
+                        bars, [short_number(height) for height in heights], fontsize=7, padding=2, rotation=90
+                    )
             axes.set_ylabel(title)
             axes.margins(y=0.28)
             number_axis(axes)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from prunekit.reporting.figures.sources import gates, metric_title, stages_of, threshold
+from prunekit.reporting.figures.run_data import gates, metric_title, stages_of, threshold
 from prunekit.reporting.figures.style import (
     COLOURS,
     DASHES,
@@ -26,7 +26,7 @@ from prunekit.reporting.figures.style import (
     shorten,
     styled,
 )
-from prunekit.reporting.load import Run
+from prunekit.reporting.loader import Run
 
 STAGES = {"train": "sparse training", "finetune": "fine-tuning", "baseline": "baseline"}
 DRAWN = 48  # courses in one panel: beyond it the ink runs together

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_run import write_run
 
-from prunekit.reporting.load import load_run
+from prunekit.reporting.loader import load_run
 
 
 @pytest.fixture(scope="module")

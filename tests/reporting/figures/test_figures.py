@@ -11,8 +11,8 @@ from figure_checks import assert_labelled, assert_readable
 from PIL import Image
 
 from prunekit.reporting.figures import encode_figure, figures, training_figures, write_figure
-from prunekit.reporting.load import load_run
-from prunekit.reporting.numbers import file_stem
+from prunekit.reporting.loader import load_run
+from prunekit.reporting.number_format import file_stem
 
 ONE = [
     "tradeoff_params", "tradeoff_macs", "tradeoff_latency", "channels", "params_macs", "training", "gates", "gates_map",

@@ -18,7 +18,7 @@ from prunekit.reporting.figures.gallery import (
     maps_figure,
     mean_absolute_error,
 )
-from prunekit.reporting.load import Example
+from prunekit.reporting.loader import Example
 
 KINDS = ("image", "truth", "dense", "slim", "finetuned")
 
@@ -62,12 +62,12 @@ def test_each_picture_stands_in_its_place(run, tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_errors_are_those_of_the_metrics(seed):
-    from prunekit.tasks.meter import Meter
+    from prunekit.tasks.saliency_metrics import SaliencyMetrics
 
     random = np.random.default_rng(seed)
     saliency = random.integers(20, 200, (13, 17), np.uint8)
     mask = random.choice(np.array([0, 128, 129, 255], np.uint8), (13, 17))
-    meter = Meter(only_quick=True)
+    meter = SaliencyMetrics(only_quick=True)
     meter.add(saliency, mask)
     assert mean_absolute_error(saliency, mask) == pytest.approx(meter.per_image_mae[0], abs=1e-12)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prunekit.reporting.figures import figures
 from prunekit.reporting.figures.tradeoff import pareto_front, totals_figure, tradeoff_drawings
-from prunekit.reporting.load import load_run
+from prunekit.reporting.loader import load_run
 
 levels = st.integers(0, 6)
 

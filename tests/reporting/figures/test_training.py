@@ -10,7 +10,7 @@ import pytest
 from figure_checks import assert_labelled, assert_readable
 from matplotlib.colors import to_rgba
 
-from prunekit.reporting.figures.sources import gates, stages_of
+from prunekit.reporting.figures.run_data import gates, stages_of
 from prunekit.reporting.figures.training import (
     ALIVE,
     DEAD,

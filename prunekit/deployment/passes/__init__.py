@@ -1,0 +1,1 @@
+"""Graph passes. Each takes a traced graph and rewrites it into an equivalent, faster one."""

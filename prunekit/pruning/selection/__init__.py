@@ -1,0 +1,1 @@
+"""Which channels to prune: importance scores, limits, budgets, and the resulting plan."""

@@ -1,0 +1,116 @@
+"""Scores → plan: which channels training has left alive, and which of them stay."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from prunekit.errors import PlanError, PrunekitWarning
+from prunekit.layers import layer_of
+from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.selection.importance import gate
+from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
+from prunekit.pruning.surgery.cutter import Cutter
+
+__all__ = ["dead_channels", "extract", "make_plan", "plan_of_choice", "plan_of_zero_gates", "splits"]
+
+
+def extract(
+    model: nn.Module,
+    groups: Sequence[Group],
+    threshold: float | None = None,
+    min_channels: int = 1,
+    *,
+    scores: Scores | None = None,
+    share: float | None = None,
+    scope: Scope = "global",
+    round_to: int = 1,
+    keep_layers: Sequence[str] = (),
+) -> Plan:
+    """Choose the channels that stay.
+
+    Without a share, a channel is dead where its score is at most the threshold. Where a whole layer would die, its
+    best channels stay: ``min_channels`` of each group whose modules the model cannot do without, and one in all of the
+    branches of a layer. What is not as it was asked for stands in the plan's ``notes``, and a
+    :class:`PrunekitWarning` is given for it.
+
+    Args:
+        model: the trained dense model.
+        groups: of that model.
+        threshold: of the score. That of the effective gate (see ``life``) is in units of the norm's output deviation;
+            1e-3 where neither scores nor a share are given.
+        min_channels: kept in each group that survives.
+        scores: for each group its channels' scores, as a criterion gives them; by default the effective gates.
+        share: instead of a threshold: the share of the channels that can be cut which goes, 0 to 1, the least first.
+            Of equal ones no more go than asked, spread evenly over the groups.
+        scope: whether the share is of all channels together ("global") or of each group ("layer").
+        round_to: counts of kept channels are rounded up to its multiples.
+        keep_layers: patterns (as in a shell) of modules whose channels are all kept, with all modules inside them.
+
+    Raises:
+        PlanError: a score that is not finite, a number out of range or missing, or a pattern that matches no module.
+    """
+    if scores is not None and threshold is None and share is None:
+        raise PlanError("scores of a criterion have units of their own; give a share, such as 0.3, or a threshold")
+    chooser = Selector(
+        model,
+        groups,
+        gate(model, groups) if scores is None else scores,
+        scope=scope,
+        min_channels=min_channels,
+        round_to=round_to,
+        keep_layers=keep_layers,
+    )
+    choice = chooser.cut(threshold=1e-3 if threshold is None and share is None else threshold, share=share)
+    for note in choice.urgent:
+        warnings.warn(note, PrunekitWarning, stacklevel=2)
+    return plan_of_choice(model, groups, choice)
+
+
+def plan_of_choice(model: nn.Module, groups: Sequence[Group], choice: Selection) -> Plan:
+    """The plan that cuts what was chosen, with its notes."""
+    plan = plan_of_zero_gates(model, groups, choice.dead, choice.removed)
+    plan.notes = list(choice.notes)
+    return plan
+
+
+def make_plan(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> Plan:
+    """The plan that cuts these channels, and what cannot live without them."""
+    return plan_of_zero_gates(model, groups, *Cutter(model, groups).settle(dead))
+
+
+def plan_of_zero_gates(
+    model: nn.Module, groups: Sequence[Group], dead: Mapping[str, set[int]], removed: list[str]
+) -> Plan:
+    """The plan that cuts what ``Cutter.settle`` has found."""
+    kept = {
+        group.id: [k for k in range(group.channels) if k not in dead.get(group.id, ())]
+        for group in groups
+        if group.reason is None
+    }
+    return Plan(groups=kept, removed=removed, splits=splits(model, groups, kept))
+
+
+def dead_channels(groups: Sequence[Group], plan: Plan) -> dict[str, set[int]]:
+    """What the plan cuts, by group."""
+    return {group.id: set(range(group.channels)) - set(plan.kept(group)) for group in groups if group.reason is None}
+
+
+def splits(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[int]]) -> dict[str, list[int]]:
+    """For each multi-scale layer, the channels kept in each of its branches."""
+    found: dict[str, dict[int, int]] = defaultdict(dict)
+    for group in groups:
+        count = len(kept.get(group.id, range(group.channels)))
+        # Layers whose outputs meet in a sum have one group together, and each of them has several paths to it.
+        makers = [name for name in group.producers if model.get_submodule(name).weight.dim() > 1]
+        for layer, branch in dict.fromkeys(layer_of(model, name) for name in makers):
+            if branch is not None:
+                found[layer][branch] = found[layer].get(branch, 0) + count
+    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    return {
+        layer: [found[layer].get(b, 0) for b in range(max(found[layer]) + 1)]
+        for layer in sorted(found, key=order.__getitem__)
+    }

@@ -1,0 +1,1 @@
+"""Sparse training: decays and penalties, the controller of λ, pruning while training."""
