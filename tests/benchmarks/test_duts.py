@@ -7,7 +7,7 @@ from pathlib import Path
 
 import duts
 import pytest
-from fake_run import write_run
+from helpers.fake_run import write_run
 
 from prunekit.config.recipe import load
 

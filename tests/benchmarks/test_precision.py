@@ -4,7 +4,7 @@ import math
 
 import precision
 import pytest
-from small_run import small_run
+from helpers.small_run import small_run
 
 
 def test_precision(tmp_path, capsys):

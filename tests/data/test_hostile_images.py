@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from in_a_child import in_a_child
+from helpers.in_a_child import in_a_child
 from PIL import Image
 
 from prunekit.data.images import is_image, read_image, read_mask

@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 import pytest
+from helpers.quirks import BRIGHT, DARK, QUIRKS, READ, REFUSED, make, stem_of
+from helpers.small_run import skip_export
 from PIL import Image
-from quirks import BRIGHT, DARK, QUIRKS, READ, REFUSED, make, stem_of
 from rich.console import Console
-from small_run import skip_export
 
 from prunekit.cli import main
 from prunekit.commands.evaluate import evaluate

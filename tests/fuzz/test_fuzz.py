@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fuzz_engine import CORPUS, Found, Reader, fuzz, inputs, mutate
-from fuzz_readers import Place, readers
+from helpers.fuzz_engine import CORPUS, Found, Reader, fuzz, inputs, mutate
+from helpers.fuzz_readers import Place, readers
 
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 NAMES = [*sorted(path.name for path in CORPUS.iterdir())]
@@ -59,8 +59,8 @@ def bad(data: bytes) -> None:
     ("word", "said"), [("raise", "KeyError: 3"), ("die", "SIGABRT"), ("loop", "SIGVTALRM"), ("grow", "MemoryError")]
 )
 def test_the_engine_finds(tmp_path, monkeypatch, word, said):
-    monkeypatch.setattr("fuzz_engine.CORPUS", tmp_path)
-    monkeypatch.setattr("fuzz_engine.SECONDS", 0.3)
+    monkeypatch.setattr("helpers.fuzz_engine.CORPUS", tmp_path)
+    monkeypatch.setattr("helpers.fuzz_engine.SECONDS", 0.3)
     (tmp_path / "bad").mkdir()
     for number in range(8):
         (tmp_path / "bad" / f"{number}").write_bytes(word.encode() if number == 5 else b"good")
@@ -70,7 +70,7 @@ def test_the_engine_finds(tmp_path, monkeypatch, word, said):
 
 
 def test_inputs_are_the_same_again_and_differ_among_themselves(tmp_path, monkeypatch):
-    monkeypatch.setattr("fuzz_engine.CORPUS", tmp_path)
+    monkeypatch.setattr("helpers.fuzz_engine.CORPUS", tmp_path)
     (tmp_path / "any").mkdir()
     (tmp_path / "any" / "a").write_bytes(b'{"a": 123}' * 9)
     reader = Reader("any", bad)

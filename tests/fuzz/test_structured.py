@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from helpers.in_a_child import in_a_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_a_child import in_a_child
 
 from prunekit.config import recipe, schema, yaml
 from prunekit.config.schema import Recipe

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import csnet_with_dead_gates, kill, settle
+from helpers.networks import csnet_with_dead_gates, kill, settle
 
 from prunekit.backbones.csnet import csnet
 from prunekit.data.datasets import image_tensor, normalise, resize

@@ -10,9 +10,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers.in_a_child import in_a_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_a_child import in_a_child
 
 from prunekit.errors import CheckpointError
 from prunekit.interop import pickles

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from octave_networks import EXAMPLE, Net, images, settled
+from helpers.octave_networks import EXAMPLE, Net, images, settled
 from torch import nn
 
 from prunekit.layers.octave_ops import merge

@@ -3,10 +3,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from networks import params
-from octave_networks import (
+from helpers.networks import params
+from helpers.octave_networks import (
     EXAMPLE,
     LEAST,
     NETWORKS,
@@ -19,6 +17,8 @@ from octave_networks import (
     settled,
     unit,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import prunekit

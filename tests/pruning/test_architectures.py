@@ -7,8 +7,8 @@ reference: nothing but zero gates is cut from it. The outputs are compared here 
 import numpy as np
 import pytest
 import torch
-from networks import params, settle
-from zoo import ZOO
+from helpers.networks import params, settle
+from helpers.zoo import ZOO
 
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract

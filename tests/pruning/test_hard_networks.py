@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Row, settle
+from helpers.networks import Row, settle
 from torch import nn
 
 from prunekit.errors import PlanError

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import kill, params, settle
-from octave_networks import NETWORKS, PreActivation, Residual
+from helpers.networks import kill, params, settle
+from helpers.octave_networks import NETWORKS, PreActivation, Residual
 
 import prunekit
 from prunekit.backbones.octresnet import octresnet

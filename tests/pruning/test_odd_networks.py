@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import settle
+from helpers.networks import settle
 from torch import nn
 
 from prunekit.errors import PlanError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_run import write_run
+from helpers.fake_run import write_run
 
 
 @pytest.fixture

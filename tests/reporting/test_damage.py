@@ -8,7 +8,7 @@ import random
 import shutil
 
 import pytest
-from fake_run import change_state, without_checksum, write_run
+from helpers.fake_run import change_state, without_checksum, write_run
 from rich.console import Console
 
 from prunekit.cli import main

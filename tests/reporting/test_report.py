@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from fake_run import without_checksum
+from helpers.fake_run import without_checksum
 from matplotlib.figure import Figure
 from rich.console import Console
 

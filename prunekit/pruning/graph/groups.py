@@ -183,8 +183,8 @@ def _group(
             )
             params += size[axis] * use.stride
         macs += part.macs[use.axis] * use.stride
-        if use.life is not None:
-            lives.append(gate_expr.shift(use.life, at))
+        if use.gate_expr is not None:
+            lives.append(gate_expr.shift(use.gate_expr, at))
     gates, combine = gate_expr.resolve(gate_expr.parallel(lives) if lives else gate_expr.ALIVE, channels)
     for gate in gates:
         gate.activation = _activation(nodes[gate.norm], nodes)

@@ -63,7 +63,7 @@ class Segment:
     stride: int = 1
 
     def cut(self, start: int, stop: int) -> Segment:
-        return Segment(self.ids[start:stop], gate_expr.shift(self.life, start), self.stride)
+        return Segment(self.ids[start:stop], gate_expr.shift(self.gate_expr, start), self.stride)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,7 +85,7 @@ class Use:
 
     @property
     def reads(self) -> bool:
-        return self.life is not None
+        return self.gate_expr is not None
 
 
 @dataclass
@@ -224,7 +224,7 @@ def _produce(node: Node, segments: Channels, walk: Propagation) -> Channels:
     else:
         offset = 0
         for segment in segments:
-            walk.uses.append(Use(node.name, in_axis, offset, segment.ids, segment.stride, segment.life))
+            walk.uses.append(Use(node.name, in_axis, offset, segment.ids, segment.stride, segment.gate_expr))
             offset += len(segment) * segment.stride
     made = [Segment(walk.new(_out_channels(node)), gate_expr.ALIVE)]
     if why and groups > 1:
@@ -242,7 +242,7 @@ def _carry(node: Node, segments: Channels, walk: Propagation) -> Channels:
     for segment in segments:
         if not shared and tensors(node.module):
             walk.uses.append(Use(node.name, 0, offset, segment.ids))
-        past = gate_expr.append_gate(segment.life, node.name, offset) if gated else segment.life
+        past = gate_expr.append_gate(segment.gate_expr, node.name, offset) if gated else segment.gate_expr
         out.append(Segment(segment.ids, past))
         offset += len(segment)
     return out
@@ -258,7 +258,7 @@ def _reshape(node: Node, segments: Channels) -> Channels | None:
         return segments
     run = int(np.prod(before[2:]))
     if len(after) == 2 and after[1] == before[1] * run:
-        return [Segment(segment.ids, segment.life, segment.stride * run) for segment in segments]
+        return [Segment(segment.ids, segment.gate_expr, segment.stride * run) for segment in segments]
     return None
 
 
@@ -287,7 +287,7 @@ def _meet(a: Channels, b: Channels, walk: Propagation, combined) -> Channels:
     for start, stop in pairwise(bounds):
         x, y = _slice(a, start, stop), _slice(b, start, stop)
         walk.tie(x.ids, y.ids)
-        out.append(Segment(x.ids, combined(x.life, y.life), x.stride))
+        out.append(Segment(x.ids, combined(x.gate_expr, y.gate_expr), x.stride))
     return out
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from figure_checks import assert_labelled, assert_readable, boxes, labels
+from helpers.figure_checks import assert_labelled, assert_readable, boxes, labels
 
 from prunekit.reporting.figures.curves import confusion_figure, curve_drawings, precision_recall_figure
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
-from figure_checks import assert_labelled, assert_readable
+from helpers.figure_checks import assert_labelled, assert_readable
 from PIL import Image
 
 from prunekit.reporting.figures import encode_figure, figures, training_figures, write_figure

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from figure_checks import assert_readable, boxes
+from helpers.figure_checks import assert_readable, boxes
 from PIL import Image
 
 from prunekit.reporting.figures import encode_figure

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from figure_checks import assert_labelled, assert_readable
+from helpers.figure_checks import assert_labelled, assert_readable
 
 from prunekit.reporting.figures import write_figure
 from prunekit.reporting.figures.layers import channels_figure, params_macs_figure

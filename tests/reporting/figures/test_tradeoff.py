@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from figure_checks import assert_readable, boxes
+from helpers.figure_checks import assert_readable, boxes
 from hypothesis import given
 from hypothesis import strategies as st
 

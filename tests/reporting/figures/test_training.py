@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from figure_checks import assert_labelled, assert_readable
+from helpers.figure_checks import assert_labelled, assert_readable
 from matplotlib.colors import to_rgba
 
 from prunekit.reporting.figures.run_data import gates, stages_of

@@ -1,0 +1,69 @@
+"""What ``prunekit bench`` writes and says; no time is judged."""
+
+import json
+import shutil
+
+import pytest
+from helpers.small_run import small_run
+from rich.console import Console
+
+from prunekit.commands.bench import bench_run, ratios
+from prunekit.deployment.bench.timing import BenchJob, measure
+from prunekit.errors import RecipeError
+from prunekit.reporting import load_run
+from prunekit.reporting.tables import bench_table
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def test_rows_and_report(folder, tmp_path, capsys):
+    folder = shutil.copytree(folder, tmp_path / "tiny")
+    console = Console(width=80)
+    found = bench_run(folder, console, batches="1,2", threads="1", forms="eager,deployed,ort,openvino", seconds=0.01)
+    assert found == json.loads((folder / "bench.json").read_text())
+    assert len(found["rows"]) == 2 * 2 * 4 and found["matmul_gflops"]["1"] > 0
+    for row in found["rows"]:
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] and row["peak_mb"] >= row["base_mb"] > 0
+    # A runtime alone takes less than torch.
+    memory = {(r["model"], r["form"]): r["base_mb"] for r in found["rows"]}
+    assert memory["slim", "ort"] < memory["slim", "eager"]
+    assert len(found["ratios"]) == 8 and all(0 < r["macs_ratio"] < 1 for r in found["ratios"])
+    out = capsys.readouterr().out
+    assert "GFLOP/s" in out and max(map(len, out.split("written:")[0].splitlines())) <= 80
+    run = load_run(folder)
+    assert not [line for line in run.missing if "bench" in line]
+    table = bench_table([run])
+    assert len(table) == 16 and set(table["form"]) == {"eager", "deployed", "ort", "openvino"}
+
+
+def test_ratios():
+    row = {"form": "ort", "batch": 1, "size": 8, "threads": 1, "macs": 100, "params": 10, "median_ms": 4.0}
+    slim = {**row, "model": "slim", "macs": 50, "params": 2, "median_ms": 2.4}
+    (found,) = ratios([{**row, "model": "dense"}, slim])
+    assert (found["latency_ratio"], found["macs_ratio"], found["params_ratio"]) == (0.6, 0.5, 0.2) and found["within"]
+    assert ratios([slim]) == []
+
+
+def test_what_cannot_be_timed_is_told(tmp_path):
+    (tmp_path / "no.onnx").write_bytes(b"nothing")
+    (timing,), products = measure([BenchJob("no", "onnxruntime", tmp_path / "no.onnx", 1, 8, 1)], 0.01)
+    assert timing.error and not timing.milliseconds and products[1] > 0
+
+
+@pytest.mark.parametrize(
+    "words, arguments",
+    [
+        ("--batch 0", {"batches": "0"}),
+        ("--threads two", {"threads": "two"}),
+        ("did you mean 'eager'", {"forms": "eagre"}),
+        ("--model finetuned", {"models": "finetuned"}),
+        ("--seconds", {"seconds": 0}),
+    ],
+)
+def test_mistakes(folder, words, arguments):
+    with pytest.raises(RecipeError, match=words):
+        bench_run(folder, Console(), **arguments)
+    assert not (folder / "bench.json").exists()

@@ -1,0 +1,59 @@
+"""Every recipe of the repository is read, and its head says how to launch and to override it."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from prunekit.backbones import build
+from prunekit.config import registry
+from prunekit.config.recipe import load
+from prunekit.config.sources import shipped_recipes
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path for folder in ("recipes", "examples") for path in (ROOT / folder).rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def example_plugins():
+    """What the examples' packages register, as if they were installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        registry.backbones.names()
+        patch.setattr(registry.backbones, "_entries", dict(registry.backbones._entries))
+        for setup in (ROOT / "examples").glob("*/setup.cfg"):
+            for file in setup.parent.glob("*.py"):
+                runpy.run_path(str(file), run_name=file.stem)
+        yield
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipe_is_sound(path, tmp_path):
+    overrides = (
+        [f"data.root={tmp_path}"] if "data.root=" in path.read_text() and "name: folder" in path.read_text() else []
+    )
+    recipe = load(path, overrides)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.dump())
+    assert load(again) == recipe
+    build(recipe.backbone.name, recipe.backbone.options, recipe.backbone.file)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipe_says_how_to_use_it(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    launches = [line for line in head if "prunekit run" in line]
+    assert f"prunekit run {path.relative_to(ROOT)}" in launches[0]
+    assert any("=" in line.partition(path.name)[2] for line in launches)
+
+
+def test_recipes_are_found_by_name():
+    assert set(shipped_recipes()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert load("csnet").name == "csnet"
+
+
+def test_the_published_schedule():
+    recipe = load("csnet_duts_paper", ["data.root=somewhere"])
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.lr, recipe.data.size) == (300, 24, 1e-4, 224)
+    assert recipe.train.optimizer.options == {"betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 5e-3}
+    milestones = recipe.train.schedule.options["milestones"]
+    assert [round(300 * m) for m in milestones] == [200, 250]

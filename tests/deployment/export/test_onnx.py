@@ -1,0 +1,49 @@
+import onnx
+import pytest
+import torch
+from helpers.deployed_models import learned
+from torch import nn
+
+from prunekit.deployment.export.onnx import check_onnx, export_onnx
+from prunekit.errors import ExportError
+
+
+@pytest.fixture(scope="module")
+def exported():
+    # Of paths and branches as a CSNet is, and of a tenth of its nodes, which is what torch.onnx takes its time for.
+    model, example = learned("octresnet", 1, depth=8, width=8)
+    return model, export_onnx(model, example)
+
+
+def test_any_batch_and_size_as_in_pytorch(exported):
+    model, file = exported
+    sizes = [(4, 32, 32), (1, 32, 32), (2, 61, 75), (1, 33, 47), (3, 224, 160)]
+    inputs = [torch.randn(n, 3, h, w) for n, h, w in sizes]
+    assert check_onnx(file, model, inputs) < 1e-4
+
+
+def test_one_file_without_paths(exported):
+    _, file = exported
+    for word in (b"/prunekit", b".py", b"site-packages", b"stack_trace", b"/tmp"):
+        assert word not in file
+    graph = onnx.load_from_string(file).graph
+    assert [dim.dim_param != "" for dim in graph.input[0].type.tensor_type.shape.dim] == [True, False, True, True]
+    assert (graph.input[0].name, graph.output[0].name) == ("image", "output")
+    assert not any(tensor.external_data for tensor in graph.initializer)
+
+
+def test_a_file_that_computes_something_else_is_refused(exported):
+    _model, file = exported
+    other, _ = learned("octresnet", 2, depth=8, width=8)
+    with pytest.raises(ExportError, match="differs from the model"):
+        check_onnx(file, other, [torch.randn(1, 3, 32, 32)])
+
+
+def test_what_cannot_be_exported_is_one_line():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match="cannot be exported to ONNX") as error:
+        export_onnx(Odd(), torch.randn(2, 3, 8, 8))
+    assert "\n" not in str(error.value)

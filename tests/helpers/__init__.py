@@ -1,0 +1,1 @@
+"""Networks, run folders and fault injection that several test modules share."""

@@ -1,0 +1,64 @@
+"""A run folder of a tiny classifier on the built-in digits, dense and slim, without any training; and runs without
+their export."""
+
+import torch
+
+from helpers.networks import kill, settle
+from prunekit.backbones import build
+from prunekit.config.schema import Recipe
+from prunekit.flops import count, total
+from prunekit.pipeline.models import save_model
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.slim import slim
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.environment import environment
+
+OPTIONS = {"depth": 8, "width": 4, "classes": 10}
+
+
+def skip_export(monkeypatch):
+    """Let the export stage write something else in no time."""
+    monkeypatch.setattr("prunekit.pipeline.export.deploy", lambda model, example, runtime: (model, NoRecord))
+    monkeypatch.setattr("prunekit.pipeline.export.export_onnx", lambda *_: b"a file")
+    monkeypatch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
+
+
+class NoRecord:
+    """Of a deployed form that is none."""
+
+    @staticmethod
+    def to_json():
+        return {}
+
+
+def small_run(path):
+    recipe = Recipe.model_validate(
+        {
+            "name": path.name,
+            "backbone": {"name": "resnet", "options": OPTIONS},
+            "task": "classification",
+            "data": {"name": "digits", "size": 16},
+            "train": {"epochs": 0},
+            "finetune": {"epochs": 0},
+        }
+    )
+    torch.manual_seed(0)
+    dense = build("resnet", OPTIONS)
+    example = settle(dense, 0, 16)
+    groups = find_groups(dense, example)
+    kill(dense, groups, 0.5)
+    with torch.no_grad():
+        # What sparse training leaves behind.
+        dense.conv.weight.view(-1)[:7] = 1e-40
+    small, equivalence = slim(dense, extract(dense, groups), example, groups=groups)
+    with RunDir.start(path, recipe.dump(), environment(0)) as run:
+        for name, model in (("dense", dense), ("slim", small)):
+            save_model(run, name, model)
+            run.update_summary(name, total(count(model, (3, 16, 16))[0]))
+        run.write_json("plan.json", equivalence.plan.to_json())
+        run.write_json("classes.json", [str(digit) for digit in range(10)])
+        for stage in ("train", "extract", "slim"):
+            run.end(stage)
+        run.finish()
+    return path

@@ -1,0 +1,93 @@
+"""Whole runs that take a second or two: sixteen pictures of two classes, which a pixel tells apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from helpers.small_run import NoRecord
+from prunekit.config.recipe import load
+from prunekit.config.schema import Recipe
+from prunekit.reporting import load_run, report
+from prunekit.runs.run_dir import RunDir
+from prunekit.utils.io import TEMPORARY
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def write_photos(folder: Path) -> Path:
+    random = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 250)):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            picture = Image.fromarray(random.integers(level - 60, level, (8, 8, 3), np.uint8))
+            picture.save(folder / name / f"{name}{number}.png")
+    return folder
+
+
+def toy_recipe(photos: Path, *overrides: str) -> Recipe:
+    return load(
+        "digits_resnet",
+        [
+            "backbone.options={depth: 8, width: 4, classes: 2}",
+            f"data={{name: image_folder, root: {photos}, val_holdout: 0.25, size: 8, cache: none}}",
+            *("train.epochs=2", "train.batch_size=6", "train.gate_lr=0.1", "decay.weight=20", "slim.threshold=0.5"),
+            *("finetune.epochs=1", "finetune.batch_size=6", "train.fast=false", "finetune.fast=false"),
+            *overrides,
+        ],
+    )
+
+
+def shorten(patch) -> None:
+    """Leave out what takes longer than all else, the export and the figures; what is exported still tells models
+    apart."""
+
+    def weights(model, *_) -> bytes:
+        values = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+        return hashlib.sha256(values).hexdigest().encode()
+
+    patch.setattr("prunekit.pipeline.export.deploy", lambda model, example, runtime: (model, NoRecord))
+    patch.setattr("prunekit.pipeline.export.export_onnx", weights)
+    patch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
+    patch.setitem(report.__globals__, "figures", lambda *_: iter(()))
+    patch.setitem(report.__globals__, "page", lambda *_: "")
+
+
+@contextmanager
+def killed_in(epoch: int):
+    """Ctrl-C when the line of this epoch is to be written, which this expects to end what is within."""
+    append = RunDir.append_metrics
+
+    def stopped(run, line):
+        if line["epoch"] == epoch:
+            raise KeyboardInterrupt
+        append(run, line)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDir, "append_metrics", stopped)
+        yield
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """All that a run has found, without times."""
+    state = json.loads((folder / "state.json").read_text())
+    assert "replacing" not in state and state["status"] == "complete"
+    run = RunDir.open(folder)
+    timed = ("environment.json", "metrics.jsonl", "eval.json", "bench.json")
+    found: dict[str, object] = {name: run.read_bytes(name) for name in run.written() if name not in timed}
+    found["summary.json"] = {k: v for k, v in run.read_json("summary.json").items() if k != "seconds"}
+    found["metrics"] = [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
+    assert not list(folder.rglob(f"{TEMPORARY}*"))
+    # What a derived run does not have was never written.
+    assert [line for line in load_run(folder).missing if not line.endswith(": not there")] == []
+    assert all((folder / name).is_file() for name in run.written())
+    return found

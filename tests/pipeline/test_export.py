@@ -1,0 +1,118 @@
+"""A run's model as files that need no prunekit."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+import torch
+from helpers.small_run import NoRecord, small_run
+
+from prunekit.cli import main
+from prunekit.deployment.export.onnx import count_subnormals, onnx_function
+from prunekit.deployment.export.subnormals import subnormal_count
+from prunekit.pipeline.export import without_paths
+from prunekit.pipeline.models import load_model
+from prunekit.reporting import load_run
+from prunekit.runs.run_dir import RunDir
+from prunekit.tasks.classification import Classification
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "tiny")
+
+
+def test_onnx_says_what_it_is(folder):
+    assert command("export", folder, "--format", "onnx") == 0
+    file = (folder / "model.onnx").read_bytes()
+    said = {p.key: p.value for p in onnx.load_from_string(file).metadata_props}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert int(said["params"]) == summary["slim"]["params"] and int(said["macs"]) == summary["slim"]["macs"]
+    assert json.loads(said["recipe"])["name"] == "tiny" and json.loads(said["plan"])["groups"]
+    assert json.loads(said["preprocessing"])["size"] == [16, 16] and len(json.loads(said["classes"])) == 10
+    assert str(folder).encode() not in file and count_subnormals(file) == 0
+    assert summary["export"]["path"] == "model.onnx" and summary["export"]["max_abs_diff"] < 1e-4
+    assert not [line for line in load_run(folder).missing if "summary" in line]
+
+
+def test_openvino_reads_its_files_alone(folder):
+    assert command("export", folder, "--format", "openvino", "--model", "dense", "--plain") == 0
+    model = openvino.Core().read_model(folder / "exports/dense-plain.xml")
+    assert model.get_rt_info(["prunekit", "model"]).astype(str) == "dense"
+    constants = [op.data for op in model.get_ops() if op.get_type_name() == "Constant"]
+    assert constants and not sum(subnormal_count(np.asarray(values)) for values in constants)
+    image = torch.randn(2, 3, 19, 24)
+    network = load_model(RunDir.open(folder), "dense")
+    given = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image.numpy())[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(given, network(image), atol=1e-4)
+
+
+def test_pt2_of_pictures(folder):
+    assert command("export", folder, "--format", "pt2", "--preprocess") == 0
+    extra = {"prunekit.json": ""}
+    program = torch.export.load(folder / "exports/slim-image.pt2", extra_files=extra)
+    assert json.loads(json.loads(extra["prunekit.json"])["preprocessing"])["inside"] is True
+    assert not sum(subnormal_count(v.numpy()) for v in program.state_dict.values())
+    image = np.random.default_rng(0).integers(0, 256, (21, 30, 3), np.uint8)
+    wanted = Classification().predict(load_model(RunDir.open(folder), "slim"), image, 16)
+    with torch.no_grad():
+        np.testing.assert_allclose(program.module()(torch.from_numpy(image)[None])[0], wanted, atol=1e-5)
+
+
+def test_int8_says_what_it_costs(folder, capsys):
+    assert command("export", folder, "--format", "onnx", "--int8") == 0
+    assert "top1" in capsys.readouterr().out
+    note = json.loads((folder / "summary.json").read_text())["export"]["int8"]
+    assert note["images"] > 100 and 0 <= note["int8"]["top1"] <= 1 and note["calibration"] == 64
+    file = (folder / "exports/slim-int8.onnx").read_bytes()
+    assert any(node.op_type == "QuantizeLinear" for node in onnx.load_from_string(file).graph.node)
+    assert onnx_function(file)(np.zeros((3, 3, 18, 16), np.float32)).shape == (3, 10)
+
+
+def test_nothing_is_written_of_what_computes_something_else(folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "prunekit.pipeline.export.deploy",
+        lambda model, example, runtime: (torch.nn.Sequential(model, torch.nn.ReLU()), NoRecord),
+    )
+    assert command("export", folder, "--format", "onnx") == 3
+    error = capsys.readouterr().err
+    assert "differs from the model" in error and error.count("\n") == 1
+    assert not (folder / "model.onnx").exists()
+
+
+def test_mistakes(folder, capsys):
+    for words, *arguments in (
+        (["onx", "'onnx'"], "--format", "onx"),
+        (["--model thin"], "--format", "onnx", "--model", "thin"),
+        (["--plain"], "--format", "csnet", "--plain"),
+        (["--int8", "onnx"], "--format", "pt2", "--int8"),
+        (["--int8", "--preprocess"], "--format", "onnx", "--int8", "--preprocess"),
+        (["seed=3", "data.root"], "--format", "onnx", "seed=3"),
+    ):
+        assert command("export", folder, *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (folder / "exports").exists()
+
+
+def test_paths_are_cut():
+    assert without_paths({"root": "/home/me/DUTS", "file": "/x/net.py#sha256=12", "n": [1, "timm/resnet18"]}) == {
+        "root": "DUTS",
+        "file": "net.py",
+        "n": [1, "timm/resnet18"],
+    }

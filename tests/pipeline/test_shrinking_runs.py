@@ -1,0 +1,231 @@
+"""Runs whose sparse training shrinks, at a toy size: from the cuts to the report."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers.toy_run import killed_in
+from rich.console import Console
+
+from prunekit.config.recipe import load
+from prunekit.errors import RecipeError
+from prunekit.pipeline import runner
+from prunekit.pipeline.models import build_dense, build_with_plan, initial_model, load_model, read_plan
+from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.reporting import load_run, report
+from prunekit.runs.run_dir import RunDir
+from prunekit.training import trainer
+from prunekit.training.checkpoint import save_state
+
+QUICK = [
+    "backbone.options={depth: 8, width: 8}",
+    "train.epochs=4",
+    "train.batch_size=128",
+    "train.gate_lr=0.1",
+    "train.shrink_every=1",
+    "decay={name: l1, weight: 1e-2}",
+    "slim.threshold=0.1",
+    "finetune.epochs=1",
+    "finetune.batch_size=128",
+]
+NAMES = ("dense", "slim", "finetuned")
+
+
+def recipe(*overrides):
+    return load("digits_resnet", [*QUICK, *overrides])
+
+
+def run_it(out, *overrides, **how):
+    return run_recipe(recipe(*overrides), out, Console(quiet=True), **how)
+
+
+def stopped_after(epoch, patch):
+    def stopped(model, optimizer, gates, job, place, steps, average):
+        save_state(model, optimizer, gates, job, place, steps, average)
+        if (job.stage, place.epoch) == ("train", epoch):
+            raise KeyboardInterrupt
+
+    patch.setattr(trainer, "save_state", stopped)
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def lines(folder, stage="train"):
+    found = [{k: v for k, v in line.items() if k != "seconds"} for line in RunDir.open(folder).read_metrics()]
+    return [line for line in found if line["stage"] == stage]
+
+
+def cuts(folder):
+    return [{k: v for k, v in cut.items() if k != "seconds"} for cut in summary(folder)["shrunk"]]
+
+
+def same_models(a, b, *names):
+    return all((a / n / "model.safetensors").read_bytes() == (b / n / "model.safetensors").read_bytes() for n in names)
+
+
+def params(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """What comes after fine-tuning takes longer than all else; one test does it."""
+    held = {name: runner.STAGE_FUNCTIONS[name] for name in ("evaluate", "export", "report")}
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in held:
+            patch.setitem(runner.STAGE_FUNCTIONS, stage, lambda *_: None)
+        patch.setattr(runner, "report", lambda *_: None)
+        yield held
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, quick):
+    return run_it(tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_what_is_cut_is_written_down(whole):
+    found, run = summary(whole), RunDir.open(whole)
+    dense = params(build_dense(recipe()))
+    assert found["dense"]["params"] == dense and found["kept"]["of"] == lines(whole)[0]["of"]
+    records = found["shrunk"]
+    assert len(records) >= 2 and {one["epoch"] for one in records} <= {1, 2, 3}
+    assert all(one["passed"] and one["max_abs_diff"] <= one["tolerance"] for one in records)
+    sizes = [one["params"] for one in records]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == params(load_model(run, "dense")) < dense
+    told = {line["epoch"]: line["shrunk"] for line in lines(whole) if "shrunk" in line}
+    assert told == {one["epoch"]: {k: one[k] for k in ("channels", "params", "macs")} for one in records}
+    assert found["kept"]["params_ratio"] == pytest.approx(found["slim"]["params"] / dense)
+    assert f"cut {records[0]['channels']}" in (whole / "run.log").read_text()
+
+
+def test_the_plan_is_of_the_builder_s_model(whole):
+    run = RunDir.open(whole)
+    plan = read_plan(run)
+    for name in ("slim", "finetuned"):
+        assert (
+            params(load_model(run, name)) == params(build_with_plan(recipe(), plan)) == summary(whole)[name]["params"]
+        )
+    groups = find_groups(initial_model(run, recipe()), torch.zeros(1, 3, recipe().data.size, recipe().data.size))
+    kept = sum(len(plan.kept(group)) for group in groups if group.reason is None)
+    assert kept == summary(whole)["kept"]["channels"]
+
+
+def test_gates_keep_their_places_and_what_is_cut_stands_at_zero(whole):
+    gates = RunDir.open(whole).read_arrays("gates.npz")
+    dense = dict(build_dense(recipe()).named_parameters())
+    assert all(rows.shape == (4, len(dense[f"{norm}.weight"])) for norm, rows in gates.items())
+    table = np.concatenate(list(gates.values()), axis=1)
+    gone = (table[1:] == 0) & (table[:-1] > 0)
+    assert gone.any() and (table[1:][:-1][gone[:-1]] == 0).all()
+    zero = table == 0
+    assert (zero[1:] | ~zero[:-1]).all()  # nothing that was cut comes back
+
+
+def resumed_equals(folder, whole):
+    assert same_models(folder, whole, *NAMES)
+    assert lines(folder) == lines(whole) and cuts(folder) == cuts(whole)
+    for name in ("gates.npz", "shrunk.json", "layers.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_that_broke_off_behind_a_cut_ends_as_an_undisturbed_one(whole, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(tmp_path / "run")
+    run_it(tmp_path / "run", resume=True)
+    resumed_equals(tmp_path / "run", whole)
+
+
+def test_a_cut_that_came_behind_the_last_state_is_made_again(whole, tmp_path):
+    with killed_in(4):
+        run_it(tmp_path / "run", "train.checkpoint.every=2")
+    run_it(tmp_path / "run", "train.checkpoint.every=2", resume=True)
+    resumed_equals(tmp_path / "run", whole)
+
+
+def test_the_run_goes_on_from_any_stage(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("plan.json", "slim/model.safetensors")}
+    run_it(run, resume=True, start_from="extract")
+    assert all((run / name).read_bytes() == data for name, data in before.items())
+    run_it(run, resume=True, start_from="train")
+    assert same_models(run, whole, *NAMES) and cuts(run) == cuts(whole)
+
+
+def test_another_threshold_without_training_again(whole, tmp_path):
+    out = slim_run(whole, load(whole / "recipe.yaml", ["slim.threshold=0.3"]), tmp_path / "slim", Console(quiet=True))
+    found, before = summary(out), summary(whole)
+    assert found["dense"]["params"] == before["dense"]["params"] and found["kept"]["of"] == before["kept"]["of"]
+    assert found["slim"]["params"] < before["slim"]["params"]
+    assert params(load_model(RunDir.open(out), "slim")) == found["slim"]["params"]
+    tuned = finetune_run(whole, load(whole / "recipe.yaml"), tmp_path / "tuned", Console(quiet=True))
+    assert summary(tuned)["dense"]["params"] == before["dense"]["params"]
+    assert params(load_model(RunDir.open(tuned), "dense")) == before["shrunk"][-1]["params"]
+
+
+def test_a_run_that_begins_from_it_shrinks_on(whole, tmp_path):
+    out = run_it(tmp_path / "run", f"init={whole}", "train.epochs=2", "decay.weight=1e-2")
+    run = RunDir.open(out)
+    assert summary(out)["dense"]["params"] == summary(whole)["finetuned"]["params"]
+    assert params(load_model(run, "slim")) == summary(out)["slim"]["params"]
+    if "shrunk" in summary(out):
+        assert params(load_model(run, "dense")) == summary(out)["shrunk"][-1]["params"]
+
+
+def test_evaluation_export_and_report_read_it(whole, tmp_path, quick):
+    run = shutil.copytree(whole, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        for stage, function in quick.items():
+            patch.setitem(runner.STAGE_FUNCTIONS, stage, function)
+        patch.setattr(runner, "report", report)
+        run_it(run, resume=True, start_from="evaluate")
+    found = summary(run)
+    assert all(0 <= found[name]["metrics"]["top1"] <= 1 for name in NAMES)
+    assert found["export"]["max_abs_diff"] < 1e-4
+    assert (run / "report" / "index.html").exists()
+    read = load_run(run)
+    assert read.summary["shrunk"] == found["shrunk"]
+
+
+def test_a_budget_is_steered_through_the_cuts(tmp_path):
+    options = ["target.params_ratio=0.3"]
+    out = run_it(tmp_path / "run", *options)
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(tmp_path / "broken", *options)
+    run_it(tmp_path / "broken", *options, resume=True)
+    assert same_models(tmp_path / "broken", out, *NAMES) and lines(tmp_path / "broken") == lines(out)
+    found = summary(out)
+    goal = round(0.3 * found["dense"]["params"])
+    assert found["kept"]["params_ratio"] == pytest.approx(0.3, rel=0.02)
+    assert found["shrunk"] and all(one["params"] >= goal for one in found["shrunk"])
+    assert [line["budget"] for line in lines(out)] == [{"params": goal}] * 4
+
+
+def test_without_cuts_nothing_is_different(tmp_path):
+    options = ["decay.weight=0", "train.epochs=2"]
+    a = run_it(tmp_path / "a", *options)
+    b = run_it(tmp_path / "b", *options, "train.shrink_every=null")
+    assert same_models(a, b, *NAMES) and lines(a) == lines(b)
+    assert "shrunk" not in summary(a) and not (a / "shrunk.json").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "often"])
+def test_a_wrong_value_is_said_in_one_line(value):
+    with pytest.raises(RecipeError, match=r"train\.shrink_every") as error:
+        recipe(f"train.shrink_every={value}")
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_go_with_it_is_said():
+    with pytest.raises(RecipeError, match=r"finetune\.shrink_every"):
+        recipe("finetune.shrink_every=2")
+    with pytest.raises(RecipeError, match=r"train\.shrink_every.*slim\.scope"):
+        recipe("slim.scope=layer", "target.params_ratio=0.3")

@@ -1,0 +1,179 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.networks import Concat, Residual, Row, Shared, settle
+from helpers.zoo import ZOO
+from torch import nn
+
+from prunekit.backbones.csnet import csnet
+from prunekit.errors import PlanError
+from prunekit.flops import count, total
+from prunekit.pruning.graph import trace
+from prunekit.pruning.graph.groups import find_groups
+
+EXAMPLE = torch.randn(2, 3, 16, 16)
+
+
+def by_id(model, example=EXAMPLE):
+    return {group.id: group for group in find_groups(model, example)}
+
+
+def test_a_row_has_its_gates_in_order():
+    groups = by_id(Row())
+    row = groups["conv1"]
+    assert row.combine == {"serial": [0, 1]} and [g.norm for g in row.gates] == ["bn1", "bn2"]
+    assert {(m.tensor, m.axis) for m in row.members if m.tensor.endswith(".weight")} == {
+        ("conv1.weight", 0),
+        ("bn1.weight", 0),
+        ("depthwise.weight", 0),
+        ("bn2.weight", 0),
+        ("conv2.weight", 1),
+    }
+    assert groups["conv2"].combine == 0
+    assert groups["out"].reason == "the model's output"
+    assert groups["input"].reason == "the model's input"
+
+
+def test_norms_that_meet_in_a_sum_stand_side_by_side():
+    group = by_id(Residual())["stem"]
+    assert group.producers == ["stem", "stem_bn", "conv", "bn"]
+    # The convolution in the branch reads the stem alone, the next layer the sum.
+    assert group.combine == {"parallel": [0, 1]} and {g.norm for g in group.gates} == {"stem_bn", "bn"}
+
+
+def test_a_flatten_makes_runs_of_a_channel():
+    group = by_id(Residual())["last"]
+    (reader,) = group.readers
+    assert (reader.tensor, reader.axis, reader.offset, reader.stride) == ("head.weight", 1, 0, 16)
+
+
+def test_a_concatenation_gives_each_part_its_place():
+    groups = by_id(Concat())
+    assert [tuple(g.slice) for g in groups["a"].gates + groups["b"].gates] == [(0, 5), (5, 8)]
+    assert groups["b"].readers[0].offset == 5
+
+
+def test_a_module_that_is_called_twice_is_refused_by_name():
+    groups = by_id(Shared())
+    assert "twice" in groups["stem"].reason and "more than once" in groups["stem"].reason
+
+
+def test_what_is_not_followed_is_said():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.out = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)
+
+        def forward(self, x):
+            return self.out(torch.fft.fft(self.bn(self.conv(x))).real)
+
+    assert "not followed" in by_id(Odd())["conv"].reason
+
+
+def test_a_parameter_of_the_models_own_is_refused():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.out = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)
+            self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x):
+            return self.out(self.bn(self.conv(x)) * self.scale)
+
+    assert "parameter that belongs to no known layer" in by_id(Scaled())["conv"].reason
+
+
+def test_without_a_norm_there_is_no_gate():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    assert by_id(model)["0"].reason.startswith("no gate")
+
+
+def test_csnets_groups():
+    model = csnet(20)
+    groups = find_groups(model, torch.randn(1, 3, 64, 64))
+    cuttable = [g for g in groups if g.reason is None]
+    blocks = [g for g in cuttable if g.id.startswith("stage")]
+    # 15 blocks of two branches and three of one; three branches, fifteen dilations and one output in the head.
+    assert len(blocks) == 33 and len(cuttable) == 33 + 3 + 15 + 1
+    assert all(len(g.gates) == 3 and g.combine == {"serial": [0, 1, 2]} for g in blocks)
+    side = next(g for g in groups if g.id == "stage2.3.mix.paths.0to0")
+    assert {m.tensor for m in side.readers} == {
+        f"{layer}.paths.0to{j}.weight" for layer, n in (("stage3.0.mix", 2), ("head.fuse.mix", 3)) for j in range(n)
+    }
+
+
+def test_costs_are_what_a_channel_saves():
+    model = csnet(20)
+    shape = (3, 32, 32)
+    group = next(g for g in find_groups(model, torch.randn(1, *shape)) if g.id == "stage2.1.mix.paths.0to1")
+    from prunekit.pruning.selection.extract import make_plan
+    from prunekit.pruning.surgery.slim import apply_plan
+
+    before = total(count(model, shape)[0])
+    plan = make_plan(model, find_groups(model, torch.randn(1, *shape)), {group.id: {3}})
+    after = total(count(apply_plan(model, plan, torch.randn(1, *shape)), shape)[0])
+    assert before["params"] - after["params"] == group.params
+    assert before["macs"] - after["macs"] == group.macs
+
+
+def test_ids_are_the_same_in_every_process():
+    code = (
+        "import torch; from prunekit.backbones.csnet import csnet;"
+        "from prunekit.pruning.graph.groups import find_groups;"
+        "print([g.id for g in find_groups(csnet(10), torch.randn(1, 3, 32, 32))])"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": seed}, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(texts) == 1
+
+
+def test_finding_changes_nothing():
+    model = csnet(10).train()
+    model.stage1.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    find_groups(model, torch.randn(1, 3, 32, 32))
+    assert model.training and not model.stage1.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_frozen_models_have_groups_too():
+    model = Row().requires_grad_(False)
+    assert set(by_id(model)) == set(by_id(Row()))
+
+
+def test_an_example_that_does_not_fit_is_one_line():
+    with pytest.raises(PlanError, match=r"fails on an input of shape \(2, 5, 16, 16\)"):
+        find_groups(Row(), torch.randn(2, 5, 16, 16))
+
+
+class UpSampled(nn.Sequential):
+    """Every way to make a map larger, behind one another."""
+
+    def __init__(self):
+        ways = ({"mode": "bilinear"}, {"mode": "bicubic", "align_corners": True}, {"mode": "nearest"}, {"mode": "area"})
+        blocks = [
+            nn.Sequential(nn.Conv2d(c, c + 1, 1), nn.Upsample((c, 8), **way), nn.BatchNorm2d(c + 1), nn.PReLU(c + 1))
+            for c, way in enumerate(ways, start=3)
+        ]
+        super().__init__(*blocks, nn.Conv2d(3 + len(ways), 1, 1))
+
+
+@pytest.mark.parametrize("name", [*ZOO, "csnet", "up-sampled"])
+def test_they_are_the_same_whether_numbers_are_computed_or_not(name, monkeypatch):
+    model = {**ZOO, "csnet": lambda: csnet(10), "up-sampled": UpSampled}[name]()
+    example = settle(model)
+    without = find_groups(model, example)
+
+    def refuse(_):
+        raise RuntimeError("wants to see numbers")
+
+    monkeypatch.setattr(trace, "_weightless", refuse)
+    assert find_groups(model, example) == without

@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from helpers.networks import Row
+
+from prunekit.backbones.csnet import csnet
+from prunekit.backbones.octresnet import octresnet
+from prunekit.backbones.resnet import resnet
+from prunekit.errors import PlanError
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group
+from prunekit.pruning.selection.constraints import (
+    below_threshold,
+    check_finite,
+    dead_layers,
+    essential_groups,
+    join_names,
+    kept_groups,
+    layers_of,
+    removable,
+    uncuttable,
+)
+
+
+@pytest.fixture(scope="module")
+def row():
+    model = Row()
+    return model, find_groups(model, torch.randn(1, 3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def branched():
+    model = csnet(10)
+    return model, find_groups(model, torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "whole"),
+    [
+        ([], set()),
+        (["conv1"], {"conv1"}),
+        (["depthwise"], {"conv1"}),
+        (["bn3"], {"conv2"}),
+        (["conv[12]"], {"conv1", "conv2"}),
+        (["bn1", "out"], {"conv1", "out"}),
+        (["*"], {"conv1", "conv2", "out"}),
+    ],
+)
+def test_a_pattern_keeps_what_a_module_makes_or_hands_on(row, patterns, whole):
+    assert kept_groups(*row, patterns) == whole
+
+
+def test_a_module_stands_for_all_inside_it(branched):
+    model, groups = branched
+    names = kept_groups(model, groups, ["stage1.1"])
+    assert names == {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"}
+    assert names == kept_groups(model, groups, ["stage1.1.*"]) and names < kept_groups(model, groups, ["stage1"])
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest_module(row):
+    with pytest.raises(PlanError, match=r"no module with channels matches 'depthwize'; did you mean 'depthwise'\?"):
+        kept_groups(*row, ["conv1", "depthwize"])
+    with pytest.raises(PlanError, match="matches 'layer\\[0-9]'; the first are conv1, "):
+        kept_groups(*row, ["layer[0-9]"])
+
+
+def test_what_cannot_be_cut_is_counted_by_its_reason():
+    groups = [Group(id=str(k), channels=1, members=[], reason=reason) for k, reason in enumerate("aabcd")]
+    assert uncuttable(groups) == "5 groups cannot be cut: 2 a; 1 b; 1 c; 1 other"
+    assert uncuttable([Group(id="free", channels=1, members=[])]) is None
+
+
+def test_branches_may_go_and_are_one_layer(row, branched):
+    assert not any(removable(row[0], group) for group in row[1])
+    model, groups = branched
+    layer = next(layer for layer in layers_of(groups) if any(g.id == "stage1.1.mix.paths.0to0" for g in layer))
+    assert {group.id for group in layer} == {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"}
+    assert all(removable(model, group) for group in layer)
+
+
+def test_a_branch_may_go_whose_reader_reads_others_too():
+    """The last stage's: the linear layer behind it reads the other branch still."""
+    model = octresnet(depth=8, width=8)
+    groups = find_groups(model, torch.zeros(2, 3, 8, 8))
+    last = {
+        group.id: removable(model, group) for group in groups if any("classifier" in m.tensor for m in group.readers)
+    }
+    assert list(last.values()) == [True, True] and len(last) == 2
+    whole = resnet(depth=8, width=8)
+    groups = find_groups(whole, torch.zeros(2, 3, 8, 8))
+    assert not any(removable(whole, group) for group in groups)
+
+
+def test_of_a_layer_with_branches_one_must_live_and_of_another_each_group(row, branched):
+    assert [[group.id for group in one] for one in essential_groups(*row)] == [["conv1"], ["conv2"]]
+    model, groups = branched
+    sets = [{group.id for group in one} for one in essential_groups(model, groups)]
+    assert {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"} in sets
+    assert set().union(*sets) == {group.id for group in groups if group.reason is None}
+
+
+def test_a_layer_is_lifeless_when_all_of_its_branches_are(branched):
+    model, groups = branched
+    fine, coarse = "stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"
+    values = {group.id: np.full(group.channels, 0.5) for group in groups}
+    values[fine][:] = 1e-5
+
+    def found():
+        return below_threshold(essential_groups(model, groups), 1e-3, lambda group: values[group.id])
+
+    assert found() == {}
+    values[coarse][:] = [*[0.0] * (len(values[coarse]) - 1), 1e-3]
+    assert found() == {f"{fine} + {coarse}": 1e-3}
+
+
+def test_what_has_no_gate_left_is_named():
+    model = Row()
+    groups = find_groups(model, torch.randn(1, 3, 16, 16))
+    assert dead_layers(model, groups) == []
+    with torch.no_grad():
+        model.bn3.weight.zero_()
+    assert dead_layers(model, groups) == ["conv2"]
+
+
+def test_names_in_a_row():
+    assert [join_names("abcdef"[:count]) for count in (1, 2, 3, 4, 6)] == [
+        "a",
+        "a and b",
+        "a, b and c",
+        "a, b, c and 1 more",
+        "a, b, c and 3 more",
+    ]
+
+
+@pytest.mark.parametrize("name", ["bn1.weight", "bn2.running_mean", "bn2.running_var", "conv2.weight"])
+def test_a_number_that_is_not_finite_is_named(name):
+    model = Row()
+    check_finite(model)
+    tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
+    tensor.data.view(-1)[1:3] = float("-inf")
+    with pytest.raises(PlanError, match=rf"^{name} is -inf in 2 places of {tensor.numel()}, so nothing can be read"):
+        check_finite(model)

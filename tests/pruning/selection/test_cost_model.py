@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, kill, settle
+from torch import nn
+
+from prunekit.backbones.csnet import csnet
+from prunekit.flops import count, total
+from prunekit.layers import OptionalModules
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
+from prunekit.pruning.selection.extract import dead_channels, extract, make_plan
+from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.pruning.surgery.slim import apply_plan
+
+
+class Flat(nn.Module):
+    """A flatten without a pooling, a norm with nothing to learn, a bias, and one PReLU for all channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, stride=2)
+        self.bn = nn.BatchNorm2d(6)
+        self.plain = nn.BatchNorm2d(6, affine=False)
+        self.act = nn.PReLU()
+        self.hidden = nn.Linear(6 * 15 * 15, 7)
+        self.norm = nn.BatchNorm1d(7)
+        self.out = nn.Linear(7, 2)
+
+    def forward(self, x):
+        x = self.act(self.plain(self.bn(self.conv(x))))
+        return self.out(F.relu(self.norm(self.hidden(x.flatten(1)))))
+
+
+class Dense(nn.Module):
+    """Each layer reads all that came before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3 + 4 * k) for k in range(4)])
+        self.convs = nn.ModuleList([nn.Conv2d(3 + 4 * k, 4, 3, padding=1, bias=False) for k in range(4)])
+        self.last = nn.BatchNorm2d(19)
+        self.out = nn.Conv2d(19, 2, 1)
+
+    def forward(self, x):
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = torch.cat([x, conv(F.relu(norm(x)))], 1)
+        return self.out(F.relu(self.last(x)))
+
+
+class Up(nn.Module):
+    """A transposed convolution and one of two groups; they may or may not be cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.halves = nn.Conv2d(8, 12, 3, padding=1, groups=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.up = nn.ConvTranspose2d(12, 6, 2, stride=2)
+        self.bn3 = nn.BatchNorm2d(6)
+        self.out = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x):
+        x = F.relu(self.bn2(self.halves(F.relu(self.bn1(self.stem(x))))))
+        return self.out(F.relu(self.bn3(self.up(x))))
+
+
+class Paths(nn.Module):
+    """Two branches that meet in a sum; each path into it has a bias, and goes with the branch that it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stems = OptionalModules({k: nn.Conv2d(3, 5, 1, bias=False) for k in "ab"})
+        self.norms = OptionalModules({k: nn.BatchNorm2d(5) for k in "ab"})
+        self.joins = OptionalModules({k: nn.Conv2d(5, 6, 1) for k in "ab"})
+        self.bn = nn.BatchNorm2d(6)
+        self.out = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x):
+        sides = [self.joins[k](F.relu(self.norms[k](self.stems[k](x)))) for k in self.stems]
+        return self.out(F.relu(self.bn(sum(sides[1:], sides[0]))))
+
+
+def real(model, shape):
+    counts, _ = count(model, shape)
+    found = total(counts)
+    return ModelSize(found["params"], found["macs"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_csnet_with_dead_branches(seed):
+    model, groups, example = csnet_with_dead_gates(seed, share=0.1 * seed, whole=0.1 * (seed % 4))
+    shape = tuple(example.shape[1:])
+    sizes = SizeModel(model, groups, shape)
+    assert sizes.dense == real(model, shape)
+    plan = extract(model, groups)
+    made = apply_plan(csnet(10), plan, example)
+    assert sizes.of(dead_channels(groups, plan)) == real(made, shape)
+    if seed:
+        assert sizes.of(dead_channels(groups, plan)).params < sizes.dense.params
+
+
+def test_what_cannot_live_without_the_dead_goes_too():
+    """Branches are killed whole, so that others are left without makers or readers."""
+    torch.manual_seed(0)
+    model = csnet(10)
+    groups = find_groups(model, torch.zeros(1, 3, 32, 32))
+    sizes, cutter = SizeModel(model, groups, (3, 32, 32)), Cutter(model, groups)
+    free = [group for group in groups if group.reason is None]
+    starved = 0
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        given = {g.id: set(range(g.channels)) for g in free if draw.random() < 0.25}
+        given |= {g.id: {0} for g in free if g.id not in given and draw.random() < 0.5}
+        settled, _ = cutter.settle(given)
+        starved += settled != given
+        assert sizes.of(given) == sizes.of(settled)
+        assert sizes.of({name: len(gone) for name, gone in given.items()}) == sizes.of(given)
+    assert starved > 5
+
+
+@pytest.mark.filterwarnings("ignore::prunekit.PrunekitWarning")
+@pytest.mark.parametrize("network", [Row, Residual, Concat, lambda: Row(padding=1), Flat, Dense, Up])
+@pytest.mark.parametrize("seed", range(5))
+def test_other_networks(network, seed):
+    torch.manual_seed(seed)
+    model = network()
+    example = settle(model, seed)
+    groups = find_groups(model, example)
+    kill(model, groups, 0.2 * seed, seed)
+    plan = extract(model, groups)
+    sizes = SizeModel(model, groups, (3, 32, 32))
+    assert sizes.dense == real(model, (3, 32, 32))
+    made = apply_plan(network(), plan, example)
+    assert sizes.of(dead_channels(groups, plan)) == real(made, (3, 32, 32))
+
+
+def test_a_module_that_goes_takes_its_bias_along():
+    model = Paths()
+    groups = find_groups(model, settle(model))
+    plan = make_plan(model, groups, {"stems.a": range(5), "joins.a": {0}})
+    assert plan.removed == ["joins.a", "norms.a", "stems.a"]
+    size = SizeModel(model, groups, (3, 32, 32)).of(dead_channels(groups, plan))
+    assert size == real(apply_plan(Paths(), plan, torch.zeros(1, 3, 32, 32)), (3, 32, 32))
+
+
+def test_units_are_those_of_the_counter():
+    model = Flat()
+    groups = find_groups(model, settle(model))
+    size = SizeModel(model, groups, (3, 32, 32)).of({"conv": [1, 4], "hidden": 3})
+    # By hand: 4 of 6 channels at 15×15 positions, 4 of 7 hidden units.
+    assert size.macs == 15 * 15 * 4 * 27 + 4 * 15 * 15 * 4 + 4 * 2
+    assert size.params == 4 * 28 + 4 * 2 + 1 + (4 * 225 * 4 + 4) + 4 * 2 + (4 * 2 + 2)

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, kill, settle
+
+from prunekit.backbones.csnet import csnet
+from prunekit.errors import PlanError
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Plan
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.compose import compose
+from prunekit.pruning.surgery.slim import apply_plan, slim
+
+
+def twice(model, groups, example, seed):
+    """Slim, kill more gates, slim again; the two plans and the models on the way."""
+    small, first = slim(model, extract(model, groups), example, groups=groups)
+    between = find_groups(small, example)
+    kill(small, between, 0.4, seed + 100)
+    smaller, second = slim(small, extract(small, between), example, groups=between)
+    return first.plan, between, second.plan, smaller
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_plans_are_one_plan(seed):
+    model, groups, example = csnet_with_dead_gates(seed, share=0.4, whole=0.4 * (seed % 2))
+    first, between, second, smaller = twice(model, groups, example, seed)
+    whole = compose(model, groups, first, between, second)
+    again = apply_plan(csnet(10), Plan.from_json(whole.to_json()), example)
+    again.load_state_dict(smaller.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(example), smaller.eval()(example))
+
+
+@pytest.mark.parametrize("network", [Row, Residual, Concat])
+def test_other_networks(network):
+    model = network()
+    example = settle(model)
+    groups = find_groups(model, example)
+    kill(model, groups, 0.4)
+    first, between, second, smaller = twice(model, groups, example, 1)
+    again = apply_plan(network(), compose(model, groups, first, between, second), example)
+    again.load_state_dict(smaller.state_dict())
+
+
+def test_a_plan_that_made_another_model_is_refused():
+    model, groups, example = csnet_with_dead_gates(0)
+    first, between, second, _ = twice(model, groups, example, 0)
+    name = next(n for n, kept in first.groups.items() if len(kept) > 2)
+    wrong = first.model_copy(update={"groups": {**first.groups, name: first.groups[name][1:]}})
+    with pytest.raises(PlanError, match="does not make the model"):
+        compose(model, groups, wrong, between, second)

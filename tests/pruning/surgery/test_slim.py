@@ -1,0 +1,243 @@
+import copy
+
+import pytest
+import torch
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, kill, params, settle
+
+import prunekit
+from prunekit.backbones.csnet import csnet
+from prunekit.errors import PlanError
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.extract import extract, make_plan
+from prunekit.pruning.surgery.equivalence import check_equivalence, check_inputs, zero_dead_gates
+from prunekit.pruning.surgery.slim import apply_plan, slim
+
+
+@pytest.mark.parametrize("constants", ["carrier", "fold"])
+@pytest.mark.parametrize("seed", range(6))
+def test_csnet_with_random_dead_gates(seed, constants):
+    model, groups, example = csnet_with_dead_gates(seed, share=0.2 + 0.1 * seed, whole=0.3 * (seed % 2))
+    plan = extract(model, groups)
+    small, equivalence = slim(model, plan, example, groups=groups, constants=constants)
+    assert equivalence.passed and equivalence.max_abs_diff <= equivalence.tolerance
+    assert equivalence.float32_diff < 1e-4
+    assert len(equivalence.inputs) == 2 and equivalence.inputs[0][2:] != equivalence.inputs[1][2:]
+    assert params(small) < params(model)
+    if constants == "carrier":
+        assert equivalence.given_back == 0 and equivalence.max_abs_diff < 1e-12
+    # What is written is all that is needed to build it again.
+    again = apply_plan(csnet(10), prunekit.Plan.from_json(equivalence.plan.to_json()), example)
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(example), small.eval()(example))
+
+
+@pytest.mark.parametrize("network", [Row, Residual, Concat, lambda: Row(padding=1)])
+@pytest.mark.parametrize("constants", ["carrier", "fold"])
+@pytest.mark.parametrize("seed", range(4))
+def test_other_networks(network, constants, seed):
+    torch.manual_seed(seed)
+    model = network()
+    example = settle(model, seed)
+    groups = find_groups(model, example)
+    kill(model, groups, 0.5, seed)
+    small, equivalence = slim(model, extract(model, groups), example, constants=constants)
+    assert equivalence.passed
+    assert params(small) < params(model) or equivalence.given_back
+
+
+def test_a_constant_is_folded_into_the_norm_behind():
+    model = Row()
+    example = settle(model)
+    with torch.no_grad():
+        model.bn1.weight[2] = model.bn2.weight[2] = 0
+        model.bn2.bias[2] = 5.0
+    groups = find_groups(model, example)
+    small, equivalence = slim(model, extract(model, groups), example)
+    assert small.conv1.out_channels == small.depthwise.groups == small.conv2.in_channels == 7
+    assert equivalence.folded == 1 and equivalence.carriers == 0 and equivalence.max_abs_diff < 1e-12
+    constant = torch.nn.functional.silu(torch.tensor(5.0))
+    moved = model.conv2.weight[:, 2].sum((1, 2)) * constant
+    torch.testing.assert_close(model.bn3.running_mean - small.bn3.running_mean, moved, rtol=1e-4, atol=1e-5)
+    assert equivalence.plan.added_bias == []
+
+
+def test_without_a_norm_behind_the_constant_becomes_a_bias():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.BatchNorm2d(4)
+            self.out = torch.nn.Conv2d(4, 2, 1, bias=False)
+
+        def forward(self, x):
+            return self.out(self.bn(self.conv(x)))
+
+    model = Plain()
+    example = settle(model)
+    with torch.no_grad():
+        model.bn.weight[1] = 0
+        model.bn.bias[1] = 3.0
+    small, equivalence = slim(model, extract(model, find_groups(model, example)), example)
+    assert equivalence.plan.added_bias == ["out"] and equivalence.max_abs_diff < 1e-12
+    torch.testing.assert_close(small.out.bias, model.out.weight[:, 1, 0, 0] * 3.0)
+    again = apply_plan(Plain(), equivalence.plan, example)
+    again.load_state_dict(small.state_dict())
+
+
+def padded_with_constants():
+    """A reader that pads with zeros, and three dead channels of different constants."""
+    model = Row(padding=1)
+    example = settle(model)
+    with torch.no_grad():
+        for channel, beta in ((1, 2.0), (4, 3.0), (6, 0.0)):
+            model.bn1.weight[channel] = model.bn2.weight[channel] = 0
+            model.bn2.bias[channel] = beta
+    return model, example, find_groups(model, example)
+
+
+def test_a_padded_reader_gets_one_carrier_and_stays_exact():
+    model, example, groups = padded_with_constants()
+    small, equivalence = slim(model, extract(model, groups), example, constants="carrier")
+    assert equivalence.carriers == 1 and equivalence.plan.carriers == {"conv1": [4]}
+    assert equivalence.given_back == 0 and equivalence.max_abs_diff < 1e-12
+    assert small.conv1.out_channels == 6
+
+
+def test_without_carriers_channels_are_given_back_largest_constant_first():
+    model, example, groups = padded_with_constants()
+    small, equivalence = slim(model, extract(model, groups), example, constants="fold")
+    # The one without a constant can go, the two others cannot.
+    assert equivalence.given_back == 2 and equivalence.passed
+    assert equivalence.plan.groups["conv1"] == [0, 1, 2, 3, 4, 5, 7]
+    assert small.conv1.out_channels == 7
+
+
+def test_only_as_many_are_given_back_as_it_takes():
+    model, example, groups = padded_with_constants()
+    with torch.no_grad():
+        model.bn2.bias[1] = 1e-9  # a constant that the tolerance covers
+    _, equivalence = slim(model, extract(model, groups), example, constants="fold")
+    assert (
+        equivalence.given_back == 1
+        and 4 in equivalence.plan.groups["conv1"]
+        and 1 not in equivalence.plan.groups["conv1"]
+    )
+
+
+def test_a_branch_that_dies_goes_with_its_paths_norm_and_activation():
+    model = csnet(10)
+    example = settle(model)
+    groups = find_groups(model, example)
+    group = next(g for g in groups if g.id == "stage1.1.mix.paths.0to0")
+    small, equivalence = slim(model, make_plan(model, groups, {group.id: set(range(5))}), example, groups=groups)
+    block, after = small.stage1[1], small.stage1[2]
+    assert set(block.mix.paths) == {"0to1", "1to1"} and set(after.mix.paths) == {"1to0", "1to1"}
+    for part in (block.mix_out, block.depthwise1_out, block.depthwise2_out):
+        assert set(part.norms) == set(part.acts) == {"1"}
+    assert set(block.depthwise1) == set(block.depthwise2) == {"1"}
+    assert equivalence.passed and equivalence.plan.splits["stage1.1"] == [0, 5]
+
+
+def test_the_dense_model_is_left_as_it_was_and_modes_are_kept():
+    model, groups, example = csnet_with_dead_gates(0)
+    model.train()
+    model.head.eval()
+    model.classifier.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    small, _ = slim(model, extract(model, groups), example, groups=groups)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert small.training and not small.head.training and model.training and not model.head.training
+    assert not small.classifier.weight.requires_grad and small.stage1[0].mix_out.acts["0"].weight.requires_grad
+    assert next(small.parameters()).dtype == torch.float32
+
+
+def gated_pair(seed=3):
+    model, groups, example = csnet_with_dead_gates(seed)
+    small, _equivalence = slim(model, extract(model, groups), example, groups=groups)
+    gated = zero_dead_gates(model.double(), groups, {})
+    return gated, small.double().eval(), check_inputs(gated, example)
+
+
+def test_the_equivalence_check_fails_on_a_wrong_slim_model():
+    gated, small, inputs = gated_pair()
+    assert check_equivalence(gated, small, inputs).passed
+    with torch.no_grad():
+        small.stage2[1].mix.paths["0to0"].weight[0, 0] += 1e-3
+    equivalence = check_equivalence(gated, small, inputs)
+    assert not equivalence.passed and "differ by" in equivalence.reason
+
+
+def test_the_equivalence_check_fails_on_nan_and_on_a_dead_network():
+    gated, small, inputs = gated_pair()
+    for model in (gated, small):
+        model.classifier.weight.data.zero_()
+        model.classifier.bias.data.zero_()
+    dead = check_equivalence(gated, small, inputs)
+    assert dead.max_abs_diff == 0 and not dead.passed and "same for every input" in dead.reason
+    for model in (gated, small):
+        model.classifier.weight.data.fill_(float("nan"))
+    assert check_equivalence(gated, small, inputs).reason == "an output is not finite"
+
+
+@pytest.mark.parametrize("share", [1e-15, 1e-7, 1e-5])
+def test_what_hardly_changes_from_input_to_input_proves_nothing(share):
+    gated, small, inputs = gated_pair()
+    last = torch.nn.Conv2d(1, 1, 1).double().requires_grad_(False)
+    spread = max(float((maps - maps[:1]).detach().abs().max()) for maps in map(gated, inputs))
+    last.weight.fill_(share / spread)
+    last.bias.fill_(1)
+    equivalence = check_equivalence(torch.nn.Sequential(gated, last), torch.nn.Sequential(small, last), inputs)
+    assert equivalence.max_abs_diff <= equivalence.tolerance
+    assert equivalence.passed is (share > 1e-6) and (equivalence.passed or "same for every input" in equivalence.reason)
+
+
+def test_a_dead_network_of_living_gates_is_refused_with_what_may_help():
+    model, groups, example = csnet_with_dead_gates(0)
+    model.classifier.weight.data.mul_(1e-12)
+    with pytest.raises(PlanError, match=r"the network is dead; lower slim\.threshold, or train with a lower rate"):
+        slim(model, extract(model, groups), example, groups=groups)
+
+
+def test_a_slim_model_that_is_wrong_is_a_plan_error(monkeypatch):
+    from prunekit.pruning.surgery import constant_folding
+
+    # Without the folds the slim model lacks what dead channels still say.
+    monkeypatch.setattr(constant_folding.ConstantFolder, "_shift", lambda *_: None)
+    model, groups, example = csnet_with_dead_gates(2)
+    with pytest.raises(PlanError, match="is not the dense one"):
+        slim(model, extract(model, groups), example, groups=groups)
+
+
+def test_a_plan_of_another_model_is_refused():
+    model, groups, example = csnet_with_dead_gates(2)
+    plan = extract(model, groups)
+    with pytest.raises(PlanError, match="made for another model"):
+        apply_plan(Row(), plan, example)
+    plan.groups["classifier"] = []
+    with pytest.raises(PlanError, match="cannot be cut: the model's output"):
+        apply_plan(csnet(10), plan, example)
+    plan = extract(model, groups)
+    plan.groups["stage1.0.mix.paths.0to0"] = [0, 99]
+    with pytest.raises(PlanError, match="does not have"):
+        apply_plan(csnet(10), plan, example)
+    plan = extract(model, groups)
+    plan.removed = [*plan.removed, "stage1.0"]
+    with pytest.raises(PlanError, match=r"disagree about stage1\.0"):
+        apply_plan(csnet(10), plan, example)
+
+
+def test_slimming_twice_goes_on_from_the_slim_model():
+    model, groups, example = csnet_with_dead_gates(4, share=0.3)
+    small, _ = slim(model, extract(model, groups), example, groups=groups)
+    groups = find_groups(small, example)
+    kill(small, groups, 0.3, seed=9)
+    smaller, equivalence = slim(small, extract(small, groups), example, groups=groups)
+    assert equivalence.passed and params(smaller) < params(small)
+
+
+def test_the_public_way():
+    model, _, example = csnet_with_dead_gates(5)
+    groups = prunekit.find_groups(model, example)
+    plan = prunekit.extract(model, groups, threshold=1e-3)
+    small, equivalence = prunekit.slim(model, plan, example)
+    assert equivalence.passed and equivalence.plan is not None and params(small) < params(model)

@@ -1,0 +1,50 @@
+"""The zoo itself: its networks run, at other sizes too, and each is the architecture that it says."""
+
+import pytest
+import torch
+from helpers.networks import settle
+from helpers.zoo import ZOO
+from torch import nn
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_network_runs_in_both_modes_and_tells_images_apart(name):
+    torch.manual_seed(0)
+    model = ZOO[name]()
+    example = settle(model)
+    with torch.no_grad():
+        out = model(example)
+        other = model(torch.randn(2, 3, 48, 40))
+    assert out.shape == ((4, 1, 32, 32) if name.startswith("unet") else (4, 10)) and len(other) == 2
+    assert out.isfinite().all() and out.std(0).min() > 1e-4
+    assert sum(p.numel() for p in model.parameters()) < 60_000
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_parameter_takes_part_in_training(name):
+    idle = set()
+    for seed in range(2):  # a squeeze of four may be born dead
+        torch.manual_seed(seed)
+        model = ZOO[name]().train()
+        for module in model.modules():
+            if getattr(module, "drop", 0):
+                module.drop = 0.0  # a block that is left out has no gradient
+        out = model(torch.randn(4, 3, 32, 32))
+        sum((y * torch.randn_like(y)).sum() for y in (out if isinstance(out, tuple) else (out,))).backward()
+        now = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+        idle = now & idle if seed else now
+    assert not idle
+
+
+def modules(name, kind):
+    return [m for m in ZOO[name]().modules() if isinstance(m, kind)]
+
+
+def test_groups_of_convolutions_are_what_the_papers_say():
+    grouped = {n: {m.groups for m in modules(n, nn.Conv2d)} for n in ZOO}
+    assert grouped["resnext"] == {1, 4}
+    assert {1, 2} < grouped["shufflenet_v1"]
+    depthwise = {n for n in ZOO for m in modules(n, nn.Conv2d) if 1 < m.groups == m.in_channels == m.out_channels}
+    assert depthwise == {"mobilenet_v2", "mobilenet_v3", "efficientnet", "shufflenet_v1", "shufflenet_v2"}
+    assert [m.stride for m in modules("unet_transposed", nn.ConvTranspose2d)] == [(2, 2)] * 2
+    assert modules("mobilenet_v2", nn.ReLU6) and modules("mobilenet_v3", nn.Hardswish)

@@ -1,0 +1,274 @@
+"""The page: one file that holds together whatever the run folders hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from helpers.fake_run import write_run
+from helpers.hostile_run import ATTACKS, hostile_run
+
+from prunekit.reporting.figures import Drawing, figures
+from prunekit.reporting.figures.style import new_figure
+from prunekit.reporting.html.figures import LARGE_SVG
+from prunekit.reporting.html.page import illustrate, page
+from prunekit.reporting.loader import load_run
+
+VOID = {"meta", "link", "img", "br"}
+UNITS = ("conv1",)
+
+
+class Parsed(HTMLParser):
+    """What a page is made of; fails where an element is closed that is not open."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self.script = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute stands twice in {tag}"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.script += data
+        elif self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return "".join(self.text)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def values(self, name: str) -> list[str]:
+        return [attributes[name] for _, attributes in self.elements if name in attributes]
+
+
+def drawn(name="curve", title="A curve", caption="It goes up.", curves=1) -> Drawing:
+    figure = new_figure(4, 2, title)
+    axes = figure.add_subplot()
+    for _ in range(curves):
+        axes.plot(np.random.default_rng(0).random(1000), color="black")
+    axes.set_ylabel("loss <b>&</b>")
+    return Drawing(name, title, caption, figure)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [load_run(write_run(folder / name, seed=i, units=UNITS)) for i, name in enumerate(("a", "a-b", "c"))]
+
+
+@pytest.fixture(scope="module")
+def drawings(runs):
+    return [illustrate(drawing) for drawing in figures(runs[:2])]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    return load_run(hostile_run(tmp_path_factory.mktemp("hostile")))
+
+
+def test_one_run(runs):
+    text = page(runs[:1], [illustrate(drawn())])
+    parsed = Parsed(text)
+    assert text.startswith("<!doctype html>")
+    for title in ("Summary", "Figures", "Layers", "Counters", "Recipe", "Environment"):
+        assert title in parsed.words
+    dense, slim = (runs[0].summary[part]["params"] for part in ("dense", "slim"))
+    assert f"{dense:,} → {slim:,}" in parsed.words
+    assert f"{slim / dense:.1%} of the dense model" in parsed.words
+    assert (runs[0].path / "recipe.yaml").read_text() in parsed.words
+    assert "It goes up." in parsed.words
+    assert [h["aria-label"] for h in parsed.all("svg")] == ["A curve"]
+
+
+def test_every_layer_and_counter_stands_in_its_table(runs):
+    parsed = Parsed(page(runs[:1], []))
+    for layer in runs[0].layers["layer"]:
+        assert layer in parsed.words
+    values = [float(v) for v in parsed.values("data-v")]
+    for column in ("channels_after", "params_before", "macs_after"):
+        assert set(runs[0].layers[column].dropna()) <= set(values)
+
+
+def test_numbers_are_sorted_by_what_they_are_not_by_what_they_look_like(runs):
+    parsed = Parsed(page(runs[:1], []))
+    dense = runs[0].summary["dense"]
+    assert str(dense["params"]) in parsed.values("data-v") and f"{dense['params']:,}" in parsed.words
+    ratio = runs[0].summary["slim"]["params"] / dense["params"]
+    assert any(abs(float(v) - ratio) < 1e-12 for v in parsed.values("data-v"))
+
+
+def test_several_runs_have_a_chapter_each_and_their_own_drawings(runs):
+    names = ["totals", "a-channels", "a-b-channels", "c-channels", "cat"]
+    text = page(runs, [illustrate(drawn(name, title=f"T {name}")) for name in names])
+    Parsed(text)
+    chapters = re.split(r'<article id="run-\d">', text)
+    assert len(chapters) == 4
+    labels = [re.findall(r'<svg role="img" aria-label="T ([^"]*)"', chapter) for chapter in chapters]
+    assert labels == [["totals", "cat"], ["a-channels"], ["a-b-channels"], ["c-channels"]]
+    assert all(
+        f"<h2><bdi>{name}</bdi></h2>" in chapter for name, chapter in zip("a a-b c".split(), chapters[1:], strict=True)
+    )
+
+
+def test_ids_are_unique_and_every_reference_finds_one(runs, drawings):
+    twins = [illustrate(drawn(name)) for name in ("c-x y", "c-x-y")]
+    text = page(runs, [*drawings, *twins])
+    parsed = Parsed(text)
+    ids = parsed.values("id")
+    assert len(set(ids)) == len(ids)
+    wanted = [h[1:] for h in parsed.values("href") if h.startswith("#")]
+    wanted += re.findall(r"url\(#([^)]+)\)", text)
+    assert wanted and set(wanted) <= set(ids)
+
+
+def test_the_contents_lead_to_every_section(runs):
+    parsed = Parsed(page(runs, []))
+    sections = {a["id"] for tag in ("section", "article") for a in parsed.all(tag)}
+    assert {a["href"][1:] for a in parsed.all("a")} - {"main"} == sections
+
+
+def test_nothing_comes_from_outside(runs, drawings, hostile):
+    for text in (page(runs, drawings), page([hostile], [])):
+        parsed = Parsed(text)
+        for name in ("href", "src", "action", "data", "srcset", "poster"):
+            assert all(value.startswith(("#", "data:")) for value in parsed.values(name)), name
+        style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+        assert "@import" not in style and "url(" not in style
+        assert not {"iframe", "object", "embed", "base", "form"} & {tag for tag, _ in parsed.elements}
+        policy = next(m["content"] for m in parsed.all("meta") if m.get("http-equiv"))
+        assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "unsafe-eval" not in policy
+        assert "'unsafe-inline'" not in policy.partition("script-src")[2].partition(";")[0]
+
+
+def test_whatever_the_files_say_stays_text(runs, hostile):
+    quiet, parsed = Parsed(page(runs[:1], [])), Parsed(page([hostile], [illustrate(drawn(title=ATTACKS[1]))]))
+    assert {tag for tag, _ in parsed.elements} <= {tag for tag, _ in quiet.elements} | {"svg", "bdi", "figure"} | {
+        "defs", "g", "path", "use", "clippath", "rect", "figcaption", "div", "b", "ul", "li",
+    }  # fmt: skip
+    assert len(parsed.all("script")) == 1 and parsed.script == quiet.script
+    assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
+    for attack in ATTACKS:
+        assert re.sub("[\0\a\u202e\u2066]", "\ufffd", attack) in parsed.words
+    assert "1337" not in parsed.words
+
+
+def test_names_that_are_no_unicode_are_written_all_the_same(hostile):
+    page([hostile], []).encode()
+    odd = dataclasses.replace(hostile, name="half\udcff pair")
+    assert "half\ufffd pair" in Parsed(page([odd], [])).words
+
+
+def test_failed_equivalence_check_comes_first(hostile):
+    parsed = Parsed(page([hostile], []))
+    assert parsed.words.index("The equivalence check failed") < parsed.words.index("What is missing")
+    assert any(a.get("class") == "bad" for a in parsed.all("div"))
+
+
+@pytest.mark.parametrize("stop", ["train", "extract", "slim", "finetune", "evaluate"])
+def test_a_run_that_was_broken_off(tmp_path, stop):
+    run = load_run(write_run(tmp_path / "half", units=UNITS, stop=stop))
+    parsed = Parsed(page([run], []))
+    assert "not complete" in parsed.words and all(line in parsed.words for line in run.missing)
+    assert ("No model has been measured yet" in parsed.words) == (stop == "train")
+    assert ("Layers" in parsed.words) == (stop not in ("train", "extract", "slim"))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "layers.json", "plan.json", "environment.json", "recipe.yaml"])
+def test_a_file_that_is_gone_is_named_and_the_rest_is_shown(tmp_path, name):
+    path = write_run(tmp_path / "hole", units=UNITS)
+    (path / name).unlink()
+    parsed = Parsed(page([load_run(path)], []))
+    assert "What is missing" in parsed.words and f"{name}: not there" in parsed.words
+
+
+def test_a_recipe_of_megabytes_does_not_swell_the_page(tmp_path):
+    path = write_run(tmp_path / "long", units=UNITS)
+    (path / "recipe.yaml").write_text("# " + "x" * 3_000_000)
+    text = page([load_run(path)], [])
+    assert len(text) < 1_000_000 and "The first 100,000 of 3,000,002 characters." in text
+
+
+def test_the_same_runs_give_the_same_page(runs):
+    assert page(runs, [illustrate(drawn())]) == page(runs, [illustrate(drawn())])
+
+
+def test_published_models_stand_below(runs):
+    assert "CSNet-L ×2" in Parsed(page(runs[:1], [], published=True)).words
+    assert "CSNet-L ×2" in Parsed(page([], [], published=True)).words
+    assert "CSNet-L ×2" not in Parsed(page(runs[:1], [])).words
+
+
+# ---- figures
+
+
+def test_greys_follow_the_theme_and_colours_stay():
+    drawing = drawn()
+    axes = drawing.figure.axes[0]
+    axes.plot([0, 1], [1, 0], color="#0072B2")
+    axes.plot([0, 1], [1, 1], color="#E69F00")
+    axes.grid(color="0.88")
+    markup = illustrate(drawing).markup
+    assert "stroke: var(--figure-ink)" in markup and "stroke: var(--figure-rule)" in markup
+    assert "stroke: var(--figure-blue)" in markup and "#e69f00" in markup and "#000000" not in markup
+
+
+def test_white_words_on_a_colour_stay_white():
+    drawing = drawn()
+    drawing.figure.axes[0].text(1, 1, "in a bar", color="white")
+    assert "fill: #ffffff" in illustrate(drawing).markup
+
+
+def test_figures_with_pictures_keep_a_white_ground():
+    drawing = drawn()
+    drawing.figure.axes[0].imshow([[0, 1], [1, 0]])
+    assert illustrate(drawing).paper and not illustrate(drawn()).paper
+
+
+def test_figures_lose_script_and_foreign_elements():
+    svg = (
+        b'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        b'viewBox="0 0 9 9" onload="x()">'
+        b"<script>x()</script><style>*{}</style><foreignObject><b/></foreignObject>"
+        b'<g id="p" onclick="x()"><path id="m" d="M 1.23456 2" clip-path="url(#p)"/>'
+        b'<use xlink:href="#m"/><use xlink:href="https://x.example/#m"/><image xlink:href="javascript:x()"/></g></svg>'
+    )
+    drawing = drawn("one two")
+    markup = illustrate(drawing, {"svg": svg}).markup
+    assert "x()" not in markup and "x.example" not in markup and "style>" not in markup
+    own = re.search(r'<path id="(\w+-)m" d="M 1.23 2" clip-path="url\(#(\w+-)p\)"/>', markup)
+    assert own[1] == own[2] and f'href="#{own[1]}m"' in markup
+
+
+def test_a_large_drawing_becomes_a_picture():
+    small, large = illustrate(drawn()), illustrate(drawn(title='5" <b>', curves=20))
+    assert small.markup.startswith("<svg") and len(small.markup) < LARGE_SVG
+    image = Parsed(large.markup).all("img")[0]
+    assert image["alt"] == '5" <b>' and image["src"].startswith("data:image/png;base64,") and large.paper
+
+
+def test_names_that_no_svg_may_hold_do_not_stop_a_figure():
+    drawing = drawn(title="bell\x07")
+    assert "bell" in illustrate(drawing).markup

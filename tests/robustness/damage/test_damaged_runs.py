@@ -1,0 +1,219 @@
+"""Every file of a run folder cut short, with a bit flipped, emptied, swapped for another run's or gone, read by every
+command: the command names the file, or does what it would have done without the damage.
+
+With PRUNEKIT_SOAK set all files are tried with all damages and commands (``make soak``); without it each with a few.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.run_readers import READERS, predicted, told
+from helpers.toy_run import outcome, quiet
+
+from prunekit.errors import PrunekitError
+from prunekit.pipeline.export import export_run
+from prunekit.pipeline.runner import run_recipe
+
+SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
+
+
+# ---- what is done to a file
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes, bytes], bytes | None]] = {
+    "cut": lambda data, other: data[: len(data) // 2],
+    "flipped": lambda data, other: flipped(data, len(data) // 2),
+    "emptied": lambda data, other: b"",
+    "swapped": lambda data, other: other,
+    "gone": lambda data, other: None,
+}
+
+
+def damaged(folder: Path, other: Path, name: str, damage: str, to: Path) -> Path:
+    copy = Path(shutil.copytree(folder, to, symlinks=True))
+    data = (copy / name).read_bytes()
+    theirs = (other / name).read_bytes() if (other / name).is_file() else data[::-1]
+    new = DAMAGES[damage](data, theirs)
+    if new is None:
+        (copy / name).unlink()
+    else:
+        (copy / name).write_bytes(new)
+    return copy
+
+
+def files_of(folder: Path) -> list[str]:
+    """One of a kind; all files in a soak of 2 and more."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "lock")
+    if SOAK > 1:
+        return names
+    pictures = [name for name in names if name.startswith("gallery/") and name.endswith(".png")]
+    return [name for name in names if not name.startswith("report/") and name not in pictures[1:]]
+
+
+def verdict(name: str, reader: str, call: Callable[[], object], wanted: object) -> str:
+    """ "the same" or "told"; all else is a wrong result."""
+    try:
+        result = call()
+    except PrunekitError as error:
+        text = str(error)
+        assert name in text, (name, reader, text)
+        assert "\n" not in text, text
+        return "told"
+    if result == wanted:
+        return "the same"
+    assert isinstance(result, str) and reader in ("report", "resume", "again"), (name, reader)
+    assert name.removeprefix("gallery/") in result, (name, reader, result)
+    return "told"
+
+
+def cases(names: list[str]) -> list[tuple[str, str, str]]:
+    """File, damage, command."""
+    if SOAK:
+        return [(name, damage, reader) for name in names for damage in DAMAGES for reader in READERS]
+    kinds, cheap = list(DAMAGES), ["report", "predict", "groups", "eval", "export"]
+    out = []
+    for number, name in enumerate(names):
+        out += [(name, damage, "report") for damage in ("swapped", kinds[number % len(kinds)])]
+        out += [(name, kinds[(number + 1) % len(kinds)], cheap[1 + number % 4])]
+    return out
+
+
+def test_no_damage_makes_a_wrong_result(bed, good, tmp_path, capsys):
+    tried, wrong = cases(files_of(bed.whole)), []
+    found = {"told": 0, "the same": 0}
+    for number, (name, damage, reader) in enumerate(tried):
+        here = tmp_path / str(number)
+        run = damaged(bed.whole, bed.other, name, damage, here / "toy")
+        try:
+            found[verdict(name, reader, lambda: READERS[reader](run, bed), good(reader))] += 1  # noqa: B023
+        except Exception as error:
+            wrong.append((name, damage, reader, f"{type(error).__name__}: {error}"[:300]))
+        shutil.rmtree(here)
+    if SOAK:
+        with capsys.disabled():
+            print(f"\ndamage: {len(tried)} damaged folders read: {found['told']} told, {found['the same']} as without")
+    assert not wrong and found["told"] and found["the same"]
+
+
+# The files that a command cannot do without, each with it.
+NEEDED = [
+    ("finetuned/model.safetensors", "predict"),
+    ("plan.json", "predict"),
+    ("recipe.yaml", "predict"),
+    ("classes.json", "eval"),
+    ("finetuned/model.safetensors", "export"),
+    ("dense/model.safetensors", "slim"),
+    ("slim/model.safetensors", "finetune"),
+    ("summary.json", "resume"),
+    ("recipe.yaml", "slim"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name, reader", NEEDED)
+def test_what_is_needed_is_asked_for_by_name(bed, tmp_path, name, reader, damage):
+    run = damaged(bed.whole, bed.other, name, damage, tmp_path / "toy")
+    if (run / name).is_file() and (run / name).read_bytes() == (bed.whole / name).read_bytes():
+        pytest.skip("the other run has the same")
+    with pytest.raises(PrunekitError) as error:
+        READERS[reader](run, bed)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_damage_to_a_run_that_was_broken_off_changes_its_end(bed, tmp_path, capsys):
+    wanted, names = outcome(bed.whole), files_of(bed.broken)
+    kinds = list(DAMAGES)
+    tried = [(n, d) for k, n in enumerate(names) for d in (kinds if SOAK else [kinds[(k + 3) % 5]])]
+    found = {"told": 0, "the same": 0}
+    for number, (name, damage) in enumerate(tried):
+        run = damaged(bed.broken, bed.other_broken, name, damage, tmp_path / str(number) / "toy")
+        found[verdict(name, "resume", lambda: READERS["resume"](run, bed), wanted)] += 1  # noqa: B023
+        shutil.rmtree(run.parent)
+    if SOAK:
+        with capsys.disabled():
+            print(
+                f"\ndamage: {len(tried)} broken-off runs went on: {found['told']} told, {found['the same']} to the end"
+            )
+    assert found["told"] and found["the same"]
+
+
+@pytest.mark.parametrize("name", ["dense/model.safetensors", "model.onnx", "finetuned/model.safetensors"])
+def test_a_report_names_what_it_does_not_show(bed, tmp_path, name):
+    run = damaged(bed.whole, bed.other, name, "flipped", tmp_path / "toy")
+    assert f"wrong in /toy: {name}: " in told(run, bed)
+    (run / name).unlink()
+    assert f"missing in /toy: {name}\n" in told(run, bed)
+
+
+def test_a_training_state_of_another_run_is_not_gone_on_from(bed, tmp_path, caplog):
+    run = Path(shutil.copytree(bed.broken, tmp_path / "toy"))
+    for path in (run / "checkpoints").iterdir():
+        shutil.copy(bed.other_broken / "checkpoints" / path.name, path)
+    run_recipe(bed.recipe, run, quiet(), resume=True)
+    assert "train-0002 is damaged (it is of another run)" in caplog.text
+    assert outcome(run) == outcome(bed.whole)
+
+
+@pytest.mark.parametrize("name", ["finetuned/model.safetensors", "plan.json", "summary.json", "recipe.yaml"])
+def test_a_state_that_came_along_with_another_runs_file_does_not_speak_for_it(bed, tmp_path, name):
+    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+    for one in ("state.json", name):
+        shutil.copy(bed.other / one, run / one)
+    assert "of another run" in told(run, bed) or "not those that were written" in told(run, bed)
+    for reader in ("predict", "groups", "again"):
+        with pytest.raises(PrunekitError, match=r"state\.json vouches for|is damaged|another recipe"):
+            READERS[reader](run, bed)
+
+
+def test_a_plan_and_weights_of_two_runs_do_not_go_together(bed, tmp_path):
+    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+    (run / "state.json").unlink()
+    shutil.copy(bed.other / "plan.json", run)
+    with pytest.raises(PrunekitError, match=r"plan\.json was not made from .*dense/model\.safetensors.*--from extract"):
+        predicted(run, bed)
+
+
+def test_a_recipe_that_was_edited_is_not_taken_for_the_runs(bed, tmp_path):
+    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("threshold: 0.5", "threshold: 0.4"))
+    for reader in ("predict", "groups", "slim", "finetune", "resume", "export"):
+        with pytest.raises(PrunekitError, match=r"recipe\.yaml.*edited.*put the old one back.*--out DIR") as error:
+            READERS[reader](run, bed)
+        assert "\n" not in str(error.value)
+    assert not [name for name in ("slim", "finetuned") if (tmp_path / name).exists()], "asked before anything is made"
+    with pytest.raises(PrunekitError, match="edited"):
+        export_run(run, "onnx", quiet(), overrides=[f"data.root={bed.photos}"])
+    # Which is the way that is proposed.
+    from prunekit.config.recipe import load
+
+    assert load(run / "recipe.yaml").slim.threshold == 0.4
+    (run / "recipe.yaml").write_text(text)
+    predicted(run, bed)
+
+
+def test_a_run_can_be_made_again_as_the_message_says(bed, tmp_path):
+    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+    for name, stage in (("slim/model.safetensors", "slim"), ("metrics.jsonl", "train"), ("plan.json", "extract")):
+        (run / name).write_bytes(b"{")
+        with pytest.raises(PrunekitError, match=f"--from {stage}"):
+            run_recipe(bed.recipe, run, quiet(), resume=True, start_from="finetune")
+        run_recipe(bed.recipe, run, quiet(), resume=True, start_from=stage)
+        found = outcome(run)
+        assert found == {k: v for k, v in outcome(bed.whole).items() if k in found}
+    (run / "state.json").write_bytes(b"{")
+    with pytest.raises(PrunekitError, match=r"state\.json is damaged.*remove it and go on with --resume"):
+        run_recipe(bed.recipe, run, quiet(), resume=True)
+    (run / "state.json").unlink()
+    run_recipe(bed.recipe, run, quiet(), resume=True)
+    found = outcome(run)
+    assert found["finetuned/model.safetensors"] == outcome(bed.whole)["finetuned/model.safetensors"]

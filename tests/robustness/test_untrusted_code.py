@@ -1,0 +1,244 @@
+"""A run folder from somebody else: nothing in it is run without its user's word, and no module of ours reads what could
+be."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prunekit.cli import main
+from prunekit.config import recipe, user_module
+
+ROOT = Path(__file__).parents[2]
+NET = """
+from pathlib import Path
+from torch import nn
+
+Path({mark!r}).touch()
+
+
+def build(width: int = 4):
+    stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+    return nn.Sequential(stem, nn.Conv2d(width, 1, 1))
+"""
+RECIPE = """
+name: theirs
+backbone: {file: net.py, name: build}
+data: {name: salient_shapes, size: 16, options: {train: 4, val: 2}}
+train: {epochs: 0}
+finetune: {epochs: 0}
+export: {onnx: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of somebody else's, with the file beside it and inside it."""
+    home = tmp_path_factory.mktemp("theirs")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PRUNEKIT_CACHE", str(home / "cache"))
+    patch.setattr("prunekit.pipeline.runner.report", lambda *_: None)
+    (home / "net.py").write_text(NET.format(mark=str(home / "mark")))
+    (home / "mine.yaml").write_text(RECIPE)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(home / "mine.yaml"), "--out", str(home / "run")])
+    assert not stop.value.code and (home / "mark").exists()
+    patch.undo()
+    return home
+
+
+@pytest.fixture
+def stranger(made, tmp_path, monkeypatch):
+    """The same folder on a machine where nobody has vouched for anything; ``stranger.mark`` is made if code is run."""
+    monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(user_module, "_known", set())
+    monkeypatch.setattr(user_module, "_modules", {})
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "run", tmp_path / "run")
+    (made / "mark").unlink(missing_ok=True)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "photo.png")
+    return tmp_path / "run"
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code or 0, capsys.readouterr().err
+
+
+COMMANDS = {
+    "predict": ["predict", "run", "photo.png", "--out", "maps"],
+    "groups": ["groups", "run"],
+    "groups with keys": ["groups", "run", "data.size=32"],
+    "export": ["export", "run", "--format", "onnx"],
+    "export with keys": ["export", "run", "--format", "onnx", "data.size=16"],
+    "bench": ["bench", "run", "--forms", "eager"],
+    "eval": ["eval", "run", "--data", "a=set"],
+    "slim": ["slim", "run"],
+    "finetune": ["finetune", "run"],
+    "init": ["run", "other.yaml"],
+}
+
+
+def plant(folder, made, where):
+    """Let the run folder name its code in one of the ways that there are."""
+    text = (made / "run" / "recipe.yaml").read_text()
+    noted = next(line for line in text.splitlines() if line.strip().startswith("file: "))
+    named = {
+        "pinned": noted.strip().removeprefix("file: ").strip("'\""),
+        "inside": "run/net.py",
+        "beside the recipe": "net.py",
+        "in a folder above": "run/../run/net.py",
+    }[where]
+    shutil.copy(made / "net.py", folder / "net.py")
+    (folder / "recipe.yaml").write_text(text.replace(noted.strip(), f"file: {json.dumps(named)}"))
+    # It is theirs: the checksums fit whatever they want.
+    (folder / "state.json").unlink()
+    (folder.parent / "set" / "images").mkdir(parents=True)
+    (folder.parent / "set" / "GT").mkdir()
+    for part in ("images", "GT"):
+        shutil.copy(folder.parent / "photo.png", folder.parent / "set" / part / "photo.png")
+    other = RECIPE.replace("name: theirs", "name: other\ninit: run").replace(
+        "{file: net.py, name: build}", "{name: csnet, options: {width: 10}}"
+    )
+    (folder.parent / "other.yaml").write_text(other)
+
+
+@pytest.mark.parametrize("where", ["pinned", "inside", "beside the recipe", "in a folder above"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_that_it_names_is_run(made, stranger, capsys, command, where):
+    plant(stranger, made, where)
+    status, said = call(capsys, *COMMANDS[command])
+    assert status in (2, 3) and said.count("\n") == 1, said
+    # Named otherwise than prunekit does it, the file may not even be found from here.
+    assert "--trust" in said or "is not there" in said or (command == "init" and "init" in said), said
+    assert not (made / "mark").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "watch"])
+def test_reports_build_nothing(made, stranger, capsys, command):
+    status, said = call(capsys, command, stranger, *(["--once"] if command == "watch" else []))
+    assert status == 0, said
+    assert not (made / "mark").exists()
+
+
+def test_the_users_word_is_asked_once(made, stranger, capsys):
+    status, said = call(capsys, *COMMANDS["groups"])
+    assert status == 2 and f"{made / 'net.py'} is code that a run folder names" in said
+    assert call(capsys, *COMMANDS["groups"], "--trust")[0] == 0 and (made / "mark").exists()
+    user_module._known.clear()  # As in another process.
+    assert call(capsys, *COMMANDS["predict"])[0] == 0
+    (stranger.parent / "net.py").write_text("raise SystemExit(7)")
+    text = (stranger / "recipe.yaml").read_text()
+    (stranger / "state.json").unlink()
+    (stranger / "recipe.yaml").write_text(text.replace(str(made / "net.py"), str(stranger.parent / "net.py")))
+    status, said = call(capsys, *COMMANDS["predict"])
+    assert status == 2 and "has changed since it was noted" in said and "--trust" in said
+
+
+def test_a_recipe_that_the_user_runs_is_the_users_word(made, stranger, capsys):
+    shutil.copy(made / "net.py", "net.py")
+    Path("mine.yaml").write_text(RECIPE)
+    recipe.load("mine.yaml")
+    assert (made / "mark").exists()
+    assert call(capsys, *COMMANDS["groups"])[0] == 0
+
+
+# ---- what the package itself may call
+
+
+FORBIDDEN = {
+    *(f"pickle.{name}" for name in ("load", "loads", "Unpickler", "_Unpickler", "_load", "_loads")),
+    *(f"marshal.{name}" for name in ("load", "loads")),
+    *(
+        f"yaml.{name}"
+        for name in ("load", "load_all", "unsafe_load", "full_load", "UnsafeLoader", "FullLoader", "Loader")
+    ),
+    *("torch.load", "torch.jit.load", "torch.package", "torch.hub", "torch.export.load", "torch.save"),
+    *("numpy.load", "numpy.memmap", "numpy.lib.format.read_array", "pandas.read_pickle", "pandas.eval"),
+    *("eval", "exec", "__import__", "importlib.import_module", "runpy"),
+    *("os.system", "os.popen", "subprocess.Popen", "subprocess.run", "ctypes.CDLL"),
+    *("joblib", "dill", "cloudpickle", "shelve", "multiprocessing", "torch.multiprocessing"),
+}
+# File → what stands in it with a reason of its own.
+ALLOWED = {
+    "interop/pickles.py": {
+        "torch.load",
+        "torch.save",
+        "pickle._Unpickler",
+        "pickle._Unpickler.dispatch",
+    },  # weights_only, and a restricted reader
+    "config/user_module.py": {"exec"},  # with the user's word
+    "deployment/export/pt2.py": {"torch.export.load"},  # of what was just written
+    "deployment/bench/timing.py": {"subprocess.Popen"},
+    "native/library.py": {"ctypes.CDLL", "subprocess.run"},  # our own sources
+    "training/acceleration.py": {"ctypes.CDLL"},  # torch's own library
+    "utils/environment.py": {"subprocess.run"},
+    "backbones/external.py": {"importlib.import_module"},  # timm and torchvision
+    "__init__.py": {"importlib.import_module"},
+}
+
+
+def uses(path):
+    """The dotted names that a file calls, reads or imports, its aliases resolved."""
+    tree, aliases, found = ast.parse(path.read_text()), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                aliases[(alias.asname or alias.name).split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+                found.add(alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                found |= {node.module, f"{node.module}.{alias.name}"}
+    for node in ast.walk(tree):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if isinstance(node, ast.Name):
+            found.add(".".join([aliases.get(node.id, node.id), *reversed(parts)]))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "prunekit").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_module_can_run_what_it_reads(path):
+    name = str(path.relative_to(ROOT / "prunekit"))
+    held = {use for use in uses(path) for bad in FORBIDDEN if use == bad or use.startswith(f"{bad}.")}
+    assert held - ALLOWED.get(name, set()) == set()
+    text = path.read_text()
+    assert "allow_pickle=True" not in text and "weights_only=False" not in text and "shell=True" not in text
+
+
+def test_every_exception_is_still_needed():
+    for name, allowed in ALLOWED.items():
+        assert allowed <= uses(ROOT / "prunekit" / name), name
+
+
+def test_torch_reads_weights_alone():
+    tree = ast.parse((ROOT / "prunekit" / "interop" / "pickles.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
+    assert calls
+    for call in calls:
+        assert any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
+
+
+def test_the_test_sees_what_it_forbids(tmp_path):
+    for text in (
+        "import pickle as p\np.loads(b'')",
+        "from torch import load\nload('x')",
+        "import torch\ntorch.load('x')",
+        "from yaml import unsafe_load as y",
+        "import joblib",
+        "eval('1')",
+        "import numpy as np\nnp.load('x')",
+        "import multiprocessing.pool",
+    ):
+        (tmp_path / "a.py").write_text(text)
+        assert {u for u in uses(tmp_path / "a.py") for bad in FORBIDDEN if u == bad or u.startswith(f"{bad}.")}, text

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from helpers.networks import Row, csnet_with_dead_gates
+from torch import nn
+
+from prunekit.backbones.csnet import csnet
+from prunekit.flops import count, counters, layer_rows, total
+from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery.slim import slim
+
+SIZE = (3, 224, 224)
+
+
+def test_independent_counters_agree():
+    found = counters(csnet(20), SIZE)
+    assert (
+        found["ours"]["macs"]
+        == found["fvcore"]["macs"]
+        == found["thop"]["macs"]
+        == found["torch"]["macs"]
+        == 432_819_744
+    )
+    assert found["ours"]["params"] == found["fvcore"]["params"] == found["thop"]["params"] == 210_985
+    for other in ("fvcore", "thop"):
+        for name, macs in found["ours"]["modules"].items():
+            assert found[other]["modules"].get(name, 0) == macs, (other, name)
+
+
+def test_parts_of_the_paper_flops():
+    """The parts that the published counter gives for the dense ×1."""
+    model = csnet(20)
+    counts, _ = count(model, SIZE)
+    modules = dict(model.named_modules())
+
+    def part(kind, where=lambda name: True):
+        return sum(c.paper_flops for name, c in counts.items() if isinstance(modules[name], kind) and where(name))
+
+    assert part(nn.BatchNorm2d) == 67_380_096
+    assert part(nn.PReLU) == 50_535_072
+    assert part(nn.Conv2d, lambda name: ".depthwise" in name) == 92_998_080
+    assert part(nn.Conv2d, lambda name: ".dilated." in name) == 42_928_704
+    assert counts["classifier"].paper_flops == 815_360 + 12_544
+    multi = 296_077_600 + 1_906_688 + 6_899_200 + 51_085_440
+    assert part(nn.Conv2d, lambda name: ".paths." in name) == multi
+
+
+def test_paper_flops_are_null_where_they_are_not_defined():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    found = total(count(model, (3, 8, 8))[0])
+    assert found == {"params": 16, "macs": 3 * 4 * 64, "paper_flops": None}
+
+
+def test_a_module_that_is_not_known_is_told():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.scale = nn.LayerNorm([8, 8])
+
+        def forward(self, x):
+            return self.scale(self.conv(x))
+
+    counts, unknown = count(Odd(), (3, 8, 8))
+    assert unknown == ["scale"] and counts["scale"].params == 128
+
+
+def test_parameters_beside_other_modules_are_counted():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, 1, 1))
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x) * self.scale
+
+    model = nn.Sequential(Scaled())
+    counts, unknown = count(model, (3, 8, 8))
+    assert total(counts)["params"] == 20 and unknown == ["0"]
+    assert sum(row["params"]["before"] for row in layer_rows(model, None, (3, 8, 8))) == 20
+    assert total(count(Scaled(), (3, 8, 8))[0])["params"] == 20
+    assert sum(row["params"]["before"] for row in layer_rows(Scaled(), None, (3, 8, 8))) == 20
+
+
+def test_macs_by_hand():
+    model = Row()
+    counts, _ = count(model, (3, 10, 10))
+    assert counts["conv1"].macs == 100 * 8 * 3 * 9
+    assert counts["depthwise"].macs == 100 * 8 * 9
+    assert counts["conv2"].macs == 64 * 6 * 8 * 9
+    assert counts["bn1"].macs == 0
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = csnet(10).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    counters(model, (3, 32, 32))
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_rows_add_up_before_and_after():
+    model, groups, example = csnet_with_dead_gates(1)
+    small, _ = slim(model, extract(model, groups), example, groups=groups)
+    rows = layer_rows(model, small, (3, 32, 32))
+    for when, one in (("before", model), ("after", small)):
+        sums = total(count(one, (3, 32, 32))[0])
+        for key, value in sums.items():
+            assert sum(row[key][when] for row in rows) == value
+        assert sum(row["fvcore_macs"][when] for row in rows) == sums["macs"]
+    assert len({(row["layer"], row["branch"]) for row in rows}) == len(rows)
+    block = next(row for row in rows if row["layer"] == "stage3.0" and row["branch"] == 1)
+    assert block["channels"]["before"] == 20
+
+
+@pytest.mark.parametrize("width", [20])
+def test_a_row_for_each_layer_and_branch(width):
+    rows = layer_rows(csnet(width), None, (3, 32, 32))
+    assert [(r["layer"], r["branch"]) for r in rows[:3]] == [("stage0.0", 0), ("stage0.0", 1), ("stage1.0", 0)]
+    assert rows[0]["channels"] == {"before": 10, "after": None}
+    assert rows[-1]["layer"] == "classifier"

@@ -1,0 +1,372 @@
+import signal
+
+import numpy as np
+import pytest
+import torch
+from helpers.toy_run import killed_in
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from prunekit.backbones.csnet import csnet
+from prunekit.config import registry
+from prunekit.config.schema import Training
+from prunekit.data.datasets import load_tensors
+from prunekit.errors import CheckpointError, TrainingError
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.runs.run_dir import RunDir
+from prunekit.training import trainer
+from prunekit.training.checkpoint import save_state
+from prunekit.training.distillation import TrainingLoss
+from prunekit.training.job import TrainingJob
+from prunekit.training.trainer import FLUSH, fit
+
+SIZE = 16
+
+
+class Silent:
+    lines: list = []  # noqa: RUF012
+
+    def start(self, *_):
+        self.lines = []
+
+    def step(self, *_): ...
+
+    def epoch(self, line):
+        self.lines.append(line)
+
+    def stop(self): ...
+
+    def say(self, text): ...
+
+
+@pytest.fixture(scope="module")
+def data():
+    build = registry.datasets.get("salient_shapes")
+    return {split: load_tensors(build(split, size=SIZE, train=20, val=4), SIZE) for split in ("train", "val")}
+
+
+def section(**changes):
+    options = {
+        "epochs": 3,
+        "batch_size": 6,
+        "lr": 1e-3,
+        "gate_lr": 1e-2,
+        "optimizer": {"name": "adam", "options": {"betas": [0.9, 0.99]}},
+        "schedule": "one_cycle",
+        "augment": {"name": "crop_flip", "options": {"crop": 2}},
+    }
+    return Training.model_validate({**options, **changes})
+
+
+class Tiny(nn.Module):
+    """Small, and draws numbers by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU()
+        self.noise, self.last = nn.Dropout(0.2), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        return self.last(self.noise(self.act(self.norm(self.first(x)))))
+
+
+def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(width=10), weight=0.1, **changes):
+    """Train a small CSNet in this folder; its weights as they are at the end."""
+    torch.manual_seed(0)
+    model = build()
+    groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
+    reporter = Silent()
+    with RunDir.start(folder, "name: test\n", {}, resume=resume) as run:
+        job = TrainingJob(
+            stage="train",
+            section=section(**changes),
+            task=registry.tasks.get("saliency")(),
+            criterion=TrainingLoss(registry.tasks.get("saliency")().loss),
+            train=data["train"],
+            val=data["val"],
+            seed=3,
+            run=run,
+            reporter=reporter,
+            device=torch.device("cpu"),
+            threshold=1e-3,
+        )
+        if stop_after is not None:
+
+            def stop(line, held=reporter.epoch):
+                held(line)
+                if line["epoch"] == stop_after:
+                    raise KeyboardInterrupt
+
+            reporter.epoch = stop
+        fit(model, job, groups, DynamicWeightDecay(model, groups, weight))
+    return model, reporter.lines
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path, data):
+    first, lines = train(tmp_path / "a", data)
+    second, _ = train(tmp_path / "b", data)
+    assert same(first, second)
+    assert [line["epoch"] for line in lines] == [1, 2, 3] and lines[-1]["step"] == 9
+    assert set(lines[0]) == {
+        "stage",
+        "epoch",
+        "step",
+        "loss",
+        "penalty",
+        "lambda",
+        "lr",
+        "alive",
+        "of",
+        "metrics",
+        "seconds",
+    }
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_run_ends_as_an_undisturbed_one(tmp_path, data, after):
+    whole, lines = train(tmp_path / "whole", data)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "broken", data, stop_after=after)
+    resumed, _ = train(tmp_path / "broken", data, resume=True)
+    assert same(whole, resumed)
+    runs = [RunDir.open(tmp_path / name) for name in ("whole", "broken")]
+    kept = [[{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()] for run in runs]
+    assert kept[0] == kept[1] and len(kept[0]) == len(lines)
+    gates = [run.read_arrays("gates.npz") for run in runs]
+    assert all(np.array_equal(gates[0][name], gates[1][name]) for name in gates[0])
+    assert next(iter(gates[0].values())).shape[0] == 3
+
+
+def lines_of(folder):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in RunDir.open(folder).read_metrics()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("tiny")
+    return train(folder, data, build=Tiny)[0], folder
+
+
+def stop_behind(monkeypatch, step):
+    """Break off behind the state of this step."""
+
+    def stopped(model, optimizer, gates, job, place, steps, average):
+        save_state(model, optimizer, gates, job, place, steps, average)
+        if place.epoch * steps + place.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_state", stopped)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
+def test_a_training_that_broke_off_within_an_epoch_ends_as_an_undisturbed_one(tmp_path, data, tiny, monkeypatch, step):
+    whole, folder = tiny
+    with monkeypatch.context() as patch:
+        stop_behind(patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, data, build=Tiny, checkpoint={"steps": 1})
+    torch.manual_seed(99)
+    resumed, _ = train(tmp_path, data, build=Tiny, resume=True, checkpoint={"steps": 1})
+    assert same(whole, resumed)
+    assert lines_of(tmp_path) == lines_of(folder)
+    assert RunDir.open(tmp_path).read_bytes("gates.npz") == RunDir.open(folder).read_bytes("gates.npz")
+
+
+class Viewing(Tiny):
+    """Refuses channels-last, behind a norm that has moved its statistics by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.next = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = self.next(self.act(self.norm(self.first(x))))
+        return self.last(self.noise(y.view(len(y), -1).view(y.shape)))
+
+
+def test_a_model_that_refuses_channels_last_goes_on_too(tmp_path, data, monkeypatch):
+    whole, _ = train(tmp_path / "whole", data, build=Viewing)
+    with monkeypatch.context() as patch:
+        stop_behind(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "broken", data, build=Viewing, checkpoint={"steps": 2})
+    resumed, _ = train(tmp_path / "broken", data, build=Viewing, resume=True, checkpoint={"steps": 2})
+    assert same(whole, resumed)
+
+
+def places(folder):
+    return sorted(path.stem for path in (folder / "checkpoints").glob("train-*.json"))
+
+
+@pytest.mark.parametrize(
+    "section, kept",
+    [
+        ({}, {6, 9}),
+        ({"every": 2}, {6, 9}),
+        ({"every": 2, "keep": 1}, {9}),
+        ({"steps": 4, "keep": 9}, {3, 4, 6, 8, 9}),
+        ({"minutes": 1e-9, "keep": 4}, {6, 7, 8, 9}),
+        ({"every": 3, "minutes": 1e9, "keep": 9}, {9}),
+    ],
+)
+def test_when_states_are_written_and_which_stay(tmp_path, data, section, kept):
+    train(tmp_path, data, build=Tiny, checkpoint={"best": False, **section})
+    assert places(tmp_path) == [f"train-{step:04d}" for step in sorted(kept)]
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_the_state_of_the_best_validation_stays(tmp_path, data, monkeypatch, lower):
+    task = type(registry.tasks.get("saliency")())
+    figures = iter([0.5, 0.9, 0.7, 0.6, 0.8, 0.55])
+    monkeypatch.setattr(task, "quick", lambda *_: {"max_f": next(figures)})
+    monkeypatch.setattr(task, "lower_is_better", frozenset({"max_f"} if lower else ()))
+    with monkeypatch.context() as patch:
+        stop_behind(patch, 12)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, data, build=Tiny, epochs=6, checkpoint={"keep": 1})
+    train(tmp_path, data, build=Tiny, epochs=6, checkpoint={"keep": 1}, resume=True)
+    assert places(tmp_path) == [f"train-{3 if lower else 6:04d}", "train-0018"]
+
+
+def test_the_first_ctrl_c_saves_the_state_behind_the_step_and_the_second_stops_at_once(tmp_path, data, capfd):
+    whole, _ = train(tmp_path / "whole", data, build=Tiny)
+    before = signal.getsignal(signal.SIGTERM)
+    for number, presses in (("once", 1), ("twice", 2)):
+        steps = []
+
+        def press(*_, presses=presses, steps=steps):
+            steps.append(1)
+            if len(steps) == 5:
+                for _ in range(presses):
+                    signal.raise_signal(signal.SIGTERM if presses == 1 else signal.SIGINT)
+
+        hook = register_optimizer_step_post_hook(press)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / number, data, build=Tiny)
+        hook.remove()
+        assert len(steps) == 5
+        assert places(tmp_path / number) == ["train-0003", "train-0005"][: 3 - presses]
+        assert RunDir.open(tmp_path / number).status == "interrupted"
+        resumed, _ = train(tmp_path / number, data, build=Tiny, resume=True)
+        assert same(whole, resumed) and lines_of(tmp_path / number) == lines_of(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGTERM) is before and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "once more to stop at once" in capfd.readouterr().err
+
+
+def test_a_stop_behind_the_last_step_is_one_too(tmp_path, data, monkeypatch):
+    def late(*arguments):
+        save_state(*arguments)
+        if arguments[-3].epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_state", late)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, data, build=Tiny, epochs=1)
+    assert RunDir.open(tmp_path).status == "interrupted" and places(tmp_path) == ["train-0003"]
+
+
+def test_states_of_earlier_versions_are_gone_on_from(tmp_path, data):
+    """They were called by their epoch, and held no more than it."""
+    whole, _ = train(tmp_path / "whole", data, build=Tiny)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "old", data, build=Tiny, stop_after=2)
+    run = RunDir.open(tmp_path / "old", write=True)
+    tensors, _ = run.load_checkpoint("train")
+    for path in (tmp_path / "old" / "checkpoints").iterdir():
+        path.unlink()
+    run.save_checkpoint("train", 2, tensors, {"epoch": 2}, keep=2)
+    run.close()
+    resumed, _ = train(tmp_path / "old", data, build=Tiny, resume=True)
+    assert same(whole, resumed) and lines_of(tmp_path / "old") == lines_of(tmp_path / "whole")
+
+
+def test_other_data_than_those_a_state_was_made_with_are_refused(tmp_path, data):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, data, build=Tiny, stop_after=1)
+    with pytest.raises(CheckpointError, match=r"3 steps an epoch, and the data now give 2; .*--from train"):
+        train(tmp_path, data, build=Tiny, resume=True, batch_size=10)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps numbers of its own: of each parameter, and beside the rates."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["walked"] = group.get("walked", 0) + 1
+            for parameter in group["params"]:
+                count = self.state[parameter].setdefault("count", 0)
+                parameter.data.mul_(1 + 1e-4 * group["walked"] + 1e-5 * count)
+                self.state[parameter]["count"] = self.keep(count + 1)
+        super().step()
+
+    @staticmethod
+    def keep(count):
+        return count
+
+
+def test_numbers_that_an_optimizer_keeps_are_part_of_the_state(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(
+        trainer, "_optimizer", lambda model, job, decay: Counting(model.parameters(), lr=1e-3, momentum=0.9)
+    )
+    whole, _ = train(tmp_path / "whole", data, build=Tiny)
+    with monkeypatch.context() as patch:
+        stop_behind(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "broken", data, build=Tiny, checkpoint={"steps": 2})
+    resumed, _ = train(tmp_path / "broken", data, build=Tiny, resume=True, checkpoint={"steps": 2})
+    assert same(whole, resumed)
+    monkeypatch.setattr(Counting, "keep", staticmethod(bytes))
+    with pytest.raises(TrainingError, match=r"the optimiser adam keeps a bytes \(count\)"):
+        train(tmp_path / "bytes", data, build=Tiny, checkpoint={"steps": 1})
+
+
+def test_a_stop_beside_the_writing_of_a_state_leaves_no_gap(tmp_path, data):
+    with killed_in(2):
+        train(tmp_path / "run", data)
+    train(tmp_path / "run", data, resume=True)
+    assert [line["epoch"] for line in RunDir.open(tmp_path / "run").read_metrics()] == [1, 2, 3]
+
+
+def test_resuming_from_an_older_state_forgets_the_lines_after_it(tmp_path, data):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", data, stop_after=3, checkpoint={"every": 2})
+    train(tmp_path / "run", data, resume=True, checkpoint={"every": 2})
+    assert [line["epoch"] for line in RunDir.open(tmp_path / "run").read_metrics()] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
+    with pytest.raises(TrainingError, match="the penalty is nan at epoch 1, step 1"):
+        train(tmp_path / "run", data, weight=float("nan"))
+    assert RunDir.open(tmp_path / "run").status == "failed"
+
+
+def test_a_training_state_of_another_model_is_refused(tmp_path, data):
+    train(tmp_path / "run", data, epochs=1)
+    run = RunDir.open(tmp_path / "run", write=True)
+    tensors, state = run.load_checkpoint("train")
+    tensors.pop("model/classifier.bias")
+    run.save_checkpoint("train", 3, tensors, state, keep=1)
+    run.close()
+    with pytest.raises(CheckpointError, match=r"does not fit the model .*--from train"):
+        train(tmp_path / "run", data, resume=True)
+
+
+def test_no_parameter_is_left_on_its_way_to_zero(tmp_path, data):
+    torch.manual_seed(0)
+    model, _ = train(tmp_path / "run", data, epochs=1)
+    for parameter in model.parameters():
+        small = parameter[parameter != 0].abs()
+        assert not len(small) or small.min() >= FLUSH
+
+
+def test_sparse_training_kills_gates(tmp_path, data):
+    _, lines = train(tmp_path / "run", data, epochs=30, weight=50.0, gate_lr=5e-2)
+    # One that is below the threshold may be back above it an epoch later.
+    assert min(line["alive"] for line in lines[-10:]) < lines[0]["alive"]
+    assert lines[-1]["penalty"] < 0.1 * lines[0]["penalty"]
