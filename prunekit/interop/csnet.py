@@ -25,7 +25,7 @@ from prunekit.layers import layer_of
 from prunekit.layers.blocks import STEP_SCALE
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.extract import make_plan
+from prunekit.pruning.surgery.make_plan import make_plan
 from prunekit.pruning.surgery.slim import apply_plan
 
 BLOCKS = [(0, 0), *((s, i) for s, (n, _) in enumerate(STAGES, start=1) for i in range(n))]

@@ -32,8 +32,8 @@ from prunekit.pipeline.models import (
     save_model,
 )
 from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.graph.liveness import kept_groups
 from prunekit.pruning.plan import Group
-from prunekit.pruning.selection.constraints import kept_groups
 from prunekit.pruning.sparsity.decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.runs import state as states
 from prunekit.runs.checkpoints import CheckpointStore, encode_tensors
-from prunekit.utils.decode import decode_arrays, decode_json, decode_tensors
-from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
-from prunekit.utils.io import FolderLock, encode_json, os_error_reason, write_error, sha256, fsync_folder, write_atomic
-from prunekit.runs.stage_order import MADE_BY, STAGES, stage_that_writes, training_position, stage_index
+from prunekit.runs.stage_order import MADE_BY, STAGES, stage_index, stage_that_writes, training_position
 from prunekit.runs.state import STATE
+from prunekit.utils.decode import decode_arrays, decode_json, decode_tensors
+from prunekit.utils.io import FolderLock, encode_json, fsync_folder, os_error_reason, sha256, write_atomic, write_error
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 _UNCHECKED = (STATE, "run.log")
@@ -330,7 +330,9 @@ class RunFiles:
                 self.write_bytes(METRICS, b"")
             return
         lines = self.read_metrics()
-        kept = [m for m in lines if training_position(m["stage"]) < first or (m["stage"] == stage and m["epoch"] <= epoch)]
+        kept = [
+            m for m in lines if training_position(m["stage"]) < first or (m["stage"] == stage and m["epoch"] <= epoch)
+        ]
         if len(kept) < len(lines):
             self.write_bytes(METRICS, b"".join(encode_json(line, METRICS, indent=None) for line in kept))
 

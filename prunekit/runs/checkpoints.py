@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as encode_safetensors
 
-from prunekit.utils.decode import decode_json, decode_tensors
 from prunekit.errors import CheckpointError, RunFolderError
-from prunekit.utils.io import encode_json, format_fault, is_newer, os_error_reason, write_error, sha256, write_atomic
+from prunekit.utils.decode import decode_json, decode_tensors
+from prunekit.utils.io import encode_json, format_fault, is_newer, os_error_reason, sha256, write_atomic, write_error
 
 FORMAT = 1
 

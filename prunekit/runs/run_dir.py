@@ -20,17 +20,25 @@ from typing import Any, Self
 import numpy as np
 
 from prunekit import __version__
-from prunekit.runs import state as states
-from prunekit.utils.symlinks import check_no_external_links
-from prunekit.errors import CheckpointError, RunFolderError, WriteError
-from prunekit.utils.io import TEMPORARY, FolderLock, process_alive, is_disk_failure, make_folder, os_error_reason, write_error
-from prunekit.runs.artifacts import RECIPE, RunFiles
 from prunekit.config.schema import same_run
-from prunekit.runs.stage_order import PARTS, STAGES, training_position, stage_index
-from prunekit.runs.state import FORMAT, STATE, SUMMARY
 from prunekit.config.yaml import parse
+from prunekit.errors import CheckpointError, RunFolderError, WriteError
+from prunekit.runs import state as states
+from prunekit.runs.artifacts import RECIPE, RunFiles
+from prunekit.runs.stage_order import PARTS, STAGES, stage_index, training_position
+from prunekit.runs.state import FORMAT, STATE, SUMMARY
+from prunekit.utils.io import (
+    TEMPORARY,
+    FolderLock,
+    is_disk_failure,
+    make_folder,
+    os_error_reason,
+    process_alive,
+    write_error,
+)
+from prunekit.utils.symlinks import check_no_external_links
 
-__all__ = ["FORMAT", "RunDir", "holds_run"]
+__all__ = ["FORMAT", "RunDir", "is_run_folder"]
 
 SKIPPED = "skipped_steps"  # in the summary: training → how many
 # What a start that was killed can leave; recipe.yaml is written last, so without it nothing of worth is there.
@@ -203,7 +211,9 @@ class RunDir(RunFiles):
         except OSError as error:
             if is_disk_failure(error):
                 raise write_error(error, self.path, "empty") from error
-            raise RunFolderError(f"cannot empty {self.path}: {os_error_reason(error)}; choose another --out DIR") from error
+            raise RunFolderError(
+                f"cannot empty {self.path}: {os_error_reason(error)}; choose another --out DIR"
+            ) from error
 
     def _remove_temporaries(self) -> None:
         for path in self.path.rglob(f"{TEMPORARY}*"):
@@ -310,7 +320,9 @@ class RunDir(RunFiles):
         if "seconds" in summary:
             summary["seconds"] = {s: seconds for s, seconds in summary["seconds"].items() if s in STAGES[:first]}
         if SKIPPED in summary:
-            summary[SKIPPED] = {s: count for s, count in summary[SKIPPED].items() if training_position(s) < training_position(stage)}
+            summary[SKIPPED] = {
+                s: count for s, count in summary[SKIPPED].items() if training_position(s) < training_position(stage)
+            }
         for part in ("baseline", "dense", "slim", "finetuned"):
             if part in summary and stage_index("evaluate") >= first:
                 summary[part] = {key: value for key, value in summary[part].items() if key != "metrics"}

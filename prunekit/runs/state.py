@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from prunekit import __version__
-from prunekit.utils.decode import decode_json
 from prunekit.errors import CheckpointError, RunFolderError
+from prunekit.utils.decode import decode_json
 from prunekit.utils.io import encode_json, format_fault, is_newer, os_error_reason, sha256
 
 FORMAT = 1

@@ -11,8 +11,9 @@ from torch import nn
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Plan
-from prunekit.pruning.selection.extract import extract, make_plan
+from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.compose import compose
+from prunekit.pruning.surgery.make_plan import make_plan
 from prunekit.pruning.surgery.optimizer_state import slim_optimizer
 from prunekit.pruning.surgery.slim import apply_plan, slim
 

@@ -15,8 +15,7 @@ import numpy as np
 from torch import nn
 
 from prunekit.errors import PlanError
-from prunekit.pruning.plan import Group
-from prunekit.pruning.selection.constraints import (
+from prunekit.pruning.graph.liveness import (
     below_threshold,
     check_finite,
     essential_groups,
@@ -27,6 +26,7 @@ from prunekit.pruning.selection.constraints import (
     removable,
     uncuttable,
 )
+from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.cutter import Cutter
 
 Scope = Literal["global", "layer"]

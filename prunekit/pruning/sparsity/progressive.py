@@ -35,12 +35,13 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import Budget
 from prunekit.pruning.selection.cost_model import SizeModel
-from prunekit.pruning.selection.extract import dead_channels, plan_of_choice
+from prunekit.pruning.selection.extract import plan_of_choice
 from prunekit.pruning.selection.selector import Selection, Selector
 from prunekit.pruning.sparsity.decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.surgery.compose import compose, pairs
 from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.pruning.surgery.make_plan import dead_channels
 from prunekit.pruning.surgery.slim import apply_plan, slim
 
 # A cut takes a few seconds, so it should spare some; the share of the multiply-adds.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prunekit.errors import PlanError
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.extract import dead_channels
 from prunekit.pruning.surgery.cutter import Cutter, sliced
+from prunekit.pruning.surgery.make_plan import dead_channels
 
 
 def slim_optimizer(

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.axes import output_axis
 from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.graph.liveness import dead_layers, join_names
 from prunekit.pruning.graph.trace import first_line
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.constraints import dead_layers, join_names
-from prunekit.pruning.selection.extract import dead_channels, plan_of_zero_gates
 from prunekit.pruning.surgery.constant_folding import ConstantFolder, FoldingReport
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import (
@@ -27,6 +26,7 @@ from prunekit.pruning.surgery.equivalence import (
     output_difference,
     zero_dead_gates,
 )
+from prunekit.pruning.surgery.make_plan import dead_channels, plan_of_dead
 
 CONSTANTS = ("carrier", "fold", "keep", "drop")
 
@@ -122,7 +122,7 @@ def rebuild(
     settled, removed = cutter.settle(cut)
     if constants != "drop":
         measured.silence({name: channels - settled[name] for name, channels in cut.items()})
-    plan = plan_of_zero_gates(gated, groups, settled, removed)
+    plan = plan_of_dead(gated, groups, settled, removed)
     plan.added_bias = cutter.cut(gated, settled, removed, report.biases)
     report.lost = set(report.biases) - set(plan.added_bias)
     plan.carriers = report.carriers

@@ -11,11 +11,12 @@ import prunekit
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.selection.extract import dead_channels, extract, plan_of_choice
+from prunekit.pruning.selection.extract import extract, plan_of_choice
 from prunekit.pruning.selection.importance import gate as gate_scores
 from prunekit.pruning.selection.importance import magnitude, random, taylor
 from prunekit.pruning.selection.selector import Selector
 from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.pruning.surgery.make_plan import dead_channels
 from prunekit.pruning.surgery.slim import slim
 
 # Most of these networks are cut to their limits, and that this is said has tests of its own.

@@ -12,7 +12,7 @@ from torch import nn
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.selection.constraints import kept_groups
+from prunekit.pruning.graph.liveness import kept_groups
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.selection.importance import random
 from prunekit.pruning.selection.selector import Selector

@@ -12,10 +12,10 @@ from prunekit.flops import count, total
 from prunekit.pruning.graph.gate_expr import last_gates
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.budget import Budget
-from prunekit.pruning.selection.extract import dead_channels
 from prunekit.pruning.sparsity.decay import DynamicWeightDecay
 from prunekit.pruning.sparsity.progressive import ProgressivePruning, height
 from prunekit.pruning.surgery.cutter import Cutter, sliced
+from prunekit.pruning.surgery.make_plan import dead_channels
 from prunekit.pruning.surgery.optimizer_state import slim_optimizer
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.training.optimizers import adam, param_groups, sgd

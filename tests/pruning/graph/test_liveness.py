@@ -8,8 +8,7 @@ from prunekit.backbones.octresnet import octresnet
 from prunekit.backbones.resnet import resnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.plan import Group
-from prunekit.pruning.selection.constraints import (
+from prunekit.pruning.graph.liveness import (
     below_threshold,
     check_finite,
     dead_layers,
@@ -20,6 +19,7 @@ from prunekit.pruning.selection.constraints import (
     removable,
     uncuttable,
 )
+from prunekit.pruning.plan import Group
 
 
 @pytest.fixture(scope="module")
