@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from prunekit.data.datasets import normalise
 from prunekit.deployment.deploy import deploy
 from prunekit.deployment.export.onnx import export_onnx, onnx_function
-from prunekit.deployment.export.openvino import imported
-from prunekit.deployment.export.quantize import last_convolution, quantise
+from prunekit.deployment.export.openvino import import_openvino
+from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import CALIBRATION, Computed, with_data
@@ -47,7 +47,7 @@ class Cast(nn.Module):
 
 
 def in_openvino(file: bytes, precision: str) -> Callable[[np.ndarray], np.ndarray]:
-    openvino = imported()
+    openvino = import_openvino()
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": precision})
     return lambda image: compiled(image)[0]
@@ -83,7 +83,7 @@ class Forms:
                 train = self.work.tensors("train")
                 places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
                 batches = [normalise(train.images[int(i)][None]).numpy() for i in places]
-                file = quantise(file, batches, exclude=last_convolution)
+                file = quantize_onnx(file, batches, exclude=last_convolution)
             self.files[key] = file
         return self.files[key]
 

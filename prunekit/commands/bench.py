@@ -25,8 +25,8 @@ from prunekit.deployment.bench.model_transfer import pack_model
 from prunekit.deployment.bench.timing import BenchJob, Timing, measure
 from prunekit.deployment.deploy import deploy
 from prunekit.deployment.export.onnx import export_onnx
-from prunekit.deployment.export.openvino import imported
-from prunekit.deployment.export.quantize import last_convolution, quantise
+from prunekit.deployment.export.openvino import import_openvino
+from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.errors import ExportError, RecipeError
 from prunekit.flops import count, total
@@ -175,7 +175,7 @@ class Files:
     def _quantised(self) -> bytes:
         # For its time alone: what int8 costs in accuracy is told by `prunekit export --int8`, on data.
         batches = [image[None].numpy() for image in self.example]
-        return quantise(self._exported("int8"), batches, exclude=last_convolution)
+        return quantize_onnx(self._exported("int8"), batches, exclude=last_convolution)
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -231,7 +231,7 @@ def _possible(forms: Sequence[str], reporter: Reporter) -> list[str]:
     gone = {}
     if any(form.startswith("openvino") for form in forms):
         try:
-            imported()
+            import_openvino()
         except ExportError as error:
             gone["openvino"] = str(error)
     if "compiled" in forms and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))):

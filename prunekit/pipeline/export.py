@@ -20,10 +20,10 @@ from prunekit.config.schema import Export, Recipe
 from prunekit.data.datasets import DEVIATION, MEAN, ImageDataset, image_tensor, normalise, resize
 from prunekit.deployment.deploy import deploy
 from prunekit.deployment.export.onnx import check_onnx, export_onnx, onnx_function
-from prunekit.deployment.export.openvino import check_openvino, export_openvino, imported
-from prunekit.deployment.export.preprocessing import from_images
+from prunekit.deployment.export.openvino import check_openvino, export_openvino, import_openvino
+from prunekit.deployment.export.preprocessing import add_preprocessing
 from prunekit.deployment.export.pt2 import check_pt2, export_pt2
-from prunekit.deployment.export.quantize import last_convolution, quantise
+from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.errors import DataError, ExportError, PrunekitError, RecipeError
 from prunekit.flops import count, total
@@ -128,7 +128,7 @@ def export_run(
                 reporter.say(f"{path}: the {name} model, {path.stat().st_size / 1000:.0f} kB")
             return written
         if form == "openvino":
-            imported()
+            import_openvino()
         with reporter.busy("export"):
             return Exporter(RunContext(recipe, reporter), run, name).write(Variant(form, plain, preprocess, int8))
 
@@ -183,7 +183,7 @@ class Exporter:
             return self._int8(path)
         model, example, inputs = self._parts(variant)
         # What is compared with is the model as it was trained, not its deployed form.
-        wanted = from_images(self.network, self.work.task, self.size) if variant.preprocess else self.network
+        wanted = add_preprocessing(self.network, self.work.task, self.size) if variant.preprocess else self.network
         if variant.form == "pt2":
             files = {path: export_pt2(model, example, self._metadata(variant))}
             gap = check_pt2(files[path], wanted, inputs, path)
@@ -213,7 +213,7 @@ class Exporter:
         places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
         batches = [self._prepared([train.image(int(i))], (self.size, self.size)).numpy() for i in places]
         source = export_onnx(self.form("int8", False), self.example)
-        file = quantise(source, batches, self._metadata(Variant("onnx", int8=True)), exclude=last_convolution)
+        file = quantize_onnx(source, batches, self._metadata(Variant("onnx", int8=True)), exclude=last_convolution)
         metrics = {}
         for title, one in (("float32", source), ("int8", file)):
             # The float32 file, too, in ONNX Runtime: what differs is the precision alone.
@@ -250,7 +250,7 @@ class Exporter:
         model = self.form(_RUNTIMES[variant.form], variant.plain)
         side = self.size
         if variant.preprocess:
-            model = from_images(model, self.work.task, side)
+            model = add_preprocessing(model, self.work.task, side)
             inputs = [torch.from_numpy(image)[None] for image in self.images[:2]]
             pair = [resize(image_tensor(image), (side + 9, side - 4)).round() for image in self.images[:2]]
             inputs.append(torch.cat(pair).permute(0, 2, 3, 1).to(torch.uint8))

@@ -28,7 +28,7 @@ def export_openvino(onnx_file: bytes, metadata: Mapping[str, str] | None = None)
     Raises:
         ExportError: OpenVINO is not installed, or refuses the model.
     """
-    openvino = imported()
+    openvino = import_openvino()
     with add_metadata("OpenVINO", "openvino"), tempfile.TemporaryDirectory() as folder:
         model = openvino.Core().read_model(onnx_file)
         for key, value in (metadata or {}).items():
@@ -49,14 +49,14 @@ def check_openvino(
 
 def openvino_function(xml: bytes, weights: bytes) -> Callable[[np.ndarray], np.ndarray]:
     """The files in OpenVINO on the CPU, in float32, as a function of an input."""
-    openvino = imported()
+    openvino = import_openvino()
     core = openvino.Core()
     model = core.read_model(xml, openvino.Tensor(np.frombuffer(weights, np.uint8)))
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda image: compiled(image)[0]
 
 
-def imported():
+def import_openvino():
     """The library.
 
     Raises:

@@ -56,7 +56,7 @@ class ProbabilitiesFromImages(FromImages):
         return torch.softmax(logits, 1)
 
 
-def from_images(model: nn.Module, task: Task, size: int) -> FromImages:
+def add_preprocessing(model: nn.Module, task: Task, size: int) -> FromImages:
     """The model behind its preprocessing and in front of what its task makes of the logits.
 
     Raises:

@@ -19,7 +19,7 @@ from prunekit.deployment.export.onnx import add_metadata, finalize, quiet
 Method = Literal["minmax", "entropy", "percentile"]
 
 
-def quantise(
+def quantize_onnx(
     file: bytes,
     batches: Sequence[np.ndarray],
     metadata: Mapping[str, str] | None = None,
