@@ -12,7 +12,7 @@ _EXPORTS = {
     "DynamicWeightDecay": "prunekit.pruning.sparsity.decay",
     "Group": "prunekit.pruning.plan",
     "Plan": "prunekit.pruning.plan",
-    "Equivalence check": "prunekit.pruning.surgery.equivalence",
+    "EquivalenceReport": "prunekit.pruning.surgery.equivalence",
     "PrunekitError": "prunekit.errors",
     "PrunekitWarning": "prunekit.errors",
     "apply_plan": "prunekit.pruning.surgery.slim",

@@ -1,0 +1,90 @@
+"""MkDocs hooks: the reference pages, which are generated from the code, and the list of design pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+DOCS = Path(__file__).parent
+
+# Heading → exported names. A name that is in no section appears under "Other".
+API = {
+    "Groups and plans": ["find_groups", "Group", "Plan", "extract"],
+    "Sparse training": ["DynamicWeightDecay"],
+    "Budgets": ["fit_budget", "slim_to_budget"],
+    "Slimming": ["slim", "apply_plan", "EquivalenceReport", "recalibrate", "slim_optimizer"],
+    "Octave convolutions": ["octavize"],
+    "Runs": ["load_run"],
+    "Plugins": [],
+    "Errors": ["PrunekitError", "PrunekitWarning"],
+}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put every page of docs/design into the navigation."""
+    pages = sorted(path for path in (DOCS / "design").glob("*.md") if path.name != "index.md")
+    for entry in config.nav or []:
+        if "Design" in entry:
+            entry["Design"] = ["design/index.md", *(f"design/{path.name}" for path in pages)]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    pages = {"reference/cli.md": cli_page, "reference/recipe.md": recipe_page, "reference/api.md": api_page}
+    for path, page in pages.items():
+        files.append(File.generated(config, path, content=page()))
+    return files
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Show Sphinx roles in docstrings (:func:`~a.b`) as code."""
+    return re.sub(r":(?:func|class|meth|mod|data|attr|exc):<code>~?", "<code>", html)
+
+
+def cli_page() -> str:
+    """Every command with its arguments and options."""
+    import typer
+    from typer.cli import get_docs_for_click
+    from typer.main import get_command
+
+    from prunekit.cli import app
+
+    command = get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="prunekit")
+    return "# Command line\n\n" + re.sub(r"^# `prunekit`\n", "", text).replace(" <list[", " <").replace("]>`", ">`")
+
+
+def recipe_page() -> str:
+    """Every key of a recipe with its type, default and meaning."""
+    from prunekit.config.schema import all_keys
+
+    return "# Recipe keys\n\n" + "".join(f"- `{'.'.join(path)}`\n" for path in all_keys())
+
+
+def api_page() -> str:
+    """Every exported name, from its docstring."""
+    import prunekit
+
+    rest = {name for name in prunekit.__all__ if name != "__version__"} - {
+        name for names in API.values() for name in names
+    }
+    registers = sorted(name for name in rest if name.startswith("register_"))
+    sections = {**API, "Plugins": registers, "Other": sorted(rest - set(registers))}
+    lines = ["# Python API", "", "Everything here is imported from `prunekit`."]
+    for heading, names in sections.items():
+        exported = [name for name in names if name in prunekit.__all__]
+        if exported:
+            lines += ["", f"## {heading}"]
+        for name in exported:
+            where = f"{getattr(prunekit, name).__module__}.{name}"
+            lines += [
+                "",
+                f"::: {where}",
+                "    options:",
+                f'      heading: "prunekit.{name}"',
+                f'      toc_label: "{name}"',
+            ]
+    return "\n".join(lines) + "\n"
