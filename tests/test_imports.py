@@ -15,7 +15,7 @@ WITHOUT_TORCH = [
     "prunekit.pruning.plan",
     "prunekit.reporting",
     "prunekit.runs.checkpoints",
-    "prunekit.runs.read_only",
+    "prunekit.runs.worker_run_dir",
     "prunekit.runs.run_dir",
     "prunekit.training.schedules",
     "prunekit.utils.decode",

@@ -21,7 +21,7 @@ from prunekit.config.schema import Recipe
 from prunekit.errors import PlanError, TrainingError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.stages import STAGE_FUNCTIONS
-from prunekit.runs.read_only import NullRunDir
+from prunekit.runs.worker_run_dir import WorkerRunDir
 from prunekit.utils import distributed
 from prunekit.utils.progress import Reporter
 
@@ -51,7 +51,7 @@ def _follow(recipe: Recipe, out: Path) -> None:
     work = RunContext(recipe, Reporter(Console(file=io.StringIO())))
     while (stage := distributed.receive_command()) is not None:
         try:
-            STAGE_FUNCTIONS[stage](work, NullRunDir.open(out))
+            STAGE_FUNCTIONS[stage](work, WorkerRunDir.open(out))
         except distributed.LostProcess:
             raise
         except (TrainingError, PlanError) as error:

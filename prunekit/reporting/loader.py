@@ -15,7 +15,7 @@ from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.reporting import run_contents, run_repr
 from prunekit.reporting.run_contents import COUNTERS, PARTS, Example
 from prunekit.reporting.validators import SIZE, describe_problem
-from prunekit.runs.artifacts import METRICS, RECIPE, RunFiles
+from prunekit.runs.artifacts import METRICS, RECIPE, ArtifactStore
 from prunekit.runs.run_dir import RunDir
 from prunekit.runs.stage_order import STAGES, stage_that_writes, training_position
 from prunekit.runs.state import STATE, SUMMARY
@@ -165,7 +165,7 @@ def _load(path: Path) -> Run:
     return run
 
 
-def _open(path: Path) -> tuple[RunFiles, str | None]:
+def _open(path: Path) -> tuple[ArtifactStore, str | None]:
     """The folder; where its state is damaged, what can be read without one, and what is wrong with it."""
     try:
         run = RunDir.open(path)
@@ -176,10 +176,10 @@ def _open(path: Path) -> tuple[RunFiles, str | None]:
         fault = f"{STATE}: {_one_line(error)}; nothing vouches for the other files"
     except RecursionError:
         fault = f"{STATE} or {SUMMARY}: nested too deep, so nothing vouches for the other files"
-    return RunFiles(path, {"checksums": {}}, None), fault
+    return ArtifactStore(path, {"checksums": {}}, None), fault
 
 
-def _done(files: RunFiles) -> list[str]:
+def _done(files: ArtifactStore) -> list[str]:
     return files.done if isinstance(files, RunDir) else []
 
 
@@ -192,7 +192,7 @@ class _Reader:
         stages: those that a run which is complete has done itself; empty where that is not known.
     """
 
-    def __init__(self, files: RunFiles):
+    def __init__(self, files: ArtifactStore):
         self.files = files
         self.missing: list[str] = []
         self.read: set[str] = set()
@@ -292,7 +292,7 @@ def _gates(read: _Reader, done: list[str]) -> pd.DataFrame:
     )
 
 
-def _gates_of_training(files: RunFiles) -> pd.DataFrame:
+def _gates_of_training(files: ArtifactStore) -> pd.DataFrame:
     """Those of the newest training state; that may be replaced while it is read, and then the one before has to do."""
     prefix = "gates/"
     states = files.states()

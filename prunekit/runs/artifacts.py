@@ -24,7 +24,7 @@ import numpy as np
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.runs import state as states
 from prunekit.runs.checkpoints import CheckpointStore, encode_tensors
-from prunekit.runs.stage_order import MADE_BY, STAGES, stage_index, stage_that_writes, training_position
+from prunekit.runs.stage_order import FILE_STAGES, STAGES, stage_index, stage_that_writes, training_position
 from prunekit.runs.state import STATE
 from prunekit.utils.decode import decode_arrays, decode_json, decode_tensors
 from prunekit.utils.io import FolderLock, encode_json, fsync_folder, os_error_reason, sha256, write_atomic, write_error
@@ -38,7 +38,7 @@ _LOOKS = 20  # at a file that another process is replacing again and again
 _OF_MODELS = ("eval.json", "bench.json")
 
 
-class RunFiles:
+class ArtifactStore:
     """Reads and, with a lock, writes the files of one run folder.
 
     Attributes:
@@ -230,7 +230,7 @@ class RunFiles:
     def _forget_from(self, stage: str) -> None:
         """Remove what this stage and the later ones have written; the model that a run began with stays."""
         first = stage_index(stage)
-        gone = [n for n, by in MADE_BY.items() if stage_index(by) >= first]
+        gone = [n for n, by in FILE_STAGES.items() if stage_index(by) >= first]
         gone += _OF_MODELS if first <= stage_index("finetune") else ()
         self._write_state(
             {

@@ -24,8 +24,8 @@ from prunekit.config.schema import same_run
 from prunekit.config.yaml import parse
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.runs import state as states
-from prunekit.runs.artifacts import RECIPE, RunFiles
-from prunekit.runs.stage_order import PARTS, STAGES, stage_index, training_position
+from prunekit.runs.artifacts import RECIPE, ArtifactStore
+from prunekit.runs.stage_order import STAGES, SUMMARY_STAGES, stage_index, training_position
 from prunekit.runs.state import FORMAT, STATE, SUMMARY
 from prunekit.utils.io import (
     TEMPORARY,
@@ -47,7 +47,7 @@ _BEGINNINGS = {"lock", STATE, "environment.json", SUMMARY}
 logger = logging.getLogger(__name__)
 
 
-class RunDir(RunFiles):
+class RunDir(ArtifactStore):
     """One run folder; made by :meth:`start` or :meth:`open`.
 
     As a context manager it sets the run's status when it is left (complete, interrupted or failed) and gives
@@ -316,7 +316,11 @@ class RunDir(RunFiles):
             for step in self.states().steps(later) if training_position(later) >= training_position(stage) else ():
                 self.states().discard(later, step)
         self.truncate_metrics(stage, 0)
-        summary = {k: v for k, v in self.read_json(SUMMARY).items() if k not in PARTS or PARTS[k] in STAGES[:first]}
+        summary = {
+            k: v
+            for k, v in self.read_json(SUMMARY).items()
+            if k not in SUMMARY_STAGES or SUMMARY_STAGES[k] in STAGES[:first]
+        }
         if "seconds" in summary:
             summary["seconds"] = {s: seconds for s, seconds in summary["seconds"].items() if s in STAGES[:first]}
         if SKIPPED in summary:

@@ -6,7 +6,7 @@ from prunekit.errors import RunFolderError
 
 STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report")
 # Files and folders of a run → the stage that makes them.
-MADE_BY = {
+FILE_STAGES = {
     "metrics.jsonl": "train",
     "classes.json": "train",
     "gates.npz": "train",
@@ -23,7 +23,7 @@ MADE_BY = {
     "exports": "export",
 }
 # Parts of summary.json → the stage that makes them.
-PARTS = {
+SUMMARY_STAGES = {
     "baseline": "train",
     "dense": "train",
     "shrunk": "train",
@@ -60,4 +60,4 @@ def training_position(name: str) -> tuple[int, int]:
 
 def stage_that_writes(name: str) -> str | None:
     """The stage that makes this file, or the folder that it is in; None for what no stage makes alone."""
-    return MADE_BY.get(name.partition("/")[0])
+    return FILE_STAGES.get(name.partition("/")[0])

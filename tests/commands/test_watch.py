@@ -24,7 +24,7 @@ from prunekit.runs.run_dir import RunDir
 RECIPE = "name: toy\ntrain:\n  epochs: 4\nfinetune:\n  epochs: 2\nslim:\n  steps: 2\n  threshold: 0.1\n"
 WRITER = """
 import sys, time
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
 from prunekit.stageorder import STAGES
 from test_watching import RECIPE, line
 with RunDir.start(sys.argv[1], RECIPE, {}) as run:

@@ -21,7 +21,7 @@ from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pruning.plan import Plan
 from prunekit.reporting import run_contents
 from prunekit.reporting.loader import _Reader, _recipe
-from prunekit.runs.artifacts import RunFiles
+from prunekit.runs.artifacts import ArtifactStore
 from prunekit.runs.checkpoints import CheckpointStore
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.decode import decode_json
@@ -68,7 +68,7 @@ class Place:
 
 def readers(place: Place) -> list[Reader]:
     logging.getLogger("prunekit").setLevel(logging.ERROR)
-    files = RunFiles(place.path, {"checksums": {}}, None)
+    files = ArtifactStore(place.path, {"checksums": {}}, None)
 
     def of_report(name: str, check: Callable[[Any, list[str]], Any]) -> Callable[[bytes], object]:
         """As the report reads it, which leaves out what it does not take, and as commands do."""

@@ -19,8 +19,8 @@ from prunekit.config.schema import SparseTraining
 from prunekit.data.datasets import load_tensors
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.decay import DynamicWeightDecay
-from prunekit.runs.read_only import NullRunDir
 from prunekit.runs.run_dir import RunDir
+from prunekit.runs.worker_run_dir import WorkerRunDir
 from prunekit.training.distillation import TrainingLoss
 from prunekit.training.job import TrainingJob
 from prunekit.training.trainer import fit
@@ -102,7 +102,7 @@ RUNS = {
 def opened(folder):
     """A new run folder: for the first process to write, for the others to look at."""
     with distributed.main_process_first():
-        return RunDir.start(folder, "name: test\n", {}) if distributed.is_main_process() else NullRunDir.open(folder)
+        return RunDir.start(folder, "name: test\n", {}) if distributed.is_main_process() else WorkerRunDir.open(folder)
 
 
 def main(folder):

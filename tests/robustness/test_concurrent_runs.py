@@ -27,7 +27,7 @@ from prunekit.runs.run_dir import RunDir
 
 HOLDER = """
 import sys, time
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
 run = RunDir.open(sys.argv[1], write=True)
 print("ready", flush=True)
 time.sleep(60)
@@ -157,7 +157,7 @@ def test_a_reader_finds_whole_files_between_any_two_writes(tmp_path, monkeypatch
 WRITER = """
 import sys, time
 import numpy as np
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
 run = RunDir.open(sys.argv[1], write=True)
 print("ready", flush=True)
 for number in range(int(sys.argv[2])):

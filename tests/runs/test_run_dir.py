@@ -152,7 +152,7 @@ def test_resume_and_overwrite_exclude_each_other(tmp_path):
 
 HOLDER = """
 import sys, time
-from prunekit.rundir import RunDir
+from prunekit.runs.run_dir import RunDir
 run = RunDir.start(sys.argv[1], sys.argv[2], {})
 run.begin("train")
 print("ready", flush=True)

@@ -3,7 +3,14 @@
 import pytest
 
 from prunekit.errors import RunFolderError
-from prunekit.runs.stage_order import MADE_BY, PARTS, STAGES, stage_index, stage_that_writes, training_position
+from prunekit.runs.stage_order import (
+    FILE_STAGES,
+    STAGES,
+    SUMMARY_STAGES,
+    stage_index,
+    stage_that_writes,
+    training_position,
+)
 
 
 def test_trainings_stand_in_the_order_in_which_they_are_done():
@@ -21,5 +28,5 @@ def test_what_is_no_stage_is_refused_with_those_that_are(name):
 def test_a_file_is_made_by_the_stage_of_its_folder():
     assert stage_that_writes("dense/model.safetensors") == stage_that_writes("dense") == "train"
     assert stage_that_writes("exports/model.onnx") == "export" and stage_that_writes("recipe.yaml") is None
-    for by in (*MADE_BY.values(), *PARTS.values()):
+    for by in (*FILE_STAGES.values(), *SUMMARY_STAGES.values()):
         stage_index(by)

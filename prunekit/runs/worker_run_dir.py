@@ -8,7 +8,7 @@ from typing import Any
 from prunekit.runs.run_dir import RunDir
 
 
-class NullRunDir(RunDir):
+class WorkerRunDir(RunDir):
     """A run folder in the eyes of a process that does not write it: it finds there what it would have written."""
 
     def __init__(self, *args: Any):
