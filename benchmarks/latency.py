@@ -24,7 +24,7 @@ from prunekit.commands.bench import FORMS, Files, settled
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.timing import BenchJob, measure
 from prunekit.deployment.export.subnormals import without_subnormals
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import build_dense, load_model, newest_model, read_recipe
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.surgery.make_plan import make_plan
@@ -118,7 +118,7 @@ def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argpa
     rate = products[args.threads]
     result = {"size": size, "batch": args.batch, "threads": args.threads, "gflops": rate, "models": {}}
     for name, model in models.items():
-        sizes = total(count(model, (3, size, size))[0])
+        sizes = total(count_modules(model, (3, size, size))[0])
         # Paper FLOPs are those of 224×224; elsewhere they grow with the area.
         paper = sizes["paper_flops"] and sizes["paper_flops"] * size**2 / 224**2
         limits = {

@@ -23,7 +23,7 @@ from prunekit.commands.bench import settled
 from prunekit.deployment.bench.model_transfer import pack_model
 from prunekit.deployment.bench.timing import BenchJob, measure
 from prunekit.deployment.deploy import deploy
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pruning.plan import Builder
 
 FORMS = ("eager", "deployed")
@@ -67,7 +67,7 @@ def grow(points: Sequence[tuple[int, Builder, int, int]], args: argparse.Namespa
     with tempfile.TemporaryDirectory() as folder:
         for place, (_, builder, size, batch) in enumerate(points):
             model = settled(build(builder.name, builder.options)).requires_grad_(False)
-            macs.append(batch * total(count(model, (3, size, size))[0])["macs"])
+            macs.append(batch * total(count_modules(model, (3, size, size))[0])["macs"])
             example = torch.randn(2, 3, size, size)
             for form in FORMS:
                 path = Path(folder) / f"{place}-{form}.safetensors"

@@ -36,7 +36,7 @@ class Count:
     paper_flops: int | None = 0
 
 
-def count(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], list[str]]:
+def count_modules(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], list[str]]:
     """Count a model, module by module.
 
     Args:
@@ -67,6 +67,50 @@ def count(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], l
     return found, unknown
 
 
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs for one input.
+
+    Attributes:
+        params: number of parameters.
+        macs: multiply-adds (one multiply-add is 1) of convolutions and linear layers.
+        paper_flops: FLOPs by the convention of the CSNet paper, always at 224×224; None where it is not defined.
+        uncounted: modules with parameters whose MACs are not known; they count as 0.
+    """
+
+    params: int
+    macs: int
+    paper_flops: int | None
+    uncounted: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{_si(self.params)} params", f"{_si(self.macs)} MACs"]
+        if self.paper_flops is not None:
+            parts.append(f"{_si(self.paper_flops)} paper FLOPs")
+        if self.uncounted:
+            parts.append(f"without the MACs of {len(self.uncounted)} modules, such as {self.uncounted[0]}")
+        return ", ".join(parts)
+
+
+def count(model: nn.Module, example: Tensor) -> ModelCost:
+    """Count the parameters and the multiply-adds of a model.
+
+    Args:
+        model: its parameters and modes are left as they are.
+        example: a batch of inputs, (N, C, H, W) or (N, C); the count is for one of them.
+    """
+    counts, unknown = count_modules(model, tuple(example.shape[1:]))
+    return ModelCost(**total(counts), uncounted=tuple(unknown))
+
+
+def _si(value: int) -> str:
+    """A number with three digits and an SI prefix: 11_689_512 → "11.7M"."""
+    for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * limit:
+            return f"{value / limit:.3g}{prefix}"
+    return str(value)
+
+
 def total(counts: dict[str, Count]) -> dict[str, int | None]:
     """Sums over all modules; paper FLOPs are null where they are not defined."""
     paper = [c.paper_flops for c in counts.values()]
@@ -83,7 +127,7 @@ def counters(model: nn.Module, shape: tuple[int, ...]) -> dict[str, dict[str, An
     Returns:
         "ours", "fvcore", "thop", "torch" → {"params" (but torch), "macs", "modules": {name: MACs} (but torch)}.
     """
-    counts, _ = count(model, shape)
+    counts, _ = count_modules(model, shape)
     ours = total(counts)
     return {
         "ours": {
@@ -133,7 +177,7 @@ def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...
 
 
 def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int | None]]:
-    counts, _ = count(model, shape)
+    counts, _ = count_modules(model, shape)
     others = {"fvcore_macs": _fvcore(model, shape)["modules"], "thop_macs": _thop(model, shape)["modules"]}
     rows: dict[tuple[str, int], dict[str, int | None]] = {}
     last: tuple[str, int] | None = None

@@ -4,7 +4,7 @@ from helpers.networks import Row, csnet_with_dead_gates
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.flops import count, counters, layer_rows, total
+from prunekit.flops import count_modules, counters, layer_rows, total
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.slim import slim
 
@@ -29,7 +29,7 @@ def test_independent_counters_agree():
 def test_parts_of_the_paper_flops():
     """The parts that the published counter gives for the dense ×1."""
     model = csnet(20)
-    counts, _ = count(model, SIZE)
+    counts, _ = count_modules(model, SIZE)
     modules = dict(model.named_modules())
 
     def part(kind, where=lambda name: True):
@@ -46,7 +46,7 @@ def test_parts_of_the_paper_flops():
 
 def test_paper_flops_are_null_where_they_are_not_defined():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
-    found = total(count(model, (3, 8, 8))[0])
+    found = total(count_modules(model, (3, 8, 8))[0])
     assert found == {"params": 16, "macs": 3 * 4 * 64, "paper_flops": None}
 
 
@@ -60,7 +60,7 @@ def test_a_module_that_is_not_known_is_told():
         def forward(self, x):
             return self.scale(self.conv(x))
 
-    counts, unknown = count(Odd(), (3, 8, 8))
+    counts, unknown = count_modules(Odd(), (3, 8, 8))
     assert unknown == ["scale"] and counts["scale"].params == 128
 
 
@@ -75,16 +75,16 @@ def test_parameters_beside_other_modules_are_counted():
             return self.conv(x) * self.scale
 
     model = nn.Sequential(Scaled())
-    counts, unknown = count(model, (3, 8, 8))
+    counts, unknown = count_modules(model, (3, 8, 8))
     assert total(counts)["params"] == 20 and unknown == ["0"]
     assert sum(row["params"]["before"] for row in layer_rows(model, None, (3, 8, 8))) == 20
-    assert total(count(Scaled(), (3, 8, 8))[0])["params"] == 20
+    assert total(count_modules(Scaled(), (3, 8, 8))[0])["params"] == 20
     assert sum(row["params"]["before"] for row in layer_rows(Scaled(), None, (3, 8, 8))) == 20
 
 
 def test_macs_by_hand():
     model = Row()
-    counts, _ = count(model, (3, 10, 10))
+    counts, _ = count_modules(model, (3, 10, 10))
     assert counts["conv1"].macs == 100 * 8 * 3 * 9
     assert counts["depthwise"].macs == 100 * 8 * 9
     assert counts["conv2"].macs == 64 * 6 * 8 * 9
@@ -104,7 +104,7 @@ def test_rows_add_up_before_and_after():
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     rows = layer_rows(model, small, (3, 32, 32))
     for when, one in (("before", model), ("after", small)):
-        sums = total(count(one, (3, 32, 32))[0])
+        sums = total(count_modules(one, (3, 32, 32))[0])
         for key, value in sums.items():
             assert sum(row[key][when] for row in rows) == value
         assert sum(row["fvcore_macs"][when] for row in rows) == sums["macs"]

@@ -11,7 +11,7 @@ from thop import profile
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.flops import count, counters, total
+from prunekit.flops import count_modules, counters, total
 
 SHAPE = (4, 8, 8)
 PIXELS = 64
@@ -97,7 +97,7 @@ def test_thop_does_not_see_subclasses_and_functions():
     found = counters(model, SHAPE)
     # We look at modules too; but what we cannot count is told.
     assert macs(found) == {"ours": 0, "fvcore": 24 * PIXELS, "thop": 0, "torch": 24 * PIXELS}
-    assert count(model, SHAPE)[1] == ["0"]
+    assert count_modules(model, SHAPE)[1] == ["0"]
 
 
 def test_groupnorm_has_parameters_that_thop_does_not_see():
@@ -145,7 +145,7 @@ def test_their_own_totals_hold_more_than_multiply_adds():
 
 def test_the_totals_for_a_csnet_are_explained():
     model, shape = csnet(10), (3, 32, 32)
-    ours, _ = count(model, shape)
+    ours, _ = count_modules(model, shape)
     modules = dict(model.named_modules())
     convolutions = total(ours)["macs"]
     elements = {nn.BatchNorm2d: 0, nn.PReLU: 0, "up": 0}

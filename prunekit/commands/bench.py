@@ -29,7 +29,7 @@ from prunekit.deployment.export.openvino import import_openvino
 from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.errors import ExportError, RecipeError
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_model, newest_model, read_recipe
 from prunekit.pruning.plan import Builder
 from prunekit.runs.run_dir import RunDir
@@ -96,7 +96,7 @@ def bench_run(
         with reporter.busy(f"timing {len(jobs)} rows"):
             timings, products = measure([job for _, _, job in jobs], seconds)
         macs = {
-            (model, size): total(count(network, (3, size, size))[0])
+            (model, size): total(count_modules(network, (3, size, size))[0])
             for model, network in networks.items()
             for size in counts["--size"]
         }

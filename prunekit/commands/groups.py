@@ -21,7 +21,7 @@ from prunekit.config import recipe as recipes
 from prunekit.config.registry import nearest
 from prunekit.config.sources import shipped_recipes
 from prunekit.errors import RecipeError
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_model, newest_model, read_recipe
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
@@ -100,7 +100,7 @@ def _inspect(source: str, name: str, network: torch.nn.Module, recipe: recipes.R
     shape, threshold = input_shape(recipe), recipe.slim.threshold
     groups = find_groups(network, torch.zeros(1, *shape))
     living = {g.id: int((gate_scores(network, g) > threshold).sum()) for g in groups if g.reason is None}
-    sums = total(count(network, shape)[0])
+    sums = total(count_modules(network, shape)[0])
     return Inspection(source, name, shape, sums["params"], sums["macs"], groups, living if trained else None, threshold)
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from prunekit.config.schema import Recipe
 from prunekit.errors import RecipeError
-from prunekit.flops import count, layers_table, total
+from prunekit.flops import count_modules, layers_table, total
 from prunekit.interop.csnet import Layout, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pipeline.models import build_dense, input_shape, save_model
@@ -66,7 +66,7 @@ def import_run(checkpoint: Path, layout: Path | None, out: Path, console: Consol
             plan.input = list(input_shape(recipe))
             plan.recipe_hash = digest(recipe.model_dump(mode="json"))
             run.write_json("plan.json", plan.to_json())
-        sums = total(count(model, input_shape(recipe))[0])
+        sums = total(count_modules(model, input_shape(recipe))[0])
         run.update_summary(part, sums)
         # Beside a slim model stands the dense one that it is a plan of: which channels of each layer were learned.
         sides = (model, None) if plan is None else (build_dense(recipe), model)

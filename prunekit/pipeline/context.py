@@ -16,7 +16,7 @@ from prunekit.config.schema import FineTuning, Recipe, Training
 from prunekit.data.cache import cached_tensors, data_folder
 from prunekit.data.datasets import ImageDataset, Tensors, normalise
 from prunekit.errors import DataError, PlanError, RecipeError
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import (
     CLASSES,
     build_dense,
@@ -293,7 +293,7 @@ class RunContext:
 
     def measure(self, run: RunDir, part: str, model: nn.Module) -> None:
         """Write a model's size into its part of the summary."""
-        counts, unknown = count(model, self.shape)
+        counts, unknown = count_modules(model, self.shape)
         held = run.read_json("summary.json").get(part, {})
         run.update_summary(part, {**held, **total(counts)})
         for name in unknown:

@@ -26,7 +26,7 @@ from prunekit.deployment.export.pt2 import check_pt2, export_pt2
 from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.errors import DataError, ExportError, PrunekitError, RecipeError
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.interop.csnet import export_csnet
 from prunekit.interop.pickles import write_checkpoint, write_layout
 from prunekit.pipeline.context import RunContext
@@ -288,7 +288,7 @@ class Exporter:
     def _metadata(self, variant: Variant) -> dict[str, str]:
         """What a file says of itself; nothing of this machine: of paths no more than the last part is told."""
         plan = plan_of(self.run, self.name) if self.run.has("plan.json") or self.name in ("baseline", "dense") else None
-        sizes = total(count(self.network, (3, self.size, self.size))[0])
+        sizes = total(count_modules(self.network, (3, self.size, self.size))[0])
         picture = {"type": "uint8", "shape": ["N", "H", "W", 3], "values": "RGB, 0 to 255"}
         tensor = {"type": "float32", "shape": ["N", 3, "H", "W"], "values": "RGB, normalised as in preprocessing"}
         said: dict[str, Any] = {

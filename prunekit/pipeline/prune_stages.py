@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunekit.config import registry
 from prunekit.config.schema import Recipe
 from prunekit.data.datasets import normalise
-from prunekit.flops import count, layers_table, total
+from prunekit.flops import count_modules, layers_table, total
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import (
     SHRUNK,
@@ -72,7 +72,7 @@ def slim_stage(work: RunContext, run: RunDir) -> None:
         said = [*said, *held.notes]
         kept = sum(len(held.kept(group)) for group in groups if group.reason is None)
         so_far = _write_plan(work, run, groups, held, so_far)
-        counts, _ = count(small, work.shape)
+        counts, _ = count_modules(small, work.shape)
         sizes = total(counts)
         rounds.append({"params": sizes["params"], "macs": sizes["macs"], **equivalence.to_json()})
         model, groups = small, find_groups(small, example)

@@ -5,12 +5,12 @@ from prunekit.backbones import build
 from prunekit.backbones.octresnet import octresnet
 from prunekit.backbones.resnet import resnet
 from prunekit.errors import RecipeError
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.layers.octave_ops import OctaveLayer
 
 
 def test_it_has_the_resnets_parameters_and_half_of_its_operations():
-    plain, octave = (total(count(model, (3, 32, 32))[0]) for model in (resnet(), octresnet()))
+    plain, octave = (total(count_modules(model, (3, 32, 32))[0]) for model in (resnet(), octresnet()))
     assert octave["params"] == plain["params"]
     # Of the four paths of a layer one is at full resolution and three are at a quarter of its positions.
     assert octave["macs"] / plain["macs"] == pytest.approx((1 + 3 / 4) / 4, abs=0.01)

@@ -4,14 +4,14 @@ import torch
 from prunekit.backbones import build
 from prunekit.backbones.resnet import resnet
 from prunekit.errors import RecipeError
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 
 
 @pytest.mark.parametrize(("depth", "million"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
 def test_params_are_those_of_the_paper(depth, million):
     """Table 6 of the paper; the projections of option B are 2,752 more than its identities."""
-    found = total(count(resnet(depth), (3, 32, 32))[0])["params"]
+    found = total(count_modules(resnet(depth), (3, 32, 32))[0])["params"]
     assert found - 2752 == pytest.approx(million * 1e6, rel=0.02)
     assert sum(p.numel() for p in resnet(depth).parameters()) == found
 
@@ -22,7 +22,7 @@ def test_convolutions_are_counted_by_hand():
     # 32×32: the stem and six of 16 channels; then five and a half of 32 at 16×16, and of 64 at 8×8.
     plane = 16 * 16 * 9 * 1024
     by_hand = 3 * 16 * 9 * 1024 + 6 * plane + 2 * (plane // 2 + 5 * plane) + 2 * (16 * 32 * 256) + 640
-    assert total(count(resnet(20), (3, 32, 32))[0])["macs"] == by_hand
+    assert total(count_modules(resnet(20), (3, 32, 32))[0])["macs"] == by_hand
 
 
 @pytest.mark.parametrize("size", [(8, 8), (33, 47), (1, 1)])

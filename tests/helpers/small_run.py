@@ -6,7 +6,7 @@ import torch
 from helpers.networks import kill, settle
 from prunekit.backbones import build
 from prunekit.config.schema import Recipe
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import save_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
@@ -55,7 +55,7 @@ def small_run(path):
     with RunDir.start(path, recipe.dump(), environment(0)) as run:
         for name, model in (("dense", dense), ("slim", small)):
             save_model(run, name, model)
-            run.update_summary(name, total(count(model, (3, 16, 16))[0]))
+            run.update_summary(name, total(count_modules(model, (3, 16, 16))[0]))
         run.write_json("plan.json", equivalence.plan.to_json())
         run.write_json("classes.json", [str(digit) for digit in range(10)])
         for stage in ("train", "extract", "slim"):

@@ -10,7 +10,7 @@ from prunekit.backbones.csnet import csnet
 from prunekit.data.datasets import image_tensor, normalise, resize
 from prunekit.data.images import read_image
 from prunekit.errors import CheckpointError, ExportError
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.interop.csnet import SUBNORMAL, Layout, export_csnet, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pruning.graph.groups import find_groups
@@ -47,7 +47,7 @@ def same(a, b):
 @published
 def test_the_golden_logits(files):
     width, _plan, model = import_csnet(*files, "checkpoint")
-    assert width == 40 and total(count(model, (3, 224, 224))[0]) == {
+    assert width == 40 and total(count_modules(model, (3, 224, 224))[0]) == {
         "params": 140_894,
         "macs": 496_355_104,
         "paper_flops": 718_394_292,

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from prunekit.backbones.csnet import csnet
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.reporting.published import PUBLISHED
 
 
 @pytest.mark.parametrize("name, width", [("CSNet ×1", 20), ("CSNet ×2", 40)])
 def test_the_dense_models_are_those_that_are_built(name, width):
     published = next(one for one in PUBLISHED if one.name == name)
-    counted = total(count(csnet(width), (3, 32, 32))[0])
+    counted = total(count_modules(csnet(width), (3, 32, 32))[0])
     assert (counted["params"], counted["paper_flops"]) == (published.params, published.paper_flops)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
@@ -186,7 +186,7 @@ class BudgetSearch:
             seen.add(dead)
             plan = plan_of_choice(self.model, self.groups, choice)
             model, equivalence = slim(self.model, plan, example, groups=self.groups, constants=constants)
-            counts, _ = count(model, self.shape)
+            counts, _ = count_modules(model, self.shape)
             now = total(counts)[budget.measure]
             off = budget.off(now)
             # Near enough first, then rather below than above: a budget is a limit where it can be one.

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from torch import nn
 
-from prunekit.flops import count
+from prunekit.flops import count_modules
 from prunekit.pruning.graph.axes import groups_of, hands_on
 from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.cutter import Cutter
@@ -46,7 +46,7 @@ class SizeModel:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], shape: Sequence[int]):
-        counts, _ = count(model, tuple(shape))
+        counts, _ = count_modules(model, tuple(shape))
         self._cutter = cutter = Cutter(model, groups)
         self.groups = list(groups)
         self._free = np.array([group.reason is None for group in groups], bool)

@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pruning.graph import trace
 from prunekit.pruning.graph.groups import find_groups
 
@@ -111,9 +111,9 @@ def test_costs_are_what_a_channel_saves():
     from prunekit.pruning.surgery.make_plan import make_plan
     from prunekit.pruning.surgery.slim import apply_plan
 
-    before = total(count(model, shape)[0])
+    before = total(count_modules(model, shape)[0])
     plan = make_plan(model, find_groups(model, torch.randn(1, *shape)), {group.id: {3}})
-    after = total(count(apply_plan(model, plan, torch.randn(1, *shape)), shape)[0])
+    after = total(count_modules(apply_plan(model, plan, torch.randn(1, *shape)), shape)[0])
     assert before["params"] - after["params"] == group.params
     assert before["macs"] - after["macs"] == group.macs
 

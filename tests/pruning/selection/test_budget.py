@@ -13,7 +13,7 @@ import prunekit
 from prunekit.backbones.csnet import csnet
 from prunekit.backbones.resnet import resnet
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.budget import ATTEMPTS, TOLERANCE, Budget, BudgetSearch, fit_budget, slim_to_budget
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
@@ -53,7 +53,7 @@ def made(name, seed=0):
 
 
 def real(model, example):
-    return total(count(model, tuple(example.shape[1:]))[0])
+    return total(count_modules(model, tuple(example.shape[1:]))[0])
 
 
 @pytest.mark.filterwarnings("ignore::prunekit.PrunekitWarning")
@@ -149,7 +149,7 @@ def test_a_plan_that_grows_too_much_is_fitted_again(monkeypatch):
     aims = []
 
     def counted(small, shape):
-        counts, unknown = count(small, shape)
+        counts, unknown = count_modules(small, shape)
         aims.append(total(counts)["params"])
         counts["conv"].params += round(0.1 * aims[-1])
         return counts, unknown

@@ -6,7 +6,7 @@ from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, kill,
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
@@ -85,7 +85,7 @@ class Paths(nn.Module):
 
 
 def real(model, shape):
-    counts, _ = count(model, shape)
+    counts, _ = count_modules(model, shape)
     found = total(counts)
     return ModelSize(found["params"], found["macs"])
 

@@ -8,7 +8,7 @@ import torch
 from helpers.networks import Residual, Row, csnet_with_dead_gates, settle
 
 from prunekit.backbones.octresnet import octresnet
-from prunekit.flops import count, total
+from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.gate_expr import last_gates
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.budget import Budget
@@ -252,7 +252,7 @@ def test_a_cut_that_spares_little_waits():
 
 def test_no_cut_goes_below_the_budget():
     model, groups, example = network("csnet", 0)
-    dense = total(count(model, (3, SIZE, SIZE))[0])["params"]
+    dense = total(count_modules(model, (3, SIZE, SIZE))[0])["params"]
     free = shrinking(model, groups, example).cut(model, groups, DynamicWeightDecay(model, groups), 1)
     goal = (dense + free.record["params"]) // 2
     bound = shrinking(model, groups, example, goal=Budget("params", goal))
