@@ -103,7 +103,7 @@ def pink(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 def cut(model: nn.Module, groups: Sequence[Group], case: Case) -> nn.Module:
     """Our cut with the constants kept, in place, without the equivalence check."""
-    dead, _ = Cutter(model, groups).settle(dead_channels(groups, case.plan))
+    dead, _ = Cutter(model, groups).complete(dead_channels(groups, case.plan))
     rebuild(model, groups, dead, [small(case.example)])
     return model
 

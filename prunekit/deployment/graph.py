@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from prunekit.errors import ExportError
-from prunekit.layers.octave_trace import Shapes, first_line
+from prunekit.layers.octave_trace import Shapes
+from prunekit.utils.text import first_line
 
 ADDS = {torch.add, torch.Tensor.add, "add"}
 POOLS = {F.max_pool2d, F.avg_pool2d}

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from prunekit.errors import PlanError
 from prunekit.layers.octave_ops import Ref, Training, refs
+from prunekit.utils.text import first_line
 
 ROOT = "model"
 
@@ -186,8 +187,3 @@ def _label(node: fx.Node) -> str:
         return _own(node.target)
     place = next(reversed(node.meta.get("nn_module_stack") or [""]))
     return f"{_own(place)}.{node.name.removeprefix(ROOT + '_')}".removeprefix(".")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

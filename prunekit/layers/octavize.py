@@ -32,8 +32,9 @@ from prunekit.layers.octave_ops import (
     same,
 )
 from prunekit.layers.octave_roles import KEPT, Role, roles
-from prunekit.layers.octave_trace import Call, first_line, kept, trace
+from prunekit.layers.octave_trace import Call, kept, trace
 from prunekit.layers.optional import MultiScaleLayer
+from prunekit.utils.text import first_line
 
 # What hands its branches on one by one.
 _CARRIES = ("depthwise", "norm", "prelu", "each", "pool")

@@ -8,8 +8,9 @@ import numpy as np
 from torch import nn
 
 from prunekit.pruning.graph.gate_expr import effective_gates, gate_scores
-from prunekit.pruning.graph.liveness import below_threshold, essential_groups, join_names
+from prunekit.pruning.graph.liveness import below_threshold, essential_groups
 from prunekit.pruning.plan import Group
+from prunekit.utils.text import join_names
 
 
 class GateHistory:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.networks import settle
+from helpers.networks import init_norms
 from PIL import Image
 
 from prunekit.backbones.csnet import csnet
@@ -50,7 +50,7 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
     model = csnet(20)
-    example = settle(model)
+    example = init_norms(model)
     (folder / "dense.pth.tar").write_bytes(write_checkpoint(export_csnet(model)[0]))
     groups = find_groups(model, example)
     small, _ = slim(model, extract(model, groups, threshold=0.7), example, groups=groups)

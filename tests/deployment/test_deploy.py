@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from helpers.deployed_models import gap, learned
-from helpers.networks import settle
+from helpers.networks import init_norms
 from torch import nn
 
 from prunekit.deployment.deploy import FORMS, deploy
@@ -132,7 +132,7 @@ class Shared(nn.Module):
 def test_a_module_used_twice_and_norms_that_must_stay():
     torch.manual_seed(0)
     model = Shared()
-    example = settle(model, 0, 16)
+    example = init_norms(model, 0, 16)
     model.eval()
     for form in EVERY:
         graph = rewrite(model, example, form)

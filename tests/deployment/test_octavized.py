@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.networks import kill, params, settle
+from helpers.networks import init_norms, params, zero_gates
 from helpers.octave_networks import Residual
 
 from prunekit.backbones.octresnet import octresnet
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning
 
 def test_counters_agree_before_and_after():
     model = octresnet(8, 8)
-    example = settle(model, 0, 20)
+    example = init_norms(model, 0, 20)
     groups = find_groups(model, example)
-    kill(model, groups, 0.5, whole=0.5)
+    zero_gates(model, groups, 0.5, whole=0.5)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     for one in (model, small):
         found = counters(one, (3, 17, 22))
@@ -38,9 +38,9 @@ def test_counters_agree_before_and_after():
 def test_onnx():
     torch.manual_seed(1)
     model = octavize(Residual(), torch.zeros(2, 3, 20, 20))
-    example = settle(model, 0, 20)
+    example = init_norms(model, 0, 20)
     groups = find_groups(model, example)
-    kill(model, groups, 0.4, whole=0.5)
+    zero_gates(model, groups, 0.4, whole=0.5)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     others = [torch.randn(3, 3, 21, 14), torch.randn(1, 3, 7, 7)]
     assert check_onnx(export_onnx(small, example), small, [example, *others]) < 1e-4

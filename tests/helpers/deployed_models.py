@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from helpers.networks import kill, settle
+from helpers.networks import init_norms, zero_gates
 from prunekit.config import registry
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
@@ -18,9 +18,9 @@ def learned(name: str, seed: int, share: float = 0.5, **options) -> tuple[nn.Mod
     for module in model.modules():
         if isinstance(module, nn.PReLU):
             nn.init.uniform_(module.weight, -0.5, 1.2 if seed % 2 else 0.9)
-    example = settle(model, seed, 32)
+    example = init_norms(model, seed, 32)
     groups = find_groups(model, example)
-    kill(model, groups, share, whole=0.3)
+    zero_gates(model, groups, share, whole=0.3)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     return small.eval(), example
 

@@ -79,7 +79,7 @@ class Shared(nn.Module):
         return self.out(F.relu(self.twice(F.relu(self.twice(x)))))
 
 
-def settle(model: nn.Module, seed: int = 0, size: int = 32, beta: float = 0.1) -> torch.Tensor:
+def init_norms(model: nn.Module, seed: int = 0, size: int = 32, beta: float = 0.1) -> torch.Tensor:
     """Let the norms see data, give them a β, and return a batch: (4, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -94,7 +94,7 @@ def settle(model: nn.Module, seed: int = 0, size: int = 32, beta: float = 0.1) -
     return torch.randn(4, 3, size, size, generator=generator)
 
 
-def kill(model: nn.Module, groups: list, share: float, seed: int = 0, whole: float = 0.0) -> dict[str, list[int]]:
+def zero_gates(model: nn.Module, groups: list, share: float, seed: int = 0, whole: float = 0.0) -> dict[str, list[int]]:
     """Set every gate of a random share of channels to zero, and all of a coarser branch with probability ``whole``.
 
     In the finest branch of a layer one channel always lives, lest the network be dead as a whole.
@@ -121,9 +121,9 @@ def csnet_with_dead_gates(seed: int, share: float = 0.5, whole: float = 0.1, siz
     """A small CSNet, its groups and a batch; a share of its gates is dead, and some branches as a whole."""
     torch.manual_seed(seed)
     model = csnet(width=10)
-    example = settle(model, seed, size)
+    example = init_norms(model, seed, size)
     groups = find_groups(model, example)
-    kill(model, groups, share, seed, whole)
+    zero_gates(model, groups, share, seed, whole)
     return model, groups, example
 
 

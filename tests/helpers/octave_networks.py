@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.networks import settle
+from helpers.networks import init_norms
 
 EXAMPLE = torch.randn(2, 3, 20, 20)
 
@@ -152,7 +152,7 @@ LEAST = {"Plain": 2, "Ends": 3}  # the smallest side that the network takes
 def settled(net, seed=0, size=20):
     torch.manual_seed(seed)
     model = net()
-    settle(model, seed, size)
+    init_norms(model, seed, size)
     return model
 
 

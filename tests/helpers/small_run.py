@@ -3,7 +3,7 @@ their export."""
 
 import torch
 
-from helpers.networks import kill, settle
+from helpers.networks import init_norms, zero_gates
 from prunekit.backbones import build
 from prunekit.config.schema import Recipe
 from prunekit.flops import count_modules, total
@@ -45,9 +45,9 @@ def small_run(path):
     )
     torch.manual_seed(0)
     dense = build("resnet", OPTIONS)
-    example = settle(dense, 0, 16)
+    example = init_norms(dense, 0, 16)
     groups = find_groups(dense, example)
-    kill(dense, groups, 0.5)
+    zero_gates(dense, groups, 0.5)
     with torch.no_grad():
         # What sparse training leaves behind.
         dense.conv.weight.view(-1)[:7] = 1e-40

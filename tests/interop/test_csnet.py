@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.networks import csnet_with_dead_gates, kill, settle
+from helpers.networks import csnet_with_dead_gates, init_norms, zero_gates
 
 from prunekit.backbones.csnet import csnet
 from prunekit.data.datasets import image_tensor, normalise, resize
@@ -33,9 +33,9 @@ def files():
 def settled(width=20, seed=0, share=0.0, whole=0.0):
     torch.manual_seed(seed)
     model = csnet(width)
-    example = settle(model, seed)
+    example = init_norms(model, seed)
     groups = find_groups(model, example)
-    kill(model, groups, share, seed, whole)
+    zero_gates(model, groups, share, seed, whole)
     return model, groups, example
 
 

@@ -7,7 +7,7 @@ reference: nothing but zero gates is cut from it. The outputs are compared here 
 import numpy as np
 import pytest
 import torch
-from helpers.networks import params, settle
+from helpers.networks import init_norms, params
 from helpers.zoo import ZOO
 
 from prunekit.pruning.graph.groups import find_groups
@@ -37,7 +37,7 @@ GROUPED = {"resnext", "shufflenet_v1"}
 def prepared(name, seed):
     torch.manual_seed(seed)
     model = ZOO[name]()
-    example = settle(model, seed)
+    example = init_norms(model, seed)
     return model, example, find_groups(model, example)
 
 
@@ -99,7 +99,7 @@ def test_groups_of_a_convolution_stay_of_one_size(first, left):
         torch.nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False), torch.nn.BatchNorm2d(12), torch.nn.ReLU(),
         torch.nn.Conv2d(12, 2, 1),
     )  # fmt: skip
-    example = settle(model, 0)
+    example = init_norms(model, 0)
     with torch.no_grad():
         model[1].weight[first], model[1].bias[first] = 0, -1
     groups = find_groups(model, example)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import Row, settle
+from helpers.networks import Row, init_norms
 from torch import nn
 
 from prunekit.errors import PlanError
@@ -48,7 +48,7 @@ class Shut(nn.Module):
 def test_what_is_constant_on_the_data_alone_is_none(seed):
     torch.manual_seed(seed)
     model = Shut()
-    example = settle(model, seed, 16)
+    example = init_norms(model, seed, 16)
     with torch.no_grad():
         model.a[1].weight[:4], model.a[1].bias[:4] = 0, 1
     small, equivalence = slim(model, extract(model, find_groups(model, example)), example)
@@ -64,7 +64,7 @@ def test_maps_of_one_pixel_have_no_border_to_tell():
         *conv_bn(3, 8, 3, 2), *conv_bn(8, 8, 3, 2), *conv_bn(8, 8, 3, 2), *conv_bn(8, 12, 3, 2), *conv_bn(12, 12, 1),
         *conv_bn(12, 12, 3, 1, 12), nn.Conv2d(12, 4, 1),
     )  # fmt: skip
-    example = settle(model, 0, 16)
+    example = init_norms(model, 0, 16)
     with torch.no_grad():
         model[13].weight[:4], model[13].bias[:4] = 0, 1  # before the depthwise convolution
     small, equivalence = slim(model, extract(model, find_groups(model, example)), example)
@@ -78,7 +78,7 @@ def test_two_rounds_through_a_convolution_with_groups():
     torch.manual_seed(0)
     build = lambda: nn.Sequential(*conv_bn(3, 8), *conv_bn(8, 8, 3, 1, 4), nn.Conv2d(8, 2, 1))  # noqa: E731
     model = build()
-    example = settle(model)
+    example = init_norms(model)
     groups = find_groups(model, example)
     first = {g.id: [0, 2, 4, 6] for g in groups if g.reason is None}
     small, equivalence = slim(model, make_plan(model, groups, first), example, groups=groups)
@@ -117,7 +117,7 @@ def test_a_weight_that_is_used_outside_of_its_layer_is_left_whole():
         *conv_bn(8, 6),
         nn.Conv2d(6, 2, 1),
     )
-    example = settle(model)
+    example = init_norms(model)
     groups = {group.id: group for group in find_groups(model, example)}
     assert "used outside of it" in groups["3"].reason and groups["6"].reason is None
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_tower_of_depthwise_residuals_does_not_double_at_each_floor():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(dtype):
     model = Row()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model.bn1.weight[2] = model.bn2.weight[2] = 0
     model, example = model.to(dtype), example.to(dtype)
@@ -174,7 +174,7 @@ def test_other_precisions(dtype):
 
 def test_mixed_precision_stays_mixed():
     model = Row()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model.bn1.weight[2] = model.bn2.weight[2] = 0
     mixed = copy.deepcopy(model)
@@ -186,7 +186,7 @@ def test_mixed_precision_stays_mixed():
 def test_a_bias_that_a_transposed_convolution_gets():
     build = lambda: nn.Sequential(*conv_bn(3, 8), nn.ConvTranspose2d(8, 5, 1, bias=False))  # noqa: E731
     model = build()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model[1].weight[:2], model[1].bias[:2] = 0, 1
     plan = make_plan(model, find_groups(model, example), {"0": [0, 1]})
@@ -219,7 +219,7 @@ def test_a_model_that_takes_float32_alone_is_refused_with_the_reason():
             return super().forward(x) @ torch.ones(x.shape[-1] - 2, 3)
 
     model = Fixed()
-    example = settle(model)
+    example = init_norms(model)
     with pytest.raises(PlanError, match="float64 on the CPU"):
         slim(model, extract(model, find_groups(model, example)), example)
 
@@ -227,7 +227,7 @@ def test_a_model_that_takes_float32_alone_is_refused_with_the_reason():
 @pytest.mark.parametrize("build", [torch.optim.Adafactor, torch.optim.LBFGS])
 def test_an_optimiser_that_cannot_be_cut_is_refused(build):
     model = Row()
-    example = settle(model)
+    example = init_norms(model)
     optimizer = build(model.parameters())
 
     def closure():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import kill, params, settle
+from helpers.networks import init_norms, params, zero_gates
 from helpers.octave_networks import NETWORKS, PreActivation, Residual
 
 import prunekit
@@ -30,7 +30,7 @@ def build(name, split):
 
 def settled(model, seed=0):
     """A batch, and the norms have seen others."""
-    return settle(model, seed, 20, beta=0.2)
+    return init_norms(model, seed, 20, beta=0.2)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -41,7 +41,7 @@ def test_random_dead_gates_and_branches_slim_with_equivalence_check(name, seed):
     model = build(name, split)
     example = settled(model, seed)
     groups = find_groups(model, example)
-    kill(model, groups, 0.6 if name == "PreActivation" else 0.35, seed, whole=0.4)
+    zero_gates(model, groups, 0.6 if name == "PreActivation" else 0.35, seed, whole=0.4)
     small, equivalence = slim(model, extract(model, groups), example, groups=groups)
     assert equivalence.passed and len(equivalence.inputs) == 2 and params(small) < params(model)
     # The plan, as JSON, and the builder are all that it takes.
@@ -103,7 +103,7 @@ def test_any_branch_may_go_at_any_place(layer, branch):
         assert small.classifier.in_features == 16
     # And on from there.
     groups = find_groups(small, example)
-    kill(small, groups, 0.3, seed=1)
+    zero_gates(small, groups, 0.3, seed=1)
     smaller, equivalence = slim(small, extract(small, groups), example, groups=groups)
     assert equivalence.passed and params(smaller) < params(small)
 

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import settle
+from helpers.networks import init_norms
 from torch import nn
 
 from prunekit.errors import PlanError
@@ -150,7 +150,7 @@ NETWORKS = {
 
 
 def slimmed(model, seed, constants):
-    example = settle(model, seed, size=16, beta=0.7)
+    example = init_norms(model, seed, size=16, beta=0.7)
     groups = find_groups(model, example)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

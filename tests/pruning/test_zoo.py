@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.networks import settle
+from helpers.networks import init_norms
 from helpers.zoo import ZOO
 from torch import nn
 
@@ -11,7 +11,7 @@ from torch import nn
 def test_a_network_runs_in_both_modes_and_tells_images_apart(name):
     torch.manual_seed(0)
     model = ZOO[name]()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         out = model(example)
         other = model(torch.randn(2, 3, 48, 40))

@@ -8,15 +8,15 @@ from prunekit.layers import DepthwiseModules
 from prunekit.pruning.graph.trace import CONVS, TRANSPOSED
 
 
-def groups_of(model: nn.Module, name: str) -> int:
+def conv_groups(model: nn.Module, name: str) -> int:
     """In how many groups a convolution connects its channels; 1 for what connects all, and for a depthwise one, which
     connects none."""
     module = model.get_submodule(name)
     groups = getattr(module, "groups", 1) if isinstance(module, CONVS + TRANSPOSED) else 1
-    return 1 if groups == 1 or hands_on(model, name) else groups
+    return 1 if groups == 1 or is_channelwise(model, name) else groups
 
 
-def hands_on(model: nn.Module, name: str) -> bool:
+def is_channelwise(model: nn.Module, name: str) -> bool:
     """Whether a module hands its channels on one by one (a norm, a PReLU, a depthwise convolution), and makes none."""
     module = model.get_submodule(name)
     weight = getattr(module, "weight", None)

@@ -114,7 +114,7 @@ def gate_scores(model: nn.Module, group: Group) -> np.ndarray:
     return np.where(over, 0.0, values)
 
 
-def closing_masks(model: nn.Module, group: Group, dead: Iterable[int]) -> list[np.ndarray]:
+def zeroing_masks(model: nn.Module, group: Group, dead: Iterable[int]) -> list[np.ndarray]:
     """For each gate of the group, which of its channels must be set to zero for the dead ones to be dead.
 
     A row in which a gate is zero is closed already, and its other gates are left as they are; else the last one is

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
-import torch
 from torch import nn
 
 from prunekit.config.registry import nearest
@@ -16,6 +15,7 @@ from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.axes import axis_length
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.plan import Group
+from prunekit.utils.text import plural
 
 
 def kept_groups(model: nn.Module, groups: Sequence[Group], patterns: Sequence[str]) -> set[str]:
@@ -41,21 +41,16 @@ def kept_groups(model: nn.Module, groups: Sequence[Group], patterns: Sequence[st
     return found
 
 
-def uncuttable(groups: Sequence[Group]) -> str | None:
+def describe_unprunable(groups: Sequence[Group]) -> str | None:
     """A sentence on the groups that cannot be cut, or None where all can."""
     reasons = Counter(group.reason for group in groups if group.reason is not None)
     if not reasons:
         return None
     common = [f"{n} {reason}" for reason, n in reasons.most_common(3)]
     rest = sum(reasons.values()) - sum(n for _, n in reasons.most_common(3))
-    return f"{number(sum(reasons.values()), 'group')} cannot be cut: {'; '.join(common)}" + (
+    return f"{plural(sum(reasons.values()), 'group')} cannot be cut: {'; '.join(common)}" + (
         f"; {rest} other" if rest else ""
     )
-
-
-def number(count: int, noun: str) -> str:
-    """ "1 channel", "2 channels"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def removable(model: nn.Module, group: Group) -> bool:
@@ -70,7 +65,7 @@ def removable(model: nn.Module, group: Group) -> bool:
     return True
 
 
-def layers_of(groups: Sequence[Group]) -> list[list[Group]]:
+def group_by_layer(groups: Sequence[Group]) -> list[list[Group]]:
     """The groups of each layer: those whose last norms stand in one container are its branches."""
     found: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
@@ -84,7 +79,7 @@ def essential_groups(model: nn.Module, groups: Sequence[Group]) -> list[list[Gro
     cannot be taken out."""
     free = [group for group in groups if group.reason is None]
     may_go = {group.id: removable(model, group) for group in free}
-    layers = [layer for layer in layers_of(free) if all(may_go[group.id] for group in layer)]
+    layers = [layer for layer in group_by_layer(free) if all(may_go[group.id] for group in layer)]
     return layers + [[group] for group in free if not may_go[group.id]]
 
 
@@ -106,20 +101,3 @@ def below_threshold(
 def dead_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     """What a model cannot do without and whose gates are all zero."""
     return list(below_threshold(essential_groups(model, groups), 0.0, lambda group: gate_scores(model, group)))
-
-
-def join_names(names: Sequence[str], most: int = 3) -> str:
-    """ "a", "a and b", "a, b, c and 4 more"."""
-    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise PlanError where a parameter or a buffer holds a number that is not finite: nothing can be read from it."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        bad = tensor.detach()[~torch.isfinite(tensor.detach())]
-        if bad.numel():
-            raise PlanError(
-                f"{name} is {float(bad.flatten()[0])} in {number(bad.numel(), 'place')} of {tensor.numel()}, so "
-                "nothing can be read from the model; train with a lower rate, or load an earlier state"
-            )

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from prunekit.errors import PlanError
 from prunekit.layers import DepthwiseModules
 from prunekit.pruning.graph.off_path import lock_off_path, used_elsewhere
+from prunekit.utils.text import first_line
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -370,8 +371,3 @@ def tensors_in(output: Any) -> list[Tensor]:
     if isinstance(output, dict):
         output = list(output.values())
     return [tensor for part in output for tensor in tensors_in(part)] if isinstance(output, list | tuple) else []
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from torch import nn
 
 from prunekit.flops import count_modules
-from prunekit.pruning.graph.axes import groups_of, hands_on
+from prunekit.pruning.graph.axes import conv_groups, is_channelwise
 from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.cutter import Cutter
 
@@ -51,16 +51,18 @@ class SizeModel:
         self.groups = list(groups)
         self._free = np.array([group.reason is None for group in groups], bool)
         self._width = np.array([group.channels for group in groups], np.int64)
-        rows = {axis: row for row, axis in enumerate(cutter.length)}
+        rows = {axis: row for row, axis in enumerate(cutter.lengths)}
         names = {name: place for place, name in enumerate(counts)}
         for tensor, _ in rows:  # a norm without γ and β has no parameters, and can be the last of a module to go
             names.setdefault(tensor.rpartition(".")[0], len(names))
-        self._length = np.array(list(cutter.length.values()), np.int64)
+        self._length = np.array(list(cutter.lengths.values()), np.int64)
         self._module = np.array([names[tensor.rpartition(".")[0]] for tensor, _ in rows], np.int64)
         self._modules = len(names)
         taken = [(rows[m.tensor, m.axis], g, m.stride) for g, group in enumerate(groups) for m in group.members]
         self._taken = _matrix(taken, (len(rows), len(groups)))
-        makers = {(g, names[n], 1) for g, group in enumerate(groups) for n in group.producers if not hands_on(model, n)}
+        makers = {
+            (g, names[n], 1) for g, group in enumerate(groups) for n in group.producers if not is_channelwise(model, n)
+        }
         readers = {(g, names[m.tensor.rpartition(".")[0]], 1) for g, group in enumerate(groups) for m in group.readers}
         self._needs = [_matrix(sorted(pairs), (len(groups), len(names))) for pairs in (makers, readers)]
         self._needed = [np.asarray(need.sum(1)).ravel() for need in self._needs]
@@ -77,7 +79,7 @@ class SizeModel:
                 mine = [rows[f"{name}.{key}", axis] for axis in cut]
                 axes.append([*mine, *[len(rows)] * (2 - len(mine))])
                 # The input axis of a convolution with groups is as long as that of all its groups together.
-                shared.append(groups_of(model, name) if key == "weight" and len(mine) == 2 else 1)
+                shared.append(conv_groups(model, name) if key == "weight" and len(mine) == 2 else 1)
                 owner.append(place)
                 macs = counts[name].macs if key == "weight" else 0
                 positions.append(macs // tensor.numel() if macs else 0)
@@ -93,10 +95,10 @@ class SizeModel:
 
         Args:
             dead: for a group's id its dead channels, or how many there are. (Where the model has convolutions with
-                groups, which must stay of one size, numbers are right only if they are what ``Cutter.settle`` leaves.)
+                groups, which must stay of one size, numbers are right only if they are what ``Cutter.complete`` leaves.)
         """
         if self._cutter.blocks and not any(isinstance(channels, int) for channels in dead.values()):
-            dead, _ = self._cutter.settle(dead)
+            dead, _ = self._cutter.complete(dead)
         numbers = [dead.get(group.id, 0) for group in self.groups]
         kept, gone = self._settle(np.array([n if isinstance(n, int) else len(n) for n in numbers], np.int64))
         one = np.append(kept, 1)
@@ -105,7 +107,7 @@ class SizeModel:
         return ModelSize(int(sizes.sum()), int(sizes @ self._positions))
 
     def _settle(self, dead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As ``Cutter.settle``, by numbers: the length left of each axis, and the modules of which nothing is left."""
+        """As ``Cutter.complete``, by numbers: the length left of each axis, and the modules of which nothing is left."""
         while True:
             kept = self._length - self._taken @ dead
             gone = np.zeros(self._modules, bool)

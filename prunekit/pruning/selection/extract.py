@@ -11,7 +11,7 @@ from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
-from prunekit.pruning.surgery.make_plan import plan_of_dead
+from prunekit.pruning.surgery.make_plan import plan_from_dead
 
 
 def extract(
@@ -68,6 +68,6 @@ def extract(
 
 def plan_of_choice(model: nn.Module, groups: Sequence[Group], choice: Selection) -> Plan:
     """The plan that cuts what was chosen, with its notes."""
-    plan = plan_of_dead(model, groups, choice.dead, choice.removed)
+    plan = plan_from_dead(model, groups, choice.dead, choice.removed)
     plan.notes = list(choice.notes)
     return plan

@@ -23,6 +23,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.parameter_slices import ParameterSlices
 from prunekit.pruning.plan import Group
+from prunekit.utils.text import plural
 
 # For each batch of training data, the loss of the model that it is called with; the gradient is the caller's business.
 Losses = Callable[[nn.Module], Iterable[Tensor]]
@@ -210,3 +211,14 @@ def _normalized(
             # A group of nothing but zeros is all dead, and stays so.
             found[group.id] = values / (by[normalizer](values) or 1.0)
     return found
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise PlanError where a parameter or a buffer holds a number that is not finite: nothing can be read from it."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        bad = tensor.detach()[~torch.isfinite(tensor.detach())]
+        if bad.numel():
+            raise PlanError(
+                f"{name} is {float(bad.flatten()[0])} in {plural(bad.numel(), 'place')} of {tensor.numel()}, so "
+                "nothing can be read from the model; train with a lower rate, or load an earlier state"
+            )

@@ -17,17 +17,16 @@ from torch import nn
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.liveness import (
     below_threshold,
-    check_finite,
+    describe_unprunable,
     essential_groups,
-    join_names,
+    group_by_layer,
     kept_groups,
-    layers_of,
-    number,
     removable,
-    uncuttable,
 )
 from prunekit.pruning.plan import Group
+from prunekit.pruning.selection.importance import check_finite
 from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.utils.text import join_names, plural
 
 Scope = Literal["global", "layer"]
 Scores = Mapping[str, np.ndarray]
@@ -123,7 +122,7 @@ class Selector:
         ordered = [_ordered(values, unit) for values, unit in zip(self.values, self.unit, strict=True)]
         self.order, self.sorted = [order for order, _ in ordered], [values for _, values in ordered]
         self.at = {group.id: place for place, group in enumerate(self.groups)}
-        self.layers = [[self.at[group.id] for group in layer] for layer in layers_of(self.groups)]
+        self.layers = [[self.at[group.id] for group in layer] for layer in group_by_layer(self.groups)]
         self.vital = essential_groups(model, self.groups)
         self.channels = int(self.widths[~self.fixed].sum())
         self._rank()
@@ -194,7 +193,7 @@ class Selector:
                 group.id: set(order[: width - k].tolist())
                 for group, order, width, k in zip(self.groups, self.order, self.widths, kept, strict=True)
             }
-            dead, removed = self.cutter.settle(chosen)
+            dead, removed = self.cutter.complete(chosen)
             starved = self._starved(dead)
             if not starved:
                 break
@@ -238,8 +237,8 @@ class Selector:
         groups of a convolution that makes or reads them."""
         cutter, found = self.cutter, 1
         for key, blocks in cutter.blocks.items():
-            # Where several groups stand side by side, it is ``Cutter.settle`` that gives channels back.
-            if cutter.members[key][0][0] is group and cutter.length[key] == group.channels:
+            # Where several groups stand side by side, it is ``Cutter.complete`` that gives channels back.
+            if cutter.members[key][0][0] is group and cutter.lengths[key] == group.channels:
                 found = max(found, blocks)
         return found
 
@@ -269,14 +268,14 @@ class Selector:
             choice.say(self._nothing(name, how, lost))
         elif choice.cut < choice.asked or any(lost.values()):
             # A count is what a search tries, and what it searches for is something else.
-            choice.fewer = f"{number(choice.cut, 'channel')} cut where {how} asks for {choice.asked}: {_kept(lost)}"
+            choice.fewer = f"{plural(choice.cut, 'channel')} cut where {how} asks for {choice.asked}: {_kept(lost)}"
             choice.say(choice.fewer, urgent=name != "count")
         if name == "threshold":
             self._tell_lifeless(choice, value)
         also = sum(len(choice.dead[group] - channels) for group, channels in chosen.items())
         if also:
             choice.say(
-                f"{number(also, 'channel')} more cut, since nothing makes or reads what they carry", urgent=False
+                f"{plural(also, 'channel')} more cut, since nothing makes or reads what they carry", urgent=False
             )
         if self.round_to > 1:
             self._tell_rounding(choice)
@@ -286,14 +285,14 @@ class Selector:
             narrow = (~self.fixed) & (_floor(value * self.widths) == 0)
             if narrow.any():
                 less = f"{how} of it is less than a channel"
-                choice.say(f"{number(narrow.sum(), 'group')} whole: {less}", urgent=False)
+                choice.say(f"{plural(narrow.sum(), 'group')} whole: {less}", urgent=False)
         if self.fixed.any():
             choice.say(
-                f"keep_layers keeps {number(self.fixed.sum(), 'group')} whole, with "
-                f"{number(self.widths[self.fixed].sum(), 'channel')}",
+                f"keep_layers keeps {plural(self.fixed.sum(), 'group')} whole, with "
+                f"{plural(self.widths[self.fixed].sum(), 'channel')}",
                 urgent=False,
             )
-        said = uncuttable(self.all_groups)
+        said = describe_unprunable(self.all_groups)
         if said:
             choice.say(said, urgent=False)
 
@@ -339,7 +338,7 @@ class Selector:
             score = self.sorted[first][counts[first]]
             of, cut = ((values == score).sum() for values in (self.sorted[first], self.sorted[first][: counts[first]]))
             choice.say(
-                f"in {number(len(tied), 'group')} channels tie where the cut ends; in {self.groups[first].id} {of} "
+                f"in {plural(len(tied), 'group')} channels tie where the cut ends; in {self.groups[first].id} {of} "
                 f"at the score {score:.3g}, {cut} of them cut"
             )
 
@@ -358,7 +357,7 @@ class Selector:
         if odd:
             more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
             choice.say(
-                f"round_to {self.round_to} is not met in {number(len(odd), 'group')}: {', '.join(odd[:3])}{more}"
+                f"round_to {self.round_to} is not met in {plural(len(odd), 'group')}: {', '.join(odd[:3])}{more}"
             )
 
 

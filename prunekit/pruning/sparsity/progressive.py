@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError
-from prunekit.pruning.graph.gate_expr import closing_masks, effective_gates, last_gates
+from prunekit.pruning.graph.gate_expr import effective_gates, last_gates, zeroing_masks
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import Budget
@@ -39,7 +39,7 @@ from prunekit.pruning.selection.extract import plan_of_choice
 from prunekit.pruning.selection.selector import Selection, Selector
 from prunekit.pruning.sparsity.decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
-from prunekit.pruning.surgery.compose import compose, pairs
+from prunekit.pruning.surgery.compose import compose, match_groups
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.make_plan import dead_channels
 from prunekit.pruning.surgery.slim import apply_plan, slim
@@ -267,7 +267,7 @@ def unresponsive_channels(model: nn.Module, groups: Sequence[Group], dead: Mappi
             continue
         wanted = np.zeros(group.channels, bool)
         wanted[list(dead[group.id])] = True
-        closed = closing_masks(model, group, dead[group.id])
+        closed = zeroing_masks(model, group, dead[group.id])
         for index in last_gates(group):
             gate, part = group.gates[index], slice(*group.gates[index].slice)
             weight = model.get_submodule(gate.norm).weight[part]
@@ -283,7 +283,7 @@ def _staying(
 ) -> dict[str, set[int]]:
     """The dead channels that a cut has kept, in the groups of what is left."""
     found = {}
-    for group, small in pairs(groups, plan, left):
+    for group, small in match_groups(groups, plan, left):
         kept = plan.kept(group)
         found[small.id] = {place for place, channel in enumerate(kept) if channel in dead.get(group.id, ())}
     return {name: channels for name, channels in found.items() if channels}

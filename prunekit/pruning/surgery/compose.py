@@ -26,7 +26,7 @@ def compose(model: nn.Module, groups: Sequence[Group], first: Plan, slim_groups:
     """
     dead = {g.id: set(range(g.channels)) - set(first.kept(g)) for g in groups if g.reason is None}
     carriers = {name: set(channels) for name, channels in first.carriers.items()}
-    for group, slim_group in pairs(groups, first, slim_groups):
+    for group, slim_group in match_groups(groups, first, slim_groups):
         channels = first.kept(group)
         kept = second.kept(slim_group)
         dead[group.id] |= set(channels) - {channels[k] for k in kept}
@@ -41,7 +41,7 @@ def compose(model: nn.Module, groups: Sequence[Group], first: Plan, slim_groups:
     return plan
 
 
-def pairs(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+def match_groups(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     """Each group that is left of the builder's, with the slim model's own. Their names may differ, since a group is
     named after its first module and that may be gone; a module that makes channels is in the same group in both."""
     places: dict[str, list[tuple[int, Group]]] = defaultdict(list)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.pruning.graph.axes import groups_of
+from prunekit.pruning.graph.axes import conv_groups
 from prunekit.pruning.graph.trace import TRANSPOSED
 from prunekit.pruning.plan import Group, Member
 from prunekit.pruning.surgery.cutter import entries, indices
@@ -186,7 +186,7 @@ class ConstantFolder:
         """(rows, which of the channels these read, where) for each group of a convolution; one for all else."""
         module = self.modules[name]
         where = member.offset + channels * member.stride
-        blocks = groups_of(self.model, name) if getattr(module, "groups", 1) > 1 else 1
+        blocks = conv_groups(self.model, name) if getattr(module, "groups", 1) > 1 else 1
         if blocks == 1:
             return [(slice(None), np.arange(len(channels)), where)]
         rows, width = module.out_channels // blocks, module.in_channels // blocks

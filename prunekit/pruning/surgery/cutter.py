@@ -10,7 +10,7 @@ from torch import nn
 
 from prunekit.errors import PlanError
 from prunekit.layers import OptionalModules
-from prunekit.pruning.graph.axes import axis_length, groups_of, hands_on, output_axis
+from prunekit.pruning.graph.axes import axis_length, conv_groups, is_channelwise, output_axis
 from prunekit.pruning.plan import Group, Member
 
 # Rounds in which what starves and what is given back have to agree.
@@ -33,19 +33,19 @@ class Cutter:
         self.model = model
         self.scores = scores or {}
         self.groups = groups
-        self.length: dict[Axis, int] = {}
+        self.lengths: dict[Axis, int] = {}
         self.blocks: dict[Axis, int] = {}
         self.members: dict[Axis, list[tuple[Group, Member]]] = {}
         modules = dict(model.named_modules())
         for group in groups:
             for member in group.members:
                 key = member.tensor, member.axis
-                if key not in self.length:
+                if key not in self.lengths:
                     owner, _, name = member.tensor.rpartition(".")
                     module = modules[owner]
-                    self.length[key] = axis_length(module, name, member.axis)
+                    self.lengths[key] = axis_length(module, name, member.axis)
                     grouped = name == "weight" and getattr(module, "groups", 1) > 1
-                    blocks = groups_of(model, owner) if grouped else 1
+                    blocks = conv_groups(model, owner) if grouped else 1
                     if blocks > 1:
                         self.blocks[key] = blocks
                 self.members.setdefault(key, []).append((group, member))
@@ -58,11 +58,11 @@ class Cutter:
             for member in group.members if len(gone) else ():
                 key = member.tensor, member.axis
                 if key not in masks:
-                    masks[key] = np.ones(self.length[key], bool)
+                    masks[key] = np.ones(self.lengths[key], bool)
                 masks[key][entries(member, gone)] = False
         return masks
 
-    def settle(self, dead: Mapping[str, Iterable[int]]) -> tuple[dict[str, set[int]], list[str]]:
+    def complete(self, dead: Mapping[str, Iterable[int]]) -> tuple[dict[str, set[int]], list[str]]:
         """Add what cannot live without the dead: channels that nothing makes or nothing reads any more. And give back
         what a convolution with groups cannot be without: all of its groups have to stay of one size.
 
@@ -91,7 +91,7 @@ class Cutter:
             for group in self.groups if removed else ():
                 if group.reason is not None or len(dead.get(group.id, ())) == group.channels:
                     continue
-                makers = [name for name in group.producers if not hands_on(self.model, name)]
+                makers = [name for name in group.producers if not is_channelwise(self.model, name)]
                 readers = [m.tensor.removesuffix(".weight") for m in group.readers]
                 if (makers and removed.issuperset(makers)) or (readers and removed.issuperset(readers)):
                     dead[group.id] = set(range(group.channels))
@@ -106,7 +106,7 @@ class Cutter:
             # Only what loses all channels of some group can be empty.
             if len(dead.get(group.id, ())) == group.channels:
                 for member in group.members:
-                    left.setdefault((member.tensor, member.axis), self.length[member.tensor, member.axis])
+                    left.setdefault((member.tensor, member.axis), self.lengths[member.tensor, member.axis])
         for key in left:
             for group, member in self.members[key]:
                 left[key] -= len(dead.get(group.id, ())) * member.stride
@@ -152,11 +152,11 @@ class Cutter:
             gone = dead.get(group.id)
             if gone:
                 if mask is None:
-                    mask = np.ones(self.length[key], bool)
+                    mask = np.ones(self.lengths[key], bool)
                 mask[entries(member, indices(gone))] = False
         return mask
 
-    def vital(self, removed: Sequence[str]) -> list[str]:
+    def essential_modules(self, removed: Sequence[str]) -> list[str]:
         """Of the modules of which nothing is left, those that the model cannot do without."""
         return [
             name
@@ -183,7 +183,7 @@ class Cutter:
         Raises:
             PlanError: a module would go that the model cannot do without.
         """
-        vital = self.vital(removed)
+        vital = self.essential_modules(removed)
         if vital:
             raise PlanError(
                 f"nothing would be left of {vital[0]}, and the model cannot do without it; keep a channel of it"

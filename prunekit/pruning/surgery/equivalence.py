@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunekit.pruning.graph.gate_expr import closing_masks
-from prunekit.pruning.graph.trace import first_line, tensors_in
+from prunekit.pruning.graph.gate_expr import zeroing_masks
+from prunekit.pruning.graph.trace import tensors_in
 from prunekit.pruning.plan import Group, Plan
+from prunekit.utils.text import first_line
 
 TOLERANCE = 1e-6
 DEAD = "the output is the same for every input: the network is dead"
@@ -69,7 +70,7 @@ def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str
         for group in groups:
             if not dead.get(group.id):
                 continue
-            for gate, mask in zip(group.gates, closing_masks(model, group, dead[group.id]), strict=True):
+            for gate, mask in zip(group.gates, zeroing_masks(model, group, dead[group.id]), strict=True):
                 weight = copied.get_submodule(gate.norm).weight
                 weight[slice(*gate.slice)][torch.from_numpy(mask).to(weight.device)] = 0
     return copied

@@ -14,11 +14,11 @@ from prunekit.pruning.surgery.cutter import Cutter
 
 def make_plan(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> Plan:
     """The plan that cuts these channels, and what cannot live without them."""
-    return plan_of_dead(model, groups, *Cutter(model, groups).settle(dead))
+    return plan_from_dead(model, groups, *Cutter(model, groups).complete(dead))
 
 
-def plan_of_dead(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, set[int]], removed: list[str]) -> Plan:
-    """The plan that cuts what ``Cutter.settle`` has found."""
+def plan_from_dead(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, set[int]], removed: list[str]) -> Plan:
+    """The plan that cuts what ``Cutter.complete`` has found."""
     kept = {
         group.id: [k for k in range(group.channels) if k not in dead.get(group.id, ())]
         for group in groups

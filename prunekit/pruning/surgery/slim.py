@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.axes import output_axis
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.graph.liveness import dead_layers, join_names
-from prunekit.pruning.graph.trace import first_line
+from prunekit.pruning.graph.liveness import dead_layers
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.constant_folding import ConstantFolder, FoldingReport
 from prunekit.pruning.surgery.cutter import Cutter
@@ -26,7 +25,8 @@ from prunekit.pruning.surgery.equivalence import (
     output_difference,
     zero_dead_gates,
 )
-from prunekit.pruning.surgery.make_plan import dead_channels, plan_of_dead
+from prunekit.pruning.surgery.make_plan import dead_channels, plan_from_dead
+from prunekit.utils.text import first_line, join_names
 
 CONSTANTS = ("carrier", "fold", "keep", "drop")
 
@@ -104,7 +104,7 @@ def rebuild(
     Args:
         gated: in eval mode, the gates of the dead channels at zero (``gate_off``); it becomes the slim model.
         groups: of it.
-        dead: by group, from ``Cutter.settle``.
+        dead: by group, from ``Cutter.complete``.
         inputs: batches on which the constants are measured, in the model's precision. What is the same in all of them
             counts as constant, so their maps should have a border and an inside, and their images should differ.
         constants: "carrier", "fold" or "drop", as for ``slim``.
@@ -119,10 +119,10 @@ def rebuild(
         report = measured.fold(constants == "carrier")
     cut = {name: set(channels) - set(report.carriers.get(name, ())) for name, channels in dead.items()}
     # A carrier keeps its group alive, but not what would have died of the group's death, nor the balance of groups.
-    settled, removed = cutter.settle(cut)
+    settled, removed = cutter.complete(cut)
     if constants != "drop":
         measured.silence({name: channels - settled[name] for name, channels in cut.items()})
-    plan = plan_of_dead(gated, groups, settled, removed)
+    plan = plan_from_dead(gated, groups, settled, removed)
     plan.added_bias = cutter.cut(gated, settled, removed, report.biases)
     report.lost = set(report.biases) - set(plan.added_bias)
     plan.carriers = report.carriers
@@ -138,7 +138,7 @@ def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
     groups = find_groups(model, example)
     plan.check(groups)
     cutter = Cutter(model, groups)
-    dead, removed = cutter.settle(dead_channels(groups, plan))
+    dead, removed = cutter.complete(dead_channels(groups, plan))
     if set(removed) != set(plan.removed):
         odd = sorted(set(removed) ^ set(plan.removed))[0]
         raise PlanError(f"the plan's channels and its removed modules disagree about {odd}; extract it again")
@@ -195,7 +195,7 @@ class _Attempt:
 
     def start(self, dead: Mapping[str, set[int]]) -> dict[str, set[int]]:
         """The channels to cut first: the dead ones, but (with "keep") those that emit something."""
-        dead, _ = Cutter(self.model, self.groups).settle(dead)
+        dead, _ = Cutter(self.model, self.groups).complete(dead)
         if self.constants == "keep":
             speaking = self._measured(dead).speaking()
             self.kept = len(speaking)
@@ -203,7 +203,7 @@ class _Attempt:
         return dead
 
     def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
-        dead, _ = Cutter(self.model, self.groups).settle(dead)
+        dead, _ = Cutter(self.model, self.groups).complete(dead)
         self.gated = zero_dead_gates(self.model, self.groups, dead)
         rebuilt = copy.deepcopy(self.gated)
         plan, report = rebuild(rebuilt, self.groups, dead, [*self.inputs, *self.noise], self.constants)
@@ -235,7 +235,7 @@ class _Attempt:
         return rebuilt, equivalence
 
     def _measured(self, dead: Mapping[str, set[int]]) -> ConstantFolder:
-        dead, _ = Cutter(self.model, self.groups).settle(dead)
+        dead, _ = Cutter(self.model, self.groups).complete(dead)
         return ConstantFolder(
             zero_dead_gates(self.model, self.groups, dead), self.groups, dead, [*self.inputs, *self.noise]
         )

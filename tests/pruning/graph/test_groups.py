@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from helpers.networks import Concat, Residual, Row, Shared, settle
+from helpers.networks import Concat, Residual, Row, Shared, init_norms
 from helpers.zoo import ZOO
 from torch import nn
 
@@ -169,7 +169,7 @@ class UpSampled(nn.Sequential):
 @pytest.mark.parametrize("name", [*ZOO, "csnet", "up-sampled"])
 def test_they_are_the_same_whether_numbers_are_computed_or_not(name, monkeypatch):
     model = {**ZOO, "csnet": lambda: csnet(10), "up-sampled": UpSampled}[name]()
-    example = settle(model)
+    example = init_norms(model)
     without = find_groups(model, example)
 
     def refuse(_):

@@ -10,14 +10,12 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.liveness import (
     below_threshold,
-    check_finite,
     dead_layers,
+    describe_unprunable,
     essential_groups,
-    join_names,
+    group_by_layer,
     kept_groups,
-    layers_of,
     removable,
-    uncuttable,
 )
 from prunekit.pruning.plan import Group
 
@@ -66,14 +64,14 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_module(row):
 
 def test_what_cannot_be_cut_is_counted_by_its_reason():
     groups = [Group(id=str(k), channels=1, members=[], reason=reason) for k, reason in enumerate("aabcd")]
-    assert uncuttable(groups) == "5 groups cannot be cut: 2 a; 1 b; 1 c; 1 other"
-    assert uncuttable([Group(id="free", channels=1, members=[])]) is None
+    assert describe_unprunable(groups) == "5 groups cannot be cut: 2 a; 1 b; 1 c; 1 other"
+    assert describe_unprunable([Group(id="free", channels=1, members=[])]) is None
 
 
 def test_branches_may_go_and_are_one_layer(row, branched):
     assert not any(removable(row[0], group) for group in row[1])
     model, groups = branched
-    layer = next(layer for layer in layers_of(groups) if any(g.id == "stage1.1.mix.paths.0to0" for g in layer))
+    layer = next(layer for layer in group_by_layer(groups) if any(g.id == "stage1.1.mix.paths.0to0" for g in layer))
     assert {group.id for group in layer} == {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"}
     assert all(removable(model, group) for group in layer)
 
@@ -120,23 +118,3 @@ def test_what_has_no_gate_left_is_named():
     with torch.no_grad():
         model.bn3.weight.zero_()
     assert dead_layers(model, groups) == ["conv2"]
-
-
-def test_names_in_a_row():
-    assert [join_names("abcdef"[:count]) for count in (1, 2, 3, 4, 6)] == [
-        "a",
-        "a and b",
-        "a, b and c",
-        "a, b, c and 1 more",
-        "a, b, c and 3 more",
-    ]
-
-
-@pytest.mark.parametrize("name", ["bn1.weight", "bn2.running_mean", "bn2.running_var", "conv2.weight"])
-def test_a_number_that_is_not_finite_is_named(name):
-    model = Row()
-    check_finite(model)
-    tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
-    tensor.data.view(-1)[1:3] = float("-inf")
-    with pytest.raises(PlanError, match=rf"^{name} is -inf in 2 places of {tensor.numel()}, so nothing can be read"):
-        check_finite(model)

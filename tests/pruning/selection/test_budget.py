@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import csnet_with_dead_gates, settle
+from helpers.networks import csnet_with_dead_gates, init_norms
 from torch import nn
 
 import prunekit
@@ -43,7 +43,7 @@ NETWORKS = {"csnet": lambda: csnet(10), "resnet": lambda: resnet(depth=8, width=
 def once(name, seed):
     torch.manual_seed(seed)
     model = NETWORKS[name]()
-    example = settle(model, seed)
+    example = init_norms(model, seed)
     return model, find_groups(model, example), example
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, kill, settle
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, zero_gates
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
@@ -115,7 +115,7 @@ def test_what_cannot_live_without_the_dead_goes_too():
         draw = np.random.default_rng(seed)
         given = {g.id: set(range(g.channels)) for g in free if draw.random() < 0.25}
         given |= {g.id: {0} for g in free if g.id not in given and draw.random() < 0.5}
-        settled, _ = cutter.settle(given)
+        settled, _ = cutter.complete(given)
         starved += settled != given
         assert sizes.of(given) == sizes.of(settled)
         assert sizes.of({name: len(gone) for name, gone in given.items()}) == sizes.of(given)
@@ -128,9 +128,9 @@ def test_what_cannot_live_without_the_dead_goes_too():
 def test_other_networks(network, seed):
     torch.manual_seed(seed)
     model = network()
-    example = settle(model, seed)
+    example = init_norms(model, seed)
     groups = find_groups(model, example)
-    kill(model, groups, 0.2 * seed, seed)
+    zero_gates(model, groups, 0.2 * seed, seed)
     plan = extract(model, groups)
     sizes = SizeModel(model, groups, (3, 32, 32))
     assert sizes.dense == real(model, (3, 32, 32))
@@ -140,7 +140,7 @@ def test_other_networks(network, seed):
 
 def test_a_module_that_goes_takes_its_bias_along():
     model = Paths()
-    groups = find_groups(model, settle(model))
+    groups = find_groups(model, init_norms(model))
     plan = make_plan(model, groups, {"stems.a": range(5), "joins.a": {0}})
     assert plan.removed == ["joins.a", "norms.a", "stems.a"]
     size = SizeModel(model, groups, (3, 32, 32)).of(dead_channels(groups, plan))
@@ -149,7 +149,7 @@ def test_a_module_that_goes_takes_its_bias_along():
 
 def test_units_are_those_of_the_counter():
     model = Flat()
-    groups = find_groups(model, settle(model))
+    groups = find_groups(model, init_norms(model))
     size = SizeModel(model, groups, (3, 32, 32)).of({"conv": [1, 4], "hidden": 3})
     # By hand: 4 of 6 channels at 15×15 positions, 4 of 7 hidden units.
     assert size.macs == 15 * 15 * 4 * 27 + 4 * 15 * 15 * 4 + 4 * 2

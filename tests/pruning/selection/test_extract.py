@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers.networks import Residual, Row, csnet_with_dead_gates, params, settle
+from helpers.networks import Residual, Row, csnet_with_dead_gates, init_norms, params
 from helpers.zoo import ZOO
 
 import prunekit
@@ -30,7 +30,7 @@ def gate(model, norm, values):
 
 def test_a_row_dies_by_any_gate_and_is_scored_by_its_last():
     model = Row()
-    settle(model)
+    init_norms(model)
     gate(model, "bn1", [0.0, 1e-6, 1.0])
     gate(model, "bn2", [1.0, 1.0, 1e-6])
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
@@ -41,7 +41,7 @@ def test_a_row_dies_by_any_gate_and_is_scored_by_its_last():
 
 def test_a_sum_dies_only_on_both_sides():
     model = Residual()
-    settle(model)
+    init_norms(model)
     gate(model, "stem_bn", [0.0, 0.0, 1.0])
     gate(model, "bn", [0.0, 1.0, 0.0])
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
@@ -50,7 +50,7 @@ def test_a_sum_dies_only_on_both_sides():
 
 def test_the_best_channel_stays_where_the_model_needs_one():
     model = Row()
-    settle(model)
+    init_norms(model)
     gate(model, "bn3", [1e-5, 1e-5, 5e-5, 1e-5, 1e-5, 1e-5])
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
     assert extract(model, groups).groups["conv2"] == [2]
@@ -59,7 +59,7 @@ def test_the_best_channel_stays_where_the_model_needs_one():
 
 def test_a_branch_may_vanish_but_not_a_layer():
     model = csnet(10)
-    example = settle(model)
+    example = init_norms(model)
     for branch in "01":
         gate(model, f"stage1.1.depthwise2_out.norms.{branch}", [0.0] * 5)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_a_branch_may_vanish_but_not_a_layer():
 def test_layers_whose_living_branches_do_not_meet_are_kept_apart_from_death():
     """One layer of the head keeps its fine branch and the next its coarse one: alone, each would starve the other."""
     model = csnet(10)
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         for b in "12":
             model.head.fuse.mix_out.norms[b].weight.zero_()
@@ -93,14 +93,14 @@ def test_plans_are_settled(seed):
     model, groups, _ = csnet_with_dead_gates(seed, share=0.7, whole=0.4)
     plan = extract(model, groups)
     dead = dead_channels(groups, plan)
-    settled, removed = Cutter(model, groups).settle(dead)
+    settled, removed = Cutter(model, groups).complete(dead)
     assert settled == dead and removed == plan.removed
     assert all(any(split) for split in plan.splits.values())
 
 
 def test_what_cannot_be_read_is_refused():
     model = Row()
-    settle(model)
+    init_norms(model)
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
     with pytest.raises(PlanError, match="at least 0"):
         extract(model, groups, threshold=-1)
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_refused():
 
 def test_a_norm_that_is_not_finite_is_named_whatever_the_criterion():
     model = Row()
-    example = settle(model)
+    example = init_norms(model)
     groups = find_groups(model, example)
     model.bn2.running_mean[4] = float("nan")
     with pytest.raises(PlanError, match=r"bn2\.running_mean is nan in 1 place of"):
@@ -134,7 +134,7 @@ def test_a_norm_that_is_not_finite_is_named_whatever_the_criterion():
 def test_a_layer_without_a_living_channel_is_named(gates, seed):
     torch.manual_seed(seed)
     model = csnet(10)
-    example = settle(model)
+    example = init_norms(model)
     for branch in "01":
         gate(model, f"stage1.1.depthwise2_out.norms.{branch}", [gates] * 5)
     groups = find_groups(model, example)
@@ -153,7 +153,7 @@ def test_a_layer_without_a_living_channel_is_named(gates, seed):
 def ready(name="resnet_basic"):
     torch.manual_seed(0)
     model = ZOO[name]()
-    example = settle(model)
+    example = init_norms(model)
     return model, find_groups(model, example), example
 
 

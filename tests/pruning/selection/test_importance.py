@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
-from helpers.networks import Row, settle
+from helpers.networks import Row, init_norms
 from helpers.zoo import ZOO
 from torch import nn
 
@@ -12,13 +12,13 @@ from prunekit.config import registry
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.selection.importance import gate, magnitude, random, taylor
+from prunekit.pruning.selection.importance import check_finite, gate, magnitude, random, taylor
 
 
 def settled(name, seed=0):
     torch.manual_seed(seed)
     model = ZOO[name]() if name in ZOO else Row(padding=1)
-    example = settle(model, seed)
+    example = init_norms(model, seed)
     return model.eval(), find_groups(model, example), example
 
 
@@ -246,3 +246,13 @@ def test_chance_is_the_same_in_every_order():
 def test_all_have_their_names():
     assert {"gate", "magnitude", "taylor", "random"} <= set(registry.criteria.names())
     assert set(registry.criteria.options("magnitude")) == {"p", "reduction", "normalizer", "norms"}
+
+
+@pytest.mark.parametrize("name", ["bn1.weight", "bn2.running_mean", "bn2.running_var", "conv2.weight"])
+def test_check_finite_names_the_tensor(name):
+    model = Row()
+    check_finite(model)
+    tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
+    tensor.data.view(-1)[1:3] = float("-inf")
+    with pytest.raises(PlanError, match=rf"^{name} is -inf in 2 places of {tensor.numel()}, so nothing can be read"):
+        check_finite(model)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.networks import Concat, Residual, Row, settle
+from helpers.networks import Concat, Residual, Row, init_norms
 from helpers.zoo import ZOO
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ from prunekit.pruning.surgery.cutter import Cutter
 def built(network):
     torch.manual_seed(0)
     model = network()
-    example = settle(model)
+    example = init_norms(model)
     return model, find_groups(model, example)
 
 
@@ -117,9 +117,9 @@ def test_every_layer_of_a_branched_network_lives(seed, share):
     model, groups = BRANCHED
     chooser = Selector(model, groups, scored(groups, seed))
     choice = chooser.cut(share=share)
-    settled, removed = Cutter(model, groups).settle(choice.dead)
+    settled, removed = Cutter(model, groups).complete(choice.dead)
     assert settled == choice.dead and removed == choice.removed
-    assert not Cutter(model, groups).vital(removed)
+    assert not Cutter(model, groups).essential_modules(removed)
     if share < 0.9 and not removed:
         assert choice.cut == choice.asked
     for layer in chooser.layers:
@@ -133,7 +133,7 @@ def test_the_groups_of_a_convolution_stay_of_one_size(seed, share, ties, step):
     scores = scored(groups, seed, ties)
     chooser = Selector(model, groups, scores, round_to=step)
     choice = chooser.cut(share=share)
-    settled, _ = Cutter(model, groups).settle(choice.dead)
+    settled, _ = Cutter(model, groups).complete(choice.dead)
     for group in free(groups):
         back = choice.dead[group.id] - settled[group.id]
         # One of each block, of a convolution that would have one input and one output left in each.

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.networks import settle
+from helpers.networks import init_norms
 
 from prunekit.backbones.resnet import resnet
 from prunekit.pruning.graph.groups import find_groups
@@ -107,7 +107,7 @@ def test_it_goes_on_from_its_state_as_if_nothing_had_been(cut):
 def test_the_reach_is_what_would_have_to_go():
     torch.manual_seed(0)
     model = resnet(depth=8, width=8)
-    example = settle(model)
+    example = init_norms(model)
     groups = find_groups(model, example)
     sizes = SizeModel(model, groups, example.shape[1:])
     goal = sizes.dense.params // 2
@@ -127,7 +127,7 @@ def test_the_reach_is_what_would_have_to_go():
 
 def test_groups_that_are_kept_do_not_count():
     model = resnet(depth=8, width=8)
-    example = settle(model)
+    example = init_norms(model)
     groups = find_groups(model, example)
     sizes = SizeModel(model, groups, example.shape[1:])
     with torch.no_grad():

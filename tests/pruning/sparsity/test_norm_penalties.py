@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import Concat, Row, settle
+from helpers.networks import Concat, Row, init_norms
 from helpers.zoo import ZOO
 from torch import nn
 
@@ -208,6 +208,6 @@ def test_each_decay_leaves_fewer_channels_alive_and_the_task_learned():
 
 def test_dynamic_and_l1_drive_the_same_gates():
     model = Row()
-    settle(model)
+    init_norms(model)
     groups = find_groups(model, torch.randn(1, 3, 16, 16))
     assert L1Decay(model, groups).norms == DynamicWeightDecay(model, groups).norms

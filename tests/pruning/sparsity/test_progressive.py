@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.networks import Residual, Row, csnet_with_dead_gates, settle
+from helpers.networks import Residual, Row, csnet_with_dead_gates, init_norms
 
 from prunekit.backbones.octresnet import octresnet
 from prunekit.flops import count_modules, total
@@ -41,7 +41,7 @@ def network(name, seed):
     else:
         torch.manual_seed(seed)
         model = NETWORKS[name]()
-        example = settle(model, seed, SIZE)
+        example = init_norms(model, seed, SIZE)
         groups = find_groups(model, example)
         generator = torch.Generator().manual_seed(seed)
         dead = {}
@@ -226,7 +226,7 @@ def test_cuts_follow_one_another_and_their_plan_is_of_the_first_model():
 def test_nothing_dead_no_cut():
     torch.manual_seed(0)
     model = Row(1)
-    example = settle(model)
+    example = init_norms(model)
     groups = find_groups(model, example)
     known = shrinking(model, groups, example)
     assert known.cut(model, groups, DynamicWeightDecay(model, groups), 1) is None

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, kill, settle
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, zero_gates
 
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
@@ -15,7 +15,7 @@ def twice(model, groups, example, seed):
     """Slim, kill more gates, slim again; the two plans and the models on the way."""
     small, first = slim(model, extract(model, groups), example, groups=groups)
     between = find_groups(small, example)
-    kill(small, between, 0.4, seed + 100)
+    zero_gates(small, between, 0.4, seed + 100)
     smaller, second = slim(small, extract(small, between), example, groups=between)
     return first.plan, between, second.plan, smaller
 
@@ -34,9 +34,9 @@ def test_two_plans_are_one_plan(seed):
 @pytest.mark.parametrize("network", [Row, Residual, Concat])
 def test_other_networks(network):
     model = network()
-    example = settle(model)
+    example = init_norms(model)
     groups = find_groups(model, example)
-    kill(model, groups, 0.4)
+    zero_gates(model, groups, 0.4)
     first, between, second, smaller = twice(model, groups, example, 1)
     again = apply_plan(network(), compose(model, groups, first, between, second), example)
     again.load_state_dict(smaller.state_dict())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.networks import Row, params, settle
+from helpers.networks import Row, init_norms, params
 from torch import nn
 
 from prunekit.errors import PlanError
@@ -23,7 +23,7 @@ def seeded():
 def padded():
     """A reader that pads with zeros, and three dead channels of different constants."""
     model = Row(padding=1)
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         for channel, beta in DEAD.items():
             model.bn2.weight[channel], model.bn2.bias[channel] = 0, beta
@@ -72,7 +72,7 @@ def test_a_gate_that_dies_before_a_padded_depthwise_convolution(beta, given):
     """Behind ReLU a negative β is nothing, and what the later norm makes of nothing is a constant. A positive one comes
     out of the depthwise convolution with a border, which only the channel itself can make."""
     model = Row()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model.bn1.weight[3], model.bn1.bias[3] = 0, beta
     groups = find_groups(model, example)
@@ -89,7 +89,7 @@ def test_a_transposed_convolution_is_read_by_a_carrier():
         nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1), nn.BatchNorm2d(4), nn.ReLU(),
         nn.Conv2d(4, 2, 1),
     )  # fmt: skip
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model[1].weight[:3], model[1].bias[:3] = 0, torch.tensor([1.0, 2.0, -1.0])
     groups = find_groups(model, example)
@@ -113,7 +113,7 @@ def test_a_product_lets_a_constant_through_weighed():
             return self.out(x * weights[:, :, None, None])
 
     model = Excite()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model.bn.weight[[1, 4]] = 0
         model.bn.bias[[1, 4]] = torch.tensor([0.0, 1.0])
@@ -138,7 +138,7 @@ def test_a_constant_whose_reader_would_go_keeps_a_channel(constants, left):
 
     torch.manual_seed(0)
     model = octavize(Streams(), torch.zeros(2, 3, 16, 16))
-    example = settle(model)
+    example = init_norms(model)
     groups = find_groups(model, example)
     (coarse,) = [group for group in groups if group.id == "b.mix.paths.0to1"]
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_a_model_that_looks_at_numbers_is_traced_on_its_own_device():
             return super().forward(x) if x.sum().item() == x.sum().item() else x
 
     model = Looks()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model.bn1.weight[2] = model.bn2.weight[2] = 0
     groups = find_groups(model, example)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.networks import csnet_with_dead_gates, settle
+from helpers.networks import csnet_with_dead_gates, init_norms
 from helpers.zoo import ZOO
 
 from prunekit.errors import PlanError
@@ -24,7 +24,7 @@ def trained(name, seed=0):
     else:
         torch.manual_seed(seed)
         model = ZOO[name]()
-        example = settle(model, seed)
+        example = init_norms(model, seed)
         groups = find_groups(model, example)
         with torch.no_grad():
             for group in groups:
@@ -90,7 +90,7 @@ def test_an_added_bias_stands_with_its_weight():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 1, bias=False)
     )
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model[1].weight[1], model[1].bias[1] = 0, 3
     groups = find_groups(model, example)

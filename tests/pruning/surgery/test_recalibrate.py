@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.networks import Row, kill, settle
+from helpers.networks import Row, init_norms, zero_gates
 from torch import nn
 
 import prunekit
@@ -30,7 +30,7 @@ def batches(count=4, size=6, side=12):
 def test_statistics_are_the_averages_over_the_batches():
     torch.manual_seed(0)
     model = Row()
-    settle(model)
+    init_norms(model)
     data = batches()
     assert prunekit.recalibrate(model, iter(data)) == 4
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_statistics_are_the_averages_over_the_batches():
 def test_a_later_norm_sees_what_the_earlier_ones_give_in_train_mode():
     torch.manual_seed(0)
     model = Row()
-    settle(model)
+    init_norms(model)
     data = batches()
     recalibrate(model, data)
     other = copy.deepcopy(model).train()
@@ -83,7 +83,7 @@ def test_dropout_is_off():
 def test_statistics_that_were_off_are_mended():
     torch.manual_seed(0)
     model = Row()
-    settle(model)
+    init_norms(model)
     data = batches(8, 16)
     recalibrate(model, data)
     wanted = model(data[3])
@@ -102,9 +102,9 @@ def test_a_slim_model_and_its_gated_dense_one_stay_the_same(seed, padding):
     """Constants folded into running means, and those of carriers, come out of the new measure as they went in."""
     torch.manual_seed(seed)
     model = Row(padding)
-    example = settle(model, seed, size=16, beta=1.0)
+    example = init_norms(model, seed, size=16, beta=1.0)
     groups = find_groups(model, example)
-    dead = kill(model, groups, 0.5, seed)
+    dead = zero_gates(model, groups, 0.5, seed)
     small, equivalence = slim(model, extract(model, groups), example, groups=groups)
     assert equivalence.carriers == padding and (padding or equivalence.folded)
     pair = zero_dead_gates(model, groups, dead).double(), small.double()
@@ -171,7 +171,7 @@ class Toy:
 def test_fine_tuning_begins_with_it_and_writes_down_what_it_did(tmp_path, monkeypatch, count):
     torch.manual_seed(0)
     model = Row(padding=1)
-    settle(model, size=16)
+    init_norms(model, size=16)
     start = model.bn1.running_mean.clone()
     monkeypatch.setattr(stages, "load_model", lambda *_: copy.deepcopy(model))
     monkeypatch.setattr(stages, "save_model", lambda *_: None)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, kill, params, settle
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, params, zero_gates
 
 import prunekit
 from prunekit.backbones.csnet import csnet
@@ -39,9 +39,9 @@ def test_csnet_with_random_dead_gates(seed, constants):
 def test_other_networks(network, constants, seed):
     torch.manual_seed(seed)
     model = network()
-    example = settle(model, seed)
+    example = init_norms(model, seed)
     groups = find_groups(model, example)
-    kill(model, groups, 0.5, seed)
+    zero_gates(model, groups, 0.5, seed)
     small, equivalence = slim(model, extract(model, groups), example, constants=constants)
     assert equivalence.passed
     assert params(small) < params(model) or equivalence.given_back
@@ -49,7 +49,7 @@ def test_other_networks(network, constants, seed):
 
 def test_a_constant_is_folded_into_the_norm_behind():
     model = Row()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model.bn1.weight[2] = model.bn2.weight[2] = 0
         model.bn2.bias[2] = 5.0
@@ -74,7 +74,7 @@ def test_without_a_norm_behind_the_constant_becomes_a_bias():
             return self.out(self.bn(self.conv(x)))
 
     model = Plain()
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         model.bn.weight[1] = 0
         model.bn.bias[1] = 3.0
@@ -88,7 +88,7 @@ def test_without_a_norm_behind_the_constant_becomes_a_bias():
 def padded_with_constants():
     """A reader that pads with zeros, and three dead channels of different constants."""
     model = Row(padding=1)
-    example = settle(model)
+    example = init_norms(model)
     with torch.no_grad():
         for channel, beta in ((1, 2.0), (4, 3.0), (6, 0.0)):
             model.bn1.weight[channel] = model.bn2.weight[channel] = 0
@@ -127,7 +127,7 @@ def test_only_as_many_are_given_back_as_it_takes():
 
 def test_a_branch_that_dies_goes_with_its_paths_norm_and_activation():
     model = csnet(10)
-    example = settle(model)
+    example = init_norms(model)
     groups = find_groups(model, example)
     group = next(g for g in groups if g.id == "stage1.1.mix.paths.0to0")
     small, equivalence = slim(model, make_plan(model, groups, {group.id: set(range(5))}), example, groups=groups)
@@ -231,7 +231,7 @@ def test_slimming_twice_goes_on_from_the_slim_model():
     model, groups, example = csnet_with_dead_gates(4, share=0.3)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     groups = find_groups(small, example)
-    kill(small, groups, 0.3, seed=9)
+    zero_gates(small, groups, 0.3, seed=9)
     smaller, equivalence = slim(small, extract(small, groups), example, groups=groups)
     assert equivalence.passed and params(smaller) < params(small)
 
