@@ -29,10 +29,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PRUNEKIT = [sys.executable, "-m", "prunekit.cli"]
 COMPARE, LONG_ONE = "csnet_duts_compare", "csnet_duts_cpu"
-WHOLE = ["decay.name=none", "slim.criterion=gate", "slim.threshold=0", "target.params_ratio=null"]
+WHOLE = ["decay.name=none", "slim.importance=gate", "slim.threshold=0", "target.params_ratio=null"]
 WAYS = {
     "dynamic": [],
-    "magnitude": ["decay.name=none", "slim.criterion=magnitude"],
+    "magnitude": ["decay.name=none", "slim.importance=magnitude"],
     "l1": ["decay.name=l1", "decay.weight=1e-3"],
     "scratch": ["decay.name=none", "target.params_ratio=null", "init_weights=fresh"],
     # The widest that keeps to the budget, and the one of as many multiply-adds as the layout that is learned.

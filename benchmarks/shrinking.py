@@ -1,4 +1,4 @@
-"""What `train.shrink_every` saves: the same recipe with and without, trained side by side.
+"""What `train.prune_every` saves: the same recipe with and without, trained side by side.
 
     python benchmarks/shrinking.py                                  # the default recipe: some ten minutes
     python benchmarks/shrinking.py csnet seed=1 data.size=32 --every 2 --out runs/both
@@ -61,8 +61,8 @@ class Alternating(Reporter):
         self.turns, self.me, self.notes = turns, me, notes
         self.began = time.process_time()
 
-    def epoch(self, line: dict[str, Any]) -> None:
-        super().epoch(line)
+    def log_epoch(self, line: dict[str, Any]) -> None:
+        super().log_epoch(line)
         spent = {"stage": line["stage"], "epoch": line["epoch"], "seconds": time.process_time() - self.began}
         with self.notes.open("a") as file:
             file.write(json.dumps(spent) + "\n")
@@ -125,11 +125,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe", nargs="?", default="csnet")
     parser.add_argument("overrides", nargs="*", help="key=value, for both runs")
-    parser.add_argument("--every", type=int, default=1, help="train.shrink_every of the second run")
+    parser.add_argument("--every", type=int, default=1, help="train.prune_every of the second run")
     parser.add_argument("--out", type=Path, help="keep the two runs here")
     given = parser.parse_args(arguments)
     plain = load(given.recipe, given.overrides)
-    shrinking = load(given.recipe, [*given.overrides, f"train.shrink_every={given.every}"])
+    shrinking = load(given.recipe, [*given.overrides, f"train.prune_every={given.every}"])
     with tempfile.TemporaryDirectory() as folder:
         out = given.out or Path(folder)
         both((plain, shrinking), out)

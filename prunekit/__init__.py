@@ -24,7 +24,7 @@ _EXPORTS = {
     "recalibrate": "prunekit.pruning.surgery.recalibrate",
     "register_augmentation": "prunekit.config.registry",
     "register_backbone": "prunekit.config.registry",
-    "register_criterion": "prunekit.config.registry",
+    "register_importance": "prunekit.config.registry",
     "register_dataset": "prunekit.config.registry",
     "register_decay": "prunekit.config.registry",
     "register_loss": "prunekit.config.registry",

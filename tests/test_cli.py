@@ -242,7 +242,7 @@ def test_who_is_interrupted_is_told_how_to_go_on(call, monkeypatch, command, arg
 def test_the_level_of_the_terminal(call, monkeypatch, given):
     def told(recipe, out, console, **_):
         console.print("the report")
-        Reporter(console).say("the course")
+        Reporter(console).info("the course")
         logging.getLogger("prunekit.runs.run_dir").warning("damaged")
 
     monkeypatch.setattr("prunekit.pipeline.runner.run_recipe", told)

@@ -44,7 +44,7 @@ def build(name: str, options: dict[str, Any] | None = None, file: str | None = N
         raise RecipeError(f"backbone.options: {name}{whose}: {error}") from error
     except Exception as error:
         raise PluginError(
-            f"backbone {name!r}{whose} cannot be built with {options} ({registry.reason_of(error)}); "
+            f"backbone {name!r}{whose} cannot be built with {options} ({registry.describe_error(error)}); "
             "give other options, or mend its builder"
         ) from error
     if not isinstance(model, nn.Module):
@@ -57,10 +57,10 @@ def build(name: str, options: dict[str, Any] | None = None, file: str | None = N
 def _from_file(text: str, name: str) -> tuple[Any, str]:
     try:
         source = UserModule.read(text)
-        function = source.function(name)
+        function = source.load_function(name)
     except (RecipeError, PluginError) as error:
         raise type(error)(f"backbone.file: {error}") from error
-    if source.changed:
-        message = f"backbone.file: {source.changed}; what was trained with it may mean something else now"
+    if source.change:
+        message = f"backbone.file: {source.change}; what was trained with it may mean something else now"
         warnings.warn(message, PrunekitWarning, stacklevel=3)
     return function, f" of {source.path}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.config.registry import Entry, backbones, nearest, reason_of
+from prunekit.config.registry import Entry, backbones, closest_match, describe_error
 from prunekit.errors import PluginError, RecipeError
 
 
@@ -65,14 +65,14 @@ def _library(module: str, mend: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name == name:
             raise PluginError(f"{name} is not installed; {mend}") from error
-        raise PluginError(f"{name} does not import ({reason_of(error)}); {mend}") from error
+        raise PluginError(f"{name} does not import ({describe_error(error)}); {mend}") from error
     except Exception as error:  # A build for another torch fails with whatever its operators raise.
-        raise PluginError(f"{name} does not import ({reason_of(error)}); {mend}") from error
+        raise PluginError(f"{name} does not import ({describe_error(error)}); {mend}") from error
 
 
 def _known(library: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
-        near = nearest(name, list(known))
+        near = closest_match(name, list(known))
         hint = f", did you mean '{library}/{near}'?" if near else ";"
         raise RecipeError(f"unknown backbone '{library}/{name}'{hint} {library} has {len(known)} models")
 

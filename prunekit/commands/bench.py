@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from prunekit.config.registry import nearest
+from prunekit.config.registry import closest_match
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.model_transfer import pack_model
 from prunekit.deployment.bench.timing import BenchJob, Timing, measure
@@ -84,7 +84,7 @@ def bench_run(
         chosen = _possible(chosen, reporter)
         jobs: list[tuple[str, str, BenchJob]] = []
         for model, network in networks.items():
-            with reporter.busy(f"preparing {model}"):
+            with reporter.spinner(f"preparing {model}"):
                 files = Files(model, network, recipe, Path(scratch), reporter).make(chosen)
             jobs += [
                 (model, form, BenchJob(f"{model} {form}", kind, path, batch, size, n, precision))
@@ -93,7 +93,7 @@ def bench_run(
                 for size in counts["--size"]
                 for n in counts["--threads"]
             ]
-        with reporter.busy(f"timing {len(jobs)} rows"):
+        with reporter.spinner(f"timing {len(jobs)} rows"):
             timings, products = measure([job for _, _, job in jobs], seconds)
         macs = {
             (model, size): total(count_modules(network, (3, size, size))[0])
@@ -103,7 +103,7 @@ def bench_run(
         rows = []
         for (model, form, job), timing in zip(jobs, timings, strict=True):
             if timing.error:
-                reporter.say(f"{job.name}, batch {job.batch}, {job.size}×{job.size}: left out: {timing.error}")
+                reporter.info(f"{job.name}, batch {job.batch}, {job.size}×{job.size}: left out: {timing.error}")
             else:
                 rows.append(_row(model, form, job, timing, macs[model, job.size], products[job.threads]))
         found = {
@@ -144,7 +144,7 @@ class Files:
                 out[form] = self._make(form)
             except (ExportError, OSError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                self.reporter.say(f"{self.name} {form}: left out: {reason}")
+                self.reporter.info(f"{self.name} {form}: left out: {reason}")
         return out
 
     def _make(self, form: str) -> tuple[str, Path, str]:
@@ -220,7 +220,7 @@ def _networks(run: RunDir, recipe: Recipe, named: Sequence[str] | None, reporter
         if name in there:
             out[name] = load_model(run, name, recipe)
         elif name == "dense":
-            reporter.say("dense: this run has none, so the recipe's is built, untrained")
+            reporter.info("dense: this run has none, so the recipe's is built, untrained")
             out[name] = settled(build_dense(recipe))
         else:
             raise RecipeError(f"--model {name}: {run.path} has {', '.join(there)}")
@@ -237,7 +237,7 @@ def _possible(forms: Sequence[str], reporter: Reporter) -> list[str]:
     if "compiled" in forms and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))):
         gone["compiled"] = "torch.compile needs a C++ compiler, such as g++"
     for reason in gone.values():
-        reporter.say(f"left out: {reason}")
+        reporter.info(f"left out: {reason}")
     return [form for form in forms if not form.startswith(tuple(gone) or ("\0",))]
 
 
@@ -338,7 +338,7 @@ def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in known:
-            near = nearest(name, list(known))
+            near = closest_match(name, list(known))
             mend = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
             raise RecipeError(f"{option} {name}: not known; {mend}")
     return list(dict.fromkeys(names))

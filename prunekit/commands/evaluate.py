@@ -19,7 +19,7 @@ from prunekit.errors import CheckpointError, DataError, RunFolderError
 from prunekit.pipeline.models import MODELS, load_model, newest_model, read_recipe, read_task
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
-from prunekit.utils.io import format_fault, is_newer
+from prunekit.utils.io import format_problem, is_newer
 from prunekit.utils.progress import Reporter
 
 EVAL, FORMAT = "eval.json", 1
@@ -140,7 +140,7 @@ def _measure(
     batch_size: int,
     reporter: Reporter,
 ) -> dict[str, float]:
-    counter = reporter.counter(name)
+    counter = reporter.progress_bar(name)
     count = len(pairs)
     try:
         return task.evaluate(network, pairs, side, batch_size, counter).metrics
@@ -165,7 +165,7 @@ def _read(run: RunDir) -> list[dict[str, Any]]:
         return []
     try:
         held = run.read_json(EVAL)
-        if (fault := format_fault(held["format"], FORMAT)) is not None:
+        if (fault := format_problem(held["format"], FORMAT)) is not None:
             if is_newer(held["format"], FORMAT):
                 raise RunFolderError(
                     f"{run.path / EVAL} {fault}; pip install --upgrade prunekit, or remove it and evaluate again"

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from prunekit.commands.import_model import derived_recipe
 from prunekit.config import recipe as recipes
-from prunekit.config.registry import nearest
+from prunekit.config.registry import closest_match
 from prunekit.config.sources import shipped_recipes
 from prunekit.errors import RecipeError
 from prunekit.flops import count_modules, total
@@ -108,7 +108,7 @@ def _recipe(source: str) -> str:
     """The recipe of this name; raises RecipeError with what stands where it was looked for."""
     path = Path(source).expanduser()
     if os.sep in source and not path.exists() and path.parent.is_dir():
-        near = nearest(path.name, sorted(entry.name for entry in path.parent.iterdir()))
+        near = closest_match(path.name, sorted(entry.name for entry in path.parent.iterdir()))
         hint = f"; did you mean {path.parent / near}?" if near else "; give a recipe or a run folder"
         raise RecipeError(f"{source}: no such recipe or run folder{hint}")
     if path.is_dir() and path.name not in shipped_recipes() and not (path / "recipe.yaml").is_file():
@@ -121,7 +121,7 @@ def _model(run: RunDir, wanted: str | None) -> str:
     held = [name for name in MODELS if run.has(f"{name}/model.safetensors")]
     if wanted is None or wanted in held:
         return wanted or newest
-    near = nearest(wanted, held)
+    near = closest_match(wanted, held)
     hint = f", did you mean {near!r}?" if near else ";"
     raise RecipeError(f"--model {wanted}: {run.path} has no such model{hint} it has {', '.join(held)}")
 

@@ -74,7 +74,7 @@ def import_run(checkpoint: Path, layout: Path | None, out: Path, console: Consol
         for stage in ("train",) if plan is None else ("train", "extract", "slim"):
             run.end(stage)
         run.finish()
-    reporter.say(
+    reporter.info(
         f"{out}: CSNet ×{width // 20}, {part}, {sums['params']:,} params, {sums['macs']:,} MACs, "
         f"{sums['paper_flops']:,} paper FLOPs (224×224)"
     )
@@ -91,4 +91,4 @@ def derived_recipe(folder: Path, overrides: list[str]) -> Recipe:
     from prunekit.config.recipe import load
 
     RunDir.open(folder).read_text(RECIPE)  # whose checksum is held against it
-    return load(folder / RECIPE, overrides, foreign=True)
+    return load(folder / RECIPE, overrides, untrusted=True)

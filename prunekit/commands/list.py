@@ -13,7 +13,7 @@ from prunekit.config import registry
 from prunekit.config.sources import shipped_recipes
 
 TABLES = (
-    *("backbones", "datasets", "tasks", "losses", "decays", "criteria"),
+    *("backbones", "datasets", "tasks", "losses", "decays", "importances"),
     *("optimizers", "schedules", "augmentations"),
 )
 
@@ -61,7 +61,7 @@ def _options(names: registry.Registry, entry: registry.Entry) -> str:
     try:
         parameters = names.options_of(entry.build).values()
     except Exception as error:  # Whatever the annotations of a plugin raise when they are evaluated.
-        return f"its options cannot be read ({registry.reason_of(error)})"
+        return f"its options cannot be read ({registry.describe_error(error)})"
     words = []
     for p in parameters:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):

@@ -54,7 +54,7 @@ def predict(
     except OSError as error:
         raise DataError(f"cannot make the folder {out}: {error.strerror}; choose another --out DIR") from error
     written, rows, broken = [], [], []
-    counter = reporter.counter("predict")
+    counter = reporter.progress_bar("predict")
     try:
         for done, source in enumerate(sources, start=1):
             try:
@@ -74,9 +74,9 @@ def predict(
     if rows:
         write_atomic(out / TABLE, _csv(rows))
         written.append(out / TABLE)
-        reporter.say(f"{len(rows)} images, by the {name} model, in {out / TABLE}")
+        reporter.info(f"{len(rows)} images, by the {name} model, in {out / TABLE}")
     elif task.pictures:
-        reporter.say(f"{len(written)} maps of the {name} model in {out}")
+        reporter.info(f"{len(written)} maps of the {name} model in {out}")
     if broken:
         raise DataError("\n".join(broken))
     return written

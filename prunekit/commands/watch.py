@@ -26,7 +26,7 @@ from prunekit.runs.artifacts import METRICS, RECIPE
 from prunekit.runs.run_dir import RunDir
 from prunekit.runs.stage_order import STAGES, training_position
 from prunekit.runs.state import STATE
-from prunekit.utils.progress import Figures, clock, packed, trainings
+from prunekit.utils.progress import TrainingStatus, format_duration, training_epochs, wrap_parts
 
 RECENT = 5  # epochs whose mean says how long the next will take
 SHARE = 5  # figures take at most one part in so many of the time, since the training needs the processor too
@@ -72,7 +72,7 @@ class Glance:
         """What changes where there is something new to draw."""
         return len(self.lines), self.lines[-1]["stage"] if self.lines else None, self.over
 
-    def trainings(self) -> Iterator[Figures]:
+    def trainings(self) -> Iterator[TrainingStatus]:
         """The trainings that have begun, each with its figures."""
         under_way = self.status == "running" and self.stage
         for stage in dict.fromkeys(line["stage"] for line in self.lines):
@@ -82,9 +82,9 @@ class Glance:
             yield self._figures(stage, lines, bool(under_way and last and _within(stage, self.stage)))
         fresh = under_way in self.epochs and all(line["stage"] != under_way for line in self.lines)
         if fresh:
-            yield Figures(under_way, 1, self.epochs[under_way])
+            yield TrainingStatus(under_way, 1, self.epochs[under_way])
 
-    def _figures(self, stage: str, lines: list[dict[str, Any]], going: bool) -> Figures:
+    def _figures(self, stage: str, lines: list[dict[str, Any]], going: bool) -> TrainingStatus:
         epochs, done = self.epochs.get(stage), lines[-1]["epoch"]
         going = going and epochs is not None and done < epochs
         recent = [line["seconds"] for line in lines[-RECENT:]]
@@ -92,7 +92,7 @@ class Glance:
         left = max(0.0, pace * (epochs - done) - (self.age or 0.0)) if going else None
         names = list(self.epochs)
         later = sum(self.epochs[name] for name in names[names.index(stage) + 1 :]) if stage in names else 0
-        return Figures(
+        return TrainingStatus(
             stage=stage,
             epoch=done + 1 if going else done,
             epochs=epochs,
@@ -116,20 +116,20 @@ class Glance:
             "killed": [f"killed in {stage}", f"process {pid} is gone", "go on with --resume"],
             "failed": [f"failed in {stage}"],
         }.get(self.status, ["it has no state that can be read"])
-        yield from packed([Text(self.path.resolve().name, "bold"), *map(Text, told)], options.max_width)
+        yield from wrap_parts([Text(self.path.resolve().name, "bold"), *map(Text, told)], options.max_width)
         trained = list(self.trainings())
         yield from trained
         if not trained and not self.over:
-            yield from packed([Text("no epoch is done yet")], options.max_width)
+            yield from wrap_parts([Text("no epoch is done yet")], options.max_width)
         notes = [self.said] if self.said and not (trained and trained[-1].left is not None) else []
         if trained and trained[-1].left is not None and self.age is not None:
-            notes.append(f"last epoch {clock(self.age)} ago")
+            notes.append(f"last epoch {format_duration(self.age)} ago")
         if self.damaged:
             notes.append(f"{METRICS}: {self.damaged} damaged line{'s' if self.damaged > 1 else ''} left out")
         if self.altered:
             notes.append(f"{METRICS}: not as it was written; its figures may be wrong")
         for note in notes:
-            yield from packed([Text(note)], options.max_width)
+            yield from wrap_parts([Text(note)], options.max_width)
 
 
 def look(path: str | Path) -> Glance:
@@ -269,7 +269,7 @@ class _Frame:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.glance
-        yield from packed([Text(self.note)], options.max_width)
+        yield from wrap_parts([Text(self.note)], options.max_width)
 
 
 # ---- what may be half written
@@ -327,7 +327,7 @@ def _epochs(data: bytes) -> dict[str, int]:
         baseline = recipe.get("baseline") is True
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return trainings(*counts, baseline) if all(isinstance(count, int) for count in counts) else {}
+    return training_epochs(*counts, baseline) if all(isinstance(count, int) for count in counts) else {}
 
 
 def _last(data: bytes) -> str:

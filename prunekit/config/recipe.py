@@ -59,13 +59,13 @@ _BOUNDS = {
 _ROOTS = ("root", "val_root", "val_holdout")
 
 
-def load(source: str | Path, overrides: Sequence[str] = (), *, foreign: bool = False) -> Recipe:
+def load(source: str | Path, overrides: Sequence[str] = (), *, untrusted: bool = False) -> Recipe:
     """Read a recipe and check all of it.
 
     Args:
         source: a file, or the bare name of a shipped recipe.
         overrides: ``a.b.c=value`` each, the value in YAML; laid over the file after its ``base``.
-        foreign: whether the file may be somebody else's, as a run folder's: a ``backbone.file`` in it is imported only
+        untrusted: whether the file may be somebody else's, as a run folder's: a ``backbone.file`` in it is imported only
             if the user has vouched for that, see ``userfile``.
 
     Returns:
@@ -80,7 +80,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, foreign: bool = F
     at_fault = {mistake.path for mistake in in_texts}
     tree.mistakes = []
     _check_schema(tree)
-    _check_names(tree, foreign)
+    _check_names(tree, untrusted)
     # What could not be read is None in the tree; that None does not fit is no second mistake.
     of_values = [m for m in tree.mistakes if not any(m.path[: n + 1] in at_fault for n in range(len(m.path)))]
     if mistakes := sorted(in_texts + of_values):
@@ -114,7 +114,7 @@ def _check_schema(tree: ConfigTree) -> None:
                 tree.complain(path, f"is missing; add {add}")
 
 
-def _check_names(tree: ConfigTree, foreign: bool) -> None:
+def _check_names(tree: ConfigTree, untrusted: bool) -> None:
     """The second pass: names, options and the keys that not every data set takes; fills in names and options."""
     task = tree.at(("task",)) if "task" in tree.value else Recipe.model_fields["task"].default
     if isinstance(task, str) and task not in registry.tasks:
@@ -125,7 +125,7 @@ def _check_names(tree: ConfigTree, foreign: bool) -> None:
         if not isinstance(part, dict):
             continue
         if path == ("backbone",) and part.get("file") is not None:
-            holder[path[-1]] = _check_file(tree, part, foreign)
+            holder[path[-1]] = _check_file(tree, part, untrusted)
             continue
         # A name that stands in a text we could not read is not the default one.
         name = part.get("name", schema.default_name(path) if tree.complete else None)
@@ -145,7 +145,7 @@ def _check_names(tree: ConfigTree, foreign: bool) -> None:
         holder[path[-1]] = {**part, "name": name, "options": options}
 
 
-def _check_file(tree: ConfigTree, part: dict[str, Any], foreign: bool) -> dict[str, Any]:
+def _check_file(tree: ConfigTree, part: dict[str, Any], untrusted: bool) -> dict[str, Any]:
     """The section of a backbone from a user's file: the file found and noted as it is now, its options checked."""
     path = ("backbone",)
     file, name, options = part["file"], part.get("name"), part.get("options", {})
@@ -156,21 +156,21 @@ def _check_file(tree: ConfigTree, part: dict[str, Any], foreign: bool) -> dict[s
     folder = Path(place.text.rsplit(":", 2)[0]).parent if place.column else Path()
     try:
         source = UserModule.read(file, folder)
-        if source.changed:
+        if source.change:
             mend = f"put that version back, or go on with this one by backbone.file={source.path}"
-            raise RecipeError(f"{source.changed}; {mend}")
-        if foreign and place.column:
-            source.check()
+            raise RecipeError(f"{source.change}; {mend}")
+        if untrusted and place.column:
+            source.check_trusted()
         else:
-            source.vouch()
-        build = source.function(name)
+            source.trust()
+        build = source.load_function(name)
     except PrunekitError as error:
         tree.complain((*path, "file"), str(error))
         return part
     if isinstance(options, dict):
         owner = f"backbone {name!r} of {source.path.name}"
         options = _check_options(tree, path, owner, partial(registry.backbones.options_of, build), options)
-    return {**part, "file": source.pinned, "options": options}
+    return {**part, "file": source.pinned_path, "options": options}
 
 
 def _check_options(
@@ -303,7 +303,7 @@ def _unknown_key(path: yaml.Path) -> str:
     elsewhere = [format_path(other) for other in schema.all_keys() if other[-1] == path[-1]]
     if elsewhere:
         return f"unknown key, it belongs elsewhere; write {' or '.join(elsewhere[:3])}"
-    near = registry.nearest(path[-1][:100], known)
+    near = registry.closest_match(path[-1][:100], known)
     if near:
         return f"unknown key, did you mean {format_path((*path[:-1], near))!r}? known here: {', '.join(known)}"
     return f"unknown key; remove it, known here: {', '.join(known)}"
@@ -314,6 +314,6 @@ def _unknown_option(path: yaml.Path, owner: str, fields: list[Any]) -> str:
     above = (*path[:-2], path[-1])
     if above in schema.all_keys():
         return f"{owner} has no such option; write it as {format_path(above)}"
-    near = registry.nearest(path[-1][:100], known)
+    near = registry.closest_match(path[-1][:100], known)
     hint = f", did you mean {near!r}?" if near else ";"
     return f"{owner} has no such option{hint} known: {', '.join(known) or 'none'}"

@@ -140,7 +140,7 @@ class Registry:
         """The sentence that says that ``name`` is not known."""
         message = f"unknown {self.kind} {name!r}"
         families = [family.prefix for family in self.families()]
-        near = nearest(name, [*self.names(), *(f"{prefix}/{name.partition('/')[2]}" for prefix in families)])
+        near = closest_match(name, [*self.names(), *(f"{prefix}/{name.partition('/')[2]}" for prefix in families)])
         message += f", did you mean {near!r}?" if near else ";"
         message += f" known: {', '.join([*self.names(), *(f'{prefix}/…' for prefix in families)]) or 'none'}"
         if _plugins.failures:
@@ -190,7 +190,7 @@ class _Plugins:
                     table.claim(point.value.partition(":")[0], self.loading, self.version)
             except (Exception, SystemExit) as error:  # A module that ends the program ends no more than itself.
                 failure = PluginError(
-                    f"plugin {point.name!r} of {self.loading} failed to load ({reason_of(error)}); "
+                    f"plugin {point.name!r} of {self.loading} failed to load ({describe_error(error)}); "
                     f"mend it, or uninstall it with: pip uninstall {self.loading}"
                 )
                 self.failures.append(failure)
@@ -200,23 +200,23 @@ class _Plugins:
             warnings.warn(str(failure), PrunekitWarning, stacklevel=3)
 
 
-def nearest(word: str, known: list[str]) -> str | None:
+def closest_match(word: str, known: list[str]) -> str | None:
     """The known word closest to a mistyped one, or None where nothing is close."""
     return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
 
 
-def reason_of(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What went wrong, in one line: our own errors as they stand, others with their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, PrunekitError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def parameters(build: Callable[..., Any]) -> list[str]:
+def parameter_names(build: Callable[..., Any]) -> list[str]:
     """The names of a builder's parameters."""
     return list(inspect.signature(build).parameters)
 
 
-def required(build: Callable[..., Any]) -> list[str]:
+def required_parameters(build: Callable[..., Any]) -> list[str]:
     """The names of the parameters that a builder cannot do without."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = inspect.signature(build).parameters.values()
@@ -234,7 +234,7 @@ backbones = Registry("backbone")
 datasets = Registry("data set", ("split", "root", "val_root", "val_holdout", "size", "seed", "on_error"))
 tasks = Registry("task")
 decays = Registry("decay", ("model", "groups", "weight"))
-criteria = Registry("criterion", ("model", "groups", "losses"))
+importances = Registry("importance", ("model", "groups", "losses"))
 optimizers = Registry("optimizer", ("groups",))
 schedules = Registry("schedule", ("progress",))
 augmentations = Registry("augmentation", ("images", "targets", "sizes", "generator"))
@@ -244,7 +244,7 @@ register_backbone = backbones.register
 register_dataset = datasets.register
 register_task = tasks.register
 register_decay = decays.register
-register_criterion = criteria.register
+register_importance = importances.register
 register_optimizer = optimizers.register
 register_schedule = schedules.register
 register_augmentation = augmentations.register

@@ -119,9 +119,9 @@ class Training(Section):
 
 
 class SparseTraining(Training):
-    """Training with decay; each ``shrink_every`` epochs the channels that are dead by then are cut out."""
+    """Training with decay; each ``prune_every`` epochs the channels that are dead by then are cut out."""
 
-    shrink_every: Annotated[int, Field(ge=1)] | None = None
+    prune_every: Annotated[int, Field(ge=1)] | None = None
 
 
 class Distill(Section):
@@ -183,21 +183,21 @@ class Target(Section):
 class Slim(Section):
     """How a trained model becomes a plan, and what the plan may do.
 
-    ``criterion`` scores the channels; ``threshold`` is compared with the effective gate and holds for the criterion
+    ``importance`` scores the channels; ``threshold`` is compared with the effective gate and holds for the importance
     "gate" without a target; ``scope`` compares scores over the whole model, or takes the same share of each layer;
-    ``steps`` cuts in as many rounds, fine-tuned in between; ``keep_layers`` are patterns of modules that are not cut;
+    ``steps`` cuts in as many rounds, fine-tuned in between; ``ignored_layers`` are patterns of modules that are not cut;
     ``round_to`` makes channel counts multiples; ``recalibrate`` is how many batches of training data the norms'
     statistics are measured on anew before fine-tuning.
     """
 
-    criterion: Named = Named(name="gate")
+    importance: Named = Named(name="gate")
     scope: Literal["global", "layer"] = "global"
     steps: Annotated[int, Field(ge=1)] = 1
     threshold: Annotated[float, Field(ge=0)] = 1e-3
     constants: Literal["carrier", "fold", "keep", "drop"] = "carrier"
     min_channels: Annotated[int, Field(ge=1)] = 1
     round_to: Annotated[int, Field(ge=1)] = 1
-    keep_layers: list[str] = []
+    ignored_layers: list[str] = []
     recalibrate: Annotated[int, Field(ge=0)] = 0
 
 
@@ -246,19 +246,21 @@ def conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
     found: list[tuple[yaml.Path, str]] = []
     if all(value is None for value in recipe.target.model_dump().values()):
         add = "add target.params, target.macs, target.params_ratio or target.macs_ratio"
-        name = recipe.slim.criterion.name
+        name = recipe.slim.importance.name
         if name != "gate":
-            found.append((("slim", "criterion"), f"the criterion {name!r} ranks channels but has no threshold; {add}"))
+            found.append(
+                (("slim", "importance"), f"the importance {name!r} ranks channels but has no threshold; {add}")
+            )
         if recipe.slim.steps > 1:
             found.append((("slim", "steps"), f"{recipe.slim.steps} steps need a size to go to; {add}"))
         if recipe.slim.scope == "layer":
             found.append(
                 (("slim", "scope"), f"the same share of each layer needs a size that says how much it is; {add}")
             )
-    if recipe.train.shrink_every is not None and recipe.slim.scope == "layer":
+    if recipe.train.prune_every is not None and recipe.slim.scope == "layer":
         found.append(
             (
-                ("train", "shrink_every"),
+                ("train", "prune_every"),
                 "cuts dead channels wherever they are, and slim.scope 'layer' the same share of each layer; drop one",
             )
         )
@@ -276,7 +278,7 @@ def conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
     return found
 
 
-def same_run(held: str, now: str) -> bool:
+def is_same_run(held: str, now: str) -> bool:
     """Whether a run that was begun with one resolved recipe may go on with another, both as :meth:`Recipe.dump` writes
     them: they say the same, but for what becomes of steps that are not finite. (More keys than that could change and
     leave what is done as it is; but then a recipe no longer says what its run has done.)"""
@@ -299,7 +301,7 @@ NAMED = {
         ("loss", "losses"),
     )
 }
-NAMED["slim", "criterion"] = "criteria"
+NAMED["slim", "importance"] = "importances"
 REGISTRIES = {("backbone",): "backbones", ("data",): "datasets", ("decay",): "decays", **NAMED}
 
 

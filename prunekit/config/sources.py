@@ -165,7 +165,7 @@ def _find_shipped(name: str) -> Path:
     bare = name.removesuffix(".yaml")
     if bare in files:
         return files[bare]
-    near = registry.nearest(bare.rpartition("/")[2][:100], list(files))
+    near = registry.closest_match(bare.rpartition("/")[2][:100], list(files))
     hint = f"did you mean {near!r}? " if near else ""
     known = ", ".join(files) or "none"
     raise RecipeError(f"{quote(name)}: no such file, nor a shipped recipe of this name; {hint}shipped: {known}")

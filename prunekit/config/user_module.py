@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prunekit.config.registry import nearest, reason_of
+from prunekit.config.registry import closest_match, describe_error
 from prunekit.errors import PluginError, PrunekitError, RecipeError
 from prunekit.utils.io import cache_folder
 
@@ -72,7 +72,7 @@ class UserModule:
                 f"{name!r} cannot be read ({error.strerror or error}); mend its permissions or path"
             ) from error
         except (ValueError, RuntimeError) as error:
-            raise RecipeError(f"{name!r} is not a usable file name ({reason_of(error)}); give another") from error
+            raise RecipeError(f"{name!r} is not a usable file name ({describe_error(error)}); give another") from error
 
     @property
     def digest(self) -> str:
@@ -80,19 +80,19 @@ class UserModule:
         return hashlib.sha256(self.data).hexdigest()
 
     @property
-    def pinned(self) -> str:
+    def pinned_path(self) -> str:
         """The path and the first digits of the SHA-256 that the file has now, as a recipe holds them."""
         return f"{self.path}#sha256={self.digest[:DIGITS]}"
 
     @property
-    def changed(self) -> str | None:
+    def change(self) -> str | None:
         """What is to be said where the file is not the one that was noted, else None."""
         if self.expected is None or self.digest.startswith(self.expected):
             return None
         now = self.digest[: len(self.expected)]
         return f"{self.path} has changed since it was noted (sha256 {self.expected}, now {now})"
 
-    def vouch(self) -> None:
+    def trust(self) -> None:
         """Note that the user has this content run."""
         _known.add(self.digest)
         # Where the note cannot be written, the user will be asked again.
@@ -100,19 +100,19 @@ class UserModule:
             _notes().mkdir(parents=True, exist_ok=True, mode=0o700)
             (_notes() / self.digest).touch()
 
-    def check(self) -> None:
+    def check_trusted(self) -> None:
         """See that the user has vouched for this content.
 
         Raises:
             PluginError: not yet, and nobody says so now.
         """
         if _trusting:
-            self.vouch()
+            self.trust()
         elif self.digest not in _known and not (_notes() / self.digest).is_file():
-            what = self.changed or f"{self.path} is code that a run folder names, and that you have not run before"
+            what = self.change or f"{self.path} is code that a run folder names, and that you have not run before"
             raise PluginError(f"backbone.file: {what}; read it, and give the command again with --trust to run it")
 
-    def function(self, name: str) -> Callable[..., Any]:
+    def load_function(self, name: str) -> Callable[..., Any]:
         """The function of this name in the file, which is imported once for each content that it has.
 
         Raises:
@@ -122,7 +122,7 @@ class UserModule:
         function = getattr(module, name, None)
         if not callable(function):
             own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            near = nearest(name, own)
+            near = closest_match(name, own)
             raise PluginError(f"{self.path} has no function {name!r}" + (f"; did you mean {near!r}?" if near else ""))
         return function
 
@@ -149,7 +149,9 @@ class UserModule:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             beside = missing and any((self.path.parent / f"{missing}{end}").exists() for end in (".py", ""))
             mend = f"; a plain file stands alone: make it and {missing} a package, or add its folder to PYTHONPATH"
-            raise PluginError(f"{self.path} fails to import ({reason_of(error)}){mend if beside else ''}") from error
+            raise PluginError(
+                f"{self.path} fails to import ({describe_error(error)}){mend if beside else ''}"
+            ) from error
         return module
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from prunekit.data.datasets import ImageDataset, Tensors, load_tensors
 from prunekit.errors import CheckpointError, DataError
-from prunekit.utils.io import TEMPORARY, cache_folder, encode_json, os_error_reason, write_atomic
+from prunekit.utils.io import TEMP_PREFIX, cache_folder, encode_json, os_error_reason, write_atomic
 
 FORMAT = 1  # grows when the same files would give other tensors
 PARTS = ("images", "targets", "sizes")
@@ -127,7 +127,7 @@ def _read(note: Path, store: Path) -> tuple[Tensors, list[int]]:
 def _write(tensors: Tensors, gone: list[int], note: Path, store: Path) -> None:
     """The note last: without it, or with another's, there is nothing to be found."""
     store.parent.mkdir(parents=True, exist_ok=True)
-    temporary = store.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = store.with_name(f"{TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         save_file({name: getattr(tensors, name).contiguous() for name in PARTS}, temporary)
         with open(temporary, "rb") as file:

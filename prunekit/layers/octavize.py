@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.config.registry import nearest
+from prunekit.config.registry import closest_match
 from prunekit.errors import PlanError
 from prunekit.layers.goctconv import GOctConv, split_channels
 from prunekit.layers.octave_ops import (
@@ -73,7 +73,7 @@ def octavize(
     names = [name for name, _ in model.named_modules()]
     for pattern in keep:
         if not any(kept(name, [pattern]) for name in names):
-            near = nearest(pattern, names)
+            near = closest_match(pattern, names)
             hint = f"did you mean {near!r}?" if near else f"the first are {', '.join(names[1:6])}"
             raise PlanError(f"keep: no module matches {pattern!r}; {hint}")
     if any(isinstance(module, MultiScaleLayer | GOctConv) for module in model.modules()):

@@ -46,7 +46,7 @@ from prunekit.training.optimizers import param_groups
 from prunekit.training.trackers import check_tracker, track
 from prunekit.training.trainer import bind_options, fit
 from prunekit.utils import distributed
-from prunekit.utils.progress import Reporter, trainings
+from prunekit.utils.progress import Reporter, training_epochs
 
 CHECK_IMAGES = 8
 
@@ -61,7 +61,7 @@ class RunContext:
         self.device = PartialState().device
         self.shape = input_shape(recipe)
         epochs = recipe.train.epochs, recipe.finetune.epochs
-        reporter.trainings = trainings(*epochs, recipe.slim.steps, recipe.baseline)
+        reporter.training_epochs = training_epochs(*epochs, recipe.slim.steps, recipe.baseline)
         self._pairs: dict[str, ImageDataset] = {}
         self._tensors: dict[str, Tensors] = {}
 
@@ -78,9 +78,9 @@ class RunContext:
                 "seed": self.recipe.seed,
                 "on_error": data.on_error,
             }
-            taken = registry.parameters(builder)
+            taken = registry.parameter_names(builder)
             keys = {key: value for key, value in given.items() if key in taken and value is not None}
-            missing = [key for key in registry.required(builder) if key in given and key not in keys]
+            missing = [key for key in registry.required_parameters(builder) if key in given and key not in keys]
             if missing:
                 raise DataError(f"the data set {data.name} needs {' and '.join(f'data.{key}' for key in missing)}")
             self._pairs[split] = builder(split, **keys, **data.options)
@@ -89,12 +89,12 @@ class RunContext:
     def tensors(self, split: str) -> Tensors:
         """The set in memory, at the recipe's size."""
         if split not in self._tensors:
-            with self.reporter.busy(f"reading data ({split})"):
+            with self.reporter.spinner(f"reading data ({split})"):
                 self._tensors[split] = cached_tensors(
                     self.pairs(split),
                     self.recipe.data.size,
                     data_folder(self.recipe.data.cache),
-                    self.reporter.say,
+                    self.reporter.info,
                     keep=distributed.is_main_process(),
                 )
         return self._tensors[split]
@@ -157,11 +157,11 @@ class RunContext:
                 )
         model = build_dense(self.recipe)
         self._fits(model)
-        if self.recipe.slim.keep_layers:
+        if self.recipe.slim.ignored_layers:
             try:
-                kept_groups(model, find_groups(model, torch.zeros(1, *self.shape)), self.recipe.slim.keep_layers)
+                kept_groups(model, find_groups(model, torch.zeros(1, *self.shape)), self.recipe.slim.ignored_layers)
             except PlanError as error:
-                raise RecipeError(f"slim.keep_layers: {error}") from error
+                raise RecipeError(f"slim.ignored_layers: {error}") from error
         if self.recipe.init is not None and begin:
             source = self._source()
             load_model(source, newest_model(source))
@@ -297,4 +297,4 @@ class RunContext:
         held = run.read_json("summary.json").get(part, {})
         run.update_summary(part, {**held, **total(counts)})
         for name in unknown:
-            self.reporter.say(f"not counted: {name} ({type(model.get_submodule(name)).__name__})")
+            self.reporter.info(f"not counted: {name} ({type(model.get_submodule(name)).__name__})")

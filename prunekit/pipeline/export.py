@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from prunekit import __version__
-from prunekit.config.registry import nearest
+from prunekit.config.registry import closest_match
 from prunekit.config.schema import Export, Recipe
 from prunekit.data.datasets import DEVIATION, MEAN, ImageDataset, image_tensor, normalise, resize
 from prunekit.deployment.deploy import deploy
@@ -99,7 +99,7 @@ def export_run(
         ExportError: the model has no such form, or the file does not compute what the model does.
     """
     if form not in FORMATS:
-        near = nearest(form, list(FORMATS))
+        near = closest_match(form, list(FORMATS))
         raise RecipeError(
             f"--format {form}: no such form" + (f", did you mean {near!r}?" if near else ";") + f" {', '.join(FORMATS)}"
         )
@@ -125,11 +125,11 @@ def export_run(
                 run.write_bytes("exports/csnet.bin", write_layout(layout.dump())),
             ]
             for path in written:
-                reporter.say(f"{path}: the {name} model, {path.stat().st_size / 1000:.0f} kB")
+                reporter.info(f"{path}: the {name} model, {path.stat().st_size / 1000:.0f} kB")
             return written
         if form == "openvino":
             import_openvino()
-        with reporter.busy("export"):
+        with reporter.spinner("export"):
             return Exporter(RunContext(recipe, reporter), run, name).write(Variant(form, plain, preprocess, int8))
 
 
@@ -147,7 +147,7 @@ def with_data(run: RunDir, overrides: list[str]) -> Recipe:
         if not override.startswith(("data.", "data=")):
             raise RecipeError(f"{override}: only keys of the data can be set here, such as data.root=FOLDER")
     run.read_text(RECIPE)  # whose checksum is held against it
-    return load(run.path / RECIPE, overrides, foreign=True)
+    return load(run.path / RECIPE, overrides, untrusted=True)
 
 
 @dataclass
@@ -232,7 +232,7 @@ class Exporter:
     def _evaluate(
         self, compute: Callable[[np.ndarray], np.ndarray], pairs: ImageDataset, title: str
     ) -> dict[str, float]:
-        counter = self.work.reporter.counter(f"evaluate {title}")
+        counter = self.work.reporter.progress_bar(f"evaluate {title}")
         try:
             return self.work.task.evaluate(Computed(compute), pairs, self.size, 16, counter).metrics
         finally:
@@ -271,7 +271,7 @@ class Exporter:
                 raise DataError("the validation set is empty")
             return (images * 2)[:2], "validation images"
         except PrunekitError as error:
-            self.work.reporter.note(f"export: checked on noise: {error}")
+            self.work.reporter.debug(f"export: checked on noise: {error}")
             noise = np.random.default_rng(0)
             shapes = [(self.size + 11, self.size, 3), (self.size, self.size + 30, 3)]
             return [
@@ -326,7 +326,7 @@ class Exporter:
         self.run.update_summary("export", {**held, **part})
 
     def _say(self, text: str) -> None:
-        self.work.reporter.say(text)
+        self.work.reporter.info(text)
 
 
 class Computed(nn.Module):

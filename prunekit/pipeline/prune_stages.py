@@ -49,7 +49,7 @@ def extract_stage(work: RunContext, run: RunDir) -> None:
     groups = find_groups(dense, work.example())
     cut = _Cut(work, dense, groups, _goals(work, run, dense, groups)[0])
     plan = cut.plan()
-    work.reporter.say(f"extract: {cut.outcome()}")
+    work.reporter.info(f"extract: {cut.outcome()}")
     _say(work, "extract", plan.notes)
     _write_plan(work, run, groups, plan)
 
@@ -77,7 +77,7 @@ def slim_stage(work: RunContext, run: RunDir) -> None:
         rounds.append({"params": sizes["params"], "macs": sizes["macs"], **equivalence.to_json()})
         model, groups = small, find_groups(small, example)
         if number < len(goals):
-            work.reporter.say(f"slim: step {number} of {len(goals)}: {sizes[goal.measure]:,} {goal.measure}")
+            work.reporter.info(f"slim: step {number} of {len(goals)}: {sizes[goal.measure]:,} {goal.measure}")
             # Its training state stays, so a stage that is done again finds the model as it was.
             work.train(run, f"step{number}", model, groups, NoDecay(model, groups))
     save_model(run, "slim", model)
@@ -90,7 +90,7 @@ def slim_stage(work: RunContext, run: RunDir) -> None:
     ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
     run.update_summary("kept", {"channels": kept, "of": of, **ratios})
     run.write_json("layers.json", layers_table(first, model, work.shape))
-    work.reporter.say(_outcome(equivalence, kept, of, largest))
+    work.reporter.info(_outcome(equivalence, kept, of, largest))
 
 
 def steering(work: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay) -> LambdaController | None:
@@ -109,7 +109,7 @@ def shrinking(work: RunContext, model: nn.Module, groups: Sequence[Group]) -> Pr
         PlanError: the budget cannot be met.
     """
     recipe = work.recipe
-    if recipe.train.shrink_every is None:
+    if recipe.train.prune_every is None:
         return None
     goal = _budget(work, model, groups)
 
@@ -121,7 +121,7 @@ def shrinking(work: RunContext, model: nn.Module, groups: Sequence[Group]) -> Pr
         model,
         groups,
         work.example(),
-        every=recipe.train.shrink_every,
+        every=recipe.train.prune_every,
         threshold=recipe.slim.threshold,
         equip=equip,
         goal=goal,
@@ -142,7 +142,7 @@ def keep_cuts(work: RunContext, run: RunDir, shrinking: ProgressivePruning) -> N
 def _steering(
     work: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay, budget: Budget | None
 ) -> LambdaController | None:
-    if budget is None or work.recipe.slim.criterion.name != "gate" or not decay.weight > 0:
+    if budget is None or work.recipe.slim.importance.name != "gate" or not decay.weight > 0:
         return None
     fitter = _fitter(work, model, groups)
     return LambdaController(
@@ -173,7 +173,7 @@ class _Cut:
 
     def __init__(self, work: RunContext, model: nn.Module, groups: Sequence[Group], goal: Budget | None):
         self.work, self.model, self.groups, self.goal = work, model, groups, goal
-        criterion = bind_options(registry.criteria, work.recipe.slim.criterion)
+        criterion = bind_options(registry.importances, work.recipe.slim.importance)
         self.fitter = BudgetSearch(
             model, groups, work.shape, criterion(model, groups, _losses(work)), **_limits(work.recipe)
         )
@@ -210,7 +210,7 @@ def _limits(recipe: Recipe) -> dict[str, Any]:
         "scope": section.scope,
         "min_channels": section.min_channels,
         "round_to": section.round_to,
-        "keep_layers": section.keep_layers,
+        "ignored_layers": section.ignored_layers,
     }
 
 
@@ -260,7 +260,7 @@ def _write_plan(work: RunContext, run: RunDir, groups: Sequence[Group], plan: Pl
 
 def _say(work: RunContext, stage: str, notes: Sequence[str]) -> None:
     for note in notes:
-        work.reporter.say(f"{stage}: {note}")
+        work.reporter.info(f"{stage}: {note}")
 
 
 def _outcome(equivalence: EquivalenceReport, kept: int, of: int, drift: float) -> str:

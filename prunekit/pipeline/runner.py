@@ -86,7 +86,7 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
     """
     _elsewhere(source, out)
     work = RunContext(recipe, Reporter(console))
-    work.reporter.trainings.pop("finetune", None)  # that one does not come
+    work.reporter.training_epochs.pop("finetune", None)  # that one does not come
     old = RunDir.open(source).settled("train")
     part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
     work.rehearse(load=True)
@@ -152,8 +152,8 @@ def _begun(work: RunContext, out: Path, **flags: bool) -> Iterator[RunDir]:
     recipe, run = work.recipe, None
     try:
         with RunDir.start(out, recipe.dump(), environment(recipe.seed), **flags) as run:
-            work.reporter.log = out / "run.log"
-            with record_logs(work.reporter.record):
+            work.reporter.log_file = out / "run.log"
+            with record_logs(work.reporter.write_log):
                 yield run
     except PrunekitError:
         raise
@@ -183,7 +183,7 @@ def _unforeseen(run: RunDir, error: Exception) -> str:
 def _run_stages(work: RunContext, run: RunDir, stages: Sequence[str]) -> None:
     for stage in stages:
         if run.is_done(stage):
-            work.reporter.say(f"{stage}: done before")
+            work.reporter.info(f"{stage}: done before")
             continue
         run.begin(stage)
         began = time.perf_counter()
@@ -250,7 +250,7 @@ def _copy(source: RunDir, target: RunDir, name: str, to: str) -> None:
 def _pending(out: Path, resume: bool, start_from: str | None) -> tuple[str, ...]:
     """The stages that will run."""
     if start_from is not None and start_from not in STAGES:
-        near = registry.nearest(start_from, list(STAGES))
+        near = registry.closest_match(start_from, list(STAGES))
         raise RecipeError(
             f"--from {start_from}: no such stage"
             + (f", did you mean {near!r}?" if near else "")

@@ -61,7 +61,7 @@ def evaluate_stage(work: RunContext, run: RunDir) -> None:
     models = {name: load_model(run, name, recipe).to(work.device) for name in present}
     curves, errors = {}, []
     for name, model in models.items():
-        counter = work.reporter.counter(f"evaluate {name}")
+        counter = work.reporter.progress_bar(f"evaluate {name}")
         try:
             result = work.task.evaluate(model, pairs, recipe.data.size, 4 * recipe.train.batch_size, counter)
         finally:
@@ -72,13 +72,13 @@ def evaluate_stage(work: RunContext, run: RunDir) -> None:
         run.update_summary(name, {**run.read_json("summary.json")[name], "metrics": result.metrics})
         curves[name] = result.curves
         errors = result.errors
-        work.reporter.say(f"evaluate: {name:9} " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
+        work.reporter.info(f"evaluate: {name:9} " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
     run.write_json("curves.json", curves)
     found = work.task.reference(pairs)
     if found:
         run.update_summary("reference", found)
         best, main = work.task.best(found), work.task.metric_names[0]
-        work.reporter.say(f"evaluate: best trivial predictor: {best}, {main} {found[best][main]:.4f}")
+        work.reporter.info(f"evaluate: best trivial predictor: {best}, {main} {found[best][main]:.4f}")
     run.update_summary("skipped", {split: work.pairs(split).skipped for split in ("train", "val")})
     _gallery(work, run, models, np.argsort(errors, kind="stable"))
 
@@ -127,7 +127,7 @@ def _recalibrate(work: RunContext, run: RunDir, model: nn.Module) -> None:
     after = work.task.quick(model, val, 4 * size)
     run.update_summary("recalibrated", {"batches": batches, "before": before, "after": after})
     change = "  ".join(f"{key} {value:.4f} → {after[key]:.4f}" for key, value in before.items())
-    work.reporter.say(f"finetune: norms recalibrated on {batches} batches: {change}")
+    work.reporter.info(f"finetune: norms recalibrated on {batches} batches: {change}")
 
 
 def _gallery(work: RunContext, run: RunDir, models: dict[str, nn.Module], by_error: np.ndarray) -> None:

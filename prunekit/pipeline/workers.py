@@ -52,7 +52,7 @@ def _follow(recipe: Recipe, out: Path) -> None:
     while (stage := distributed.receive_command()) is not None:
         try:
             STAGE_FUNCTIONS[stage](work, WorkerRunDir.open(out))
-        except distributed.LostProcess:
+        except distributed.LostProcessError:
             raise
         except (TrainingError, PlanError) as error:
             # Of the same numbers, so process 0 has it too, and says it.

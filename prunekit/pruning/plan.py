@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunekit.config.yaml import format_path
 from prunekit.errors import PlanError
-from prunekit.utils.io import format_fault, is_newer
+from prunekit.utils.io import format_problem, is_newer
 
 FORMAT = 1
 
@@ -161,7 +161,7 @@ class Plan(_Schema):
             PlanError: it is none, or of a newer format.
         """
         held = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
-        if (fault := format_fault(held, FORMAT)) is not None:
+        if (fault := format_problem(held, FORMAT)) is not None:
             mend = "pip install --upgrade prunekit" if is_newer(held, FORMAT) else "extract it again"
             raise PlanError(f"{name} {fault}; {mend}")
         try:

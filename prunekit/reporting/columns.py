@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from prunekit.config.registry import nearest
+from prunekit.config.registry import closest_match
 from prunekit.errors import PrunekitError
 
 
@@ -60,7 +60,7 @@ def find(table: pd.DataFrame, name: str, option: str) -> list[str]:
         if found:
             return found
     simple = {_bare(column): re.sub(r" \(.*\)$", "", column) for column in columns}
-    near = nearest(_bare(name), list(simple))
+    near = closest_match(_bare(name), list(simple))
     meant = f", did you mean {simple[near]!r}?" if near else ""
     raise PrunekitError(
         f"{option} {name}: no such column{meant} (there are {', '.join(dict.fromkeys(simple.values()))})"

@@ -12,7 +12,7 @@ from safetensors.numpy import save as encode_safetensors
 
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.utils.decode import decode_json, decode_tensors
-from prunekit.utils.io import encode_json, format_fault, is_newer, os_error_reason, sha256, write_atomic, write_error
+from prunekit.utils.io import encode_json, format_problem, is_newer, os_error_reason, sha256, write_atomic, write_error
 
 FORMAT = 1
 
@@ -111,7 +111,7 @@ class CheckpointStore:
             written = decode_json(record.read_bytes())
             if is_newer(written["format"], FORMAT):
                 raise RunFolderError(
-                    f"{named} {format_fault(written['format'], FORMAT)}; it was written by a newer prunekit and needs "
+                    f"{named} {format_problem(written['format'], FORMAT)}; it was written by a newer prunekit and needs "
                     "that: pip install --upgrade prunekit"
                 )
             data = arrays.read_bytes()

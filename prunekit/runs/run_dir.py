@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from prunekit import __version__
-from prunekit.config.schema import same_run
+from prunekit.config.schema import is_same_run
 from prunekit.config.yaml import parse
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.runs import state as states
@@ -28,7 +28,7 @@ from prunekit.runs.artifacts import RECIPE, ArtifactStore
 from prunekit.runs.stage_order import STAGES, SUMMARY_STAGES, stage_index, training_position
 from prunekit.runs.state import FORMAT, STATE, SUMMARY
 from prunekit.utils.io import (
-    TEMPORARY,
+    TEMP_PREFIX,
     FolderLock,
     is_disk_failure,
     make_folder,
@@ -87,7 +87,7 @@ class RunDir(ArtifactStore):
         try:
             make_folder(path)
             foreign = not is_run_folder(path) and any(
-                e.name not in _BEGINNINGS and not e.name.startswith(TEMPORARY) for e in path.iterdir()
+                e.name not in _BEGINNINGS and not e.name.startswith(TEMP_PREFIX) for e in path.iterdir()
             )
         except OSError as error:
             if is_disk_failure(error):
@@ -168,7 +168,7 @@ class RunDir(ArtifactStore):
         self._remove_temporaries()
         self._settle()
         held = self.read_text(RECIPE)
-        if not same_run(held, recipe_text):
+        if not is_same_run(held, recipe_text):
             lines = difflib.unified_diff(held.splitlines(), recipe_text.splitlines(), RECIPE, "now", lineterm="", n=0)
             shown = list(islice(lines, 13))
             if len(shown) > 12:
@@ -216,7 +216,7 @@ class RunDir(ArtifactStore):
             ) from error
 
     def _remove_temporaries(self) -> None:
-        for path in self.path.rglob(f"{TEMPORARY}*"):
+        for path in self.path.rglob(f"{TEMP_PREFIX}*"):
             with contextlib.suppress(OSError):
                 path.unlink()
 

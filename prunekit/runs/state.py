@@ -15,7 +15,7 @@ from typing import Any
 from prunekit import __version__
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.utils.decode import decode_json
-from prunekit.utils.io import encode_json, format_fault, is_newer, os_error_reason, sha256
+from prunekit.utils.io import encode_json, format_problem, is_newer, os_error_reason, sha256
 
 FORMAT = 1
 STATE, SUMMARY = "state.json", "summary.json"
@@ -83,7 +83,7 @@ def refuse_newer(folder: Path) -> None:
             held = decode_json((folder / name).read_bytes())
         except (OSError, ValueError, RecursionError):
             continue  # What cannot be read here is told by whoever needs it.
-        if isinstance(held, dict) and (fault := format_fault(held.get("format", FORMAT), FORMAT)):
+        if isinstance(held, dict) and (fault := format_problem(held.get("format", FORMAT), FORMAT)):
             if is_newer(held.get("format"), FORMAT):
                 raise newer(folder / name, held)
             raise CheckpointError(f"{folder / name} {fault}; start again with --overwrite")
@@ -94,7 +94,7 @@ def newer(path: Path, held: dict[str, Any]) -> RunFolderError:
     by = held.get("prunekit")
     needed = f"prunekit {by}" if isinstance(by, str) else "a newer prunekit"
     return RunFolderError(
-        f"{path} {format_fault(held['format'], FORMAT)}; it was written by {needed} and needs that or a later one: "
+        f"{path} {format_problem(held['format'], FORMAT)}; it was written by {needed} and needs that or a later one: "
         "pip install --upgrade prunekit"
     )
 
@@ -107,7 +107,7 @@ def _fits(state: Any) -> None:
     """Raise ValueError for what is no state; states of earlier prunekits have neither ``run`` nor ``check``."""
     if not isinstance(state, dict):
         raise ValueError("it is no state of a run")
-    if (fault := format_fault(state.get("format"), FORMAT)) is not None:
+    if (fault := format_problem(state.get("format"), FORMAT)) is not None:
         raise ValueError(fault.removeprefix("is damaged (").removesuffix(")"))
     if "check" in state and _check({k: v for k, v in state.items() if k != "check"}) != state["check"]:
         raise ValueError("it is not what was written")

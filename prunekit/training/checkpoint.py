@@ -206,7 +206,7 @@ def split_batches(job: TrainingJob, found: Found | None) -> TrainingJob:
             f"{_named(job)} is of steps of {batches} batches, which {count} processes cannot share; go on with {fit}, "
             f"or {_again(job)}"
         )
-    job.reporter.say(
+    job.reporter.info(
         f"{job.stage}: begun with {batches} {'batches' if batches > 1 else 'batch'} a step; each of "
         f"{count} {'processes takes' if count > 1 else 'process takes'} {batches // count}"
     )

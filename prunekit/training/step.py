@@ -184,7 +184,7 @@ class TrainingStep:
             instead = f"{section}.precision=float32" if self.job.section.precision == "bf16" else "decay.weight"
             on = "" if skips else f"; {section}.on_nonfinite=skip with --resume goes on and skips such steps"
             raise TrainingError(f"{what}{many}; try a lower {section}.lr or {instead}{on}")
-        self.job.reporter.say(f"{self.job.stage}: {bad} {'steps' if bad > 1 else 'step'} skipped: {what}")
+        self.job.reporter.info(f"{self.job.stage}: {bad} {'steps' if bad > 1 else 'step'} skipped: {what}")
         self._bad, self._first, self.troubled = torch.zeros_like(self._bad), None, False
 
     def _fault(self, row: Tensor) -> str:

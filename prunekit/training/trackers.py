@@ -15,7 +15,7 @@ from typing import Any
 from prunekit.config.schema import Recipe
 from prunekit.errors import RecipeError
 from prunekit.utils.io import write_error
-from prunekit.utils.progress import trainings
+from prunekit.utils.progress import training_epochs
 
 FOLDER = "tensorboard"  # in the run folder
 
@@ -96,7 +96,7 @@ def flat(tree: dict[str, Any], joint: str = ".") -> dict[str, bool | int | float
 
 def _before(recipe: Recipe, stage: str) -> int:
     """The epochs of the trainings before this one."""
-    epochs = trainings(recipe.train.epochs, recipe.finetune.epochs, recipe.slim.steps, recipe.baseline)
+    epochs = training_epochs(recipe.train.epochs, recipe.finetune.epochs, recipe.slim.steps, recipe.baseline)
     return sum(list(epochs.values())[: list(epochs).index(stage)])
 
 

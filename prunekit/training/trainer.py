@@ -105,7 +105,7 @@ class _Fit:
         if first < epochs:
             job.run.truncate_metrics(job.stage, first)
         losses = [line["loss"] for line in job.run.read_metrics() if line["stage"] == job.stage]
-        job.reporter.start(job.stage, epochs, self.steps, first, losses, self.place.step)
+        job.reporter.start_training(job.stage, epochs, self.steps, first, losses, self.place.step)
         try:
             with (
                 defer_interrupts() as self.stop,
@@ -123,16 +123,16 @@ class _Fit:
                     job.run.append_metrics(line)
                     self.place = TrainingPosition(epoch + 1, best=self.place.best)
                     # Asked once, since a signal may come between the two.
-                    stopping = self.update.stopping(self.stop.asked)
+                    stopping = self.update.stopping(self.stop.requested)
                     last = epoch + 1 == epochs or (epoch + 1) % job.section.checkpoint.every == 0
                     if stopping or last or self._is_due():
                         self._rate(line["metrics"])
                         self._save()
-                    job.reporter.epoch(line)
+                    job.reporter.log_epoch(line)
                     if stopping:
                         self._stop(f"epoch {epoch + 1}")
         finally:
-            job.reporter.stop()
+            job.reporter.end_training()
         if self.average is not None and self.average.steps:
             self.average.put(self.model)
             _flush(self.model)
@@ -174,8 +174,8 @@ class _Fit:
                     shrinking.look(self.model, self.groups)
                 done = epoch * self.steps + step + 1
                 if math.isfinite(loss):
-                    job.reporter.step(done, float(loss), float(penalty), self.decay.weight, alive, of)
-            stopping = self.update.stopping(self.stop.asked)
+                    job.reporter.log_step(done, float(loss), float(penalty), self.decay.weight, alive, of)
+            stopping = self.update.stopping(self.stop.requested)
             if step + 1 < self.steps and (stopping or self._is_due()):
                 # A state that cannot be gone on from is not to replace one that can.
                 self.update.look(epoch, step)
@@ -187,7 +187,7 @@ class _Fit:
         _flush(self.model)
         self.gates.record()
         if job.stage == "train" and (warning := self.gates.warning()):
-            job.reporter.say(f"train: {warning}")
+            job.reporter.info(f"train: {warning}")
         cut = self._shrink(epoch) if due else None
         assert_identical_models(self.model, f"the models that epoch {epoch + 1} has left")
         *totals, counted = place.sums.tolist()
@@ -257,7 +257,7 @@ class _Fit:
         self.saved = time.monotonic()
 
     def _stop(self, where: str) -> None:
-        self.job.reporter.say(f"{self.job.stage}: stopped behind {where}, its state is saved")
+        self.job.reporter.info(f"{self.job.stage}: stopped behind {where}, its state is saved")
         raise KeyboardInterrupt
 
     def _rate(self, metrics: Mapping[str, float]) -> None:
@@ -305,7 +305,7 @@ class _Fit:
         """Enter everything that holds on to the model and the decay that are under training now."""
         self.watching.enter_context(self.decay)
         self.forward = self.watching.enter_context(
-            fast_steps(self.model, self.groups, self.job.section, self.job.reporter.say)
+            fast_steps(self.model, self.groups, self.job.section, self.job.reporter.info)
         )
         if self.job.section.sync_norms and distributed.world_size() > 1:
             self.watching.enter_context(sync_batch_norms(self.model))

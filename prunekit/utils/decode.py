@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 # A value takes up to some thirty times its text; the largest plans have a few MB.
-LARGEST_JSON = 1 << 26
+MAX_JSON_BYTES = 1 << 26
 _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 
 def decode_json(data: bytes | str) -> Any:
     """The value of a JSON text in UTF-8; numbers may be NaN or infinite, texts hold whole characters only."""
-    if len(data) > LARGEST_JSON:
-        raise ValueError(f"more than {LARGEST_JSON >> 20} MiB of JSON")
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB of JSON")
     text = data.decode() if isinstance(data, bytes) else data
     try:
         value = json.loads(text)

@@ -38,7 +38,7 @@ _SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 _words: Any = None  # the connections for words; None where there is one process
 
 
-class LostProcess(TrainingError):
+class LostProcessError(TrainingError):
     """Another process of the run has died, or cannot be reached."""
 
 
@@ -46,7 +46,7 @@ def init() -> int:
     """Meet the other processes, where this one was started as one of several; its number, 0 for the one that leads.
 
     Raises:
-        LostProcess: they do not come.
+        LostProcessError: the other processes cannot be reached.
     """
     global _words
     if get_int_from_env(_SIZES, 1) > 1 and _words is None:
@@ -78,10 +78,10 @@ def main_process_scope() -> Iterator[None]:
     """While process 0 does a command; in the end, whatever it is, the others are told that nothing more comes."""
     try:
         yield
-    except LostProcess:
+    except LostProcessError:
         raise
     except BaseException:
-        with contextlib.suppress(LostProcess):
+        with contextlib.suppress(LostProcessError):
             send_command(None)
         raise
     else:
@@ -178,7 +178,7 @@ def _reaching() -> Iterator[None]:
             # What started the processes ends those that are left; the run folder is to be left in order first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LostProcess(
+        raise LostProcessError(
             f"another of the {get_int_from_env(_SIZES, 1)} processes of this run has ended or cannot be reached "
             f"({why[:160]}); go on with --resume"
         ) from error

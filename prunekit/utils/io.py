@@ -18,7 +18,7 @@ from typing import Any
 from prunekit import __version__
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError, WriteError
 
-TEMPORARY = ".tmp-"
+TEMP_PREFIX = ".tmp-"
 # What the system says of a disk that has no room left.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # … and of a place that was not for the user to name, or is not theirs. All else is a disk that fails.
@@ -66,7 +66,7 @@ def write_error(error: OSError, what: object, action: str = "write") -> Checkpoi
     return WriteError(f"{said}; {mend}, then give the command again (a run goes on with --resume)")
 
 
-def format_fault(value: Any, newest: int) -> str | None:
+def format_problem(value: Any, newest: int) -> str | None:
     """What is wrong with the ``format`` of a file, of which there are those from 1 to ``newest``; None where nothing
     is. :func:`is_newer` tells a newer one from one that never was."""
     if is_newer(value, newest):
@@ -87,7 +87,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         CheckpointError: the system refused, see :func:`refusal`; the old file stands, no temporary one is left.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         make_folder(path.parent)
         try:

@@ -19,7 +19,7 @@ LEVELS = {
 }
 # The course of a run: what a Reporter tells, at info, and what it notes for the log alone, at debug. Its own level is
 # the terminal's, and none where prunekit is used from Python.
-progress_logger = logging.getLogger("prunekit.course")
+progress_logger = logging.getLogger("prunekit.progress")
 
 
 def is_quiet() -> bool:

@@ -25,12 +25,12 @@ from prunekit.utils.io import os_error_reason
 from prunekit.utils.logging import is_quiet, progress_logger
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
-SPARK = 12  # columns of a spark line
+SPARK = 12  # columns of a sparkline
 BAR, WIDEST = 6, 40  # columns of a bar: fewer say nothing, more say no more
 GAP = "  "
 
 
-def trainings(train: int, finetune: int, rounds: int = 1, baseline: bool = False) -> dict[str, int]:
+def training_epochs(train: int, finetune: int, rounds: int = 1, baseline: bool = False) -> dict[str, int]:
     """The trainings of a run, in their order, and their epochs: "train", "baseline" where there is one, after each
     round of cuts but the last "step1", "step2" …, and "finetune"."""
     return {
@@ -41,7 +41,7 @@ def trainings(train: int, finetune: int, rounds: int = 1, baseline: bool = False
     }
 
 
-def spark(values: Sequence[float], width: int = SPARK, ascii_only: bool = False) -> str:
+def sparkline(values: Sequence[float], width: int = SPARK, ascii_only: bool = False) -> str:
     """Values as a line of blocks, the smallest the lowest and the largest the highest.
 
     Args:
@@ -59,7 +59,7 @@ def spark(values: Sequence[float], width: int = SPARK, ascii_only: bool = False)
     return "".join(blocks[round((mean - low) * scale)] for mean in means)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration: 0:42, 1:05:03, 2 d 3:04:05."""
     whole = max(0, round(seconds))
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
@@ -67,14 +67,14 @@ def clock(seconds: float) -> str:
     return f"{days} d {text}" if days else text
 
 
-def short(number: float) -> str:
+def format_count(number: float) -> str:
     """A large number in a few columns: 24.3k, 1.52M."""
     power = min(len(str(round(abs(number)))) - 1, 9) // 3
     return f"{number / 1000**power:.3g}{('', 'k', 'M', 'G')[power]}"
 
 
 @dataclass
-class Figures:
+class TrainingStatus:
     """What is known of one training at one moment.
 
     Attributes:
@@ -84,7 +84,7 @@ class Figures:
         share: of the training that is done, 0 … 1.
         left: seconds until it ends; None where nobody can tell.
         run_left: a guess of the seconds until all trainings of the run have ended; None where this is the last.
-        losses: for the spark line.
+        losses: for the sparkline.
         line: what ``metrics.jsonl`` holds of an epoch, or as much of it as is known.
         courses: metric → its values, epoch by epoch.
     """
@@ -103,7 +103,7 @@ class Figures:
         """What stands below the bar."""
         line, parts = self.line, []
         if "loss" in line:
-            parts.append(f"loss {line['loss']:.3f} {spark(self.losses, SPARK, ascii_only)}".rstrip())
+            parts.append(f"loss {line['loss']:.3f} {sparkline(self.losses, SPARK, ascii_only)}".rstrip())
         if line.get("penalty"):
             name = "lambda" if ascii_only else "λ"
             parts += [
@@ -114,35 +114,35 @@ class Figures:
             parts.append(f"alive {line['alive']}/{line['of']}")
         parts += _sizes(line)
         for name, values in self.courses.items():
-            parts.append(f"{name} {values[-1]:.3f} {spark(values, SPARK, ascii_only)}")
+            parts.append(f"{name} {values[-1]:.3f} {sparkline(values, SPARK, ascii_only)}")
         if self.run_left is not None:
-            parts.append(f"run ~{clock(self.run_left)} left")
+            parts.append(f"run ~{format_duration(self.run_left)} left")
         return [Text(part) for part in parts]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         of = f"/{self.epochs}" if self.epochs else ""
-        left = Text("" if self.left is None else f"{clock(self.left)} left")
+        left = Text("" if self.left is None else f"{format_duration(self.left)} left")
         head = Text.assemble((self.stage, "bold"), f" epoch {self.epoch}{of}")
         parts = self.parts(options.ascii_only)
         if self.left is None and self.share >= 1:
-            yield from packed([head, *parts], options.max_width)
+            yield from wrap_parts([head, *parts], options.max_width)
             return
-        yield from with_bar(head, self.share if self.epochs else None, left, options)
-        yield from packed(parts, options.max_width)
+        yield from progress_line(head, self.share if self.epochs else None, left, options)
+        yield from wrap_parts(parts, options.max_width)
 
 
-def with_bar(head: Text, share: float | None, tail: Text, options: ConsoleOptions) -> Iterator[Text]:
+def progress_line(head: Text, share: float | None, tail: Text, options: ConsoleOptions) -> Iterator[Text]:
     """One line: a head, a bar over what is left of the width (none where that is too little), and a tail."""
     width = min(WIDEST, options.max_width - head.cell_len - tail.cell_len - 2)
     if share is None or width < BAR:
-        yield from packed([head, tail], options.max_width)
+        yield from wrap_parts([head, tail], options.max_width)
         return
     done = min(width, max(0, int(width * share)))
     full, rest = ("#", ".") if options.ascii_only else ("━", "─")
     yield _one_line(Text.assemble(head, " ", (full * done, "green"), (rest * (width - done), "dim"), " ", tail))
 
 
-def packed(parts: Sequence[Text], width: int) -> Iterator[Text]:
+def wrap_parts(parts: Sequence[Text], width: int) -> Iterator[Text]:
     """Lines that hold the parts in their order, as many as fit into each; only a part that is wider itself is cut."""
     line = Text()
     for part in (part for part in parts if part):
@@ -163,12 +163,12 @@ def _sizes(line: dict[str, Any]) -> list[str]:
     """The size against the budget: params 145k/100k."""
     budget = line.get("budget", {})
     return [
-        f"{name} {short(size)}" + (f"/{short(budget[name])}" if name in budget else "")
+        f"{name} {format_count(size)}" + (f"/{format_count(budget[name])}" if name in budget else "")
         for name, size in line.get("size", {}).items()
     ]
 
 
-def epoch_text(line: dict[str, Any], epochs: int | None = None) -> str:
+def format_epoch(line: dict[str, Any], epochs: int | None = None) -> str:
     """One epoch of ``metrics.jsonl`` as a line, at most 80 columns with two metrics."""
     of = f"/{epochs}" if epochs else ""
     parts = [f"{line['stage']} {line['epoch']:{len(str(epochs or 100))}}{of}", f"loss {line['loss']:.3f}"]
@@ -177,12 +177,12 @@ def epoch_text(line: dict[str, Any], epochs: int | None = None) -> str:
     parts += [f"cut {line['shrunk']['channels']}"] if "shrunk" in line else []
     parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items()]
     seconds = line["seconds"]
-    parts.append(f"{seconds:.{int(seconds < 9.95)}f} s" if seconds < 99.5 else clock(seconds))
+    parts.append(f"{seconds:.{int(seconds < 9.95)}f} s" if seconds < 99.5 else format_duration(seconds))
     return " ".join(parts)
 
 
 def _amount(number: float) -> str:
-    return short(number) if abs(number) >= 1000 else f"{number:.2g}"
+    return format_count(number) if abs(number) >= 1000 else f"{number:.2g}"
 
 
 class Reporter:
@@ -192,43 +192,43 @@ class Reporter:
         console: where it goes.
 
     Attributes:
-        log: a file that gets every line too, with the time; where it cannot be written, that is said once.
-        trainings: those of the run, in their order, and their epochs; for the guess of how long the run will take.
+        log_file: a file that gets every line too, with the time; where it cannot be written, that is said once.
+        training_epochs: those of the run, in their order, and their epochs; for the guess of how long the run will take.
     """
 
     def __init__(self, console: Console):
         self.console = console
-        self.log: Path | None = None
-        self.trainings: dict[str, int] = {}
+        self.log_file: Path | None = None
+        self.training_epochs: dict[str, int] = {}
         self._log_failed = False
         self._views: list[Any] = []
         self._live: Live | None = None
         self._training: _Training | None = None
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """One line."""
-        self.record(text)
+        self.write_log(text)
         if not is_quiet():
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def note(self, text: str) -> None:
+    def debug(self, text: str) -> None:
         """One line, for the log alone; at the level debug the terminal shows it too."""
-        self.record(text)
+        self.write_log(text)
         progress_logger.debug("%s", text)
 
-    def record(self, text: str) -> None:
+    def write_log(self, text: str) -> None:
         """One line, for the log alone at every level: the terminal shows it by itself, or not at all."""
-        if self.log is None:
+        if self.log_file is None:
             return
         try:
-            with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with self.log_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{datetime.now().isoformat(' ', 'seconds')}  {text}\n")
         except OSError as error:
             # No run is lost for a line of its log; there may be room for the next.
             if not self._log_failed:
                 self._log_failed = True
                 self.console.print(
-                    f"cannot write {self.log}: {os_error_reason(error)}; going on, lines of the log are lost",
+                    f"cannot write {self.log_file}: {os_error_reason(error)}; going on, lines of the log are lost",
                     markup=False,
                     highlight=False,
                     soft_wrap=True,
@@ -239,17 +239,17 @@ class Reporter:
         """A stage of the run: shows that it lives, says how long a training took, notes what broke it off."""
         began = time.monotonic()
         try:
-            with self.busy(name):
+            with self.spinner(name):
                 yield
         except BaseException as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.note(f"{name}: {'interrupted' if isinstance(error, KeyboardInterrupt) else f'failed: {reason}'}")
+            self.debug(f"{name}: {'interrupted' if isinstance(error, KeyboardInterrupt) else f'failed: {reason}'}")
             raise
-        if name in self.trainings:
-            self.say(f"{name}: done in {clock(time.monotonic() - began)}")
+        if name in self.training_epochs:
+            self.info(f"{name}: done in {format_duration(time.monotonic() - began)}")
 
     @contextmanager
-    def busy(self, title: str) -> Iterator[None]:
+    def spinner(self, title: str) -> Iterator[None]:
         """Something that takes a while and cannot say how long: its title and the time since it began."""
         view = _Busy(title)
         self._push(view)
@@ -258,7 +258,7 @@ class Reporter:
         finally:
             self._pop(view)
 
-    def start(
+    def start_training(
         self, stage: str, epochs: int, steps: int, first: int, losses: Sequence[float] = (), step: int = 0
     ) -> None:
         """A training begins.
@@ -274,25 +274,25 @@ class Reporter:
         self._training = _Training(stage, epochs, steps, first, list(losses), self._later(stage), step)
         self._push(self._training)
 
-    def step(self, done: int, loss: float, penalty: float, weight: float, alive: int, of: int) -> None:
+    def log_step(self, done: int, loss: float, penalty: float, weight: float, alive: int, total: int) -> None:
         """``done`` steps of the training are done; the figures are the last step's, ``weight`` is λ."""
         if self._training is not None:
-            figures = {"loss": loss, "penalty": penalty, "lambda": weight, "alive": alive, "of": of}
+            figures = {"loss": loss, "penalty": penalty, "lambda": weight, "alive": alive, "of": total}
             self._training.step(done, figures)
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def log_epoch(self, line: dict[str, Any]) -> None:
         """An epoch is done; ``line`` is what metrics.jsonl holds of it."""
         if self._training is not None:
             self._training.epoch(line)
-        self.say(epoch_text(line, self._training and self._training.epochs))
+        self.info(format_epoch(line, self._training and self._training.epochs))
 
-    def stop(self) -> None:
+    def end_training(self) -> None:
         """The training is over, or was broken off."""
         if self._training is not None:
             self._pop(self._training)
             self._training = None
 
-    def counter(self, title: str) -> _Counter:
+    def progress_bar(self, title: str) -> _Counter:
         """A callable (done, total) that shows a bar of its own in a terminal; call its ``close`` at the end."""
         view = _Counter(title, self._pop)
         self._push(view)
@@ -300,9 +300,9 @@ class Reporter:
 
     def _later(self, stage: str) -> int:
         """The epochs of the trainings that follow."""
-        names = list(self.trainings)
+        names = list(self.training_epochs)
         after = names[names.index(stage) + 1 :] if stage in names else []
-        return sum(self.trainings[name] for name in after)
+        return sum(self.training_epochs[name] for name in after)
 
     def _push(self, view: Any) -> None:
         self._views.append(view)
@@ -341,13 +341,13 @@ class _Training:
         self.losses, self.looks = [*self.losses, line["loss"]], []
         self.line, self.looked = line, time.monotonic()
 
-    def figures(self) -> Figures:
+    def figures(self) -> TrainingStatus:
         now, total = time.monotonic(), self.epochs * self.steps
         pace = (self.looked - self.began) / (self.done - self.first) if self.done > self.first else None
         left = None if pace is None else max(0.0, pace * (total - self.done) - (now - self.looked))
         looks = self.looks
         mean = [math.fsum(looks) / len(looks)] if looks else []
-        return Figures(
+        return TrainingStatus(
             stage=self.stage,
             epoch=min(self.epochs, max(self.done - 1, self.first) // self.steps + 1),
             epochs=self.epochs,
@@ -372,8 +372,8 @@ class _Busy:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wheel = self.spinners[options.ascii_only].render(console.get_time())
-        elapsed = clock(time.monotonic() - self.began)
-        yield from packed([Text.assemble(wheel, " ", (self.title, "bold"), " ", elapsed)], options.max_width)
+        elapsed = format_duration(time.monotonic() - self.began)
+        yield from wrap_parts([Text.assemble(wheel, " ", (self.title, "bold"), " ", elapsed)], options.max_width)
 
 
 class _Counter:
@@ -393,6 +393,10 @@ class _Counter:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         elapsed = time.monotonic() - self.began
-        left = f"{clock(elapsed / self.done * (self.total - self.done))} left" if self.done else clock(elapsed)
+        left = (
+            f"{format_duration(elapsed / self.done * (self.total - self.done))} left"
+            if self.done
+            else format_duration(elapsed)
+        )
         head = Text.assemble((self.title, "bold"), f" {self.done}/{self.total}" if self.total else "")
-        yield from with_bar(head, self.done / self.total if self.total else None, Text(left), options)
+        yield from progress_line(head, self.done / self.total if self.total else None, Text(left), options)

@@ -22,7 +22,7 @@ _HEARD = b"\nprunekit: stopping behind this step, its state is saved then; once 
 class DeferredInterrupt:
     """Whether somebody has asked."""
 
-    asked: bool = False
+    requested: bool = False
 
 
 @contextlib.contextmanager
@@ -44,11 +44,11 @@ def defer_interrupts() -> Iterator[DeferredInterrupt]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if stop.asked:
+        if stop.requested:
             if launcher.process_index() is not None and time.monotonic() - first < _ECHO:
                 return
             raise KeyboardInterrupt
-        stop.asked, first = True, time.monotonic()
+        stop.requested, first = True, time.monotonic()
         # No print: a handler may come in the middle of one, and a stream cannot be entered twice.
         if not launcher.process_index():
             with contextlib.suppress(OSError):
@@ -56,7 +56,7 @@ def defer_interrupts() -> Iterator[DeferredInterrupt]:
 
     with _handled(SIGNALS, handler):
         yield stop
-    if stop.asked:
+    if stop.requested:
         raise KeyboardInterrupt
 
 

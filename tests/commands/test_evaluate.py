@@ -255,7 +255,7 @@ def test_folders_that_are_no_run(call):
 
 def test_a_bar_takes_any_name():
     console = Console(force_terminal=True, width=80, file=io.StringIO(), color_system=None)
-    counter = Reporter(console).counter("[/]{x}")
+    counter = Reporter(console).progress_bar("[/]{x}")
     counter(1, 2)
     counter.close()
     assert "[/]{x}" in console.file.getvalue()

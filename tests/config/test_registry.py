@@ -191,15 +191,15 @@ def test_iterates_in_order_of_names(install):
     assert [entry.name for entry in registry.backbones] == ["a", "b"]
 
 
-def test_nearest():
-    assert registry.nearest("epocs", ["epochs", "lr"]) == "epochs"
-    assert registry.nearest("zzz", ["epochs", "lr"]) is None
+def test_closest_match():
+    assert registry.closest_match("epocs", ["epochs", "lr"]) == "epochs"
+    assert registry.closest_match("zzz", ["epochs", "lr"]) is None
 
 
 def test_a_module_that_was_imported_before_is_still_its_distributions():
     """As a program does that imports a backbone before it asks for a name."""
     code = (
-        "import prunekit.backbones.resnet; from prunekit import registry; "
+        "import prunekit.backbones.resnet; from prunekit.config import registry; "
         "entry = registry.backbones.entry('resnet'); print(entry.origin, entry.version)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.recipe_standins import GOOD, mistake, mistakes, registered, ship, write
 
-from prunekit.config import recipe, yaml
+from prunekit.config import recipe, sources, yaml
 from prunekit.errors import RecipeError
 
 # Overrides
@@ -133,8 +133,8 @@ def test_a_base_that_cannot_be_had_leaves_the_other_mistakes(write, ship):
 
 def test_shipped_recipes_are_found_by_bare_name_and_serve_as_bases(write, ship):
     package = ship(csnet=GOOD, other="base: csnet.yaml\nseed: 5\n")
-    assert recipe.shipped() == ["csnet", "other"]
-    assert recipe.find("csnet") == recipe.find("csnet.yaml") == package / "csnet.yaml"
+    assert sources.shipped_recipes() == ["csnet", "other"]
+    assert sources.find_recipe("csnet") == sources.find_recipe("csnet.yaml") == package / "csnet.yaml"
     assert recipe.load("other").seed == 5
     assert recipe.load(write("base: other\nname: mine\n")).seed == 5
 
@@ -142,27 +142,27 @@ def test_shipped_recipes_are_found_by_bare_name_and_serve_as_bases(write, ship):
 def test_a_file_comes_before_a_shipped_recipe_and_a_folder_after_it(write, ship):
     package = ship(csnet=GOOD)
     Path("csnet").mkdir()
-    assert recipe.find("csnet") == package / "csnet.yaml"
-    assert recipe.find(write(GOOD, "csnet.yaml")) == Path("csnet.yaml")
+    assert sources.find_recipe("csnet") == package / "csnet.yaml"
+    assert sources.find_recipe(write(GOOD, "csnet.yaml")) == Path("csnet.yaml")
 
 
 def test_a_recipe_that_is_not_there(write, ship):
     ship(csnet=GOOD, other=GOOD)
     for name in ("csnt", "csnt.yaml", Path("recipes/csnt.yaml")):
         with pytest.raises(RecipeError, match=r"no such file.*did you mean 'csnet'\? shipped: csnet, other$"):
-            recipe.find(name)
+            sources.find_recipe(name)
     for name in ("", "x" * 5000, "a\0b", "~nobody-of-this-name/x"):
         with pytest.raises(RecipeError):
-            recipe.find(name)
+            sources.find_recipe(name)
 
 
 def test_a_folder_is_no_recipe(write):
     Path("runs").mkdir()
     with pytest.raises(RecipeError, match="runs: is a folder, not a recipe"):
-        recipe.find("runs")
+        sources.find_recipe("runs")
     write(GOOD, "runs/recipe.yaml")
     with pytest.raises(RecipeError, match=r"did you mean runs/recipe\.yaml\?"):
-        recipe.find("runs")
+        sources.find_recipe("runs")
 
 
 def test_a_file_that_cannot_be_read(write, monkeypatch):

@@ -23,34 +23,38 @@ def test_a_path_is_relative_to_the_folder_given_and_pinned_whole(here):
     (here / "nets").mkdir()
     (here / "nets" / "net.py").write_text(NET)
     found = UserModule.read("nets/../nets/net.py")
-    assert found.path == here / "nets" / "net.py" and found.expected is None and found.changed is None
-    assert UserModule.read("net.py", Path("nets")).pinned == found.pinned == f"{found.path}#sha256={found.digest[:16]}"
-    again = UserModule.read(found.pinned, Path("elsewhere"))
-    assert again.path == found.path and again.changed is None
+    assert found.path == here / "nets" / "net.py" and found.expected is None and found.change is None
+    assert (
+        UserModule.read("net.py", Path("nets")).pinned_path
+        == found.pinned_path
+        == f"{found.path}#sha256={found.digest[:16]}"
+    )
+    again = UserModule.read(found.pinned_path, Path("elsewhere"))
+    assert again.path == found.path and again.change is None
 
 
 def test_a_change_is_noticed(here):
     Path("net.py").write_text(NET)
-    pinned = UserModule.read("net.py").pinned
+    pinned = UserModule.read("net.py").pinned_path
     # Of the same length, in the same second: a cache by time and size would give the old function.
     os.utime("net.py", (1, 1))
-    assert UserModule.read(pinned).function("build")() == 4
+    assert UserModule.read(pinned).load_function("build")() == 4
     Path("net.py").write_text(NET.replace("4", "5"))
     os.utime("net.py", (1, 1))
     found = UserModule.read(pinned)
-    assert f"sha256 {pinned[-16:]}, now {found.digest[:16]}" in found.changed
-    assert found.function("build")() == 5
+    assert f"sha256 {pinned[-16:]}, now {found.digest[:16]}" in found.change
+    assert found.load_function("build")() == 5
     assert not Path("__pycache__").exists()
 
 
 def test_a_content_is_imported_once(here):
     Path("net.py").write_text(NET)
-    assert UserModule.read("net.py").function("build") is UserModule.read("net.py").function("build")
+    assert UserModule.read("net.py").load_function("build") is UserModule.read("net.py").load_function("build")
 
 
 def test_a_hash_in_a_name_is_part_of_the_name(here):
     Path("net#sha256=x.py").write_text(NET)
-    assert UserModule.read("net#sha256=x.py").function("build")() == 4
+    assert UserModule.read("net#sha256=x.py").load_function("build")() == 4
 
 
 def test_postponed_annotations_and_dataclasses(here):
@@ -58,14 +62,14 @@ def test_postponed_annotations_and_dataclasses(here):
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
         "@dataclass\nclass Config:\n    width: int = 3\n\ndef build(config: Config = Config()): ...\n"
     )
-    build = UserModule.read("net.py").function("build")
+    build = UserModule.read("net.py").load_function("build")
     assert build.__annotations__["config"] == "Config"
     assert registry.backbones.options_of(build)["config"].default.width == 3
 
 
 def test_annotations_are_not_postponed_where_the_file_does_not_ask_for_it(here):
     Path("net.py").write_text("def build(width: int = 3): ...\n")
-    assert UserModule.read("net.py").function("build").__annotations__["width"] is int
+    assert UserModule.read("net.py").load_function("build").__annotations__["width"] is int
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_what_is_wrong_is_one_line_with_the_path(here, content, words):
     Path("net.py").write_text(content)
     modules = set(sys.modules)
     with pytest.raises(PluginError) as caught:
-        UserModule.read("net.py").function("build")
+        UserModule.read("net.py").load_function("build")
     assert str(here / "net.py") in str(caught.value) and "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
@@ -111,4 +115,4 @@ def test_files_that_are_none(here, text, word):
 def test_no_python_file(here):
     Path("net.txt").write_text(NET)
     with pytest.raises(PluginError, match=r"should end in \.py"):
-        UserModule.read("net.txt").function("build")
+        UserModule.read("net.txt").load_function("build")

@@ -87,7 +87,7 @@ def readers(place: Place) -> list[Reader]:
             assert yaml12.parse(yaml12.dump(document.value)).value == document.value
 
     def a_recipe(data: bytes) -> None:
-        recipe.load(place.put("r.yaml", data), foreign=True)
+        recipe.load(place.put("r.yaml", data), untrusted=True)
 
     def resolved(data: bytes) -> None:
         place.put("recipe.yaml", data)

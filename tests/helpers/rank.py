@@ -60,7 +60,7 @@ class Silent:
     def __getattr__(self, name):
         return lambda *_: None
 
-    def say(self, text):
+    def info(self, text):
         self.said.append(text)
 
 
@@ -128,6 +128,6 @@ def main(folder):
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
-    except distributed.LostProcess as lost:
+    except distributed.LostProcessError as lost:
         print(lost)
         sys.exit(lost.exit_status)

@@ -76,7 +76,7 @@ def registered():
             registry.decays: {
                 "dynamic": dynamic, "l1": l1, "misfit": misfit, "unwritable": unwritable, "unresolved": unresolved
             },
-            registry.criteria: {"gate": lambda model, groups, losses=None: {}},
+            registry.importances: {"gate": lambda model, groups, losses=None: {}},
             registry.optimizers: {"adam": plain, "sgd": plain},
             registry.schedules: {"constant": lambda progress: 1.0, "cosine": cosine},
             registry.augmentations: {"none": lambda images, targets, sizes, generator: None},

@@ -17,7 +17,7 @@ from prunekit.config.recipe import load
 from prunekit.config.schema import Recipe
 from prunekit.reporting import load_run, report
 from prunekit.runs.run_dir import RunDir
-from prunekit.utils.io import TEMPORARY
+from prunekit.utils.io import TEMP_PREFIX
 
 
 def quiet() -> Console:
@@ -86,7 +86,7 @@ def outcome(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {name: run.read_bytes(name) for name in run.written() if name not in timed}
     found["summary.json"] = {k: v for k, v in run.read_json("summary.json").items() if k != "seconds"}
     found["metrics"] = [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
-    assert not list(folder.rglob(f"{TEMPORARY}*"))
+    assert not list(folder.rglob(f"{TEMP_PREFIX}*"))
     # What a derived run does not have was never written.
     assert [line for line in load_run(folder).missing if not line.endswith(": not there")] == []
     assert all((folder / name).is_file() for name in run.written())

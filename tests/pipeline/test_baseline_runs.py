@@ -145,7 +145,7 @@ def test_done_again_from_the_start_nothing_is_left_of_it(run_it, whole, tmp_path
 
 
 def test_the_mean_begins_anew_behind_a_cut(run_it, tmp_path):
-    out = run_it(tmp_path / "run", "train.epochs=5", "train.shrink_every=1", "train.ema=0.99", "baseline=true")
+    out = run_it(tmp_path / "run", "train.epochs=5", "train.prune_every=1", "train.ema=0.99", "baseline=true")
     assert summary(out)["shrunk"] and summary(out)["baseline"]["params"] == summary(out)["dense"]["params"]
     _, state = RunDir.open(out).load_checkpoint("train")
     behind = max(cut["epoch"] for cut in summary(out)["shrunk"] if cut["channels"])

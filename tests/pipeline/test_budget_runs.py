@@ -27,7 +27,7 @@ QUICK = [
     "finetune.batch_size=128",
     "target.params_ratio=0.3",
 ]
-STEPS = ["slim.steps=3", "slim.criterion=taylor", "target.params_ratio=null", "target.macs_ratio=0.25"]
+STEPS = ["slim.steps=3", "slim.importance=taylor", "target.params_ratio=null", "target.macs_ratio=0.25"]
 
 
 def recipe(*overrides):
@@ -119,10 +119,10 @@ def test_slimming_again_does_what_was_done_before(run, whole):
     "changes",
     [
         ["target.params_ratio=null", "target.macs=120k"],
-        ["target.params_ratio=0.5", "slim.criterion=magnitude", "slim.scope=layer"],
+        ["target.params_ratio=0.5", "slim.importance=magnitude", "slim.scope=layer"],
         ["target.params_ratio=0.5", "slim.constants=fold", "slim.min_channels=2"],
-        ["target.params_ratio=0.4", "slim.round_to=4", "slim.keep_layers=[stage1.*]"],
-        ["target.params_ratio=0.4", "slim.criterion=random"],
+        ["target.params_ratio=0.4", "slim.round_to=4", "slim.ignored_layers=[stage1.*]"],
+        ["target.params_ratio=0.4", "slim.importance=random"],
     ],
 )
 def test_another_budget_without_training_again(whole, tmp_path, changes):
@@ -134,8 +134,8 @@ def test_another_budget_without_training_again(whole, tmp_path, changes):
     plan = json.loads((out / "plan.json").read_text())
     assert real == pytest.approx(goal, rel=0.02) or f"{'below' if real < goal else 'above'} the budget" in log(out)
     assert all(note in log(out) for note in plan["notes"])
-    if wanted.slim.keep_layers:
-        assert any("keep_layers keeps" in note for note in plan["notes"])
+    if wanted.slim.ignored_layers:
+        assert any("ignored_layers keeps" in note for note in plan["notes"])
 
 
 def test_rounds_with_fine_tuning_in_between(whole, tmp_path):
@@ -183,7 +183,7 @@ def test_a_budget_that_cannot_be_met_is_said_before_training(tmp_path):
 
 
 def test_without_λ_or_with_another_criterion_nothing_is_steered(tmp_path):
-    for number, change in enumerate(["decay.weight=0", "slim.criterion=random"]):
+    for number, change in enumerate(["decay.weight=0", "slim.importance=random"]):
         out = run_it(tmp_path / str(number), change, "train.epochs=1")
         (line,) = lines(out, "train")
         assert "size" not in line and line["lambda"] == recipe(change).decay.weight
@@ -194,8 +194,8 @@ def test_without_λ_or_with_another_criterion_nothing_is_steered(tmp_path):
     "change, words",
     [
         (
-            "slim.criterion=magnitude",
-            r"slim\.criterion: .*'magnitude' ranks channels .* add target\.params",
+            "slim.importance=magnitude",
+            r"slim\.importance: .*'magnitude' ranks channels .* add target\.params",
         ),
         ("slim.steps=2", r"slim\.steps: 2 steps need a size to go to; add target\.params"),
         ("slim.scope=layer", r"slim\.scope: the same share of each layer needs a size"),

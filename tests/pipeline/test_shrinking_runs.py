@@ -25,7 +25,7 @@ QUICK = [
     "train.epochs=4",
     "train.batch_size=128",
     "train.gate_lr=0.1",
-    "train.shrink_every=1",
+    "train.prune_every=1",
     "decay={name: l1, weight: 1e-2}",
     "slim.threshold=0.1",
     "finetune.epochs=1",
@@ -212,20 +212,20 @@ def test_a_budget_is_steered_through_the_cuts(tmp_path):
 def test_without_cuts_nothing_is_different(tmp_path):
     options = ["decay.weight=0", "train.epochs=2"]
     a = run_it(tmp_path / "a", *options)
-    b = run_it(tmp_path / "b", *options, "train.shrink_every=null")
+    b = run_it(tmp_path / "b", *options, "train.prune_every=null")
     assert same_models(a, b, *NAMES) and lines(a) == lines(b)
     assert "shrunk" not in summary(a) and not (a / "shrunk.json").exists()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "often"])
 def test_a_wrong_value_is_said_in_one_line(value):
-    with pytest.raises(RecipeError, match=r"train\.shrink_every") as error:
-        recipe(f"train.shrink_every={value}")
+    with pytest.raises(RecipeError, match=r"train\.prune_every") as error:
+        recipe(f"train.prune_every={value}")
     assert "\n" not in str(error.value)
 
 
 def test_what_does_not_go_with_it_is_said():
-    with pytest.raises(RecipeError, match=r"finetune\.shrink_every"):
-        recipe("finetune.shrink_every=2")
-    with pytest.raises(RecipeError, match=r"train\.shrink_every.*slim\.scope"):
+    with pytest.raises(RecipeError, match=r"finetune\.prune_every"):
+        recipe("finetune.prune_every=2")
+    with pytest.raises(RecipeError, match=r"train\.prune_every.*slim\.scope"):
         recipe("slim.scope=layer", "target.params_ratio=0.3")

@@ -37,7 +37,7 @@ from prunekit.pipeline.export import export_run
 from prunekit.pipeline.runner import run_recipe
 from prunekit.reporting import load_run, report
 from prunekit.runs.run_dir import RunDir, is_run_folder
-from prunekit.utils.io import TEMPORARY
+from prunekit.utils.io import TEMP_PREFIX
 
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 FULL, FAILS = errno.ENOSPC, errno.EIO
@@ -221,7 +221,7 @@ def test_decoded_images_that_cannot_be_kept_are_only_said(recipe, whole, tmp_pat
     for name in ("dense/model.safetensors", "finetuned/model.safetensors", "metrics"):
         assert ours[name] == theirs[name]
     kept = data_folder(str(tmp_path / "cache"))
-    assert not kept.exists() or (not list(kept.glob("*.json")) and not list(kept.glob(f"{TEMPORARY}*")))
+    assert not kept.exists() or (not list(kept.glob("*.json")) and not list(kept.glob(f"{TEMP_PREFIX}*")))
 
 
 def test_kernels_that_cannot_be_kept_are_only_said(tmp_path, monkeypatch):

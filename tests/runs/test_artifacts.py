@@ -37,7 +37,7 @@ def one_line(error) -> str:
 
 
 def leftovers(path: Path) -> list[Path]:
-    return list(path.rglob(f"{io.TEMPORARY}*"))
+    return list(path.rglob(f"{io.TEMP_PREFIX}*"))
 
 
 # ---- files

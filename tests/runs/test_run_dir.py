@@ -36,7 +36,7 @@ def one_line(error) -> str:
 
 
 def leftovers(path: Path) -> list[Path]:
-    return list(path.rglob(f"{io.TEMPORARY}*"))
+    return list(path.rglob(f"{io.TEMP_PREFIX}*"))
 
 
 # ---- starting
@@ -109,7 +109,7 @@ def test_resume_keeps_what_is_there(run):
     run.begin("train")
     run.end("train")
     run.add_seconds("train", 2.0)
-    (run.path / f"{io.TEMPORARY}1-dead").write_text("half")
+    (run.path / f"{io.TEMP_PREFIX}1-dead").write_text("half")
     run.close()
     with RunDir.start(run.path, RECIPE, {"threads": 2}, resume=True) as again:
         again.add_seconds("train", 1.5)

@@ -39,7 +39,7 @@ class Job:
         self.criterion = TrainingLoss(self.task.loss)
         self.reporter = self
 
-    def say(self, text):
+    def info(self, text):
         self.said.append(text)
 
 

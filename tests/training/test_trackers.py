@@ -139,7 +139,7 @@ def test_what_the_system_refuses_is_said(tmp_path):
 def test_a_run_that_broke_off_is_one_series(tmp_path, monkeypatch):
     from prunekit.utils.progress import Reporter
 
-    out, epoch = tmp_path / "run", Reporter.epoch
+    out, epoch = tmp_path / "run", Reporter.log_epoch
 
     def interrupted(reporter, line):
         epoch(reporter, line)
@@ -147,11 +147,11 @@ def test_a_run_that_broke_off_is_one_series(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     # Both trainings, each after its second epoch; states are written after each.
-    monkeypatch.setattr(Reporter, "epoch", interrupted)
+    monkeypatch.setattr(Reporter, "log_epoch", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe(), out, Console(quiet=True), resume=True)
-    monkeypatch.setattr(Reporter, "epoch", epoch)
+    monkeypatch.setattr(Reporter, "log_epoch", epoch)
     monkeypatch.setattr(sys.modules["prunekit.pipeline.runner"], "report", lambda *_, **__: None)
     run_recipe(recipe(), out, Console(quiet=True), resume=True)
     lines = RunDir.open(out).read_metrics()

@@ -27,17 +27,17 @@ SIZE = 16
 class Silent:
     lines: list = []  # noqa: RUF012
 
-    def start(self, *_):
+    def start_training(self, *_):
         self.lines = []
 
-    def step(self, *_): ...
+    def log_step(self, *_): ...
 
-    def epoch(self, line):
+    def log_epoch(self, line):
         self.lines.append(line)
 
-    def stop(self): ...
+    def end_training(self): ...
 
-    def say(self, text): ...
+    def info(self, text): ...
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +93,12 @@ def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(wi
         )
         if stop_after is not None:
 
-            def stop(line, held=reporter.epoch):
+            def stop(line, held=reporter.log_epoch):
                 held(line)
                 if line["epoch"] == stop_after:
                     raise KeyboardInterrupt
 
-            reporter.epoch = stop
+            reporter.log_epoch = stop
         fit(model, job, groups, DynamicWeightDecay(model, groups, weight))
     return model, reporter.lines
 

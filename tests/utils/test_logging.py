@@ -14,8 +14,8 @@ from prunekit.utils.progress import Reporter
 
 
 def everything(reporter):
-    reporter.say("a line of the course")
-    reporter.note("a note")
+    reporter.info("a line of the course")
+    reporter.debug("a note")
     logging.getLogger("prunekit.runs.run_dir").warning("a state\nis damaged")
     logging.getLogger("library").error("it fails")
     logging.getLogger("library").info("too quiet for anybody")
@@ -38,9 +38,9 @@ def test_the_terminal_shows_what_its_level_lets_through_and_the_log_gets_all(lev
     monkeypatch.setattr(warnings, "showwarning", lambda m, kind, *_: print(f"{kind.__name__}: {m}", file=sys.stderr))
     out = io.StringIO()
     reporter = Reporter(Console(file=out))
-    reporter.log = tmp_path / "run.log"
+    reporter.log_file = tmp_path / "run.log"
     hooks = warnings.showwarning, logging.getLogger().handlers[:]
-    with terminal_logging(LEVELS[level]), record_logs(reporter.record):
+    with terminal_logging(LEVELS[level]), record_logs(reporter.write_log):
         everything(reporter)
         assert is_quiet() is (level in ("warning", "error"))
     assert (warnings.showwarning, logging.getLogger().handlers) == hooks and progress_logger.level == logging.NOTSET
@@ -49,7 +49,7 @@ def test_the_terminal_shows_what_its_level_lets_through_and_the_log_gets_all(lev
     error = capsys.readouterr().err
     assert [line.removeprefix("prunekit: ") for line in error.splitlines() if line.startswith("prunekit: ")] == lines
     assert ("UserWarning: a library's" in error) is (level != "error")
-    *log, last = [line.partition("  ")[2] for line in reporter.log.read_text().splitlines()]
+    *log, last = [line.partition("  ")[2] for line in reporter.log_file.read_text().splitlines()]
     assert log == [*NOTED, "warning: of ours"]
     assert last.startswith("warning: a library's (UserWarning, ") and "test_logs.py:" in last
 
@@ -82,6 +82,6 @@ def test_a_quiet_terminal_draws_nothing():
     out = io.StringIO()
     with terminal_logging(logging.WARNING):
         reporter = Reporter(Console(file=out, force_terminal=True))
-        with reporter.busy("a stage"):
-            reporter.say("a line")
+        with reporter.spinner("a stage"):
+            reporter.info("a line")
     assert out.getvalue() == ""

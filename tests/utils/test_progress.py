@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from prunekit.utils import progress
-from prunekit.utils.progress import ASCII_BLOCKS, BLOCKS, Figures, Reporter, clock, epoch_text, short, spark, trainings
+from prunekit.utils.progress import (
+    ASCII_BLOCKS,
+    BLOCKS,
+    Reporter,
+    TrainingStatus,
+    format_count,
+    format_duration,
+    format_epoch,
+    sparkline,
+    training_epochs,
+)
 
 LINE = {
     "stage": "train",
@@ -66,7 +76,7 @@ def now(monkeypatch):
 
 @given(st.lists(st.floats(-1e9, 1e9), max_size=80), st.integers(1, 40), st.booleans())
 def test_a_spark_line_has_its_width_and_its_extremes(values, width, ascii_only):
-    drawn, blocks = spark(values, width, ascii_only), ASCII_BLOCKS if ascii_only else BLOCKS
+    drawn, blocks = sparkline(values, width, ascii_only), ASCII_BLOCKS if ascii_only else BLOCKS
     assert len(drawn) == min(len(values), width) and set(drawn) <= set(blocks)
     assert not ascii_only or drawn.isascii()
     if values and len(values) <= width and max(values) > min(values):
@@ -76,20 +86,25 @@ def test_a_spark_line_has_its_width_and_its_extremes(values, width, ascii_only):
 
 
 def test_a_spark_line_goes_the_way_of_its_values():
-    assert spark([1, 2, 3, 4, 5, 6, 7, 8]) == BLOCKS and spark(range(800), 8) == BLOCKS
-    assert spark([5, 5]) == "▁▁" and spark([]) == "" and spark([float("nan"), 1, float("inf"), 2]) == "▁█"
+    assert sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == BLOCKS and sparkline(range(800), 8) == BLOCKS
+    assert sparkline([5, 5]) == "▁▁" and sparkline([]) == "" and sparkline([float("nan"), 1, float("inf"), 2]) == "▁█"
 
 
 def test_durations_and_sizes():
-    assert [clock(s) for s in (-1, 0, 59.6, 3599, 3600, 200_000)] == [
+    assert [format_duration(s) for s in (-1, 0, 59.6, 3599, 3600, 200_000)] == [
         "0:00", "0:00", "1:00", "59:59", "1:00:00", "2 d 7:33:20"
     ]  # fmt: skip
-    assert [short(n) for n in (0, 999, 1234, 145_020, 1_516_281_872)] == ["0", "999", "1.23k", "145k", "1.52G"]
+    assert [format_count(n) for n in (0, 999, 1234, 145_020, 1_516_281_872)] == ["0", "999", "1.23k", "145k", "1.52G"]
 
 
 def test_the_trainings_of_a_run():
-    assert trainings(30, 8) == {"train": 30, "finetune": 8}
-    assert list(trainings(30, 8, rounds=3).items()) == [("train", 30), ("step1", 8), ("step2", 8), ("finetune", 8)]
+    assert training_epochs(30, 8) == {"train": 30, "finetune": 8}
+    assert list(training_epochs(30, 8, rounds=3).items()) == [
+        ("train", 30),
+        ("step1", 8),
+        ("step2", 8),
+        ("finetune", 8),
+    ]
 
 
 # ---- without a terminal
@@ -97,12 +112,12 @@ def test_the_trainings_of_a_run():
 
 def test_a_plain_line_an_epoch(told, tmp_path):
     reporter, out = told
-    reporter.log = tmp_path / "run.log"
+    reporter.log_file = tmp_path / "run.log"
     with reporter.stage("train"):
-        reporter.start("train", 300, 10, 298)
-        reporter.step(2985, 0.5, 0.1, 12.5, 3, 4)
-        reporter.epoch(LINE)
-        reporter.stop()
+        reporter.start_training("train", 300, 10, 298)
+        reporter.log_step(2985, 0.5, 0.1, 12.5, 3, 4)
+        reporter.log_epoch(LINE)
+        reporter.end_training()
     text = out.getvalue()
     assert text == "train 299/300 loss 0.734 pen 2.24k alive 1235/1235 mae 0.485 max_f 0.374 27 s\n"
     assert len(text) <= 81
@@ -110,25 +125,25 @@ def test_a_plain_line_an_epoch(told, tmp_path):
 
 
 def test_an_epoch_against_a_budget_and_without_decay():
-    assert epoch_text({**LINE, **BUDGET}, 300) == (
+    assert format_epoch({**LINE, **BUDGET}, 300) == (
         "train 299/300 loss 0.734 pen 2.24k params 145k/100k mae 0.485 max_f 0.374 27 s"
     )
     line = {**LINE, "stage": "finetune", "epoch": 2, "penalty": 0.0, "seconds": 0.42}
-    assert epoch_text(line, 12) == "finetune  2/12 loss 0.734 alive 1235/1235 mae 0.485 max_f 0.374 0.4 s"
-    assert epoch_text({**line, "seconds": 754}).endswith(" 12:34")
+    assert format_epoch(line, 12) == "finetune  2/12 loss 0.734 alive 1235/1235 mae 0.485 max_f 0.374 0.4 s"
+    assert format_epoch({**line, "seconds": 754}).endswith(" 12:34")
     # What goes up and down stands in columns.
-    assert "pen   0.2 alive    7/1235 mae" in epoch_text({**LINE, "penalty": 0.2, "alive": 7})
+    assert "pen   0.2 alive    7/1235 mae" in format_epoch({**LINE, "penalty": 0.2, "alive": 7})
 
 
 def test_text_from_files_is_no_markup(told):
     reporter, out = told
-    reporter.say("[red]x[/red] [/] {0}")
+    reporter.info("[red]x[/red] [/] {0}")
     assert out.getvalue() == "[red]x[/red] [/] {0}\n"
 
 
 def test_a_stage_says_how_long_its_training_took_and_what_broke_it_off(told, tmp_path, now):
     reporter, out = told
-    reporter.log, reporter.trainings = tmp_path / "run.log", trainings(2, 1)
+    reporter.log_file, reporter.training_epochs = tmp_path / "run.log", training_epochs(2, 1)
     with reporter.stage("train"):
         now["now"] += 151
     with reporter.stage("extract"):
@@ -137,7 +152,7 @@ def test_a_stage_says_how_long_its_training_took_and_what_broke_it_off(told, tmp
     for error, said in ((ValueError("no\nluck"), "failed: no luck"), (KeyboardInterrupt(), "interrupted")):
         with pytest.raises(type(error)), reporter.stage("slim"):
             raise error
-        assert reporter.log.read_text().endswith(f"  slim: {said}\n")
+        assert reporter.log_file.read_text().endswith(f"  slim: {said}\n")
     assert "slim" not in out.getvalue(), "who raised it says it"
 
 
@@ -151,15 +166,15 @@ def test_nothing_is_wider_than_the_terminal(width, encoding):
     courses = {"mae": [1, 2]}
     for share, left, run_left, extra in itertools.product((0.0, 0.999, 1.0), (None, 9e6), (None, 3.0), ({}, BUDGET)):
         console.print(
-            Figures("finetune", 299, 300, share, left, run_left, [3.0, 2.0, 1.0] * 9, {**LINE, **extra}, courses)
+            TrainingStatus("finetune", 299, 300, share, left, run_left, [3.0, 2.0, 1.0] * 9, {**LINE, **extra}, courses)
         )
-    console.print(Figures("train", 1, 9))
+    console.print(TrainingStatus("train", 1, 9))
     assert max(map(len, screen.lines())) <= width
     assert encoding == "utf-8" or screen.text().isascii()
 
 
 def test_what_stands_in_80_and_in_40_columns():
-    figures = Figures("train", 4, 9, 0.5, 42, 131, [8.0, 4.0, 1.0], {**LINE, **BUDGET})
+    figures = TrainingStatus("train", 4, 9, 0.5, 42, 131, [8.0, 4.0, 1.0], {**LINE, **BUDGET})
     console, screen = terminal(80)
     console.print(figures)
     assert [line.rstrip() for line in screen.lines()] == [
@@ -182,37 +197,37 @@ def test_what_stands_in_80_and_in_40_columns():
 def test_the_time_left_is_that_of_the_steps_left(now):
     console, screen = terminal()
     reporter = Reporter(console)
-    reporter.trainings = trainings(4, 3)
-    reporter.start("train", 4, 10, 1, [2.0])
+    reporter.training_epochs = training_epochs(4, 3)
+    reporter.start_training("train", 4, 10, 1, [2.0])
     view = reporter._training
     assert view.figures().left is None and view.figures().epoch == 2
     now["now"] += 20
-    reporter.step(20, 1.5, 0.0, 5.0, 8, 9)
+    reporter.log_step(20, 1.5, 0.0, 5.0, 8, 9)
     shown = view.figures()
     # Ten of thirty steps took 20 s; fine-tuning has 30 more.
     assert (shown.left, shown.run_left, shown.share, shown.epoch) == (40, 100, 0.5, 2)
     assert shown.losses == [2.0, 1.5] and (shown.line["alive"], shown.line["lambda"]) == (8, 5.0)
     now["now"] += 5
     assert view.figures().left == 35, "it counts down between two steps"
-    reporter.epoch({**LINE, "epoch": 2, "loss": 1.6})
+    reporter.log_epoch({**LINE, "epoch": 2, "loss": 1.6})
     assert view.figures().losses == [2.0, 1.6] and "train 2/4 loss 1.600" in screen.text()
-    reporter.step(21, 1.5, 0.0, 5.0, 8, 9)
+    reporter.log_step(21, 1.5, 0.0, 5.0, 8, 9)
     assert view.figures().epoch == 3
-    reporter.stop()
-    reporter.start("finetune", 3, 10, 0)
+    reporter.end_training()
+    reporter.start_training("finetune", 3, 10, 0)
     now["now"] += 1
-    reporter.step(10, 1.5, 0.0, 0.0, 8, 9)
+    reporter.log_step(10, 1.5, 0.0, 0.0, 8, 9)
     assert reporter._training.figures().run_left is None, "nothing is trained after it"
-    reporter.stop()
+    reporter.end_training()
 
 
 def test_the_first_epoch_draws_its_steps(now):
     reporter = Reporter(terminal()[0])
-    reporter.start("train", 2, 10, 0)
+    reporter.start_training("train", 2, 10, 0)
     for step, loss in enumerate((3.0, 2.0, 1.0), 1):
-        reporter.step(step, loss, 0.0, 0.0, 1, 1)
+        reporter.log_step(step, loss, 0.0, 0.0, 1, 1)
     assert reporter._training.figures().losses == [3.0, 2.0, 1.0]
-    reporter.stop()
+    reporter.end_training()
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
@@ -221,15 +236,15 @@ def test_the_terminal_is_as_it_was(error):
     reporter = Reporter(console)
     try:
         with reporter.stage("train"):
-            reporter.start("train", 2, 5, 0)
+            reporter.start_training("train", 2, 5, 0)
             try:
-                reporter.step(5, 1.0, 3.0, 5.0, 8, 9)
+                reporter.log_step(5, 1.0, 3.0, 5.0, 8, 9)
                 assert screen.text().count(HIDE) == 1 and SHOW not in screen.text()
-                reporter.epoch({**LINE, "epoch": 1})
+                reporter.log_epoch({**LINE, "epoch": 1})
                 if error:
                     raise error
             finally:
-                reporter.stop()
+                reporter.end_training()
     except (KeyboardInterrupt, ValueError):
         pass
     assert screen.text().count(HIDE) == screen.text().count(SHOW) == 1
@@ -240,7 +255,7 @@ def test_the_terminal_is_as_it_was(error):
 def test_what_cannot_say_how_long_it_takes_shows_that_it_lives(now):
     console, screen = terminal()
     reporter = Reporter(console)
-    with reporter.stage("slim"), reporter.busy("reading data"):
+    with reporter.stage("slim"), reporter.spinner("reading data"):
         now["now"] += 75
         reporter._live.refresh()
         assert "reading data 1:15" in screen.text(), "the innermost is shown"
@@ -256,7 +271,7 @@ def test_a_counter_has_a_bar_of_its_own(now):
     console, screen = terminal()
     reporter = Reporter(console)
     with reporter.stage("evaluate"):
-        counter = reporter.counter("[/]{x}")
+        counter = reporter.progress_bar("[/]{x}")
         now["now"] += 10
         counter(1, 4)
         reporter._live.refresh()
@@ -268,10 +283,10 @@ def test_a_counter_has_a_bar_of_its_own(now):
 def test_nothing_is_drawn_where_nobody_looks(told, monkeypatch):
     reporter, out = told
     with reporter.stage("train"):
-        reporter.start("train", 2, 5, 0)
-        reporter.step(5, 1.0, 3.0, 5.0, 8, 9)
-        reporter.stop()
-        reporter.counter("x")(1, 2)
+        reporter.start_training("train", 2, 5, 0)
+        reporter.log_step(5, 1.0, 3.0, 5.0, 8, 9)
+        reporter.end_training()
+        reporter.progress_bar("x")(1, 2)
         assert reporter._live is None
     assert out.getvalue() == ""
     monkeypatch.setenv("TERM", "dumb")

@@ -16,12 +16,12 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_is_held_back_and_the_second_is_not(number, capfd):
+def test_the_first_signal_is_deferred_and_the_second_is_not(number, capfd):
     before = handlers()
     with pytest.raises(KeyboardInterrupt), defer_interrupts() as stop:
-        assert not stop.asked
+        assert not stop.requested
         signal.raise_signal(number)
-        assert stop.asked
+        assert stop.requested
         signal.raise_signal(number)
         pytest.fail("the second one was held back too")
     assert handlers() == before
@@ -48,7 +48,7 @@ def test_what_is_ignored_stays_so():
     try:
         with defer_interrupts() as stop:
             signal.raise_signal(signal.SIGINT)
-            assert not stop.asked
+            assert not stop.requested
     finally:
         signal.signal(signal.SIGINT, held)
 
@@ -58,7 +58,7 @@ def test_another_thread_gets_no_signals():
 
     def work():
         with defer_interrupts() as stop:
-            found.append(stop.asked)
+            found.append(stop.requested)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -69,10 +69,10 @@ def test_another_thread_gets_no_signals():
 def test_a_process_that_is_asked_in_the_middle_of_a_print():
     """A handler that printed would enter the stream a second time, which raises."""
     code = (
-        "import signal, sys\nfrom prunekit.utils.signals import held_back\n"
-        "with held_back() as stop:\n"
+        "import signal, sys\nfrom prunekit.utils.signals import defer_interrupts\n"
+        "with defer_interrupts() as stop:\n"
         "    print('ready', flush=True)\n"
-        "    while not stop.asked:\n"
+        "    while not stop.requested:\n"
         "        sys.stderr.write('x')\n"
         "    print('heard', flush=True)\n"
     )
@@ -92,7 +92,7 @@ def test_what_a_launcher_sends_on_is_no_second_one(monkeypatch):
     with pytest.raises(KeyboardInterrupt), defer_interrupts() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert stop.asked
+        assert stop.requested
         monkeypatch.setattr("prunekit.utils.signals._ECHO", 0.0)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import nn
 
-from prunekit.config.registry import nearest
+from prunekit.config.registry import closest_match
 from prunekit.errors import PlanError
 from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.axes import axis_length
@@ -34,9 +34,9 @@ def kept_groups(model: nn.Module, groups: Sequence[Group], patterns: Sequence[st
     for pattern in patterns:
         matching = [name for name in held if fnmatchcase(name, pattern)]
         if not matching:
-            near = nearest(pattern, list(held))
+            near = closest_match(pattern, list(held))
             hint = f"did you mean {near!r}?" if near else f"the first are {', '.join(list(held)[:5])}"
-            raise PlanError(f"keep_layers: no module with channels matches {pattern!r}; {hint}")
+            raise PlanError(f"ignored_layers: no module with channels matches {pattern!r}; {hint}")
         found.update(*(held[name] for name in matching))
     return found
 

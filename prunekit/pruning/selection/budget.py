@@ -91,7 +91,7 @@ class BudgetSearch:
         groups: of that model.
         shape: of one input without the batch, (C, H, W) or (C,).
         scores: for each group its channels' scores, as a criterion gives them; by default the effective gates.
-        limits: ``scope``, ``min_channels``, ``round_to`` and ``keep_layers``, as for ``extract``.
+        limits: ``scope``, ``min_channels``, ``round_to`` and ``ignored_layers``, as for ``extract``.
 
     Attributes:
         sizes: what is left without some channels.
@@ -125,7 +125,7 @@ class BudgetSearch:
         budget = Budget.of(self.sizes.dense, **given)
         least = budget.read(self.smallest)
         if least > budget.goal:
-            limits = " with these min_channels, round_to and keep_layers" if self._limited() else ""
+            limits = " with these min_channels, round_to and ignored_layers" if self._limited() else ""
             raise PlanError(
                 f"the budget of {budget} cannot be met: between {least:,} and {budget.read(self.sizes.dense):,} "
                 f"{budget.measure} can be had{limits}"
@@ -248,7 +248,7 @@ def fit_budget(
     scope: Scope = "global",
     min_channels: int = 1,
     round_to: int = 1,
-    keep_layers: Sequence[str] = (),
+    ignored_layers: Sequence[str] = (),
 ) -> Plan:
     """The plan whose slim model fits a budget: at or just below it.
 
@@ -260,14 +260,14 @@ def fit_budget(
         example: a batch of inputs; multiply-adds are counted at its size, for one input.
         params, macs: the budget, one of them in absolute numbers …
         params_ratio, macs_ratio: … or as a share of the dense model.
-        scores, scope, min_channels, round_to, keep_layers: as for ``extract``.
+        scores, scope, min_channels, round_to, ignored_layers: as for ``extract``.
 
     Raises:
         PlanError: the budget cannot be met (the message says what can), or an argument cannot be used.
     """
     fitter = BudgetSearch(
         model, groups, example.shape[1:], scores,
-        scope=scope, min_channels=min_channels, round_to=round_to, keep_layers=keep_layers,
+        scope=scope, min_channels=min_channels, round_to=round_to, ignored_layers=ignored_layers,
     )  # fmt: skip
     budget = fitter.budget(params=params, macs=macs, params_ratio=params_ratio, macs_ratio=macs_ratio)
     choice = fitter.choose(budget)
@@ -289,7 +289,7 @@ def slim_to_budget(
     scope: Scope = "global",
     min_channels: int = 1,
     round_to: int = 1,
-    keep_layers: Sequence[str] = (),
+    ignored_layers: Sequence[str] = (),
     constants: str = "carrier",
 ) -> tuple[nn.Module, EquivalenceReport]:
     """The slim model that fits a budget within 2%, and its equivalence check: groups, plan and slimming in one call.
@@ -299,7 +299,7 @@ def slim_to_budget(
     groups = find_groups(model, example) if groups is None else groups
     fitter = BudgetSearch(
         model, groups, example.shape[1:], scores,
-        scope=scope, min_channels=min_channels, round_to=round_to, keep_layers=keep_layers,
+        scope=scope, min_channels=min_channels, round_to=round_to, ignored_layers=ignored_layers,
     )  # fmt: skip
     budget = fitter.budget(params=params, macs=macs, params_ratio=params_ratio, macs_ratio=macs_ratio)
     small, equivalence, urgent = fitter.slim(budget, example, constants)

@@ -24,7 +24,7 @@ def extract(
     share: float | None = None,
     scope: Scope = "global",
     round_to: int = 1,
-    keep_layers: Sequence[str] = (),
+    ignored_layers: Sequence[str] = (),
 ) -> Plan:
     """Choose the channels that stay.
 
@@ -44,7 +44,7 @@ def extract(
             Of equal ones no more go than asked, spread evenly over the groups.
         scope: whether the share is of all channels together ("global") or of each group ("layer").
         round_to: counts of kept channels are rounded up to its multiples.
-        keep_layers: patterns (as in a shell) of modules whose channels are all kept, with all modules inside them.
+        ignored_layers: patterns (as in a shell) of modules whose channels are all kept, with all modules inside them.
 
     Raises:
         PlanError: a score that is not finite, a number out of range or missing, or a pattern that matches no module.
@@ -58,7 +58,7 @@ def extract(
         scope=scope,
         min_channels=min_channels,
         round_to=round_to,
-        keep_layers=keep_layers,
+        ignored_layers=ignored_layers,
     )
     choice = chooser.cut(threshold=1e-3 if threshold is None and share is None else threshold, share=share)
     for note in choice.urgent:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.config.registry import register_criterion
+from prunekit.config.registry import register_importance
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.parameter_slices import ParameterSlices
@@ -31,7 +31,7 @@ Reduction = Literal["mean", "sum", "max"]
 Normalizer = Literal["mean", "sum", "max", "none"]
 
 
-@register_criterion("gate")
+@register_importance("gate")
 def gate(model: nn.Module, groups: Sequence[Group], losses: Losses | None = None) -> dict[str, np.ndarray]:
     """The effective gate: how much of a channel its norms leave.
 
@@ -49,7 +49,7 @@ def gate(model: nn.Module, groups: Sequence[Group], losses: Losses | None = None
     return found
 
 
-@register_criterion("magnitude")
+@register_importance("magnitude")
 def magnitude(
     model: nn.Module,
     groups: Sequence[Group],
@@ -81,7 +81,7 @@ def magnitude(
     return _normalized(model, slices, groups, _reduced(slices, parts, reduction), normalizer)
 
 
-@register_criterion("taylor")
+@register_importance("taylor")
 def taylor(
     model: nn.Module,
     groups: Sequence[Group],
@@ -142,7 +142,7 @@ def taylor(
     return _normalized(model, slices, groups, found / batches, normalizer)
 
 
-@register_criterion("random")
+@register_importance("random")
 def random(
     model: nn.Module, groups: Sequence[Group], losses: Losses | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ class Selector:
         min_channels: kept in each group that survives.
         round_to: counts of kept channels are rounded up to its multiples, by giving back the best dead ones; a group
             that has no such count is kept whole.
-        keep_layers: patterns (as in a shell) of modules; all channels that a matching module, or one inside it, makes
+        ignored_layers: patterns (as in a shell) of modules; all channels that a matching module, or one inside it, makes
             or hands on are kept.
 
     Attributes:
@@ -100,7 +100,7 @@ class Selector:
         scope: Scope = "global",
         min_channels: int = 1,
         round_to: int = 1,
-        keep_layers: Sequence[str] = (),
+        ignored_layers: Sequence[str] = (),
     ):
         for name, value in (("min_channels", min_channels), ("round_to", round_to)):
             if value < 1:
@@ -112,7 +112,7 @@ class Selector:
         self.all_groups = groups
         self.groups = [group for group in groups if group.reason is None]
         self.cutter = Cutter(model, groups, scores)
-        whole = kept_groups(model, groups, keep_layers)
+        whole = kept_groups(model, groups, ignored_layers)
         self.widths = np.array([group.channels for group in self.groups], int)
         self.fixed = np.array([group.id in whole for group in self.groups], bool)
         self.removable = np.array([removable(model, group) for group in self.groups], bool)
@@ -288,7 +288,7 @@ class Selector:
                 choice.say(f"{plural(narrow.sum(), 'group')} whole: {less}", urgent=False)
         if self.fixed.any():
             choice.say(
-                f"keep_layers keeps {plural(self.fixed.sum(), 'group')} whole, with "
+                f"ignored_layers keeps {plural(self.fixed.sum(), 'group')} whole, with "
                 f"{plural(self.widths[self.fixed].sum(), 'channel')}",
                 urgent=False,
             )
@@ -300,7 +300,7 @@ class Selector:
         if not self.groups:
             return "nothing is cut: no group can be cut"
         if not self.channels:
-            return "nothing is cut: keep_layers keeps every group whole"
+            return "nothing is cut: ignored_layers keeps every group whole"
         if any(lost.values()):
             return f"nothing is cut: {_kept(lost)}"
         if name != "threshold":

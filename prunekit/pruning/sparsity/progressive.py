@@ -84,7 +84,7 @@ class ProgressivePruning:
         goal: a budget below which nothing is cut.
         constants: as for ``slim``; with "drop", which is not exact, "carrier" in the middle of a training.
         worth: the share of multiply-adds that a cut has to spare; below it, it waits for the next.
-        limits: ``min_channels``, ``round_to`` and ``keep_layers``, as for ``extract``.
+        limits: ``min_channels``, ``round_to`` and ``ignored_layers``, as for ``extract``.
 
     Attributes:
         plan: all that was cut so far, in the channels of the first model; None before the first cut.

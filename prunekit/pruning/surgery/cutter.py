@@ -80,7 +80,7 @@ class Cutter:
                 return dead, sorted(removed)
         raise PlanError(
             f"the groups of {uneven} cannot be kept of one size, since nothing is left to make or read some of them; "
-            "keep a channel of each (slim.keep_layers)"
+            "keep a channel of each (slim.ignored_layers)"
         )
 
     def _starve(self, dead: dict[str, set[int]]) -> set[str]:

@@ -102,7 +102,7 @@ def test_limits_hold(name, scope):
     model, groups, example = made(name)
     patterns = [{"csnet": "stage1.*", "resnet": "stage2.*", "grouped": "stem"}[name]]
     plan = fit_budget(
-        model, groups, example, params_ratio=0.6, scope=scope, min_channels=3, round_to=4, keep_layers=patterns
+        model, groups, example, params_ratio=0.6, scope=scope, min_channels=3, round_to=4, ignored_layers=patterns
     )
     kept = {group.id: (len(plan.kept(group)), group.channels) for group in groups if group.reason is None}
     assert all(n == of or (n % 4 == 0 and (n >= 3 or not n)) for n, of in kept.values())
@@ -184,8 +184,8 @@ def test_equal_scores_are_cut_as_far_as_it_takes_and_told():
         ({"params_ratio": 1.5}, "params_ratio is a share of the dense model, above 0 and below 1, got 1.5"),
         ({"params": 100, "macs": 100}, "params and macs are given"),
         ({}, "none is given"),
-        ({"params_ratio": 0.1, "keep_layers": ["stage*"]}, "with these min_channels, round_to and keep_layers"),
-        ({"params_ratio": 0.1, "round_to": 64}, "can be had with these min_channels, round_to and keep_layers"),
+        ({"params_ratio": 0.1, "ignored_layers": ["stage*"]}, "with these min_channels, round_to and ignored_layers"),
+        ({"params_ratio": 0.1, "round_to": 64}, "can be had with these min_channels, round_to and ignored_layers"),
     ],
 )
 def test_budgets_that_cannot_be_met_say_what_can(given, words):

@@ -165,9 +165,9 @@ def test_the_user_is_warned_of_what_is_not_as_asked_and_of_nothing_else():
         extract(model, groups, share=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan = extract(model, groups, share=0.3, keep_layers=["conv1"])
+        plan = extract(model, groups, share=0.3, ignored_layers=["conv1"])
     # What is routine stands in the plan alone.
-    assert [note.split(" ")[0] for note in plan.notes] == ["keep_layers", "2"] and "cannot be cut" in plan.notes[1]
+    assert [note.split(" ")[0] for note in plan.notes] == ["ignored_layers", "2"] and "cannot be cut" in plan.notes[1]
     assert prunekit.Plan.from_json(plan.to_json()).notes == plan.notes
 
 

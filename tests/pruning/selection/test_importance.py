@@ -244,8 +244,8 @@ def test_chance_is_the_same_in_every_order():
 
 
 def test_all_have_their_names():
-    assert {"gate", "magnitude", "taylor", "random"} <= set(registry.criteria.names())
-    assert set(registry.criteria.options("magnitude")) == {"p", "reduction", "normalizer", "norms"}
+    assert {"gate", "magnitude", "taylor", "random"} <= set(registry.importances.names())
+    assert set(registry.importances.options("magnitude")) == {"p", "reduction", "normalizer", "norms"}
 
 
 @pytest.mark.parametrize("name", ["bn1.weight", "bn2.running_mean", "bn2.running_var", "conv2.weight"])

@@ -252,17 +252,17 @@ def test_what_cannot_be_cut_is_noted():
 )
 def test_layers_to_keep(pattern, whole):
     model, groups = NETS["row"]
-    choice = Selector(model, groups, scored(groups, 1), keep_layers=[pattern]).cut(share=1.0)
+    choice = Selector(model, groups, scored(groups, 1), ignored_layers=[pattern]).cut(share=1.0)
     assert {name for name, dead in choice.dead.items() if not dead} == whole
-    assert any(note.startswith(f"keep_layers keeps {len(whole)} group") for note in choice.notes)
-    assert (choice.urgent == ["nothing is cut: keep_layers keeps every group whole"]) == (len(whole) == 2)
+    assert any(note.startswith(f"ignored_layers keeps {len(whole)} group") for note in choice.notes)
+    assert (choice.urgent == ["nothing is cut: ignored_layers keeps every group whole"]) == (len(whole) == 2)
 
 
 def test_a_layer_to_keep_holds_what_reads_it():
     model, groups = BRANCHED
     kept = kept_groups(model, groups, ["stage1.1", "head.fuse"])
     for seed in range(6):
-        choice = Selector(model, groups, scored(groups, seed), keep_layers=["stage1.1", "head.fuse"]).cut(share=1.0)
+        choice = Selector(model, groups, scored(groups, seed), ignored_layers=["stage1.1", "head.fuse"]).cut(share=1.0)
         assert not any(choice.dead[name] for name in kept if name in choice.dead)
 
 

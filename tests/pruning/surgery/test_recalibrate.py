@@ -153,7 +153,7 @@ class Toy:
         self.task = registry.tasks.get("saliency")()
         self.device = torch.device("cpu")
         self.said, self.means = [], []
-        self.reporter = SimpleNamespace(say=self.said.append)
+        self.reporter = SimpleNamespace(info=self.said.append)
         build = registry.datasets.get("salient_shapes")
         self.sets = {split: load_tensors(build(split, size=16, train=8, val=4), 16) for split in ("train", "val")}
         self.tensors = self.sets.get

@@ -40,7 +40,7 @@ def test_a_folder_of_an_older_prunekit_is_read(bed, good, tmp_path, reader):
 def test_a_run_that_an_older_prunekit_broke_off_goes_on(bed, tmp_path):
     run = older(Path(shutil.copytree(bed.broken, tmp_path / "toy")))
     # It knew fewer keys, too.
-    lines = [line for line in (run / "recipe.yaml").read_text().splitlines() if "shrink_every" not in line]
+    lines = [line for line in (run / "recipe.yaml").read_text().splitlines() if "prune_every" not in line]
     assert len(lines) < len((run / "recipe.yaml").read_text().splitlines())
     (run / "recipe.yaml").write_text("\n".join([*lines, ""]))
     sums = json.loads((run / "state.json").read_text())["checksums"]
