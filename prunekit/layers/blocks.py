@@ -1,4 +1,4 @@
-"""CSNet's building blocks (Gao et al., ECCV 2020, sections 3.2 and 3.3), out of gOctConvs and ordinary convolutions."""
+"""The building blocks of CSNet (Gao et al., ECCV 2020, sections 3.2 and 3.3)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from prunekit.layers.goctconv import Feature, GOctConv
 from prunekit.layers.optional import DepthwiseModules, MultiScaleLayer, OptionalModules
 
-# The published model multiplies the weight of its depthwise and dilated convolutions by this in the forward pass, as a
-# step-size device under Adam. Here it stands in the stored weight, and `step_scales` tells the optimiser.
+# The published model multiplies the weights of its depthwise and dilated convolutions by this factor in the forward
+# pass, which enlarges their steps under Adam. Here the stored weight includes it; `step_scales` informs the optimizer.
 STEP_SCALE = 100.0
 
 
 class NormAct(nn.Module):
-    """BatchNorm and per-channel PReLU for each branch that has channels."""
+    """BatchNorm and per-channel PReLU for each branch that is present."""
 
     def __init__(self, channels: Sequence[int]):
         super().__init__()
@@ -28,15 +28,13 @@ class NormAct(nn.Module):
 
 
 class InLayerBlock(MultiScaleLayer):
-    """In-layer multi-scale block: a gOctConv, then two depthwise 3×3 convolutions in each branch, all with norm and
-    PReLU.
+    """In-layer multi-scale block: a gOctConv, then two depthwise 3×3 convolutions per branch, each with norm and PReLU.
 
-    All three units have one split. There is no exchange between branches after the gOctConv and no residual connection.
+    All three share one split. Branches do not exchange features after the gOctConv; there is no residual connection.
 
     Args:
         in_channels, out_channels: channels of each branch.
-        kernel_size: of the gOctConv.
-        stride: of the gOctConv.
+        kernel_size, stride, downsample: of the gOctConv.
     """
 
     def __init__(
@@ -63,10 +61,9 @@ class InLayerBlock(MultiScaleLayer):
 
 
 class DilatedConvs(MultiScaleLayer):
-    """Parallel dilated 3×3 convolutions in each branch, each over all of its channels; concatenated under one norm
-    and PReLU.
+    """Parallel dilated 3×3 convolutions in each branch, concatenated and followed by one norm and PReLU.
 
-    A branch of n channels has ⌊n/k⌋ outputs from each of its k dilations, and the last one what is left over.
+    With k dilations, a branch of n channels has ⌊n/k⌋ outputs per dilation; the last one also takes the remainder.
     """
 
     def __init__(self, channels: Sequence[int], dilations: Sequence[int]):
@@ -107,12 +104,12 @@ class FuseLayer(MultiScaleLayer):
 
 
 class FusionHead(nn.Module):
-    """Cross-stage fusion: the side outputs of the stages as the branches of one feature, mixed, seen at several
-    dilations, and mixed into one branch.
+    """Cross-stage fusion: the stage outputs, as branches of one feature, pass a gOctConv, dilated convolutions, and a
+    gOctConv into one branch.
 
     Args:
-        side_channels: channels of each stage's output, finest first; each is half the size of the one before.
-        reduction: a branch inside has ⌊side channels / reduction⌋ channels.
+        side_channels: channels of each stage's output, finest first; each has half the size of the previous one.
+        reduction: an inner branch has ⌊side channels / reduction⌋ channels.
 
     Shape:
         output: (N, Σ⌊side/reduction⌋, H, W) at the size of the finest side output.

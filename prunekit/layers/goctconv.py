@@ -1,8 +1,8 @@
 """gOctConv, the generalised octave convolution (Gao et al., "Highly Efficient Salient Object Detection with 100K
-Parameters", ECCV 2020, section 3.1), as one ordinary ``Conv2d`` for each path between two resolutions.
+Parameters", ECCV 2020, section 3.1), with one ordinary ``Conv2d`` per path between two resolutions.
 
-A multi-scale feature is a list of tensors, one a *branch*: branch ``b`` has 1/2^b of the height and width of branch 0.
-A branch of zero channels is None in the list, and has no modules.
+A multi-scale feature is a list of tensors, one per *branch*; branch ``b`` has 1/2^b of the height and width of branch
+0. A branch with zero channels is None in the list and has no modules.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Feature = list[Tensor | None]
 class GOctConv(nn.Module):
     """Convolution between all resolutions of a multi-scale feature.
 
-    Path i→j convolves input branch i into output branch j, at the coarser of the two resolutions; what arrives at an
-    output branch is summed. No bias; "same" zero padding. Sides that do not divide are rounded up, so any size works.
+    Path i→j convolves input branch i into output branch j at the coarser of the two resolutions; each output branch is
+    the sum of its paths. No bias, "same" zero padding. Odd sides are rounded up, so any input size works.
 
     Args:
         in_channels: channels of each input branch; 0 for an absent one.
         out_channels: channels of each output branch; 0 for an absent one.
         kernel_size: odd.
         stride: 1, or 2 to halve the resolution of every branch.
-        downsample: how a path goes to a coarser resolution. "pool": max-pooling between branches and average-pooling
-            for ``stride`` (CSNet's way); "stride": a strided convolution for both; "mixed": max-pooling between
-            branches and a strided convolution for ``stride``, so that a path i→i is the ordinary convolution.
+        downsample: how a path reaches a coarser resolution. "pool": max pooling between branches and average pooling
+            for ``stride`` (as in CSNet); "stride": a strided convolution for both; "mixed": max pooling between
+            branches and a strided convolution for ``stride``, so that path i→i equals the ordinary convolution.
 
     Shape:
         input: list of (N, in_channels[i], ⌈H/2^i⌉, ⌈W/2^i⌉); output: list of
@@ -61,15 +61,15 @@ class GOctConv(nn.Module):
                 f"a gOctConv needs an odd kernel for 'same' padding, got {kernel_size}; try {kernel_size + 1}"
             )
         if downsample not in ("pool", "stride", "mixed"):
-            raise ValueError(f"downsample is 'pool' or 'stride' or 'mixed', got {downsample!r}")
+            raise ValueError(f"downsample must be 'pool', 'stride' or 'mixed', got {downsample!r}")
         if stride < 1:
-            raise ValueError(f"stride is 1 or more, got {stride}")
+            raise ValueError(f"stride must be at least 1, got {stride}")
         self.branches = len(out_channels)
         self.kernel_size = kernel_size
         self.stride = stride
         self.downsample = downsample
         self.paths = OptionalModules()
-        # The branches are slices of one weight, so the fan-in is that of all of them, not PyTorch's own for one path.
+        # The paths are slices of one weight, so the fan-in counts all input branches.
         bound = 1 / math.sqrt(sum(in_channels) * kernel_size**2)
         for i, n_in in enumerate(in_channels):
             for j, n_out in enumerate(out_channels):
@@ -86,7 +86,7 @@ class GOctConv(nn.Module):
                     self.paths[f"{i}to{j}"] = conv
 
     def path_stride(self, i: int, j: int) -> int:
-        """The stride of path i→j's own convolution."""
+        """Return the stride of the convolution of path i→j."""
         if self.downsample == "pool":
             return 1
         return self.stride * 2 ** max(j - i, 0) if self.downsample == "stride" else self.stride
@@ -99,8 +99,7 @@ class GOctConv(nn.Module):
 
         Args:
             xs: the input branches.
-            size: height and width of input branch 0. Needed only where that branch is absent and its sides are odd,
-                since the coarser branches cannot tell.
+            size: height and width of input branch 0; needed only if that branch is absent and its sides are odd.
         """
         if size is None:
             size = finest_size(xs)
@@ -115,31 +114,31 @@ class GOctConv(nn.Module):
             y = conv(x)
             if i > j:
                 y = F.interpolate(y, size=branch_size(size, j, self.stride), mode="bilinear", align_corners=False)
-            held = ys[j]
-            ys[j] = y if held is None else held + y
+            total = ys[j]
+            ys[j] = y if total is None else total + y
         return ys
 
 
 def branch_size(size: tuple[int, int], branch: int, stride: int = 1) -> tuple[int, int]:
-    """Height and width of a branch whose branch 0 has ``size`` before ``stride``."""
+    """Return the height and width of ``branch``, given ``size`` of branch 0 before ``stride``."""
     step = stride * 2**branch
     return (size[0] + step - 1) // step, (size[1] + step - 1) // step
 
 
 def finest_size(xs: Sequence[Tensor | None]) -> tuple[int, int]:
-    """Height and width of branch 0, from the finest branch that is there."""
+    """Return the height and width of branch 0, computed from the finest branch present."""
     branch, x = next((b, x) for b, x in enumerate(xs) if x is not None)
     return x.shape[-2] * 2**branch, x.shape[-1] * 2**branch
 
 
 def split_channels(channels: int, split: Sequence[float]) -> list[int]:
-    """Divide channels among branches by their shares; what rounding leaves over goes to the last branch with a share.
+    """Divide ``channels`` among branches; the remainder goes to the last branch with a nonzero share.
 
     Raises:
-        ValueError: shares that are negative or do not add up to 1.
+        ValueError: a share is negative, or the shares do not add up to 1.
     """
     if not split or min(split) < 0 or not math.isclose(sum(split), 1.0, abs_tol=1e-6):
-        raise ValueError(f"a split is shares of at least 0 that add up to 1, got {list(split)}; try [0.5, 0.5]")
+        raise ValueError(f"split must be non-negative shares that add up to 1, got {list(split)}; try [0.5, 0.5]")
     parts = [int(channels * share + 1e-9) for share in split]
     last = max(b for b, share in enumerate(split) if share > 0)
     parts[last] += channels - sum(parts)

@@ -1,4 +1,4 @@
-"""Where a module stands: in which layer, and in which of its branches."""
+"""Maps a module name to its multi-scale layer and branch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from prunekit.layers.optional import MultiScaleLayer, OptionalModules
 
 
 def layer_of(model: nn.Module, name: str) -> tuple[str, int | None]:
-    """The multi-scale layer and the branch of a module of ``model``, or (the name, None) where it is in none."""
+    """Return the multi-scale layer and the branch that contain module ``name``, or (name, None)."""
     parts = name.split(".")
     module, layer = model, None
     for depth, part in enumerate(parts):
         if layer and isinstance(module, OptionalModules):
-            # A path i→j belongs to the branch that it makes.
+            # A path i→j belongs to its output branch.
             return layer, int(part.rpartition("to")[2])
         module = getattr(module, part)
         if isinstance(module, MultiScaleLayer):

@@ -1,8 +1,7 @@
-"""What the steps of an octavized network are: layers and functions on features of several resolutions, and the module
-that runs them.
+"""Layers and functions on multi-scale features, and the module that runs an octavized network.
 
-A feature is a :class:`Branches`; branch ``b`` has 1/2^b of the height and width of branch 0, rounded up. Where slimming
-has taken a branch out, its tensor is None and its modules are missing; every step goes on without it.
+A feature is a :class:`Branches`; branch ``b`` has 1/2^b of the height and width of branch 0, rounded up. A branch that
+pruning removed is None, its modules are missing, and every operation skips it.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ class Branches(NamedTuple):
     """A multi-scale feature.
 
     Attributes:
-        xs: the branches, (N, C_b, ⌈H/2^b⌉, ⌈W/2^b⌉) each; None for one that is absent.
+        xs: the branches, (N, C_b, ⌈H/2^b⌉, ⌈W/2^b⌉) each; None for an absent one.
         batch: N.
-        size: (H, W) of branch 0, which a coarser one could not tell where they are odd.
+        size: (H, W) of branch 0, which cannot be computed from a coarser branch if odd.
     """
 
     xs: list[Tensor | None]
@@ -34,12 +33,12 @@ class Branches(NamedTuple):
 
 
 def one_branch(x: Tensor) -> Branches:
-    """A plain tensor (N, C, H, W) as a feature of one branch."""
+    """Wrap a tensor (N, C, H, W) as a feature with one branch."""
     return Branches([x], x.shape[0], (x.shape[-2], x.shape[-1]))
 
 
 def merge(feature: Branches) -> Tensor:
-    """A plain tensor (N, Σ C_b, H, W): the branches up-sampled to the finest, and put side by side."""
+    """Upsample the branches to the finest one and concatenate them: (N, Σ C_b, H, W)."""
     parts = [
         x if b == 0 else F.interpolate(x, size=feature.size, mode="bilinear", align_corners=False)
         for b, x in enumerate(feature.xs)
@@ -49,23 +48,23 @@ def merge(feature: Branches) -> Tensor:
 
 
 def each(function: Callable[..., Tensor], feature: Branches, *args: Any, **kwargs: Any) -> Branches:
-    """A function of each element, or of each channel at its own size, applied to each branch."""
+    """Apply an elementwise or channelwise function to each branch."""
     return feature._replace(xs=[None if x is None else function(x, *args, **kwargs) for x in feature.xs])
 
 
 def add(a: Branches, b: Branches) -> Branches:
-    """The sum, branch by branch; an absent branch adds nothing."""
+    """Add two features branch by branch; an absent branch counts as zero."""
     return a._replace(xs=[y if x is None else x if y is None else x + y for x, y in zip(a.xs, b.xs, strict=True)])
 
 
 def pool(function: Callable[..., Tensor], feature: Branches, stride: int, floor: bool, **options: Any) -> Branches:
-    """A 2-D pooling of each branch.
+    """Apply 2-D pooling to each branch.
 
     Args:
-        function: ``F.max_pool2d`` or ``F.avg_pool2d``, with its ``options``.
-        stride: by which the sides shrink.
-        floor: whether sides that do not divide are rounded down. The coarser branches then round up, so that each
-            position has its window, and are resized (by less than one pixel) to what is half the finest one.
+        function: ``F.max_pool2d`` or ``F.avg_pool2d``, called with ``options``.
+        stride: the factor by which height and width shrink.
+        floor: whether sizes are rounded down. Coarser branches then round up, so that each position has a window, and
+            are resized (by less than one pixel) to match the finest branch.
     """
     height, width = (side // stride if floor else (side + stride - 1) // stride for side in feature.size)
     ys: list[Tensor | None] = []
@@ -80,27 +79,26 @@ def pool(function: Callable[..., Tensor], feature: Branches, stride: int, floor:
 
 
 def pool_globally(function: Callable[..., Tensor], feature: Branches, *args: Any, **kwargs: Any) -> Tensor:
-    """Each branch pooled to one and the same size, and put side by side on axis 1."""
+    """Pool each branch to the same size and concatenate them on axis 1."""
     parts = [function(x, *args, **kwargs) for x in feature.xs if x is not None]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def same(value: Any) -> Any:
+def identity(value: Any) -> Any:
     return value
 
 
-def method(value: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a method."""
+def call_method(value: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(value, name)(*args, **kwargs)
 
 
 class OctaveLayer(MultiScaleLayer):
-    """A convolution of all branches (or none), then a norm and a PReLU for each of them, where there are any.
+    """An optional convolution of all branches, then an optional norm and PReLU per branch.
 
     Args:
         mix: a gOctConv; or
-        convs: a depthwise convolution for each branch, with its ``stride``.
-        norms, acts: by branch; without an entry a branch is handed on as it is.
+        convs: a depthwise convolution per branch, with ``stride``.
+        norms, acts: modules by branch; a branch without an entry passes through unchanged.
     """
 
     def __init__(
@@ -119,8 +117,8 @@ class OctaveLayer(MultiScaleLayer):
         self.stride = stride if mix is None else mix.stride
 
     def forward(self, feature: Branches | Tensor) -> Branches:
-        """Args: a feature, or a plain tensor as one of one branch."""
-        # Asked this way round, what traces the layer (torch.fx) is taken for the tensor that it stands for.
+        """Accept a feature, or a tensor as a feature with one branch."""
+        # Not `isinstance(feature, Tensor)`: under torch.fx the argument is a Proxy of a tensor.
         if not isinstance(feature, Branches):
             feature = one_branch(feature)
         size = branch_size(feature.size, 0, self.stride)
@@ -133,36 +131,38 @@ class OctaveLayer(MultiScaleLayer):
         return Branches(ys, feature.batch, size)
 
     def _finish(self, branch: int, x: Tensor | None, batch: int, size: tuple[int, int]) -> Tensor | None:
-        norm, act = (None if held is None else held.take(branch) for held in (self.norms, self.acts))
+        norm, act = (None if modules is None else modules.take(branch) for modules in (self.norms, self.acts))
         if x is None and norm is not None:
-            # All that this branch was made of is gone, but not what it is added to: the norm of nothing is a constant.
-            held = norm.running_mean if norm.weight is None else norm.weight
-            x = held if held is None else held.new_zeros(batch, len(held), *branch_size(size, branch))
+            # All inputs of this branch were pruned, but it is added to another one: the norm of zeros is a constant.
+            like = norm.running_mean if norm.weight is None else norm.weight
+            x = like if like is None else like.new_zeros(batch, len(like), *branch_size(size, branch))
         if x is not None and norm is not None:
             x = norm(x)
         return x if x is None or act is None else act(x)
 
 
-class Ref(NamedTuple):
-    """In a step's arguments: the value of an earlier step."""
+@dataclass(frozen=True)
+class Ref:
+    """In the arguments of a step: the value of an earlier step."""
 
     index: int
 
 
-class Attr(NamedTuple):
-    """In a step's arguments: a module, a parameter or a buffer of the network."""
+@dataclass(frozen=True)
+class Attr:
+    """In the arguments of a step: a module, parameter or buffer of the network."""
 
     name: str
 
 
-class Training(NamedTuple):
-    """In a step's arguments: whether the network is in train mode."""
+@dataclass(frozen=True)
+class Training:
+    """In the arguments of a step: whether the network is in train mode."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A call. ``target`` is a function or an :class:`Attr`; ``last`` names the steps whose values it is the last to
-    use."""
+    """A call of ``target``, a function or an :class:`Attr`; it is the last user of the values of the steps ``last``."""
 
     target: Any
     args: tuple[Any, ...] = ()
@@ -171,15 +171,15 @@ class Step:
 
 
 class Octavized(nn.Module):
-    """A network that ``octavize`` made. Its modules have the names that they had; a layer of several resolutions stands
-    where its convolution stood, with the norm and the PReLU behind it.
+    """The result of ``octavize``. Modules keep their names; a multi-scale layer has the name of the convolution that it
+    replaces and includes the norm and PReLU that follow it.
 
     Attributes:
-        octave_layers: names of the layers of several resolutions, in order of computation.
-        octave_left: the layers that were left as they are, and where branches are made one tensor again: name → reason.
+        octave_layers: names of the multi-scale layers, in order of computation.
+        octave_left: layers that were not rewritten, and places where branches are merged: name → reason.
 
     Shape:
-        as the original's.
+        as the original network.
     """
 
     def __init__(
@@ -194,13 +194,13 @@ class Octavized(nn.Module):
         self.octave_left: dict[str, str] = {}
         self._scales: dict[str, float] = {}
         for name, module in modules.items():
-            _home(self, name).add_module(name.rpartition(".")[2], module)
+            _parent(self, name).add_module(name.rpartition(".")[2], module)
         for name, tensor in tensors.items():
-            home, last = _home(self, name), name.rpartition(".")[2]
+            parent, last = _parent(self, name), name.rpartition(".")[2]
             if isinstance(tensor, nn.Parameter):
-                home.register_parameter(last, tensor)
+                parent.register_parameter(last, tensor)
             else:
-                home.register_buffer(last, tensor, persistent=name in persistent)
+                parent.register_buffer(last, tensor, persistent=name in persistent)
         self._steps = _with_last(steps)
 
     def forward(self, image: Tensor) -> Any:
@@ -208,46 +208,51 @@ class Octavized(nn.Module):
         for index, step in enumerate(self._steps, start=1):
             target = self._fill(step.target, values)
             values[index] = target(*self._fill(step.args, values), **self._fill(step.kwargs, values))
-            for spent in step.last:
-                del values[spent]
+            for unused in step.last:
+                del values[unused]
         return values[len(self._steps)]
 
     def step_scales(self) -> dict[str, float]:
-        """How much larger each parameter is stored than it is meant; as the original said of its own."""
-        held = dict(self.named_parameters())
-        return {name: scale for name, scale in self._scales.items() if name in held}
+        """Return the factor by which each stored parameter is enlarged; see the original network."""
+        present = dict(self.named_parameters())
+        return {name: scale for name, scale in self._scales.items() if name in present}
 
     def _fill(self, item: Any, values: Mapping[int, Any]) -> Any:
-        """Arguments with what their markers stand for."""
-        if isinstance(item, Ref):
-            return values[item.index]
-        if isinstance(item, Attr):
-            home, _, name = item.name.rpartition(".")
-            return getattr(self.get_submodule(home), name)
-        if isinstance(item, Training):
-            return self.training
-        if isinstance(item, tuple | list):
-            return type(item)(self._fill(part, values) for part in item)
-        if isinstance(item, dict):
-            return {key: self._fill(part, values) for key, part in item.items()}
-        if isinstance(item, slice):
-            return slice(*(self._fill(part, values) for part in (item.start, item.stop, item.step)))
-        return item
+        """Replace the markers in arguments by their values."""
+
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return values[leaf.index]
+            if isinstance(leaf, Attr):
+                parent, _, name = leaf.name.rpartition(".")
+                return getattr(self.get_submodule(parent), name)
+            return self.training if isinstance(leaf, Training) else leaf
+
+        return map_leaves(item, fill)
+
+
+def map_leaves(item: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply ``function`` to each leaf of nested tuples, lists, dicts and slices; the result has plain containers."""
+    if isinstance(item, dict):
+        return {key: map_leaves(part, function) for key, part in item.items()}
+    if isinstance(item, slice):
+        return slice(*(map_leaves(part, function) for part in (item.start, item.stop, item.step)))
+    if isinstance(item, list):
+        return [map_leaves(part, function) for part in item]
+    if isinstance(item, tuple) and not isinstance(item, torch.Size):
+        return tuple(map_leaves(part, function) for part in item)
+    return function(item)
 
 
 def refs(item: Any) -> set[int]:
-    """The steps that arguments refer to."""
-    if isinstance(item, Ref):
-        return {item.index}
-    if isinstance(item, dict):
-        item = list(item.values())
-    if isinstance(item, slice):
-        item = [item.start, item.stop, item.step]
-    return {index for part in item for index in refs(part)} if isinstance(item, tuple | list) else set()
+    """Return the indices of the steps that arguments refer to."""
+    found: set[int] = set()
+    map_leaves(item, lambda leaf: found.add(leaf.index) if isinstance(leaf, Ref) else None)
+    return found
 
 
 def _with_last(steps: Sequence[Step]) -> list[Step]:
-    """Steps that know which values nobody needs after them."""
+    """Fill in ``last`` of each step."""
     needed, out = {len(steps)}, []
     for index, step in reversed(list(enumerate(steps, start=1))):
         used = refs((step.target, step.args, step.kwargs)) | {index}
@@ -256,8 +261,8 @@ def _with_last(steps: Sequence[Step]) -> list[Step]:
     return out[::-1]
 
 
-def _home(root: nn.Module, name: str) -> nn.Module:
-    """The module in which the one of this name stands, made where it is not there yet."""
+def _parent(root: nn.Module, name: str) -> nn.Module:
+    """Return the parent of the module ``name``, created if it does not exist."""
     for part in name.split(".")[:-1]:
         if part not in root._modules:
             root.add_module(part, nn.Module())

@@ -1,5 +1,4 @@
-"""What each call of a traced network is to a feature of several resolutions: something that each branch can do for
-itself, a convolution that can become a gOctConv, or something else, and why."""
+"""Classifies each call of a traced network: it runs per branch, becomes a gOctConv, or needs one tensor, and why."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ _EACH_FUNCTIONS = {
     F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
     F.hardtanh, F.softplus, F.softsign, F.logsigmoid, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh,
     F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout, torch.clamp,
-    # With a number; two features are a sum.
+    # With a number; of two features it is a sum.
     operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div,
 }  # fmt: skip
 _EACH_METHODS = {"relu", "sigmoid", "tanh", "clamp", "contiguous", "clone", "add", "sub", "mul", "div"}
@@ -47,13 +46,13 @@ _ONE_TENSOR = "it needs all channels in one tensor"
 
 @dataclass
 class Role:
-    """What a call is.
+    """How a call treats a multi-scale feature.
 
     Attributes:
-        kind: "conv", "depthwise", "norm", "prelu", "each" (a function of each element or channel), "sum", "pool",
-            "global" (pools to one size), or "other".
-        reason: why it is "other".
-        options: of a pool: those of ``octave_ops.pool``.
+        kind: "conv", "depthwise", "norm", "prelu", "each" (elementwise or channelwise), "sum", "pool", "global" (pools
+            to a fixed size), or "other".
+        reason: why the kind is "other".
+        options: for "pool": the arguments of ``octave_ops.pool``.
     """
 
     kind: str
@@ -62,17 +61,17 @@ class Role:
 
 
 def roles(calls: Sequence[Call], modules: Mapping[str, nn.Module], keep: Sequence[str]) -> tuple[list[Role], set[int]]:
-    """The role of each call, and which calls are the stem.
+    """Return the role of each call, and the indices of the stem.
 
     Args:
         modules: of the model, by name.
-        keep: patterns of modules that are to be left as they are.
+        keep: patterns of modules to leave unchanged.
     """
-    judge = _Judge(calls, modules, keep)
-    return [judge.role(call) for call in calls], judge.stem
+    classifier = _Classifier(calls, modules, keep)
+    return [classifier.role(call) for call in calls], classifier.stem
 
 
-class _Judge:
+class _Classifier:
     def __init__(self, calls: Sequence[Call], modules: Mapping[str, nn.Module], keep: Sequence[str]):
         self.calls = calls
         self.modules = modules
@@ -86,17 +85,17 @@ class _Judge:
         if call.kind == "module":
             return self._module(call)
         if call.kind not in ("function", "method") or call.shape is None or len(call.shape) != 4:
-            # A mean over both sides may drop them.
+            # A mean over height and width may drop these axes.
             return self._global(call) or Role("other", _ONE_TENSOR)
         features = [i for i in call.inputs if len(self.calls[i].shape or ()) == 4]
         if call.target in _SUMS and len(features) == 2 and len(call.args) == 2 and not call.kwargs:
             a, b = (self.calls[i].shape for i in features)
-            return Role("sum") if a == b else Role("other", f"a sum of {a} and {b}, which are not alike")
+            return Role("sum") if a == b else Role("other", f"a sum of the different shapes {a} and {b}")
         found = self._global(call) or self._pool(call)
         if found:
             return found
         known = call.target in (_EACH_FUNCTIONS if call.kind == "function" else _EACH_METHODS)
-        # Else a number at the left of the feature, or a tensor in a keyword, would be taken for it.
+        # The feature must come first, unless the operation commutes, and be the only tensor.
         first = bool(call.args) and (isinstance(call.args[0], Ref) or call.target in _COMMUTES)
         rest = [arg for arg in call.args if not isinstance(arg, Ref)]
         if known and first and len(rest) == len(call.args) - 1 and not refs((rest, call.kwargs)) and features:
@@ -113,7 +112,7 @@ class _Judge:
             if not why:
                 return Role("depthwise" if module.groups > 1 else "conv")
         if why or kind not in (nn.BatchNorm2d, nn.PReLU, nn.AdaptiveAvgPool2d, *_POOL_MODULES, *_EACH_MODULES):
-            return Role("other", why or (f"a {kind.__name__} of its own kind" if weighs else _ONE_TENSOR))
+            return Role("other", why or (f"an unsupported {kind.__name__}" if weighs else _ONE_TENSOR))
         if len(self.calls[call.inputs[0]].shape or ()) != 4:
             return Role("other", _ONE_TENSOR)
         if kind in _POOL_MODULES:
@@ -123,7 +122,7 @@ class _Judge:
         return Role({nn.BatchNorm2d: "norm", nn.PReLU: "prelu"}.get(kind, "each"))
 
     def _whole(self, name: str, module: nn.Module) -> str:
-        """Why this module has to be left as it is, whatever it does."""
+        """Return why the module must stay unchanged, or "" if it need not."""
         if kept(name, self.keep):
             return KEPT
         if not any(True for _ in module.parameters()):
@@ -141,13 +140,13 @@ class _Judge:
         return ""
 
     def _convolution(self, call: Call, conv: nn.Conv2d) -> str:
-        """Why this convolution cannot be of several resolutions; "" where it can."""
+        """Return why the convolution cannot become multi-scale, or "" if it can."""
         (kernel, *sides), (stride, *strides) = conv.kernel_size, conv.stride
         alone = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
         if call.index in self.head:
-            return "the head: the model's output comes from it"
+            return "the head: it computes the model's output"
         if call.shape is None or len(call.shape) != 4:
-            return "its input is no batch of images"
+            return "its input is not a batch of images"
         if conv.groups > 1 and not alone:
             return f"it has {conv.groups} groups"
         if kernel % 2 == 0 or [kernel] != sides or [stride] != strides:
@@ -156,17 +155,17 @@ class _Judge:
             return f"its dilation is {conv.dilation}"
         wanted = tuple(kernel // 2 * d for d in conv.dilation)
         if conv.padding != wanted and conv.padding != "same" and kernel * max(conv.dilation) > 1:
-            return f"its padding is {conv.padding}, and only {wanted} keeps the sizes of the branches in step"
+            return f"its padding is {conv.padding}, but only {wanted} keeps the branch sizes consistent"
         if kernel == 1 and conv.padding not in ((0, 0), "same", "valid"):
-            return f"its padding is {conv.padding}, and only (0, 0) keeps the sizes of the branches in step"
+            return f"its padding is {conv.padding}, but only (0, 0) keeps the branch sizes consistent"
         if conv.padding_mode != "zeros":
-            return f"its padding is of the kind {conv.padding_mode!r}, not zeros"
-        if not alone and conv.bias is not None and self.norm_behind(call) is None:
-            return "it has a bias and no norm behind it that could take it"
+            return f"its padding mode is {conv.padding_mode!r}, not zeros"
+        if not alone and conv.bias is not None and self.following_norm(call) is None:
+            return "it has a bias and no following norm that could absorb it"
         return ""
 
-    def norm_behind(self, call: Call) -> Call | None:
-        """The BatchNorm that alone takes what this call returns, and can be rewritten."""
+    def following_norm(self, call: Call) -> Call | None:
+        """Return the BatchNorm that is the only user of this call and can be rewritten."""
         after = self.calls[call.users[0]] if len(call.users) == 1 else None
         if after is None or after.kind != "module" or type(self.modules[after.target]) is not nn.BatchNorm2d:
             return None
@@ -194,7 +193,7 @@ class _Judge:
 
 
 def _pooling(function: Callable[..., Any], options: dict[str, Any]) -> Role:
-    """A pooling that keeps the sizes of the branches in step, or "other"."""
+    """Return the role of a pooling: "pool" if it keeps the branch sizes consistent, else "other"."""
     options = dict(options)
     kernel, padding = options["kernel_size"], options["padding"]
     stride = options["stride"] or kernel
@@ -209,13 +208,12 @@ def _pooling(function: Callable[..., Any], options: dict[str, Any]) -> Role:
             return Role("pool", options={"function": function, **options, "stride": s, "floor": floor})
     return Role(
         "other",
-        f"its window (kernel {kernel}, stride {stride}, padding {padding}) does not keep the sizes of the branches in "
-        "step",
+        f"its window (kernel {kernel}, stride {stride}, padding {padding}) does not keep the branch sizes consistent",
     )
 
 
 def stem_of(calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> set[int]:
-    """Layers with weights that the model's input reaches through no other such layer."""
+    """Return the first layers with weights: those that the input reaches through no other such layer."""
     before, found = {0}, set()
     for call in calls[1:]:
         if before.intersection(call.inputs):
@@ -224,7 +222,7 @@ def stem_of(calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> set[int]
 
 
 def head_of(calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> set[int]:
-    """Layers with weights from which the model's output comes through no other such layer and no sum."""
+    """Return the last layers with weights: those that reach the output through no other such layer and no sum."""
     found, waiting = set(), list(calls[-1].inputs)
     while waiting:
         call = calls[waiting.pop()]
@@ -236,7 +234,7 @@ def head_of(calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> set[int]
 
 
 def _mixes(call: Call, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether it has a weight that makes channels out of others."""
+    """Return whether the call mixes channels by a weight."""
     return call.kind == "module" and any(p.dim() > 1 for p in modules[call.target].parameters())
 
 

@@ -1,4 +1,4 @@
-"""A model's forward as a list of calls, by torch.fx, with the shape of what each returns."""
+"""Traces the forward of a model with torch.fx into a list of calls with their output shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunekit.errors import PlanError
-from prunekit.layers.octave_ops import Ref, Training, refs
+from prunekit.layers.octave_ops import Ref, Training, map_leaves, refs
 from prunekit.utils.text import first_line
 
 ROOT = "model"
@@ -25,11 +25,11 @@ class Call:
     Attributes:
         kind: "input", "module", "function", "method", "attr" or "output".
         target: the name of a module, a method or an attribute, or a function.
-        args, kwargs: with a ``Ref`` for the value of another call, and ``Training()`` for what follows the mode.
-        label: how reports call it: the module's name, or that of the module it stands in and its own.
-        shape: of the value, where it is a tensor.
-        users: the calls that take the value.
-        value: of an attribute that the model does not have: a tensor that its forward makes, the same each time.
+        args, kwargs: with a ``Ref`` for the value of another call, and ``Training()`` for a flag that follows the mode.
+        label: the name in reports: that of the module, or of the enclosing module and the node.
+        shape: of the value, if it is a tensor.
+        users: the calls that use the value.
+        value: for a constant tensor that the forward creates.
     """
 
     index: int
@@ -44,12 +44,12 @@ class Call:
 
     @property
     def inputs(self) -> list[int]:
-        """The calls whose values it takes."""
+        """The calls whose values this one uses."""
         return sorted(refs((self.args, self.kwargs)))
 
 
-class _Alone(nn.Module):
-    """The model as a function of one tensor: what else its forward takes keeps its default."""
+class _SingleInput(nn.Module):
+    """The model as a function of one tensor; other arguments of its forward keep their defaults."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -69,15 +69,15 @@ class _Tracer(fx.Tracer):
 
 
 def kept(name: str, keep: Sequence[str]) -> bool:
-    """Whether one of these patterns (as in a shell) names this module."""
+    """Return whether a shell pattern in ``keep`` matches the module name."""
     return any(fnmatchcase(name, pattern) for pattern in keep)
 
 
 def trace(model: nn.Module, example: Tensor, keep: Sequence[str]) -> list[Call]:
-    """The calls of ``model`` on ``example``, in order; the first is the input, the last the output.
+    """Return the calls of ``model`` on ``example`` in order; the first is the input, the last the output.
 
     Raises:
-        PlanError: torch.fx cannot follow the model, or what it follows is not what the model computes.
+        PlanError: torch.fx cannot trace the model, or the traced graph computes something else.
     """
     model = copy.deepcopy(model)
     _, trained = _graph(model.train(), keep)
@@ -87,12 +87,12 @@ def trace(model: nn.Module, example: Tensor, keep: Sequence[str]) -> list[Call]:
     other = list(trained.nodes)
     if [(n.op, n.target) for n in order] != [(n.op, n.target) for n in other]:
         odd = next((n for n, m in zip(order, other, strict=False) if (n.op, n.target) != (m.op, m.target)), other[-1])
-        raise _refusal(f"it calls one thing in train mode and another in eval mode, at {_label(odd)}")
+        raise _trace_error(f"train and eval mode call different operations at {_label(odd)}")
     twins = {twin: index for index, twin in enumerate(other)}
     calls = []
     for (node, index), twin in zip(order.items(), other, strict=True):
         args, kwargs = (
-            _merge(_plain(a, order), _plain(b, twins), _label(node))
+            _merge(_with_refs(a, order), _with_refs(b, twins), _label(node))
             for a, b in ((node.args, twin.args), (node.kwargs, twin.kwargs))
         )
         kind = {"placeholder": "input", "get_attr": "attr"}.get(node.op, node.op.removeprefix("call_"))
@@ -106,7 +106,7 @@ def trace(model: nn.Module, example: Tensor, keep: Sequence[str]) -> list[Call]:
 
 
 class Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of each node's value, where that is a tensor."""
+    """Runs a graph and records the shape of each tensor value."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph | None = None):
         super().__init__(root, graph=graph)
@@ -120,22 +120,22 @@ class Shapes(fx.Interpreter):
 
 
 def _graph(model: nn.Module, keep: Sequence[str]) -> tuple[nn.Module, fx.Graph]:
-    root = _Alone(model)
+    root = _SingleInput(model)
     root.training = model.training
     try:
         return root, _Tracer(keep).trace(root)
-    except Exception as error:  # It is the user's code, and fails in any way.
-        raise _refusal(first_line(error)) from error
+    except Exception as error:  # User code may raise anything.
+        raise _trace_error(first_line(error)) from error
 
 
-def _refusal(why: str) -> PlanError:
+def _trace_error(why: str) -> PlanError:
     return PlanError(
-        f"torch.fx cannot follow the model: {why}; name the module that does it in keep=[…], and it is left as it is"
+        f"torch.fx cannot trace the model: {why}; list the module that does this in keep=[…] to leave it unchanged"
     )
 
 
 def _check(root: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
-    """The shape of each node's value; and that the trace computes what the model does."""
+    """Return the output shape of each node; raise if the graph and the model compute different outputs."""
     run = Shapes(root, graph)
     try:
         with torch.no_grad():
@@ -146,27 +146,16 @@ def _check(root: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.Node, t
         with torch.no_grad():
             torch.testing.assert_close(run.run(example), wanted, equal_nan=True)
     except Exception as error:
-        raise _refusal(f"what it follows does not compute the same ({first_line(error)})") from error
+        raise _trace_error(f"the traced graph computes a different output ({first_line(error)})") from error
     return run.shapes
 
 
-def _plain(item: Any, order: dict[fx.Node, int]) -> Any:
-    """Arguments with Refs for nodes, and with ordinary containers."""
-    if isinstance(item, fx.Node):
-        return Ref(order[item])
-    if isinstance(item, dict):
-        return {key: _plain(part, order) for key, part in item.items()}
-    if isinstance(item, slice):
-        return slice(*(_plain(part, order) for part in (item.start, item.stop, item.step)))
-    if isinstance(item, list):
-        return [_plain(part, order) for part in item]
-    if isinstance(item, tuple) and not isinstance(item, torch.Size):
-        return tuple(_plain(part, order) for part in item)
-    return item
+def _with_refs(item: Any, order: dict[fx.Node, int]) -> Any:
+    return map_leaves(item, lambda leaf: Ref(order[leaf]) if isinstance(leaf, fx.Node) else leaf)
 
 
 def _merge(evaluated: Any, trained: Any, label: str) -> Any:
-    """What both modes pass; ``Training()`` where one passes False and the other True."""
+    """Return the arguments that both modes pass; ``Training()`` where eval passes False and train True."""
     if isinstance(evaluated, dict):
         return {key: _merge(part, trained.get(key), label) for key, part in evaluated.items()}
     if type(evaluated) in (tuple, list) and isinstance(trained, tuple | list) and len(evaluated) == len(trained):
@@ -175,7 +164,7 @@ def _merge(evaluated: Any, trained: Any, label: str) -> Any:
         return Training()
     if evaluated is trained or evaluated == trained or evaluated != evaluated:
         return evaluated
-    raise _refusal(f"{label} takes {trained} in train mode and {evaluated} in eval mode")
+    raise _trace_error(f"{label} gets {trained} in train mode and {evaluated} in eval mode")
 
 
 def _own(name: str) -> str:

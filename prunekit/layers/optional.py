@@ -1,7 +1,7 @@
-"""Containers whose entries may be absent, and the layers that hold them.
+"""Containers whose entries may be absent.
 
-PyTorch's convolutions and norms fail on zero channels. So a branch without channels is a missing entry, and slimming
-may delete entries of these containers (and of no others).
+PyTorch's convolutions and norms fail on zero channels, so a branch without channels is a missing entry. Pruning may
+delete entries of these containers and of no others.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from torch import nn
 
 
 class OptionalModules(nn.ModuleDict):
-    """Modules of which any may be missing: whoever holds them treats a missing one as one of zero channels."""
+    """A ModuleDict whose missing entries count as modules with zero channels."""
 
     def take(self, key: object) -> nn.Module | None:
-        """The entry of this key, or None where it is missing."""
+        """Return the entry for ``key``, or None if it is missing."""
         return self._modules.get(str(key))
 
 
 class MultiScaleLayer(nn.Module):
-    """A layer that has branches: what reports count as one layer, branch by branch."""
+    """Base of layers with branches; reports show such a layer as one row per branch."""
 
 
 class DepthwiseModules(OptionalModules):
-    """Depthwise convolutions, one a branch.
+    """Depthwise convolutions, one per branch.
 
-    With one channel left, a depthwise convolution has the same attributes as an ordinary one; standing in here says
-    which.
+    The container marks them: with one channel left, a depthwise convolution has the attributes of an ordinary one.
     """

@@ -18,7 +18,7 @@ def feature(channels, size, batch=2):
     kernel=st.sampled_from([1, 3, 5]),
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
 )
-def test_one_branch_is_a_plain_convolution(n_in, n_out, kernel, size):
+def test_one_branch_equals_conv2d(n_in, n_out, kernel, size):
     layer = GOctConv([n_in], [n_out], kernel)
     x = torch.randn(2, n_in, *size)
     (y,) = layer([x])
@@ -27,7 +27,7 @@ def test_one_branch_is_a_plain_convolution(n_in, n_out, kernel, size):
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_two_branches_on_even_sides_are_the_papers_formula(kernel):
+def test_two_branches_equal_the_papers_formula_on_even_sizes(kernel):
     layer = GOctConv([4, 3], [5, 2], kernel)
     fine, coarse = feature([4, 3], (8, 12))
     weight = {key: conv.weight for key, conv in layer.paths.items()}
@@ -42,7 +42,7 @@ def test_two_branches_on_even_sides_are_the_papers_formula(kernel):
     torch.testing.assert_close(out[1], y1)
 
 
-def test_stride_pools_every_input_by_average():
+def test_stride_average_pools_every_input_branch():
     layer = GOctConv([4, 3], [5, 2], 3, stride=2)
     plain = GOctConv([4, 3], [5, 2], 3)
     plain.load_state_dict(layer.state_dict())
@@ -51,7 +51,7 @@ def test_stride_pools_every_input_by_average():
         torch.testing.assert_close(a, b)
 
 
-def test_mixed_pools_between_branches_and_strides_within_them():
+def test_mixed_downsampling_pools_between_branches_and_strides_within():
     layer = GOctConv([4, 3], [5, 2], 3, stride=2, downsample="mixed")
     fine, coarse = feature([4, 3], (16, 8))
     weight = {key: conv.weight for key, conv in layer.paths.items()}
@@ -73,7 +73,7 @@ def test_mixed_pools_between_branches_and_strides_within_them():
     stride=st.sampled_from([1, 2]),
     downsample=st.sampled_from(["pool", "stride", "mixed"]),
 )
-def test_any_branches_any_split_any_size(ins, outs, size, stride, downsample):
+def test_output_shapes_for_any_branches_split_and_size(ins, outs, size, stride, downsample):
     layer = GOctConv(ins, outs, 3, stride=stride, downsample=downsample)
     ys = layer(feature(ins, size), size)
     assert len(ys) == len(outs)
@@ -85,7 +85,7 @@ def test_any_branches_any_split_any_size(ins, outs, size, stride, downsample):
     assert len(layer.paths) == sum(map(bool, ins)) * sum(map(bool, outs))
 
 
-def test_without_its_finest_branch_the_size_is_told():
+def test_size_argument_replaces_an_absent_finest_branch():
     layer = GOctConv([0, 3], [2, 2])
     coarse = torch.randn(1, 3, 4, 4)
     assert layer([None, coarse], (7, 8))[0].shape[-2:] == (7, 8)
@@ -108,17 +108,17 @@ def test_fan_in_counts_all_input_branches():
         (([0], [3]), {}, "at least one channel"),
         (([3], [-1, 4]), {}, "at least one channel"),
         (([3], [3], 2), {}, "odd kernel"),
-        (([3], [3]), {"downsample": "max"}, "'pool' or 'stride'"),
-        (([3], [3]), {"stride": 0}, "1 or more"),
+        (([3], [3]), {"downsample": "max"}, "'pool', 'stride' or 'mixed'"),
+        (([3], [3]), {"stride": 0}, "at least 1"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, options, word):
+def test_invalid_arguments_raise(arguments, options, word):
     with pytest.raises(ValueError, match=word):
         GOctConv(*arguments, **options)
 
 
 @given(channels=st.integers(1, 500), shares=st.lists(st.integers(0, 10), min_size=1, max_size=5).filter(any))
-def test_a_split_loses_no_channel(channels, shares):
+def test_split_channels_preserves_the_total(channels, shares):
     split = [share / sum(shares) for share in shares]
     parts = split_channels(channels, split)
     assert sum(parts) == channels
@@ -126,6 +126,6 @@ def test_a_split_loses_no_channel(channels, shares):
 
 
 @pytest.mark.parametrize("split", [[], [0.5, 0.6], [1.5, -0.5]])
-def test_a_split_that_is_none_is_refused(split):
+def test_invalid_split_raises(split):
     with pytest.raises(ValueError, match="add up to 1"):
         split_channels(10, split)

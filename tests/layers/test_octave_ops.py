@@ -45,7 +45,7 @@ def in_step(found, channels):
     channels=st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(any),
     name=st.sampled_from(["max_pool2d", "avg_pool2d"]),
 )
-def test_a_pooling_keeps_the_branches_in_step(size, window, channels, name):
+def test_pooling_keeps_branch_sizes_consistent(size, window, channels, name):
     kernel, stride, padding, ceil = window
     floor = kernel == stride and not ceil
     if floor and min(size) < kernel:
@@ -62,7 +62,7 @@ def test_a_pooling_keeps_the_branches_in_step(size, window, channels, name):
         assert torch.equal(found.xs[0], function(given_.xs[0], stride=stride, **options))
 
 
-def test_a_pooling_that_rounds_down_is_the_same_on_sides_that_divide():
+def test_pooling_with_floor_equals_plain_pooling_on_divisible_sizes():
     given_ = feature([2, 3], (8, 12))
     found = pool(F.max_pool2d, given_, 2, True, kernel_size=2, padding=0, ceil_mode=False)
     for x, y in zip(given_.xs, found.xs, strict=True):
@@ -71,7 +71,7 @@ def test_a_pooling_that_rounds_down_is_the_same_on_sides_that_divide():
 
 @settings(max_examples=30, deadline=None)
 @given(size=sides, channels=st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any))
-def test_branches_are_merged_at_the_finest_size_in_their_order(size, channels):
+def test_merge_concatenates_branches_in_order_at_the_finest_size(size, channels):
     given_ = feature(channels, size)
     made = merge(given_)
     assert made.shape == (2, sum(channels), *size)
@@ -88,7 +88,7 @@ def test_branches_are_merged_at_the_finest_size_in_their_order(size, channels):
     torch.testing.assert_close(flat, torch.cat([x.mean((2, 3)) for x in given_.xs if x is not None], 1))
 
 
-def test_an_absent_branch_adds_nothing_and_gets_nothing():
+def test_operations_skip_absent_branches():
     a, b = feature([2, 0, 3], (5, 6)), feature([0, 0, 3], (5, 6))
     made = add(a, b)
     assert torch.equal(made.xs[0], a.xs[0]) and made.xs[1] is None
@@ -106,21 +106,21 @@ def test_an_absent_branch_adds_nothing_and_gets_nothing():
     kernel=st.sampled_from([1, 3, 5]),
     stride=st.sampled_from([1, 2, 3]),
 )
-def test_a_layer_keeps_the_branches_in_step(ins, outs, size, kernel, stride):
+def test_layer_keeps_branch_sizes_consistent(ins, outs, size, kernel, stride):
     norms = {str(b): nn.BatchNorm2d(n).eval() for b, n in enumerate(outs) if n}
     layer = OctaveLayer(GOctConv(ins, outs, kernel, stride=stride, downsample="mixed"), norms=norms)
     made = layer(feature(ins, size))
     assert in_step(made, outs) and made.size == branch_size(size, 0, stride)
 
 
-def test_a_depthwise_layer_with_a_stride():
+def test_depthwise_layer_with_stride():
     convs = {b: nn.Conv2d(2, 2, 3, 2, 1, groups=2) for b in "02"}
     layer = OctaveLayer(convs=convs, stride=2, acts={"0": nn.PReLU(), "2": nn.PReLU()})
     made = layer(feature([2, 0, 2], (13, 6)))
     assert in_step(made, [2, 0, 2]) and made.size == (7, 3)
 
 
-def test_a_plain_tensor_is_a_feature_of_one_branch():
+def test_layer_accepts_a_plain_tensor():
     layer = OctaveLayer(GOctConv([3], [2, 2], 3, downsample="mixed"))
     image = torch.randn(2, 3, 7, 5)
     made, same = layer(image), layer(one_branch(image))
@@ -128,7 +128,7 @@ def test_a_plain_tensor_is_a_feature_of_one_branch():
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_norm_of_nothing_is_its_constant(affine):
+def test_norm_of_an_absent_branch_is_its_constant(affine):
     """Whatever a branch is made of may be gone, but not what it is added to."""
     norm = nn.BatchNorm2d(2, affine=affine).eval()
     norm.running_mean += torch.tensor([1.0, -2.0])
@@ -139,7 +139,7 @@ def test_a_norm_of_nothing_is_its_constant(affine):
     torch.testing.assert_close(made.xs[1], norm(torch.zeros(2, 2, 3, 3)))
 
 
-def test_steps_run_in_order_and_values_are_let_go():
+def test_steps_run_in_order_and_release_values():
     class Scale(nn.Module):
         def forward(self, x, by):
             return by * x
@@ -155,7 +155,7 @@ def test_steps_run_in_order_and_values_are_let_go():
     assert [step.last for step in net._steps] == [(), (0, 1)]
 
 
-def test_a_value_that_nobody_needs_any_more_is_freed():
+def test_value_without_further_users_is_freed():
     seen = []
 
     def make(x):

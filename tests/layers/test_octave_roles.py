@@ -39,7 +39,7 @@ def call_module(net, x):
     [*((f, None) for f in REWRITTEN.values()), *((call_module, m) for m in MODULES)],
     ids=[*REWRITTEN, *(type(m).__name__ for m in MODULES)],
 )
-def test_what_each_branch_can_do_for_itself(middle, module):
+def test_per_branch_operations_keep_the_branches(middle, module):
     parts = {"norm": nn.BatchNorm2d(6), "prelu": nn.PReLU(6)}
     parts["depthwise"] = nn.Conv2d(6, 6, 3, 2, padding=2, dilation=2, groups=6)
     model = settled(lambda: Net(middle, module=module, **parts))
@@ -66,11 +66,21 @@ END = {
     "product": ("mul", "one tensor", attention, None),
     "own parameter": ("mul", "one tensor", lambda net, x: x * net.weight, None),
     "interpolate": ("interpolate", "one tensor", lambda net, x: F.interpolate(x, scale_factor=2), None),
-    "pool out of step": ("max_pool2d", "in step", lambda net, x: F.max_pool2d(x, 2, stride=1), None),
-    "pool that rounds up": ("max_pool2d", "in step", lambda net, x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True), None),
+    "inconsistent pool": (
+        "max_pool2d",
+        "sizes consistent",
+        lambda net, x: F.max_pool2d(x, 2, stride=1),
+        None,
+    ),
+    "pool that rounds up": (
+        "max_pool2d",
+        "sizes consistent",
+        lambda net, x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True),
+        None,
+    ),
     "pool of another kind": ("module", "one tensor", call_module, nn.AdaptiveMaxPool2d(4)),
     "difference": ("sub", "one tensor", lambda net, x: x - F.relu(x), None),
-    "unlike sum": ("add", "not alike", lambda net, x: x + x[:, :1], None),
+    "sum of different shapes": ("add", "different shapes", lambda net, x: x + x[:, :1], None),
     "norm of another kind": ("module", "one tensor", call_module, nn.GroupNorm(2, 6)),
     "softmax": ("softmax", "one tensor", lambda net, x: F.softmax(x, 1), None),
     "groups": ("module", "3 groups", call_module, conv(groups=3)),
@@ -81,7 +91,7 @@ END = {
     "oblong stride": ("module", "stride (2, 1)", call_module, conv(stride=(2, 1))),
     "wide padding": ("module", "padding is (1, 1)", call_module, conv(kernel_size=1)),
     "reflection": ("module", "'reflect'", call_module, conv(padding_mode="reflect")),
-    "bias": ("module", "bias and no norm", call_module, nn.Conv2d(6, 6, 1)),
+    "bias": ("module", "bias and no following norm", call_module, nn.Conv2d(6, 6, 1)),
     "twice": ("module", "more than once", lambda net, x: net.module(net.module(x)), conv()),
     "parametrized": ("module", "parametrization", call_module, nn.utils.parametrizations.weight_norm(conv())),
     "transposed": ("module", "one tensor", call_module, nn.ConvTranspose2d(6, 6, 2, 2)),
@@ -89,7 +99,7 @@ END = {
 
 
 @pytest.mark.parametrize("name", END)
-def test_what_ends_the_branches_is_listed(name):
+def test_operations_that_merge_branches_are_listed(name):
     label, why, middle, module = END[name]
     parts = {"weight": nn.Parameter(torch.ones(6, 1, 1))}
     model = settled(lambda: Net(middle, module=module, **parts), size=21)

@@ -31,7 +31,7 @@ SPLITS = ([0.5, 0.5], [0.25, 0.75], [0.0, 1.0], [0.5, 0.25, 0.25])
 
 @pytest.mark.parametrize("split", [[1.0], [1, 0], [1, 0, 0]])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_all_in_the_finest_branch_is_the_original(name, split):
+def test_split_in_the_finest_branch_equals_the_original(name, split):
     model = settled(NETWORKS[name])
     made = octavize(model, EXAMPLE, split)
     # Only the biases of convolutions, which the norms behind them take, are added elsewhere.
@@ -51,7 +51,7 @@ def test_all_in_the_finest_branch_is_the_original(name, split):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_any_split_takes_any_size_that_the_original_takes(name, split):
+def test_any_split_accepts_the_sizes_of_the_original(name, split):
     model = settled(NETWORKS[name])
     made = octavize(model, EXAMPLE, split)
 
@@ -66,7 +66,7 @@ def test_any_split_takes_any_size_that_the_original_takes(name, split):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_no_convolution_is_passed_over_in_silence(name):
+def test_every_convolution_is_rewritten_or_listed(name):
     model = NETWORKS[name]()
     made = octavize(model, EXAMPLE)
     convs = {key for key, module in model.named_modules() if isinstance(module, nn.Conv2d)}
@@ -78,7 +78,7 @@ def test_no_convolution_is_passed_over_in_silence(name):
         assert type(made.get_submodule(key)) is nn.Conv2d and made.octave_left[key]
 
 
-def test_weights_are_the_originals_slices():
+def test_weights_are_slices_of_the_original():
     model = settled(Residual)
     made = octavize(model, EXAMPLE, [0.25, 0.75])
     channels = {3: [3], 8: [2, 6], 6: [1, 5], 12: [3, 9]}
@@ -107,7 +107,7 @@ def test_weights_are_the_originals_slices():
     assert [act.num_parameters for act in made.get_submodule("b2.0").acts.values()] == [1, 5]
 
 
-def test_two_branches_compute_the_papers_formula():
+def test_two_branches_equal_the_papers_formula():
     model = settled(lambda: Net(lambda net, x: F.elu(x)))
     made = octavize(model, EXAMPLE)
     x = images((8, 12))
@@ -132,23 +132,23 @@ def test_two_branches_compute_the_papers_formula():
         torch.testing.assert_close(made(images((8, 12))), model.head(torch.cat([y0, y1], 1)))
 
 
-def test_the_reasons_of_a_network_with_many():
+def test_reasons_for_layers_that_stay_plain():
     left = octavize(Ends(), EXAMPLE).octave_left
     assert left.pop("stem.0") == "the stem: it reads the model's input"
-    assert left.pop("out") == "the head: the model's output comes from it"
+    assert left.pop("out") == "the head: it computes the model's output"
     assert set(left) == {"cat", "grouped.0", "dilated", "valid", "biased", "mean", "mul"}
 
 
-def test_a_shortcut_makes_the_stem_make_the_branches():
+def test_stem_produces_branches_for_a_shortcut():
     assert octavize(Residual(), EXAMPLE).octave_layers[0] == "stem"
     assert "features.0.0" in octavize(Plain(), EXAMPLE).octave_left
     # A sum with what never had branches is a plain one.
     model = settled(lambda: Net(lambda net, x: x + net.module(x), module=nn.Conv2d(6, 6, 3, padding=1, groups=2)))
     made = octavize(model, EXAMPLE)
-    assert made.octave_left["add"] == "a sum of which one side has no branches"
+    assert made.octave_left["add"] == "a sum with a plain tensor"
 
 
-def test_a_deep_stream_of_sums_is_followed():
+def test_long_chain_of_sums():
     class Deep(nn.Module):
         def __init__(self):
             super().__init__()
@@ -166,7 +166,7 @@ def test_a_deep_stream_of_sums_is_followed():
     assert octavize(Deep(), EXAMPLE).octave_layers == ["stem.0", "conv"]
 
 
-def test_in_place_functions_leave_what_an_absent_side_shares():
+def test_inplace_functions_do_not_change_shared_tensors():
     """The sum of a branch and nothing is that branch itself, and the shortcut reads it again."""
     module, relu = nn.Conv2d(6, 6, 1, bias=False), nn.ReLU(inplace=True)
 
@@ -185,14 +185,14 @@ def test_in_place_functions_leave_what_an_absent_side_shares():
         assert torch.equal(made(images((9, 9))), zero(images((9, 9))))
 
 
-def test_what_is_named_in_keep_stays():
+def test_keep_leaves_matching_modules_unchanged():
     model = settled(Residual)
     made = octavize(model, EXAMPLE, keep=["b2.0", "a*"])
     assert made.octave_left["b2.0"] == made.octave_left["a1"] == "named in keep"
     assert torch.equal(made.a1[0].weight, model.a1[0].weight) and "b1.0" in made.octave_layers
 
 
-def test_modes_frozen_parameters_and_the_original_are_left_as_they_are():
+def test_modes_and_frozen_parameters_are_preserved():
     model = settled(Residual).train()
     model.a1.eval()
     model.b2[0].weight.requires_grad_(False)
@@ -209,7 +209,7 @@ def test_modes_frozen_parameters_and_the_original_are_left_as_they_are():
     assert torch.equal(model.a1[0].weight, before["a1.0.weight"])
 
 
-def test_functional_dropout_follows_the_mode():
+def test_functional_dropout_follows_train_mode():
     model = Net(lambda net, x: F.dropout(x, 0.5, net.training))
     made = octavize(model, EXAMPLE)
     x = images((8, 8))
@@ -220,7 +220,7 @@ def test_functional_dropout_follows_the_mode():
     assert not torch.equal(made(x), made(x))
 
 
-def test_copies_and_state_dicts():
+def test_deepcopy_and_state_dict():
     model = settled(PreActivation)
     made = octavize(model, EXAMPLE, [0.5, 0.25, 0.25]).eval()
     twin = copy.deepcopy(made)
@@ -234,7 +234,7 @@ def test_copies_and_state_dicts():
     assert list(other.state_dict()) == list(made.state_dict())
 
 
-def test_steps_scales_and_constants_go_along():
+def test_step_scales_and_constants_are_preserved():
     model = Net(lambda net, x: x + torch.ones(6, 1, 1))
     model.step_scales = lambda: {"one.0.weight": 100.0, "head.weight": 3.0}
     made = octavize(model, EXAMPLE)
@@ -251,33 +251,39 @@ def changes(net, x):
 @pytest.mark.parametrize(
     "model, why",
     [
-        (lambda: Net(lambda net, x: x if x.sum() > 0 else -x), "cannot follow the model: symbolically traced"),
-        (lambda: Net(changes), "one thing in train mode and another in eval mode"),
+        (lambda: Net(lambda net, x: x if x.sum() > 0 else -x), "cannot trace the model: symbolically traced"),
+        (lambda: Net(changes), "train and eval mode call different operations"),
         (
             lambda: Net(lambda net, x: F.dropout(x, 0.5 + net.training / 4, net.training)),
-            "takes 0.75 in train mode and 0.5",
+            "gets 0.75 in train mode and 0.5",
         ),
-        (lambda: Net(lambda net, x: x if isinstance(x, torch.Tensor) else F.relu(-1 * x)), "does not compute the same"),
-        (lambda: nn.Bilinear(3, 3, 2), "fails on an input|cannot follow"),
+        (
+            lambda: Net(lambda net, x: x if isinstance(x, torch.Tensor) else F.relu(-1 * x)),
+            "a different output",
+        ),
+        (lambda: nn.Bilinear(3, 3, 2), "fails on an input|cannot trace"),
         (lambda: Net(lambda net, x: x[:, :2]), "the model fails on an input of shape"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, bias=False)), "no convolution can be rewritten"),
-        (lambda: nn.Sequential(nn.ReLU()), "since there is none"),
-        (lambda: octavize(Plain(), EXAMPLE), "several resolutions already"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, bias=False)),
+            "can become multi-scale",
+        ),
+        (lambda: nn.Sequential(nn.ReLU()), "the model has none"),
+        (lambda: octavize(Plain(), EXAMPLE), "already has multi-scale layers"),
     ],
 )
-def test_refusals_are_one_line(model, why):
+def test_errors_are_one_line(model, why):
     model = model()
     with pytest.raises(PlanError, match=why) as caught:
         octavize(model, EXAMPLE)
     assert "\n" not in str(caught.value)
 
 
-def test_a_pattern_that_matches_nothing_is_refused():
+def test_keep_pattern_without_match_raises():
     with pytest.raises(PlanError, match=r"no module matches 'b2\.x'; did you mean 'b2"):
         octavize(Residual(), EXAMPLE, keep=["b2.x"])
 
 
-def test_what_cannot_be_followed_may_be_kept():
+def test_untraceable_module_can_be_kept():
     class Odd(nn.Module):
         def forward(self, x):
             return x if x.sum() > 0 else -x
@@ -286,7 +292,7 @@ def test_what_cannot_be_followed_may_be_kept():
     assert made.octave_left["module"] == "named in keep" and made(images((9, 9))).shape == (2, 3)
 
 
-def test_a_split_that_is_none():
+def test_invalid_split_raises():
     with pytest.raises(ValueError, match="add up to 1"):
         octavize(Plain(), EXAMPLE, [0.5, 0.6])
 
@@ -296,8 +302,8 @@ def test_lost_hooks_and_unused_parameters_are_listed():
     model.one.register_forward_hook(lambda *_: None)
     model.two[0].register_forward_hook(lambda *_: None)
     left = octavize(model, EXAMPLE).octave_left
-    assert "hooks are gone" in left["one"] and left["two.0"] == "it has hooks" and "never called" in left["spare"]
+    assert "hooks were dropped" in left["one"] and left["two.0"] == "it has hooks" and "never called" in left["spare"]
 
 
-def test_the_public_way():
+def test_public_api():
     assert prunekit.octavize is octavize
