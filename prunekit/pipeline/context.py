@@ -32,8 +32,8 @@ from prunekit.pipeline.models import (
     save_model,
 )
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.graph.liveness import kept_groups
 from prunekit.pruning.plan import Group
+from prunekit.pruning.selection.layers import match_layers
 from prunekit.pruning.sparsity.decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning
@@ -159,9 +159,9 @@ class RunContext:
         self._fits(model)
         if self.recipe.slim.ignored_layers:
             try:
-                kept_groups(model, find_groups(model, torch.zeros(1, *self.shape)), self.recipe.slim.ignored_layers)
+                match_layers(model, find_groups(model, torch.zeros(1, *self.shape)), self.recipe.slim.ignored_layers)
             except PlanError as error:
-                raise RecipeError(f"slim.ignored_layers: {error}") from error
+                raise RecipeError(f"slim.{error}") from error
         if self.recipe.init is not None and begin:
             source = self._source()
             load_model(source, newest_model(source))

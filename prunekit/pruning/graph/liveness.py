@@ -4,41 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 from torch import nn
 
-from prunekit.config.registry import closest_match
-from prunekit.errors import PlanError
 from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.axes import axis_length
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.plan import Group
 from prunekit.utils.text import plural
-
-
-def kept_groups(model: nn.Module, groups: Sequence[Group], patterns: Sequence[str]) -> set[str]:
-    """The ids of the groups that these patterns of module names keep whole.
-
-    Raises:
-        PlanError: a pattern that matches no module that makes channels or hands them on.
-    """
-    held: dict[str, set[str]] = defaultdict(set)
-    for group in groups:
-        for module in group.producers:
-            parts = module.split(".")
-            for depth in range(len(parts)):
-                held[".".join(parts[: depth + 1])].add(group.id)
-    found: set[str] = set()
-    for pattern in patterns:
-        matching = [name for name in held if fnmatchcase(name, pattern)]
-        if not matching:
-            near = closest_match(pattern, list(held))
-            hint = f"did you mean {near!r}?" if near else f"the first are {', '.join(list(held)[:5])}"
-            raise PlanError(f"ignored_layers: no module with channels matches {pattern!r}; {hint}")
-        found.update(*(held[name] for name in matching))
-    return found
 
 
 def describe_unprunable(groups: Sequence[Group]) -> str | None:

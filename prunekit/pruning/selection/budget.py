@@ -22,6 +22,7 @@ from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
 from prunekit.pruning.selection.extract import plan_of_choice
 from prunekit.pruning.selection.importance import gate
+from prunekit.pruning.selection.layers import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import slim
@@ -219,7 +220,7 @@ class BudgetSearch:
                 (chooser.values[place][channel], -place, channel)
                 for place, group in enumerate(chooser.groups)
                 for channel in choice.dead[group.id]
-                if len(choice.dead[group.id]) < group.channels
+                if len(choice.dead[group.id]) < group.channels and not chooser.preset[place]
             ),
             reverse=True,
         )
@@ -248,7 +249,7 @@ def fit_budget(
     scope: Scope = "global",
     min_channels: int = 1,
     round_to: int = 1,
-    ignored_layers: Sequence[str] = (),
+    ignored_layers: Sequence[Layer] = (),
 ) -> Plan:
     """The plan whose slim model fits a budget: at or just below it.
 
@@ -289,7 +290,7 @@ def slim_to_budget(
     scope: Scope = "global",
     min_channels: int = 1,
     round_to: int = 1,
-    ignored_layers: Sequence[str] = (),
+    ignored_layers: Sequence[Layer] = (),
     constants: str = "carrier",
 ) -> tuple[nn.Module, EquivalenceReport]:
     """The slim model that fits a budget within 2%, and its equivalence check: groups, plan and slimming in one call.

@@ -10,6 +10,7 @@ from torch import nn
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.importance import gate
+from prunekit.pruning.selection.layers import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
 from prunekit.pruning.surgery.make_plan import plan_from_dead
 
@@ -24,7 +25,7 @@ def extract(
     share: float | None = None,
     scope: Scope = "global",
     round_to: int = 1,
-    ignored_layers: Sequence[str] = (),
+    ignored_layers: Sequence[Layer] = (),
 ) -> Plan:
     """Choose the channels that stay.
 
@@ -44,7 +45,8 @@ def extract(
             Of equal ones no more go than asked, spread evenly over the groups.
         scope: whether the share is of all channels together ("global") or of each group ("layer").
         round_to: counts of kept channels are rounded up to its multiples.
-        ignored_layers: patterns (as in a shell) of modules whose channels are all kept, with all modules inside them.
+        ignored_layers: modules of the model, or patterns (as in a shell) of their names, whose channels are all kept, with
+            all modules inside them.
 
     Raises:
         PlanError: a score that is not finite, a number out of range or missing, or a pattern that matches no module.

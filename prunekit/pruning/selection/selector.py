@@ -7,7 +7,7 @@ choice says, with numbers, where it is not what was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,11 +20,11 @@ from prunekit.pruning.graph.liveness import (
     describe_unprunable,
     essential_groups,
     group_by_layer,
-    kept_groups,
     removable,
 )
 from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.importance import check_finite
+from prunekit.pruning.selection.layers import Layer, match_layers
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.utils.text import join_names, plural
 
@@ -78,8 +78,10 @@ class Selector:
         min_channels: kept in each group that survives.
         round_to: counts of kept channels are rounded up to its multiples, by giving back the best dead ones; a group
             that has no such count is kept whole.
-        ignored_layers: patterns (as in a shell) of modules; all channels that a matching module, or one inside it, makes
-            or hands on are kept.
+        ignored_layers: modules of the model, or patterns (as in a shell) of their names; all channels that one of them, or
+            a module inside it, produces or passes on are kept.
+        ignored_groups: ids of groups whose channels are all kept.
+        ratios: for some groups the share of their own channels to prune; they are not ranked with the others.
 
     Attributes:
         order: for each group that can be cut, the order in which its channels go.
@@ -100,7 +102,9 @@ class Selector:
         scope: Scope = "global",
         min_channels: int = 1,
         round_to: int = 1,
-        ignored_layers: Sequence[str] = (),
+        ignored_layers: Sequence[Layer] = (),
+        ignored_groups: Collection[str] = (),
+        ratios: Mapping[str, float] | None = None,
     ):
         for name, value in (("min_channels", min_channels), ("round_to", round_to)):
             if value < 1:
@@ -112,9 +116,14 @@ class Selector:
         self.all_groups = groups
         self.groups = [group for group in groups if group.reason is None]
         self.cutter = Cutter(model, groups, scores)
-        whole = kept_groups(model, groups, ignored_layers)
+        whole = match_layers(model, groups, ignored_layers, "ignored_layers") | set(ignored_groups)
         self.widths = np.array([group.channels for group in self.groups], int)
-        self.fixed = np.array([group.id in whole for group in self.groups], bool)
+        self.whole = np.array([group.id in whole for group in self.groups], bool)
+        ratios = ratios or {}
+        # Channels that are pruned whatever the ranking says.
+        self.preset = np.array([_floor(ratios.get(group.id, 0) * group.channels) for group in self.groups], int)
+        self.preset[self.whole] = 0
+        self.fixed = self.whole | np.array([group.id in ratios for group in self.groups], bool)
         self.removable = np.array([removable(model, group) for group in self.groups], bool)
         self.values = [_checked(group, scores) for group in self.groups]
         self.unit = np.array([self._blocks(group) for group in self.groups], int)
@@ -160,21 +169,22 @@ class Selector:
             if not threshold >= 0:
                 raise PlanError(f"threshold is at least 0, got {threshold}")
             wanted = np.array([np.searchsorted(values, threshold, "right") for values in self.sorted], int)
-            wanted[self.fixed] = 0
+            wanted = np.where(self.fixed, self.preset, wanted)
             free = [values for values, fixed in zip(self.values, self.fixed, strict=True) if not fixed]
-            asked = sum(int((values <= threshold).sum()) for values in free)
+            asked = sum(int((values <= threshold).sum()) for values in free) + int(self.preset.sum())
         elif share is not None and not 0 <= share <= 1:
             raise PlanError(f"share is from 0 to 1, got {share}; 0.3 cuts 30 % of the channels")
         elif self.scope == "layer":
             if share is None:
                 raise PlanError("count takes the least channels of all; with scope 'layer' give a share")
-            wanted = np.where(self.fixed, 0, _floor(share * self.widths))
+            wanted = np.where(self.fixed, self.preset, _floor(share * self.widths))
             asked = int(wanted.sum())
         else:
             if count is not None and not 0 <= count <= self.channels:
                 raise PlanError(f"count is from 0 to the {self.channels} channels that can be cut, got {count}")
             asked = int(_floor(share * self.channels)) if count is None else count
-            wanted = np.bincount(self.owner[:asked], minlength=len(self.groups))
+            wanted = np.bincount(self.owner[:asked], minlength=len(self.groups)) + self.preset
+            asked += int(self.preset.sum())
         return self._limited(wanted, asked, given)
 
     def _limited(self, wanted: np.ndarray, asked: int, given: Mapping[str, float]) -> Selection:
@@ -184,7 +194,7 @@ class Selector:
             lost[0] = asked - wanted.sum()
         elif wanted.sum() < asked:
             # What a ranking of all has left out is what the limits keep.
-            lost -= np.diff(np.minimum(asked, self.reach))
+            lost -= np.diff(np.minimum(asked - self.preset.sum(), self.reach))
         steps = self._steps(self.widths - wanted)
         lost += np.diff([int(kept.sum()) for kept in steps])
         kept = steps[-1]
@@ -246,7 +256,7 @@ class Selector:
         """The groups of which one more channel must live: those of a dead layer, or what reads a layer to be kept."""
         gone = np.array([len(dead[group.id]) == group.channels for group in self.groups], bool)
         found = [place for layer in self.layers if gone[layer].all() for place in layer]
-        for place in np.flatnonzero(gone & self.fixed):
+        for place in np.flatnonzero(gone & self.whole):
             readers = {member.tensor for member in self.groups[place].readers}
             found += [
                 other
@@ -261,7 +271,7 @@ class Selector:
         self, choice: Selection, chosen: Mapping[str, set[int]], lost: Mapping[str, int], given: Mapping[str, float]
     ) -> None:
         ((name, value),) = given.items()
-        how = f"{name} {value:g}"
+        how = f"{name} {value:g}" if self.channels else "the ratio of each layer"
         if name != "threshold":
             self._tell_ties(choice, {self.at[group]: len(channels) for group, channels in chosen.items()})
         if not choice.cut:
@@ -286,10 +296,10 @@ class Selector:
             if narrow.any():
                 less = f"{how} of it is less than a channel"
                 choice.say(f"{plural(narrow.sum(), 'group')} whole: {less}", urgent=False)
-        if self.fixed.any():
+        if self.whole.any():
             choice.say(
-                f"ignored_layers keeps {plural(self.fixed.sum(), 'group')} whole, with "
-                f"{plural(self.widths[self.fixed].sum(), 'channel')}",
+                f"ignored_layers keeps {plural(self.whole.sum(), 'group')} whole, with "
+                f"{plural(self.widths[self.whole].sum(), 'channel')}",
                 urgent=False,
             )
         said = describe_unprunable(self.all_groups)
@@ -299,10 +309,12 @@ class Selector:
     def _nothing(self, name: str, how: str, lost: Mapping[str, int]) -> str:
         if not self.groups:
             return "nothing is cut: no group can be cut"
-        if not self.channels:
+        if self.whole.all():
             return "nothing is cut: ignored_layers keeps every group whole"
         if any(lost.values()):
             return f"nothing is cut: {_kept(lost)}"
+        if not self.channels:
+            return "nothing is cut: the ratio of each layer is less than one of its channels"
         if name != "threshold":
             return f"nothing is cut: {how} of {self.channels} channels is less than one"
         free = [place for place in range(len(self.groups)) if not self.fixed[place]]
@@ -325,7 +337,7 @@ class Selector:
             )
             return
         if self.scope == "global":
-            end = min(choice.asked, self.most)
+            end = min(choice.asked - int(self.preset.sum()), self.most)
             if 0 < end < self.most and self.score[end - 1] == self.score[end]:
                 tied = self.score[end]
                 of = int((everything == tied).sum())

@@ -14,6 +14,7 @@ from prunekit.pruning.graph.axes import output_axis
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.liveness import dead_layers
 from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.provenance import record_plan
 from prunekit.pruning.surgery.constant_folding import ConstantFolder, FoldingReport
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import (
@@ -89,7 +90,9 @@ def slim(
             )
         raise PlanError(f"the slim model is not the dense one with its dead gates at zero: {equivalence.reason}{where}")
     equivalence.plan.notes = [*plan.notes, *_given(equivalence)]
-    return _deliver(rebuilt, model, attempt, equivalence), equivalence
+    slim_model = _deliver(rebuilt, model, attempt, equivalence)
+    record_plan(slim_model, model, equivalence.plan, example.shape[1:])
+    return slim_model, equivalence
 
 
 def rebuild(

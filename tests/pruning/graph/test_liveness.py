@@ -6,7 +6,6 @@ from helpers.networks import Row
 from prunekit.backbones.csnet import csnet
 from prunekit.backbones.octresnet import octresnet
 from prunekit.backbones.resnet import resnet
-from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.liveness import (
     below_threshold,
@@ -14,7 +13,6 @@ from prunekit.pruning.graph.liveness import (
     describe_unprunable,
     essential_groups,
     group_by_layer,
-    kept_groups,
     removable,
 )
 from prunekit.pruning.plan import Group
@@ -30,36 +28,6 @@ def row():
 def branched():
     model = csnet(10)
     return model, find_groups(model, torch.randn(1, 3, 32, 32))
-
-
-@pytest.mark.parametrize(
-    ("patterns", "whole"),
-    [
-        ([], set()),
-        (["conv1"], {"conv1"}),
-        (["depthwise"], {"conv1"}),
-        (["bn3"], {"conv2"}),
-        (["conv[12]"], {"conv1", "conv2"}),
-        (["bn1", "out"], {"conv1", "out"}),
-        (["*"], {"conv1", "conv2", "out"}),
-    ],
-)
-def test_a_pattern_keeps_what_a_module_makes_or_hands_on(row, patterns, whole):
-    assert kept_groups(*row, patterns) == whole
-
-
-def test_a_module_stands_for_all_inside_it(branched):
-    model, groups = branched
-    names = kept_groups(model, groups, ["stage1.1"])
-    assert names == {"stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"}
-    assert names == kept_groups(model, groups, ["stage1.1.*"]) and names < kept_groups(model, groups, ["stage1"])
-
-
-def test_a_pattern_that_matches_nothing_names_the_nearest_module(row):
-    with pytest.raises(PlanError, match=r"no module with channels matches 'depthwize'; did you mean 'depthwise'\?"):
-        kept_groups(*row, ["conv1", "depthwize"])
-    with pytest.raises(PlanError, match="matches 'layer\\[0-9]'; the first are conv1, "):
-        kept_groups(*row, ["layer[0-9]"])
 
 
 def test_what_cannot_be_cut_is_counted_by_its_reason():

@@ -154,7 +154,7 @@ def test_a_plan_that_grows_too_much_is_fitted_again(monkeypatch):
         counts["conv"].params += round(0.1 * aims[-1])
         return counts, unknown
 
-    monkeypatch.setattr(budget, "count", counted)
+    monkeypatch.setattr(budget, "count_modules", counted)
     fitter = BudgetSearch(model, groups, example.shape[1:], None)
     wanted = fitter.budget(params_ratio=0.5)
     small, _, _ = fitter.slim(wanted, example)

@@ -12,9 +12,9 @@ from torch import nn
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.graph.liveness import kept_groups
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.selection.importance import random
+from prunekit.pruning.selection.layers import match_layers
 from prunekit.pruning.selection.selector import Selector
 from prunekit.pruning.surgery.cutter import Cutter
 
@@ -260,7 +260,7 @@ def test_layers_to_keep(pattern, whole):
 
 def test_a_layer_to_keep_holds_what_reads_it():
     model, groups = BRANCHED
-    kept = kept_groups(model, groups, ["stage1.1", "head.fuse"])
+    kept = match_layers(model, groups, ["stage1.1", "head.fuse"])
     for seed in range(6):
         choice = Selector(model, groups, scored(groups, seed), ignored_layers=["stage1.1", "head.fuse"]).cut(share=1.0)
         assert not any(choice.dead[name] for name in kept if name in choice.dead)

@@ -1,0 +1,387 @@
+"""Prune any model in a few lines, with your own training loop around it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from prunekit.config import registry
+from prunekit.errors import PlanError, PrunekitWarning
+from prunekit.flops import ModelCost, count
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.selection.budget import Budget, BudgetSearch
+from prunekit.pruning.selection.extract import plan_of_choice
+from prunekit.pruning.selection.layers import Layer, match_layers
+from prunekit.pruning.selection.selector import Scores, Selector
+from prunekit.pruning.surgery.compose import match_groups
+from prunekit.pruning.surgery.equivalence import EquivalenceReport
+from prunekit.pruning.surgery.slim import CONSTANTS, slim
+
+Importance = str | Callable[[nn.Module, Sequence[Group]], Scores]
+Loss = Callable[[nn.Module], Iterable[Tensor] | Tensor]
+_TARGETS = ("params", "macs", "params_ratio", "macs_ratio")
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What one step of a :class:`Pruner` did.
+
+    Attributes:
+        step: its number, from 1.
+        steps: how many steps the pruner takes.
+        before: cost of the model before this step.
+        after: cost of the slim model.
+        layers: for each convolution and linear layer its output channels after and before this step; 0 after where
+            the layer is removed.
+        equivalence: the check that the slim model computes what the model with zeroed gates does.
+        notes: what was done differently from the request, one sentence each.
+    """
+
+    step: int
+    steps: int
+    before: ModelCost
+    after: ModelCost
+    layers: dict[str, tuple[int, int]]
+    equivalence: EquivalenceReport
+    notes: list[str]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of this step: the channels kept in each group."""
+        assert self.equivalence.plan is not None
+        return self.equivalence.plan
+
+    def __str__(self) -> str:
+        check = self.equivalence
+        verdict = "passed" if check.passed else f"failed ({check.reason})"
+        lines = [
+            f"step {self.step}/{self.steps}",
+            f"  params  {self.before.params:,} → {self.after.params:,}{_percent(self.after.params, self.before.params)}",
+            f"  MACs    {self.before.macs:,} → {self.after.macs:,}{_percent(self.after.macs, self.before.macs)}",
+            f"  equivalence check {verdict}: largest difference {check.max_abs_diff:.1e}",
+        ]
+        changed = {name: sizes for name, sizes in self.layers.items() if sizes[0] != sizes[1]}
+        if changed:
+            width = max(map(len, changed))
+            lines.append(f"  output channels kept in {len(changed)} of {len(self.layers)} layers pruned:")
+            lines += [f"    {name:{width}}  {after}/{before}" for name, (after, before) in changed.items()]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    __repr__ = __str__
+
+
+class Pruner:
+    """Prunes a model to a share of its channels or to a target size.
+
+    ``step()`` returns a smaller, ordinary ``nn.Module``; the model given is never changed. With ``steps`` above 1, train
+    what ``step()`` returned before you call it again.
+
+    Args:
+        model: any model that takes one tensor.
+        example_inputs: a batch of real data, (N, C, H, W) or (N, C). Shapes, MACs and the equivalence check need it.
+        importance: scores the channels, and the lowest are pruned: ``"gate"`` (BatchNorm weights), ``"magnitude"``,
+            ``"taylor"`` (needs ``loss``), ``"random"``, a name registered with ``register_importance``, or a function of
+            the model and its groups that returns an array of scores for each ``group.id``.
+        pruning_ratio: share of the channels to prune, from 0 to 1.
+        target: size to reach instead of a ratio, within 2%: ``{"macs_ratio": 0.5}`` keeps half of the multiply-adds;
+            or ``params_ratio``, ``macs`` or ``params``.
+        ignored_layers: layers whose output channels are all kept: modules, or patterns of names such as ``"stem*"``.
+        per_layer_ratio: for some layers (modules or patterns) the share of their own channels to prune;
+            ``ignored_layers`` takes precedence.
+        global_pruning: whether channels compete across all layers, or each layer loses the same share.
+        round_to: kept channels of each layer are rounded up to a multiple of this.
+        min_channels: number of channels to keep in each layer.
+        steps: number of calls of ``step()`` in which to reach the ratio or target.
+        loss: for ``"taylor"``: a function of the model that yields its loss on a few batches, or returns one loss.
+        constants: see :func:`prunekit.slim`.
+
+    Attributes:
+        model: the current model: the one to prune next. Assign to it to continue from a trained copy.
+        current_step: number of steps done.
+
+    Raises:
+        PlanError: an argument cannot be used, or the target cannot be met.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor,
+        *,
+        importance: Importance = "gate",
+        pruning_ratio: float | None = None,
+        target: Mapping[str, float] | None = None,
+        ignored_layers: Sequence[Layer] = (),
+        per_layer_ratio: Mapping[Layer, float] | None = None,
+        global_pruning: bool = True,
+        round_to: int = 1,
+        min_channels: int = 1,
+        steps: int = 1,
+        loss: Loss | None = None,
+        constants: str = "carrier",
+    ):
+        _check_arguments(model, example_inputs, pruning_ratio, target, per_layer_ratio, steps, constants)
+        if pruning_ratio is None and target is None:
+            pruning_ratio = 0.0  # per_layer_ratio alone
+        self.example_inputs, self.steps, self.current_step = example_inputs, steps, 0
+        self._model = model
+        self._importance = _importance_function(importance, loss)
+        self._ratio, self._target, self._global = pruning_ratio, dict(target or {}), global_pruning
+        self._constants = constants
+        self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
+        self._groups = find_groups(model, example_inputs)
+        self._ignored = match_layers(model, self._groups, ignored_layers, "ignored_layers")
+        self._ratios = _ratios_by_group(model, self._groups, per_layer_ratio or {})
+        # The number of channels of each group before the first step.
+        self._widths = {group.id: group.channels for group in self._groups}
+        self._budget = self._initial_budget()
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in self._model.named_parameters()}:
+            raise PlanError("pruner.model must have the layers that step() returned; assign a trained copy of it")
+        self._model = model
+
+    def step(self) -> tuple[nn.Module, PruningReport]:
+        """Prune the current model towards the ratio or target.
+
+        Returns:
+            the slim model, which is the next ``pruner.model``, and a report.
+
+        Raises:
+            PlanError: all steps are done, the target cannot be met, or the slim model fails its equivalence check.
+        """
+        if self.current_step >= self.steps:
+            raise PlanError(f"all {self.steps} steps of this Pruner are done; make a new one to prune further")
+        step, before = self.current_step + 1, self._model
+        scores = _as_arrays(self._importance(before, self._groups))
+        if self._budget is not None:
+            slim_model, check, notes = self._slim_to_target(scores, step)
+        else:
+            slim_model, check, notes = self._slim_to_ratio(scores, step)
+        assert check.plan is not None
+        for note in notes:
+            warnings.warn(note, PrunekitWarning, stacklevel=2)
+        report = PruningReport(
+            step,
+            self.steps,
+            count(before, self.example_inputs),
+            count(slim_model, self.example_inputs),
+            _layer_widths(before, slim_model),
+            check,
+            list(check.plan.notes),
+        )
+        self._advance(slim_model, check.plan)
+        return slim_model, report
+
+    def _slim_to_ratio(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
+        ratio = self._ratio or 0.0
+        free = [g for g in self._groups if g.reason is None and g.id not in self._ignored and g.id not in self._ratios]
+        ratios = {
+            g.id: self._remaining_ratio(g, self._ratios[g.id], step) for g in self._groups if g.id in self._ratios
+        }
+        if self._global:
+            share = self._remaining_share([(self._widths[g.id], g.channels) for g in free], ratio, step)
+        else:
+            ratios |= {g.id: self._remaining_ratio(g, ratio, step) for g in free}
+            share = 0.0
+        selector = Selector(
+            self._model, self._groups, scores, ignored_groups=self._ignored, ratios=ratios, **self._limits
+        )
+        selection = selector.cut(share=share)
+        plan = plan_of_choice(self._model, self._groups, selection)
+        slim_model, check = slim(self._model, plan, self.example_inputs, groups=self._groups, constants=self._constants)
+        return slim_model, check, selection.urgent
+
+    def _slim_to_target(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
+        assert self._budget is not None
+        search = self._search(scores, step)
+        full, goal = self._budget.read(self._dense_size), self._budget.goal
+        # Equal ratios between the sizes after each step.
+        goal = round(full * (goal / full) ** (step / self.steps)) if step < self.steps else goal
+        return search.slim(replace(self._budget, goal=goal), self.example_inputs, self._constants)
+
+    def _search(self, scores: Scores | None, step: int) -> BudgetSearch:
+        ratios = {
+            g.id: self._remaining_ratio(g, self._ratios[g.id], step) for g in self._groups if g.id in self._ratios
+        }
+        return BudgetSearch(
+            self._model,
+            self._groups,
+            self.example_inputs.shape[1:],
+            scores,
+            scope="global" if self._global else "layer",
+            ignored_groups=self._ignored,
+            ratios=ratios,
+            **self._limits,
+        )
+
+    def _initial_budget(self) -> Budget | None:
+        """The target as an absolute number; raises PlanError where it cannot be met."""
+        if not self._target:
+            # The limits are checked here, before the first step.
+            zeros = {g.id: np.zeros(g.channels) for g in self._groups if g.reason is None}
+            Selector(self._model, self._groups, zeros, **self._limits)
+            return None
+        search = self._search({g.id: np.zeros(g.channels) for g in self._groups if g.reason is None}, self.steps)
+        self._dense_size = search.sizes.dense
+        return search.budget(**self._target)
+
+    def _remaining_ratio(self, group: Group, ratio: float, step: int) -> float:
+        return self._remaining_share([(self._widths[group.id], group.channels)], ratio, step)
+
+    def _remaining_share(self, widths: Sequence[tuple[int, int]], ratio: float, step: int) -> float:
+        """The share of the current channels to prune so that ``ratio``·step/steps of the original ones are gone."""
+        original, current = sum(width for width, _ in widths), sum(width for _, width in widths)
+        kept = original - math.floor(ratio * step / self.steps * original + 1e-9)
+        return max(current - kept, 0) / max(current, 1)
+
+    def _advance(self, slim_model: nn.Module, plan: Plan) -> None:
+        """Continue from the slim model; its groups may have other ids than those of the model before."""
+        slim_groups = find_groups(slim_model, self.example_inputs)
+        before = {slim_group.id: group.id for group, slim_group in match_groups(self._groups, plan, slim_groups)}
+        self._widths = {new: self._widths[old] for new, old in before.items()}
+        self._ratios = {new: self._ratios[old] for new, old in before.items() if old in self._ratios}
+        self._ignored = {new for new, old in before.items() if old in self._ignored}
+        self._groups, self._model = slim_groups, slim_model
+        self.current_step += 1
+
+
+def _check_arguments(
+    model: nn.Module,
+    example_inputs: Tensor,
+    pruning_ratio: float | None,
+    target: Mapping[str, float] | None,
+    per_layer_ratio: Mapping[Layer, float] | None,
+    steps: int,
+    constants: str,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model is {type(model).__name__}, not a torch.nn.Module; pass the model itself")
+    if not isinstance(example_inputs, Tensor):
+        raise PlanError(
+            f"example_inputs is {type(example_inputs).__name__}; pass one batch as a tensor, (N, C, H, W) or (N, C)"
+        )
+    if pruning_ratio is not None and target is not None:
+        raise PlanError("pruning_ratio and target are both given; give one of them")
+    if pruning_ratio is None and target is None and not per_layer_ratio:
+        raise PlanError('give pruning_ratio=0.5 (of the channels) or target={"macs_ratio": 0.5}')
+    if pruning_ratio is not None:
+        _check_ratio("pruning_ratio", pruning_ratio)
+    for layer, ratio in (per_layer_ratio or {}).items():
+        _check_ratio(f"per_layer_ratio of {layer if isinstance(layer, str) else type(layer).__name__}", ratio)
+    if target is not None and not isinstance(target, Mapping):
+        raise PlanError(f'target={target!r}: must be a dict such as {{"macs_ratio": 0.5}}')
+    for key in target or {}:
+        if key not in _TARGETS:
+            raise PlanError(_unknown("target", key, _TARGETS))
+    if not isinstance(steps, int) or steps < 1:
+        raise PlanError(f"steps={steps!r}: must be a whole number of at least 1")
+    if constants not in CONSTANTS:
+        raise PlanError(_unknown("constants", constants, CONSTANTS))
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise PlanError(f"{name}={ratio!r}: must be from 0 to 1; 0.3 prunes 30% of the channels")
+
+
+def _unknown(argument: str, value: Any, known: Sequence[str]) -> str:
+    close = registry.closest_match(str(value), list(known))
+    return (
+        f"unknown {argument} {value!r}"
+        + (f", did you mean {close!r}?" if close else ";")
+        + f" known: {', '.join(known)}"
+    )
+
+
+def _importance_function(importance: Importance, loss: Loss | None) -> Callable[[nn.Module, Sequence[Group]], Scores]:
+    if isinstance(importance, str):
+        function = registry.importances.get(importance)
+        if importance == "taylor" and loss is None:
+            raise PlanError(
+                "importance='taylor' needs a loss: pass loss=lambda model: (criterion(model(x), y) for x, y in batches)"
+            )
+        losses = None if loss is None else _loss_batches(loss)
+        return lambda model, groups: function(model, groups, losses)
+    if type(importance).__module__.startswith("torch_pruning"):
+        known = ", ".join(map(repr, registry.importances.names()))
+        raise PlanError(
+            f"importance is torch-pruning's {type(importance).__name__}, which cannot score these groups; use one of {known}"
+        )
+    if isinstance(importance, nn.Module) or not callable(importance):
+        raise PlanError(
+            f"importance is {type(importance).__name__}; pass a name such as 'magnitude', or a function of the model "
+            "and its groups"
+        )
+    return importance
+
+
+def _loss_batches(loss: Loss) -> Callable[[nn.Module], Iterable[Tensor]]:
+    if isinstance(loss, nn.Module) or not callable(loss):
+        raise PlanError(
+            f"loss is {type(loss).__name__}, not a function of the model; pass "
+            "loss=lambda model: (criterion(model(x), y) for x, y in batches)"
+        )
+
+    def losses(model: nn.Module) -> Iterable[Tensor]:
+        result = loss(model)
+        return [result] if isinstance(result, Tensor) else result
+
+    return losses
+
+
+def _as_arrays(scores: Any) -> Scores:
+    if not isinstance(scores, Mapping):
+        raise PlanError(
+            f"importance returned {type(scores).__name__}; return a dict from group.id to an array of scores"
+        )
+    return {
+        name: values.detach().cpu().numpy() if isinstance(values, Tensor) else values for name, values in scores.items()
+    }
+
+
+def _ratios_by_group(
+    model: nn.Module, groups: Sequence[Group], per_layer_ratio: Mapping[Layer, float]
+) -> dict[str, float]:
+    ratios: dict[str, float] = {}
+    for layer, ratio in per_layer_ratio.items():
+        for group_id in match_layers(model, groups, [layer], "per_layer_ratio"):
+            if ratios.setdefault(group_id, ratio) != ratio:
+                raise PlanError(
+                    f"per_layer_ratio gives the channels of {group_id} the ratios {ratios[group_id]:g} and {ratio:g}, and "
+                    "they can only be pruned together; give them one ratio"
+                )
+    return ratios
+
+
+def _layer_widths(before: nn.Module, after: nn.Module) -> dict[str, tuple[int, int]]:
+    remaining = dict(after.named_modules())
+    widths = {}
+    for name, module in before.named_modules():
+        width = _output_channels(module)
+        if width is not None:
+            left = _output_channels(remaining[name]) if name in remaining else 0
+            widths[name] = (left or 0, width)
+    return widths
+
+
+def _output_channels(module: nn.Module) -> int | None:
+    width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+    return width if isinstance(width, int) and isinstance(getattr(module, "weight", None), Tensor) else None
+
+
+def _percent(after: int, before: int) -> str:
+    return f" ({after / before:.1%})" if before else ""
