@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prunekit.data.datasets import normalise
 from prunekit.deployment.deploy import deploy
 from prunekit.deployment.export.onnx import export_onnx, onnx_function
-from prunekit.deployment.export.openvino import import_openvino
+from prunekit.deployment.export.openvino import openvino_function
 from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.pipeline.context import RunContext
@@ -46,13 +46,6 @@ class Cast(nn.Module):
         return self.model(image.bfloat16()).float()
 
 
-def in_openvino(file: bytes, precision: str) -> Callable[[np.ndarray], np.ndarray]:
-    openvino = import_openvino()
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": precision})
-    return lambda image: compiled(image)[0]
-
-
 class Forms:
     """One model, made ready in each form."""
 
@@ -72,7 +65,7 @@ class Forms:
         file = self._file(runtime, precision == "int8")
         if runtime == "ort":
             return Computed(onnx_function(file))
-        return Computed(in_openvino(file, "bf16" if precision == "bf16" else "f32"))
+        return Computed(openvino_function(file, precision="bf16" if precision == "bf16" else "f32"))
 
     def _file(self, runtime: str, int8: bool) -> bytes:
         key = "int8" if int8 else runtime

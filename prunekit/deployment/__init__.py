@@ -1,4 +1,4 @@
-"""The deployed form of a model: an equivalent network that is faster at inference; export and latency.
+"""Deployment: rewriting models for fast inference, export to ONNX, OpenVINO and pt2, and latency benchmarks.
 
-Imports ``layers``, ``native``, ``utils`` and ``errors``, and ``pruning`` for rebuilding models.
+May import ``pruning``, ``tasks``, ``data``, ``layers``, ``native``, ``utils`` and ``errors``.
 """

@@ -1,13 +1,9 @@
-"""A model's inference as a graph that passes may rewrite.
-
-The trace is torch.fx's. Every call of a module has a module of its own in it, so that a pass may give one call new
-weights without touching another's.
-"""
+"""A traced model that passes can rewrite."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,84 +17,85 @@ from prunekit.utils.text import first_line
 
 ADDS = {torch.add, torch.Tensor.add, "add"}
 POOLS = {F.max_pool2d, F.avg_pool2d}
-# What computes the same when it is called twice, and nothing else.
-PURE = {*POOLS, F.interpolate}
+PURE_FUNCTIONS = {*POOLS, F.interpolate}
 
 
-class Graph:
-    """A rewritable copy of a model in eval mode, in float32 on the CPU.
+class InferenceGraph:
+    """The torch.fx graph of a copy of a model, in eval mode, in float32 on the CPU.
+
+    Every module call has its own module, so a pass can change the weights of one call only.
 
     Args:
-        model: is left as it is.
-        example: a batch of what it takes; its first is looked at.
+        model: is not changed.
+        example: a batch of inputs; the first one is used.
 
     Attributes:
-        module: what the graph computes, callable as the model is.
-        shapes: of each node's value on the example.
-        output: the node whose value is the model's; None where that is no single tensor.
+        module: the graph as a callable module.
+        shapes: node → shape of its value on the example.
 
     Raises:
-        ExportError: torch.fx cannot follow the model, or what it follows computes something else.
+        ExportError: torch.fx cannot trace the model, or the traced model gives other outputs.
     """
 
     def __init__(self, model: nn.Module, example: Tensor):
         root = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
         self.example = example[:1].detach().cpu().float()
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         try:
             self.module = fx.symbolic_trace(root)
-        except Exception as error:  # It is the user's code, and fails in any way.
-            raise ExportError(f"torch.fx cannot follow the model: {first_line(error)}") from error
+        except Exception as error:  # The model's code may raise anything.
+            raise ExportError(f"torch.fx cannot trace the model: {first_line(error)}") from error
         for node in self.nodes:
-            # Annotations as text, which a graph with them cannot be pickled for.
-            node.type = None
-        self._own_modules()
+            node.type = None  # A graph with string annotations cannot be pickled.
+        self._unshare_modules()
         self._simplify()
         try:
             with torch.inference_mode():
-                same = _same(self._run(), root(self.example))
+                interpreter = Shapes(self.module)
+                output = interpreter.run(self.example)
+                self.shapes = interpreter.shapes
+                equal = _equal(output, root(self.example))
         except Exception as error:
-            raise ExportError(f"what torch.fx follows is not what the model computes: {first_line(error)}") from error
-        if not same:
-            raise ExportError("what torch.fx follows is not what the model computes: its outputs differ")
+            raise ExportError(f"the traced model does not run: {first_line(error)}") from error
+        if not equal:
+            raise ExportError("the traced model gives other outputs than the model")
 
     @property
     def nodes(self) -> list[fx.Node]:
         return list(self.module.graph.nodes)
 
-    def _run(self) -> Any:
-        """What the graph makes of the example; each value's shape is noted."""
-        run = Shapes(self.module)
-        made = run.run(self.example)
-        self.shapes = run.shapes
-        return made
-
     @property
     def output(self) -> fx.Node | None:
+        """The node of the model's output; None if the output is not a single tensor."""
         value = next(node.args[0] for node in self.nodes if node.op == "output")
         return value if isinstance(value, fx.Node) else None
 
-    def finish(self) -> nn.Module:
-        """The module, with what nothing reads any more taken out."""
+    def recompile(self) -> nn.Module:
+        """Remove unused nodes and modules, and return the module."""
         self.module.graph.eliminate_dead_code()
         self.module.delete_all_unused_submodules()
         self.module.graph.lint()
         self.module.recompile()
         return self.module
 
-    def called(self, node: Any, *kinds: type[nn.Module]) -> nn.Module | None:
-        """The module that this node calls, where it is of just one of these classes; of a subclass nothing is known."""
+    def module_of(self, node: Any, *types: type[nn.Module]) -> nn.Module | None:
+        """The module that the node calls, if it is exactly of one of these types (no subclass)."""
         if not isinstance(node, fx.Node) or node.op != "call_module":
             return None
         module = self.module.get_submodule(node.target)
-        return module if type(module) in kinds else None
+        return module if type(module) in types else None
 
     def conv(self, node: Any) -> nn.Conv2d | None:
-        """The convolution that this node calls; None for any other node, or where borders are no zeros."""
-        module = self.called(node, nn.Conv2d)
+        """The zero-padded convolution that the node calls; None for any other node."""
+        module = self.module_of(node, nn.Conv2d)
         return module if module is not None and module.padding_mode == "zeros" else None
 
+    def is_function(self, node: Any, functions: Iterable[Callable[..., Any]]) -> bool:
+        """Whether the node calls one of these functions."""
+        return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
+
     def is_add(self, node: Any) -> bool:
-        """Whether the node is the sum of two values of one shape."""
+        """Whether the node adds two values of the same shape."""
         return (
             isinstance(node, fx.Node)
             and (node.target in ADDS or getattr(node.target, "__name__", "") in ("add", "iadd"))
@@ -116,98 +113,121 @@ class Graph:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return dim == 1 and all(len(self.shapes.get(part, ())) == 4 for part in node.args[0])
 
-    def is_whole_sum(self, node: Any) -> bool:
-        """Whether the node is a sum, and no part of a larger one alone."""
+    def is_outermost_sum(self, node: Any) -> bool:
+        """Whether the node is an addition whose result is not just a term of another addition."""
         return self.is_add(node) and not (len(node.users) == 1 and self.is_add(next(iter(node.users))))
 
     def terms(self, total: fx.Node) -> list[fx.Node]:
-        """What a sum adds up, sums in it taken apart where nothing else reads them."""
-        parts = []
+        """The terms of a sum, including those of nested sums with no other user."""
+        terms = []
         for side in total.args:
-            inner = self.is_add(side) and len(side.users) == 1
-            parts += self.terms(side) if inner else [side]
-        return parts
+            nested = self.is_add(side) and len(side.users) == 1
+            terms += self.terms(side) if nested else [side]
+        return terms
 
-    def is_call(self, node: Any, functions: Iterable[Callable[..., Any]]) -> bool:
-        """Whether the node calls one of these functions."""
-        return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
+    def insert_module(
+        self,
+        before: fx.Node,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        name: str,
+        shape: tuple[int, ...],
+    ) -> fx.Node:
+        """Insert a call of a new module; ``shape`` is that of its output."""
+        target = self._add_module(module, name)
+        with self.module.graph.inserting_before(before):
+            node = self.module.graph.call_module(target, args)
+        self.shapes[node] = shape
+        return node
 
-    def insert(self, before: fx.Node, module: nn.Module, args: tuple[Any, ...], name: str) -> fx.Node:
-        """A call of a new module, before this node."""
+    def insert_function(
+        self, before: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], shape: tuple[int, ...] | None
+    ) -> fx.Node:
+        """Insert a function call; ``shape`` is that of its output, None if not known yet."""
+        with self.module.graph.inserting_before(before):
+            node = self.module.graph.call_function(function, args)
+        if shape is not None:
+            self.shapes[node] = shape
+        return node
+
+    def insert_sum(self, before: fx.Node, terms: Sequence[fx.Node]) -> fx.Node:
+        """Insert the sum of one or more values of the same shape."""
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.insert_function(before, torch.add, (total, term), self.shapes[term])
+        return total
+
+    def replace(self, node: fx.Node, replacement: fx.Node) -> None:
+        """Remove a node; its users read the replacement instead."""
+        node.replace_all_uses_with(replacement)
+        self.module.graph.erase_node(node)
+
+    def _add_module(self, module: nn.Module, name: str) -> str:
         target = name.replace(".", "_")
         while hasattr(self.module, target):
             target += "_"
         self.module.add_submodule(target, module.eval().requires_grad_(False))
-        with self.module.graph.inserting_before(before):
-            return self.module.graph.call_module(target, args)
+        return target
 
-    def drop(self, node: fx.Node, instead: fx.Node) -> None:
-        """Take a node out; those that read it read another."""
-        node.replace_all_uses_with(instead)
-        self.module.graph.erase_node(node)
-
-    def _own_modules(self) -> None:
+    def _unshare_modules(self) -> None:
         seen: set[str] = set()
         for node in self.nodes:
-            if node.op != "call_module":
-                continue
-            if node.target in seen:
-                module = copy.deepcopy(self.module.get_submodule(node.target))
-                with self.module.graph.inserting_before(node):
-                    twin = self.insert(node, module, node.args, f"{node.target}_again")
-                twin.kwargs = node.kwargs
-                self.drop(node, twin)
-            else:
+            if node.op == "call_module":
+                if node.target in seen:
+                    module = copy.deepcopy(self.module.get_submodule(node.target))
+                    node.target = self._add_module(module, f"{node.target}_again")
                 seen.add(node.target)
 
     def _simplify(self) -> None:
-        """What does nothing in eval mode goes."""
-        nothing = (nn.Identity, nn.Dropout, nn.Dropout2d)
+        """Remove modules without effect in eval mode, and turn nn.ReLU into F.relu."""
         for node in self.nodes:
-            if self.called(node, *nothing) is not None and len(node.args) == 1:
-                self.drop(node, node.args[0])
-            elif self.called(node, nn.ReLU) is not None:
-                # As a function it can be told from its input alone.
-                with self.module.graph.inserting_before(node):
-                    twin = self.module.graph.call_function(F.relu, node.args)
-                self.drop(node, twin)
-        self.finish()
+            if self.module_of(node, nn.Identity, nn.Dropout, nn.Dropout2d) is not None and len(node.args) == 1:
+                self.replace(node, node.args[0])
+            elif self.module_of(node, nn.ReLU) is not None:
+                self.replace(node, self.insert_function(node, F.relu, node.args, None))
+        self.recompile()
 
 
-def _same(made: Any, wanted: Any) -> bool:
-    """Whether two outputs are equal but for rounding; torch.testing would bring 50 MB of imports into processes whose
-    memory is measured."""
-    if isinstance(wanted, Tensor):
-        alike = isinstance(made, Tensor) and made.shape == wanted.shape and made.dtype == wanted.dtype
-        return alike and torch.allclose(made, wanted, rtol=1.3e-6, atol=1e-5, equal_nan=True)
-    if isinstance(wanted, dict):
-        return made.keys() == wanted.keys() and all(_same(made[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, list | tuple):
-        return len(made) == len(wanted) and all(map(_same, made, wanted))
-    return made == wanted
+def _equal(output: Any, expected: Any) -> bool:
+    """Whether two outputs are equal up to rounding."""
+    # Not torch.testing: it imports 50 MB into processes whose memory is measured.
+    if isinstance(expected, Tensor):
+        comparable = isinstance(output, Tensor) and output.shape == expected.shape and output.dtype == expected.dtype
+        return comparable and torch.allclose(output, expected, rtol=1.3e-6, atol=1e-5, equal_nan=True)
+    if isinstance(expected, dict):
+        return output.keys() == expected.keys() and all(_equal(output[key], expected[key]) for key in expected)
+    if isinstance(expected, list | tuple):
+        return len(output) == len(expected) and all(map(_equal, output, expected))
+    return output == expected
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Whether each channel goes alone through the convolution."""
+    """Whether the convolution has one filter for each channel."""
     return conv.groups == conv.in_channels == conv.out_channels > 1
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """A pooling without padding; kernel and stride as (height, width)."""
+    """Pooling without padding; kernel and stride as (height, width)."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
-    ceil: bool
+    ceil_mode: bool
 
 
-def pooling(node: fx.Node) -> Pooling | None:
-    """What a node of ``POOLS`` does; None where it pads or does more."""
-    given = {**dict(zip(("x", "kernel_size", "stride"), node.args, strict=False)), **node.kwargs}
-    plain = {"padding": 0, "dilation": 1, "return_indices": False, "count_include_pad": True, "divisor_override": None}
-    if len(node.args) > 3 or any(given.get(key, right) != right for key, right in plain.items()):
+def parse_pooling(node: fx.Node) -> Pooling | None:
+    """The pooling that a call of one of ``POOLS`` computes; None if it uses other options."""
+    options = {**dict(zip(("x", "kernel_size", "stride"), node.args, strict=False)), **node.kwargs}
+    defaults = {
+        "padding": 0,
+        "dilation": 1,
+        "return_indices": False,
+        "count_include_pad": True,
+        "divisor_override": None,
+    }
+    if len(node.args) > 3 or any(options.get(key, value) != value for key, value in defaults.items()):
         return None
-    kernel = given["kernel_size"]
-    stride = kernel if given.get("stride") is None else given["stride"]
+    kernel = options["kernel_size"]
+    stride = kernel if options.get("stride") is None else options["stride"]
     kernel, stride = (side if isinstance(side, tuple) else (side, side) for side in (kernel, stride))
-    return Pooling(kernel, stride, bool(given.get("ceil_mode", False)))
+    return Pooling(kernel, stride, bool(options.get("ceil_mode", False)))

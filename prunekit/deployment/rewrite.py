@@ -1,7 +1,6 @@
-"""A model's graph rewritten into one form, and the record of what was done.
+"""Run the passes on a model, and record what they did.
 
-Apart from the choice of the form, because what is timed in a process of its own is written there, and must not carry
-the runtimes that the choice needs.
+Kept apart from ``deploy``, so that a process that measures memory does not import the other runtimes.
 """
 
 from __future__ import annotations
@@ -12,70 +11,80 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.deployment.form import Deployed, Form
-from prunekit.deployment.graph import Graph
+from prunekit.deployment.deployed_model import DeployConfig, DeployedModel
+from prunekit.deployment.graph import InferenceGraph
 from prunekit.deployment.passes.fold_norms import fold_norms
-from prunekit.deployment.passes.merge_paths import merge_inputs, merge_sums, share_poolings
-from prunekit.deployment.passes.native_kernels import use_kernels
+from prunekit.deployment.passes.merge_paths import merge_inputs, merge_sums, share_pooling
+from prunekit.deployment.passes.native_kernels import use_native_kernels
 from prunekit.deployment.passes.pad_channels import pad_channels
-from prunekit.deployment.passes.prelu_to_relu import relu_form
+from prunekit.deployment.passes.prelu_to_relu import prelu_to_relu
 
 
 @dataclass
-class Record:
-    """What was done to a model.
+class DeployRecord:
+    """What :func:`prunekit.deployment.deploy.deploy` did to a model.
 
     Attributes:
-        runtime: for which it was written.
-        reason: why the model stays as it is; None where it was rewritten.
-        form: the one that was chosen.
-        measured: each form that was tried, with the median of its milliseconds for one input like the example's first.
-        folded, left: norms that went into convolutions, and those that stay.
-        shared: poolings that are computed once, or from smaller ones.
-        padded: channels that were added.
-        merged: convolutions that went into others.
-        relus: PReLUs that are written as ReLUs.
-        kernels: how many operations kernels of our own took over, or why they cannot be had.
-        max_abs_diff: of the outputs, on the example and at a second size.
+        runtime: the runtime it was rewritten for.
+        fallback_reason: why the model was left as it is; None if it was rewritten.
+        config: the options that were chosen.
+        candidates: the options that were timed, each with ``median_ms`` for one input.
+        folded_norms: names of the BatchNorms folded into convolutions.
+        kept_norms: names of the BatchNorms that could not be folded.
+        shared_pools: pooling and upsampling calls that reuse the result of another one.
+        padded_channels: number of zero channels added.
+        merged_convs: number of convolutions merged into others.
+        rewritten_prelus: number of PReLUs written as ReLUs.
+        native_ops: number of calls of native kernels.
+        native_unavailable: why the native kernels cannot be used; None if they can or were not wanted.
+        max_abs_diff: largest difference of the outputs, on the example and at a second size.
     """
 
     runtime: str
-    reason: str | None = None
-    form: Form = field(default_factory=Form)
-    measured: list[dict[str, Any]] = field(default_factory=list)
-    folded: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    shared: int = 0
-    padded: int = 0
-    merged: int = 0
-    relus: int = 0
-    kernels: int | str = 0
+    fallback_reason: str | None = None
+    config: DeployConfig = field(default_factory=DeployConfig)
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    folded_norms: list[str] = field(default_factory=list)
+    kept_norms: list[str] = field(default_factory=list)
+    shared_pools: int = 0
+    padded_channels: int = 0
+    merged_convs: int = 0
+    rewritten_prelus: int = 0
+    native_ops: int = 0
+    native_unavailable: str | None = None
     max_abs_diff: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def rewrite(model: nn.Module, example: Tensor, form: Form, record: Record | None = None) -> Graph:
-    """The graph of a model in one form; what was done is written into ``record``.
+def rewrite(
+    model: nn.Module, example: Tensor, config: DeployConfig, record: DeployRecord | None = None
+) -> InferenceGraph:
+    """Trace a model and run the passes that ``config`` selects; ``record`` is filled in.
 
     Raises:
-        ExportError: as for :class:`Graph`.
-        NoKernels: the form wants kernels, and they cannot be had here.
+        ExportError: as for :class:`InferenceGraph`.
+        NoKernels: native kernels are selected but not available.
     """
-    record = Record("") if record is None else record
-    graph = Graph(model, example)
-    record.folded, record.left = fold_norms(graph)
-    record.shared = share_poolings(graph)
-    record.padded = pad_channels(graph, form.multiple) if form.multiple > 1 else 0
-    record.relus = relu_form(graph) if form.relus else 0
-    record.merged = (merge_sums(graph) if form.sums else 0) + (merge_inputs(graph) if form.inputs else 0)
-    if form.kernels:
-        record.kernels = use_kernels(graph)
+    record = DeployRecord("") if record is None else record
+    graph = InferenceGraph(model, example)
+    record.folded_norms, record.kept_norms = fold_norms(graph)
+    record.shared_pools = share_pooling(graph)
+    if config.pad_multiple > 1:
+        record.padded_channels = pad_channels(graph, config.pad_multiple)
+    if config.prelu_to_relu:
+        record.rewritten_prelus = prelu_to_relu(graph)
+    if config.merge_sums:
+        record.merged_convs += merge_sums(graph)
+    if config.merge_inputs:
+        record.merged_convs += merge_inputs(graph)
+    if config.native_kernels:
+        record.native_ops = use_native_kernels(graph)
     return graph
 
 
-def written(graph: Graph, form: Form) -> Deployed:
-    """What a rewritten graph computes, with its weights laid out as the form says."""
-    module = graph.finish()
-    return Deployed(module.to(memory_format=torch.channels_last) if form.channels_last else module, form)
+def build_deployed(graph: InferenceGraph, config: DeployConfig) -> DeployedModel:
+    """The rewritten graph as a module, with the memory format of ``config``."""
+    module = graph.recompile()
+    return DeployedModel(module.to(memory_format=torch.channels_last) if config.channels_last else module, config)

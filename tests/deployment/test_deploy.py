@@ -1,67 +1,65 @@
-"""The deployed form computes what the model does, on learned odd splits and on other networks."""
-
 import io
 
 import pytest
 import torch
-from helpers.deployed_models import gap, learned
+from helpers.deployed_models import pruned_model, relative_difference
 from helpers.networks import init_norms
 from torch import nn
 
-from prunekit.deployment.deploy import FORMS, deploy
-from prunekit.deployment.form import Form
+from prunekit.deployment.deploy import CANDIDATES, deploy
+from prunekit.deployment.deployed_model import DeployConfig
 from prunekit.deployment.rewrite import rewrite
 from prunekit.errors import ExportError
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
-# Every part of a form, with and without each other.
-EVERY = [
-    Form(),
-    Form(8, sums=True, relus=True, channels_last=True),
-    Form(8, inputs=True, channels_last=True),
-    Form(1, sums=True, inputs=True, relus=True),
-    Form(8, sums=True, inputs=True, relus=True),
+# Every option, with and without the others.
+CONFIGS = [
+    DeployConfig(),
+    DeployConfig(8, merge_sums=True, prelu_to_relu=True, channels_last=True),
+    DeployConfig(8, merge_inputs=True, channels_last=True),
+    DeployConfig(1, merge_sums=True, merge_inputs=True, prelu_to_relu=True),
+    DeployConfig(8, merge_sums=True, merge_inputs=True, prelu_to_relu=True),
 ]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_form_of_a_learned_csnet_computes_the_same(seed):
-    model, example = learned("csnet", seed, width=10)
-    for form in EVERY:
-        network = rewrite(model, example, form).finish()
+def test_every_config_gives_equal_outputs_on_a_pruned_csnet(seed):
+    model, example = pruned_model("csnet", seed, width=10)
+    for config in CONFIGS:
+        network = rewrite(model, example, config).recompile()
         for shape in ((2, 3, 32, 32), (1, 3, 48, 64), (1, 3, 37, 51)):
-            assert gap(model, network, *shape) < 1e-5, form
+            assert relative_difference(model, network, *shape) < 1e-5, config
 
 
 @pytest.mark.parametrize(("name", "options"), [("octresnet", {"depth": 8, "width": 8}), ("resnet", {"depth": 8})])
-def test_other_backbones(name, options):
-    model, example = learned(name, 0, 0.3, **options)
-    for form in (EVERY[0], EVERY[-1], *FORMS["pt2"]):
-        assert gap(model, rewrite(model, example, form).finish(), 2, 3, 32, 32) < 1e-5, form
+def test_configs_give_equal_outputs_on_resnets(name, options):
+    model, example = pruned_model(name, 0, 0.3, **options)
+    for config in (CONFIGS[0], CONFIGS[-1], *CANDIDATES["pt2"]):
+        assert relative_difference(model, rewrite(model, example, config).recompile(), 2, 3, 32, 32) < 1e-5, config
 
 
-def test_nothing_of_a_csnet_is_left_undone():
-    model, example = learned("csnet", 0, width=10)
+def test_all_norms_are_folded_and_channels_padded_in_csnet():
+    model, example = pruned_model("csnet", 0, width=10)
     deployed, record = deploy(model, example, measure=False)
-    assert record.reason is None and record.left == [] and record.padded > 0
-    assert len(record.folded) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert record.fallback_reason is None and record.kept_norms == [] and record.padded_channels > 0
+    assert len(record.folded_norms) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in deployed.modules())
-    assert record.max_abs_diff < 1e-4 and record.to_json()["form"]["multiple"] == 8
-    # The dilations are padded together, and the logits are not.
+    assert record.max_abs_diff < 1e-4 and record.to_json()["config"]["pad_multiple"] == 8
+    # Dilated branches are padded together; the output is not padded.
     convs = {name: m for name, m in deployed.named_modules() if isinstance(m, nn.Conv2d)}
     assert all(m.out_channels % 8 == 0 for name, m in convs.items() if "branches" not in name and "classif" not in name)
 
 
-def test_the_quickest_form_is_taken_and_all_are_recorded(monkeypatch):
-    model, example = learned("csnet", 0, width=10)
-    monkeypatch.setattr("prunekit.deployment.deploy.by_turns", lambda calls: [5.0, 4.0, 3.0, 1.0, 2.0])
+def test_fastest_config_is_chosen_and_all_are_recorded(monkeypatch):
+    model, example = pruned_model("csnet", 0, width=10)
+    monkeypatch.setattr("prunekit.deployment.deploy.time_interleaved", lambda calls: [5.0, 4.0, 3.0, 1.0, 2.0])
     _, record = deploy(model, example, runtime="pt2")
-    assert record.form == FORMS["pt2"][3]
-    assert [row["median_ms"] for row in record.measured] == [5.0, 4.0, 3.0, 1.0, 2.0]
+    assert record.config == CANDIDATES["pt2"][3]
+    assert [row["median_ms"] for row in record.candidates] == [5.0, 4.0, 3.0, 1.0, 2.0]
 
 
-def test_the_model_is_left_alone_and_shares_nothing():
-    model, example = learned("csnet", 0, width=10)
+def test_deployed_model_shares_no_memory_with_the_model():
+    model, example = pruned_model("csnet", 0, width=10)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     deployed, _ = deploy(model, example, measure=False)
     with torch.no_grad():
@@ -70,17 +68,17 @@ def test_the_model_is_left_alone_and_shares_nothing():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_it_can_be_pickled():
-    model, example = learned("octresnet", 0, 0.3, depth=8, width=8)
+def test_deployed_model_can_be_pickled():
+    model, example = pruned_model("octresnet", 0, 0.3, depth=8, width=8)
     deployed, _ = deploy(model, example, measure=False)
     file = io.BytesIO()
     torch.save(deployed, file)
     file.seek(0)
-    assert gap(deployed, torch.load(file, weights_only=False), 1, 3, 32, 32) == 0
+    assert relative_difference(deployed, torch.load(file, weights_only=False), 1, 3, 32, 32) == 0
 
 
-class Looks(nn.Module):
-    """A network whose forward looks at numbers."""
+class DataDependent(nn.Module):
+    """Its control flow depends on values, so torch.fx cannot trace it."""
 
     def __init__(self):
         super().__init__()
@@ -91,15 +89,15 @@ class Looks(nn.Module):
         return y if y.sum() > 0 else -y
 
 
-def test_what_cannot_be_followed_stays_as_it_is_and_says_so():
-    model = Looks().eval()
+def test_untraceable_model_is_returned_as_it_is_with_a_reason():
+    model = DataDependent().eval()
     deployed, record = deploy(model, torch.randn(2, 3, 16, 16), measure=False)
-    assert "torch.fx cannot follow the model" in record.reason
-    assert gap(model, deployed, 2, 3, 16, 16) == 0
+    assert "torch.fx cannot trace the model" in record.fallback_reason
+    assert relative_difference(model, deployed, 2, 3, 16, 16) == 0
 
 
-class Counts(nn.Module):
-    """A network that gives something else at every call."""
+class Stateful(nn.Module):
+    """It returns other values at each call."""
 
     def __init__(self):
         super().__init__()
@@ -110,13 +108,13 @@ class Counts(nn.Module):
         return {"out": [self.conv(x) * self.calls]}
 
 
-def test_a_trace_that_computes_something_else_is_not_taken():
-    _, record = deploy(Counts().eval(), torch.randn(1, 3, 8, 8), measure=False)
-    assert "not what the model computes: its outputs differ" in record.reason
+def test_wrong_trace_is_rejected():
+    _, record = deploy(Stateful().eval(), torch.randn(1, 3, 8, 8), measure=False)
+    assert "gives other outputs than the model" in record.fallback_reason
 
 
 class Shared(nn.Module):
-    """One convolution and norm, used twice; a sum whose side something else reads; a norm behind a ReLU."""
+    """One convolution and norm used twice, a term of a sum with a second user, and a norm after a ReLU."""
 
     def __init__(self):
         super().__init__()
@@ -129,18 +127,20 @@ class Shared(nn.Module):
         return self.late(torch.relu(self.norm(z + y))) + z
 
 
-def test_a_module_used_twice_and_norms_that_must_stay():
+def test_shared_modules_and_norms_that_cannot_be_folded():
     torch.manual_seed(0)
     model = Shared()
     example = init_norms(model, 0, 16)
     model.eval()
-    for form in EVERY:
-        graph = rewrite(model, example, form)
-        assert gap(model, graph.finish(), 2, 3, 16, 16) < 1e-5, form
+    for config in CONFIGS:
+        graph = rewrite(model, example, config)
+        assert relative_difference(model, graph.recompile(), 2, 3, 16, 16) < 1e-5, config
     _, record = deploy(model, example, measure=False)
-    assert len(record.folded) == 1 and len(record.left) == 2
+    assert len(record.folded_norms) == 1 and len(record.kept_norms) == 2
 
 
-def test_an_unknown_runtime_is_refused():
-    with pytest.raises(ExportError, match="'tensorrt'; there are torch, pt2, onnxruntime, openvino"):
+def test_unknown_runtime_is_an_error():
+    with pytest.raises(
+        ExportError, match="unknown runtime 'tensorrt'; choose one of torch, pt2, onnxruntime, openvino"
+    ):
         deploy(nn.Conv2d(3, 1, 1), torch.zeros(1, 3, 8, 8), runtime="tensorrt")

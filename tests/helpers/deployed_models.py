@@ -1,4 +1,4 @@
-"""Slim models to deploy, and how far another form is from them."""
+"""Pruned models to deploy, and the comparison of their outputs."""
 
 import torch
 from torch import nn
@@ -10,9 +10,8 @@ from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.slim import slim
 
 
-def learned(name: str, seed: int, share: float = 0.5, **options) -> tuple[nn.Module, torch.Tensor]:
-    """A slim model with odd channel counts and absent branches, and a batch for it; its PReLUs have slopes of all
-    kinds."""
+def pruned_model(name: str, seed: int, share: float = 0.5, **options) -> tuple[nn.Module, torch.Tensor]:
+    """A slim model with odd channel counts, absent branches and all kinds of PReLU slopes; and a batch for it."""
     torch.manual_seed(seed)
     model = registry.backbones.get(name)(**options)
     for module in model.modules():
@@ -25,8 +24,16 @@ def learned(name: str, seed: int, share: float = 0.5, **options) -> tuple[nn.Mod
     return small.eval(), example
 
 
-def gap(model: nn.Module, other: nn.Module, *shape: int) -> float:
+def settled(model: nn.Module, size: int = 16) -> tuple[nn.Module, torch.Tensor]:
+    """A model in eval mode whose norms have statistics, and a batch for it."""
+    torch.manual_seed(0)
+    example = init_norms(model, 0, size)
+    return model.eval(), example
+
+
+def relative_difference(model: nn.Module, other: nn.Module, *shape: int) -> float:
+    """The largest difference of the outputs on a random input, relative to the largest output if that is above 1."""
     image = torch.randn(*shape, generator=torch.Generator().manual_seed(7))
     with torch.inference_mode():
-        wanted = model(image)
-        return float((other(image) - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+        expected = model(image)
+        return float((other(image) - expected).abs().max()) / max(1.0, float(expected.abs().max()))

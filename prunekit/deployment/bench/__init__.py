@@ -1,1 +1,1 @@
-"""Latency: each model is timed in a process of its own, interleaved with the others."""
+"""Latency benchmarks: each model is timed in its own process, interleaved with the others."""

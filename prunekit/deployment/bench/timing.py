@@ -1,8 +1,7 @@
-"""Timing models beside each other: each in a process of its own, by turns, warm.
+"""Time models side by side: each in its own process, taking turns.
 
-A process for each model keeps the runtimes' threads apart and makes its peak memory its own. The turns are short and go
-round, forwards and backwards, so that whatever the machine does meanwhile meets all alike. A product of two float32
-matrices takes its turn too: what the machine can compute at that hour.
+Short turns, forwards and backwards in order, expose all models to the same disturbances. A float32 matrix product takes
+turns too, as a measure of the machine's speed at that time.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ import prunekit
 from prunekit.deployment.bench.worker import MATRIX
 from prunekit.errors import PrunekitError
 
-Kind = Literal["torch", "compiled", "onnxruntime", "openvino", "matrix"]
-TURN = 0.25  # seconds, about
-LEAST = 3  # calls a turn
-REST = 0.02  # seconds between turns: threads that wait by spinning fall asleep
+Runtime = Literal["torch", "compiled", "onnxruntime", "openvino", "matrix"]
+TURN = 0.25  # seconds, approximately
+MIN_CALLS, MAX_CALLS = 3, 1000  # in a turn
+REST = 0.02  # seconds between turns, until spinning threads sleep
 
 
 @dataclass(frozen=True)
 class BenchJob:
-    """One model at one shape of input, (batch, 3, size, size), on so many threads.
+    """One model with inputs (batch, 3, size, size) on a number of threads.
 
     Attributes:
         name: for messages.
-        kind: what runs it.
-        path: its file (see :mod:`prunekit.deployment.bench.model_transfer`, or ``.onnx``, ``.xml``); none for the matrix
-            product.
+        runtime: what runs it.
+        path: the file: ``.onnx``, ``.xml``, or one of :mod:`prunekit.deployment.bench.model_transfer`; None for the
+            matrix product.
         precision: "float32" or "bf16".
     """
 
     name: str
-    kind: Kind
+    runtime: Runtime
     path: Path | None
     batch: int
     size: int
@@ -51,21 +50,25 @@ class BenchJob:
     precision: str = "float32"
 
     @property
-    def process(self) -> tuple[Any, ...]:
-        """Jobs that agree in this share a process."""
-        return self.kind, self.path, self.precision
+    def shape(self) -> tuple[int, int, int]:
+        return self.batch, self.size, self.threads
+
+    @property
+    def worker_key(self) -> tuple[Any, ...]:
+        """Jobs with the same key share a process."""
+        return self.runtime, self.path, self.precision
 
 
 @dataclass
 class Timing:
-    """What was measured of a job.
+    """Measurements of a job.
 
     Attributes:
         milliseconds: of each call.
-        peak_mb: the largest resident memory of a process that does nothing else, libraries included, in 10⁶ bytes.
-        base_mb: what it held with its runtime imported and the model read, before the first call.
-        cores: process time ÷ wall time; with t threads at work it is near t, and not above.
-        error: why there is nothing.
+        peak_mb: peak resident memory of the process, libraries included, in 10⁶ bytes.
+        base_mb: resident memory before the first call, with the runtime imported and the model read.
+        cores: process time ÷ wall time; at most the number of threads.
+        error: why there are no measurements.
     """
 
     milliseconds: list[float] = field(default_factory=list)
@@ -83,77 +86,72 @@ class Timing:
 
 
 def measure(jobs: Sequence[BenchJob], seconds: float) -> tuple[list[Timing], dict[int, float]]:
-    """Time jobs by turns: those of one shape and number of threads beside each other, one such set after the other.
+    """Time jobs. Those with the same shape and number of threads take turns; such sets follow one another.
 
     Args:
-        seconds: of timed calls for each job, at least; every job has two turns or more.
+        seconds: minimum total time of the timed calls of each job. Every job has at least two turns.
 
     Returns:
-        the timings, in the jobs' order; and for each number of threads the rate of a float32 matrix product (1024³),
-        in GFLOP/s, timed in turns with the rest.
+        the timings, in the order of the jobs; and number of threads → rate of a float32 1024³ matrix product in
+        GFLOP/s, timed in turns with the jobs.
     """
     timings = [Timing() for _ in jobs]
     workers: dict[tuple[Any, ...], _Worker] = {}
     products: dict[int, list[float]] = {}
-    # Small inputs first: where the system cannot forget a peak, the larger one is still told.
-    shapes = sorted({(job.batch * job.size**2, job.batch, job.size, job.threads) for job in jobs})
+    # Small inputs first: where the system cannot reset a peak, the peak of larger ones is still right.
+    shapes = sorted({job.shape for job in jobs}, key=lambda shape: (shape[0] * shape[1] ** 2, *shape))
     try:
-        for _, batch, size, threads in shapes:
-            shape = (batch, size, threads)
-            matrix = BenchJob("matrix product", "matrix", None, *shape)
+        for shape in shapes:
             product = Timing()
-            chosen = [(j, t) for j, t in zip(jobs, timings, strict=True) if (j.batch, j.size, j.threads) == shape]
-            _together([*chosen, (matrix, product)], workers, seconds)
+            turns = [(job, timing) for job, timing in zip(jobs, timings, strict=True) if job.shape == shape]
+            turns.append((BenchJob("matrix product", "matrix", None, *shape), product))
+            _take_turns(turns, workers, seconds)
             if product.error:
                 raise PrunekitError(f"the matrix product cannot be timed: {product.error}")
-            products.setdefault(threads, []).extend(product.milliseconds)
+            products.setdefault(shape[2], []).extend(product.milliseconds)
     finally:
         for worker in workers.values():
             worker.close()
     return timings, {t: 2 * MATRIX**3 / float(np.median(ms)) / 1e6 for t, ms in products.items()}
 
 
-def _together(
-    chosen: Sequence[tuple[BenchJob, Timing]], workers: dict[tuple[Any, ...], _Worker], seconds: float
+def _take_turns(
+    jobs: Sequence[tuple[BenchJob, Timing]], workers: dict[tuple[Any, ...], _Worker], seconds: float
 ) -> None:
-    ready: list[tuple[BenchJob, Timing, _Worker, int]] = []
-    for job, timing in chosen:
-        if job.process not in workers:
-            workers[job.process] = _Worker(job)
-        worker = workers[job.process]
+    ready: list[tuple[Timing, _Worker, int]] = []
+    for job, timing in jobs:
+        if job.worker_key not in workers:
+            workers[job.worker_key] = _Worker(job)
+        worker = workers[job.worker_key]
         try:
-            took = worker.ask("prepare", batch=job.batch, size=job.size, threads=job.threads)["seconds"]
-        except _Failed as error:
+            took = worker.request("prepare", batch=job.batch, size=job.size, threads=job.threads)["seconds"]
+        except _WorkerError as error:
             timing.error = str(error)
             continue
         timing.base_mb = worker.base_mb
-        ready.append((job, timing, worker, min(max(LEAST, math.ceil(TURN / max(took, 1e-6))), 1000)))
-    spent = [0.0] * len(ready)
+        ready.append((timing, worker, min(max(MIN_CALLS, math.ceil(TURN / max(took, 1e-6))), MAX_CALLS)))
     rounds = 0
-    while rounds < 2 or any(s < seconds for s in spent):
-        places = range(len(ready)) if rounds % 2 == 0 else reversed(range(len(ready)))
-        for place in places:
-            _job, timing, worker, calls = ready[place]
+    while rounds < 2 or any(not timing.error and sum(timing.milliseconds) < 1000 * seconds for timing, *_ in ready):
+        for timing, worker, calls in ready if rounds % 2 == 0 else reversed(ready):
             if timing.error:
                 continue
             time.sleep(REST)
             try:
-                found = worker.ask("turn", calls=calls)
-            except _Failed as error:
-                timing.error, spent[place] = str(error), math.inf
+                result = worker.request("run_turn", calls=calls)
+            except _WorkerError as error:
+                timing.error = str(error)
                 continue
-            timing.milliseconds += found["ms"]
-            timing.peak_mb, timing.cores = max(timing.peak_mb, found["peak_mb"]), found["cores"]
-            spent[place] += sum(found["ms"]) / 1000
+            timing.milliseconds += result["ms"]
+            timing.peak_mb, timing.cores = max(timing.peak_mb, result["peak_mb"]), result["cores"]
         rounds += 1
 
 
-class _Failed(Exception):
-    """A worker could not do what it was asked."""
+class _WorkerError(Exception):
+    """A worker could not answer a request."""
 
 
 class _Worker:
-    """A process of :mod:`prunekit.deployment.bench.worker` with its model."""
+    """A process of :mod:`prunekit.deployment.bench.worker` with the model of a job."""
 
     def __init__(self, job: BenchJob):
         # The package may be imported from a folder that is not installed.
@@ -169,26 +167,25 @@ class _Worker:
         self.base_mb = 0.0
         self._error: str | None = None
         try:
-            found = self.ask("load", kind=job.kind, path=job.path and str(job.path), precision=job.precision)
-            self.base_mb = found["base_mb"]
-        except _Failed as error:
-            # Told by whoever asks next.
-            self._error = str(error)
+            path = job.path and str(job.path)
+            self.base_mb = self.request("load", runtime=job.runtime, path=path, precision=job.precision)["base_mb"]
+        except _WorkerError as error:
+            self._error = str(error)  # Raised by the next request.
 
-    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+    def request(self, method: str, **arguments: Any) -> dict[str, Any]:
         if self._error:
-            raise _Failed(self._error)
+            raise _WorkerError(self._error)
         try:
-            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self._process.stdin.write(json.dumps({"method": method, **arguments}) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except OSError:
             line = ""
         if not line:
-            raise _Failed(f"its process ended with status {self._process.wait()}")
+            raise _WorkerError(f"its process ended with status {self._process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise _Failed(answer["error"])
+            raise _WorkerError(answer["error"])
         return answer
 
     def close(self) -> None:

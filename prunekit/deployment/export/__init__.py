@@ -1,1 +1,1 @@
-"""ONNX, OpenVINO and pt2 files, quantization, and the comparison of a file with its model."""
+"""Export to ONNX, OpenVINO and pt2, quantization, and the comparison of a file with its model."""

@@ -1,4 +1,4 @@
-"""ONNX: one file that needs no prunekit, with dynamic height and width."""
+"""Export to ONNX: one file with dynamic batch size, height and width."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.deployment.export.onnx_writer import Unknown, emit
-from prunekit.deployment.export.subnormals import flush_tensor, subnormal_count
-from prunekit.deployment.export.validate import largest_difference
-from prunekit.deployment.form import Deployed
-from prunekit.deployment.graph import Graph
+from prunekit.deployment.deployed_model import DeployedModel
+from prunekit.deployment.export.onnx_writer import OPSET, UnsupportedOpError, graph_to_onnx
+from prunekit.deployment.export.subnormals import flush_subnormals, subnormal_count
+from prunekit.deployment.export.validate import max_abs_difference
+from prunekit.deployment.graph import InferenceGraph
 from prunekit.errors import ExportError
-
-OPSET = 20
 
 
 def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The model as one ONNX file: input ``image``, output ``output``; the batch, height and width are free.
+    """Export a model to one ONNX file with the input ``image`` and the output ``output``.
 
-    No source path and no trace of this machine is left in the file, and no number in it is subnormal.
+    The file has no source paths and no subnormal numbers.
 
     Args:
         model: in float32; a copy of it is exported, in eval mode, on the CPU.
-        example: an input: (N, C, H, W) float32, or (N, H, W, C) uint8 for a model that takes pictures.
+        example: an input: (N, C, H, W) float32, or (N, H, W, C) uint8 for a model with preprocessing.
         metadata: written into the file's ``metadata_props``.
 
     Raises:
@@ -39,12 +37,14 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] |
     """
     import onnx
 
-    written = _written(model, example)
-    if written is not None:
-        return finalize(written, metadata or {})
-    model, example = simplify_for_export(model, example)
+    if isinstance(model, DeployedModel) and example.is_floating_point():
+        try:
+            return finalize(graph_to_onnx(InferenceGraph(model.network, example)), metadata or {})
+        except (UnsupportedOpError, ExportError):
+            pass  # torch.onnx supports more operations.
+    model, example = prepare_for_export(model, example)
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    with add_metadata("ONNX", "onnx"), quiet(loggers), tempfile.TemporaryDirectory() as folder:
+    with export_errors("ONNX", "onnx"), silence(loggers), tempfile.TemporaryDirectory() as folder:
         program = torch.onnx.export(
             model,
             (example,),
@@ -52,7 +52,7 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] |
             opset_version=OPSET,
             input_names=["image"],
             output_names=["output"],
-            dynamic_shapes=(free_axes(example),),
+            dynamic_shapes=(dynamic_axes(example),),
             external_data=False,
             verbose=False,
         )
@@ -62,55 +62,39 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] |
     return finalize(file, metadata or {})
 
 
-def _written(model: nn.Module, example: Tensor) -> object | None:
-    """A deployed model, operation by operation; None for any other, and where only torch.onnx can write it."""
-    if not isinstance(model, Deployed) or not example.is_floating_point():
-        return None
-    try:
-        return emit(Graph(model.network, example))
-    except (Unknown, ExportError):
-        return None
-
-
 def check_onnx(file: bytes, model: nn.Module, inputs: Sequence[Tensor], name: str = "model.onnx") -> float:
-    """The largest difference between the file in ONNX Runtime and the model in PyTorch, over these inputs; errors as
-    for :func:`prunekit.deployment.export.validate.largest_difference`."""
-    return largest_difference(name, onnx_function(file), model, inputs)
+    """Compare the file in ONNX Runtime with the model; see :func:`.validate.max_abs_difference`."""
+    return max_abs_difference(name, onnx_function(file), model, inputs)
 
 
-def onnx_function(file: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """The file in ONNX Runtime on the CPU, as a function of an input.
-
-    Args:
-        threads: 0 for as many as there are cores.
-    """
+def onnx_function(file: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    """The file in ONNX Runtime on all CPU cores, as a function of an input."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda image: session.run(None, {"image": image})[0]
 
 
-def free_axes(example: Tensor) -> dict[int, object]:
-    """The axes of an input that are free: the batch and, of pictures, height and width."""
-    places = {4: (0, 1, 2) if example.dtype == torch.uint8 else (0, 2, 3)}.get(example.dim(), (0,))
-    return dict.fromkeys(places, torch.export.Dim.DYNAMIC)
+def dynamic_axes(example: Tensor) -> dict[int, object]:
+    """The dynamic axes of an input: the batch and, for images, height and width."""
+    axes = {4: (0, 1, 2) if example.dtype == torch.uint8 else (0, 2, 3)}.get(example.dim(), (0,))
+    return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
 
 
-def simplify_for_export(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """A copy of the model and an input as exporters want them."""
+def prepare_for_export(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of the model for inference on the CPU, and a batch of at least 2 inputs."""
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     example = example.detach().cpu()
     example = example.float() if example.is_floating_point() else example
-    # A batch of one would be taken for a constant.
+    # A batch size of 1 would be exported as a constant.
     return model, torch.cat([example, example]) if len(example) < 2 else example
 
 
 @contextmanager
-def quiet(loggers: Sequence[logging.Logger]) -> Iterator[None]:
-    """Only errors from these loggers, and no warnings."""
+def silence(loggers: Sequence[logging.Logger]) -> Iterator[None]:
+    """Let only errors through from these loggers, and no warnings."""
     levels = [log.level for log in loggers]
     try:
         for log in loggers:
@@ -124,8 +108,8 @@ def quiet(loggers: Sequence[logging.Logger]) -> Iterator[None]:
 
 
 @contextmanager
-def add_metadata(title: str, key: str) -> Iterator[None]:
-    """Whatever an exporter raises, as one line of ours."""
+def export_errors(title: str, key: str) -> Iterator[None]:
+    """Turn any error of an exporter into an ExportError of one line."""
     try:
         yield
     except ExportError:
@@ -138,7 +122,7 @@ def add_metadata(title: str, key: str) -> Iterator[None]:
 
 
 def finalize(file: object, metadata: Mapping[str, str]) -> bytes:
-    """An ONNX model as the bytes of a file: without what it tells of its making, without subnormal numbers, checked."""
+    """Serialize an ONNX model: source information and subnormal numbers removed, metadata added, checked."""
     import onnx
 
     _strip(file)
@@ -147,20 +131,20 @@ def finalize(file: object, metadata: Mapping[str, str]) -> bytes:
     for tensor in _tensors(file):
         values = onnx.numpy_helper.to_array(tensor)
         if subnormal_count(values):
-            tensor.CopyFrom(onnx.numpy_helper.from_array(flush_tensor(values), tensor.name))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(flush_subnormals(values), tensor.name))
     onnx.checker.check_model(file, full_check=True)
     return file.SerializeToString(deterministic=True)
 
 
 def count_subnormals(file: bytes) -> int:
-    """How many subnormal numbers an ONNX file holds."""
+    """The number of subnormal numbers in an ONNX file."""
     import onnx
 
     return sum(subnormal_count(onnx.numpy_helper.to_array(tensor)) for tensor in _tensors(onnx.load_from_string(file)))
 
 
 def _tensors(file: object) -> Iterator[object]:
-    """Every tensor of numbers in a file, be it a weight or a constant."""
+    """All weights and constants, including those of subgraphs."""
     import onnx
 
     graphs = [file.graph]
@@ -174,20 +158,13 @@ def _tensors(file: object) -> Iterator[object]:
 
 
 def _strip(file: object) -> None:
-    """Take out what the exporter tells about the source: paths, line numbers, names of local variables."""
+    """Remove source paths, line numbers and names of local variables."""
     file.producer_version = ""
     del file.metadata_props[:]
     for graph in [file.graph, *file.functions]:
-        for part in [
-            graph,
-            *graph.node,
-            *graph.value_info,
-            *getattr(graph, "input", []),
-            *getattr(graph, "output", []),
-        ]:
+        values = [value for name in ("input", "output", "initializer") for value in getattr(graph, name, [])]
+        for part in [graph, *graph.node, *graph.value_info, *values]:
             if hasattr(part, "metadata_props"):
                 del part.metadata_props[:]
             if hasattr(part, "doc_string"):
                 part.ClearField("doc_string")
-        for tensor in getattr(graph, "initializer", []):
-            tensor.ClearField("doc_string")

@@ -1,4 +1,4 @@
-"""A model with all that stands around it by the published protocol inside one graph: pictures in, maps out."""
+"""Models with preprocessing and postprocessing in the exported graph: images in, maps or probabilities out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from prunekit.tasks.classification import Classification
 from prunekit.tasks.saliency import Saliency
 
 
-class FromImages(nn.Module):
-    """A model behind its preprocessing.
+class PreprocessedModel(nn.Module):
+    """A model that takes images as they are read from a file.
 
-    The images are resized to a square (half-pixel bilinear, no anti-aliasing), ImageNet's mean and deviation are taken
-    out, and the model's logits become what its task gives (:meth:`finish`).
+    Images are resized to a square (bilinear with half-pixel centers, no antialiasing) and normalized with ImageNet's
+    mean and standard deviation.
 
     Args:
         model: takes (N, 3, size, size) float32.
-        size: side of that square, in pixels.
+        size: side of the square in pixels.
 
     Shape:
         input: (N, H, W, 3) uint8, RGB, any H and W.
@@ -34,43 +34,43 @@ class FromImages(nn.Module):
         self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        planes = _resized(image.permute(0, 3, 1, 2).float(), (self.size, self.size))
-        return self.finish(self.model((planes / 255 - self.mean) / self.deviation), image)
+        planes = _resize(image.permute(0, 3, 1, 2).float(), (self.size, self.size))
+        return self.postprocess(self.model((planes / 255 - self.mean) / self.deviation), image)
 
-    def finish(self, logits: Tensor, image: Tensor) -> Tensor:
+    def postprocess(self, logits: Tensor, image: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-class MapFromImages(FromImages):
-    """Saliency: (N, H, W) uint8 maps at the images' own size, 255 for what is salient."""
+class PreprocessedSaliency(PreprocessedModel):
+    """Returns (N, H, W) uint8 maps of the images' own size; 255 is salient."""
 
-    def finish(self, logits: Tensor, image: Tensor) -> Tensor:
-        maps = _resized(torch.sigmoid(logits), (image.shape[1], image.shape[2]))
+    def postprocess(self, logits: Tensor, image: Tensor) -> Tensor:
+        maps = _resize(torch.sigmoid(logits), (image.shape[1], image.shape[2]))
         return (maps[:, 0] * 255).clamp(0, 255).floor().to(torch.uint8)
 
 
-class ProbabilitiesFromImages(FromImages):
-    """Classification: (N, K) float32, the probability of each class."""
+class PreprocessedClassification(PreprocessedModel):
+    """Returns (N, K) float32 probabilities of the classes."""
 
-    def finish(self, logits: Tensor, image: Tensor) -> Tensor:
+    def postprocess(self, logits: Tensor, image: Tensor) -> Tensor:
         return torch.softmax(logits, 1)
 
 
-def add_preprocessing(model: nn.Module, task: Task, size: int) -> FromImages:
-    """The model behind its preprocessing and in front of what its task makes of the logits.
+def add_preprocessing(model: nn.Module, task: Task, size: int) -> PreprocessedModel:
+    """Add the preprocessing of the run, and the postprocessing of its task.
 
     Raises:
-        ExportError: nothing is known of the task's output.
+        ExportError: the task is neither saliency nor classification.
     """
-    for kind, form in ((Saliency, MapFromImages), (Classification, ProbabilitiesFromImages)):
+    for kind, wrapper in ((Saliency, PreprocessedSaliency), (Classification, PreprocessedClassification)):
         if isinstance(task, kind):
-            return form(model, size).eval()
+            return wrapper(model, size).eval()
     raise ExportError(
-        f"--preprocess knows saliency and classification, not {type(task).__name__}; export without it, and prepare "
-        "the images outside"
+        f"--preprocess supports saliency and classification, not {type(task).__name__}; export without it, and "
+        "prepare the images yourself"
     )
 
 
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    # Always, also to the same size: the graph must not depend on the example's.
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    # Even if the size is the same: the graph must not depend on the size of the example.
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

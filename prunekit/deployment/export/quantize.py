@@ -1,8 +1,4 @@
-"""int8 after training: ONNX Runtime's static quantisation, calibrated on data.
-
-Weights get a scale for each channel, and every operator that can be computed in int8 stands between a quantiser and its
-inverse (QDQ), which ONNX Runtime and OpenVINO both read.
-"""
+"""Post-training quantization to int8 with ONNX Runtime, calibrated on data."""
 
 from __future__ import annotations
 
@@ -10,13 +6,10 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from prunekit.deployment.export.onnx import add_metadata, finalize, quiet
-
-Method = Literal["minmax", "entropy", "percentile"]
+from prunekit.deployment.export.onnx import export_errors, finalize, silence
 
 
 def quantize_onnx(
@@ -24,69 +17,53 @@ def quantize_onnx(
     batches: Sequence[np.ndarray],
     metadata: Mapping[str, str] | None = None,
     *,
-    method: Method = "minmax",
     exclude: Callable[[object, object], bool] | None = None,
 ) -> bytes:
-    """A float32 ONNX file in int8.
+    """Quantize a float32 ONNX file in QDQ format, with weights per channel; OpenVINO reads it too.
 
     Args:
         file: from :func:`prunekit.deployment.export.onnx.export_onnx`.
-        batches: inputs of the file to calibrate on, all of one shape.
+        batches: inputs to calibrate on, all of one shape.
         metadata: written into the file.
-        method: how a range is taken from what was seen.
         exclude: (node, model) → whether a node stays in float32.
 
     Raises:
-        ExportError: ONNX Runtime's tools refuse the model.
+        ExportError: ONNX Runtime cannot quantize the model.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import CalibrationDataReader
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter(batches)
+            self.batches = iter(batches)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.left, None)
+            batch = next(self.batches, None)
             return None if batch is None else {"image": batch}
 
-    with add_metadata("int8", "int8"), quiet([logging.getLogger()]), tempfile.TemporaryDirectory() as folder:
-        source, inferred, target = (Path(folder) / f"{name}.onnx" for name in ("source", "inferred", "target"))
-        source.write_bytes(file)
-        quant_pre_process(str(source), str(inferred), skip_symbolic_shape=True)
-        model = onnx.load(str(inferred))
-        for number, node in enumerate(model.graph.node):
-            # Nodes are left out by name, and one that is fused from others may have none.
-            node.name = node.name or f"node_{number}"
-        onnx.save(model, str(inferred))
-        left = [node.name for node in model.graph.node if exclude is not None and exclude(node, model)]
+    with export_errors("int8", "int8"), silence([logging.getLogger()]), tempfile.TemporaryDirectory() as folder:
+        source, inferred, target = (str(Path(folder) / f"{name}.onnx") for name in ("source", "inferred", "target"))
+        Path(source).write_bytes(file)
+        quant_pre_process(source, inferred, skip_symbolic_shape=True)
+        model = onnx.load(inferred)
+        for index, node in enumerate(model.graph.node):
+            node.name = node.name or f"node_{index}"  # Nodes are excluded by name; fused ones may have none.
+        onnx.save(model, inferred)
         quantize_static(
-            str(inferred),
-            str(target),
+            inferred,
+            target,
             Reader(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
-            # Seven bits for weights: without VNNI the products of eight overflow, and are cut off.
-            reduce_range=True,
+            reduce_range=True,  # 7-bit weights: without VNNI, products of 8 bits saturate.
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            calibrate_method={
-                "minmax": CalibrationMethod.MinMax,
-                "entropy": CalibrationMethod.Entropy,
-                "percentile": CalibrationMethod.Percentile,
-            }[method],
-            nodes_to_exclude=left,
+            nodes_to_exclude=[node.name for node in model.graph.node if exclude is not None and exclude(node, model)],
         )
-        found = onnx.load(str(target))
-    return finalize(found, metadata or {})
-
-
-def depthwise(node: object, model: object) -> bool:
-    """Whether a node is a convolution of each channel by itself."""
-    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-    return node.op_type == "Conv" and groups > 1
+        quantized = onnx.load(target)
+    return finalize(quantized, metadata or {})
 
 
 def last_convolution(node: object, model: object) -> bool:

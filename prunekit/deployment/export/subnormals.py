@@ -1,7 +1,4 @@
-"""Subnormal numbers: what weight decay leaves behind, and what more than doubles the time of a CPU.
-
-Setting every |v| below float32's smallest normal number to zero moves no output beyond rounding.
-"""
+"""Subnormal numbers, which weight decay leaves in the weights and CPUs compute with slowly."""
 
 from __future__ import annotations
 
@@ -15,21 +12,19 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def subnormal_count(values: np.ndarray) -> int:
-    """How many of these float32 numbers are subnormal; 0 for an array of another type."""
+    """The number of subnormal float32 numbers; 0 for other dtypes."""
     if values.dtype != np.float32:
         return 0
     return int(((values != 0) & (np.abs(values) < SMALLEST_NORMAL)).sum())
 
 
-def flush_tensor(values: np.ndarray) -> np.ndarray:
-    """The same with zeros in the place of subnormal numbers; the array itself where it has none."""
-    if not subnormal_count(values):
-        return values
+def flush_subnormals(values: np.ndarray) -> np.ndarray:
+    """A float32 array with zeros in place of subnormal numbers."""
     return np.where(np.abs(values) < SMALLEST_NORMAL, np.float32(0), values)
 
 
 def without_subnormals(model: nn.Module) -> nn.Module:
-    """A copy of the model in which no parameter or buffer is subnormal."""
+    """A copy of the model in which no parameter or buffer is subnormal. Its outputs change by rounding only."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

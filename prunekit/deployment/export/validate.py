@@ -1,4 +1,4 @@
-"""A file beside the model that it was made from: do they compute the same?"""
+"""Compare an exported file with its model."""
 
 from __future__ import annotations
 
@@ -11,47 +11,46 @@ from torch import Tensor, nn
 
 from prunekit.errors import ExportError
 
-# Runtimes add in another order, so a file and its model agree in float32's own digits only.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # Runtimes add in another order.
 
 
-def largest_difference(
+def max_abs_difference(
     name: str, compute: Callable[[np.ndarray], np.ndarray], model: nn.Module, inputs: Sequence[Tensor]
 ) -> float:
-    """The largest difference between a file and the model in PyTorch, over these inputs.
+    """The largest difference between the outputs of a file and of its model.
 
     Args:
         name: the file, for messages.
-        compute: what the file gives for an input; an error of its is raised as one of ours.
-        model: gives floats, or levels 0 to 255 as uint8, of which a rounding may move any by one.
-        inputs: a batch each, float32 or uint8.
+        compute: runs the file.
+        model: returns floats, or uint8 levels.
+        inputs: batches, float32 or uint8.
 
     Raises:
-        ExportError: the file cannot be run, gives another type or shape, or differs by more than
-            1e-4 · max(1, max|output|), or by more than one level.
+        ExportError: the file cannot be run, its output has another dtype or shape, or floats differ by more than
+            1e-4 · max(1, max|output|), or levels by more than 1.
     """
     model = copy.deepcopy(model).cpu().eval()
-    worst = 0.0
+    largest = 0.0
     for batch in inputs:
         batch = batch.detach().cpu()
         with torch.inference_mode():
-            wanted = model(batch).numpy()
+            expected = model(batch).numpy()
         shape = "×".join(map(str, batch.shape))
         try:
-            given = compute(batch.numpy())
+            output = compute(batch.numpy())
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ExportError(f"{name} cannot be run on an input of {shape}: {reason}") from error
-        if given.shape != wanted.shape or given.dtype != wanted.dtype:
+        if output.shape != expected.shape or output.dtype != expected.dtype:
             raise ExportError(
-                f"{name} gives {given.dtype} {given.shape} for an input of {shape}, the model {wanted.dtype} "
-                f"{wanted.shape}"
+                f"{name} returns {output.dtype} {output.shape} for an input of {shape}, the model {expected.dtype} "
+                f"{expected.shape}"
             )
-        levels = wanted.dtype == np.uint8
-        gap = float(np.abs(given.astype(np.float64) - wanted.astype(np.float64)).max())
-        worst = max(worst, gap)
-        if not gap <= (1 if levels else TOLERANCE * max(1.0, float(np.abs(wanted).max()))):
+        levels = expected.dtype == np.uint8
+        difference = float(np.abs(output.astype(np.float64) - expected.astype(np.float64)).max())
+        largest = max(largest, difference)
+        if not difference <= (1 if levels else TOLERANCE * max(1.0, float(np.abs(expected).max()))):
             raise ExportError(
-                f"{name} differs from the model by {gap:.2g}{' levels' if levels else ''} on an input of {shape}"
+                f"{name} differs from the model by {difference:.2g}{' levels' if levels else ''} on an input of {shape}"
             )
-    return worst
+    return largest

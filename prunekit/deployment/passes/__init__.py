@@ -1,1 +1,1 @@
-"""Graph passes. Each takes a traced graph and rewrites it into an equivalent, faster one."""
+"""Graph passes: each rewrites an ``InferenceGraph`` in place into an equivalent, faster one."""

@@ -1,8 +1,7 @@
-"""Paths merged: poolings computed once, convolutions that meet in a sum or read the same input made one.
+"""Passes: merge convolutions and pooling that share an input or an output.
 
-A gOctConv as one convolution a path reads each input once for every output, and writes each output once for every
-input. Two paths at one resolution that meet in a sum are one convolution of their concatenated inputs; two that read
-the same input are one with their outputs side by side.
+A gOctConv with one convolution for each path reads each input once for every output, and writes each output once for
+every input.
 """
 
 from __future__ import annotations
@@ -11,140 +10,139 @@ from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from prunekit.deployment.graph import PURE, Graph, pooling
+from prunekit.deployment.graph import PURE_FUNCTIONS, InferenceGraph, parse_pooling
 from prunekit.deployment.passes.fold_norms import set_weights
 
 
-def share_poolings(graph: Graph) -> int:
-    """Compute poolings and up-samplings of the same thing once, and a max-pooling by 4 from that by 2, where there is
-    one; how many were saved or made smaller."""
-    saved = _common(graph)
+def share_pooling(graph: InferenceGraph) -> int:
+    """Compute equal pooling and upsampling calls once, and max-pooling by 2k from the result of max-pooling by k.
+
+    The second applies to square windows without overlap and with ``ceil_mode``.
+
+    Returns:
+        the number of calls that were removed or made smaller.
+    """
+    saved = _merge_equal_calls(graph)
     pools: dict[tuple[fx.Node, int], fx.Node] = {}
     for node in graph.nodes:
-        if not graph.is_call(node, [F.max_pool2d]):
+        if not graph.is_function(node, [F.max_pool2d]):
             continue
-        pool = pooling(node)
-        if pool is None or not pool.ceil or pool.stride != pool.kernel or len(set(pool.kernel)) > 1:
+        pool = parse_pooling(node)
+        if pool is None or not pool.ceil_mode or pool.stride != pool.kernel or len(set(pool.kernel)) > 1:
             continue
         kernel = pool.kernel[0]
         half = pools.get((node.args[0], kernel // 2)) if kernel % 2 == 0 else None
         pools[node.args[0], kernel] = node
         if half is not None:
-            # With sides rounded up, the windows of windows are the windows.
             node.args, node.kwargs = (half, 2), {"ceil_mode": True}
             saved += 1
-    graph.finish()
+    graph.recompile()
     return saved
 
 
-def _common(graph: Graph) -> int:
-    """One node for all that call the same pure function of the same things."""
+def _merge_equal_calls(graph: InferenceGraph) -> int:
     seen: dict[Hashable, fx.Node] = {}
     saved = 0
     for node in graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
         arithmetic = node not in graph.shapes and node.op == "call_function"
-        if not (graph.is_call(node, PURE) or arithmetic):
+        if not (graph.is_function(node, PURE_FUNCTIONS) or arithmetic):
             continue
-        key = repr((node.op, node.target, node.args, sorted(node.kwargs.items())))
+        key = repr((node.target, node.args, sorted(node.kwargs.items())))
         if key in seen:
             saved += node in graph.shapes
-            graph.drop(node, seen[key])
+            graph.replace(node, seen[key])
         else:
             seen[key] = node
     return saved
 
 
-def merge_sums(graph: Graph) -> int:
-    """Make convolutions that meet in a sum one convolution of their concatenated inputs; how many went."""
+def merge_sums(graph: InferenceGraph) -> int:
+    """Merge convolutions whose outputs are added into one convolution of their concatenated inputs.
+
+    Applies to convolutions with the same kernel size, stride, padding and dilation, without groups, whose inputs have
+    the same height and width and whose outputs have no other user.
+
+    Returns:
+        the number of convolutions removed.
+    """
     merged = 0
     for node in graph.nodes:
-        if not graph.is_whole_sum(node):
+        if not graph.is_outermost_sum(node):
             continue
         terms = graph.terms(node)
-        alike: dict[Hashable, list[fx.Node]] = {}
+        mergeable: dict[Hashable, list[fx.Node]] = {}
         for term in terms:
             conv = graph.conv(term)
             if conv is not None and conv.groups == 1 and len(term.users) == 1:
-                alike.setdefault((_kind(conv), graph.shapes[term.args[0]][2:]), []).append(term)
-        rest = list(terms)
-        for convs in alike.values():
-            if len(convs) < 2:
-                continue
-            whole = _joined(graph, node, convs)
-            rest = [term for term in rest if term not in convs]
-            rest.insert(0, whole)
-            merged += len(convs) - 1
-        if len(rest) == len(terms):
-            continue
-        total = rest[0]
-        for term in rest[1:]:
-            with graph.module.graph.inserting_before(node):
-                shape, total = graph.shapes[total], graph.module.graph.call_function(torch.add, (total, term))
-            graph.shapes[total] = shape
-        graph.drop(node, total)
-    graph.finish()
+                mergeable.setdefault((_geometry(conv), graph.shapes[term.args[0]][2:]), []).append(term)
+        new_terms = list(terms)
+        for convs in mergeable.values():
+            if len(convs) > 1:
+                new_terms = [_merge_terms(graph, node, convs), *(term for term in new_terms if term not in convs)]
+        if len(new_terms) < len(terms):
+            merged += len(terms) - len(new_terms)
+            graph.replace(node, graph.insert_sum(node, new_terms))
+    graph.recompile()
     return merged
 
 
-def _joined(graph: Graph, before: fx.Node, nodes: list[fx.Node]) -> fx.Node:
+def _merge_terms(graph: InferenceGraph, before: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     convs = [graph.conv(node) for node in nodes]
     weight = torch.cat([conv.weight for conv in convs], 1)
     biases = [conv.bias for conv in convs if conv.bias is not None]
-    whole = _like(convs[0], weight, torch.stack(biases).sum(0) if biases else None)
+    merged = _conv_like(convs[0], weight, torch.stack(biases).sum(0) if biases else None)
     inputs = [node.args[0] for node in nodes]
-    with graph.module.graph.inserting_before(before):
-        joined = graph.module.graph.call_function(torch.cat, (inputs, 1))
-    n, _, *sides = graph.shapes[inputs[0]]
-    graph.shapes[joined] = (n, weight.shape[1], *sides)
-    made = graph.insert(before, whole, (joined,), f"{nodes[0].target}_sum")
-    graph.shapes[made] = graph.shapes[nodes[0]]
-    return made
+    n, _, *size = graph.shapes[inputs[0]]
+    joined = graph.insert_function(before, torch.cat, (inputs, 1), (n, weight.shape[1], *size))
+    return graph.insert_module(before, merged, (joined,), f"{nodes[0].target}_sum", graph.shapes[nodes[0]])
 
 
-def merge_inputs(graph: Graph) -> int:
-    """Make convolutions that read the same input one with their outputs side by side; how many went."""
+def merge_inputs(graph: InferenceGraph) -> int:
+    """Merge convolutions that read the same input into one with concatenated outputs.
+
+    Applies to convolutions with the same kernel size, stride, padding and dilation, without groups.
+
+    Returns:
+        the number of convolutions removed.
+    """
     merged = 0
     for node in graph.nodes:
-        alike: dict[Hashable, list[fx.Node]] = {}
+        mergeable: dict[Hashable, list[fx.Node]] = {}
         for user in node.users:
             conv = graph.conv(user)
             if conv is not None and conv.groups == 1:
-                alike.setdefault(_kind(conv), []).append(user)
-        for users in alike.values():
+                mergeable.setdefault(_geometry(conv), []).append(user)
+        for users in mergeable.values():
             if len(users) > 1:
-                _side_by_side(graph, sorted(users, key=graph.nodes.index))
+                _merge_readers(graph, sorted(users, key=graph.nodes.index))
                 merged += len(users) - 1
-    graph.finish()
+    graph.recompile()
     return merged
 
 
-def _side_by_side(graph: Graph, nodes: list[fx.Node]) -> None:
-    convs = [graph.conv(node) for node in nodes]
+def _merge_readers(graph: InferenceGraph, nodes: list[fx.Node]) -> None:
+    first, convs = nodes[0], [graph.conv(node) for node in nodes]
     weight = torch.cat([conv.weight for conv in convs])
     bias = None
     if any(conv.bias is not None for conv in convs):
         bias = torch.cat([torch.zeros(c.out_channels) if c.bias is None else c.bias for c in convs])
-    made = graph.insert(nodes[0], _like(convs[0], weight, bias), nodes[0].args, f"{nodes[0].target}_both")
-    n, _, *sides = graph.shapes[nodes[0]]
-    graph.shapes[made] = (n, len(weight), *sides)
+    n, _, *size = graph.shapes[first]
+    merged = _conv_like(convs[0], weight, bias)
+    whole = graph.insert_module(first, merged, first.args, f"{first.target}_both", (n, len(weight), *size))
     start = 0
     for node, conv in zip(nodes, convs, strict=True):
-        with graph.module.graph.inserting_after(made):
-            part = graph.module.graph.call_function(torch.narrow, (made, 1, start, conv.out_channels))
-        graph.shapes[part] = graph.shapes[node]
+        part = graph.insert_function(node, torch.narrow, (whole, 1, start, conv.out_channels), graph.shapes[node])
+        graph.replace(node, part)
         start += conv.out_channels
-        graph.drop(node, part)
 
 
-def _kind(conv: nn.Conv2d) -> Hashable:
+def _geometry(conv: nn.Conv2d) -> Hashable:
     return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def _like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
-    made = nn.Conv2d(1, 1, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False)
-    set_weights(made, weight, bias)
-    return made
+def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    new = nn.Conv2d(1, 1, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False)
+    set_weights(new, weight, bias)
+    return new

@@ -1,71 +1,85 @@
-"""Channels padded with zeros to a multiple of what the processor's vectors hold.
+"""Pass: pad channels with zeros to a multiple of the processor's vector width.
 
-Learned channel counts are odd numbers, and convolutions in channels-last or blocked memory pay for every channel that
-fills no whole vector. A padded channel is zero from the convolution that makes it to the weights, zero too, that read
-it; so nothing changes but the speed.
+A padded channel is zero: the weights and biases that compute it are zero, and so are the weights that read it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from prunekit.deployment.graph import POOLS, Graph, is_depthwise
+from prunekit.deployment.graph import POOLS, InferenceGraph, is_depthwise
 from prunekit.deployment.passes.fold_norms import set_weights
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the channels of a value stand: ``places[c]`` of ``width``."""
+    """Positions of the original channels among the ``width`` channels of a padded value."""
 
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     width: int
 
     @staticmethod
-    def plain(channels: int, padding: int = 0) -> _Layout:
+    def contiguous(channels: int, padding: int = 0) -> _Layout:
         return _Layout(tuple(range(channels)), channels + padding)
+
+    @staticmethod
+    def concatenated(parts: list[_Layout]) -> _Layout:
+        positions: list[int] = []
+        width = 0
+        for part in parts:
+            positions += [width + position for position in part.positions]
+            width += part.width
+        return _Layout(tuple(positions), width)
 
     @property
     def padded(self) -> bool:
-        return self.width > len(self.places)
+        return self.width > len(self.positions)
+
+    def scatter(self, value: Tensor, dim: int) -> Tensor:
+        """Move a tensor's channels to their positions; the others are zero."""
+        shape = list(value.shape)
+        shape[dim] = self.width
+        return value.new_zeros(shape).index_copy(dim, torch.tensor(self.positions), value)
 
 
-class _Conflict(Exception):
-    """A value cannot be padded where these nodes read it."""
+class _ConflictError(Exception):
+    """These values cannot be padded because of a node that reads them."""
 
     def __init__(self, *values: fx.Node):
         self.values = values
 
 
-def pad_channels(graph: Graph, multiple: int) -> int:
-    """Pad the output channels of convolutions to multiples of ``multiple``; how many channels were added.
+def pad_channels(graph: InferenceGraph, multiple: int) -> int:
+    """Pad the output channels of convolutions to multiples of ``multiple``.
 
-    Values that something else reads than convolutions, PReLUs, ReLUs, poolings, up-samplings, sums and concatenations
-    stay as they are.
+    Concatenated convolutions are padded together. A value stays as it is if it is read by anything but convolutions,
+    PReLU, ReLU, pooling, upsampling, sums and concatenations, or if the terms of a sum would have different layouts.
+
+    Returns:
+        the number of channels added.
     """
-    padding = _wanted(graph, multiple)
+    padding = _padding(graph, multiple)
     while True:
         try:
             layouts = _layouts(graph, padding)
             break
-        except _Conflict as conflict:
+        except _ConflictError as conflict:
             for value in conflict.values:
                 for source in _sources(graph, value):
                     padding.pop(source, None)
-    for node in graph.nodes:
-        _widen(graph, node, layouts)
     for node, layout in layouts.items():
-        n, _, *sides = graph.shapes[node]
-        graph.shapes[node] = (n, layout.width, *sides)
+        _pad_weights(graph, node, layouts)
+        n, _, *size = graph.shapes[node]
+        graph.shapes[node] = (n, layout.width, *size)
     return sum(padding.values())
 
 
-def _wanted(graph: Graph, multiple: int) -> dict[fx.Node, int]:
-    """How many channels to add to each convolution."""
+def _padding(graph: InferenceGraph, multiple: int) -> dict[fx.Node, int]:
+    """Convolution → number of channels to add, before conflicts are resolved."""
     padding = {}
     for node in graph.nodes:
         conv = graph.conv(node)
@@ -73,95 +87,73 @@ def _wanted(graph: Graph, multiple: int) -> dict[fx.Node, int]:
             padding[node] = -conv.out_channels % multiple
     for node in graph.nodes:
         if graph.is_cat(node) and all(part in padding and len(part.users) == 1 for part in node.args[0]):
-            # Side by side they fill vectors together: the dilations of one branch have a few channels each.
+            # Together, because dilated branches have only a few channels each.
             total = sum(graph.conv(part).out_channels for part in node.args[0])
             padding |= dict.fromkeys(node.args[0], 0)
             padding[node.args[0][-1]] = -total % multiple
     return {node: count for node, count in padding.items() if count}
 
 
-def _layouts(graph: Graph, padding: dict[fx.Node, int]) -> dict[fx.Node, _Layout]:
-    """The layout of every value of four dimensions.
-
-    Raises:
-        _Conflict: a padded value where nothing is known of what reads it, or sides of a sum that differ.
-    """
+def _layouts(graph: InferenceGraph, padding: dict[fx.Node, int]) -> dict[fx.Node, _Layout]:
+    """The layout of every value with 4 dimensions; raises _ConflictError."""
     layouts: dict[fx.Node, _Layout] = {}
     for node in graph.nodes:
         conv = graph.conv(node)
-        read = [value for value in node.all_input_nodes if value in layouts]
-        if conv is not None and is_depthwise(conv):
+        if conv is not None and conv.groups == 1:
+            layouts[node] = _Layout.contiguous(conv.out_channels, padding.get(node, 0))
+        elif _keeps_channels(graph, node) and node.args[0] in layouts:
             layouts[node] = layouts[node.args[0]]
-        elif conv is not None and conv.groups == 1:
-            layouts[node] = _Layout.plain(conv.out_channels, padding.get(node, 0))
         elif graph.is_add(node):
-            sides = [layouts.get(side) for side in node.args]
-            if sides[0] != sides[1]:
-                raise _Conflict(*node.args)
-            if sides[0] is not None:
-                layouts[node] = sides[0]
+            first, second = (layouts.get(side) for side in node.args)
+            if first != second:
+                raise _ConflictError(*node.args)
+            if first is not None:
+                layouts[node] = first
         elif graph.is_cat(node):
-            layouts[node] = _side_by_side([layouts[part] for part in node.args[0]])
-        elif _channelwise(graph, node):
-            layouts[node] = layouts[node.args[0]]
+            layouts[node] = _Layout.concatenated([layouts[part] for part in node.args[0]])
         else:
-            held = [value for value in read if layouts[value].padded and not _asks_sides(node)]
-            if held:
-                raise _Conflict(*held)
+            padded = [value for value in node.all_input_nodes if value in layouts and layouts[value].padded]
+            if padded and not _reads_size(node):
+                raise _ConflictError(*padded)
             if len(graph.shapes.get(node, ())) == 4:
-                layouts[node] = _Layout.plain(graph.shapes[node][1])
+                layouts[node] = _Layout.contiguous(graph.shapes[node][1])
     return layouts
 
 
-def _side_by_side(parts: list[_Layout]) -> _Layout:
-    places: list[int] = []
-    width = 0
-    for part in parts:
-        places += [width + place for place in part.places]
-        width += part.width
-    return _Layout(tuple(places), width)
+def _keeps_channels(graph: InferenceGraph, node: fx.Node) -> bool:
+    """Whether each output channel depends on its own input channel only, and zero gives zero."""
+    conv = graph.conv(node)
+    return (
+        (conv is not None and is_depthwise(conv))
+        or graph.module_of(node, nn.PReLU) is not None
+        or graph.is_function(node, {*POOLS, F.interpolate, F.relu})
+    )
 
 
-def _channelwise(graph: Graph, node: fx.Node) -> bool:
-    """Whether zero channels stay zero in it and touch no others."""
-    return graph.called(node, nn.PReLU) is not None or graph.is_call(node, {*POOLS, F.interpolate, F.relu})
+def _reads_size(node: fx.Node) -> bool:
+    """Whether the node reads only the height and width of a value, as ``x.shape[-2]`` does."""
+    indices = [user.args[1:] for user in node.users]
+    return node.target in (getattr, "size") and all(index in ((-1,), (-2,), (2,), (3,)) for index in indices)
 
 
-def _asks_sides(node: fx.Node) -> bool:
-    """Whether the node looks at the height and width of a value alone: ``x.shape`` and what is taken of it."""
-    taken = [user.args[1:] for user in node.users]
-    return node.target in (getattr, "size") and all(one in ((-1,), (-2,), (2,), (3,)) for one in taken)
+def _sources(graph: InferenceGraph, value: fx.Node) -> list[fx.Node]:
+    """The convolutions that the padding of a value comes from."""
+    if _keeps_channels(graph, value) or graph.is_add(value) or graph.is_cat(value):
+        return [source for part in value.all_input_nodes for source in _sources(graph, part)]
+    return [] if graph.conv(value) is None else [value]
 
 
-def _sources(graph: Graph, value: Any) -> list[fx.Node]:
-    """The convolutions whose padding this value has."""
-    conv = graph.conv(value)
-    if conv is not None and not is_depthwise(conv):
-        return [value]
-    if graph.is_add(value) or graph.is_cat(value) or conv is not None or _channelwise(graph, value):
-        return [source for one in value.all_input_nodes for source in _sources(graph, one)]
-    return []
-
-
-def _widen(graph: Graph, node: fx.Node, layouts: dict[fx.Node, _Layout]) -> None:
-    """Put the weights of a convolution or a PReLU where its channels stand."""
-    conv, prelu = graph.conv(node), graph.called(node, nn.PReLU)
-    if prelu is not None and node in layouts and layouts[node].padded and prelu.num_parameters > 1:
-        prelu.weight = nn.Parameter(_spread(prelu.weight, layouts[node], 0), requires_grad=False)
-        prelu.num_parameters = layouts[node].width
-    if conv is None or node not in layouts:
+def _pad_weights(graph: InferenceGraph, node: fx.Node, layouts: dict[fx.Node, _Layout]) -> None:
+    layout, conv, prelu = layouts[node], graph.conv(node), graph.module_of(node, nn.PReLU)
+    if prelu is not None and layout.padded and prelu.num_parameters > 1:
+        prelu.weight = nn.Parameter(layout.scatter(prelu.weight, 0), requires_grad=False)
+        prelu.num_parameters = layout.width
+    if conv is None:
         return
-    source, target = layouts.get(node.args[0]), layouts[node]
-    weight = conv.weight
+    weight, source = conv.weight, layouts.get(node.args[0])
     if is_depthwise(conv):
-        conv.groups = target.width
+        conv.groups = layout.width
     elif source is not None and source.padded:
-        weight = _spread(weight, source, 1)
-    bias = None if conv.bias is None else _spread(conv.bias, target, 0)
-    set_weights(conv, _spread(weight, target, 0), bias)
-
-
-def _spread(value: Tensor, layout: _Layout, axis: int) -> Tensor:
-    shape = list(value.shape)
-    shape[axis] = layout.width
-    return value.new_zeros(shape).index_copy(axis, torch.tensor(layout.places), value)
+        weight = source.scatter(weight, 1)
+    bias = None if conv.bias is None else layout.scatter(conv.bias, 0)
+    set_weights(conv, layout.scatter(weight, 0), bias)

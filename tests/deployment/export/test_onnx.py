@@ -1,7 +1,7 @@
 import onnx
 import pytest
 import torch
-from helpers.deployed_models import learned
+from helpers.deployed_models import pruned_model
 from torch import nn
 
 from prunekit.deployment.export.onnx import check_onnx, export_onnx
@@ -10,19 +10,19 @@ from prunekit.errors import ExportError
 
 @pytest.fixture(scope="module")
 def exported():
-    # Of paths and branches as a CSNet is, and of a tenth of its nodes, which is what torch.onnx takes its time for.
-    model, example = learned("octresnet", 1, depth=8, width=8)
+    # It has paths and branches as CSNet has, with a tenth of the nodes: torch.onnx is slow.
+    model, example = pruned_model("octresnet", 1, depth=8, width=8)
     return model, export_onnx(model, example)
 
 
-def test_any_batch_and_size_as_in_pytorch(exported):
+def test_outputs_match_pytorch_at_any_batch_and_size(exported):
     model, file = exported
     sizes = [(4, 32, 32), (1, 32, 32), (2, 61, 75), (1, 33, 47), (3, 224, 160)]
     inputs = [torch.randn(n, 3, h, w) for n, h, w in sizes]
     assert check_onnx(file, model, inputs) < 1e-4
 
 
-def test_one_file_without_paths(exported):
+def test_file_has_dynamic_axes_and_no_source_paths(exported):
     _, file = exported
     for word in (b"/prunekit", b".py", b"site-packages", b"stack_trace", b"/tmp"):
         assert word not in file
@@ -32,14 +32,14 @@ def test_one_file_without_paths(exported):
     assert not any(tensor.external_data for tensor in graph.initializer)
 
 
-def test_a_file_that_computes_something_else_is_refused(exported):
+def test_file_of_another_model_is_rejected(exported):
     _model, file = exported
-    other, _ = learned("octresnet", 2, depth=8, width=8)
+    other, _ = pruned_model("octresnet", 2, depth=8, width=8)
     with pytest.raises(ExportError, match="differs from the model"):
         check_onnx(file, other, [torch.randn(1, 3, 32, 32)])
 
 
-def test_what_cannot_be_exported_is_one_line():
+def test_unsupported_operation_is_a_one_line_error():
     class Odd(nn.Module):
         def forward(self, x):
             return x if x.sum() > 0 else -x

@@ -1,17 +1,15 @@
-"""ONNX written from a deployed graph: as torch.onnx would have it, for any size and for one."""
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers.deployed_models import learned
+from helpers.deployed_models import pruned_model
 from torch import nn
 
-from prunekit.deployment.deploy import FORMS
-from prunekit.deployment.export.onnx_writer import Unknown, emit
-from prunekit.deployment.form import Form
-from prunekit.deployment.graph import Graph
+from prunekit.deployment.deploy import CANDIDATES
+from prunekit.deployment.deployed_model import DeployConfig
+from prunekit.deployment.export.onnx_writer import UnsupportedOpError, graph_to_onnx
+from prunekit.deployment.graph import InferenceGraph
 from prunekit.deployment.rewrite import rewrite
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
@@ -25,18 +23,18 @@ def compute(file: onnx.ModelProto, image: torch.Tensor) -> np.ndarray:
     return session.run(None, {"image": image.numpy()})[0]
 
 
-@pytest.mark.parametrize("form", [Form(), FORMS["onnxruntime"][0], Form(8, inputs=True)])
-def test_a_learned_csnet_at_any_size(form):
-    model, example = learned("csnet", 2, width=10)
-    file = emit(rewrite(model, example, form))
+@pytest.mark.parametrize("config", [DeployConfig(), CANDIDATES["onnxruntime"][0], DeployConfig(8, merge_inputs=True)])
+def test_pruned_csnet_at_any_size(config):
+    model, example = pruned_model("csnet", 2, width=10)
+    file = graph_to_onnx(rewrite(model, example, config))
     for shape in ((1, 3, 32, 32), (2, 3, 64, 48), (1, 3, 37, 51)):
         image = torch.randn(*shape)
         assert np.abs(compute(file, image) - model(image).detach().numpy()).max() < 1e-4
 
 
-def test_for_one_size_the_up_samplings_have_factors():
-    model, example = learned("csnet", 0, width=10)
-    file = emit(rewrite(model, example, Form(8)), fixed=True)
+def test_fixed_size_uses_constant_upsampling_factors():
+    model, example = pruned_model("csnet", 0, width=10)
+    file = graph_to_onnx(rewrite(model, example, DeployConfig(8)), fixed_size=True)
     assert not any(node.op_type == "Shape" for node in file.graph.node)
     assert [d.dim_value for d in file.graph.input[0].type.tensor_type.shape.dim] == [0, 3, 32, 32]
     image = torch.randn(3, 3, 32, 32)
@@ -44,12 +42,12 @@ def test_for_one_size_the_up_samplings_have_factors():
 
 
 @pytest.mark.parametrize(("name", "options"), [("octresnet", {"depth": 8, "width": 8}), ("resnet", {"depth": 8})])
-def test_other_backbones(name, options):
-    model, example = learned(name, 0, 0.3, **options)
+def test_resnets(name, options):
+    model, example = pruned_model(name, 0, 0.3, **options)
     try:
-        file = emit(rewrite(model, example, Form(sums=True)))
-    except Unknown as unknown:
-        pytest.fail(f"{unknown} is not written")
+        file = graph_to_onnx(rewrite(model, example, DeployConfig(merge_sums=True)))
+    except UnsupportedOpError as unknown:
+        pytest.fail(f"unsupported: {unknown}")
     image = torch.randn(3, 3, 32, 32)
     assert np.abs(compute(file, image) - model(image).detach().numpy()).max() < 1e-4
 
@@ -63,6 +61,6 @@ def test_other_backbones(name, options):
         nn.Identity(),
     ],
 )
-def test_what_is_not_known_is_said(model):
-    with pytest.raises(Unknown):
-        emit(Graph(model.eval(), torch.zeros(2, 3, 16, 16)))
+def test_unsupported_operations_are_named(model):
+    with pytest.raises(UnsupportedOpError):
+        graph_to_onnx(InferenceGraph(model.eval(), torch.zeros(2, 3, 16, 16)))
