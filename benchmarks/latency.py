@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.commands.bench import FORMS, Files, settled
+from prunekit.commands.bench import FORMS, ModelFiles, estimate_norm_statistics
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.timing import BenchJob, measure
 from prunekit.deployment.export.subnormals import without_subnormals
@@ -47,7 +47,7 @@ def random_slim(width: int, size: int, share: float, seed: int = 0) -> tuple[Rec
         }
     )
     torch.manual_seed(seed)
-    dense = settled(csnet(width=width))
+    dense = estimate_norm_statistics(csnet(width=width))
     generator = torch.Generator().manual_seed(seed)
     groups = find_groups(dense, torch.zeros(1, 3, 64, 64))
     dead = {}
@@ -70,7 +70,7 @@ def of_run(folder: Path) -> tuple[Recipe, dict[str, nn.Module]]:
     run = RunDir.open(folder)
     recipe, name = read_recipe(run), newest_model(run)
     has_dense = run.has("dense/model.safetensors")
-    dense = load_model(run, "dense", recipe) if has_dense else settled(build_dense(recipe))
+    dense = load_model(run, "dense", recipe) if has_dense else estimate_norm_statistics(build_dense(recipe))
     return recipe, {"dense": dense} if name == "dense" else {"dense": dense, "slim": load_model(run, name, recipe)}
 
 
@@ -102,7 +102,7 @@ def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argpa
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             clean = without_subnormals(model).eval().requires_grad_(False)
-            files = Files(name, clean, recipe, Path(folder), reporter).make(args.forms.split(","))
+            files = ModelFiles(name, clean, recipe, Path(folder), reporter).make(args.forms.split(","))
             shape = (args.batch, size, args.threads)
             jobs += [
                 (name, form, BenchJob(f"{name} {form}", kind, path, *shape, precision))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from prunekit.data.datasets import normalise
 from prunekit.deployment.deploy import deploy
 from prunekit.deployment.export.onnx import export_onnx, onnx_function
 from prunekit.deployment.export.openvino import openvino_function
-from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
+from prunekit.deployment.export.quantize import quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import CALIBRATION, Computed, with_data
@@ -76,7 +75,7 @@ class Forms:
                 train = self.work.tensors("train")
                 places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
                 batches = [normalise(train.images[int(i)][None]).numpy() for i in places]
-                file = quantize_onnx(file, batches, exclude=last_convolution)
+                file = quantize_onnx(file, batches)
             self.files[key] = file
         return self.files[key]
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from prunekit.backbones import build
-from prunekit.commands.bench import settled
+from prunekit.commands.bench import estimate_norm_statistics
 from prunekit.deployment.bench.model_transfer import pack_model
 from prunekit.deployment.bench.timing import BenchJob, measure
 from prunekit.deployment.deploy import deploy
@@ -66,12 +66,12 @@ def grow(points: Sequence[tuple[int, Builder, int, int]], args: argparse.Namespa
     jobs, macs = [], []
     with tempfile.TemporaryDirectory() as folder:
         for place, (_, builder, size, batch) in enumerate(points):
-            model = settled(build(builder.name, builder.options)).requires_grad_(False)
+            model = estimate_norm_statistics(build(builder.name, builder.options)).requires_grad_(False)
             macs.append(batch * total(count_modules(model, (3, size, size))[0])["macs"])
             example = torch.randn(2, 3, size, size)
             for form in FORMS:
                 path = Path(folder) / f"{place}-{form}.safetensors"
-                chosen = None if form == "eager" else deploy(model, example)[1].form
+                chosen = None if form == "eager" else deploy(model, example)[1].config
                 pack_model(path, model, builder, chosen, (3, size, size))
                 jobs.append(BenchJob(f"{form} {place}", "torch", path, batch, size, args.threads))
         timings, _ = measure(jobs, args.seconds)

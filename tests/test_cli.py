@@ -303,7 +303,7 @@ def test_a_failing_plugin_stops_no_command(call, monkeypatch):
     monkeypatch.setattr(registry, "_plugins", registry._Plugins())
     monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: [point])
     status, out, error = call("groups", recipe())
-    assert status == 0 and "groups can be cut" in out
+    assert status == 0 and "groups can be pruned" in out
     assert one_line(error) and "plugin 'bad' of bad-dist failed to load" in error
 
 

@@ -68,8 +68,8 @@ def test_its_recipe_runs_to_the_end(installed):
     out = installed("run", "package/mobile.yaml", *tiny)
     kept, of = map(int, re.search(r"slim: (\d+) of (\d+) channels kept.*equivalence check passed", out).groups())
     assert 0 < kept < of and "run (complete)" in out
-    living = " ".join(installed("groups", "run", "--model", "dense").split())
-    assert "8 of 10 groups can be cut" in living and "live (effective gate above 0.99)" in living
+    output = " ".join(installed("groups", "run", "--model", "dense").split())
+    assert "8 of 10 groups can be pruned" in output and "alive (effective gate above 0.99)" in output
 
 
 def test_the_package_is_set_up_as_such_packages_are():

@@ -1,4 +1,4 @@
-"""How fast a run's models are where they run: what ``prunekit bench`` does."""
+"""``prunekit bench``: time a run's models in PyTorch, ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from prunekit.commands.tables import simple_table
 from prunekit.config.registry import closest_match
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.model_transfer import pack_model
@@ -26,7 +24,7 @@ from prunekit.deployment.bench.timing import BenchJob, Timing, measure
 from prunekit.deployment.deploy import deploy
 from prunekit.deployment.export.onnx import export_onnx
 from prunekit.deployment.export.openvino import import_openvino
-from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
+from prunekit.deployment.export.quantize import quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.errors import ExportError, RecipeError
 from prunekit.flops import count_modules, total
@@ -36,10 +34,24 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.utils.progress import Reporter
 
 BENCH, FORMAT = "bench.json", 1
-FORMS = ("eager", "deployed", "compiled", "ort_plain", "ort", "openvino_plain", "openvino")
-EXTRA = ("deployed_bf16", "openvino_bf16", "ort_int8", "openvino_int8")
-# What lies within this of the ratio of multiply-adds counts as saved time.
-SLACK = 0.15
+# Form → the runtime that runs it, the model or file it runs, the precision. What is compiled or computes in bf16 is
+# deployed without native kernels ("pt2").
+_FORMS = {
+    "eager": ("torch", "eager", "float32"),
+    "deployed": ("torch", "torch", "float32"),
+    "compiled": ("compiled", "pt2", "float32"),
+    "ort_plain": ("onnxruntime", "plain", "float32"),
+    "ort": ("onnxruntime", "onnxruntime", "float32"),
+    "openvino_plain": ("openvino", "plain", "float32"),
+    "openvino": ("openvino", "openvino", "float32"),
+    "deployed_bf16": ("torch", "pt2", "bf16"),
+    "openvino_bf16": ("openvino", "openvino", "bf16"),
+    "ort_int8": ("onnxruntime", "int8", "float32"),
+    "openvino_int8": ("openvino", "int8", "float32"),
+}
+FORMS = tuple(_FORMS)[:7]  # the default
+SLACK = 0.15  # by which the ratio of latencies may exceed the ratio of MACs
+_SHAPE_KEYS = ("batch", "size", "threads")
 
 
 def bench_run(
@@ -53,157 +65,148 @@ def bench_run(
     models: str | None = None,
     seconds: float = 2.0,
 ) -> dict[str, Any]:
-    """Time a run's models in several forms, by turns, print a table and write ``bench.json``.
+    """Time a run's models in several forms, print tables and write ``bench.json``.
 
-    The dense model of a run that has none (an imported slim one) is built from its recipe, untrained: time does not
-    ask what the numbers are.
+    The dense model of a run without one (an imported slim model) is built from its recipe, untrained.
 
     Args:
-        batches, sizes, threads: whole numbers, separated by commas; None: the recipe's size, and all cores.
-        forms: of :data:`FORMS` and :data:`EXTRA`; None for the former.
-        models: of "baseline", "dense", "slim" and "finetuned"; None for the first two.
-        seconds: of timed calls for each row, at least.
+        batches, sizes, threads: integers separated by commas; None for the recipe's size, and all cores.
+        forms: keys of ``_FORMS``; None for :data:`FORMS`.
+        models: of "baseline", "dense", "slim" and "finetuned"; None for "dense" and the slim or newest model.
+        seconds: minimum total time of the timed calls of each row.
 
     Returns:
-        what ``bench.json`` holds.
+        the content of ``bench.json``.
 
     Raises:
         RecipeError: an argument is wrong.
         PrunekitError: the run folder cannot be used.
     """
     reporter = Reporter(console)
-    counts = {"--batch": _numbers("--batch", batches), "--threads": _numbers("--threads", threads or str(_cores()))}
-    chosen = _names("--forms", forms, (*FORMS, *EXTRA)) if forms else list(FORMS)
-    named = _names("--model", models, MODELS) if models else None
+    batch_sizes = _parse_numbers("--batch", batches)
+    thread_counts = _parse_numbers("--threads", threads or str(_cpu_count()))
+    chosen_forms = _parse_names("--forms", forms, tuple(_FORMS)) if forms else list(FORMS)
+    chosen_models = _parse_names("--model", models, MODELS) if models else None
     if not 0 < seconds < math.inf:
-        raise RecipeError(f"--seconds {seconds:g}: give more than 0")
+        raise RecipeError(f"--seconds {seconds:g}: must be above 0")
     with RunDir.open(folder, write=True) as run, tempfile.TemporaryDirectory() as scratch:
         recipe = read_recipe(run)
-        counts["--size"] = _numbers("--size", sizes or str(recipe.data.size))
-        networks = _networks(run, recipe, named, reporter)
-        chosen = _possible(chosen, reporter)
+        image_sizes = _parse_numbers("--size", sizes or str(recipe.data.size))
+        networks = _load_models(run, recipe, chosen_models, reporter)
+        chosen_forms = _available(chosen_forms, reporter)
         jobs: list[tuple[str, str, BenchJob]] = []
         for model, network in networks.items():
             with reporter.spinner(f"preparing {model}"):
-                files = Files(model, network, recipe, Path(scratch), reporter).make(chosen)
+                files = ModelFiles(model, network, recipe, Path(scratch), reporter).make(chosen_forms)
             jobs += [
-                (model, form, BenchJob(f"{model} {form}", kind, path, batch, size, n, precision))
-                for form, (kind, path, precision) in files.items()
-                for batch in counts["--batch"]
-                for size in counts["--size"]
-                for n in counts["--threads"]
+                (model, form, BenchJob(f"{model} {form}", runtime, path, batch, size, n, precision))
+                for form, (runtime, path, precision) in files.items()
+                for batch in batch_sizes
+                for size in image_sizes
+                for n in thread_counts
             ]
         with reporter.spinner(f"timing {len(jobs)} rows"):
             timings, products = measure([job for _, _, job in jobs], seconds)
-        macs = {
+        costs = {
             (model, size): total(count_modules(network, (3, size, size))[0])
             for model, network in networks.items()
-            for size in counts["--size"]
+            for size in image_sizes
         }
         rows = []
         for (model, form, job), timing in zip(jobs, timings, strict=True):
             if timing.error:
-                reporter.info(f"{job.name}, batch {job.batch}, {job.size}×{job.size}: left out: {timing.error}")
+                reporter.info(f"skipped {job.name}, batch {job.batch}, {job.size}×{job.size}: {timing.error}")
             else:
-                rows.append(_row(model, form, job, timing, macs[model, job.size], products[job.threads]))
-        found = {
+                rows.append(_row(model, form, job, timing, costs[model, job.size], products[job.threads]))
+        result = {
             "format": FORMAT,
-            "device": _device(),
+            "device": _processor_name(),
             "rows": rows,
             "matmul_gflops": {str(n): round(rate, 1) for n, rate in products.items()},
             "ratios": ratios(rows),
             "peak": "largest resident memory of a process of its own, libraries included, in 10⁶ bytes",
         }
-        run.write_json(BENCH, found)
-        _into_summary(run, rows, recipe.data.size)
-    _print(found, networks, console)
-    console.print(Text(f"written: {folder / BENCH}"), soft_wrap=True)
-    return found
+        run.write_json(BENCH, result)
+        _update_summary(run, rows, recipe.data.size)
+    _print(result, networks, console)
+    console.print(Text(f"saved to {folder / BENCH}"), soft_wrap=True)
+    return result
 
 
-class Files:
-    """Files of one model for the timed processes.
+class ModelFiles:
+    """Write the files of one model that the timed processes read.
 
     Args:
-        name: the model's.
-        folder: where they go.
+        name: of the model.
+        folder: for the files.
     """
 
     def __init__(self, name: str, network: nn.Module, recipe: Recipe, folder: Path, reporter: Reporter):
         self.name, self.network, self.recipe = name, network, recipe
         self.folder, self.reporter = folder, reporter
-        generator = torch.Generator().manual_seed(0)
-        self.example = torch.randn(2, *input_shape(recipe), generator=generator)
-        self.onnx: dict[str, bytes] = {}
+        self.example = torch.randn(2, *input_shape(recipe), generator=torch.Generator().manual_seed(0))
 
     def make(self, forms: Sequence[str]) -> dict[str, tuple[str, Path, str]]:
-        """Form → what runs it, its file, its precision; a form that cannot be made is said and left out."""
-        out = {}
+        """Return form → (runtime, file, precision). A form that fails is reported and left out."""
+        files = {}
         for form in forms:
+            runtime, source, precision = _FORMS[form]
+            pytorch = runtime in ("torch", "compiled")
+            path = self.folder / f"{self.name}-{source}{'.safetensors' if pytorch else '.onnx'}"
             try:
-                out[form] = self._make(form)
+                if not path.exists() and pytorch:
+                    self._pack(path, source)
+                elif not path.exists():
+                    path.write_bytes(self._export(source))
+                files[form] = runtime, path, precision
             except (ExportError, OSError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                self.reporter.info(f"{self.name} {form}: left out: {reason}")
-        return out
+                self.reporter.info(f"skipped {self.name} {form}: {reason}")
+        return files
 
-    def _make(self, form: str) -> tuple[str, Path, str]:
-        precision = "bf16" if form.endswith("_bf16") else "float32"
-        if form in ("eager", "deployed", "deployed_bf16", "compiled"):
-            # What is compiled, or computes in bf16, is the deployed form without kernels of our own.
-            which = {"eager": "eager", "deployed": "torch"}.get(form, "pt2")
-            path = self.folder / f"{self.name}-{which}.safetensors"
-            if not path.exists():
-                record = None if which == "eager" else deploy(self.network, self.example, runtime=which)[1]
-                form = None if record is None or record.reason else record.form
-                pack_model(path, self.network, _builder(self.recipe), form, input_shape(self.recipe))
-            return ("compiled" if form == "compiled" else "torch"), path, precision
-        kind = "onnxruntime" if form.startswith("ort") else "openvino"
-        which = "plain" if form.endswith("_plain") else "int8" if form.endswith("_int8") else kind
-        path = self.folder / f"{self.name}-{which}.onnx"
-        if not path.exists():
-            path.write_bytes(self._quantised() if which == "int8" else self._exported(which))
-        # OpenVINO reads ONNX as it is, and what it compiles is the same.
-        return kind, path, precision
+    def _pack(self, path: Path, source: str) -> None:
+        record = None if source == "eager" else deploy(self.network, self.example, runtime=source)[1]
+        config = None if record is None or record.fallback_reason else record.config
+        builder = Builder(**self.recipe.backbone.model_dump(mode="json"))
+        pack_model(path, self.network, builder, config, input_shape(self.recipe))
 
-    def _exported(self, which: str) -> bytes:
-        if which not in self.onnx:
-            model = self.network if which == "plain" else deploy(self.network, self.example, runtime=which)[0]
-            self.onnx[which] = export_onnx(model, self.example)
-        return self.onnx[which]
-
-    def _quantised(self) -> bytes:
-        # For its time alone: what int8 costs in accuracy is told by `prunekit export --int8`, on data.
-        batches = [image[None].numpy() for image in self.example]
-        return quantize_onnx(self._exported("int8"), batches, exclude=last_convolution)
+    def _export(self, source: str) -> bytes:
+        model = self.network if source == "plain" else deploy(self.network, self.example, runtime=source)[0]
+        file = export_onnx(model, self.example)
+        if source != "int8":
+            return file
+        # Calibrated on noise, because only its time matters here.
+        return quantize_onnx(file, [image[None].numpy() for image in self.example])
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each slim or fine-tuned row beside the dense one that was measured in the same way: latency, MACs and params as
-    ratios, and whether the first is at most the second and 0.15."""
-    way = ("form", "batch", "size", "threads")
-    dense = {tuple(row[key] for key in way): row for row in rows if row["model"] == "dense"}
+    """Compare each row with the dense row of the same form, batch, size and threads.
+
+    ``within`` is whether the ratio of latencies is at most the ratio of MACs + 0.15.
+    """
+    keys = ("form", *_SHAPE_KEYS)
+    dense_rows = {tuple(row[key] for key in keys): row for row in rows if row["model"] == "dense"}
     out = []
     for row in rows:
-        other = dense.get(tuple(row[key] for key in way))
-        if row["model"] == "dense" or other is None:
+        dense = dense_rows.get(tuple(row[key] for key in keys))
+        if row["model"] == "dense" or dense is None:
             continue
-        found = {key: row[key] / other[key] for key in ("median_ms", "macs", "params")}
+        latency, macs, params = (row[key] / dense[key] for key in ("median_ms", "macs", "params"))
         out.append(
             {
                 "model": row["model"],
-                **{key: row[key] for key in way},
-                "latency_ratio": found["median_ms"],
-                "macs_ratio": found["macs"],
-                "params_ratio": found["params"],
-                "within": found["median_ms"] <= found["macs"] + SLACK,
+                **{key: row[key] for key in keys},
+                "latency_ratio": latency,
+                "macs_ratio": macs,
+                "params_ratio": params,
+                "within": latency <= macs + SLACK,
             }
         )
     return out
 
 
-def settled(model: nn.Module) -> nn.Module:
-    """An untrained model in eval mode whose norms have seen noise: without that its activations run out of range."""
+def estimate_norm_statistics(model: nn.Module) -> nn.Module:
+    """Run an untrained model on noise in training mode, so that its activations stay in range, and set eval mode."""
     model.train()
     with torch.no_grad():
         for _ in range(3):
@@ -211,37 +214,38 @@ def settled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _networks(run: RunDir, recipe: Recipe, named: Sequence[str] | None, reporter: Reporter) -> dict[str, nn.Module]:
+def _load_models(run: RunDir, recipe: Recipe, names: Sequence[str] | None, reporter: Reporter) -> dict[str, nn.Module]:
     newest = newest_model(run)
-    there = [name for name in MODELS if run.has(f"{name}/model.safetensors")]
-    wanted = list(named or dict.fromkeys(("dense", "slim" if "slim" in there else newest)))
-    out = {}
-    for name in wanted:
-        if name in there:
-            out[name] = load_model(run, name, recipe)
+    available = [name for name in MODELS if run.has(f"{name}/model.safetensors")]
+    models = {}
+    for name in names or dict.fromkeys(("dense", "slim" if "slim" in available else newest)):
+        if name in available:
+            model = load_model(run, name, recipe)
         elif name == "dense":
-            reporter.info("dense: this run has none, so the recipe's is built, untrained")
-            out[name] = settled(build_dense(recipe))
+            reporter.info("dense: this run has no dense model; timing an untrained one, built from its recipe")
+            model = estimate_norm_statistics(build_dense(recipe))
         else:
-            raise RecipeError(f"--model {name}: {run.path} has {', '.join(there)}")
-    return {name: without_subnormals(model).eval().requires_grad_(False) for name, model in out.items()}
+            raise RecipeError(f"--model {name}: {run.path} has {', '.join(available)}")
+        models[name] = without_subnormals(model).eval().requires_grad_(False)
+    return models
 
 
-def _possible(forms: Sequence[str], reporter: Reporter) -> list[str]:
-    gone = {}
+def _available(forms: Sequence[str], reporter: Reporter) -> list[str]:
+    """The forms whose tools are installed; the others are reported."""
+    unavailable = []
     if any(form.startswith("openvino") for form in forms):
         try:
             import_openvino()
         except ExportError as error:
-            gone["openvino"] = str(error)
+            reporter.info(f"skipped openvino: {error}")
+            unavailable.append("openvino")
     if "compiled" in forms and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "c++")))):
-        gone["compiled"] = "torch.compile needs a C++ compiler, such as g++"
-    for reason in gone.values():
-        reporter.info(f"left out: {reason}")
-    return [form for form in forms if not form.startswith(tuple(gone) or ("\0",))]
+        reporter.info("skipped compiled: torch.compile needs a C++ compiler, such as g++")
+        unavailable.append("compiled")
+    return [form for form in forms if not form.startswith(tuple(unavailable))]
 
 
-def _row(model: str, form: str, job: BenchJob, timing: Timing, sizes: dict[str, Any], gflops: float) -> dict[str, Any]:
+def _row(model: str, form: str, job: BenchJob, timing: Timing, cost: dict[str, Any], gflops: float) -> dict[str, Any]:
     return {
         "model": model,
         "form": form,
@@ -256,106 +260,83 @@ def _row(model: str, form: str, job: BenchJob, timing: Timing, sizes: dict[str, 
         "base_mb": round(timing.base_mb, 1),
         "cores": round(timing.cores, 2),
         "calls": len(timing.milliseconds),
-        "params": sizes["params"],
-        "macs": sizes["macs"],
-        "limit_ms": round(2 * sizes["macs"] * job.batch / gflops / 1e6, 4),
+        "params": cost["params"],
+        "macs": cost["macs"],
+        "limit_ms": round(2 * cost["macs"] * job.batch / gflops / 1e6, 4),
     }
 
 
-def _into_summary(run: RunDir, rows: Sequence[dict[str, Any]], size: int) -> None:
-    """The latency of the exported file's form, at the recipe's size, the smallest batch and number of threads."""
+def _update_summary(run: RunDir, rows: Sequence[dict[str, Any]], size: int) -> None:
+    """Add the latencies of the exported form, at the recipe's size, the smallest batch and number of threads."""
     export = run.read_json("summary.json").get("export")
     if not isinstance(export, dict) or "path" not in export:
         return
     form = {".onnx": "ort", ".xml": "openvino", ".pt2": "deployed"}.get(Path(export["path"]).suffix)
-    fitting = sorted((r for r in rows if r["form"] == form and r["size"] == size), key=_cost)
-    took: dict[str, float] = {}
-    for row in fitting:
-        took.setdefault(row["model"], row["median_ms"])
-    if took:
-        run.update_summary("export", {**export, "latency_ms": took})
+    latencies: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: (row["batch"], row["threads"])):
+        if row["form"] == form and row["size"] == size:
+            latencies.setdefault(row["model"], row["median_ms"])
+    if latencies:
+        run.update_summary("export", {**export, "latency_ms": latencies})
 
 
-def _cost(row: dict[str, Any]) -> tuple[int, int]:
-    return row["batch"], row["threads"]
-
-
-def _print(found: dict[str, Any], networks: dict[str, nn.Module], console: Console) -> None:
-    rows = found["rows"]
-    one = {key: len({row[key] for row in rows}) == 1 for key in ("batch", "size", "threads")}
-    keys = [key for key in one if not one[key]]
-    same = ", ".join(f"{key} {rows[0][key]}" for key in one if one[key]) if rows else ""
-    console.print(Text(f"{found['device']}{'; ' if same else ''}{same}"), soft_wrap=True)
-    table = _table(["model", "form"], [*keys, "median ms", "p10", "p90", "images/s", "peak MB"])
+def _print(result: dict[str, Any], networks: dict[str, nn.Module], console: Console) -> None:
+    rows = result["rows"]
+    values = {key: sorted({row[key] for row in rows}) for key in _SHAPE_KEYS}
+    columns = [key for key in _SHAPE_KEYS if len(values[key]) > 1]
+    shared = [f"{key} {values[key][0]}" for key in _SHAPE_KEYS if len(values[key]) == 1]
+    console.print(Text("; ".join(filter(None, [result["device"], ", ".join(shared)]))), soft_wrap=True)
+    table = simple_table(["model", "form"], [*columns, "median ms", "p10", "p90", "images/s", "peak MB"])
     previous = None
     for row in rows:
         if previous not in (None, row["model"]):
             table.add_section()
         previous = row["model"]
         figures = [f"{row[key]:.3g}" for key in ("median_ms", "p10_ms", "p90_ms", "images_per_s")]
-        table.add_row(row["model"], row["form"], *(str(row[key]) for key in keys), *figures, f"{row['peak_mb']:.0f}")
+        table.add_row(row["model"], row["form"], *(str(row[key]) for key in columns), *figures, f"{row['peak_mb']:.0f}")
     console.print(table)
-    if found["ratios"]:
-        table = _table(["÷ dense", "form"], [*keys, "latency", "MACs", "params", "≤ MACs + 0.15"])
-        for row in found["ratios"]:
+    if result["ratios"]:
+        table = simple_table(["vs. dense", "form"], [*columns, "latency", "MACs", "params", "≤ MACs + 0.15"])
+        for row in result["ratios"]:
             figures = [f"{row[key]:.3f}" for key in ("latency_ratio", "macs_ratio", "params_ratio")]
-            table.add_row(
-                row["model"], row["form"], *(str(row[key]) for key in keys), *figures, "yes" if row["within"] else "no"
-            )
+            within = "yes" if row["within"] else "no"
+            table.add_row(row["model"], row["form"], *(str(row[key]) for key in columns), *figures, within)
         console.print(table)
-    for n, rate in found["matmul_gflops"].items():
-        console.print(Text(f"float32 matrix product on {n} threads: {rate:.0f} GFLOP/s"), soft_wrap=True)
+    for n, rate in result["matmul_gflops"].items():
+        console.print(Text(f"float32 matrix product, threads {n}: {rate:.0f} GFLOP/s"), soft_wrap=True)
     for model in networks:
-        mine = [row for row in rows if row["model"] == model]
-        if mine:
-            best = min(mine, key=lambda row: row["median_ms"] / row["limit_ms"])
-            console.print(
-                Text(
-                    f"{model}: {best['form']} takes {best['median_ms'] / best['limit_ms']:.2f} times what its "
-                    f"multiply-adds alone would ({best['limit_ms']:.3g} ms)"
-                ),
-                soft_wrap=True,
-            )
+        own_rows = [row for row in rows if row["model"] == model]
+        if own_rows:
+            best = min(own_rows, key=lambda row: row["median_ms"] / row["limit_ms"])
+            ratio = best["median_ms"] / best["limit_ms"]
+            text = f"{model}: {best['form']} takes {ratio:.2f}× the time of its MACs at that rate"
+            console.print(Text(f"{text} ({best['limit_ms']:.3g} ms)"), soft_wrap=True)
 
 
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for title in left:
-        table.add_column(title, no_wrap=True)
-    for title in right:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table
-
-
-def _numbers(option: str, text: str) -> list[int]:
+def _parse_numbers(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise RecipeError(f"{option} {text}: give whole numbers above 0, separated by commas, such as 1,8")
-    return list(np.unique([int(part) for part in parts]).tolist())
+        raise RecipeError(f"{option} {text}: must be integers above 0, separated by commas, such as 1,8")
+    return sorted({int(part) for part in parts})
 
 
-def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
+def _parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in known:
             near = closest_match(name, list(known))
-            mend = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
-            raise RecipeError(f"{option} {name}: not known; {mend}")
+            hint = f"did you mean {near!r}?" if near else f"choose from {', '.join(known)}"
+            raise RecipeError(f"{option} {name}: unknown; {hint}")
     return list(dict.fromkeys(names))
 
 
-def _cores() -> int:
+def _cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _device() -> str:
-    """The processor's name."""
+def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine() or "cpu"
-
-
-def _builder(recipe: Recipe) -> Builder:
-    return Builder(**recipe.backbone.model_dump(mode="json"))

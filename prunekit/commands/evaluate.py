@@ -1,4 +1,4 @@
-"""A run's model on data sets that the run has not seen, by the protocol that published figures follow."""
+"""``prunekit eval``: measure a run's model on other data sets, by the published protocol."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+from torch import nn
 
+from prunekit.commands.tables import simple_table
 from prunekit.data.datasets import ImageDataset
 from prunekit.errors import CheckpointError, DataError, RunFolderError
 from prunekit.pipeline.models import MODELS, load_model, newest_model, read_recipe, read_task
@@ -21,9 +21,10 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
 from prunekit.utils.io import format_problem, is_newer
 from prunekit.utils.progress import Reporter
+from prunekit.utils.text import plural
 
 EVAL, FORMAT = "eval.json", 1
-SMALLEST = 16  # pixels; below it a network with four halvings has nothing left
+MIN_SIZE = 16  # pixels; a network with four halvings needs as many
 OnError = Literal["raise", "skip"]
 
 
@@ -38,177 +39,159 @@ def evaluate(
     batch_size: int = 16,
     on_error: OnError = "raise",
 ) -> list[dict[str, Any]]:
-    """Measure a run's model on folders of the data its task needs, print a table and note the figures in ``eval.json``.
+    """Measure a run's model on data sets, print a table and add the results to ``eval.json``.
 
-    The figures of the published protocol also go into the summary of a model that has none yet, such as one that was
-    imported; the first set's.
+    If the model has no metrics in ``summary.json`` yet (it was imported, for example), those of the first set at the
+    recipe's size are added there.
 
     Args:
         path: the run folder.
-        data: ``NAME=FOLDER`` for each set, all of which is taken: for saliency a folder that holds images/ and GT/, for
-            classification one that holds a folder of images for each class.
-        console: where the table goes.
-        model: "baseline", "dense", "slim" or "finetuned"; None for the last that the run has.
-        size: side of the square that the model sees; None for that of the run's recipe.
-        own_size: the model sees each image at its own size, rounded up to a multiple of 16, instead.
-        batch_size: images in hand at once.
-        on_error: ``skip`` leaves out, and counts, images without mask or class and files that cannot be read.
+        data: ``NAME=FOLDER`` for each set. For saliency, the folder holds images/ and GT/; for classification, one
+            folder of images for each class.
+        console: for the table.
+        model: "baseline", "dense", "slim" or "finetuned"; None for the run's newest.
+        size: side of the square that images are resized to; None for that of the recipe.
+        own_size: use each image's own size instead, rounded up to a multiple of 16.
+        batch_size: number of images in a batch.
+        on_error: "skip" leaves out and counts images that cannot be read or have no mask or class.
 
     Returns:
-        what ``eval.json`` now holds of each of these sets: name, folder, model, mode, images, skipped, metrics and
-        seconds.
+        the entries of ``eval.json`` of these sets: name, folder, model, mode, images, skipped, metrics and seconds.
 
     Raises:
-        DataError: an argument, a folder or an image cannot be used; folders are looked at before a model runs.
+        DataError: an argument, a folder or an image cannot be used. Folders are checked before a model runs.
         PrunekitError: the run folder cannot be used.
     """
-    given = _sets(data)
+    folders = _parse_sets(data)
     if own_size and size is not None:
         raise DataError("--size and --own-size exclude each other; give one of them")
     if batch_size < 1:
-        raise DataError(f"--batch-size {batch_size}: give 1 or more")
+        raise DataError(f"--batch-size {batch_size}: must be at least 1")
     if model is not None and model not in MODELS:
-        raise DataError(f"--model {model}: there are {', '.join(MODELS)}")
+        raise DataError(f"--model {model}: choose one of {', '.join(MODELS)}")
     if on_error not in ("raise", "skip"):
-        raise DataError(f"--on-error {on_error}: there are raise, skip")
+        raise DataError(f"--on-error {on_error}: choose raise or skip")
     with closing(RunDir.open(path, write=True)) as run:
-        held = _read(run)
+        saved = _read_results(run)
         name = model or newest_model(run)
         recipe = read_recipe(run)
-        least = min(SMALLEST, recipe.data.size)
-        if size is not None and size < least:
-            raise DataError(f"--size {size}: give {least} or more")
+        min_size = min(MIN_SIZE, recipe.data.size)
+        if size is not None and size < min_size:
+            raise DataError(f"--size {size}: must be at least {min_size}")
         side = None if own_size else size or recipe.data.size
         task, classes = read_task(run, recipe)
-        sets = {key: _pairs(task, key, folder, on_error, classes) for key, folder in given.items()}
+        datasets = {}
+        for key, folder in folders.items():
+            try:
+                datasets[key] = task.read_folder(folder, on_error, classes)
+            except DataError as error:
+                raise _for_command(key, error) from error
         network = load_model(run, name, recipe).to(PartialState().device)
         reporter = Reporter(console)
-        mode = "own size" if side is None else f"size {side}"
         entries = []
-        for key, pairs in sets.items():
-            began = time.perf_counter()
-            metrics = _measure(task, network, key, given[key], pairs, side, batch_size, reporter)
+        for key, dataset in datasets.items():
+            start = time.perf_counter()
+            metrics = _measure(task, network, key, folders[key], dataset, side, batch_size, reporter)
             entry = {
                 "name": key,
-                "folder": given[key],
+                "folder": folders[key],
                 "model": name,
-                "mode": mode,
-                "images": len(pairs),
-                "skipped": pairs.skipped,
+                "mode": "own size" if side is None else f"size {side}",
+                "images": len(dataset),
+                "skipped": dataset.skipped,
                 "metrics": metrics,
-                "seconds": round(time.perf_counter() - began, 3),
+                "seconds": round(time.perf_counter() - start, 3),
             }
             entries.append(entry)
-            held = _with(held, entry)
-            run.write_json(EVAL, {"format": FORMAT, "sets": held})
+            saved[_key(entry)] = entry
+            run.write_json(EVAL, {"format": FORMAT, "sets": list(saved.values())})
             if side == recipe.data.size:
-                _into_summary(run, name, metrics)
+                _update_summary(run, name, metrics)
     _print(entries, run.path / EVAL, console)
     return entries
 
 
-def _sets(data: Sequence[str]) -> dict[str, str]:
-    """Name → folder as given."""
-    found: dict[str, str] = {}
+def _parse_sets(data: Sequence[str]) -> dict[str, str]:
+    """Name → folder, as given."""
+    folders: dict[str, str] = {}
     for item in data:
         name, equals, folder = item.partition("=")
         if not (name and equals and folder):
             raise DataError(f"--data {item}: give NAME=FOLDER, such as ECSSD=~/data/ECSSD")
-        if name in found:
-            raise DataError(f"--data {item}: the name {name} is taken by {found[name]}; give each set its own")
-        found[name] = folder
-    if not found:
-        raise DataError("no data set is given; add --data NAME=FOLDER")
-    return found
-
-
-def _pairs(task: Task, name: str, folder: str, on_error: OnError, classes: Sequence[str]) -> ImageDataset:
-    """All of a folder."""
-    try:
-        return task.read_folder(folder, on_error, classes)
-    except DataError as error:
-        raise _told(name, error) from error
+        if name in folders:
+            raise DataError(f"--data {item}: the name {name} is already used for {folders[name]}; choose another name")
+        folders[name] = folder
+    if not folders:
+        raise DataError("no data set; add --data NAME=FOLDER")
+    return folders
 
 
 def _measure(
     task: Task,
-    network: Any,
+    network: nn.Module,
     name: str,
     folder: str,
-    pairs: ImageDataset,
+    dataset: ImageDataset,
     side: int | None,
     batch_size: int,
     reporter: Reporter,
 ) -> dict[str, float]:
-    counter = reporter.progress_bar(name)
-    count = len(pairs)
+    progress = reporter.progress_bar(name)
+    count = len(dataset)
     try:
-        return task.evaluate(network, pairs, side, batch_size, counter).metrics
+        return task.evaluate(network, dataset, side, batch_size, progress).metrics
     except DataError as error:
-        if not len(pairs):
+        if not len(dataset):
             raise DataError(
-                f"--data {name}: none of the {count} {pairs.unit} in {folder} can be read; copy them again"
+                f"--data {name}: none of the {count} {dataset.unit} in {folder} can be read; copy the data set again"
             ) from error
-        raise _told(name, error) from error
+        raise _for_command(name, error) from error
     finally:
-        counter.close()
+        progress.close()
 
 
-def _told(name: str, error: DataError) -> DataError:
-    """The same in the words of this command, which has no recipe to set keys of."""
+def _for_command(name: str, error: DataError) -> DataError:
+    """The error with this command's option in place of the recipe key."""
     return DataError(f"--data {name}: {error}".replace("set data.on_error=skip", "give --on-error skip"))
 
 
-def _read(run: RunDir) -> list[dict[str, Any]]:
-    """The entries of ``eval.json``."""
+def _read_results(run: RunDir) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The entries of ``eval.json`` by their keys."""
     if not run.has(EVAL):
-        return []
+        return {}
     try:
-        held = run.read_json(EVAL)
-        if (fault := format_problem(held["format"], FORMAT)) is not None:
-            if is_newer(held["format"], FORMAT):
+        content = run.read_json(EVAL)
+        if (problem := format_problem(content["format"], FORMAT)) is not None:
+            if is_newer(content["format"], FORMAT):
                 raise RunFolderError(
-                    f"{run.path / EVAL} {fault}; pip install --upgrade prunekit, or remove it and evaluate again"
+                    f"{run.path / EVAL} {problem}; pip install --upgrade prunekit, or remove it and evaluate again"
                 )
-            raise ValueError(fault)
-        entries = list(held["sets"])
-        {_key(entry) for entry in entries}
+            raise ValueError(problem)
+        return {_key(entry): entry for entry in content["sets"]}
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{run.path / EVAL} is not as prunekit writes it; remove it and evaluate its sets again"
-        ) from error
-    return entries
+        raise CheckpointError(f"{run.path / EVAL} is damaged; remove it and evaluate its sets again") from error
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, str]:
     return entry["name"], entry["model"], entry["mode"]
 
 
-def _with(held: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries with this one in the place of the one it replaces, or at the end."""
-    by_key = {_key(one): one for one in held}
-    return list({**by_key, _key(entry): entry}.values())
-
-
-def _into_summary(run: RunDir, part: str, metrics: dict[str, float]) -> None:
+def _update_summary(run: RunDir, model: str, metrics: dict[str, float]) -> None:
     summary = run.read_json("summary.json") if run.has("summary.json") else {}
-    held = summary.get(part)
-    if isinstance(held, dict) and not held.get("metrics"):
-        run.update_summary(part, {**held, "metrics": metrics})
+    part = summary.get(model)
+    if isinstance(part, dict) and not part.get("metrics"):
+        run.update_summary(model, {**part, "metrics": metrics})
 
 
 def _print(entries: Sequence[dict[str, Any]], path: Path, console: Console) -> None:
     names = list(dict.fromkeys(key for entry in entries for key in entry["metrics"]))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("set", overflow="fold")
-    for title in ("images", *names):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = simple_table(["set"], ["images", *names])
     for entry in entries:
-        figures = [f"{entry['metrics'][key]:.4f}" for key in names]
-        table.add_row(*map(Text, (entry["name"], f"{entry['images']:,}", *figures)))
+        values = [f"{entry['metrics'][key]:.4f}" for key in names]
+        table.add_row(*map(Text, (entry["name"], f"{entry['images']:,}", *values)))
     console.print(Text(f"{entries[0]['model']} model, {entries[0]['mode']}"))
     console.print(table)
     for entry in entries:
         if entry["skipped"]:
-            console.print(Text(f"{entry['name']}: {entry['skipped']} left out"), soft_wrap=True)
-    console.print(Text(f"written: {path}"), soft_wrap=True)
+            console.print(Text(f"{entry['name']}: {plural(entry['skipped'], 'image')} skipped"), soft_wrap=True)
+    console.print(Text(f"saved to {path}"), soft_wrap=True)

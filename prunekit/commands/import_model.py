@@ -1,4 +1,4 @@
-"""Models from elsewhere made into run folders: what the command ``import`` does."""
+"""``prunekit import``: make a run folder of a published CSNet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from prunekit.config.schema import Recipe
 from prunekit.errors import RecipeError
 from prunekit.flops import count_modules, layers_table, total
-from prunekit.interop.csnet import Layout, import_csnet
+from prunekit.interop.csnet import CSNetLayout, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pipeline.models import build_dense, input_shape, save_model
 from prunekit.pruning.plan import Builder, digest
@@ -18,9 +18,8 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.utils.environment import environment
 from prunekit.utils.progress import Reporter
 
-# What the published models were trained and fine-tuned with (Gao et al., ECCV 2020); a run that goes on from an
-# imported model begins with this, and with the data that its user names.
-_PUBLISHED = {
+# The published training options (Gao et al., ECCV 2020), the defaults of runs that start from an imported model.
+_PUBLISHED_RECIPE = {
     "data": {"name": "folder", "size": 224},
     "train": {"epochs": 0, "batch_size": 24, "lr": 1e-4},
     "finetune": {
@@ -37,58 +36,53 @@ def import_run(checkpoint: Path, layout: Path | None, out: Path, console: Consol
     """Make a run folder of a published CSNet.
 
     Args:
-        checkpoint: the ``.pth.tar``.
-        layout: its ``.bin``; None for a dense ×1 or ×2.
-        out: the run folder; its name becomes the run's.
+        checkpoint: the ``.pth.tar`` file.
+        layout: its ``.bin`` file; None for a dense ×1 or ×2 model.
+        out: the run folder; the run gets its name.
 
     Raises:
-        CheckpointError: a file cannot be read, or the two do not fit.
+        CheckpointError: a file cannot be read, or the two do not match.
     """
     state = read_checkpoint(checkpoint)
-    learned = None if layout is None else Layout.parse(read_layout(layout), str(layout))
+    learned = None if layout is None else CSNetLayout.parse(read_layout(layout), str(layout))
     width, plan, model = import_csnet(state, learned, str(checkpoint))
+    backbone = {"name": "csnet", "options": {"width": width, "split": [0.5, 0.5]}}
     try:
-        recipe = Recipe.model_validate(
-            {
-                "name": out.name,
-                "backbone": {"name": "csnet", "options": {"width": width, "split": [0.5, 0.5]}},
-                **_PUBLISHED,
-            }
-        )
+        recipe = Recipe.model_validate({"name": out.name, "backbone": backbone, **_PUBLISHED_RECIPE})
     except ValueError:
-        raise RecipeError(f"--out {out}: {out.name!r} is no name for a run; choose another") from None
+        raise RecipeError(f"--out {out}: {out.name!r} is not a valid run name; choose another") from None
     part = "dense" if plan is None else "slim"
-    reporter = Reporter(console)
+    shape = input_shape(recipe)
     with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
         save_model(run, part, model)
         if plan is not None:
             plan.builder = Builder(name="csnet", options=recipe.backbone.options)
-            plan.input = list(input_shape(recipe))
+            plan.input = list(shape)
             plan.recipe_hash = digest(recipe.model_dump(mode="json"))
             run.write_json("plan.json", plan.to_json())
-        sums = total(count_modules(model, input_shape(recipe))[0])
-        run.update_summary(part, sums)
-        # Beside a slim model stands the dense one that it is a plan of: which channels of each layer were learned.
-        sides = (model, None) if plan is None else (build_dense(recipe), model)
-        run.write_json("layers.json", layers_table(*sides, input_shape(recipe)))
+        cost = total(count_modules(model, shape)[0])
+        run.update_summary(part, cost)
+        # A slim model is compared with its dense one, to show the learned channels of each layer.
+        models = (model, None) if plan is None else (build_dense(recipe), model)
+        run.write_json("layers.json", layers_table(*models, shape))
         for stage in ("train",) if plan is None else ("train", "extract", "slim"):
             run.end(stage)
         run.finish()
-    reporter.info(
-        f"{out}: CSNet ×{width // 20}, {part}, {sums['params']:,} params, {sums['macs']:,} MACs, "
-        f"{sums['paper_flops']:,} paper FLOPs (224×224)"
+    Reporter(console).info(
+        f"{out}: CSNet ×{width // 20}, {part}, {cost['params']:,} params, {cost['macs']:,} MACs, "
+        f"{cost['paper_flops']:,} paper FLOPs (224×224)"
     )
     return out
 
 
 def derived_recipe(folder: Path, overrides: list[str]) -> Recipe:
-    """The recipe of a run folder with some keys set anew.
+    """The recipe of a run folder with overrides.
 
     Raises:
-        RecipeError: as ``recipe.load``.
-        CheckpointError: it is not the one that the run was made with.
+        RecipeError: as for ``recipe.load``.
+        CheckpointError: the recipe is not the one that the run was made with.
     """
     from prunekit.config.recipe import load
 
-    RunDir.open(folder).read_text(RECIPE)  # whose checksum is held against it
+    RunDir.open(folder).read_text(RECIPE)  # Verifies its checksum.
     return load(folder / RECIPE, overrides, untrusted=True)

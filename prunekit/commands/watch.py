@@ -1,7 +1,7 @@
-"""``prunekit watch``: a run that is going on, or over, from another process.
+"""``prunekit watch``: show the progress of a run from another process.
 
-It reads the run folder and nothing else, holds no lock, and writes figures into ``report/`` alone. What it reads may be
-replaced at that moment, or be half written: a file that cannot be read now is read the next time.
+It takes no lock and writes figures into ``report/`` only. A file that is being replaced or half written is skipped, and
+read again the next time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,28 +28,28 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.runs.stage_order import STAGES, training_position
 from prunekit.runs.state import STATE
 from prunekit.utils.progress import TrainingStatus, format_duration, training_epochs, wrap_parts
+from prunekit.utils.text import plural
 
-RECENT = 5  # epochs whose mean says how long the next will take
-SHARE = 5  # figures take at most one part in so many of the time, since the training needs the processor too
+RECENT_EPOCHS = 5  # the time left is estimated from the mean of these
+DRAWING_SHARE = 1 / 5  # of the time at most: drawing takes the processor from the training
 NUMBERS = ("loss", "penalty", "lambda", "alive", "of", "seconds")
 
 
 @dataclass(frozen=True)
-class Glance:
-    """What a run folder shows at one moment.
+class RunSnapshot:
+    """The state of a run folder at one moment.
 
     Attributes:
-        path: the folder.
-        status: running, complete, interrupted, failed, unknown, or killed (it says that it runs, and its process is
-            gone).
-        stage: the last that began; None before the first.
-        process: its number and the host it runs on.
-        epochs: of each training, as the recipe says.
-        lines: of ``metrics.jsonl``, those that are whole.
-        damaged: how many others there are, the last one aside, which may be half written.
-        altered: whether all lines are whole, and yet not those that were written.
+        path: the run folder.
+        status: "running", "complete", "interrupted", "failed", "unknown", or "killed" (its process no longer exists).
+        stage: the last stage that started; None before the first.
+        process: process id and host.
+        epochs: training → number of epochs in the recipe.
+        lines: complete lines of ``metrics.jsonl``.
+        damaged: number of damaged lines, except for a last line that may be half written.
+        altered: whether ``metrics.jsonl`` does not match its checksum although all lines are complete.
         age: seconds since the last line was written; None before the first.
-        said: the last line of ``run.log``.
+        last_log_line: of ``run.log``.
     """
 
     path: Path
@@ -60,89 +61,94 @@ class Glance:
     damaged: int = 0
     altered: bool = False
     age: float | None = None
-    said: str = ""
+    last_log_line: str = ""
 
     @property
-    def over(self) -> bool:
-        """Whether nothing more will come."""
+    def finished(self) -> bool:
         return self.status != "running"
 
     @property
-    def course(self) -> tuple[Any, ...]:
-        """What changes where there is something new to draw."""
-        return len(self.lines), self.lines[-1]["stage"] if self.lines else None, self.over
+    def version(self) -> tuple[Any, ...]:
+        """Changes if there is something new to show."""
+        return len(self.lines), self.lines[-1]["stage"] if self.lines else None, self.finished
 
     def trainings(self) -> Iterator[TrainingStatus]:
-        """The trainings that have begun, each with its figures."""
-        under_way = self.status == "running" and self.stage
-        for stage in dict.fromkeys(line["stage"] for line in self.lines):
+        """The trainings that have started."""
+        current = self.stage if self.status == "running" else None
+        stages = list(dict.fromkeys(line["stage"] for line in self.lines))
+        for stage in stages:
             lines = [line for line in self.lines if line["stage"] == stage]
-            # Its training may stand within a stage of another name, as those of "slim" do.
-            last = stage == self.lines[-1]["stage"]
-            yield self._figures(stage, lines, bool(under_way and last and _within(stage, self.stage)))
-        fresh = under_way in self.epochs and all(line["stage"] != under_way for line in self.lines)
-        if fresh:
-            yield TrainingStatus(under_way, 1, self.epochs[under_way])
+            # The trainings "step1", … belong to the stage "slim".
+            running = stage == self.lines[-1]["stage"] and current is not None and _belongs_to(stage, current)
+            yield self._training(stage, lines, running)
+        if current in self.epochs and current not in stages:
+            yield TrainingStatus(current, 1, self.epochs[current])
 
-    def _figures(self, stage: str, lines: list[dict[str, Any]], going: bool) -> TrainingStatus:
+    def _training(self, stage: str, lines: list[dict[str, Any]], running: bool) -> TrainingStatus:
         epochs, done = self.epochs.get(stage), lines[-1]["epoch"]
-        going = going and epochs is not None and done < epochs
-        recent = [line["seconds"] for line in lines[-RECENT:]]
-        pace = math.fsum(recent) / len(recent)
-        left = max(0.0, pace * (epochs - done) - (self.age or 0.0)) if going else None
+        running = running and epochs is not None and done < epochs
+        recent = [line["seconds"] for line in lines[-RECENT_EPOCHS:]]
+        seconds_per_epoch = math.fsum(recent) / len(recent)
+        left = max(0.0, seconds_per_epoch * (epochs - done) - (self.age or 0.0)) if running else None
         names = list(self.epochs)
         later = sum(self.epochs[name] for name in names[names.index(stage) + 1 :]) if stage in names else 0
         return TrainingStatus(
             stage=stage,
-            epoch=done + 1 if going else done,
+            epoch=done + 1 if running else done,
             epochs=epochs,
             share=done / epochs if epochs else 0.0,
             left=left,
-            run_left=left + pace * later if left is not None and later else None,
+            run_left=left + seconds_per_epoch * later if left is not None and later else None,
             losses=[line["loss"] for line in lines],
             line=lines[-1],
             courses={name: [line["metrics"].get(name, math.nan) for line in lines] for name in lines[-1]["metrics"]},
         )
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _status_parts(self) -> list[str]:
         pid, host = self.process
         stage = self.stage or "its first stage"
-        at = f" on {host}" if host != socket.gethostname() else ""
-        number = f"stage {self.stage}, {STAGES.index(self.stage) + 1} of {len(STAGES)}" if self.stage in STAGES else ""
-        told = {
-            "running": ["running", number, f"process {pid}{at}"],
+        if self.status == "running":
+            number = f"stage {stage}, {STAGES.index(stage) + 1} of {len(STAGES)}" if stage in STAGES else ""
+            return ["running", number, f"process {pid}{f' on {host}' if host != socket.gethostname() else ''}"]
+        return {
             "complete": ["complete"],
-            "interrupted": [f"interrupted in {stage}", "go on with --resume"],
-            "killed": [f"killed in {stage}", f"process {pid} is gone", "go on with --resume"],
+            "interrupted": [f"interrupted in {stage}", "continue with --resume"],
+            "killed": [f"killed in {stage}", f"process {pid} no longer exists", "continue with --resume"],
             "failed": [f"failed in {stage}"],
-        }.get(self.status, ["it has no state that can be read"])
-        yield from wrap_parts([Text(self.path.resolve().name, "bold"), *map(Text, told)], options.max_width)
-        trained = list(self.trainings())
-        yield from trained
-        if not trained and not self.over:
-            yield from wrap_parts([Text("no epoch is done yet")], options.max_width)
-        notes = [self.said] if self.said and not (trained and trained[-1].left is not None) else []
-        if trained and trained[-1].left is not None and self.age is not None:
+        }.get(self.status, ["its state cannot be read"])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        parts = [Text(self.path.resolve().name, "bold"), *map(Text, self._status_parts())]
+        yield from wrap_parts(parts, options.max_width)
+        trainings = list(self.trainings())
+        yield from trainings
+        training = bool(trainings) and trainings[-1].left is not None
+        notes = []
+        if not trainings and not self.finished:
+            notes.append("no epoch has finished yet")
+        if self.last_log_line and not training:
+            notes.append(self.last_log_line)
+        if training and self.age is not None:
             notes.append(f"last epoch {format_duration(self.age)} ago")
         if self.damaged:
-            notes.append(f"{METRICS}: {self.damaged} damaged line{'s' if self.damaged > 1 else ''} left out")
+            notes.append(f"{METRICS}: {plural(self.damaged, 'damaged line')} skipped")
         if self.altered:
-            notes.append(f"{METRICS}: not as it was written; its figures may be wrong")
+            notes.append(f"{METRICS}: does not match its checksum; its numbers may be wrong")
         for note in notes:
             yield from wrap_parts([Text(note)], options.max_width)
 
 
-def look(path: str | Path) -> Glance:
-    """What the folder shows now.
+def read_snapshot(path: str | Path) -> RunSnapshot:
+    """Read the current state of a run folder.
 
     Raises:
-        RunFolderError: it is no run folder, or needs a newer prunekit.
+        RunFolderError: it is not a run folder, or needs a newer prunekit.
         CheckpointError: ``state.json`` is damaged.
     """
     run = RunDir.open(path)
-    state = _mapping(_bytes(run.path / STATE))
+    state = _parse_json(_read_bytes(run.path / STATE))
     status, stage = run.status, state.get("stage")
-    lines, damaged = _lines(_bytes(run.path / METRICS))
+    lines, damaged = _parse_metrics(_read_bytes(run.path / METRICS))
     try:
         run.read_metrics()
         altered = False
@@ -152,98 +158,94 @@ def look(path: str | Path) -> Glance:
         age = max(0.0, time.time() - (run.path / METRICS).stat().st_mtime) if lines else None
     except OSError:
         age = None
-    return Glance(
+    return RunSnapshot(
         path=run.path,
         status="killed" if status == "interrupted" and state.get("status") == "running" else status,
         stage=stage if stage in STAGES else None,
         process=(state.get("pid"), state.get("host")),
-        epochs=_epochs(_bytes(run.path / RECIPE)),
+        epochs=_parse_epochs(_read_bytes(run.path / RECIPE)),
         lines=lines,
         damaged=damaged,
         altered=altered,
         age=age,
-        said=_last(_bytes(run.path / "run.log")),
+        last_log_line=_last_line(_read_bytes(run.path / "run.log")),
     )
 
 
 def watch(path: str | Path, console: Console, every: float = 5.0, once: bool = False) -> None:
-    """Show how a run goes until it is over, and draw its training's figures anew after each epoch.
+    """Show a run until it has finished, and draw the figures of its training after each epoch.
 
     Args:
         path: the run folder.
-        console: where it is shown; where it is no terminal, only what is new is printed.
-        every: seconds between two looks.
-        once: look once and return.
+        console: a terminal is updated in place; otherwise each change is printed.
+        every: seconds between two readings.
+        once: read and print once.
 
     Raises:
-        PrunekitError: the folder is no run folder or has become none, or ``every`` is no time.
+        PrunekitError: the folder is not or no longer a run folder, or ``every`` is not a positive number.
     """
     if not 0 < every < math.inf:
-        raise PrunekitError(f"--every {every:g}: give the seconds between two looks, such as 5")
-    glance = look(path)
-    if once or glance.over:
-        console.print(glance)
-        console.print(Text(Drawer(glance.path).draw(glance)), soft_wrap=True)
+        raise PrunekitError(f"--every {every:g}: must be a number of seconds above 0, such as 5")
+    snapshot = read_snapshot(path)
+    figures, shown = FigureWriter(snapshot.path), None
+    if once or snapshot.finished:
+        console.print(snapshot)
+        console.print(Text(figures.update(snapshot)), soft_wrap=True)
         return
-    drawer, shown = Drawer(glance.path), None
-    view = Live(console=console, auto_refresh=False, vertical_overflow="crop") if console.is_interactive else None
+    live = Live(console=console, auto_refresh=False, vertical_overflow="crop") if console.is_interactive else None
     try:
-        if view is not None:
-            view.start()
-        while True:
-            if view is not None:
-                view.update(_Frame(glance, drawer.said), refresh=True)
-            elif shown != glance.course:
-                console.print(glance)
-            shown = glance.course
-            drawer.draw(glance)
-            if glance.over:
-                break
-            time.sleep(every)
-            glance = _next(path, every)
-        if view is not None:
-            view.update(_Frame(glance, drawer.said), refresh=True)
-        else:
-            console.print(Text(drawer.said), soft_wrap=True)
+        with live or nullcontext():
+            while True:
+                if live is not None:
+                    live.update(_WithNote(snapshot, figures.message), refresh=True)
+                elif shown != snapshot.version:
+                    console.print(snapshot)
+                shown = snapshot.version
+                figures.update(snapshot)
+                if snapshot.finished:
+                    break
+                time.sleep(every)
+                snapshot = _next_snapshot(path, every)
+            if live is not None:
+                live.update(_WithNote(snapshot, figures.message), refresh=True)
+            else:
+                console.print(Text(figures.message), soft_wrap=True)
     except KeyboardInterrupt:
-        pass  # Which is how one stops watching.
-    finally:
-        if view is not None:
-            view.stop()
+        pass  # The usual way to stop watching.
 
 
-def _next(path: str | Path, every: float) -> Glance:
-    """The next look; while a run is replaced by --overwrite there is none for a moment."""
+def _next_snapshot(path: str | Path, every: float) -> RunSnapshot:
+    """Read the folder, and again after a moment if it is being replaced by --overwrite."""
     try:
-        return look(path)
+        return read_snapshot(path)
     except PrunekitError:
         time.sleep(max(every, 1.0))
-        return look(path)
+        return read_snapshot(path)
 
 
-class Drawer:
-    """Draws the figures of a training into ``report/``, where there is something new to draw.
+class FigureWriter:
+    """Draws the figures of a training into ``report/`` if there are new epochs.
 
     Attributes:
-        said: what was drawn, or why it was not.
+        message: what was drawn, or why not.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.said = ""
+        self.message = ""
         self._drawn: tuple[Any, ...] | None = None
-        self._due = 0.0
+        self._not_before = 0.0
 
-    def draw(self, glance: Glance) -> str:
-        """Draw, if it is time to; what there is to say about it."""
-        began = time.monotonic()
-        if glance.course == self._drawn or (began < self._due and not glance.over):
-            return self.said
-        self._drawn = glance.course
-        if not glance.lines:
-            self.said = "no figures: no epoch is done"
-            return self.said
-        # matplotlib and pandas take longer to import than all else here.
+    def update(self, snapshot: RunSnapshot) -> str:
+        """Draw, if it is time to; return the message."""
+        start = time.monotonic()
+        if snapshot.version == self._drawn or (start < self._not_before and not snapshot.finished):
+            return self.message
+        self._drawn = snapshot.version
+        if not snapshot.lines:
+            self.message = "no figures: no epoch has finished"
+            return self.message
+        # Imported here because matplotlib and pandas take long.
         from prunekit.reporting import load_run
         from prunekit.reporting.figures import training_figures, write_figure
 
@@ -253,36 +255,32 @@ class Drawer:
             for drawing in training_figures(load_run(self.path)):
                 write_figure(drawing.figure, folder / drawing.name)
                 names.append(drawing.name)
-            self.said = f"figures in {folder}: {', '.join(names) or 'none'}"
+            self.message = f"figures in {folder}: {', '.join(names) or 'none'}"
         except CheckpointError as error:
-            # As in a folder that belongs to someone else; the rest can be shown all the same.
-            self.said = f"no figures: {error}"
-        took = time.monotonic() - began
-        self._due = time.monotonic() + (SHARE - 1) * took
-        return self.said
+            self.message = f"no figures: {error}"  # The folder may be read-only.
+        end = time.monotonic()
+        self._not_before = end + (end - start) * (1 / DRAWING_SHARE - 1)
+        return self.message
 
 
 @dataclass(frozen=True)
-class _Frame:
-    glance: Glance
+class _WithNote:
+    snapshot: RunSnapshot
     note: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.glance
+        yield self.snapshot
         yield from wrap_parts([Text(self.note)], options.max_width)
 
 
-# ---- what may be half written
-
-
-def _bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
         return b""
 
 
-def _mapping(data: bytes) -> dict[str, Any]:
+def _parse_json(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -290,11 +288,11 @@ def _mapping(data: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _lines(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines that hold what an epoch has, and how many others there are but the one that may be half written."""
-    *whole, _ = data.split(b"\n")
-    found = [line for line in map(_mapping, whole) if _is_epoch(line)]
-    return found, len(whole) - len(found)
+def _parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The complete lines, and the number of damaged ones; the last line may be half written."""
+    *complete, _ = data.split(b"\n")
+    lines = [line for line in map(_parse_json, complete) if _is_epoch(line)]
+    return lines, len(complete) - len(lines)
 
 
 def _is_epoch(line: dict[str, Any]) -> bool:
@@ -302,16 +300,11 @@ def _is_epoch(line: dict[str, Any]) -> bool:
         training_position(line["stage"])
     except (PrunekitError, KeyError, TypeError, AttributeError):
         return False
-    metrics = line.get("metrics")
+    parts = (line.get("metrics"), line.get("size", {}), line.get("budget", {}))
     return (
         isinstance(line.get("epoch"), int)
         and all(_is_number(line.get(key)) for key in NUMBERS)
-        and isinstance(metrics, dict)
-        and all(map(_is_number, metrics.values()))
-        and all(
-            isinstance(sizes, dict) and all(map(_is_number, sizes.values()))
-            for sizes in (line.get("size", {}), line.get("budget", {}))
-        )
+        and all(isinstance(part, dict) and all(map(_is_number, part.values())) for part in parts)
     )
 
 
@@ -319,8 +312,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _epochs(data: bytes) -> dict[str, int]:
-    """The trainings that the recipe names; none where it cannot be read."""
+def _parse_epochs(data: bytes) -> dict[str, int]:
+    """Training → epochs in the recipe; empty if it cannot be read."""
     try:
         recipe = parse(data.decode()).value
         counts = recipe["train"]["epochs"], recipe["finetune"]["epochs"], recipe["slim"]["steps"]
@@ -330,12 +323,12 @@ def _epochs(data: bytes) -> dict[str, int]:
     return training_epochs(*counts, baseline) if all(isinstance(count, int) for count in counts) else {}
 
 
-def _last(data: bytes) -> str:
-    """The last line of a log, without its time and without what a terminal would take for an order."""
+def _last_line(data: bytes) -> str:
+    """The last line of a log, without its time and without control characters."""
     lines = data.decode("utf-8", "replace").splitlines()
     text = lines[-1].partition("  ")[2] if lines else ""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
 
 
-def _within(training: str, stage: str | None) -> bool:
+def _belongs_to(training: str, stage: str) -> bool:
     return stage in STAGES and training_position(training)[0] == STAGES.index(stage)

@@ -1,1 +1,1 @@
-"""Files of other projects, in and out."""
+"""Files of other projects: the published CSNet checkpoints and layouts. May import ``pruning`` and below."""

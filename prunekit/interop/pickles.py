@@ -1,8 +1,8 @@
-"""Pickles from strangers, read without running anything they say.
+"""Read untrusted pickles without running code from them.
 
-A pickle is a program: it may name any function and call it. A checkpoint is read by PyTorch's own restricted reader. A
-layout is read here: three names are known, and even those stand for plain records, so that NumPy never sees what the
-file says.
+A pickle can call any function that it names. Checkpoints are read with ``torch.load(weights_only=True)``. Layouts are
+read by a restricted unpickler that knows three names and maps them to plain records, so that NumPy gets only checked
+values.
 """
 
 from __future__ import annotations
@@ -20,53 +20,54 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import CheckpointError
+from prunekit.utils.text import first_line
 
-LARGEST_LAYOUT = 1 << 20  # bytes; the published ones have 4 kB
-LARGEST_CHECKPOINT = 1 << 30  # bytes; the published ones have 4 MB
-MOST_NUMBERS = 100_000  # in a layout, each counted as often as the lists and arrays that hold it are named
-_KINDS = {"f4": 4, "f8": 8, "i4": 4, "i8": 8}
+MAX_LAYOUT_BYTES = 1 << 20  # The published ones have 4 kB.
+MAX_CHECKPOINT_BYTES = 1 << 30  # The published ones have 4 MB.
+MAX_NUMBERS = 100_000  # In a layout; a number in a list that is referenced twice counts twice.
+_DTYPES = ("f4", "f8", "i4", "i8")
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published checkpoint.
+    """Read the state dict of a published checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or damaged, names a function, or holds no state dict.
+        CheckpointError: the file is missing or damaged, names a function, or has no state dict.
     """
-    data = _bytes(path, LARGEST_CHECKPOINT)
+    data = _read_bytes(path, MAX_CHECKPOINT_BYTES)
     try:
         _check_archive(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"`?(\S+?)`? was not an allowed", str(error))
-        if found:
+        name = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"`?(\S+?)`? was not an allowed", str(error))
+        if name:
             raise CheckpointError(
-                f"{path} asks to run {found[1].strip('`')}, which no checkpoint needs; it was not run, and is not read"
+                f"{path} asks to run {name[1].strip('`')}, which no checkpoint needs; it was not run, and the file is "
+                "rejected"
             ) from None
-        raise CheckpointError(f"{path} is no PyTorch checkpoint or is damaged; get it again") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError, IndexError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no PyTorch checkpoint or is cut off ({reason}); get it again") from None
-    except Exception as error:  # A damaged pickle makes the reader stumble in any way.
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); get it again") from None
-    state = held.get("state_dict", held) if isinstance(held, dict) else None
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint or is damaged; download it again") from None
+    except Exception as error:  # A damaged pickle can raise anything.
+        raise CheckpointError(
+            f"{path} is not a PyTorch checkpoint or is damaged ({first_line(error)}); download it again"
+        ) from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no state dict; give a file with the key 'state_dict'")
-    # Tensors may share their numbers, and one number may stand for a whole tensor.
+        raise CheckpointError(f"{path} has no state dict; give a file with the key 'state_dict'")
+    # Tensors may share storage, and an expanded tensor may repeat a single number.
     if sum(value.numel() * value.element_size() for value in state.values()) > len(data):
-        raise CheckpointError(f"{path} claims more numbers than it holds; get it again")
-    prefix = "module."
+        raise CheckpointError(f"{path} claims more numbers than it has; download it again")
     if not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{path} has tensors without names; give a file with the key 'state_dict'")
+    prefix = "module."
     if all(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return {name: value.detach() for name, value in state.items()}
 
 
 def _check_archive(data: bytes) -> None:
-    """Raise ValueError for a zip that would grow when it is read: PyTorch stores its members as they are."""
+    """Raise ValueError for a zip archive that is larger when read. PyTorch does not compress its members."""
     if data[:4] != b"PK\x03\x04":
         return
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -78,48 +79,49 @@ def _check_archive(data: bytes) -> None:
 
 
 def write_checkpoint(state: dict[str, Tensor]) -> bytes:
-    """A checkpoint as the published ones are."""
+    """Write a checkpoint in the published format."""
     buffer = io.BytesIO()
     torch.save({"epoch": 0, "arch": "csnet", "state_dict": state, "optimizer": {}}, buffer)
     return buffer.getvalue()
 
 
 def read_layout(path: Path) -> list[Any]:
-    """A layout file: lists of numbers and numeric arrays, nested as in the file.
+    """Read a layout file: nested lists of numbers and numeric arrays.
 
     Raises:
         CheckpointError: the file is missing or damaged, or names a function.
     """
-    data = _bytes(path, LARGEST_LAYOUT)
+    data = _read_bytes(path, MAX_LAYOUT_BYTES)
     if not data.endswith(pickle.STOP):
-        raise CheckpointError(f"{path} is no layout or is cut off; get it again")
+        raise CheckpointError(f"{path} is not a layout or is cut off; download it again")
     try:
-        held = _plain(_Reader(io.BytesIO(data)).load(), [MOST_NUMBERS])
-    except _Refused as error:
+        content = _to_plain(_LayoutUnpickler(io.BytesIO(data)).load(), [MAX_NUMBERS])
+    except _ForbiddenNameError as error:
         raise CheckpointError(
-            f"{path} asks to run {error}, which no layout needs; it was not run, and is not read"
+            f"{path} asks to run {error}, which no layout needs; it was not run, and the file is rejected"
         ) from None
     except RecursionError:
         raise CheckpointError(f"{path} is nested too deeply for a layout") from None
-    except Exception as error:  # A damaged pickle makes the reader stumble in any way.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no layout or is damaged ({reason}); get it again") from None
-    if not isinstance(held, list):
-        raise CheckpointError(f"{path} is no layout: it holds no list")
-    return held
+    except Exception as error:  # A damaged pickle can raise anything.
+        raise CheckpointError(
+            f"{path} is not a layout or is damaged ({first_line(error)}); download it again"
+        ) from None
+    if not isinstance(content, list):
+        raise CheckpointError(f"{path} is not a layout: it has no list")
+    return content
 
 
 def write_layout(layout: list[Any]) -> bytes:
-    """A layout file as the published ones are: float64 arrays, under the names that NumPy 1 gave them."""
+    """Write a layout in the published format: float64 arrays, with the module names of NumPy 1."""
     return pickle.dumps(layout, protocol=3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
 
-class _Refused(Exception):
-    """The pickle named something that is not known."""
+class _ForbiddenNameError(Exception):
+    """The pickle refers to a name that is not in ``_KNOWN_NAMES``."""
 
 
 class _Dtype:
-    """Stands for numpy.dtype."""
+    """A record in place of numpy.dtype."""
 
     def __init__(self, kind: str = "", *_: Any):
         self.kind, self.order = kind, "<"
@@ -129,7 +131,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy.ndarray."""
+    """A record in place of numpy.ndarray."""
 
     state: tuple[Any, ...] = ()
 
@@ -138,15 +140,15 @@ class _Array:
 
     @property
     def size(self) -> int:
-        """At most as many numbers are in it."""
+        """An upper bound of the number of elements."""
         return max(1, len(self.state[-1]))
 
     def array(self) -> np.ndarray:
         _, shape, dtype, fortran, data = self.state
-        if not isinstance(dtype, _Dtype) or dtype.kind not in _KINDS or not isinstance(data, bytes):
-            raise ValueError("an array of no numbers")
+        if not isinstance(dtype, _Dtype) or dtype.kind not in _DTYPES or not isinstance(data, bytes):
+            raise ValueError("an array of another type than numbers")
         if not isinstance(shape, tuple) or not all(isinstance(side, int) and 0 <= side < 10_000 for side in shape):
-            raise ValueError("an array of a strange shape")
+            raise ValueError("an array with an invalid shape")
         order = ">" if dtype.order == ">" else "<"
         flat = np.frombuffer(data, order + dtype.kind)
         return flat.reshape(shape, order="F" if fortran else "C").astype(np.float64)
@@ -156,7 +158,7 @@ def _reconstruct(*_: Any) -> _Array:
     return _Array()
 
 
-_KNOWN = {
+_KNOWN_NAMES = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): _Array,
@@ -164,10 +166,10 @@ _KNOWN = {
 }
 
 
-# The pure-Python unpickler: the one in C allocates whatever size a file names.
-class _Reader(pickle._Unpickler):
-    # What a file of numbers, lists and arrays is made of. Among the rest are opcodes that allocate what they are told,
-    # and mappings, without which BUILD sets no attributes.
+# The unpickler in pure Python: the one in C allocates any size that a file names.
+class _LayoutUnpickler(pickle._Unpickler):
+    # Only the opcodes of numbers, lists and arrays. Others allocate any size, or create mappings, with which BUILD sets
+    # attributes.
     dispatch: ClassVar = {
         code[0]: pickle._Unpickler.dispatch[code[0]]
         for code in (
@@ -184,36 +186,34 @@ class _Reader(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _KNOWN[module, name]
+            return _KNOWN_NAMES[module, name]
         except KeyError:
-            raise _Refused(f"{module}.{name}") from None
+            raise _ForbiddenNameError(f"{module}.{name}") from None
 
 
-def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
-    """The records as arrays; anything but numbers, lists and arrays is refused, and more than ``left`` of them are."""
+def _to_plain(value: Any, remaining: list[int], depth: int = 0) -> Any:
+    """Convert records to arrays; raise ValueError for other types, and for more than ``remaining`` numbers."""
     if depth > 4:
         raise ValueError("lists nested too deeply")
-    left[0] -= value.size if isinstance(value, _Array) else 1
-    if left[0] < 0:
-        raise ValueError(f"more than {MOST_NUMBERS} numbers")
+    remaining[0] -= value.size if isinstance(value, _Array) else 1
+    if remaining[0] < 0:
+        raise ValueError(f"more than {MAX_NUMBERS} numbers")
     if isinstance(value, _Array):
         return value.array()
     if isinstance(value, list | tuple):
-        return [_plain(part, left, depth + 1) for part in value]
+        return [_to_plain(part, remaining, depth + 1) for part in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
-    raise ValueError(f"it holds {type(value).__name__}")
+    raise ValueError(f"it has a {type(value).__name__}")
 
 
-def _bytes(path: Path, most: int) -> bytes:
+def _read_bytes(path: Path, limit: int) -> bytes:
     try:
-        if path.stat().st_size > most:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size:,} bytes, more than the {most:,} that such a file may have; is it "
-                "another one?"
-            )
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"{path} has {size:,} bytes; at most {limit:,} are expected. Is it another file?")
         return path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there; give the path of the file") from None
+        raise CheckpointError(f"{path} does not exist; give the path of the file") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None

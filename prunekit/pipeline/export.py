@@ -23,7 +23,7 @@ from prunekit.deployment.export.onnx import check_onnx, export_onnx, onnx_functi
 from prunekit.deployment.export.openvino import check_openvino, export_openvino, import_openvino
 from prunekit.deployment.export.preprocessing import add_preprocessing
 from prunekit.deployment.export.pt2 import check_pt2, export_pt2
-from prunekit.deployment.export.quantize import last_convolution, quantize_onnx
+from prunekit.deployment.export.quantize import quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.errors import DataError, ExportError, PrunekitError, RecipeError
 from prunekit.flops import count_modules, total
@@ -213,7 +213,7 @@ class Exporter:
         places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
         batches = [self._prepared([train.image(int(i))], (self.size, self.size)).numpy() for i in places]
         source = export_onnx(self.form("int8", False), self.example)
-        file = quantize_onnx(source, batches, self._metadata(Variant("onnx", int8=True)), exclude=last_convolution)
+        file = quantize_onnx(source, batches, self._metadata(Variant("onnx", int8=True)))
         metrics = {}
         for title, one in (("float32", source), ("int8", file)):
             # The float32 file, too, in ONNX Runtime: what differs is the precision alone.

@@ -1,5 +1,3 @@
-"""What ``prunekit bench`` writes and says; no time is judged."""
-
 import json
 import shutil
 
@@ -19,7 +17,7 @@ def folder(tmp_path_factory):
     return small_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
-def test_rows_and_report(folder, tmp_path, capsys):
+def test_rows_table_and_report(folder, tmp_path, capsys):
     folder = shutil.copytree(folder, tmp_path / "tiny")
     console = Console(width=80)
     found = bench_run(folder, console, batches="1,2", threads="1", forms="eager,deployed,ort,openvino", seconds=0.01)
@@ -27,12 +25,12 @@ def test_rows_and_report(folder, tmp_path, capsys):
     assert len(found["rows"]) == 2 * 2 * 4 and found["matmul_gflops"]["1"] > 0
     for row in found["rows"]:
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] and row["peak_mb"] >= row["base_mb"] > 0
-    # A runtime alone takes less than torch.
+    # ONNX Runtime alone takes less memory than PyTorch.
     memory = {(r["model"], r["form"]): r["base_mb"] for r in found["rows"]}
     assert memory["slim", "ort"] < memory["slim", "eager"]
     assert len(found["ratios"]) == 8 and all(0 < r["macs_ratio"] < 1 for r in found["ratios"])
     out = capsys.readouterr().out
-    assert "GFLOP/s" in out and max(map(len, out.split("written:")[0].splitlines())) <= 80
+    assert "GFLOP/s" in out and max(map(len, out.split("saved to")[0].splitlines())) <= 80
     run = load_run(folder)
     assert not [line for line in run.missing if "bench" in line]
     table = bench_table([run])
@@ -47,14 +45,14 @@ def test_ratios():
     assert ratios([slim]) == []
 
 
-def test_what_cannot_be_timed_is_told(tmp_path):
+def test_failing_job_is_reported(tmp_path):
     (tmp_path / "no.onnx").write_bytes(b"nothing")
     (timing,), products = measure([BenchJob("no", "onnxruntime", tmp_path / "no.onnx", 1, 8, 1)], 0.01)
     assert timing.error and not timing.milliseconds and products[1] > 0
 
 
 @pytest.mark.parametrize(
-    "words, arguments",
+    "message, arguments",
     [
         ("--batch 0", {"batches": "0"}),
         ("--threads two", {"threads": "two"}),
@@ -63,7 +61,7 @@ def test_what_cannot_be_timed_is_told(tmp_path):
         ("--seconds", {"seconds": 0}),
     ],
 )
-def test_mistakes(folder, words, arguments):
-    with pytest.raises(RecipeError, match=words):
+def test_invalid_arguments(folder, message, arguments):
+    with pytest.raises(RecipeError, match=message):
         bench_run(folder, Console(), **arguments)
     assert not (folder / "bench.json").exists()

@@ -1,5 +1,3 @@
-"""A run's model on folders of photographs."""
-
 import io
 import json
 import shutil
@@ -43,7 +41,7 @@ def write_set(folder, sizes=SIZES, seed=0):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run that holds a dense model without metrics, as an imported one does; and a set."""
+    """A run with a dense model without metrics, as after an import; and a data set."""
     here = tmp_path_factory.mktemp("evaluation")
     recipe = load("csnet", ["backbone.options.width=10", "data.size=32"])
     model = build_dense(recipe)
@@ -59,7 +57,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def call(made, tmp_path, monkeypatch, capsys):
-    """Calls ``prunekit eval run …`` beside copies of both, and gives status, output and error."""
+    """Runs ``prunekit eval`` in a folder with copies of both; returns status, output and error."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
@@ -79,15 +77,15 @@ def sets():
     return held["sets"]
 
 
-def test_what_is_measured_is_noted(call):
+def test_results_are_printed_and_saved(call):
     status, out, _ = call("run", "--data", "first=photos", "--data", "second=./photos")
     assert status == 0 and max(map(len, out.splitlines())) <= 80
     assert "dense model, size 32" in out and "first" in out and "second" in out
     first, second = sets()
     assert set(first) == {"name", "folder", "model", "mode", "images", "skipped", "metrics", "seconds"}
     assert set(first["metrics"]) == METRICS and first["seconds"] > 0
-    told = {key: first[key] for key in ("name", "folder", "model", "mode", "images", "skipped")}
-    assert told == {
+    given = {key: first[key] for key in ("name", "folder", "model", "mode", "images", "skipped")}
+    assert given == {
         "name": "first",
         "folder": "photos",
         "model": "dense",
@@ -139,19 +137,19 @@ def by_hand(model, size_of):
         (["--own-size"], "own size", lambda height, width: ((height + 15) // 16 * 16, (width + 15) // 16 * 16)),
     ],
 )
-def test_figures_are_those_of_the_protocol_by_hand(call, option, mode, size_of):
+def test_metrics_follow_the_published_protocol(call, option, mode, size_of):
     assert call("run", "--data", "a=photos", "--model", "dense", *option)[0] == 0
     assert sets()[0]["mode"] == mode
     expected = by_hand(load_model(RunDir.open("run"), "dense"), size_of)
-    # A grey level here and there lies on the edge of truncation.
+    # Some gray levels are close to the next integer, where they are truncated.
     assert sets()[0]["metrics"] == pytest.approx(expected, abs=2e-4)
 
 
-def test_own_size_is_the_next_multiple_of_16():
+def test_own_size_is_rounded_up_to_a_multiple_of_16():
     assert own_size(33, 47) == (48, 48) and own_size(64, 20) == (64, 32) and own_size(1, 16) == (16, 16)
 
 
-def test_the_batch_size_does_not_matter(call):
+def test_metrics_do_not_depend_on_the_batch_size(call):
     for batch in (1, 2, 16):
         call("run", "--data", f"{batch}=photos", "--batch-size", batch)
     one, *others = (entry["metrics"] for entry in sets())
@@ -159,7 +157,7 @@ def test_the_batch_size_does_not_matter(call):
         assert other == pytest.approx(one, abs=2e-4)
 
 
-def test_metrics_go_into_the_summary_of_a_model_that_has_none(call):
+def test_metrics_are_added_to_a_summary_without_metrics(call):
     call("run", "--data", "own=photos", "--own-size", "--data", "b=photos")
     dense = json.loads(Path("run/summary.json").read_text())["dense"]
     assert dense == {"params": 1, "macs": 2, "paper_flops": None}, "another protocol than the run's"
@@ -171,17 +169,17 @@ def test_metrics_go_into_the_summary_of_a_model_that_has_none(call):
     assert json.loads(Path("run/summary.json").read_text())["dense"] == first
 
 
-def test_what_cannot_be_read_can_be_left_out(call):
+def test_unreadable_images_can_be_skipped(call):
     Path("photos/images/1.png").write_bytes(b"no image")
     Image.new("RGB", (20, 20)).save("photos/images/lonely.png")
     status, _, error = call("run", "--data", "a=photos")
     assert status == 2 and "lonely.png" in error and "--on-error skip" in error and "data.on_error" not in error
     status, out, _ = call("run", "--data", "a=photos", "--on-error", "skip")
-    assert status == 0 and "a: 2 left out" in out
+    assert status == 0 and "a: 2 images skipped" in out
     assert (sets()[0]["images"], sets()[0]["skipped"]) == (2, 2)
 
 
-def test_a_name_is_no_markup(call):
+def test_brackets_in_a_name_are_not_markup(call):
     status, out, _ = call("run", "--data", "[red]{x}=photos")
     assert status == 0 and "[red]{x}" in out and sets()[0]["name"] == "[red]{x}"
 
@@ -202,12 +200,12 @@ def unreadable(folder):
 
 
 @pytest.mark.parametrize(
-    "arguments, prepare, words",
+    "arguments, prepare, messages",
     [
         (["photos"], None, ["--data photos", "NAME=FOLDER"]),
         (["=photos"], None, ["NAME=FOLDER"]),
         (["a="], None, ["NAME=FOLDER"]),
-        (["a=photos", "a=photos"], None, ["a is taken"]),
+        (["a=photos", "a=photos"], None, ["a is already used"]),
         (["a=photos", "b=gone"], None, ["--data b", "gone", "does not exist"]),
         (["a=photos", "b=run"], None, ["--data b", "images/"]),
         (["a=photos", "b=bad"], empty, ["--data b", "no pair", "0 images"]),
@@ -217,25 +215,25 @@ def unreadable(folder):
         (["a=photos", "--on-error", "stop"], None, ["--on-error stop"]),
         (["a=photos", "--model", "best"], None, ["--model best", "finetuned"]),
         (["a=photos", "--model", "slim"], None, ["slim/model.safetensors is missing"]),
-        (["a=photos", "--size", "8"], None, ["--size 8", "16 or more"]),
+        (["a=photos", "--size", "8"], None, ["--size 8", "at least 16"]),
         (["a=photos", "--size", "64", "--own-size"], None, ["exclude each other"]),
         (["a=photos", "--batch-size", "0"], None, ["--batch-size 0"]),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(call, arguments, prepare, words):
+def test_errors_are_one_line_and_write_nothing(call, arguments, prepare, messages):
     if prepare:
         prepare("bad")
     before = Path("run/summary.json").read_bytes()
     options = [part for one in arguments for part in (["--data", one] if "=" in one or one == "photos" else [one])]
     status, _, error = call("run", *options)
     assert status == 2 and error.count("\n") == 1 and error.startswith("prunekit: ") and "Traceback" not in error
-    for word in words:
-        assert word in error
+    for message in messages:
+        assert message in error
     assert not Path("run/eval.json").exists() and Path("run/summary.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "sets": []}', '{"format": 1, "sets": [3]}'])
-def test_a_damaged_eval_json_is_said_before_a_model_runs(call, content):
+def test_damaged_eval_json(call, content):
     Path("run/eval.json").write_text(content)
     status, _, error = call("run", "--data", "a=photos")
     assert status == 2 and error.count("\n") == 1 and "run/eval.json" in error and "remove it" in error
@@ -243,7 +241,7 @@ def test_a_damaged_eval_json_is_said_before_a_model_runs(call, content):
     assert call("run", "--data", "a=photos")[0] == 0
 
 
-def test_folders_that_are_no_run(call):
+def test_folders_without_a_run(call):
     for folder in ("gone", "photos"):
         status, _, error = call(folder, "--data", "a=photos")
         assert status == 2 and error.count("\n") == 1 and "no run folder" in error
@@ -253,7 +251,7 @@ def test_folders_that_are_no_run(call):
     assert call("run")[0] == 2, "a set is needed"
 
 
-def test_a_bar_takes_any_name():
+def test_progress_bar_with_brackets_in_its_name():
     console = Console(force_terminal=True, width=80, file=io.StringIO(), color_system=None)
     counter = Reporter(console).progress_bar("[/]{x}")
     counter(1, 2)

@@ -1,5 +1,3 @@
-"""The groups of a recipe or a run, as they are shown."""
-
 from __future__ import annotations
 
 import json
@@ -11,7 +9,7 @@ import torch
 from rich.console import Console
 
 from prunekit.cli import main
-from prunekit.commands.groups import combination, dump, inspect_groups, show_groups
+from prunekit.commands.groups import dump, format_gates, inspect_groups, show_groups
 from prunekit.config.recipe import load
 from prunekit.errors import CheckpointError, RecipeError
 from prunekit.pipeline.models import build_dense, load_model, save_model
@@ -82,30 +80,29 @@ def shown(inspection, width=80):
     return capture.get()
 
 
-def test_a_recipe_shows_the_groups_of_its_builder(folder):
+def test_groups_of_a_recipe(folder):
     found = inspect_groups(str(folder / "mine.yaml"))
     model = build_dense(load(folder / "mine.yaml"))
     assert found.groups == find_groups(model, torch.zeros(1, 3, 32, 32))
     assert found.params == sum(p.numel() for p in model.parameters())
-    assert (found.model, found.shape, found.living) == ("dense", (3, 32, 32), None)
-    # Keys can be set: what a channel costs in multiply-adds follows the size.
+    assert (found.model, found.shape, found.alive) == ("dense", (3, 32, 32), None)
+    # The MACs of a channel grow with the size.
     larger = inspect_groups(str(folder / "mine.yaml"), ["data.size=64"])
     assert larger.groups[0].macs == 4 * found.groups[0].macs
 
 
-def test_a_run_shows_what_lives(folder):
+def test_alive_channels_of_a_run(folder):
     run = RunDir.open(folder / "runs" / "one")
     found = inspect_groups(str(folder / "runs" / "one"), model="dense")
     model = load_model(run, "dense")
-    assert found.living == {g.id: int((gate_scores(model, g) > 0.5).sum()) for g in found.groups if g.reason is None}
+    assert found.alive == {g.id: int((gate_scores(model, g) > 0.5).sum()) for g in found.groups if g.reason is None}
     first = found.groups[0]
-    assert found.living[first.id] <= first.channels - 3
-    # With another threshold, others.
+    assert found.alive[first.id] <= first.channels - 3
     none = inspect_groups(str(folder / "runs" / "one"), ["slim.threshold=1e9"], model="dense")
-    assert set(none.living.values()) == {0} and none.threshold == 1e9
+    assert set(none.alive.values()) == {0} and none.threshold == 1e9
 
 
-def test_the_newest_model_is_shown_unless_another_is_asked_for(folder):
+def test_default_is_the_newest_model(folder):
     dense = inspect_groups(str(folder / "runs" / "one"), model="dense")
     newest = inspect_groups(str(folder / "runs" / "one"))
     assert newest.model == "slim" and newest.params < dense.params
@@ -113,41 +110,43 @@ def test_the_newest_model_is_shown_unless_another_is_asked_for(folder):
     assert (newest.groups[0].id, newest.groups[0].channels) == ("stem", 5)
 
 
-def test_the_table_fits_and_has_every_group_and_its_figures(folder):
+def test_table_fits_the_width_and_has_every_group(folder):
     for source, width in (("mine.yaml", 80), ("runs/one", 80), ("runs/one", 60)):
         found = inspect_groups(str(folder / source), model="dense" if "runs" in source else None)
         text = shown(found, width)
         assert max(map(len, text.splitlines())) <= width
         for group in found.groups:
-            living = "" if found.living is None else rf"\s+{found.living.get(group.id, '–')}"
-            row = rf"^{group.id}\s+{group.channels}{living}\s+{group.params:,}\s+{group.macs:,}$"
+            alive = "" if found.alive is None else rf"\s+{found.alive.get(group.id, '–')}"
+            row = rf"^{group.id}\s+{group.channels}{alive}\s+{group.params:,}\s+{group.macs:,}$"
             assert re.search(row, text, re.MULTILINE), group.id
-            assert (f"cannot be cut: {group.reason}" if group.reason else combination(group)) in " ".join(text.split())
+            assert (f"cannot be pruned: {group.reason}" if group.reason else format_gates(group)) in " ".join(
+                text.split()
+            )
     assert "  norm1 → norm2\n" in text
 
 
-def test_the_totals_add_up(folder):
+def test_totals(folder):
     text = " ".join(shown(inspect_groups(str(folder / "mine.yaml"))).split())
-    assert "1 of 4 groups can be cut, 8 channels 3 of 4 groups cannot be cut, 10 channels:" in text
+    assert "1 of 4 groups can be pruned, 8 channels 3 of 4 groups cannot be pruned, 10 channels:" in text
     assert "1 × the model's output" in text
     run = inspect_groups(str(folder / "runs" / "one"), model="dense")
-    words = f"8 channels, of which {run.living['stem']} live (effective gate above 0.5)"
-    assert words in " ".join(shown(run).split()) and run.living["stem"] <= 5
+    expected = f"8 channels, {run.alive['stem']} of them alive (effective gate above 0.5)"
+    assert expected in " ".join(shown(run).split()) and run.alive["stem"] <= 5
 
 
-def test_long_names_are_folded_not_cut(folder):
+def test_long_names_are_folded(folder):
     found = inspect_groups(str(folder / "mine.yaml"))
     found.groups[0].id = long = "a.very." + "deep." * 20 + "conv"
     assert long in "".join(shown(found).split())
     assert max(map(len, shown(found).splitlines())) <= 80
 
 
-def test_json_is_the_groups(folder):
+def test_json(folder):
     found = inspect_groups(str(folder / "runs" / "one"), model="dense")
     read = json.loads(dump(found))
-    living = [group.pop("living") for group in read["groups"]]
+    alive = [group.pop("alive") for group in read["groups"]]
     assert [Group.model_validate(group) for group in read["groups"]] == found.groups
-    assert living == [found.living.get(group.id) for group in found.groups]
+    assert alive == [found.alive.get(group.id) for group in found.groups]
     assert (read["model"], read["input"], read["threshold"]) == ("dense", [3, 32, 32], 0.5)
     assert json.loads(dump(inspect_groups(str(folder / "mine.yaml"))))["threshold"] is None
 
@@ -172,26 +171,26 @@ def group(combine, *norms):
         ({"parallel": [0, 1, 2, 3, 4, 5]}, list("abcdef"), "a | b | … 3 more … | f"),
     ],
 )
-def test_how_gates_combine(combine, names, text):
-    assert combination(group(combine, *((name, 0) for name in names))) == text
+def test_format_gates(combine, names, text):
+    assert format_gates(group(combine, *((name, 0) for name in names))) == text
 
 
-def test_a_part_of_a_norm_says_where_it_begins():
-    assert combination(group(0, ("bn", 4))) == "bn@4"
+def test_format_gates_of_a_slice():
+    assert format_gates(group(0, ("bn", 4))) == "bn@4"
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_factored_names_are_the_names(seed):
+def test_factored_names_expand_to_the_names(seed):
     rng = np.random.default_rng(seed)
     names = [".".join(rng.choice(list("ab"), rng.integers(1, 6))) for _ in range(rng.integers(2, 5))]
-    text = combination(group({"serial": list(range(len(names)))}, *((name, 0) for name in names)))
+    text = format_gates(group({"serial": list(range(len(names)))}, *((name, 0) for name in names)))
     head, _, rest = text.partition("(") if "(" in text else ("", "", text)
     middle, _, tail = rest.partition(")")
     assert [f"{head}{part}{tail}" for part in middle.split(" → ")] == names
 
 
 @pytest.mark.parametrize(
-    ("source", "model", "words"),
+    ("source", "model", "message"),
     [
         ("csnett", None, "did you mean 'csnet'"),
         ("{}/runs/onne", None, "did you mean .*/runs/one"),
@@ -199,25 +198,25 @@ def test_factored_names_are_the_names(seed):
         ("{}/runs", None, "neither a recipe nor a run folder"),
         ("{}/runs/one", "dens", "has no such model, did you mean 'dense'"),
         ("{}/runs/one", "finetuned", "has no such model; it has dense, slim"),
-        ("{}/mine.yaml", "slim", "is no run folder; a recipe has its builder's model only"),
+        ("{}/mine.yaml", "slim", "is not a run folder; a recipe has only the dense model"),
     ],
 )
-def test_mistyped_names_give_the_nearest(folder, source, model, words):
-    with pytest.raises(RecipeError, match=words) as caught:
+def test_unknown_names_get_a_hint(folder, source, model, message):
+    with pytest.raises(RecipeError, match=message) as caught:
         inspect_groups(source.format(folder), model=model)
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_without_a_model_says_so(folder, tmp_path):
+def test_run_without_a_model(folder, tmp_path):
     with RunDir.start(tmp_path / "run", load(folder / "mine.yaml").dump(), {}):
         pass
     with pytest.raises(CheckpointError, match="holds no model yet"):
         inspect_groups(str(tmp_path / "run"))
 
 
-def test_the_command(folder, capsys):
+def test_command(folder, capsys):
     for arguments, word in ((["data.size=48"], "input 3×48×48"), (["--json"], '"groups"')):
         with pytest.raises(SystemExit) as stop:
             main(["groups", str(folder / "mine.yaml"), *arguments])
-        # Where the path is long the line is folded.
+        # A long path folds the line.
         assert stop.value.code == 0 and word in " ".join(capsys.readouterr().out.split())

@@ -1,5 +1,3 @@
-"""An imported model goes the same ways as one that was trained here."""
-
 import json
 import shutil
 from pathlib import Path
@@ -46,7 +44,7 @@ def summary_of(folder):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A learned shape and a dense one, as published files."""
+    """A slim and a dense model as published files."""
     folder = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
     model = csnet(20)
@@ -73,7 +71,7 @@ def folder(imported, tmp_path, monkeypatch):
     return Path(shutil.copytree(imported, tmp_path / "published"))
 
 
-def test_what_an_import_leaves(imported):
+def test_imported_run_folder(imported):
     summary = summary_of(imported)
     assert set(summary) == {"format", "recipe", "status", "slim"} and summary["status"] == "complete"
     assert set(summary["slim"]) == {"params", "macs", "paper_flops"}
@@ -84,7 +82,7 @@ def test_what_an_import_leaves(imported):
     assert not list(imported.rglob("*.pth*")) and (imported / "slim/model.safetensors").is_file()
 
 
-def test_a_dense_import(published, tmp_path):
+def test_dense_import(published, tmp_path):
     run("import", "csnet", published / "dense.pth.tar", "--out", tmp_path / "dense")
     summary = summary_of(tmp_path / "dense")
     assert summary["dense"] == {"params": 210_985, "macs": 432_819_744, "paper_flops": 610_638_784}
@@ -93,7 +91,7 @@ def test_a_dense_import(published, tmp_path):
     assert thin["status"] == "complete" and thin["equivalence"]["passed"] and thin["kept"]["params_ratio"] < 1
 
 
-def test_import_export_import_is_the_identity(folder, tmp_path):
+def test_import_export_round_trip(folder, tmp_path):
     run("export", folder, "--format", "csnet")
     run("import", "csnet", folder / "exports/csnet.pth.tar", folder / "exports/csnet.bin", "--out", tmp_path / "again")
     for name in ("slim/model.safetensors", "layers.json"):
@@ -102,7 +100,7 @@ def test_import_export_import_is_the_identity(folder, tmp_path):
     assert {**plans[0], "recipe_hash": 0} == {**plans[1], "recipe_hash": 0}
 
 
-def test_slim_finetune_export_predict_report(folder, tmp_path):
+def test_commands_on_an_imported_run(folder, tmp_path):
     before = summary_of(folder)
     run("slim", folder, *QUICK, "slim.threshold=0.9")
     thin = summary_of("published-slim")
@@ -133,14 +131,14 @@ def test_slim_finetune_export_predict_report(folder, tmp_path):
     assert summary_of(folder)["slim"] == before["slim"]
 
 
-def test_finetuning_an_import_without_slimming_it(folder):
+def test_finetune_without_slim(folder):
     run("finetune", folder, *QUICK, "--out", "tuned")
     tuned = summary_of("tuned")
     assert tuned["slim"]["params"] == tuned["finetuned"]["params"] == summary_of(folder)["slim"]["params"]
     assert "dense" not in tuned and "metrics" in tuned["slim"]
 
 
-def test_a_recipe_begins_from_a_run(folder):
+def test_run_from_an_imported_model(folder):
     keys = [*QUICK, "train.epochs=1", "train.batch_size=8", "backbone.options.width=20", "slim.threshold=0.9"]
     run("run", "csnet", "init=published", *keys, "--out", "on")
     shutil.rmtree(folder)
@@ -150,13 +148,13 @@ def test_a_recipe_begins_from_a_run(folder):
     run("run", "csnet", "init=published", *keys, "--out", "on", "--from", "extract")
 
 
-def test_mistakes(folder, published, capsys, tmp_path):
+def test_errors(folder, published, capsys, tmp_path):
     for words, *arguments in (
         (["--format onx", "'onnx'"], "export", folder, "--format", "onx"),
         (["import torch", "csnet"], "import", "torch", published / "slim.bin", "--out", "x"),
         (["slim.bin", "which no checkpoint needs"], "import", "csnet", published / "slim.bin", "--out", "x"),
         (
-            ["dense.pth.tar", "is it another one"],
+            ["dense.pth.tar", "Is it another file"],
             "import",
             "csnet",
             published / "slim.pth.tar",

@@ -16,7 +16,7 @@ from prunekit.config import recipe, schema
 from prunekit.config import yaml as yaml12
 from prunekit.data.images import read_image, read_mask
 from prunekit.errors import PrunekitError
-from prunekit.interop.csnet import Layout
+from prunekit.interop.csnet import CSNetLayout
 from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pruning.plan import Plan
 from prunekit.reporting import run_contents
@@ -135,7 +135,7 @@ def readers(place: Place) -> list[Reader]:
 
     def layout(data: bytes) -> None:
         path = place.put("a.bin", data)
-        Layout.parse(read_layout(path), str(path))
+        CSNetLayout.parse(read_layout(path), str(path))
 
     def published(data: bytes) -> None:
         read_checkpoint(place.put("a.pth.tar", data))

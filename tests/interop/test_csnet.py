@@ -11,7 +11,7 @@ from prunekit.data.datasets import image_tensor, normalise, resize
 from prunekit.data.images import read_image
 from prunekit.errors import CheckpointError, ExportError
 from prunekit.flops import count_modules, total
-from prunekit.interop.csnet import SUBNORMAL, Layout, export_csnet, import_csnet
+from prunekit.interop.csnet import SUBNORMAL, CSNetLayout, export_csnet, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Plan
@@ -21,12 +21,12 @@ from prunekit.pruning.surgery.slim import apply_plan, slim
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 FILES = SHARED / "reference" / "csnet-L-x2"
-published = pytest.mark.skipif(not FILES.is_dir(), reason="the published files are not beside this checkout")
+published = pytest.mark.skipif(not FILES.is_dir(), reason="the published files are not in ../shared")
 
 
 @pytest.fixture(scope="module")
 def files():
-    layout = Layout.parse(read_layout(FILES / "csnet-L-x2.bin"), "layout")
+    layout = CSNetLayout.parse(read_layout(FILES / "csnet-L-x2.bin"), "layout")
     return read_checkpoint(FILES / "csnet-L-x2.pth.tar"), layout
 
 
@@ -45,7 +45,7 @@ def same(a, b):
 
 
 @published
-def test_the_golden_logits(files):
+def test_published_model_gives_its_golden_logits(files):
     width, _plan, model = import_csnet(*files, "checkpoint")
     assert width == 40 and total(count_modules(model, (3, 224, 224))[0]) == {
         "params": 140_894,
@@ -68,11 +68,11 @@ def test_the_golden_logits(files):
 
 
 @published
-def test_published_in_out_and_in_again(files):
+def test_published_files_round_trip(files):
     _, plan, model = import_csnet(*files, "checkpoint")
     state, layout = export_csnet(model)
     assert {name: tuple(v.shape) for name, v in state.items()} == {name: tuple(v.shape) for name, v in files[0].items()}
-    again = Layout.parse(layout.dump(), "again")
+    again = CSNetLayout.parse(layout.dump(), "again")
     assert again == files[1]
     _, second, model_again = import_csnet(state, again, "again")
     assert second == plan and same(model, model_again)
@@ -81,7 +81,7 @@ def test_published_in_out_and_in_again(files):
 
 
 @published
-def test_no_weight_is_subnormal(files):
+def test_subnormal_weights_become_zero(files):
     assert sum(int(((v != 0) & (v.abs() < SUBNORMAL)).sum()) for v in files[0].values() if v.is_floating_point()) > 1000
     _, _, model = import_csnet(*files, "checkpoint")
     for name, value in model.named_parameters():
@@ -89,24 +89,24 @@ def test_no_weight_is_subnormal(files):
 
 
 @pytest.mark.parametrize("width", [20, 40])
-def test_dense_models_need_no_layout(width):
+def test_dense_model_round_trip_without_layout(width):
     model, _, _ = settled(width)
     state, layout = export_csnet(model)
     found, plan, again = import_csnet(state, None, "file")
-    # What is divided by 100 and multiplied again may be off by the last digit, for weights that were never published.
+    # Division by 100 and multiplication may change the last digit of weights that were never published.
     assert found == width and plan is None
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-7, atol=0, msg=name)
-    assert import_csnet(state, Layout.parse(layout.dump(), "x"), "file")[1].removed == []
+    assert import_csnet(state, CSNetLayout.parse(layout.dump(), "x"), "file")[1].removed == []
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_learned_shapes_come_back(seed):
+def test_slim_model_round_trip(seed):
     """Odd splits, branches and dilations of no channels."""
     model, groups, example = settled(20, seed, share=0.3 + 0.1 * seed, whole=0.2 * seed)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     state, layout = export_csnet(small)
-    _, plan, again = import_csnet(state, Layout.parse(layout.dump(), "layout"), "file")
+    _, plan, again = import_csnet(state, CSNetLayout.parse(layout.dump(), "layout"), "file")
     with torch.inference_mode():
         a, b = small.double()(example.double()), again.double()(example.double())
     assert (a - b).abs().max() < 1e-4 * a.abs().max()
@@ -115,7 +115,7 @@ def test_learned_shapes_come_back(seed):
     rebuilt.load_state_dict(again.float().state_dict())
 
 
-def test_a_branch_and_a_dilation_of_no_channels():
+def test_absent_branch_and_dilation():
     model, groups, example = settled(20)
     dead = {
         "stage1.1.mix.paths.0to0": set(range(10)),
@@ -130,7 +130,7 @@ def test_a_branch_and_a_dilation_of_no_channels():
     assert {name for name, _ in again.named_modules()} == {name for name, _ in small.named_modules()}
 
 
-def test_biases_move_into_the_norms_behind():
+def test_biases_move_into_the_norms_after_them():
     model, _groups, example = settled(20, 1, share=0.5)
     with torch.no_grad():
         for b in "012":
@@ -147,7 +147,7 @@ def test_biases_move_into_the_norms_behind():
 
 
 @pytest.mark.parametrize(
-    "change, word",
+    "change, message",
     [
         (lambda state: state.pop("oct_fuse.fuse.conv.weight"), r"lacks oct_fuse\.fuse\.conv\.weight"),
         (lambda state: state.update({"fc.weight": torch.ones(2)}), r"has fc\.weight, which no CSNet"),
@@ -162,44 +162,44 @@ def test_biases_move_into_the_norms_behind():
         (lambda state: state.update({"stage0.0.conv1x1.conv.weight": torch.ones(23, 3, 3, 3)}), "give its layout"),
     ],
 )
-def test_what_does_not_fit_is_named(change, word):
+def test_mismatched_tensor_is_named(change, message):
     state, _ = export_csnet(settled()[0])
     change(state)
-    with pytest.raises(CheckpointError, match=word):
+    with pytest.raises(CheckpointError, match=message):
         import_csnet(state, None, "file")
 
 
 @pytest.mark.parametrize(
-    "change, word",
+    "change, message",
     [
         (lambda held: held.pop(3), "has 22 entries, this one 21"),
-        (lambda held: held.__setitem__(-1, [3, 4, 6, 5]), "the blocks of a stage"),
+        (lambda held: held.__setitem__(-1, [3, 4, 6, 5]), "the numbers of blocks must be"),
         (lambda held: held.__setitem__(4, [np.array([1.0, 2.0]), held[4][1]]), "entry 4 reads"),
-        (lambda held: held.__setitem__(2, [held[2][0], np.array([1.5, 2.0])]), "no numbers of channels"),
+        (lambda held: held.__setitem__(2, [held[2][0], np.array([1.5, 2.0])]), "not numbers of channels"),
         (lambda held: held.__setitem__(19, held[19][:2]), "table of branches"),
-        (lambda held: held.__setitem__(20, [np.array([1.0, 2.0, 3.0]), held[20][1]]), "do not fit each other"),
+        (lambda held: held.__setitem__(20, [np.array([1.0, 2.0, 3.0]), held[20][1]]), "do not match each other"),
     ],
 )
-def test_layouts_that_are_none(change, word):
-    held = Layout.of(csnet(20)).dump()
+def test_invalid_layouts(change, message):
+    held = CSNetLayout.from_model(csnet(20)).dump()
     held = [entry if isinstance(entry[0], int) and len(entry) == 4 else list(entry) for entry in held]
     change(held)
-    with pytest.raises(CheckpointError, match=word):
-        Layout.parse(held, "layout")
+    with pytest.raises(CheckpointError, match=message):
+        CSNetLayout.parse(held, "layout")
 
 
-def test_a_layout_that_the_file_is_not_of():
+def test_layout_of_another_model():
     state, _ = export_csnet(settled()[0])
     model, groups, example = csnet_with_dead_gates(1)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     with pytest.raises(CheckpointError, match="the layout needs"):
-        import_csnet(state, Layout.of(small), "file")
-    wide = Layout.of(csnet(40))
+        import_csnet(state, CSNetLayout.from_model(small), "file")
+    wide = CSNetLayout.from_model(csnet(40))
     wide.blocks[1, 0][1][0] = 99
     with pytest.raises(CheckpointError, match="more channels than the ×2 model"):
         import_csnet(state, wide, "file")
 
 
-def test_only_a_csnet_has_the_published_form():
+def test_only_a_csnet_can_be_exported():
     with pytest.raises(ExportError, match="only a CSNet"):
         export_csnet(torch.nn.Linear(2, 3))

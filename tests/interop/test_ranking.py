@@ -1,5 +1,3 @@
-"""The score of a channel, on the published model: what the ranking by it is worth."""
-
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +6,7 @@ import torch
 
 from prunekit.data.datasets import image_tensor, normalise, resize
 from prunekit.data.images import read_image
-from prunekit.interop.csnet import Layout, import_csnet
+from prunekit.interop.csnet import CSNetLayout, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
@@ -16,7 +14,7 @@ from prunekit.pruning.surgery.equivalence import zero_dead_gates
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 FILES = SHARED / "reference" / "csnet-L-x2"
-pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason="the published files are not beside this checkout")
+pytestmark = pytest.mark.skipif(not FILES.is_dir(), reason="the published files are not in ../shared")
 
 
 def smallest_gate(model, group):
@@ -24,19 +22,19 @@ def smallest_gate(model, group):
     return torch.stack(gates).amin(0).double().numpy()
 
 
-def test_our_score_ranks_channels_better_than_raw_gates_and_chance():
-    """5% and 10% of the living channels are cut by each ranking: how far the maps of photographs move."""
-    layout = Layout.parse(read_layout(FILES / "csnet-L-x2.bin"), "layout")
+def test_effective_gate_ranks_channels_better_than_raw_gates_and_chance():
+    """Removes 5% and 10% of the channels by each ranking, and compares how much the maps of photographs change."""
+    layout = CSNetLayout.parse(read_layout(FILES / "csnet-L-x2.bin"), "layout")
     _, _, model = import_csnet(read_checkpoint(FILES / "csnet-L-x2.pth.tar"), layout, "checkpoint")
     photographs = sorted((SHARED / "data" / "DUTS-TE-200" / "images").iterdir())[:4]
     images = torch.cat([normalise(resize(image_tensor(read_image(path)), (224, 224))) for path in photographs])
     groups = [group for group in find_groups(model, images) if group.reason is None]
-    ours = np.concatenate([gate_scores(model, group) for group in groups])
-    alive = ours > 0
+    effective = np.concatenate([gate_scores(model, group) for group in groups])
+    alive = effective > 0
     rankings = {
-        "score": ours,
+        "effective": effective,
         "raw": np.concatenate([smallest_gate(model, group) for group in groups]),
-        "chance": np.random.default_rng(0).random(len(ours)),
+        "chance": np.random.default_rng(0).random(len(effective)),
     }
     bounds = np.cumsum([group.channels for group in groups])[:-1]
     with torch.inference_mode():
@@ -50,4 +48,4 @@ def test_our_score_ranks_channels_better_than_raw_gates_and_chance():
                     g.id: np.flatnonzero(part).tolist() for g, part in zip(groups, np.split(cut, bounds), strict=True)
                 }
                 moved[name] = float((zero_dead_gates(model, groups, dead)(images).sigmoid() - before).abs().mean())
-            assert moved["score"] < 0.5 * min(moved["raw"], moved["chance"]), (share, moved)
+            assert moved["effective"] < 0.5 * min(moved["raw"], moved["chance"]), (share, moved)

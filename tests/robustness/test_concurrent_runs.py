@@ -19,7 +19,7 @@ from rich.console import Console
 
 from prunekit.cli import main
 from prunekit.commands.groups import inspect_groups
-from prunekit.commands.watch import look
+from prunekit.commands.watch import read_snapshot
 from prunekit.errors import RunFolderError
 from prunekit.reporting import load_run
 from prunekit.runs import artifacts
@@ -105,7 +105,7 @@ def test_a_lock_of_another_host_is_told_with_what_to_do(run, capsys):
 def test_what_only_reads_does_so_while_a_run_goes_on(run, holder):
     before = tree(run)
     assert load_run(run).missing == load_run(run).missing
-    assert inspect_groups(str(run)).params and look(run).status == "complete"
+    assert inspect_groups(str(run)).params and read_snapshot(run).status == "complete"
     assert tree(run) == before
 
 
@@ -146,7 +146,7 @@ def test_a_reader_finds_whole_files_between_any_two_writes(tmp_path, monkeypatch
             for name in reader.written():
                 reader.read_bytes(name)
         begun.update(before=readers[0])
-        look(folder)
+        read_snapshot(folder)
         looked.append([line for line in load_run(folder).missing if not line.endswith(": not there")])
 
     monkeypatch.setattr(artifacts, "write_atomic", watched)

@@ -1,4 +1,4 @@
-"""Pass a model to another process as data: one safetensors file with its builder, its channel counts and its weights."""
+"""Pass a model to another process as data: a safetensors file with its builder, channel counts and weights."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def _input(batch: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
 
 
-def _torch(path: str, bf16: bool) -> CallFactory:
+def _torch(path: str, bf16: bool, compiled: bool = False) -> CallFactory:
+    # Compiled code depends on the number of threads, which the cache ignores.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     import torch
 
     from prunekit.deployment.bench.model_transfer import unpack_model
@@ -91,27 +94,12 @@ def _torch(path: str, bf16: bool) -> CallFactory:
     def make_call(batch: int, size: int, threads: int) -> Call:
         torch.set_num_threads(threads)
         image = torch.from_numpy(_input(batch, size)).to(dtype)
-        return torch.inference_mode()(lambda: model(image))
-
-    return make_call
-
-
-def _compiled(path: str, bf16: bool) -> CallFactory:
-    # Compiled code depends on the number of threads, which the cache ignores.
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-    import torch
-
-    from prunekit.deployment.bench.model_transfer import unpack_model
-
-    model = unpack_model(Path(path))
-
-    def make_call(batch: int, size: int, threads: int) -> Call:
-        torch.set_num_threads(threads)
+        if not compiled:
+            return torch.inference_mode()(lambda: model(image))
         torch._dynamo.reset()
         # Freezing the weights lays them out once, as the other runtimes do.
-        compiled = torch.compile(model, dynamic=False, options={"freezing": True})
-        image = torch.from_numpy(_input(batch, size))
-        return torch.no_grad()(lambda: compiled(image))
+        frozen = torch.compile(model, dynamic=False, options={"freezing": True})
+        return torch.no_grad()(lambda: frozen(image))
 
     return make_call
 
@@ -174,7 +162,7 @@ def _matrix(path: str | None, bf16: bool) -> CallFactory:
 
 _RUNTIMES = {
     "torch": _torch,
-    "compiled": _compiled,
+    "compiled": partial(_torch, compiled=True),
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "matrix": _matrix,

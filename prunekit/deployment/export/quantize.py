@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +16,15 @@ def quantize_onnx(
     file: bytes,
     batches: Sequence[np.ndarray],
     metadata: Mapping[str, str] | None = None,
-    *,
-    exclude: Callable[[object, object], bool] | None = None,
 ) -> bytes:
     """Quantize a float32 ONNX file in QDQ format, with weights per channel; OpenVINO reads it too.
+
+    The last convolution stays in float32.
 
     Args:
         file: from :func:`prunekit.deployment.export.onnx.export_onnx`.
         batches: inputs to calibrate on, all of one shape.
         metadata: written into the file.
-        exclude: (node, model) → whether a node stays in float32.
 
     Raises:
         ExportError: ONNX Runtime cannot quantize the model.
@@ -60,12 +59,7 @@ def quantize_onnx(
             reduce_range=True,  # 7-bit weights: without VNNI, products of 8 bits saturate.
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in model.graph.node if exclude is not None and exclude(node, model)],
+            nodes_to_exclude=[node.name for node in model.graph.node if node.op_type == "Conv"][-1:],
         )
         quantized = onnx.load(target)
     return finalize(quantized, metadata or {})
-
-
-def last_convolution(node: object, model: object) -> bool:
-    """Whether a node is the network's last convolution."""
-    return node.name == [other.name for other in model.graph.node if other.op_type == "Conv"][-1]

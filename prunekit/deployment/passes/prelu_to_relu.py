@@ -19,11 +19,11 @@ MAX_SLOPE = 0.95  # Closer to 1, too little precision is left in 1 − a.
 def prelu_to_relu(graph: InferenceGraph) -> int:
     """Rewrite PReLUs of features (N, C, H, W).
 
-    Behind a depthwise convolution, the convolution is computed twice, with both factors. Behind other convolutions, the
-    second term comes from the first one, by a depthwise 1×1 convolution with the weights a/(1 − a).
+    After a depthwise convolution, that convolution is computed twice, with both factors. After other convolutions, the
+    second term is computed from the first one by a depthwise 1×1 convolution with the weights a/(1 − a).
 
-    A PReLU stays if one of its slopes is above 0.95, if anything but convolutions computes its input, or if another node
-    reads its input.
+    A PReLU stays if one of its slopes is above 0.95, if anything but convolutions computes its input, or if its input
+    has another user.
 
     Returns:
         the number of PReLUs rewritten.
