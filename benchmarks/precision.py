@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from prunekit.data.datasets import normalise
+from prunekit.data.datasets import normalize
 from prunekit.deployment.deploy import deploy
 from prunekit.deployment.export.onnx import export_onnx, onnx_function
 from prunekit.deployment.export.openvino import openvino_function
@@ -74,7 +74,7 @@ class Forms:
             if int8:
                 train = self.work.tensors("train")
                 places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
-                batches = [normalise(train.images[int(i)][None]).numpy() for i in places]
+                batches = [normalize(train.images[int(i)][None]).numpy() for i in places]
                 file = quantize_onnx(file, batches)
             self.files[key] = file
         return self.files[key]

@@ -30,7 +30,7 @@ from prunekit.backbones.csnet import csnet
 from prunekit.config.schema import Training
 from prunekit.data.augment import crop_flip
 from prunekit.data.cache import cached_tensors
-from prunekit.data.datasets import MaskDataset, normalise
+from prunekit.data.datasets import MaskDataset, normalize
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
 from prunekit.pruning.sparsity.decay import DynamicWeightDecay
@@ -208,7 +208,7 @@ def pipeline(size: int, batch: int, batches: int, rounds: int) -> dict[str, floa
                 began = time.perf_counter()
                 drawn = tensors.images[rows], tensors.targets[rows], tensors.sizes[rows]
                 images, _ = crop_flip(*drawn, generator)
-                normalise(images).contiguous(memory_format=torch.channels_last)
+                normalize(images).contiguous(memory_format=torch.channels_last)
                 if epoch:
                     seconds.append(time.perf_counter() - began)
         return {"batch": statistics.median(seconds)}

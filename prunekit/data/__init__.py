@@ -1,1 +1,4 @@
-"""Data: pairs of image and mask from folders or generated, the tensors made of them, and augmentations."""
+"""Data sets (image and mask folders, class folders, generated and bundled sets), their tensors, and augmentations.
+
+Imports ``config``, ``utils`` and ``errors``.
+"""

@@ -1,7 +1,7 @@
-"""Sets of files, decoded once: the tensors of a set lie in a file from which later runs map them into memory.
+"""Cache of decoded data sets: later runs map the tensors of a set from one file into memory.
 
-A set is known by the paths, sizes and times of change of its files and by the size of its images; when any of them is
-another, so is the name of the file, and the set is read anew. Sets that draw or carry their images are not kept.
+The cache key covers the paths, sizes and modification times of the files and the image size, so that any change causes
+the set to be read again. Sets that generate or bundle their images are not cached.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from prunekit.data.datasets import ImageDataset, Tensors, load_tensors
 from prunekit.errors import CheckpointError, DataError
 from prunekit.utils.io import TEMP_PREFIX, cache_folder, encode_json, os_error_reason, write_atomic
 
-FORMAT = 1  # grows when the same files would give other tensors
+FORMAT = 1  # increment when the same files would give other tensors
 PARTS = ("images", "targets", "sizes")
-_CONTENTS = ("pair", "image", "target", "mask", "label", "encode", "blank")
-_PIECE = 1 << 22  # bytes read at once for a checksum
+_CONTENTS = ("pair", "image", "target", "mask", "label", "encode_target", "empty_targets")
+_CHUNK = 1 << 22  # bytes read at once for a checksum
 
 
 def data_folder(given: str) -> Path | None:
-    """Where the recipe's ``data.cache`` keeps sets: None for "none", the user's cache folder for "auto"."""
+    """Return the folder of the cache for the recipe key ``data.cache``: None for "none", a default for "auto"."""
     if given == "none":
         return None
     return cache_folder() / "data" if given == "auto" else Path(given).expanduser()
@@ -39,14 +39,14 @@ def data_folder(given: str) -> Path | None:
 def cached_tensors(
     pairs: ImageDataset, size: int, folder: Path | None, say: Callable[[str], None], keep: bool = True
 ) -> Tensors:
-    """The set at one size as :func:`load_tensors` reads it: from ``folder`` where it lies there, else put there.
+    """Return :func:`load_tensors` of a set, read from the cache if it is there, else written to it.
 
     Args:
-        pairs: loses, if tolerant, what could not be read when it was decoded.
-        size: side of the images in pixels.
-        folder: from :func:`data_folder`; None to read the files.
-        keep: put it there.
-        say: takes a line where the folder is of no use: its file is damaged, or cannot be written.
+        pairs: unreadable images are dropped from it if ``pairs.skip_errors``.
+        size: height and width of the images in pixels.
+        folder: from :func:`data_folder`; None disables the cache.
+        keep: write to the cache.
+        say: called with one line if the cached file is damaged or cannot be written.
 
     Raises:
         DataError: as for ``load_tensors``.
@@ -61,7 +61,7 @@ def cached_tensors(
             pairs.drop(gone)
             return tensors
         except DataError as error:
-            say(f"data: {error}; the images are read again")
+            say(f"data: {error}; reading the images again")
     names = list(pairs.names)
     tensors = load_tensors(pairs, size)
     left = set(pairs.names)
@@ -72,21 +72,21 @@ def cached_tensors(
         _write(tensors, gone, note, store)
     except (OSError, SafetensorError, CheckpointError) as error:
         why = os_error_reason(error) if isinstance(error, OSError) else str(error)
-        say(f"data: decoded images cannot be kept in {folder} ({why}); set data.cache to a folder, or to none")
+        say(f"data: cannot write decoded images to {folder} ({why}); set data.cache to another folder, or to none")
     return tensors
 
 
 def identity(pairs: ImageDataset, size: int) -> str | None:
-    """What tells this set at this size from all others, in hexadecimal; None where its files are not known.
+    """Return the cache key of a set at one size, in hexadecimal; None if the set does not list its files.
 
     Raises:
-        DataError: a file is gone.
+        DataError: a file is missing.
     """
     kind = type(pairs)
     if any(_depth(kind, name) < _depth(kind, "files") for name in _CONTENTS):
-        return None  # A subclass that makes something else of the files.
+        return None  # A subclass changes what is made of the files.
     digest = hashlib.sha256(
-        f"{FORMAT} {kind.__module__}.{kind.__qualname__} {size} {pairs.tolerant} {list(pairs.classes)}".encode()
+        f"{FORMAT} {kind.__module__}.{kind.__qualname__} {size} {pairs.skip_errors} {list(pairs.classes)}".encode()
     )
     for index, name in enumerate(pairs.names):
         files = pairs.files(index)
@@ -97,7 +97,7 @@ def identity(pairs: ImageDataset, size: int) -> str | None:
             try:
                 found = os.stat(path)
             except OSError as error:
-                if pairs.tolerant:
+                if pairs.skip_errors:
                     digest.update(b" gone")
                     continue
                 raise DataError(f"cannot read {path}: {os_error_reason(error)}; restore it, or start again") from error
@@ -107,25 +107,25 @@ def identity(pairs: ImageDataset, size: int) -> str | None:
 
 
 def _depth(kind: type, name: str) -> int:
-    """How many classes above this one its attribute is defined."""
+    """Return how many classes above ``kind`` the attribute is defined."""
     return next((depth for depth, base in enumerate(kind.__mro__) if name in vars(base)), len(kind.__mro__))
 
 
 def _read(note: Path, store: Path) -> tuple[Tensors, list[int]]:
-    """The tensors, mapped, and the places of what could not be read; raises DataError where anything is damaged."""
+    """Return the mapped tensors and the indices of unreadable images; raise DataError if a file is damaged."""
     try:
-        told: dict[str, Any] = json.loads(note.read_bytes())
-        if told["sha256"] != _checksum(store):
+        note_data: dict[str, Any] = json.loads(note.read_bytes())
+        if note_data["sha256"] != _checksum(store):
             raise DataError(f"the decoded images in {store} are damaged")
         with safe_open(store, framework="pt") as file:
             tensors = Tensors(*(file.get_tensor(name) for name in PARTS))
-        return tensors, [int(index) for index in told["gone"]]
+        return tensors, [int(index) for index in note_data["gone"]]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(f"the decoded images in {store} cannot be used ({error})") from error
 
 
 def _write(tensors: Tensors, gone: list[int], note: Path, store: Path) -> None:
-    """The note last: without it, or with another's, there is nothing to be found."""
+    """Write the tensors, then the JSON that makes them valid."""
     store.parent.mkdir(parents=True, exist_ok=True)
     temporary = store.with_name(f"{TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -143,16 +143,13 @@ def _write(tensors: Tensors, gone: list[int], note: Path, store: Path) -> None:
 def _checksum(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def to_device(tensors: Tensors, device: torch.device, share: float = 0.25) -> Tensors:
-    """The set in the accelerator's memory where it takes at most ``share`` of what is free there; else as it is.
-
-    The sizes stay on the CPU, where augmentations draw their numbers.
-    """
+    """Move the set to a GPU if it needs at most ``share`` of the free memory; ``sizes`` stay on the CPU."""
     if device.type != "cuda":
         return tensors
     needed = tensors.images.nbytes + tensors.targets.nbytes

@@ -1,4 +1,4 @@
-"""Sets of images, each with its target (a mask or a class), and the tensors that training takes from them."""
+"""Data sets of images with a target each (a mask or a class), and the tensors that training uses."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ DEVIATION = (0.229, 0.224, 0.225)
 
 
 class ImageDataset(ABC):
-    """Images, each with its target, in a fixed order; made as a :class:`PairSet` or a :class:`LabelSet`.
+    """Images with a target each, in a fixed order; subclass :class:`MaskDataset` or :class:`LabelDataset`.
 
     Attributes:
-        names: one name for each image, unique.
-        skipped: how many were left out because they could not be used.
-        tolerant: what turns out unreadable is dropped and counted instead of raised.
-        classes: what the classes are called, in the order of their labels; empty where targets are no labels.
-        unit: what an image with its target is called in messages.
-        targets: what the targets are called.
+        names: a unique name per image.
+        skipped: the number of images left out because they could not be used.
+        skip_errors: drop and count unreadable images instead of raising.
+        classes: names of the classes in the order of their labels; empty if the targets are not labels.
+        unit: the word for an image with its target in messages.
+        targets: the word for the targets in messages.
     """
 
-    tolerant: bool = False
+    skip_errors: bool = False
     classes: tuple[str, ...] = ()
     unit: str
     targets: str
@@ -47,7 +47,7 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def image(self, index: int) -> np.ndarray:
-        """The image: uint8 [H, W, 3], RGB.
+        """Return the image: uint8 [H, W, 3], RGB.
 
         Raises:
             DataError: it cannot be read.
@@ -55,34 +55,34 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def target(self, index: int) -> Any:
-        """What is to be found in the image.
+        """Return the target of the image.
 
         Raises:
-            DataError: it cannot be read, or is nothing that the set may hold.
+            DataError: it cannot be read, or is invalid.
         """
 
     def pair(self, index: int) -> tuple[np.ndarray, Any]:
-        """Image and target together; a set that can make both in one go overrides this."""
+        """Return image and target; override this if both are produced together."""
         return self.image(index), self.target(index)
 
     def files(self, index: int) -> Sequence[Path] | None:
-        """The files that the pair is read from; None where it does not come from files alone."""
+        """Return the files that the pair is read from; None if it does not come from files alone."""
         return None
 
     @abstractmethod
-    def blank(self, count: int, size: int) -> torch.Tensor:
-        """Room for the targets of ``count`` images at one size, all zero."""
+    def empty_targets(self, count: int, size: int) -> torch.Tensor:
+        """Return a zero tensor for the targets of ``count`` images of height and width ``size``."""
 
     @abstractmethod
-    def encode(self, target: Any, size: int) -> torch.Tensor:
-        """One target as its row of that room."""
+    def encode_target(self, target: Any, size: int) -> torch.Tensor:
+        """Return one target as a row of the tensor of :meth:`empty_targets`."""
 
     @abstractmethod
-    def shown(self, target: Any) -> np.ndarray | str:
-        """One target as people look at it: a picture, uint8 [H, W], or a word."""
+    def display_target(self, target: Any) -> np.ndarray | str:
+        """Return one target for display: an image, uint8 [H, W], or text."""
 
     def drop(self, indices: list[int]) -> None:
-        """Take these out of the set and count them as skipped."""
+        """Remove these images and count them as skipped."""
         gone = set(indices)
         self.names = [name for i, name in enumerate(self.names) if i not in gone]
         self.skipped += len(gone)
@@ -95,7 +95,7 @@ class MaskDataset(ImageDataset):
 
     @abstractmethod
     def mask(self, index: int) -> np.ndarray:
-        """The mask of the image: uint8 [H, W], grey level 0 to 255 as stored, of the image's own size.
+        """Return the mask: uint8 [H, W] of the size of the image, gray levels 0 to 255.
 
         Raises:
             DataError: it cannot be read.
@@ -104,22 +104,22 @@ class MaskDataset(ImageDataset):
     def target(self, index: int) -> np.ndarray:
         return self.mask(index)
 
-    def blank(self, count: int, size: int) -> torch.Tensor:
+    def empty_targets(self, count: int, size: int) -> torch.Tensor:
         return torch.zeros(count, 1, size, size, dtype=torch.uint8)
 
-    def encode(self, target: np.ndarray, size: int) -> torch.Tensor:
+    def encode_target(self, target: np.ndarray, size: int) -> torch.Tensor:
         return (resize(image_tensor(target), (size, size))[0] >= 127.5).to(torch.uint8)
 
-    def shown(self, target: np.ndarray) -> np.ndarray:
+    def display_target(self, target: np.ndarray) -> np.ndarray:
         return target
 
 
 class LabelDataset(ImageDataset):
-    """Images that each belong to one of several classes.
+    """Images with a class each.
 
     Args:
-        names: one name for each image, unique.
-        classes: what the classes are called; a label is a place in this list.
+        names: a unique name per image.
+        classes: names of the classes; a label is an index into this list.
     """
 
     unit, targets = "images", "class labels"
@@ -130,30 +130,30 @@ class LabelDataset(ImageDataset):
 
     @abstractmethod
     def label(self, index: int) -> int:
-        """The label of the image."""
+        """Return the label of the image."""
 
     def target(self, index: int) -> int:
         label = self.label(index)
         if not 0 <= label < len(self.classes):
             raise DataError(
                 f"{self.names[index]} has the label {label}, and the data set has {len(self.classes)} classes "
-                f"(0 to {len(self.classes) - 1}); mend the label, or set data.on_error=skip to leave it out"
+                f"(0 to {len(self.classes) - 1}); fix the label, or set data.on_error=skip to leave the image out"
             )
         return label
 
-    def blank(self, count: int, size: int) -> torch.Tensor:
+    def empty_targets(self, count: int, size: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int64)
 
-    def encode(self, target: int, size: int) -> torch.Tensor:
+    def encode_target(self, target: int, size: int) -> torch.Tensor:
         return torch.tensor(target)
 
-    def shown(self, target: int) -> str:
+    def display_target(self, target: int) -> str:
         return self.classes[target]
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """A whole set in memory, at one size.
+    """A whole data set in memory at one image size.
 
     Attributes:
         images: uint8 [N, 3, S, S], RGB.
@@ -170,42 +170,37 @@ class Tensors:
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Half-pixel bilinear resize without anti-aliasing, as the published evaluation does it.
-
-    Args:
-        maps: float [N, C, H, W].
-        size: height and width wanted.
-    """
+    """Resize float [N, C, H, W] to ``size`` (height, width): bilinear, half-pixel centers, no antialiasing, as the
+    published evaluation."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=False)
 
 
 def image_tensor(image: np.ndarray) -> torch.Tensor:
-    """A uint8 [H, W, 3] or [H, W] array as float32 [1, C, H, W], levels kept."""
+    """Convert a uint8 array [H, W, 3] or [H, W] to float32 [1, C, H, W] without scaling."""
     planes = torch.from_numpy(np.ascontiguousarray(image)).float()
     return planes.permute(2, 0, 1)[None] if planes.ndim == 3 else planes[None, None]
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Levels 0 to 255 (uint8 or float, [N, 3, H, W]) → float32 with ImageNet's mean and deviation taken out."""
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """Normalize levels 0 to 255 ([N, 3, H, W]) with the mean and standard deviation of ImageNet; returns float32."""
     mean, deviation = _statistics(images.device)
     return (images.float() / 255 - mean) / deviation
 
 
 @cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation, (1, 3, 1, 1); made once, since an accelerator waits for what comes from the CPU."""
+    """Return mean and standard deviation, (1, 3, 1, 1); cached, since copying to a GPU blocks."""
     with torch.inference_mode(False):
         return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
 
 
-def checked_pair(pairs: ImageDataset, index: int) -> tuple[np.ndarray, Any]:
-    """A pair, whoever's set it comes from.
+def read_pair(pairs: ImageDataset, index: int) -> tuple[np.ndarray, Any]:
+    """Return a validated pair of any data set.
 
     Raises:
-        DataError: it cannot be read, or is not what :class:`ImageSet` says: a mask of 0 to 1 in float, say, would train
-            a model towards nothing.
+        DataError: it cannot be read, or has a wrong type or shape (a float mask of 0 to 1 would train to an empty map).
     """
     image, target = pairs.pair(index)
     wanted = [("image", image, "[H, W, 3]", np.ndim(image) == 3 and np.shape(image)[2] == 3)]
@@ -215,42 +210,42 @@ def checked_pair(pairs: ImageDataset, index: int) -> tuple[np.ndarray, Any]:
         kind = getattr(value, "dtype", type(value).__name__)
         if not fits or kind != np.uint8 or not np.size(value):
             raise DataError(
-                f"the {what} of {pairs.names[index]} is {kind} {list(np.shape(value))}, and has to be uint8 {shape} "
-                "with levels 0 to 255; mend the data set that gives it"
+                f"the {what} of {pairs.names[index]} is {kind} {list(np.shape(value))}, but must be uint8 {shape} "
+                "with levels 0 to 255; fix the data set that returns it"
             )
     return image, target
 
 
 def load_tensors(pairs: ImageDataset, size: int) -> Tensors:
-    """Read a whole set and resize it: images rounded to uint8, masks thresholded at one half after the resize.
+    """Read and resize a whole set: images rounded to uint8, masks thresholded at 0.5 after resizing.
 
-    A tolerant set loses here what cannot be read (``pairs.skipped`` counts it).
+    With ``pairs.skip_errors``, unreadable images are dropped and counted in ``pairs.skipped``.
 
     Raises:
-        DataError: the set is empty, or something cannot be read and the set is not tolerant.
+        DataError: the set is empty, no image can be read, or one cannot and ``pairs.skip_errors`` is false.
     """
     if not len(pairs):
         raise DataError("the data set is empty; check data.root and data.val_holdout")
     count = len(pairs)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    targets = pairs.blank(count, size)
+    targets = pairs.empty_targets(count, size)
     sizes = torch.empty(count, 2)
 
     def fill(index: int) -> DataError | None:
         try:
-            image, target = checked_pair(pairs, index)
+            image, target = read_pair(pairs, index)
         except DataError as error:
             return error
         images[index] = resize(image_tensor(image), (size, size))[0].round_().clamp_(0, 255).to(torch.uint8)
-        targets[index] = pairs.encode(target, size)
+        targets[index] = pairs.encode_target(target, size)
         sizes[index] = torch.tensor(image.shape[:2], dtype=torch.float32)
         return None
 
-    # Decoding releases the GIL; every worker writes its own rows, so the result does not depend on their order.
+    # Decoding releases the GIL; each worker writes its own rows, so the result does not depend on their order.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
         errors = {i: error for i, error in enumerate(workers.map(fill, range(count))) if error is not None}
     if errors:
-        if not pairs.tolerant:
+        if not pairs.skip_errors:
             raise next(iter(errors.values()))
         kept = [i for i in range(count) if i not in errors]
         pairs.drop(list(errors))

@@ -1,7 +1,7 @@
-"""Handwritten digits that come with scikit-learn: real scans, no download.
+"""Handwritten digits bundled with scikit-learn: real scans, no download.
 
 Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998: 1,797 digits of
-13 people, of 8×8 pixels with 17 grey levels, white on black.
+13 people, 8×8 pixels with 17 gray levels, white on black.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prunekit.config.registry import register_dataset
 from prunekit.data.datasets import LabelDataset
 from prunekit.errors import DataError
 
-HELD_OUT = 5  # every so many-th image of a class is for validation
+HELD_OUT = 5  # every fifth image of a class is for validation
 
 
 class Digits(LabelDataset):
@@ -25,7 +25,7 @@ class Digits(LabelDataset):
         self._images, self._labels = images, labels
 
     def image(self, index: int) -> np.ndarray:
-        # By the name, not by the place: a set that has lost an image still has the others as before.
+        # Indexed by name, since images may have been dropped.
         levels = np.rint(self._images[int(self.names[index])] * (255 / 16)).astype(np.uint8)
         return np.repeat(levels[..., None], 3, axis=-1)
 
@@ -35,17 +35,17 @@ class Digits(LabelDataset):
 
 @register_dataset("digits")
 def digits(split: Literal["train", "val"]) -> LabelDataset:
-    """Handwritten digits of 8×8 pixels that come with scikit-learn: 1,442 to train, 355 to validate.
+    """Handwritten digits of 8×8 pixels, bundled with scikit-learn: 1,442 for training, 355 for validation.
 
     Args:
-        split: ``val`` is every fifth scan of each digit in the order of the file, ``train`` the others.
+        split: ``val`` is every fifth scan of each digit in file order, ``train`` the others.
 
     Raises:
         DataError: an unknown split.
     """
     if split not in ("train", "val"):
-        raise DataError(f"digits has no split {split!r}; it has train and val")
-    # Imported here: listing the data sets does not need it.
+        raise DataError(f"digits has no split {split!r}; use train or val")
+    # Imported late, since listing the data sets does not need it.
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

@@ -1,4 +1,4 @@
-"""Pairs from a folder laid out as the field does it: ``images/`` and ``GT/``, paired by stem."""
+"""Image and mask pairs from a folder with ``images/`` and ``GT/``, paired by stem."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from prunekit.data.images import is_image, match_orientation, read_image, read_m
 from prunekit.errors import DataError
 
 HOLDOUT = 0.1
-_LAYOUT = "a data folder holds images/ and GT/, with one mask in GT/ for each image, of the same stem"
+_LAYOUT = "a data folder has images/ and GT/, with one mask in GT/ of the same stem for each image"
 
 
 class FolderPairs(MaskDataset):
-    """Images and masks read from files when asked for; see :func:`folder`."""
+    """Images and masks read from files on access; see :func:`folder`."""
 
-    def __init__(self, files: dict[str, tuple[Path, Path]], tolerant: bool, skipped: int):
+    def __init__(self, files: dict[str, tuple[Path, Path]], skip_errors: bool, skipped: int):
         super().__init__(list(files))
-        self._files, self.tolerant, self.skipped = files, tolerant, skipped
+        self._files, self.skip_errors, self.skipped = files, skip_errors, skipped
 
     def paths(self, index: int) -> tuple[Path, Path]:
-        """The files of a pair: image, mask."""
+        """Return the files of a pair: image, mask."""
         return self._files[self.names[index]]
 
     def files(self, index: int) -> tuple[Path, Path]:
@@ -41,11 +41,10 @@ class FolderPairs(MaskDataset):
         photo, drawn = self.paths(index)
         image, mask = read_image(photo), read_mask(drawn)
         if mask.shape != image.shape[:2] and mask.shape == image.shape[1::-1]:
-            # A photograph that its camera noted as lying: this mask was drawn on the pixels as they are stored.
+            # The mask was drawn without the EXIF orientation of the photograph.
             mask = match_orientation(mask, photo)
         if mask.shape != image.shape[:2]:
-            # The photograph is what a map is made for, so the mask follows it; bilinear, because a graded mask stays
-            # graded, and a hard one is thresholded at one half afterwards, which is where its edge belongs.
+            # Bilinear keeps a graded mask graded; a binary one is thresholded at 0.5 later, where its edge belongs.
             mask = resize(image_tensor(mask), image.shape[:2])[0, 0].round().clamp(0, 255).numpy().astype(np.uint8)
         return image, mask
 
@@ -60,51 +59,50 @@ def folder(
     seed: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> MaskDataset:
-    """A folder with images/ and GT/, paired by stem, whatever the extensions.
+    """A folder with images/ and GT/, paired by stem, with any image formats.
 
     Args:
-        split: ``train``, or ``val``: all of ``val_root`` where it is given, else the held-out share of ``root``.
+        split: ``train``, or ``val``: all of ``val_root`` if given, else the held-out share of ``root``.
         root: the folder; ``~`` is the home folder.
         val_root: another such folder, for validation.
         val_holdout: share of ``root`` held out for validation, chosen by ``seed`` from the sorted stems; 0.1 where
-            neither it nor ``val_root`` is given. At least one pair goes to each side.
-        seed: of that choice.
-        on_error: ``raise``, or ``skip`` to leave out and count what cannot be used: a file without partner now, a file
-            that cannot be read once it is read.
+            neither it nor ``val_root`` is given. At least one pair goes to each split.
+        seed: seed of that choice.
+        on_error: ``raise``, or ``skip`` to leave out and count files without a partner and unreadable files.
 
     Raises:
-        DataError: a folder or one of its two parts is missing, holds no pair or too few to hold any out, a file has no
-            partner, two files have one stem, or both ``val_root`` and ``val_holdout`` are given.
+        DataError: a folder is missing or has no or too few pairs, a file has no partner, two files have the same stem,
+            or both ``val_root`` and ``val_holdout`` are given.
     """
-    share = checked("folder", root, val_root, val_holdout, _LAYOUT)
-    tolerant = on_error == "skip"
+    share = validate_keys("folder", root, val_root, val_holdout, _LAYOUT)
+    skip_errors = on_error == "skip"
     if val_root is not None:
-        return FolderPairs(*_scan(Path(root if split == "train" else val_root), tolerant))
-    files, tolerant, skipped = _scan(Path(root), tolerant)
+        return FolderPairs(*_scan(Path(root if split == "train" else val_root), skip_errors))
+    files, skip_errors, skipped = _scan(Path(root), skip_errors)
     if len(files) < 2:
-        raise DataError(f"{Path(root)} has one pair, of which none can be held out; give data.val_root")
+        raise DataError(f"{Path(root)} has only one pair, so none can be held out for validation; set data.val_root")
     names = list(files)
     count = min(max(1, round(share * len(names))), len(names) - 1)
     held = {names[i] for i in np.random.default_rng(seed % 2**64).permutation(len(names))[:count]}
     chosen = {name: files[name] for name in names if (name in held) == (split == "val")}
-    # What has no partner is counted once, with the training pairs.
-    return FolderPairs(chosen, tolerant, skipped if split == "train" else 0)
+    # Files without a partner are counted once, with the training pairs.
+    return FolderPairs(chosen, skip_errors, skipped if split == "train" else 0)
 
 
-def checked(name: str, root: str | None, val_root: str | None, val_holdout: float | None, layout: str) -> float:
-    """The share to hold out; raises DataError where the keys do not fit together."""
+def validate_keys(name: str, root: str | None, val_root: str | None, val_holdout: float | None, layout: str) -> float:
+    """Return the share to hold out; raise DataError if the keys are inconsistent."""
     if not root:
         raise DataError(f"the data set {name} needs data.root; {layout}")
     if val_root is not None and val_holdout is not None:
-        raise DataError("data.val_root and data.val_holdout exclude each other; remove one of them")
+        raise DataError("data.val_root and data.val_holdout are mutually exclusive; remove one of them")
     share = HOLDOUT if val_holdout is None else val_holdout
     if not 0 < share < 1:
-        raise DataError(f"data.val_holdout is {share}; it is a share of the images, above 0 and below 1")
+        raise DataError(f"data.val_holdout={share}: must be a share of the images, above 0 and below 1")
     return share
 
 
-def existing(root: Path, layout: str) -> Path:
-    """The folder with ``~`` resolved; raises DataError where it is none."""
+def existing_folder(root: Path, layout: str) -> Path:
+    """Return the folder with ``~`` expanded; raise DataError if it does not exist."""
     root = root.expanduser()
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -112,53 +110,53 @@ def existing(root: Path, layout: str) -> Path:
     return root
 
 
-def _scan(root: Path, tolerant: bool) -> tuple[dict[str, tuple[Path, Path]], bool, int]:
-    """Stem → (image, mask) in the order of the stems; whether to tolerate; how many files had no partner."""
-    root = existing(root, _LAYOUT)
+def _scan(root: Path, skip_errors: bool) -> tuple[dict[str, tuple[Path, Path]], bool, int]:
+    """Return stem → (image, mask) sorted by stem, ``skip_errors``, and the number of files without a partner."""
+    root = existing_folder(root, _LAYOUT)
     images, masks = _stems(_part(root, "images")), _stems(_part(root, "GT"))
     both = sorted(images.keys() & masks.keys())
     if not both:
         raise DataError(
-            f"{root} has no pair: {len(images)} images and {len(masks)} masks, none of the same stem; {_LAYOUT}"
+            f"{root} has no pair: {len(images)} images and {len(masks)} masks, but no common stem; {_LAYOUT}"
         )
-    if not tolerant:
+    if not skip_errors:
         for found, others, what in ((images, masks, "image has no mask"), (masks, images, "mask has no image")):
             lonely = [found[stem].name for stem in sorted(found.keys() - others.keys())]
             if lonely:
                 raise DataError(
-                    f"{root}: {some(lonely)}: {what}; add what is missing, or set data.on_error=skip to leave them out"
+                    f"{root}: {some(lonely)}: {what}; add it, or set data.on_error=skip to leave the file out"
                 )
-    return {stem: (images[stem], masks[stem]) for stem in both}, tolerant, len(images.keys() ^ masks.keys())
+    return {stem: (images[stem], masks[stem]) for stem in both}, skip_errors, len(images.keys() ^ masks.keys())
 
 
 def _part(root: Path, name: str) -> Path:
-    """The sub-folder of this name, in any case."""
+    """Return the subfolder of this name, ignoring case."""
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir())
     exact = [entry for entry in folders if entry.name == name]
     alike = exact or [entry for entry in folders if entry.name.lower() == name.lower()]
     if len(alike) == 1:
         return alike[0]
     if alike:
-        raise DataError(f"{root} has {some([entry.name for entry in alike])}, all meaning {name}/; keep one")
+        raise DataError(f"{root} has {some([entry.name for entry in alike])}, which all match {name}/; keep one")
     found = some(sorted(entry.name for entry in root.iterdir()))
     raise DataError(f"{root} has no folder {name}/ (it has: {found}); {_LAYOUT}")
 
 
 def _stems(part: Path) -> dict[str, Path]:
-    """Stem → file, for the images of a folder."""
+    """Return stem → file for the images of a folder."""
     stems: dict[str, Path] = {}
     for path in sorted(part.iterdir()):
         if not is_image(path) or not path.is_file():
             continue
-        # macOS stores é as e + accent, others as one sign: the same name to a reader.
+        # macOS stores é as two characters.
         stem = unicodedata.normalize("NFC", path.stem)
         if stem in stems:
-            raise DataError(f"{part} has {stems[stem].name} and {path.name}, two files of one stem; remove one")
+            raise DataError(f"{part} has {stems[stem].name} and {path.name}, which have the same stem; remove one")
         stems[stem] = path
     return stems
 
 
 def some(names: list[str]) -> str:
-    """Up to three names, and how many more there are."""
+    """Return up to three names and the number of further ones."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (", ".join(names[:3]) + more) if names else "nothing"

@@ -1,7 +1,7 @@
-"""Fields and outlines that the generated pictures are made of.
+"""Textures and outlines of the generated images.
 
-A *field* is float [S, S] in 0 … 1, the amount of the second of two colours. An *outline* is float [S, S]: the signed
-distance to a shape's edge in pixels, negative inside.
+A *field* is float [S, S] in [0, 1], the weight of the second of two colors. An *outline* is float [S, S], the signed
+distance to the edge of a shape in pixels, negative inside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 
 @cache
 def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of each pixel's centre, as shares of the side: two float arrays [S, S]."""
+    """Return the row and column of each pixel center as a share of the side: two float arrays [S, S]."""
     steps = (np.arange(size) + 0.5) / size
     return np.repeat(steps[:, None], size, 1), np.repeat(steps[None], size, 0)
 
@@ -29,7 +29,7 @@ def _stretch(field: np.ndarray) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator, size: int, cells: int = 3, octaves: int = 4, roughness: float = 0.6) -> np.ndarray:
-    """Value noise: random cells enlarged, each octave twice as fine and ``roughness`` as strong."""
+    """Value noise: upsampled random cells; each octave is twice as fine and ``roughness`` times as strong."""
     total = np.zeros((size, size))
     for octave in range(octaves):
         side = min(cells * 2**octave, size)
@@ -38,12 +38,12 @@ def noise(rng: np.random.Generator, size: int, cells: int = 3, octaves: int = 4,
 
 
 def gradient(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Each corner its own level, and what lies between them."""
+    """A smooth gradient between random levels at the corners."""
     return _stretch(_enlarge(rng.uniform(size=(2, 2)), size))
 
 
 def stripes(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Parallel stripes, a little bent, soft or hard."""
+    """Parallel, slightly bent stripes with soft or hard edges."""
     bend = noise(rng, size, 2, 1) * rng.uniform(0, 2)
     rows, columns = grid(size)
     angle = rng.uniform(0, np.pi)
@@ -52,7 +52,7 @@ def stripes(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def checks(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A chequerboard at any angle."""
+    """A checkerboard at any angle."""
     rows, columns = grid(size)
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.12, 0.4)
     across = (rows * np.sin(angle) + columns * np.cos(angle)) / period + rng.uniform()
@@ -61,13 +61,13 @@ def checks(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def patches(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Large smooth patches with a soft or a hard border, as of fields and sky."""
+    """Large smooth patches with soft or hard edges."""
     field = noise(rng, size, 2, 3, 0.35) - rng.uniform(0.35, 0.65)
     return _clip(field * rng.uniform(4, 20) + 0.5)
 
 
 def grain(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Fine noise of one scale, as of sand or gravel."""
+    """Fine noise of one scale, like sand."""
     side = max(4, int(size * rng.uniform(0.25, 0.8)))
     return _stretch(_enlarge(rng.standard_normal((side, side)), size))
 
@@ -88,18 +88,18 @@ def _clip(field: np.ndarray) -> np.ndarray:
     return np.clip(field, 0.0, 1.0)
 
 
-def outline(rng: np.random.Generator, size: int, centre: tuple[float, float], area: float) -> np.ndarray:
-    """A random shape: ellipse, polygon, star, wavy blob or ring.
+def outline(rng: np.random.Generator, size: int, center: tuple[float, float], area: float) -> np.ndarray:
+    """Return the outline of a random shape: ellipse, polygon, star, blob or ring.
 
     Args:
-        rng: what decides the shape.
-        size: side of the picture in pixels.
-        centre: row and column of its middle, as shares of the side.
-        area: about the share of the picture that it covers.
+        rng: random generator.
+        size: side of the image in pixels.
+        center: row and column of the center, as shares of the side.
+        area: approximate share of the image that the shape covers.
     """
     rows, columns = grid(size)
     turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.65, 1.0)
-    y, x = rows - centre[0], columns - centre[1]
+    y, x = rows - center[0], columns - center[1]
     u = (x * np.cos(turn) + y * np.sin(turn)) * np.sqrt(stretch)
     v = (y * np.cos(turn) - x * np.sin(turn)) / np.sqrt(stretch)
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
@@ -129,12 +129,12 @@ def outline(rng: np.random.Generator, size: int, centre: tuple[float, float], ar
 
 
 def coverage(distance: np.ndarray) -> np.ndarray:
-    """The share of each pixel that lies inside an outline: float [S, S]; one half on the edge itself."""
+    """Return the share of each pixel inside an outline: float [S, S]; 0.5 on the edge."""
     return _clip(0.5 - distance)
 
 
 def segment(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A thin line across the picture: signed distance in pixels, as of an outline."""
+    """Return the outline of a thin curve across the image."""
     rows, columns = grid(size)
     angle, width = rng.uniform(0, np.pi), rng.uniform(0.006, 0.014) * size
     offset = rng.uniform(-0.4, 0.4)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunekit.config import registry
 from prunekit.config.schema import FineTuning, Recipe, Training
 from prunekit.data.cache import cached_tensors, data_folder
-from prunekit.data.datasets import ImageDataset, Tensors, normalise
+from prunekit.data.datasets import ImageDataset, Tensors, normalize
 from prunekit.errors import DataError, PlanError, RecipeError
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import (
@@ -101,7 +101,7 @@ class RunContext:
 
     def example(self) -> Tensor:
         """A batch of normalised validation images, (N, 3, S, S), for tracing, equivalence checks and checks."""
-        return normalise(self.tensors("val").images[:CHECK_IMAGES])
+        return normalize(self.tensors("val").images[:CHECK_IMAGES])
 
     def start_model(self, run: RunDir) -> nn.Module:
         """The model that training begins with: the builder's, or what the run that the recipe names has ended with.
@@ -186,7 +186,7 @@ class RunContext:
                     "augment",
                     lambda s=section: bind_options(registry.augmentations, s.augment)(
                         torch.zeros(1, 3, 8, 8),
-                        self.pairs("train").blank(1, 8),
+                        self.pairs("train").empty_targets(1, 8),
                         torch.full((1, 2), 8.0),
                         torch.Generator().manual_seed(0),
                     ),

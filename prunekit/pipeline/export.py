@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunekit import __version__
 from prunekit.config.registry import closest_match
 from prunekit.config.schema import Export, Recipe
-from prunekit.data.datasets import DEVIATION, MEAN, ImageDataset, image_tensor, normalise, resize
+from prunekit.data.datasets import DEVIATION, MEAN, ImageDataset, image_tensor, normalize, resize
 from prunekit.deployment.deploy import deploy
 from prunekit.deployment.export.onnx import check_onnx, export_onnx, onnx_function
 from prunekit.deployment.export.openvino import check_openvino, export_openvino, import_openvino
@@ -283,7 +283,7 @@ class Exporter:
 
     @staticmethod
     def _prepared(images: list[np.ndarray], size: tuple[int, int]) -> Tensor:
-        return normalise(torch.cat([resize(image_tensor(image), size) for image in images]))
+        return normalize(torch.cat([resize(image_tensor(image), size) for image in images]))
 
     def _metadata(self, variant: Variant) -> dict[str, str]:
         """What a file says of itself; nothing of this machine: of paths no more than the last part is told."""

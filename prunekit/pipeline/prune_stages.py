@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prunekit.config import registry
 from prunekit.config.schema import Recipe
-from prunekit.data.datasets import normalise
+from prunekit.data.datasets import normalize
 from prunekit.flops import count_modules, layers_table, total
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import (
@@ -235,7 +235,7 @@ def _losses(work: RunContext) -> Any:
 
     def losses(model: nn.Module) -> Iterator[Tensor]:
         for rows in order.split(size)[:LOSS_BATCHES]:
-            images = normalise(train.images[rows])
+            images = normalize(train.images[rows])
             yield loss(model(images), train.targets[rows])
 
     return losses

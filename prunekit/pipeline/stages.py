@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunekit.data.datasets import normalise
+from prunekit.data.datasets import normalize
 from prunekit.data.images import encode_png
 from prunekit.errors import TrainingError
 from prunekit.pipeline.context import RunContext
@@ -123,7 +123,7 @@ def _recalibrate(work: RunContext, run: RunDir, model: nn.Module) -> None:
     order = torch.randperm(len(train), generator=seeded_generator(work.recipe.seed, "recalibrate", 0))
     rows = [batch for batch in order.split(size)[: work.recipe.slim.recalibrate] if len(batch) == min(size, len(order))]
     before = work.task.quick(model, val, 4 * size)
-    batches = recalibrate(model, (normalise(train.images[batch].to(work.device)) for batch in rows))
+    batches = recalibrate(model, (normalize(train.images[batch].to(work.device)) for batch in rows))
     after = work.task.quick(model, val, 4 * size)
     run.update_summary("recalibrated", {"batches": batches, "before": before, "after": after})
     change = "  ".join(f"{key} {value:.4f} → {after[key]:.4f}" for key, value in before.items())
@@ -137,7 +137,7 @@ def _gallery(work: RunContext, run: RunDir, models: dict[str, nn.Module], by_err
     entries = []
     for index in sorted({*fixed, *kinds}):
         image, target = pairs.pair(index)
-        shown = {"image": image, "truth": pairs.shown(target)}
+        shown = {"image": image, "truth": pairs.display_target(target)}
         for name, model in models.items():
             shown[name] = work.task.show(work.task.predict(model, image, work.recipe.data.size), pairs.classes)
         entry = {"index": index, "name": pairs.names[index], "fixed": index in fixed, "kind": kinds.get(index)}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunekit.data.datasets import ImageDataset, Tensors, checked_pair, image_tensor, normalise, resize
+from prunekit.data.datasets import ImageDataset, Tensors, image_tensor, normalize, read_pair, resize
 from prunekit.errors import DataError, RecipeError, TrainingError
 
 # At its own size an image's sides are rounded up to what a network with four halvings divides evenly.
@@ -169,9 +169,9 @@ def passes(
         batch = []
         for index in range(start, min(start + batch_size, len(pairs))):
             try:
-                batch.append(checked_pair(pairs, index))
+                batch.append(read_pair(pairs, index))
             except DataError:
-                if not pairs.tolerant:
+                if not pairs.skip_errors:
                     raise
                 dropped.append(index)
         if batch:
@@ -223,7 +223,7 @@ def outputs(
         inputs = planes.split(max(1, _CPU_PIXELS // size**2) if device.type == "cpu" else len(planes))
     found = []
     for part in inputs:
-        logits = _logits(model, normalise(part.to(device)))
+        logits = _logits(model, normalize(part.to(device)))
         if not torch.isfinite(logits).all():
             # As a map or a class it would look like any other.
             raise TrainingError(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunekit.config.registry import register_task
-from prunekit.data.datasets import LabelDataset, Tensors, normalise
+from prunekit.data.datasets import LabelDataset, Tensors, normalize
 from prunekit.data.image_folder import read_all
 from prunekit.errors import DataError
 from prunekit.tasks.base import Progress, Result, Task, inference, outputs, passes
@@ -75,7 +75,7 @@ class Classification(Task):
         with inference(model) as device:
             for start in range(0, len(tensors), batch_size):
                 batch = slice(start, start + batch_size)
-                logits = model(normalise(tensors.images[batch].to(device)))
+                logits = model(normalize(tensors.images[batch].to(device)))
                 if not torch.isfinite(logits).all():
                     return {}
                 right += int((logits.argmax(1).cpu() == tensors.targets[batch]).sum())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunekit.config.registry import register_task
-from prunekit.data.datasets import MaskDataset, Tensors, normalise, resize
+from prunekit.data.datasets import MaskDataset, Tensors, normalize, resize
 from prunekit.data.mask_folder import folder as folder_pairs
 from prunekit.tasks.base import Progress, Result, Task, inference, outputs, passes
 from prunekit.tasks.saliency_metrics import SaliencyMetrics
@@ -76,7 +76,7 @@ class Saliency(Task):
         with inference(model) as device:
             for start in range(0, len(tensors), batch_size):
                 batch = slice(start, start + batch_size)
-                logits = model(normalise(tensors.images[batch].to(device))).float()
+                logits = model(normalize(tensors.images[batch].to(device))).float()
                 if not torch.isfinite(logits).all():
                     return {}
                 scores = torch.sigmoid(logits)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors as flatten  # in one call; there are hundreds
 
-from prunekit.data.datasets import normalise
+from prunekit.data.datasets import normalize
 from prunekit.errors import TrainingError
 from prunekit.pruning.sparsity.decay import Decay
 from prunekit.training.acceleration import Forward
@@ -103,7 +103,7 @@ class TrainingStep:
 
     def _loss(self, forward: Forward, images: Tensor, targets: Tensor) -> Tensor:
         job = self.job
-        images = normalise(images.to(job.device))
+        images = normalize(images.to(job.device))
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.section.precision == "bf16"):
             taught, output = job.criterion.taught(images), forward(images)
         return job.criterion(output, targets.to(job.device), taught)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from prunekit.cli import main
 from prunekit.config.recipe import load
-from prunekit.data.datasets import normalise
+from prunekit.data.datasets import normalize
 from prunekit.data.images import read_image, read_mask
 from prunekit.pipeline.models import build_dense, load_model, save_model
 from prunekit.runs.run_dir import RunDir
@@ -123,7 +123,7 @@ def by_hand(model, size_of):
         planes = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
         planes = F.interpolate(planes, size_of(*mask.shape), mode="bilinear", align_corners=False)
         with torch.no_grad():
-            scores = torch.sigmoid(model(normalise(planes)))
+            scores = torch.sigmoid(model(normalize(planes)))
         levels = F.interpolate(scores, mask.shape, mode="bilinear", align_corners=False)[0, 0].numpy() * 255
         meter.add(levels.astype(np.uint8), mask)
     return meter.metrics()

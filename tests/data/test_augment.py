@@ -23,7 +23,7 @@ def test_none_changes_nothing():
     assert torch.equal(out, images.float()) and torch.equal(targets, masks.float())
 
 
-def test_without_crop_and_flips_nothing_moves():
+def test_crop_flip_without_crop_and_flips_is_identity():
     images, masks, sizes = batch()
     out, targets = crop_flip(images, masks, sizes, seeded(), crop=0, hflip=0, vflip=0)
     assert out.dtype == targets.dtype == torch.float32
@@ -54,7 +54,7 @@ def test_image_and_mask_move_together(seed, crop, side, size, area):
     if area is None:
         out, targets = crop_flip(images, masks, sizes * 0 + size, seeded(seed), crop=crop)
     else:
-        out, targets = resized_crop(images, masks, sizes, seeded(seed), area=area, colour=0)
+        out, targets = resized_crop(images, masks, sizes, seeded(seed), area=area, color=0)
     assert out.shape == images.shape and out.min() >= 0 and out.max() <= 255
     assert set(targets.unique().tolist()) <= {0.0, 1.0}
     # Where rounding decides (exactly between two pixels) either side is right.
@@ -62,7 +62,7 @@ def test_image_and_mask_move_together(seed, crop, side, size, area):
     assert torch.equal((out[:, :1] > 127.5)[clear], targets.bool()[clear])
 
 
-def test_the_crop_is_counted_in_original_pixels():
+def test_crop_counts_original_pixels():
     """A ramp shows which share of the image is left: 15 pixels of 100 are much, 15 of 1,500 little."""
     ramp = torch.linspace(0, 255, 64).view(1, 1, 1, 64).expand(200, 3, 64, 64)
     masks = torch.zeros(200, 1, 64, 64)
@@ -75,7 +75,7 @@ def test_the_crop_is_counted_in_original_pixels():
     assert spans[1500].min() > 0.97
 
 
-def test_each_side_of_a_lying_image_is_cropped_by_its_own_length():
+def test_crop_uses_height_and_width_separately():
     rows = torch.linspace(0, 255, 64).view(1, 1, 64, 1).expand(100, 1, 64, 64)
     images = torch.cat([rows, rows.mT, rows], 1)
     out, _ = crop_flip(images, rows * 0, torch.tensor([[30.0, 3000.0]]).expand(100, 2), seeded(), hflip=0, vflip=0)
@@ -84,14 +84,14 @@ def test_each_side_of_a_lying_image_is_cropped_by_its_own_length():
     assert height.mean() < 0.7 and width.min() > 0.97 and height.min() > 0.25
 
 
-def test_flips_come_with_their_probability():
+def test_flips_have_the_given_probability():
     ramp = torch.linspace(0, 255, 8).view(1, 1, 1, 8).expand(2000, 3, 8, 8)
     out, _ = crop_flip(ramp, ramp[:, :1] * 0, torch.full((2000, 2), 300.0), seeded(), hflip=0.25)
     assert (out[:, 0, 0, 0] > out[:, 0, 0, -1]).float().mean() == pytest.approx(0.25, abs=0.04)
 
 
 @pytest.mark.parametrize("augment", [crop_flip, resized_crop, shift])
-def test_the_generator_decides_everything(augment):
+def test_same_generator_state_gives_same_result(augment):
     images, masks, sizes = batch(8)
     state = torch.random.get_rng_state()
     first, again = augment(images, masks, sizes, seeded(5)), augment(images, masks, sizes, seeded(5))
@@ -103,14 +103,14 @@ def test_the_generator_decides_everything(augment):
 
 
 @pytest.mark.parametrize("options", [{"crop": -1}, {"hflip": 1.5}, {"vflip": -0.1}])
-def test_options_outside_their_range_are_refused(options):
+def test_crop_flip_raises_for_invalid_options(options):
     with pytest.raises(ValueError, match="crop_flip"):
         crop_flip(*batch(), seeded(), **options)
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), area=st.floats(0.05, 1), aspect=st.floats(1, 3))
-def test_a_part_is_of_the_size_and_shape_asked_for_and_inside_the_image(seed, area, aspect):
+def test_resized_crop_has_the_given_area_and_aspect(seed, area, aspect):
     """Two ramps say where the part begins and ends; the outermost pixels' centres lie half a pixel inside."""
     side = 64
     ramp = torch.linspace(0.5, side - 0.5, side)
@@ -124,7 +124,7 @@ def test_a_part_is_of_the_size_and_shape_asked_for_and_inside_the_image(seed, ar
         area=area,
         aspect=aspect,
         hflip=0,
-        colour=0,
+        color=0,
     )
     # Away from the border, which repeats itself by half a pixel.
     step_x = (out[:, 0, 32, 40] - out[:, 0, 32, 24]) / 16
@@ -138,13 +138,13 @@ def test_a_part_is_of_the_size_and_shape_asked_for_and_inside_the_image(seed, ar
     assert (middle - half).min() > -1e-2 and (middle + half).max() < side + 1e-2
 
 
-def test_parts_of_all_sizes_places_and_shapes_come():
+def test_resized_crop_covers_all_sizes_positions_and_aspects():
     ramp = torch.linspace(0, 1, 64) * 255
     images = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]).expand(
         500, -1, -1, -1
     )
     masks = torch.zeros(500, 1, 64, 64)
-    out, _ = resized_crop(images, masks, torch.ones(500, 2), seeded(), area=0.25, aspect=2, hflip=0.5, colour=0)
+    out, _ = resized_crop(images, masks, torch.ones(500, 2), seeded(), area=0.25, aspect=2, hflip=0.5, color=0)
     ends = {"x": (out[:, 0, 32, 0], out[:, 0, 32, -1]), "y": (out[:, 1, 0, 32], out[:, 1, -1, 32])}
     assert (ends["x"][0] > ends["x"][1]).float().mean() == pytest.approx(0.5, abs=0.07)
     assert (ends["y"][0] < ends["y"][1]).all(), "upside down it never is"
@@ -160,17 +160,17 @@ def test_parts_of_all_sizes_places_and_shapes_come():
         assert place.mean() == pytest.approx(0.5, abs=0.05) and place.std() == pytest.approx(0.29, abs=0.03), axis
 
 
-def test_the_whole_image_stays_where_its_area_is_asked_for():
+def test_resized_crop_with_area_one_keeps_the_image():
     images, masks, sizes = batch()
-    out, targets = resized_crop(images, masks, sizes, seeded(), area=1, aspect=3, hflip=0, colour=0)
+    out, targets = resized_crop(images, masks, sizes, seeded(), area=1, aspect=3, hflip=0, color=0)
     assert (out - images.float()).abs().max() < 1e-2 and torch.equal(targets, masks.float())
 
 
-def test_colours_change_by_their_factors_and_masks_do_not():
+def test_color_jitter_changes_images_but_not_masks():
     images, masks, sizes = batch(400, 4)
     grey = images[:, :1].expand(-1, 3, -1, -1) // 2 + 60
     whole = {"area": 1, "aspect": 1, "hflip": 0}
-    out, targets = resized_crop(grey, masks, sizes, seeded(), **whole, colour=0.2)
+    out, targets = resized_crop(grey, masks, sizes, seeded(), **whole, color=0.2)
     assert torch.equal(targets, masks.float())
     assert (out - out[:, :1]).abs().max() < 1e-2, "grey stays grey"
     change = out.mean((1, 2, 3)) / grey.float().mean((1, 2, 3))
@@ -179,14 +179,14 @@ def test_colours_change_by_their_factors_and_masks_do_not():
     assert 0.8 - 1e-3 <= spread.min() < 0.82 and 1.18 < spread.max() <= 1.2 + 1e-3
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     mild = images // 4 + 96  # nothing is cut off at 0 or 255
-    out, _ = resized_crop(mild, masks, sizes, seeded(), **whole, colour=0.2)
+    out, _ = resized_crop(mild, masks, sizes, seeded(), **whole, color=0.2)
     colourless = [x - (x * weights).sum(1, keepdim=True) for x in (out, mild.float())]
     change = colourless[0].flatten(1).norm(dim=1) / colourless[1].flatten(1).norm(dim=1)
     assert change.min() < 0.7 and change.max() > 1.3, "three factors"
 
 
-@pytest.mark.parametrize("options", [{"area": 0}, {"area": 1.1}, {"aspect": 0.9}, {"hflip": -0.1}, {"colour": 1.2}])
-def test_parts_outside_their_range_are_refused(options):
+@pytest.mark.parametrize("options", [{"area": 0}, {"area": 1.1}, {"aspect": 0.9}, {"hflip": -0.1}, {"color": 1.2}])
+def test_resized_crop_raises_for_invalid_options(options):
     with pytest.raises(ValueError, match="resized_crop"):
         resized_crop(*batch(), seeded(), **options)
 
@@ -195,7 +195,7 @@ LABELS = torch.tensor([3, 0, 1, 9])
 
 
 @pytest.mark.parametrize("augment", [none, crop_flip, resized_crop, shift])
-def test_labels_stay_and_images_move_as_with_masks(augment):
+def test_labels_are_unchanged_and_images_as_with_masks(augment):
     images, masks, sizes = batch()
     out, labels = augment(images, LABELS, sizes, seeded())
     assert labels.dtype == torch.int64 and torch.equal(labels, LABELS)
@@ -209,7 +209,7 @@ def test_labels_stay_and_images_move_as_with_masks(augment):
     side=st.integers(1, 12),
     fill=st.sampled_from(["zero", "edge"]),
 )
-def test_shift_is_a_move_by_whole_pixels(seed, pixels, side, fill):
+def test_shift_moves_by_whole_pixels(seed, pixels, side, fill):
     images, masks, sizes = batch(6, side, seed)
     out, targets = shift(images, masks, sizes, seeded(seed), pixels=pixels, fill=fill)
     moves = torch.randint(-pixels, pixels + 1, (6, 2), generator=seeded(seed))
@@ -225,7 +225,7 @@ def test_shift_is_a_move_by_whole_pixels(seed, pixels, side, fill):
                 assert targets[index, 0, row, column] == (masks[index, 0, y, x] if inside else 0)
 
 
-def test_shift_goes_each_way_alike():
+def test_shift_is_symmetric():
     spot = torch.zeros(3000, 3, 9, 9)
     spot[:, :, 4, 4] = 255
     out, _ = shift(spot, torch.zeros(3000, dtype=torch.int64), torch.ones(3000, 2), seeded(), pixels=2)
@@ -234,6 +234,6 @@ def test_shift_goes_each_way_alike():
     assert counts[2:7, 2:7].min() > 80 and counts[2:7, 2:7].max() < 160, "120 each"
 
 
-def test_shift_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="shift takes pixels >= 0"):
+def test_shift_raises_for_negative_pixels():
+    with pytest.raises(ValueError, match="shift needs pixels >= 0"):
         shift(*batch(), seeded(), pixels=-1)

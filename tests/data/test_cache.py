@@ -49,7 +49,7 @@ def silent(line):
     raise AssertionError(line)
 
 
-def test_the_second_time_nothing_is_decoded(root, tmp_path, decoded):
+def test_second_run_decodes_nothing(root, tmp_path, decoded):
     kept = tmp_path / "kept"
     first = cached_tensors(pairs(root), 8, kept, silent)
     again = cached_tensors(pairs(root), 8, kept, silent)
@@ -58,7 +58,7 @@ def test_the_second_time_nothing_is_decoded(root, tmp_path, decoded):
     assert len(decoded) == 2, "another size is another set"
 
 
-def test_a_changed_file_is_read_again(root, tmp_path, decoded):
+def test_changed_file_is_read_again(root, tmp_path, decoded):
     kept = tmp_path / "kept"
     cached_tensors(pairs(root), 8, kept, silent)
     file = root / "GT" / "b.png"
@@ -72,7 +72,7 @@ def test_a_changed_file_is_read_again(root, tmp_path, decoded):
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "gone", "note", "other"])
-def test_a_damaged_file_is_refused(root, tmp_path, decoded, harm):
+def test_damaged_cache_file_is_not_used(root, tmp_path, decoded, harm):
     kept, said = tmp_path / "kept", []
     whole = cached_tensors(pairs(root), 8, kept, said.append)
     (store,), (note,) = kept.glob("*.safetensors"), kept.glob("*.json")
@@ -88,11 +88,11 @@ def test_a_damaged_file_is_refused(root, tmp_path, decoded, harm):
     else:
         note.write_text("[]")
     assert same(cached_tensors(pairs(root), 8, kept, said.append), whole)
-    assert len(decoded) == 2 and len(said) == 1 and str(store) in said[0] and "read again" in said[0]
-    assert same(cached_tensors(pairs(root), 8, kept, silent), whole) and len(decoded) == 2, "mended"
+    assert len(decoded) == 2 and len(said) == 1 and str(store) in said[0] and "reading the images again" in said[0]
+    assert same(cached_tensors(pairs(root), 8, kept, silent), whole) and len(decoded) == 2, "written again"
 
 
-def test_what_cannot_be_read_stays_left_out(root, tmp_path, decoded):
+def test_unreadable_images_stay_left_out(root, tmp_path, decoded):
     (root / "images" / "c.png").write_bytes(b"no image")
     kept, found = tmp_path / "kept", []
     for _ in range(2):
@@ -104,14 +104,14 @@ def test_what_cannot_be_read_stays_left_out(root, tmp_path, decoded):
         cached_tensors(pairs(root), 8, kept, silent)
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_but_a_word(root, tmp_path):
+def test_unwritable_cache_folder_only_warns(root, tmp_path):
     (tmp_path / "kept").write_text("a file")
     said = []
     assert same(cached_tensors(pairs(root), 8, tmp_path / "kept", said.append), load_tensors(pairs(root), 8))
     assert len(said) == 1 and "set data.cache" in said[0]
 
 
-def test_nothing_half_written_is_left(root, tmp_path, monkeypatch):
+def test_failed_write_leaves_no_file(root, tmp_path, monkeypatch):
     def full(tensors, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -122,19 +122,19 @@ def test_nothing_half_written_is_left(root, tmp_path, monkeypatch):
     assert "No space left" in said[0] and not list((tmp_path / "kept").iterdir())
 
 
-def test_labels_are_kept_too(root, tmp_path, decoded):
+def test_labels_are_cached(root, tmp_path, decoded):
     sets = [image_folder("val", root=str(root), val_root=str(root)) for _ in range(2)]
     assert same(*(cached_tensors(one, 8, tmp_path / "kept", silent) for one in sets)) and len(decoded) == 1
 
 
-def test_sets_without_files_are_not_kept(tmp_path):
+def test_sets_without_files_are_not_cached(tmp_path):
     shapes = datasets.get("salient_shapes")("val", size=16, val=2)
     assert identity(shapes, 16) is None
     cached_tensors(shapes, 16, tmp_path / "kept", silent)
     assert not (tmp_path / "kept").exists()
 
 
-def test_a_subclass_that_makes_something_else_of_the_files_is_not_kept(root):
+def test_subclass_that_overrides_reading_is_not_cached(root):
     class Inverted(FolderPairs):
         def image(self, index):
             return 255 - super().image(index)
@@ -144,7 +144,7 @@ def test_a_subclass_that_makes_something_else_of_the_files_is_not_kept(root):
     assert identity(known, 8) is not None and identity(other, 8) is None
 
 
-def test_where_sets_are_kept(tmp_path, monkeypatch):
+def test_data_folder_locations(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path))
     assert data_folder("auto") == tmp_path / "data" and data_folder("none") is None
     assert data_folder(str(tmp_path / "here")) == tmp_path / "here"
@@ -153,12 +153,12 @@ def test_where_sets_are_kept(tmp_path, monkeypatch):
     assert data_folder("auto") == tmp_path / "xdg" / "prunekit" / "data"
 
 
-def test_the_note_says_what_lies_beside_it(root, tmp_path):
+def test_note_has_checksum_and_format(root, tmp_path):
     cached_tensors(pairs(root), 8, tmp_path / "kept", silent)
     (note,) = (tmp_path / "kept").glob("*.json")
     assert json.loads(note.read_text())["gone"] == []
 
 
-def test_on_a_cpu_a_set_stays_where_it_is(root):
+def test_to_device_keeps_tensors_on_cpu(root):
     tensors = load_tensors(pairs(root), 8)
     assert to_device(tensors, torch.device("cpu")) is tensors

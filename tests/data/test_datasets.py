@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit.data.datasets import LabelDataset, MaskDataset, image_tensor, load_tensors, normalise, resize
+from prunekit.data.datasets import LabelDataset, MaskDataset, image_tensor, load_tensors, normalize, resize
 from prunekit.errors import DataError
 
 
@@ -14,7 +14,7 @@ class InMemory(MaskDataset):
     def __init__(self, pairs, broken=(), tolerant=False):
         super().__init__([f"p{i}" for i in range(len(pairs))])
         self.by_name = dict(zip(self.names, pairs, strict=True))
-        self.broken, self.tolerant = {f"p{i}" for i in broken}, tolerant
+        self.broken, self.skip_errors = {f"p{i}" for i in broken}, tolerant
 
     def image(self, index):
         if self.names[index] in self.broken:
@@ -29,7 +29,7 @@ def flat(level, height=4, width=6):
     return np.full((height, width, 3), level, np.uint8), np.full((height, width), level, np.uint8)
 
 
-def test_tensors_have_the_promised_form():
+def test_tensor_shapes_and_types():
     tensors = load_tensors(InMemory([flat(0), flat(127, 5, 3), flat(128)]), 8)
     assert tensors.images.shape == (3, 3, 8, 8) and tensors.images.dtype == torch.uint8
     assert tensors.targets.shape == (3, 1, 8, 8) and tensors.targets.dtype == torch.uint8
@@ -38,7 +38,7 @@ def test_tensors_have_the_promised_form():
     assert tensors.targets.flatten(1).float().mean(1).tolist() == [0, 0, 1], "thresholded at one half"
 
 
-def test_the_mask_is_thresholded_after_the_resize():
+def test_mask_is_thresholded_after_resizing():
     # Columns 0 and 255 enlarged fourfold: the half lies in the middle between their centres.
     mask = np.array([[0, 255]], np.uint8).repeat(2, 0)
     tensors = load_tensors(InMemory([(np.zeros((2, 2, 3), np.uint8), mask)]), 8)
@@ -58,10 +58,10 @@ def test_resize_is_half_pixel_bilinear_without_antialiasing(row, size):
     assert resize(levels, (1, size))[0, 0, 0].numpy() == pytest.approx(by_hand(row, size), abs=1e-3)
 
 
-def test_normalise_takes_imagenet_out():
+def test_normalize_uses_imagenet_statistics():
     levels = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) * 255
-    assert normalise(levels).abs().max() < 1e-6
-    white = normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))
+    assert normalize(levels).abs().max() < 1e-6
+    white = normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))
     assert white.flatten().tolist() == pytest.approx([2.2489, 2.4286, 2.6400], abs=1e-3)
 
 
@@ -71,7 +71,7 @@ def test_image_tensor_keeps_levels():
     assert image_tensor(image[..., 0]).shape == (1, 1, 2, 4)
 
 
-def test_a_broken_pair_raises_unless_the_set_is_tolerant():
+def test_broken_pair_raises_unless_skip_errors():
     pairs = [flat(level) for level in (10, 20, 30, 40)]
     with pytest.raises(DataError, match="p1 is broken"):
         load_tensors(InMemory(pairs, broken=(1, 3)), 4)
@@ -83,7 +83,7 @@ def test_a_broken_pair_raises_unless_the_set_is_tolerant():
     assert tolerant.skipped == 2, "a second look counts nothing twice"
 
 
-def test_nothing_left_is_an_error():
+def test_empty_set_raises():
     with pytest.raises(DataError, match="empty"):
         load_tensors(InMemory([]), 4)
     with pytest.raises(DataError, match="none of the 2 pairs can be read; the first: p0 is broken"):
@@ -95,7 +95,7 @@ class Labelled(LabelDataset):
 
     def __init__(self, labels, tolerant=False):
         super().__init__([f"p{i}" for i in range(len(labels))], ["a", "b", "c"])
-        self.by_name, self.tolerant = dict(zip(self.names, labels, strict=True)), tolerant
+        self.by_name, self.skip_errors = dict(zip(self.names, labels, strict=True)), tolerant
 
     def image(self, index):
         return flat(10 * index)[0]
@@ -109,11 +109,11 @@ def test_labels_become_tensors():
     tensors = load_tensors(images, 5)
     assert tensors.targets.tolist() == [2, 0, 1, 2] and tensors.targets.dtype == torch.int64
     assert tensors.images.shape == (4, 3, 5, 5) and tensors.images[3].unique().tolist() == [30]
-    assert [images.shown(images.target(i)) for i in range(4)] == ["c", "a", "b", "c"]
+    assert [images.display_target(images.target(i)) for i in range(4)] == ["c", "a", "b", "c"]
 
 
 @pytest.mark.parametrize("label", [3, -1, 255])
-def test_a_label_out_of_range_is_named_or_left_out(label):
+def test_label_out_of_range_raises_or_is_skipped(label):
     with pytest.raises(DataError, match=rf"p1 has the label {label}, and the data set has 3 classes \(0 to 2\)"):
         load_tensors(Labelled([0, label, 2]), 4)
     tolerant = Labelled([0, label, 2], tolerant=True)

@@ -7,7 +7,7 @@ from prunekit.data.digits import digits
 from prunekit.errors import DataError
 
 
-def test_the_splits_part_the_file_and_hold_a_fifth_of_each_digit():
+def test_splits_are_disjoint_and_hold_out_a_fifth_of_each_digit():
     train, val = digits("train"), digits("val")
     assert (len(train), len(val)) == (1442, 355)
     assert sorted(train.names + val.names) == [f"{number:04d}" for number in range(1797)]
@@ -18,13 +18,13 @@ def test_the_splits_part_the_file_and_hold_a_fifth_of_each_digit():
     assert digits("val").names == val.names
 
 
-def test_the_scans_are_those_of_the_file():
+def test_images_equal_those_of_scikit_learn():
     file, val = load_digits(), digits("val")
     for index in (0, 100, 354):
         number = int(val.names[index])
         image, label = val.pair(index)
         assert image.shape == (8, 8, 3) and image.dtype == np.uint8
-        assert label == file.target[number] and val.shown(label) == str(file.target[number])
+        assert label == file.target[number] and val.display_target(label) == str(file.target[number])
         for plane in range(3):
             assert np.abs(image[..., plane] - file.images[number] * 255 / 16).max() <= 0.5
     tensors = load_tensors(val, 8)
@@ -32,13 +32,13 @@ def test_the_scans_are_those_of_the_file():
     assert tensors.targets.tolist() == [val.label(i) for i in range(355)]
 
 
-def test_what_is_dropped_moves_nothing_else():
+def test_dropping_images_keeps_the_others():
     val = digits("val")
     before = val.pair(7)
     val.drop([0, 3])
     assert np.array_equal(val.image(5), before[0]) and val.label(5) == before[1] and val.skipped == 2
 
 
-def test_another_split_is_refused():
-    with pytest.raises(DataError, match="no split 'test'; it has train and val"):
+def test_unknown_split_raises():
+    with pytest.raises(DataError, match="no split 'test'; use train or val"):
         digits("test")

@@ -1,4 +1,4 @@
-"""Image files that want more than they give: each is an error with its name, in bounded memory and time."""
+"""Decompression bombs and other hostile image files raise an error that names them, in bounded memory and time."""
 
 import io
 import struct
@@ -106,7 +106,7 @@ def bombs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [*BOMBS, "a terabyte"])
-def test_a_bomb_is_refused_by_name_in_bounded_room(bombs, kind):
+def test_decompression_bomb_raises_in_bounded_memory(bombs, kind):
     path = bombs[kind]
 
     def read():
@@ -121,7 +121,7 @@ def test_a_bomb_is_refused_by_name_in_bounded_room(bombs, kind):
     assert in_a_child(read, memory=ROOM, seconds=10) < 384 << 20
 
 
-def test_nothing_else_draws_a_picture(tmp_path, monkeypatch):
+def test_no_external_program_decodes_images(tmp_path, monkeypatch):
     """Ghostscript would; here it would leave a mark."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'mark'}\n")
     (tmp_path / "gs").chmod(0o755)
@@ -135,7 +135,7 @@ def test_nothing_else_draws_a_picture(tmp_path, monkeypatch):
     assert not is_image("a.eps") and not is_image("a.wmf") and not (tmp_path / "mark").exists()
 
 
-def test_what_is_merely_odd_is_read(tmp_path):
+def test_unusual_but_valid_files_are_read(tmp_path):
     """The first of many frames, long texts, many tags, an extreme shape, many scans."""
     frames = [Image.new("L", (6, 4), level) for level in (50, 200, 30)]
     for name in ("a.gif", "a.tif", "a.webp", "a.png"):

@@ -1,4 +1,4 @@
-"""Every kind of file that real sets hold, and every kind of damage."""
+"""Every image mode that real data sets contain, and damaged files."""
 
 import warnings
 
@@ -36,13 +36,13 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_a_hard_mask_reads_the_same_in_every_mode(tmp_path, kind):
+def test_binary_mask_reads_the_same_in_every_mode(tmp_path, kind):
     MASKS[kind].save(tmp_path / "m.png")
     levels = images.read_mask(tmp_path / "m.png")
     assert levels.dtype == np.uint8 and np.array_equal(levels, HARD)
 
 
-def test_a_graded_mask_keeps_its_levels(tmp_path):
+def test_graded_mask_keeps_its_levels(tmp_path):
     Image.fromarray(RAMP).save(tmp_path / "m.png")
     assert np.array_equal(images.read_mask(tmp_path / "m.png"), RAMP)
     Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "deep.png")
@@ -50,12 +50,12 @@ def test_a_graded_mask_keeps_its_levels(tmp_path):
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0])
-def test_a_float_mask_is_scaled_by_what_it_holds(tmp_path, top):
+def test_float_mask_is_scaled_by_its_maximum(tmp_path, top):
     Image.fromarray((HARD / 255 * top).astype(np.float32)).save(tmp_path / "m.tif")
     assert np.array_equal(images.read_mask(tmp_path / "m.tif"), HARD)
 
 
-def test_an_empty_mask_stays_empty(tmp_path):
+def test_empty_mask_stays_empty(tmp_path):
     Image.new("L", (8, 6)).save(tmp_path / "m.png")
     assert not images.read_mask(tmp_path / "m.png").any()
 
@@ -81,7 +81,7 @@ def test_photographs_of_every_mode_become_rgb(tmp_path):
         assert np.array_equal(images.read_image(tmp_path / name), grey), name
 
 
-def test_what_is_transparent_lies_on_black(tmp_path):
+def test_transparent_pixels_are_blended_with_black(tmp_path):
     alpha = Image.fromarray(np.where(RAMP > 100, 255, 0).astype(np.uint8))
     picture = Image.fromarray(RGB)
     picture.putalpha(alpha)
@@ -90,14 +90,14 @@ def test_what_is_transparent_lies_on_black(tmp_path):
     assert np.array_equal(images.read_image(tmp_path / "a.png"), expected)
 
 
-def test_cmyk_comes_near_its_rgb(tmp_path):
+def test_cmyk_is_close_to_rgb(tmp_path):
     Image.new("RGB", (8, 6), (200, 40, 90)).convert("CMYK").save(tmp_path / "c.jpg", quality=95)
     pixel = images.read_image(tmp_path / "c.jpg")[3, 3].astype(int)
     assert np.abs(pixel - (200, 40, 90)).max() < 12
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_applied_to_photo_and_mask_alike(tmp_path, orientation):
+def test_exif_orientation_is_applied_to_photo_and_mask(tmp_path, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(RGB).save(tmp_path / "p.png", exif=exif)
@@ -126,7 +126,7 @@ def damaged(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "text", "missing", "folder"])
 @pytest.mark.parametrize("read", [images.read_image, images.read_mask])
-def test_a_damaged_file_is_named_in_one_line(tmp_path, kind, read):
+def test_damaged_file_raises_one_line_with_its_name(tmp_path, kind, read):
     path = damaged(tmp_path, kind)
     with pytest.raises(DataError) as caught:
         read(path)
@@ -134,14 +134,14 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, kind, read):
 
 
 @pytest.mark.parametrize("limit", [30, 10])
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
+def test_decompression_bomb_limit(tmp_path, monkeypatch, limit):
     Image.fromarray(RGB).save(tmp_path / "b.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # 48 pixels: above the limit, above twice the limit
     with pytest.raises(DataError, match=r"b\.png is too large"):
         images.read_image(tmp_path / "b.png")
 
 
-def test_reading_warns_of_nothing(tmp_path):
+def test_reading_gives_no_warnings(tmp_path):
     picture = palette(HARD)
     picture.save(tmp_path / "p.png", transparency=bytes([0, 255]))
     with warnings.catch_warnings():
@@ -149,7 +149,7 @@ def test_reading_warns_of_nothing(tmp_path):
         images.read_image(tmp_path / "p.png")
 
 
-def test_maps_are_written_as_they_are(tmp_path):
+def test_maps_round_trip(tmp_path):
     images.write_map(tmp_path / "map.png", RAMP)
     assert np.array_equal(images.read_mask(tmp_path / "map.png"), RAMP)
     for bad in ("map", "map.nothing", "missing/map.png"):
@@ -157,6 +157,6 @@ def test_maps_are_written_as_they_are(tmp_path):
             images.write_map(tmp_path / bad, RAMP)
 
 
-def test_what_counts_as_an_image():
+def test_is_image():
     assert all(images.is_image(name) for name in ("a.jpg", "a.JPEG", "x/a.b.Png", "a.webp", "a.avif", "a.bmp", "a.tif"))
     assert not any(images.is_image(name) for name in (".a.jpg", "a.txt", "a", "a.pdf", "Thumbs.db", ".jpg"))

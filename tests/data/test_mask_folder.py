@@ -31,7 +31,7 @@ def whole(root, **options):
     return folder("val", root="unused", val_root=str(root), **options)
 
 
-def test_pairs_by_stem_whatever_the_extension(tmp_path):
+def test_pairs_by_stem_with_any_extension(tmp_path):
     stems = ["plain", "a.b.c", "with space", "é_日本", "UPPER", "0001"]
     forms = [
         (".jpg", ".png"),
@@ -51,7 +51,7 @@ def test_pairs_by_stem_whatever_the_extension(tmp_path):
     assert all(pairs.mask(i).min() == 255 for i in range(len(pairs)))
 
 
-def test_one_name_in_two_unicode_forms_is_one_stem(tmp_path):
+def test_stem_in_two_unicode_forms_is_one_stem(tmp_path):
     write(tmp_path / "images" / "caf\u00e9.jpg")
     write(tmp_path / "GT" / "cafe\u0301.png")
     assert whole(tmp_path).names == ["caf\u00e9"]
@@ -96,18 +96,18 @@ def broken_root(root, kind):
         ("no GT", r"has no folder GT/ \(it has: images, masks\)"),
         ("no images", r"has no folder images/ \(it has: GT\)"),
         ("empty", "0 images and 0 masks"),
-        ("no common stem", "1 images and 1 masks, none of the same stem"),
-        ("two of one stem", r"has a\.jpg and a\.png, two files of one stem"),
+        ("no common stem", "1 images and 1 masks, but no common stem"),
+        ("two of one stem", r"has a\.jpg and a\.png, which have the same stem"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said(tmp_path, kind, said):
+def test_invalid_folder_raises_with_reason(tmp_path, kind, said):
     broken_root(tmp_path / "set", kind)
     with pytest.raises(DataError, match=said) as caught:
         whole(tmp_path / "set", on_error="skip")
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_partner_is_named_or_skipped(tmp_path):
+def test_missing_partner_raises_or_is_skipped(tmp_path):
     fill(tmp_path, ["a", "b", "c", "d"])
     for stem in "vwxyz":
         write(tmp_path / "images" / f"{stem}.jpg")
@@ -124,7 +124,7 @@ def test_a_missing_partner_is_named_or_skipped(tmp_path):
     assert train.skipped + val.skipped == 1, "counted once"
 
 
-def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path):
+def test_unreadable_image_raises_or_is_skipped_and_counted(tmp_path):
     fill(tmp_path, "abcd")
     (tmp_path / "images" / "b.jpg").write_bytes(b"")
     (tmp_path / "GT" / "d.png").write_bytes(b"no image")
@@ -138,7 +138,7 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path):
     assert (pairs.names, pairs.skipped, len(tensors)) == (["a", "c"], 3, 2)
 
 
-def test_a_mask_of_another_size_follows_its_image(tmp_path):
+def test_mask_is_resized_to_its_image(tmp_path):
     write(tmp_path / "images" / "a.jpg", size=(40, 30))
     half = np.zeros((6, 8), np.uint8)
     half[:, 4:] = 255
@@ -150,7 +150,7 @@ def test_a_mask_of_another_size_follows_its_image(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_a_mask_drawn_on_the_stored_pixels_turns_with_the_photo(tmp_path, orientation):
+def test_mask_without_exif_orientation_is_rotated_with_the_photo(tmp_path, orientation):
     levels = np.zeros((6, 9), np.uint8)
     levels[:2, :5] = 255
     exif = Image.Exif()
@@ -164,7 +164,7 @@ def test_a_mask_drawn_on_the_stored_pixels_turns_with_the_photo(tmp_path, orient
 
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(2, 40), share=st.floats(0.01, 0.99), seed=st.integers(-5, 2**40))
-def test_the_holdout_parts_the_folder(tmp_path_factory, count, share, seed):
+def test_holdout_splits_the_folder(tmp_path_factory, count, share, seed):
     root = tmp_path_factory.mktemp("set")
     for part in ("images", "GT"):
         (root / part).mkdir()
@@ -176,7 +176,7 @@ def test_the_holdout_parts_the_folder(tmp_path_factory, count, share, seed):
     assert folder("val", root=str(root), val_holdout=share, seed=seed).names == val
 
 
-def test_the_holdout_depends_on_the_seed_and_not_on_the_file_system(tmp_path, monkeypatch):
+def test_holdout_depends_on_seed_not_on_file_system(tmp_path, monkeypatch):
     fill(tmp_path, [f"{n:02d}" for n in range(30)])
     chosen = {seed: folder("val", root=str(tmp_path), val_holdout=0.3, seed=seed).names for seed in range(4)}
     assert len({tuple(names) for names in chosen.values()}) > 1
@@ -186,34 +186,34 @@ def test_the_holdout_depends_on_the_seed_and_not_on_the_file_system(tmp_path, mo
     assert folder("val", root=str(tmp_path), val_holdout=0.3, seed=2).names == chosen[2]
 
 
-def test_val_root_leaves_the_root_whole(tmp_path):
+def test_val_root_keeps_all_of_root_for_training(tmp_path):
     fill(tmp_path / "a", "abc")
     fill(tmp_path / "b", "xy")
     options = {"root": str(tmp_path / "a"), "val_root": str(tmp_path / "b")}
     assert folder("train", **options).names == ["a", "b", "c"] and folder("val", **options).names == ["x", "y"]
-    with pytest.raises(DataError, match="exclude each other"):
+    with pytest.raises(DataError, match="mutually exclusive"):
         folder("val", **options, val_holdout=0.5)
 
 
 @pytest.mark.parametrize("root", [None, ""])
-def test_a_root_is_needed(root):
+def test_missing_root_raises(root):
     with pytest.raises(DataError, match=r"needs data\.root"):
         folder("train", root=root)
 
 
-def test_one_pair_cannot_be_parted(tmp_path):
+def test_one_pair_raises(tmp_path):
     with pytest.raises(DataError, match=r"one pair.*val_root"):
         folder("train", root=str(fill(tmp_path, "a")))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
-def test_a_share_outside_its_range_is_refused(tmp_path, share):
+def test_invalid_holdout_raises(tmp_path, share):
     with pytest.raises(DataError, match="val_holdout"):
         folder("val", root=str(fill(tmp_path, "abc")), val_holdout=share)
 
 
 @pytest.mark.skipif(not (REAL / "DUTS-TR-mini").is_dir(), reason="the shared data (not in the repository) is not here")
-def test_the_real_set_is_read_whole():
+def test_real_data_set_is_read():
     pairs = whole(REAL / "DUTS-TR-mini")
     tensors = load_tensors(pairs, 32)
     assert len(pairs) == 48 and pairs.skipped == 0

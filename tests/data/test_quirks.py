@@ -1,5 +1,4 @@
-"""Every quirk of real data comes out right or is named; what is to be skipped is skipped and counted, by every command
-that reads data."""
+"""Unusual and invalid files of real data sets: every command reads, reports or skips and counts them."""
 
 import csv
 import json
@@ -29,7 +28,7 @@ def whole(root, on_error="raise"):
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_it_comes_out_right(tmp_path, kind):
+def test_unusual_file_is_read_correctly(tmp_path, kind):
     tensors = load_tensors(whole(make(tmp_path / "set", [kind])), 8)
     left, right = tensors.images[0, :, :, :3].float(), tensors.images[0, :, :, 5:].float()
     assert (left - DARK).abs().max() < 16 and (right - BRIGHT).abs().max() < 16
@@ -38,7 +37,7 @@ def test_it_comes_out_right(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_it_is_named_or_skipped_and_counted(tmp_path, kind):
+def test_invalid_file_raises_or_is_skipped_and_counted(tmp_path, kind):
     root = make(tmp_path / "set", [kind], good=2)
     with pytest.raises(DataError) as error:
         load_tensors(whole(root), 8)
@@ -49,7 +48,7 @@ def test_it_is_named_or_skipped_and_counted(tmp_path, kind):
     assert len(load_tensors(pairs, 8)) == 2 and pairs.skipped == 1 and pairs.names == ["good0", "good1"]
 
 
-def test_a_file_that_may_not_be_read_is_named_or_skipped(tmp_path, monkeypatch):
+def test_file_without_permission_raises_or_is_skipped(tmp_path, monkeypatch):
     """Whoever runs the tests may be allowed to read everything, so the system's refusal is played."""
     root = make(tmp_path / "set", [], good=3)
     opened = Image.open
@@ -60,13 +59,13 @@ def test_a_file_that_may_not_be_read_is_named_or_skipped(tmp_path, monkeypatch):
         return opened(path, *arguments, **options)
 
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(DataError, match=r"good1\.png may not be read; change its permissions"):
+    with pytest.raises(DataError, match=r"good1\.png cannot be read: permission denied; change its permissions"):
         load_tensors(whole(root), 8)
     pairs = whole(root, "skip")
     assert len(load_tensors(pairs, 8)) == 2 and pairs.skipped == 1
 
 
-def test_nothing_but_faults_is_an_error(tmp_path):
+def test_set_of_only_invalid_files_raises(tmp_path):
     for number, kind in enumerate(REFUSED):
         with pytest.raises(DataError, match=r"none of the 1 pairs can be read; the first: |has no pair"):
             load_tensors(whole(make(tmp_path / str(number), [kind]), "skip"), 8)
@@ -115,7 +114,7 @@ def made(everything, tmp_path_factory):
     return home / "run"
 
 
-def test_a_run_skips_and_counts(made):
+def test_run_skips_and_counts_invalid_files(made):
     summary = json.loads((made / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert sum(summary["skipped"].values()) == len(REFUSED), summary["skipped"]
@@ -126,14 +125,14 @@ def test_a_run_skips_and_counts(made):
     assert not named & {stem_of(kind) for kind in REFUSED}
 
 
-def test_a_run_that_skips_nothing_stops_at_the_first_and_leaves_nothing(everything, tmp_path, capsys):
+def test_run_without_skipping_stops_at_the_first_invalid_file(everything, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "csnet_duts", f"data.root={everything}", "data.cache=none", "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert "image has no mask" in capsys.readouterr().err
 
 
-def test_evaluation_skips_and_counts_or_names(made, everything, tmp_path):
+def test_evaluation_skips_and_counts_or_raises(made, everything, tmp_path):
     (entry,) = evaluate(made, [f"all={everything}"], Console(quiet=True), on_error="skip")
     assert (entry["images"], entry["skipped"]) == (len(READ) + GOOD, len(REFUSED))
     assert all(math.isfinite(value) for value in entry["metrics"].values())
@@ -144,7 +143,7 @@ def test_evaluation_skips_and_counts_or_names(made, everything, tmp_path):
         assert QUIRKS[kind].error in str(error.value) and stem_of(kind) in str(error.value)
 
 
-def test_prediction_does_the_others_and_names_what_it_cannot(made, everything, tmp_path):
+def test_prediction_reports_unreadable_images_and_does_the_others(made, everything, tmp_path):
     broken = {stem_of(kind) for kind, quirk in REFUSED.items() if quirk.photo}
     with pytest.raises(DataError) as error:
         predict(made, [everything / "images"], tmp_path / "maps", console=Console(quiet=True))
@@ -158,7 +157,7 @@ def test_prediction_does_the_others_and_names_what_it_cannot(made, everything, t
             assert shown.size == (photo.size[::-1] if turned else photo.size) and shown.mode == "L", path
 
 
-def test_classes_skip_and_count_too(tmp_path, monkeypatch):
+def test_image_folder_skips_and_counts_invalid_files(tmp_path, monkeypatch):
     skip_export(monkeypatch)
     monkeypatch.setattr("prunekit.pipeline.runner.report", lambda *_: None)
     kinds = [kind for kind, quirk in QUIRKS.items() if quirk.error is None or quirk.photo]
@@ -225,12 +224,12 @@ IMAGE, MASK = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
         (IMAGE, None, r"mask of theirs is NoneType"),
     ],
 )
-def test_values_out_of_range_are_errors_whoever_gives_them(image, mask, words):
+def test_invalid_pairs_of_any_data_set_raise(image, mask, words):
     for read in (lambda pairs: load_tensors(pairs, 8), lambda pairs: list(passes(pairs, 4))):
         with pytest.raises(DataError, match=words):
             read(Theirs(image, mask))
     tolerant = Theirs(image, mask)
-    tolerant.tolerant = True
+    tolerant.skip_errors = True
     assert list(passes(tolerant, 4)) == [] and tolerant.skipped == 1
 
 
@@ -242,7 +241,7 @@ class Nothing(LabelDataset):
 
 
 @pytest.mark.parametrize("task", ["saliency", "classification"])
-def test_a_metric_of_nothing_is_an_error_and_no_nan(task):
+def test_evaluation_of_an_empty_set_raises(task):
     import torch
 
     held = Theirs(IMAGE, MASK) if task == "saliency" else Nothing([], ["a", "b"])
@@ -257,7 +256,7 @@ def test_a_metric_of_nothing_is_an_error_and_no_nan(task):
         with pytest.raises(DataError, match=r"no image|empty"):
             act()
     broken = Theirs(IMAGE.astype(float), MASK)
-    broken.tolerant = True
+    broken.skip_errors = True
     if task == "saliency":
         with pytest.raises(DataError, match="no image to evaluate"):
             found.evaluate(model, broken, 8, 4)

@@ -11,7 +11,7 @@ def pictures(split, count=12, **options):
     return [pairs.pair(i) for i in range(count)]
 
 
-def test_form():
+def test_shapes_and_levels():
     pairs = salient_shapes("val", size=48, val=3)
     assert len(pairs) == 3 and len(set(pairs.names)) == 3 and pairs.skipped == 0
     image, mask = pairs.image(1), pairs.mask(1)
@@ -20,7 +20,7 @@ def test_form():
     assert len(salient_shapes("train", size=32)) == 1024 and len(salient_shapes("val", size=32)) == 200
 
 
-def test_a_picture_depends_on_seed_split_and_index_alone():
+def test_image_depends_only_on_seed_split_and_index():
     forth = pictures("train", seed=3)
     pairs = salient_shapes("train", size=32, seed=3, train=500)
     for index in (11, 0, 5, 5):
@@ -28,49 +28,49 @@ def test_a_picture_depends_on_seed_split_and_index_alone():
         assert np.array_equal(pairs.mask(index), forth[index][1])
 
 
-def test_no_picture_is_shared_between_splits_seeds_or_places():
+def test_images_differ_between_splits_seeds_and_indices():
     drawn = [
         image.tobytes() for split in ("train", "val") for seed in (0, 1, -1) for image, _ in pictures(split, seed=seed)
     ]
     assert len(set(drawn)) == len(drawn) == 72
 
 
-def test_a_dropped_pair_leaves_the_others_as_they_were():
+def test_dropping_a_pair_keeps_the_others():
     pairs = salient_shapes("val", size=32, val=4)
     third = pairs.image(2)
     pairs.drop([0])
     assert np.array_equal(pairs.image(1), third)
 
 
-def test_objects_have_the_promised_sizes():
+def test_object_areas_are_in_range():
     shares = np.array([mask.mean() / 255 for _, mask in pictures("train", 150, size=64)])
     assert shares.min() > 0.01 and shares.max() < 0.5 and 0.1 < shares.mean() < 0.3
     assert shares.std() > 0.05
 
 
-def test_some_objects_touch_the_border_and_some_lie_off_the_centre():
+def test_objects_are_not_all_centered():
     masks = [mask for _, mask in pictures("train", 60)]
     assert 5 < sum(mask[[0, -1]].any() or mask[:, [0, -1]].any() for mask in masks) < 55
     assert 5 < sum(mask[16, 16] == 0 for mask in masks) < 55
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"split": "test"}, "no split 'test'"), ({"size": 8}, "size 8"), ({"val": 0}, "val=0")]
+    ("options", "said"), [({"split": "test"}, "no split 'test'"), ({"size": 8}, "size=8"), ({"val": 0}, "val=0")]
 )
-def test_what_cannot_be_drawn_is_refused(options, said):
+def test_invalid_options_raise(options, said):
     with pytest.raises(DataError, match=said):
         salient_shapes(**{"split": "val", "size": 32, **options})
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.__name__)
-def test_fields_are_amounts(field):
+def test_fields_are_in_unit_range(field):
     for seed in range(20):
         levels = field(np.random.default_rng(seed), 40)
         assert levels.shape == (40, 40) and levels.min() >= -1e-6 and levels.max() <= 1 + 1e-6
         assert levels.std() > 0.01
 
 
-def test_outlines_cover_about_their_area_and_have_one_pixel_edges():
+def test_outlines_have_their_area_and_one_pixel_edges():
     shares = []
     for seed in range(60):
         cover = coverage(outline(np.random.default_rng(seed), 96, (0.5, 0.5), 0.15))

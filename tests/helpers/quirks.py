@@ -191,10 +191,10 @@ REFUSED = {
     "a photograph that is cut off": Quirk(raw("images", ".jpg", jpeg(0.5)), "cannot be read as an image", photo=True),
     "a text": Quirk(raw("images", ".png", b"<html>404</html>"), "cannot be read as an image", photo=True),
     "PostScript": Quirk(raw("images", ".jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n"), "cannot be read as an image", photo=True),
-    "a bomb": Quirk(raw("images", ".png", bomb(60_000)), "too large to be read safely", photo=True),
-    "a mask that is a bomb": Quirk(raw("GT", ".png", bomb(60_000)), "too large to be read safely"),
-    "a mask in colours": Quirk(mask(palette(MASK, (128, 0, 0))), "is in colours"),
-    "a mask of several classes": Quirk(mask(Image.fromarray(MASK // 36)), "numbers of classes"),
+    "a bomb": Quirk(raw("images", ".png", bomb(60_000)), "too large to decode safely", photo=True),
+    "a mask that is a bomb": Quirk(raw("GT", ".png", bomb(60_000)), "too large to decode safely"),
+    "a mask in colours": Quirk(mask(palette(MASK, (128, 0, 0))), "is in color"),
+    "a mask of several classes": Quirk(mask(Image.fromarray(MASK // 36)), "class indices"),
     "a mask of many levels": Quirk(
         mask(Image.fromarray(MASK.astype(np.int32) * 10_000), ".tif"), "has levels from 0 to 2.55e+06"
     ),

@@ -7,7 +7,7 @@ import torch
 from helpers.networks import csnet_with_dead_gates, init_norms, zero_gates
 
 from prunekit.backbones.csnet import csnet
-from prunekit.data.datasets import image_tensor, normalise, resize
+from prunekit.data.datasets import image_tensor, normalize, resize
 from prunekit.data.images import read_image
 from prunekit.errors import CheckpointError, ExportError
 from prunekit.flops import count_modules, total
@@ -61,7 +61,7 @@ def test_published_model_gives_its_golden_logits(files):
             x = torch.from_numpy(np.sin(0.1 * row + 0.2 * col + c).astype(np.float32)).permute(2, 0, 1)[None]
         else:
             image = read_image(SHARED / "data" / "DUTS-TE-200" / "images" / f"{name}.jpg")
-            x = normalise(resize(image_tensor(image), (224, 224)))
+            x = normalize(resize(image_tensor(image), (224, 224)))
         with torch.inference_mode():
             gap = np.abs(model(x).numpy().reshape(golden[name].shape) - golden[name]).max()
         assert gap <= 1e-4, name

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit.data.datasets import image_tensor, normalise, resize
+from prunekit.data.datasets import image_tensor, normalize, resize
 from prunekit.data.images import read_image
 from prunekit.interop.csnet import CSNetLayout, import_csnet
 from prunekit.interop.pickles import read_checkpoint, read_layout
@@ -27,7 +27,7 @@ def test_effective_gate_ranks_channels_better_than_raw_gates_and_chance():
     layout = CSNetLayout.parse(read_layout(FILES / "csnet-L-x2.bin"), "layout")
     _, _, model = import_csnet(read_checkpoint(FILES / "csnet-L-x2.pth.tar"), layout, "checkpoint")
     photographs = sorted((SHARED / "data" / "DUTS-TE-200" / "images").iterdir())[:4]
-    images = torch.cat([normalise(resize(image_tensor(read_image(path)), (224, 224))) for path in photographs])
+    images = torch.cat([normalize(resize(image_tensor(read_image(path)), (224, 224))) for path in photographs])
     groups = [group for group in find_groups(model, images) if group.reason is None]
     effective = np.concatenate([gate_scores(model, group) for group in groups])
     alive = effective > 0

@@ -177,7 +177,7 @@ def test_a_run_that_is_there_is_not_touched(run):
         ("train.augment={name: crop_flip, options: {crop: -1}}", "train.augment"),
         ("finetune.schedule={name: step, options: {factor: 7}}", "finetune.schedule"),
         ("train.optimizer={name: adam, options: {betas: [2, 3]}}", "train.optimizer"),
-        ("data.options.train=0", "has no pictures"),
+        ("data.options.train=0", "must be at least 1"),
     ],
 )
 def test_what_builders_refuse_leaves_nothing_behind(tmp_path, override, word):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.data.datasets import LabelDataset, load_tensors, normalise
+from prunekit.data.datasets import LabelDataset, load_tensors, normalize
 from prunekit.data.digits import digits
 from prunekit.errors import DataError
 from prunekit.tasks.classification import Classification
@@ -21,7 +21,7 @@ class Grey(LabelDataset):
 
     def __init__(self, levels, labels, classes=4, tolerant=False):
         super().__init__([f"i{n}" for n in range(len(levels))], [f"c{n}" for n in range(classes)])
-        self.held, self.tolerant = dict(zip(self.names, zip(levels, labels, strict=True), strict=True)), tolerant
+        self.held, self.skip_errors = dict(zip(self.names, zip(levels, labels, strict=True), strict=True)), tolerant
 
     def image(self, index):
         level = self.held[self.names[index]][0]
@@ -147,7 +147,7 @@ def test_a_small_network_learns_the_digits():
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     assert task.quick(model, tensors, 64)["top1"] < 0.3
     for _ in range(15):
-        loss = task.loss(model(normalise(tensors.images)), tensors.targets)
+        loss = task.loss(model(normalize(tensors.images)), tensors.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.data.datasets import MaskDataset, load_tensors, normalise
+from prunekit.data.datasets import MaskDataset, load_tensors, normalize
 from prunekit.data.mask_folder import folder
 from prunekit.data.salient_shapes import salient_shapes
 from prunekit.errors import DataError
@@ -24,7 +24,7 @@ class Pairs(MaskDataset):
 
     def __init__(self, pairs, tolerant=False):
         super().__init__([str(i) for i in range(len(pairs))])
-        self.stored, self.tolerant = dict(zip(self.names, pairs, strict=True)), tolerant
+        self.stored, self.skip_errors = dict(zip(self.names, pairs, strict=True)), tolerant
 
     def image(self, index):
         return self.pair(index)[0]
@@ -224,7 +224,7 @@ def test_a_small_network_learns():
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     before = task.quick(model, tensors, 8)["mae"]
     for _ in range(30):
-        loss = task.loss(model(normalise(tensors.images)), tensors.targets)
+        loss = task.loss(model(normalize(tensors.images)), tensors.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -194,7 +194,7 @@ def test_norms_and_penalty_see_accumulated_batches_as_side_by_side():
         one = copy.deepcopy(first)
         penalty = DynamicWeightDecay(one, groups, 0.1)
         with penalty, torch.no_grad():
-            one(updating.normalise(batch(seed)[0]))
+            one(updating.normalize(batch(seed)[0]))
             moved.append((one.bn1.running_mean, one.bn2.running_var, penalty.penalty()))
     mean, variance, penalty = (sum(pair) / 2 for pair in zip(*moved, strict=True))
     assert (model.bn1.running_mean - mean).abs().max() <= 1e-6
