@@ -59,9 +59,9 @@ def cli_page() -> str:
 
 def recipe_page() -> str:
     """Every key of a recipe with its type, default and meaning."""
-    from prunekit.config.schema import all_keys
+    from prunekit.config.reference import render
 
-    return "# Recipe keys\n\n" + "".join(f"- `{'.'.join(path)}`\n" for path in all_keys())
+    return "# Recipe keys\n\n" + render()
 
 
 def api_page() -> str:

@@ -1,10 +1,10 @@
-"""The command line. Torch and all that needs it are imported inside the commands, so that help comes at once."""
+"""The command line. Commands import torch themselves, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,147 +17,159 @@ from prunekit.utils.signals import sigterm_as_interrupt
 
 app = typer.Typer(
     name="prunekit",
-    help="Learn how many channels each layer of a network needs, rebuild it with just those, and prove it.",
+    help="Learn how many channels each layer of a network needs, remove the others, and check that the result is "
+    "equivalent.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Any command takes --debug, which shows the traceback of an error; --log-level LEVEL (debug, info, warning, "
-    "error), from which on the terminal shows what is said; run.log in a run folder gets all of it; and --trust, which "
-    "runs the Python file that a run folder names. "
-    "Exit status: 0 done, 2 your mistake, 3 failed while running, 130 interrupted.",
+    epilog="All commands accept --debug (show the traceback of an error), --log-level LEVEL (debug, info, warning or "
+    "error: least severe messages shown in the terminal; run.log in the run folder has all of them) and --trust (run "
+    "the Python file that a run folder names). "
+    "Exit status: 0 success, 2 usage error, 3 failure while running, 130 interrupted.",
 )
 
+RecipeName = Annotated[str, typer.Argument(help="Recipe file, or name of a shipped recipe.")]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads the annotation itself
-    typer.Argument(metavar="[KEY=VALUE]...", help="Set keys of the recipe, e.g. train.epochs=2."),
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Set recipe keys, e.g. train.epochs=2.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")]
+OverwriteRun = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
+Model = Annotated[
+    str | None, typer.Option(help="baseline, dense, slim or finetuned; default: the last one the run has.")
+]
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(requested: bool) -> None:
+    if requested:
         from prunekit import __version__
 
         print(__version__)
         raise typer.Exit
 
 
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; default runs/NAME.")] = None,  # noqa: UP045
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
-    overwrite: Overwrite = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an existing run.")] = False,
+    overwrite: OverwriteRun = False,
     start_from: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--from", metavar="STAGE", help="Do this stage and the later ones again (implies --resume)."),
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Repeat this stage and all later ones (implies --resume)."),
     ] = None,
 ) -> None:
-    """Train, extract, slim, fine-tune, evaluate, export and report: all that a recipe says."""
+    """Run a recipe: train, extract, slim, fine-tune, evaluate, export and report."""
     from prunekit.config.recipe import load
 
     loaded = load(recipe, overrides or [])
     from prunekit.pipeline.runner import run_recipe
 
     out = out or Path("runs") / loaded.name
+    resume = resume or start_from is not None
     with suggest_resume("run", recipe, *(overrides or []), "--out", out, "--resume"):
-        run_recipe(
-            loaded,
-            out,
-            _console(quiet=is_quiet()),
-            resume=resume or start_from is not None,
-            overwrite=overwrite,
-            start_from=start_from,
-        )
+        run_recipe(loaded, out, _console(quiet=is_quiet()), resume=resume, overwrite=overwrite, start_from=start_from)
+
+
+@app.command()
+def validate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    print_: Annotated[bool, typer.Option("--print", help="Also print the recipe with all defaults.")] = False,
+) -> None:
+    """Check a recipe without running it: keys, types, ranges, names and options."""
+    from prunekit.config.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    # As a comment the line keeps the output with --print valid YAML.
+    print(f"# {recipe}: valid")
+    if print_:
+        print(loaded.dump(), end="")
+
+
+@app.command(name="cp")
+def cp(
+    recipe: RecipeName,
+    file: Annotated[Path, typer.Argument(help="New file, or an existing folder.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Copy a recipe with its comments, to edit it."""
+    from prunekit.commands.copy_recipe import copy_recipe
+
+    print(copy_recipe(recipe, file, overwrite=overwrite))
 
 
 @app.command()
 def report(
-    runs: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Argument(help="Run folders; with --published none is needed."),
-    ] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; optional with --published.")] = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder for tables and figures; default RUN/report, for several runs ./report."),
+        Path | None,
+        typer.Option(help="Folder for tables and figures; default: RUN/report, or ./report for several runs."),
     ] = None,
-    html: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Where the page goes; default index.html in that folder."),
-    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="HTML file; default: OUT/index.html.")] = None,
     columns: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="A,B,...", help="Columns of the summary, as in summary.csv: run,model,params,macs ..."),
     ] = None,
     sort: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="[-]COLUMN", help="Sort the summary's rows; --sort=-params puts the largest first."),
+        str | None,
+        typer.Option(metavar="[-]COLUMN", help="Sort the summary by a column; --sort=-params sorts descending."),
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Print the layers too.")] = False,
-    published: Annotated[bool, typer.Option("--published", help="Add the published CSNet models, on ECSSD.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Also print the layers.")] = False,
+    published: Annotated[bool, typer.Option("--published", help="Add the published CSNet models (ECSSD).")] = False,
 ) -> None:
-    """Tables, figures and a page of one run, or of several side by side."""
-    from prunekit.reporting import report as make
+    """Write tables, figures and an HTML page of one run, or of several runs side by side."""
+    from prunekit.reporting import report as write_report
 
-    make(
-        runs or [],
-        out,
-        _console(),
-        html=html,
-        columns=columns,
-        sort=sort,
-        layers=layers,
-        published=published,
-    )
+    write_report(runs or [], out, _console(), html=html, columns=columns, sort=sort, layers=layers, published=published)
 
 
 @app.command()
 def watch(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    every: Annotated[float, typer.Option(metavar="SECONDS", help="How often to look.")] = 5.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and stop.")] = False,
+    run: RunFolder,
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="Refresh interval.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Show the status once and exit.")] = False,
 ) -> None:
-    """Show how a run goes, until it is over, and draw its training's figures into RUN/report after each epoch."""
-    from prunekit.commands.watch import watch as show
+    """Show the progress of a run until it ends, and update the figures in RUN/report after each epoch."""
+    from prunekit.commands.watch import watch as watch_run
 
-    show(run, _console(), every=every, once=once)
+    watch_run(run, _console(), every=every, once=once)
 
 
 @app.command(name="eval")
 def eval_(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunFolder,
     data: Annotated[
         list[str],
         typer.Option(
             metavar="NAME=FOLDER",
-            help="A set and its folder: images/ and GT/ for saliency, a folder of images for each class for "
-            "classification; repeatable.",
+            help="Data set name and folder: images/ and GT/ for saliency, one folder of images per class for "
+            "classification. Repeatable.",
         ),
     ],
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="baseline, dense, slim or finetuned; default the last."),
-    ] = None,
+    model: Model = None,
     size: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Side of the square that the model sees; default that of the run's recipe."),
+        int | None, typer.Option(help="Height and width of the model input in pixels; default: the recipe's.")
     ] = None,
     own_size: Annotated[
-        bool, typer.Option("--own-size", help="Let it see each image at its own size, up to the next multiple of 16.")
+        bool, typer.Option("--own-size", help="Use each image's own size, rounded up to a multiple of 16.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Images in hand at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 16,
     on_error: Annotated[
         str,
-        typer.Option(
-            metavar="raise|skip", help="What to do with images that have no mask or class, or cannot be read."
-        ),
+        typer.Option(metavar="raise|skip", help="What to do with unreadable images and images without mask or class."),
     ] = "raise",
 ) -> None:
-    """Measure a model on data sets, by the metrics of its task."""
+    """Evaluate a model on data sets with the metrics of its task."""
     from prunekit.commands.evaluate import evaluate
 
     evaluate(run, data, _console(), model=model, size=size, own_size=own_size, batch_size=batch_size, on_error=on_error)
@@ -165,28 +177,25 @@ def eval_(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunFolder,
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="baseline, dense, slim or finetuned; default the last."),
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    model: Model = None,
 ) -> None:
-    """Apply a model to images: saliency maps or, for classification, a table predictions.csv."""
-    from prunekit.commands.predict import predict as make
+    """Apply a model to images; writes saliency maps or, for classification, predictions.csv."""
+    from prunekit.commands.predict import predict as predict_images
 
-    make(run, images, out, model, _console())
+    predict_images(run, images, out, model, _console())
 
 
 @app.command()
 def slim(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunFolder,
     overrides: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="New run folder; default RUN-slim.")] = None,  # noqa: UP045
-    overwrite: Overwrite = False,
+    out: Annotated[Path | None, typer.Option(help="New run folder; default: RUN-slim.")] = None,
+    overwrite: OverwriteRun = False,
 ) -> None:
-    """Extract and slim again what a run has trained, e.g. with slim.threshold=5e-2, into a new run folder."""
+    """Prune a trained run again, e.g. with slim.threshold=5e-2, into a new run folder."""
     from prunekit.commands.import_model import derived_recipe
 
     recipe = derived_recipe(run, overrides or [])
@@ -199,12 +208,12 @@ def slim(
 
 @app.command()
 def finetune(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunFolder,
     overrides: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="New run folder; default RUN-finetuned.")] = None,  # noqa: UP045
-    overwrite: Overwrite = False,
+    out: Annotated[Path | None, typer.Option(help="New run folder; default: RUN-finetuned.")] = None,
+    overwrite: OverwriteRun = False,
 ) -> None:
-    """Fine-tune a run's slim model, e.g. with finetune.epochs=5, evaluate and export it, into a new run folder."""
+    """Fine-tune, evaluate and export the slim model of a run into a new folder, e.g. with finetune.epochs=5."""
     from prunekit.commands.import_model import derived_recipe
 
     recipe = derived_recipe(run, overrides or [])
@@ -217,27 +226,26 @@ def finetune(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunFolder,
     form: Annotated[str, typer.Option("--format", help="onnx, openvino, pt2, or csnet (the published files).")],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[data.KEY=VALUE]...", help="Where the run's data are, e.g. data.root=PHOTOS."),
+        list[str] | None,
+        typer.Argument(metavar="data.KEY=VALUE", help="Where the run's data are now, e.g. data.root=PHOTOS."),
     ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="baseline, dense, slim or finetuned; default the last."),
-    ] = None,
+    model: Model = None,
     preprocess: Annotated[
-        bool, typer.Option("--preprocess", help="Images (uint8, N×H×W×3) in; maps (uint8) or probabilities out.")
+        bool,
+        typer.Option(
+            "--preprocess", help="Include preprocessing: uint8 images (N×H×W×3) in, maps or probabilities out."
+        ),
     ] = False,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="The model as it was trained: nothing folded, nothing merged.")
-    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Export the model as trained, without optimizations.")] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Quantised, calibrated on the run's data; says what it costs.")
+        bool,
+        typer.Option("--int8", help="Quantize to int8, calibrated on the run's data; reports the loss in accuracy."),
     ] = False,
 ) -> None:
-    """Write a run's model as a file that needs no prunekit, into the run folder."""
+    """Export a run's model to a file that needs no prunekit, in the run folder."""
     from prunekit.pipeline.export import export_run
 
     export_run(
@@ -247,31 +255,30 @@ def export(
 
 @app.command()
 def bench(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunFolder,
     batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1",
     size: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="N,...", help="Sides of the square inputs; default the recipe's."),
+        str | None,
+        typer.Option(metavar="N,...", help="Heights and widths of the inputs in pixels; default: the recipe's."),
     ] = None,
     threads: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="N,...", help="Numbers of threads; default as many as there are cores."),
+        str | None, typer.Option(metavar="N,...", help="Numbers of threads; default: the number of cores.")
     ] = None,
     forms: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             metavar="FORM,...",
-            help="eager, deployed, compiled, ort_plain, ort, openvino_plain, openvino (all of these unless told); "
+            help="eager, deployed, compiled, ort_plain, ort, openvino_plain, openvino (default: all of these); "
             "deployed_bf16, openvino_bf16, ort_int8, openvino_int8.",
         ),
     ] = None,
     model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME,...", help="Of baseline, dense, slim, finetuned; default dense,slim."),
+        str | None,
+        typer.Option(metavar="NAME,...", help="Any of baseline, dense, slim, finetuned; default: dense,slim."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Of timed calls for each row, at least.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Minimum measuring time of each row, in seconds.")] = 2.0,
 ) -> None:
-    """Time a run's models in PyTorch, ONNX Runtime and OpenVINO, by turns; into RUN/bench.json and the report."""
+    """Measure the latency of a run's models in PyTorch, ONNX Runtime and OpenVINO; writes RUN/bench.json."""
     from prunekit.commands.bench import bench_run
 
     bench_run(run, _console(), batches=batch, sizes=size, threads=threads, forms=forms, models=model, seconds=seconds)
@@ -280,17 +287,14 @@ def bench(
 @app.command(name="import")
 def import_(
     kind: Annotated[str, typer.Argument(help="csnet: the published CSNet files.")],
-    checkpoint: Annotated[Path, typer.Argument(help="The .pth.tar file.")],
+    checkpoint: Annotated[Path, typer.Argument(help=".pth.tar file.")],
     out: Annotated[Path, typer.Option(help="New run folder.")],
-    layout: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Argument(help="Its .bin file; none for a dense model."),
-    ] = None,
-    overwrite: Overwrite = False,
+    layout: Annotated[Path | None, typer.Argument(help=".bin file; not needed for a dense model.")] = None,
+    overwrite: OverwriteRun = False,
 ) -> None:
-    """Make a run folder of a model that was trained elsewhere."""
+    """Create a run folder from a model that was trained elsewhere."""
     if kind != "csnet":
-        raise RecipeError(f"import {kind}: what can be imported is csnet, as in: prunekit import csnet FILE [LAYOUT] …")
+        raise RecipeError(f"import {kind}: unknown kind; use csnet, as in: prunekit import csnet FILE [LAYOUT] …")
     from prunekit.commands.import_model import import_run
 
     import_run(checkpoint, layout, out, _console(), overwrite=overwrite)
@@ -298,15 +302,12 @@ def import_(
 
 @app.command()
 def groups(
-    source: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe or a run folder.")],
+    source: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe or run folder.")],
     overrides: Overrides = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Of a run: baseline, dense, slim or finetuned; default the last."),
-    ] = None,
+    model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: each group with its tensors and gates.")] = False,
 ) -> None:
-    """Which channels can only be cut together, which gates decide, what a channel costs, and what cannot be cut."""
+    """List the groups of channels that are pruned together, with gates and costs, and what cannot be pruned."""
     from prunekit.commands.groups import dump, inspect_groups, show_groups
 
     found = inspect_groups(source, overrides or [], model)
@@ -318,11 +319,11 @@ def groups(
 
 @app.command(name="list")
 def list_() -> None:
-    """What recipes can name: backbones, data sets, tasks and so on, their options, and where each comes from."""
+    """List the shipped recipes and all names that recipes can use, with their options and origin."""
     from prunekit.commands.list import table
     from prunekit.config import registry
 
-    # First, so that a plugin that fails is said once, below the table.
+    # Load the plugins first, so that a failure is reported once, below the table.
     failures = registry.plugin_failures()
     _console().print(table())
     for failure in failures:
@@ -336,22 +337,22 @@ def main(arguments: list[str] | None = None) -> None:
     trust = "--trust" in arguments
     arguments = [argument for argument in arguments if argument not in ("--debug", "--trust")]
     with exit_on_error(debug), launcher.silence_other_ranks():
-        level = _level(arguments)
-        launcher.begin(*arguments[:1])
+        level = _pop_log_level(arguments)
+        launcher.exit_other_ranks(*arguments[:1])
         with sigterm_as_interrupt(), terminal_logging(level), trust_modules(trust):
             app(args=arguments, prog_name="prunekit")
 
 
-def _level(arguments: list[str]) -> int:
-    """The terminal's level; its option is taken out of the arguments."""
+def _pop_log_level(arguments: list[str]) -> int:
+    """Remove --log-level from the arguments and return its level."""
     name = "info"
     for index, argument in reversed(list(enumerate(arguments))):
-        option, given, value = argument.partition("=")
+        option, equals, value = argument.partition("=")
         if option == "--log-level":
-            name = value if given else "".join(arguments[index + 1 : index + 2])
-            del arguments[index : index + 1 if given else index + 2]
+            name = value if equals else "".join(arguments[index + 1 : index + 2])
+            del arguments[index : index + 1 if equals else index + 2]
     if name not in LEVELS:
-        raise RecipeError(f"--log-level {name}: no such level; give one of {', '.join(LEVELS)}")
+        raise RecipeError(f"--log-level {name}: unknown level; use one of {', '.join(LEVELS)}")
     return LEVELS[name]
 
 
@@ -359,7 +360,7 @@ def _console(quiet: bool = False):
     from rich.console import Console
 
     if hasattr(sys.stdout, "reconfigure"):
-        # A terminal that has no × or λ is no reason to stop.
+        # A terminal without × or λ must not stop a command.
         sys.stdout.reconfigure(errors="replace")
     return Console(quiet=quiet)
 

@@ -1,5 +1,3 @@
-"""What the person at the terminal sees."""
-
 import logging
 import subprocess
 import sys
@@ -10,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+import prunekit
 from prunekit.cli import app, main
-from prunekit.config import registry
+from prunekit.config import registry, yaml
+from prunekit.config.recipe import load
 from prunekit.errors import DataError, Interrupted, PrunekitWarning, RecipeError, RunError, TrainingError
 from prunekit.utils.progress import Reporter
 
@@ -59,12 +59,12 @@ def folder_with(images, masks):
     "lines, words",
     [
         ({"train": "{epoch: 1, epochs: 2}"}, ["mine.yaml:4:", "train.epoch", "did you mean 'train.epochs'"]),
-        ({"train": "{epochs: many}"}, ["mine.yaml:4:", "train.epochs", "'many' is not a whole number"]),
+        ({"train": "{epochs: many}"}, ["mine.yaml:4:", "train.epochs", "'many' is not an integer"]),
         ({"backbone": "{name: csnett}"}, ["mine.yaml:2:", "unknown backbone 'csnett'", "csnet"]),
         ({"data": "{name: folder, root: nowhere}"}, ["nowhere"]),
     ],
 )
-def test_wrong_recipes_are_one_line_and_leave_nothing(call, lines, words):
+def test_recipe_error_is_one_line_and_creates_no_run(call, lines, words):
     status, _, error = call("run", recipe(**lines))
     assert status == 2 and one_line(error)
     for word in words:
@@ -72,7 +72,7 @@ def test_wrong_recipes_are_one_line_and_leave_nothing(call, lines, words):
     assert not Path("runs").exists()
 
 
-def test_all_errors_of_a_recipe_are_said_at_once(call):
+def test_all_errors_of_a_recipe_are_reported_together(call):
     lines = {"train": "{epochs: -1, optimiser: adam}", "backbone": "{name: nothing}", "extra": "1", "data": "{name: 3}"}
     status, _, error = call("run", recipe(**lines))
     assert status == 2 and "Traceback" not in error
@@ -86,19 +86,19 @@ def test_all_errors_of_a_recipe_are_said_at_once(call):
         ("gone.yaml", None, "no such file"),
         ("latin.yaml", "name: é".encode("latin-1"), "UTF-8"),
         ("broken.yaml", b"name: [1, 2", "broken.yaml:1:"),
-        ("list.yaml", b"- 1\n- 2\n", "list.yaml:1:1: a recipe is made of"),
+        ("list.yaml", b"- 1\n- 2\n", "list.yaml:1:1: a recipe consists of"),
         ("binary.yaml", bytes(range(256)), "binary.yaml"),
         ("tag.yaml", b"name: !!python/object/apply:os.system [true]\n", "tag.yaml:1:"),
     ],
 )
-def test_files_that_are_no_recipe(call, name, content, word):
+def test_files_that_are_not_recipes(call, name, content, word):
     if content is not None:
         Path(name).write_bytes(content)
     status, _, error = call("run", name)
     assert status == 2 and word in error and "Traceback" not in error and not Path("runs").exists()
 
 
-def test_missing_pairs_and_unreadable_images_are_named(call):
+def test_missing_pairs_and_unreadable_images(call):
     folder = folder_with([], [])
     data = f"{{name: folder, root: {folder}}}"
     status, _, error = call("run", recipe(data=data))
@@ -113,14 +113,14 @@ def test_missing_pairs_and_unreadable_images_are_named(call):
     assert status == 2 and one_line(error) and "data.root" in error
 
 
-def test_overrides_are_named(call):
+def test_errors_in_overrides(call):
     status, _, error = call("run", recipe(), "train.epocs=3", "seed=x")
     assert status == 2 and "train.epocs" in error and "epochs" in error and "seed" in error
     status, _, error = call("run", recipe(), "nonsense")
     assert status == 2 and "nonsense" in error
 
 
-def test_stages_and_flags(call):
+def test_stage_names_and_conflicting_options(call):
     status, _, error = call("run", recipe(), "--from", "slimm")
     assert status == 2 and "did you mean 'slim'" in error
     status, _, error = call("run", recipe(), "--from", "slim")
@@ -129,7 +129,7 @@ def test_stages_and_flags(call):
     assert status == 2 and "exclude each other" in error
 
 
-def test_folders_that_are_no_run(call):
+def test_folders_that_are_not_runs(call):
     Path("photos").mkdir()
     for arguments in (("report", "photos"), ("report", "gone"), ("predict", "gone", "photos", "--out", "maps")):
         status, _, error = call(*arguments)
@@ -140,17 +140,17 @@ def test_folders_that_are_no_run(call):
     assert status == 2 and one_line(error) and "runs/test" in error
 
 
-def test_a_mistyped_command_is_a_users_mistake(call):
+def test_mistyped_command(call):
     status, _, error = call("rum")
     assert status == 2 and "Traceback" not in error
 
 
-def test_debug_shows_the_traceback(call):
+def test_debug_prints_the_traceback(call):
     status, _, error = call("run", "gone.yaml", "--debug")
     assert status == 2 and "Traceback" in error
 
 
-def test_what_nobody_expected_is_one_line_too(call, monkeypatch):
+def test_unexpected_error_is_one_line(call, monkeypatch):
     import prunekit.config.recipe
 
     def broken(*_):
@@ -172,7 +172,7 @@ def test_interrupted(call, monkeypatch):
     assert status == 130 and error == "prunekit: interrupted\n"
 
 
-# Each command, as short as it can be called, and what does its work.
+# Each command with its shortest arguments, and the function that does its work.
 COMMANDS = {
     "run": (["csnet"], "prunekit.pipeline.runner.run_recipe"),
     "slim": (["RUN"], "prunekit.pipeline.runner.slim_run"),
@@ -186,6 +186,8 @@ COMMANDS = {
     "import": (["csnet", "file", "--out", "DIR"], "prunekit.commands.import_model.import_run"),
     "groups": (["csnet", "--json"], "prunekit.commands.groups.inspect_groups"),
     "list": ([], "prunekit.commands.list.table"),
+    "validate": (["csnet"], "prunekit.config.recipe.load"),
+    "cp": (["csnet", "new.yaml"], "prunekit.commands.copy_recipe.copy_recipe"),
 }
 
 
@@ -211,16 +213,16 @@ def test_exit_statuses(call, monkeypatch, command):
             raise error
 
         monkeypatch.setattr(work, raises)
-        found, _, said = call(command, *arguments)
-        assert (found, one_line(said), words in said) == (status, True, True), said
+        code, _, message = call(command, *arguments)
+        assert (code, one_line(message), words in message) == (status, True, True), message
 
 
-def test_every_command_has_its_statuses_tested():
+def test_exit_statuses_cover_every_command():
     assert set(COMMANDS) == {c.name or c.callback.__name__ for c in app.registered_commands}
 
 
 @pytest.mark.parametrize(
-    "command, arguments, goes_on",
+    "command, arguments, resume",
     [
         ("run", ["csnet", "name=two words"], "run csnet 'name=two words' --out 'runs/two words' --resume"),
         ("run", ["csnet", "--out", "x", "--from", "slim"], "run csnet --out x --resume"),
@@ -228,38 +230,38 @@ def test_every_command_has_its_statuses_tested():
         ("finetune", ["RUN", "--out", "x"], "run x/recipe.yaml --out x --resume"),
     ],
 )
-def test_who_is_interrupted_is_told_how_to_go_on(call, monkeypatch, command, arguments, goes_on):
+def test_interrupt_suggests_how_to_resume(call, monkeypatch, command, arguments, resume):
     def stopped(*_, **__):
         raise Interrupted
 
     monkeypatch.setattr("prunekit.commands.import_model.derived_recipe", lambda *_: None)
     monkeypatch.setattr(COMMANDS[command][1], stopped)
-    status, _, said = call(command, *arguments)
-    assert (status, said) == (130, f"prunekit: interrupted; go on with: prunekit {goes_on}\n")
+    status, _, error = call(command, *arguments)
+    assert (status, error) == (130, f"prunekit: interrupted; resume with: prunekit {resume}\n")
 
 
 @pytest.mark.parametrize("given", [["--log-level", "warning"], ["--log-level=error"], ["--log-level=info"], []])
-def test_the_level_of_the_terminal(call, monkeypatch, given):
-    def told(recipe, out, console, **_):
+def test_log_level(call, monkeypatch, given):
+    def run_recipe(recipe, out, console, **_):
         console.print("the report")
-        Reporter(console).info("the course")
+        Reporter(console).info("the progress")
         logging.getLogger("prunekit.runs.run_dir").warning("damaged")
 
-    monkeypatch.setattr("prunekit.pipeline.runner.run_recipe", told)
+    monkeypatch.setattr("prunekit.pipeline.runner.run_recipe", run_recipe)
     for arguments in (["run", *given, "csnet"], [*given, "run", "csnet"], ["run", "csnet", *given]):
         status, out, error = call(*arguments)
         assert status == 0
-        assert out == ("" if "warning" in given or "--log-level=error" in given else "the report\nthe course\n")
+        assert out == ("" if "warning" in given or "--log-level=error" in given else "the report\nthe progress\n")
         assert error == ("" if "--log-level=error" in given else "prunekit: damaged\n")
 
 
 @pytest.mark.parametrize("given", [["--log-level", "loud"], ["--log-level"], ["--log-level="]])
-def test_a_level_that_there_is_not(call, given):
+def test_unknown_log_level(call, given):
     status, _, error = call("list", *given)
-    assert status == 2 and one_line(error) and "give one of debug, info, warning, error" in error
+    assert status == 2 and one_line(error) and "use one of debug, info, warning, error" in error
 
 
-def test_list_names_everything(call):
+def test_list(call):
     status, out, _ = call("list")
     assert status == 0
     for word in (
@@ -278,7 +280,7 @@ def test_list_names_everything(call):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_our_warnings_are_lines_of_ours_and_others_are_not(call, monkeypatch):
+def test_prunekit_warnings_are_plain_lines(call, monkeypatch):
     import prunekit.config.recipe
 
     def load(*_):
@@ -295,7 +297,7 @@ def test_our_warnings_are_lines_of_ours_and_others_are_not(call, monkeypatch):
     assert warnings.showwarning is shown
 
 
-def test_a_failing_plugin_stops_no_command(call, monkeypatch):
+def test_a_failing_plugin_does_not_stop_commands(call, monkeypatch):
     def fail():
         raise ImportError("no module named foo")
 
@@ -307,17 +309,32 @@ def test_a_failing_plugin_stops_no_command(call, monkeypatch):
     assert one_line(error) and "plugin 'bad' of bad-dist failed to load" in error
 
 
+def test_version(call):
+    assert call("--version") == (0, f"{prunekit.__version__}\n", "")
+
+
+def test_validate(call):
+    assert call("validate", recipe(), "train.epochs=3") == (0, "# mine.yaml: valid\n", "")
+    status, out, _ = call("validate", recipe(), "train.epochs=3", "--print")
+    assert status == 0 and yaml.parse(out).value["train"]["epochs"] == 3
+    assert out == "# mine.yaml: valid\n" + load("mine.yaml", ["train.epochs=3"]).dump()
+    arguments = recipe(train="{epochs: -1, optimiser: adam}", extra="1"), "seed=x"
+    errors = call("validate", *arguments)
+    assert errors[0] == 2 and errors[2].count("\n") == 4 and errors == call("run", *arguments)
+    assert not Path("runs").exists()
+
+
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None;"
         "from prunekit.cli import main; main(['{}', '--help'])"
     )
-    for command in ("run", "report", "predict", "eval", "groups", "list"):
+    for command in ("run", "validate", "cp", "report", "predict", "eval", "groups", "list"):
         done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
 
 
-def test_what_a_terminal_would_obey_is_spelt_out(call):
+def test_control_characters_are_escaped(call):
     status, _, error = call("run", "evil\x1b[2J\u202egnp.yaml")
     assert status == 2 and r"evil\x1b[2J\u202egnp.yaml" in error and "\x1b" not in error

@@ -1,9 +1,10 @@
-"""What recipes can name, as a table: what the command ``list`` shows."""
+"""The table of shipped recipes and of all names that recipes can use: the command ``list``."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -12,56 +13,57 @@ from rich.text import Text
 from prunekit.config import registry
 from prunekit.config.sources import shipped_recipes
 
-TABLES = (
+REGISTRIES = (
     *("backbones", "datasets", "tasks", "losses", "decays", "importances"),
     *("optimizers", "schedules", "augmentations"),
 )
 
 
 def table() -> Table:
-    """All names, kind by kind: where each comes from, what it is, and its options with their defaults."""
+    """Return all names by kind: origin, description, and options with their defaults."""
     out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("name", "from", "what it is, and its options"):
+    for title in ("name", "from", "description and options"):
         out.add_column(title, overflow="fold")
-    for kind in TABLES:
-        names: registry.Registry = getattr(registry, kind)
-        _section(out, names.kind, _rows(names))
-    _section(out, "recipe", ((name, "prunekit", Text()) for name in shipped_recipes()))
+    recipes = ((name, "prunekit", Text(recipe_summary(path))) for name, path in shipped_recipes().items())
+    _add_section(out, "recipe", recipes)
+    for name in REGISTRIES:
+        builders: registry.Registry = getattr(registry, name)
+        _add_section(out, builders.kind, _rows(builders))
     return out
 
 
-def _section(out: Table, kind: str, rows: Iterator[tuple[str, str, Text]]) -> None:
+def recipe_summary(path: Path) -> str:
+    """Return the first line of a recipe, a comment that describes it."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+def _add_section(out: Table, kind: str, rows: Iterable[tuple[str, str, Text]]) -> None:
     out.add_row(Text(kind, style="bold"))
-    for name, origin, what in rows:
-        # Names are anybody's: as Text, what stands in brackets is no markup.
-        out.add_row(Text(f"  {name}"), Text(origin), what)
+    for name, origin, description in rows:
+        # As Text, so that brackets in the names of a plugin are not markup.
+        out.add_row(Text(f"  {name}"), Text(origin), description)
 
 
-def _rows(names: registry.Registry) -> Iterator[tuple[str, str, Text]]:
-    for entry in names:
+def _rows(builders: registry.Registry) -> Iterator[tuple[str, str, Text]]:
+    for entry in builders:
         lines = [Text(entry.summary)] if entry.summary else []
-        if options := _options(names, entry):
+        if options := _options(builders, entry):
             lines.append(Text(options, style="dim"))
         yield entry.name, f"{entry.origin} {entry.version or ''}".strip(), Text("\n").join(lines)
-    for family in names.families():
-        version = _version(family.prefix)
-        origin = f"{family.prefix} {version}" if version else "not installed"
+    for family in builders.families():
+        try:
+            origin = f"{family.prefix} {importlib.metadata.version(family.prefix)}"
+        except importlib.metadata.PackageNotFoundError:
+            origin = "not installed"
         yield f"{family.prefix}/…", origin, Text(family.summary)
 
 
-def _version(distribution: str) -> str | None:
+def _options(builders: registry.Registry, entry: registry.Entry) -> str:
+    """Return ``width=20, split=[0.5, 0.5]``, with defaults as a recipe writes them."""
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _options(names: registry.Registry, entry: registry.Entry) -> str:
-    """``width=20, split=[0.5, 0.5]``: defaults as a recipe would have them, those without one just named."""
-    try:
-        parameters = names.options_of(entry.build).values()
-    except Exception as error:  # Whatever the annotations of a plugin raise when they are evaluated.
-        return f"its options cannot be read ({registry.describe_error(error)})"
+        parameters = builders.options_of(entry.build).values()
+    except Exception as error:  # Evaluating a plugin's annotations may raise anything.
+        return f"options cannot be read ({registry.describe_error(error)})"
     words = []
     for p in parameters:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):

@@ -1,8 +1,7 @@
-"""Names → builders, for backbones, data sets, tasks, decays and whatever else a recipe names.
+"""Registries of builders: backbones, data sets, tasks, decays and everything else that a recipe names.
 
-Everything registered, the package's own included, comes in through the entry-point group ``prunekit.plugins``: each
-entry point names a module whose import registers something. They are loaded at the first look-up, so that importing
-prunekit costs nothing, and this module imports nothing above it.
+All builders, prunekit's own included, come from the entry-point group ``prunekit.plugins``: each entry point names a
+module whose import registers something. They are loaded at the first lookup.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import difflib
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,14 @@ ENTRY_POINT_GROUP = "prunekit.plugins"
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered builder, the distribution that brought it (else the module), and that one's version."""
+    """One registered builder.
+
+    Attributes:
+        name: as recipes use it.
+        build: the builder.
+        origin: distribution that provides it, or else its module.
+        version: of the distribution.
+    """
 
     name: str
     build: Callable[..., Any]
@@ -31,32 +37,36 @@ class Entry:
 
     @property
     def summary(self) -> str:
-        """The first line of the builder's docstring."""
-        return (self.build.__doc__ or "").strip().partition("\n")[0]
+        """First line of the builder's docstring."""
+        return _first_docstring_line(self.build)
 
 
 @dataclass(frozen=True)
 class Family:
-    """The models of another library, named PREFIX/NAME; ``find`` gives the entry of NAME, or raises."""
+    """The models of another library, named PREFIX/NAME; ``find`` returns the entry of NAME or raises."""
 
     prefix: str
     find: Callable[[str], Entry]
 
     @property
     def summary(self) -> str:
-        """The first line of the docstring of ``find``."""
-        return (self.find.__doc__ or "").strip().partition("\n")[0]
+        """First line of the docstring of ``find``."""
+        return _first_docstring_line(self.find)
 
 
-_tables: list[Registry] = []
+def _first_docstring_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().partition("\n")[0]
+
+
+_registries: list[Registry] = []
 
 
 class Registry:
-    """A table of builders of one kind.
+    """Builders of one kind.
 
     Args:
-        kind: the word that its errors use.
-        supplied: parameters of a builder that prunekit fills in; all its others are the ``options`` of a recipe.
+        kind: name of the kind in messages.
+        supplied: parameters of a builder that prunekit passes; all others are ``options`` in a recipe.
     """
 
     def __init__(self, kind: str, supplied: tuple[str, ...] = ()):
@@ -64,55 +74,51 @@ class Registry:
         self.supplied = supplied
         self._entries: dict[str, Entry] = {}
         self._families: dict[str, Family] = {}
-        _tables.append(self)
+        _registries.append(self)
 
     def register(self, name: str) -> Callable[[Callable], Callable]:
-        """Decorator: make ``name`` stand for the decorated builder.
+        """Return a decorator that registers a builder as ``name``.
 
         Raises:
-            PluginError: the name is taken by another builder, or is none.
+            PluginError: the name is taken by another builder, or is not a non-empty string.
         """
         if not (isinstance(name, str) and name):
-            word = getattr(name, "__name__", name)
-            raise PluginError(f"a {self.kind} needs a name: write @register_…({word!r}), not @register_… alone")
+            given = getattr(name, "__name__", name)
+            raise PluginError(f"a {self.kind} needs a name: write @register_…({given!r}), not @register_… alone")
 
-        def keep(build: Callable) -> Callable:
-            held = self._entries.get(name)
-            if held is not None and (held.build.__module__, held.build.__qualname__) != (
-                build.__module__,
-                build.__qualname__,
-            ):
-                origin = _plugins.loading or build.__module__
+        def decorator(build: Callable) -> Callable:
+            origin = _plugins.loading or build.__module__
+            old = self._entries.get(name)
+            if old is not None and _qualified_name(old.build) != _qualified_name(build):
                 raise PluginError(
-                    f"{self.kind} {name!r} of {origin} is already taken by {held.origin}; "
-                    "register it under another name"
+                    f"{self.kind} {name!r} of {origin} is already registered by {old.origin}; use another name"
                 )
-            self._entries[name] = Entry(name, build, _plugins.loading or build.__module__, _plugins.version)
+            self._entries[name] = Entry(name, build, origin, _plugins.version)
             return build
 
-        return keep
+        return decorator
 
-    def claim(self, module: str, origin: str, version: str | None) -> None:
-        """Say whose the builders of a module are that was imported before the entry points were loaded."""
-        for name, held in self._entries.items():
-            if held.origin == held.build.__module__ == module:
-                self._entries[name] = replace(held, origin=origin, version=version)
+    def set_origin(self, module: str, origin: str, version: str | None) -> None:
+        """Set the origin of the builders of a module that was imported before the entry points were loaded."""
+        for name, entry in self._entries.items():
+            if entry.origin == entry.build.__module__ == module:
+                self._entries[name] = replace(entry, origin=origin, version=version)
 
     def register_family(self, prefix: str) -> Callable[[Callable[[str], Entry]], Callable[[str], Entry]]:
-        """Decorator: have the decorated function find what is named ``prefix``/… ."""
+        """Return a decorator that registers a function which finds the entries named ``prefix/…``."""
 
-        def keep(find: Callable[[str], Entry]) -> Callable[[str], Entry]:
+        def decorator(find: Callable[[str], Entry]) -> Callable[[str], Entry]:
             self._families[prefix] = Family(prefix, find)
             return find
 
-        return keep
+        return decorator
 
     def entry(self, name: str) -> Entry:
-        """The entry of this name.
+        """Return the entry of this name.
 
         Raises:
-            RecipeError: no such name; the message has the known ones and the plugins that failed to load.
-            PluginError: the library that the name belongs to is not there, or does not import.
+            RecipeError: the name is unknown; the message lists the known ones and the plugins that failed to load.
+            PluginError: the library of a family is not installed, or does not import.
         """
         _plugins.load()
         prefix, slash, rest = name.partition("/")
@@ -123,36 +129,35 @@ class Registry:
         return self._entries[name]
 
     def get(self, name: str) -> Callable[..., Any]:
-        """The builder of this name; errors as for :meth:`entry`."""
+        """Return the builder of this name; raises as :meth:`entry`."""
         return self.entry(name).build
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """The parameters of this builder that a recipe may set, with their defaults and annotations."""
+        """Return the parameters of a registered builder that a recipe may set."""
         return self.options_of(self.get(name))
 
     def options_of(self, build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-        """As ``options``, of a builder in hand."""
-        # eval_str: the package's modules postpone their annotations, and a reader of options wants types, not strings.
+        """Return the parameters of a builder that a recipe may set."""
+        # eval_str: postponed annotations are strings, but the options are checked against types.
         parameters = inspect.signature(build, eval_str=True).parameters
         return {key: p for key, p in parameters.items() if key not in self.supplied and p.kind != p.POSITIONAL_ONLY}
 
     def unknown(self, name: str) -> str:
-        """The sentence that says that ``name`` is not known."""
-        message = f"unknown {self.kind} {name!r}"
-        families = [family.prefix for family in self.families()]
-        near = closest_match(name, [*self.names(), *(f"{prefix}/{name.partition('/')[2]}" for prefix in families)])
-        message += f", did you mean {near!r}?" if near else ";"
-        message += f" known: {', '.join([*self.names(), *(f'{prefix}/…' for prefix in families)]) or 'none'}"
-        if _plugins.failures:
-            message += f" (not loaded: {'; '.join(str(e) for e in _plugins.failures)})"
-        return message
+        """Return the message for an unknown name."""
+        prefixes = [family.prefix for family in self.families()]
+        match = closest_match(name, [*self.names(), *(f"{prefix}/{name.partition('/')[2]}" for prefix in prefixes)])
+        hint = f", did you mean {match!r}?" if match else ";"
+        known = ", ".join([*self.names(), *(f"{prefix}/…" for prefix in prefixes)]) or "none"
+        failures = "; ".join(map(str, _plugins.failures))
+        return f"unknown {self.kind} {name!r}{hint} known: {known}" + (f" (not loaded: {failures})" if failures else "")
 
     def names(self) -> list[str]:
+        """Return all names, sorted."""
         _plugins.load()
         return sorted(self._entries)
 
     def families(self) -> list[Family]:
-        """The libraries whose models can be named."""
+        """Return the families, sorted by prefix."""
         _plugins.load()
         return [self._families[prefix] for prefix in sorted(self._families)]
 
@@ -164,8 +169,12 @@ class Registry:
         return iter([self._entries[name] for name in self.names()])
 
 
+def _qualified_name(build: Callable[..., Any]) -> tuple[str, str]:
+    return build.__module__, build.__qualname__
+
+
 class _Plugins:
-    """Loads the entry points once; a plugin that fails is kept as an error and does not stop the others."""
+    """Loads the entry points once; a plugin that fails is recorded and does not stop the others."""
 
     def __init__(self) -> None:
         self.loaded = False
@@ -173,60 +182,58 @@ class _Plugins:
         self.version: str | None = None
         self.failures: list[PluginError] = []
 
-    def load(self, quiet: bool = False) -> None:
-        """Load them; a failure is a warning, but for a caller that says it himself (``quiet``)."""
+    def load(self, warn: bool = True) -> None:
         if self.loaded:
             return
-        # Set first: a plugin that looks something up while it is imported must not start the loading again.
+        # Set first: a plugin may look up a name while it is imported.
         self.loaded = True
         points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-        # Our own first, so that a plugin that takes one of our names is the one that is refused.
+        # prunekit's own first, so that a plugin cannot take one of its names.
         for point in sorted(points, key=lambda p: (p.dist is None or p.dist.name != "prunekit", p.name, p.value)):
             self.loading = point.dist.name if point.dist else point.value
             self.version = point.dist.version if point.dist else None
             try:
                 point.load()
-                for table in _tables:
-                    table.claim(point.value.partition(":")[0], self.loading, self.version)
-            except (Exception, SystemExit) as error:  # A module that ends the program ends no more than itself.
-                failure = PluginError(
-                    f"plugin {point.name!r} of {self.loading} failed to load ({describe_error(error)}); "
-                    f"mend it, or uninstall it with: pip uninstall {self.loading}"
+                for registry in _registries:
+                    registry.set_origin(point.value.partition(":")[0], self.loading, self.version)
+            except (Exception, SystemExit) as error:
+                message = f"plugin {point.name!r} of {self.loading} failed to load ({describe_error(error)})"
+                self.failures.append(
+                    PluginError(f"{message}; fix it, or uninstall it with: pip uninstall {self.loading}")
                 )
-                self.failures.append(failure)
             finally:
                 self.loading = self.version = None
-        for failure in self.failures if not quiet else ():
+        for failure in self.failures if warn else ():
             warnings.warn(str(failure), PrunekitWarning, stacklevel=3)
 
 
-def closest_match(word: str, known: list[str]) -> str | None:
-    """The known word closest to a mistyped one, or None where nothing is close."""
+def plugin_failures() -> list[PluginError]:
+    """Return the plugins that failed to load, without a warning."""
+    _plugins.load(warn=False)
+    return list(_plugins.failures)
+
+
+def closest_match(word: str, known: Sequence[str]) -> str | None:
+    """Return the known word closest to a mistyped one, or None if none is close."""
     return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
 
 
 def describe_error(error: BaseException) -> str:
-    """What went wrong, in one line: our own errors as they stand, others with their type."""
+    """Return an error in one line: prunekit's own as they are, others with their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, PrunekitError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def parameter_names(build: Callable[..., Any]) -> list[str]:
-    """The names of a builder's parameters."""
+    """Return the names of a builder's parameters."""
     return list(inspect.signature(build).parameters)
 
 
 def required_parameters(build: Callable[..., Any]) -> list[str]:
-    """The names of the parameters that a builder cannot do without."""
+    """Return the names of a builder's parameters without a default."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = inspect.signature(build).parameters.values()
-    return [p.name for p in found if p.default is p.empty and p.kind in kinds]
-
-
-def plugin_failures() -> list[PluginError]:
-    """The plugins that could not be loaded; the caller is to say them."""
-    _plugins.load(quiet=True)
-    return list(_plugins.failures)
+    parameters = inspect.signature(build).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
 
 
 _plugins = _Plugins()

@@ -1,7 +1,6 @@
-"""What may stand in a recipe: keys, types, ranges and defaults.
+"""The recipe schema: keys, types, ranges, defaults and descriptions.
 
-The order of the fields is the order in which a resolved recipe is written. The text of an error comes from
-:mod:`prunekit.config.recipe`, which knows the place; here stand the rules alone.
+The fields are in the order in which a resolved recipe is written. :mod:`prunekit.config.messages` words the errors.
 """
 
 from __future__ import annotations
@@ -14,166 +13,191 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from prunekit.config import yaml
 
-Options = dict[str, Any]
-
 
 def _folder_name(name: str) -> str:
     if not name or name in (".", "..") or "/" in name or "\\" in name:
-        raise ValueError("is no name for a folder; write one without slashes, such as 'csnet'")
+        raise ValueError("is not a folder name; write one without slashes, such as 'csnet'")
     if name != name.strip() or any(unicodedata.category(c).startswith("C") for c in name):
-        raise ValueError("has blanks around it or invisible characters; remove them")
+        raise ValueError("has surrounding spaces or invisible characters; remove them")
     if len(name.encode()) > 200:
-        raise ValueError("is longer than 200 bytes, too long for a folder; shorten it")
+        raise ValueError("is longer than 200 bytes, too long for a folder name; shorten it")
     return name
 
 
+def _quantity(value: Any) -> Any:
+    """Convert 100k, 1.5M or 0.4G to an integer."""
+    if not isinstance(value, str):
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]?)", value.strip())
+    if match is None:
+        raise ValueError("is not a number; write it as 100000, 100k, 1.5M or 0.4G")
+    return round(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Quantity = Annotated[int, Field(ge=1), BeforeValidator(_quantity)]
+Options = dict[str, Any]
+
+
 class Section(BaseModel):
-    """Base of all parts: no unknown keys, no conversions (``True`` or ``1.5`` is no whole number), not changeable."""
+    """Base of all sections: frozen, no unknown keys, no type conversions (``True`` and ``1.5`` are not integers)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
-class Named(Section):
-    """A registered name with its options; in a recipe the name may stand alone.
-
-    ``options`` hold plain YAML values (a list where the builder has a tuple), so that a recipe equals itself after a
-    round trip through its file.
-    """
+class Component(Section):
+    """A registered name with its options; a recipe may give the name alone."""
 
     name: str
+    """Registered name; `prunekit list` shows all names."""
+    # Plain YAML values (a list where the builder takes a tuple): a recipe equals itself after a round trip.
     options: Options = {}
+    """Options of the named builder; `prunekit list` shows them with their defaults."""
 
     @model_validator(mode="before")
     @classmethod
-    def _bare(cls, value: Any) -> Any:
+    def _expand_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
 
 class Backbone(Section):
-    """The dense model: a registered name, or the function ``name`` in ``file``."""
+    """The dense model."""
 
     name: str
+    """Registered name of the backbone or, with `backbone.file`, the name of a function in that file."""
     file: str | None = None
+    """Python file that defines the backbone function; relative to the recipe's folder."""
     options: Options = {}
+    """Arguments of the backbone."""
 
 
 class Data(Section):
-    """Where images come from. ``val_holdout`` is the share of ``root`` kept for validation; ``size`` in pixels.
-
-    ``cache`` is the folder in which decoded images are kept for later runs: "auto" for the user's cache folder, "none"
-    to decode them in every run.
-    """
+    """Training and validation images."""
 
     name: str
+    """Registered name of the data set."""
     root: str | None = None
+    """Folder of the training images, for data sets that read one."""
     val_root: str | None = None
-    val_holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
-    size: Annotated[int, Field(ge=1)] = 224
+    """Folder of the validation images; without it, a part of `data.root` is held out."""
+    val_holdout: Ratio | None = None
+    """Share of `data.root` held out for validation; null: 0.1 without `data.val_root`."""
+    size: Count = 224
+    """Height and width to which images are resized, in pixels."""
     on_error: Literal["raise", "skip"] = "raise"
+    """Whether an unreadable or unpaired image stops the run or is skipped."""
     cache: Annotated[str, Field(min_length=1)] = "auto"
+    """Folder that keeps decoded images for later runs; "auto": the user's cache folder, "none": decode in every run."""
     options: Options = {}
+    """Options of the data set."""
 
 
 class Checkpoint(Section):
-    """When the state of a training is written, from which it goes on to the same weights whatever stopped it.
+    """When training writes a checkpoint, from which it can resume, and how many are kept."""
 
-    Behind each ``every`` epochs and, within an epoch too, each ``steps`` steps and when ``minutes`` have passed since
-    the last one. The newest ``keep`` stay and, with ``best``, the one behind the epoch with the best validation, by the
-    first of the task's metrics.
-    """
-
-    every: Annotated[int, Field(ge=1)] = 1
-    steps: Annotated[int, Field(ge=1)] | None = None
-    minutes: Annotated[float, Field(gt=0)] | None = 10.0
-    keep: Annotated[int, Field(ge=1)] = 2
+    every: Count = 1
+    """Epochs between two checkpoints."""
+    steps: Count | None = None
+    """Optimizer steps between two checkpoints within an epoch."""
+    minutes: Positive | None = 10.0
+    """Minutes after which a checkpoint is written within an epoch."""
+    keep: Count = 2
+    """Number of newest checkpoints to keep."""
     best: bool = True
+    """Also keep the checkpoint with the best validation, by the first metric of the task."""
 
 
 class Training(Section):
-    """One stage of training; ``gate_lr`` None means ``lr``.
+    """One training stage."""
 
-    ``loss`` is what the task learns by; ``ema`` keeps a mean of the weights over about 1 / (1 - ema) steps, and that is
-    the model that the stage ends with. ``accumulate`` batches make one step of the optimiser, in each process;
-    ``sync_norms`` lets norms see the batches of all processes as one (on GPUs alone). ``on_nonfinite`` says what
-    becomes of a step in which a loss, a penalty or a gradient is not finite: "stop" ends the training, "skip" leaves
-    the step out and goes on; neither changes the model.
-    ``fast`` lets prunekit's own kernels compute a step; ``compile`` gives the model to ``torch.compile`` instead.
-    """
-
-    epochs: Annotated[int, Field(ge=0)]
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    optimizer: Named = Named(name="adam")
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    gate_lr: Annotated[float, Field(gt=0)] | None = None
-    schedule: Named = Named(name="constant")
-    loss: Named = Named(name="task")
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    epochs: Natural
+    """Number of epochs."""
+    batch_size: Count = 16
+    """Images per batch and process."""
+    accumulate: Count = 1
+    """Batches per optimizer step, in each process."""
+    optimizer: Component = Component(name="adam")
+    """Optimizer."""
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    gate_lr: Positive | None = None
+    """Peak learning rate of the gates (BatchNorm weights); null: `lr`."""
+    schedule: Component = Component(name="constant")
+    """Learning rate schedule."""
+    loss: Component = Component(name="task")
+    """Loss; "task": the default loss of the task."""
+    ema: Ratio | None = None
+    """Decay per step of an exponential moving average of the weights, which becomes the stage's model; null: off."""
     precision: Literal["float32", "bf16"] = "float32"
-    augment: Named = Named(name="none")
+    """Precision of the forward pass; "bf16" uses autocast."""
+    augment: Component = Component(name="none")
+    """Data augmentation."""
     sync_norms: bool = False
+    """Synchronize BatchNorm statistics over all processes (GPUs only)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    """On a loss, penalty or gradient that is not finite: stop, or skip the step; neither changes the weights."""
     fast: bool = True
+    """Use prunekit's compiled CPU kernels where they apply."""
     compile: bool = False
+    """Compile the model with `torch.compile` instead."""
     checkpoint: Checkpoint = Checkpoint()
 
 
 class SparseTraining(Training):
-    """Training with decay; each ``prune_every`` epochs the channels that are dead by then are cut out."""
+    """Training with sparsity decay."""
 
-    prune_every: Annotated[int, Field(ge=1)] | None = None
+    prune_every: Count | None = None
+    """Epochs after which dead channels are removed during training (progressive pruning); null: never."""
 
 
 class Distill(Section):
-    """Learning from what the ``teacher``, a model of the same run, gives for an image, beside what the data say.
-
-    ``weight`` is the teacher's share of the loss, 0 without one; ``temperature`` divides the logits of both.
-    """
+    """Knowledge distillation while fine-tuning."""
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the distillation loss in the total loss; 0: off."""
     teacher: Literal["dense", "baseline"] = "dense"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Model of this run that serves as the teacher."""
+    temperature: Positive = 1.0
+    """Temperature that divides the logits of teacher and student."""
 
 
 class FineTuning(Training):
-    """Training of the slim model, also between the rounds of cuts; no decay."""
+    """Training of the slim model, also between pruning steps; without decay."""
 
     distill: Distill = Distill()
 
 
 class Decay(Section):
-    """What drives gates to zero, and how strongly."""
+    """The penalty that drives gates to zero during sparse training."""
 
     name: str = "dynamic"
-    weight: Annotated[float, Field(ge=0)] = 1e-2
+    """Registered name of the decay."""
+    weight: NonNegative = 1e-2
+    """Strength λ of the penalty; with a target, its initial value."""
     options: Options = {}
-
-
-def _quantity(value: Any) -> Any:
-    """A whole number, where it is written as people say it: 100k, 0.4G."""
-    if not isinstance(value, str):
-        return int(value) if isinstance(value, float) and value.is_integer() else value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]?)", value.strip())
-    if match is None:
-        raise ValueError("is no number; write it as 100000, 100k, 1.5M or 0.4G")
-    return round(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]])
-
-
-Quantity = Annotated[int, BeforeValidator(_quantity), Field(ge=1)]
-Ratio = Annotated[float, Field(gt=0, lt=1)]
+    """Options of the decay."""
 
 
 class Target(Section):
-    """How large the slim model is to be, by one of four measures; ratios are slim ÷ dense. None given: no budget, and
-    ``slim.threshold`` alone decides."""
+    """Size of the slim model, by one of four measures; without one, `slim.threshold` alone decides."""
 
     params: Quantity | None = None
+    """Parameters of the slim model, such as 100000 or 100k."""
     macs: Quantity | None = None
+    """MACs (multiply-adds) of the slim model for one image of the recipe's size, such as 0.4G."""
     params_ratio: Ratio | None = None
+    """Parameters of the slim model as a share of the dense model's."""
     macs_ratio: Ratio | None = None
+    """MACs of the slim model as a share of the dense model's."""
 
     @model_validator(mode="after")
-    def _one(self) -> Target:
+    def _at_most_one(self) -> Target:
         given = [key for key in type(self).model_fields if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"gives {' and '.join(given)}; keep one of them")
@@ -181,53 +205,63 @@ class Target(Section):
 
 
 class Slim(Section):
-    """How a trained model becomes a plan, and what the plan may do.
+    """Which channels are pruned from the trained model."""
 
-    ``importance`` scores the channels; ``threshold`` is compared with the effective gate and holds for the importance
-    "gate" without a target; ``scope`` compares scores over the whole model, or takes the same share of each layer;
-    ``steps`` cuts in as many rounds, fine-tuned in between; ``ignored_layers`` are patterns of modules that are not cut;
-    ``round_to`` makes channel counts multiples; ``recalibrate`` is how many batches of training data the norms'
-    statistics are measured on anew before fine-tuning.
-    """
-
-    importance: Named = Named(name="gate")
+    importance: Component = Component(name="gate")
+    """Importance by which channels are ranked."""
     scope: Literal["global", "layer"] = "global"
-    steps: Annotated[int, Field(ge=1)] = 1
-    threshold: Annotated[float, Field(ge=0)] = 1e-3
+    """Rank channels over the whole model, or prune the same share of each layer."""
+    steps: Count = 1
+    """Pruning steps, with fine-tuning in between; more than one needs a target."""
+    threshold: NonNegative = 1e-3
+    """Effective gate up to which a channel is pruned; used with importance "gate" and no target."""
     constants: Literal["carrier", "fold", "keep", "drop"] = "carrier"
-    min_channels: Annotated[int, Field(ge=1)] = 1
-    round_to: Annotated[int, Field(ge=1)] = 1
+    """What happens to the constant outputs of dead channels. "carrier": fold them into the next layers, and keep one
+    dead channel per group where zero padding makes folding inexact; "fold": fold them everywhere; "keep": keep channels
+    with a nonzero constant; "drop": discard the constants."""
+    min_channels: Count = 1
+    """Smallest number of channels kept in a layer."""
+    round_to: Count = 1
+    """Round the number of kept channels up to a multiple of this."""
     ignored_layers: list[str] = []
-    recalibrate: Annotated[int, Field(ge=0)] = 0
+    """Modules that are not pruned, as shell-style patterns of their names."""
+    recalibrate: Natural = 0
+    """Batches of training data to recompute the BatchNorm statistics on before fine-tuning; 0: off."""
 
 
 class Export(Section):
-    """The files that need no prunekit: which forms of the last model, in its deployed form; with ``preprocess`` each
-    once more, with uint8 pictures in and maps or probabilities out; with ``int8`` an ONNX file in int8, too."""
+    """Files of the final model that run without prunekit."""
 
     onnx: bool = True
+    """Write an ONNX file."""
     openvino: bool = False
+    """Write an OpenVINO model."""
     pt2: bool = False
+    """Write a `torch.export` program."""
     preprocess: bool = False
+    """Also write each file with preprocessing included: uint8 images in, maps or probabilities out."""
     int8: bool = False
+    """Also write an ONNX file quantized to int8."""
 
 
 class Recipe(Section):
-    """All that a run needs, with every default filled in; made by :func:`prunekit.config.recipe.load`.
-
-    ``init`` is a run whose newest model the training begins with; with ``init_weights`` "fresh" only its layout is
-    taken, and the weights are drawn anew. ``baseline``: the model is also trained without decay, to be compared with.
-    """
+    """A run with all defaults filled in; returned by :func:`prunekit.config.recipe.load`."""
 
     name: Annotated[str, AfterValidator(_folder_name)]
-    # Above 32 bits numpy takes no seed.
+    """Name of the run; the default run folder is runs/NAME."""
+    # NumPy takes no seed above 32 bits.
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    """Seed of all random numbers."""
     init: str | None = None
+    """Run folder whose newest model training starts from."""
     init_weights: Literal["trained", "fresh"] = "trained"
+    """With `init`: start from its weights, or take only its channel counts and initialize the weights anew."""
     backbone: Backbone
     task: str = "saliency"
+    """Registered name of the task."""
     data: Data
     baseline: bool = False
+    """Also train the model without decay, for comparison."""
     train: SparseTraining
     decay: Decay = Decay()
     target: Target = Target()
@@ -235,63 +269,57 @@ class Recipe(Section):
     finetune: FineTuning
     export: Export = Export()
     log: Literal["none", "tensorboard"] = "none"
+    """Experiment tracker."""
 
     def dump(self) -> str:
-        """The recipe as YAML, every default written out; it loads again to an equal recipe."""
+        """Return the recipe as YAML with every default; it loads again to an equal recipe."""
         return yaml.dump(self.model_dump(mode="json"))
 
 
-def conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
-    """What is right by itself and wrong beside the rest: the key at fault, what is wrong and its mend."""
-    found: list[tuple[yaml.Path, str]] = []
+def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
+    """Return the keys that are valid alone but conflict with other keys, each with a message that proposes the fix."""
+    conflicts: list[tuple[yaml.Path, str]] = []
+    slim, distill = recipe.slim, recipe.finetune.distill
     if all(value is None for value in recipe.target.model_dump().values()):
         add = "add target.params, target.macs, target.params_ratio or target.macs_ratio"
-        name = recipe.slim.importance.name
-        if name != "gate":
-            found.append(
-                (("slim", "importance"), f"the importance {name!r} ranks channels but has no threshold; {add}")
-            )
-        if recipe.slim.steps > 1:
-            found.append((("slim", "steps"), f"{recipe.slim.steps} steps need a size to go to; {add}"))
-        if recipe.slim.scope == "layer":
-            found.append(
-                (("slim", "scope"), f"the same share of each layer needs a size that says how much it is; {add}")
-            )
-    if recipe.train.prune_every is not None and recipe.slim.scope == "layer":
-        found.append(
-            (
-                ("train", "prune_every"),
-                "cuts dead channels wherever they are, and slim.scope 'layer' the same share of each layer; drop one",
-            )
-        )
+        if (name := slim.importance.name) != "gate":
+            conflicts.append((("slim", "importance"), f"{name!r} ranks channels but has no threshold; {add}"))
+        if slim.steps > 1:
+            conflicts.append((("slim", "steps"), f"{slim.steps} steps need a target; {add}"))
+        if slim.scope == "layer":
+            conflicts.append((("slim", "scope"), f"pruning the same share of each layer needs a target; {add}"))
+    if recipe.train.prune_every is not None and slim.scope == "layer":
+        message = "removes dead channels anywhere, but slim.scope 'layer' the same share of each layer; drop one"
+        conflicts.append((("train", "prune_every"), message))
     if recipe.init_weights == "fresh" and recipe.init is None:
-        found.append((("init_weights",), "'fresh' takes the layout of a run; name one with init=RUN"))
-    distill = recipe.finetune.distill
+        conflicts.append((("init_weights",), "'fresh' takes the channel counts of a run; name one with init=RUN"))
     if distill.weight and distill.teacher == "baseline" and not recipe.baseline:
-        found.append((("finetune", "distill", "teacher"), "there is no baseline; set baseline=true, or take 'dense'"))
+        message = "there is no baseline; set baseline=true or finetune.distill.teacher=dense"
+        conflicts.append((("finetune", "distill", "teacher"), message))
     for stage in ("train", "finetune"):
-        section: Training = getattr(recipe, stage)
-        if section.sync_norms and section.compile:
-            found.append(
-                ((stage, "sync_norms"), f"a compiled model cannot wait for other processes; drop it or {stage}.compile")
-            )
-    return found
+        training: Training = getattr(recipe, stage)
+        if training.sync_norms and training.compile:
+            message = f"a compiled model cannot synchronize processes; drop it or {stage}.compile"
+            conflicts.append(((stage, "sync_norms"), message))
+    return conflicts
 
 
-def is_same_run(held: str, now: str) -> bool:
-    """Whether a run that was begun with one resolved recipe may go on with another, both as :meth:`Recipe.dump` writes
-    them: they say the same, but for what becomes of steps that are not finite. (More keys than that could change and
-    leave what is done as it is; but then a recipe no longer says what its run has done.)"""
+def is_same_run(old: str, new: str) -> bool:
+    """Return whether a run started with one resolved recipe may resume with another, both as YAML.
+
+    Only ``on_nonfinite`` may differ: it changes nothing that is already done.
+    """
     try:
-        one, other = (Recipe.model_validate(yaml.parse(text).value) for text in (held, now))
+        recipes = [Recipe.model_validate(yaml.parse(text).value) for text in (old, new)]
     except ValueError:
-        return held == now
-    loose = {"train": {"on_nonfinite"}, "finetune": {"on_nonfinite"}}
-    return one.model_dump(exclude=loose) == other.model_dump(exclude=loose)
+        return old == new
+    exclude = {"train": {"on_nonfinite"}, "finetune": {"on_nonfinite"}}
+    first, second = (recipe.model_dump(exclude=exclude) for recipe in recipes)
+    return first == second
 
 
-# Where a name is looked up: path of the section → the table in prunekit.config.registry.
-NAMED = {
+# Path of each component → its table in prunekit.config.registry.
+COMPONENTS = {
     (stage, key): table
     for stage in ("train", "finetune")
     for key, table in (
@@ -301,32 +329,32 @@ NAMED = {
         ("loss", "losses"),
     )
 }
-NAMED["slim", "importance"] = "importances"
-REGISTRIES = {("backbone",): "backbones", ("data",): "datasets", ("decay",): "decays", **NAMED}
+COMPONENTS["slim", "importance"] = "importances"
+REGISTRIES = {("backbone",): "backbones", ("data",): "datasets", ("decay",): "decays", **COMPONENTS}
 
 
-def section(path: yaml.Path) -> type[Section] | None:
-    """The model that stands at this path, or None where there is none."""
+def get_section(path: yaml.Path) -> type[Section] | None:
+    """Return the model of the section at this path, or None where there is none."""
     model: type[Section] | None = Recipe
     for key in path:
         field = model.model_fields.get(key) if model else None
-        kind = field.annotation if field else None
-        model = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+        annotation = field.annotation if field else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
     return model
 
 
 def all_keys(path: yaml.Path = ()) -> list[yaml.Path]:
-    """The path of every key below ``path``, sections included, in their order."""
-    found = []
-    model = section(path)
+    """Return the path of every key below ``path``, sections included, in schema order."""
+    keys = []
+    model = get_section(path)
     for key in model.model_fields if model else ():
-        found += [(*path, key), *all_keys((*path, key))]
-    return found
+        keys += [(*path, key), *all_keys((*path, key))]
+    return keys
 
 
 def default_name(path: yaml.Path) -> str | None:
-    """The name that a section of :data:`REGISTRIES` has where the recipe gives none."""
-    default = section(path).model_fields["name"].default
-    if path in NAMED:
-        default = section(path[:-1]).model_fields[path[-1]].default.name
+    """Return the default name of a section of :data:`REGISTRIES`, or None where the recipe must give it."""
+    default = get_section(path).model_fields["name"].default
+    if path in COMPONENTS:
+        default = get_section(path[:-1]).model_fields[path[-1]].default.name
     return default if isinstance(default, str) else None

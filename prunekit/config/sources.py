@@ -1,4 +1,4 @@
-"""The texts of a recipe (files, their bases, overrides) laid over each other, with the place of every value."""
+"""Find a recipe, its bases and overrides, and merge them while keeping the location of every value."""
 
 from __future__ import annotations
 
@@ -15,52 +15,61 @@ from prunekit.errors import RecipeError
 
 @dataclass(frozen=True, order=True)
 class SourceLocation:
-    """Where something was written; places sort as a reader meets them: the file, its bases, the overrides."""
+    """Where a value was written; sorts by the recipe, its bases, then the overrides.
+
+    Attributes:
+        rank: index of the file, or the number of files for an override.
+        line: from 1; for an override its index.
+        column: from 1.
+        text: as shown in messages.
+        file: None for an override.
+    """
 
     rank: int
     line: int
     column: int
     text: str
+    file: Path | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, order=True)
 class RecipeProblem:
-    """One line of an error: the place, the key, what is wrong and its mend."""
+    """One error: its location, the key, and what is wrong with the fix."""
 
-    place: SourceLocation
+    location: SourceLocation
     path: yaml.Path = field(compare=False)
     message: str = field(compare=False)
 
     def __str__(self) -> str:
-        # One line whatever a plugin's own error, which may be quoted here, looks like.
-        return ": ".join(filter(None, (self.place.text, format_path(self.path), _one_line(self.message))))
+        # The message may quote a plugin's multi-line error.
+        return ": ".join(filter(None, (self.location.text, format_path(self.path), _one_line(self.message))))
 
 
 @dataclass
 class ConfigTree:
-    """The values of one or several texts.
+    """Unchecked values of one or several texts.
 
     Attributes:
-        value: what was written, nothing checked.
-        places: path → place, for whatever is named in a text.
-        mistakes: what is wrong in the texts themselves.
-        complete: False where a text could not be read, so that nothing follows from what is absent.
+        value: the values.
+        locations: path → location of every value in a text.
+        errors: what is wrong so far.
+        complete: False if a text could not be read, so that missing keys are not errors.
     """
 
     value: dict[str, Any] = field(default_factory=dict)
-    places: dict[yaml.Path, SourceLocation] = field(default_factory=dict)
-    mistakes: list[RecipeProblem] = field(default_factory=list)
+    locations: dict[yaml.Path, SourceLocation] = field(default_factory=dict)
+    errors: list[RecipeProblem] = field(default_factory=list)
     complete: bool = True
 
-    def place(self, path: yaml.Path) -> SourceLocation:
-        """The place of a path; for one that nobody wrote, of something in it, or of what it would stand in."""
-        if path not in self.places:
-            within = next((self.places[p] for p in _paths(self.at(path), path) if p in self.places), None)
-            return within or self.place(path[:-1])
-        return self.places[path]
+    def location(self, path: yaml.Path) -> SourceLocation:
+        """Return the location of a path; if it was not written, that of a value below it or else of its parent."""
+        if path not in self.locations:
+            below = next((self.locations[p] for p in _paths(self.get(path), path) if p in self.locations), None)
+            return below or self.location(path[:-1])
+        return self.locations[path]
 
-    def at(self, path: yaml.Path) -> Any:
-        """The value at this path, or None."""
+    def get(self, path: yaml.Path) -> Any:
+        """Return the value at this path, or None."""
         value: Any = self.value
         for part in path:
             if not yaml.contains(value, part):
@@ -68,158 +77,152 @@ class ConfigTree:
             value = value[part]
         return value
 
-    def complain(self, path: yaml.Path, message: str, place: SourceLocation | None = None) -> None:
-        self.mistakes.append(RecipeProblem(place or self.place(path), path, message))
+    def add_error(self, path: yaml.Path, message: str, location: SourceLocation | None = None) -> None:
+        self.errors.append(RecipeProblem(location or self.location(path), path, message))
 
-    def spell_out(self) -> None:
-        """Write ``optimizer: adam`` as ``optimizer: {name: adam}``, so that it can be merged."""
-        for path in schema.NAMED:
-            stage = self.at(path[:-1])
-            if isinstance(stage, dict) and isinstance(stage.get(path[-1]), str):
-                self.places[(*path, "name")] = self.place(path)
-                stage[path[-1]] = {"name": stage[path[-1]]}
+    def expand_names(self) -> None:
+        """Replace ``optimizer: adam`` by ``optimizer: {name: adam}``, so that it can be merged."""
+        for path in schema.COMPONENTS:
+            section = self.get(path[:-1])
+            if isinstance(section, dict) and isinstance(section.get(path[-1]), str):
+                self.locations[(*path, "name")] = self.location(path)
+                section[path[-1]] = {"name": section[path[-1]]}
 
-    def lay(self, upper: ConfigTree, drop_options: bool = True) -> None:
-        """Lay another tree over this one: mappings deeply, all else replaced.
+    def merge(self, upper: ConfigTree, drop_options: bool = True) -> None:
+        """Merge another tree over this one: mappings recursively, other values are replaced.
 
         Args:
-            upper: the tree that wins.
-            drop_options: whether a new ``name`` takes away the ``options`` that belonged to the old one.
+            upper: the tree that takes precedence.
+            drop_options: whether a new ``name`` removes the ``options`` of the old one.
         """
-        self.value = self._lay(self.value, upper.value, (), upper, drop_options)
-        self.mistakes += upper.mistakes
+        self.value = self._merge(self.value, upper.value, (), upper, drop_options)
+        self.errors += upper.errors
         self.complete &= upper.complete
 
-    def _lay(self, old: Any, new: Any, path: yaml.Path, upper: ConfigTree, drop_options: bool) -> Any:
+    def _merge(self, old: Any, new: Any, path: yaml.Path, upper: ConfigTree, drop_options: bool) -> Any:
         if not (isinstance(old, dict) and isinstance(new, dict)):
-            self._forget(old, path)
-            self.places.update({p: upper.places[p] for p in _paths(new, path) if p in upper.places})
+            self._drop_locations(old, path)
+            self.locations.update({p: upper.locations[p] for p in _paths(new, path) if p in upper.locations})
             return new
-        if path in upper.places:
-            self.places[path] = upper.places[path]
+        if path in upper.locations:
+            self.locations[path] = upper.locations[path]
         if drop_options and path in schema.REGISTRIES and "name" in new and "options" in old:
             name = old.get("name", schema.default_name(path))
             if name is not None and name != new["name"]:
-                self._forget(old.pop("options"), (*path, "options"))
+                self._drop_locations(old.pop("options"), (*path, "options"))
         for key, value in new.items():
-            old[key] = self._lay(old.get(key), value, (*path, key), upper, drop_options)
+            old[key] = self._merge(old.get(key), value, (*path, key), upper, drop_options)
         return old
 
-    def _forget(self, value: Any, path: yaml.Path) -> None:
-        for gone in _paths(value, path):
-            self.places.pop(gone, None)
+    def _drop_locations(self, value: Any, path: yaml.Path) -> None:
+        for old_path in _paths(value, path):
+            self.locations.pop(old_path, None)
 
 
 def load_tree(source: str | Path, overrides: Sequence[str] = ()) -> ConfigTree:
-    """Read a recipe with its bases and overrides; what is wrong with the texts stands in ``mistakes``.
+    """Read a recipe with its bases and overrides; syntax errors are in ``errors``.
 
     Raises:
-        RecipeError: there is no such recipe.
+        RecipeError: the recipe does not exist.
     """
     layers = _read_with_bases(find_recipe(source))
     tree = ConfigTree()
     for layer in reversed(layers):
-        tree.lay(layer)
-    # All overrides are one layer: whether options or their name come first on a command line makes no difference.
-    together = ConfigTree()
+        tree.merge(layer)
+    # The overrides are one layer: the order of a name and its options on the command line must not matter.
+    merged = ConfigTree()
     for number, text in enumerate(overrides):
-        together.lay(
-            _read_override(text, SourceLocation(len(layers), number, 0, f"override {quote(text, 200)}")), False
-        )
-    tree.lay(together)
+        location = SourceLocation(len(layers), number, 0, f"override {quote(text, 200)}")
+        merged.merge(_read_override(text, location), drop_options=False)
+    tree.merge(merged)
     if tree.complete:
-        for path in schema.NAMED:
-            # `optimizer: {options: …}` alone sets options of the default one.
-            if isinstance(tree.at(path), dict):
-                tree.at(path).setdefault("name", schema.default_name(path))
+        for path in schema.COMPONENTS:
+            # `optimizer: {options: …}` alone sets options of the default optimizer.
+            if isinstance(tree.get(path), dict):
+                tree.get(path).setdefault("name", schema.default_name(path))
     return tree
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file of a recipe: a path, or the bare name of a shipped recipe (``csnet`` or ``csnet.yaml``).
+    """Return the file of a recipe, given as a path or as the name of a shipped recipe (``csnet``, ``csnet.yaml``).
 
     Raises:
-        RecipeError: there is no such file, or it is a folder; the message has the shipped names.
+        RecipeError: there is no such file, or it is a folder.
     """
     text = str(source)
     try:
         path = Path(text).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{quote(text)}: not a usable file name ({_one_line(error)}); give another") from None
+        raise RecipeError(f"{quote(text)}: not a valid file name ({_one_line(error)}); use another") from None
     if text and exists and not is_folder:
         return path
-    if text and is_folder and text.removesuffix(".yaml") not in _shipped_files():
+    if text and is_folder and text.removesuffix(".yaml") not in shipped_recipes():
         inside = path / ("recipe.yaml" if (path / "recipe.yaml").is_file() else "THE_RECIPE.yaml")
         raise RecipeError(f"{text}: is a folder, not a recipe; did you mean {inside}?")
     return _find_shipped(text)
 
 
-def shipped_recipes() -> list[str]:
-    """The names of the recipes that come with prunekit."""
-    return list(_shipped_files())
+def shipped_recipes() -> dict[str, Path]:
+    """Return name → file of the recipes that come with prunekit, sorted by name."""
+    try:
+        files = importlib.resources.files("prunekit.recipes").iterdir()
+    except ModuleNotFoundError:
+        # An editable install does not treat a folder without __init__.py as a package.
+        return {}
+    return {f.name.removesuffix(".yaml"): Path(str(f)) for f in sorted(files, key=str) if f.name.endswith(".yaml")}
 
 
 def _find_shipped(name: str) -> Path:
-    files = _shipped_files()
-    bare = name.removesuffix(".yaml")
-    if bare in files:
-        return files[bare]
-    near = registry.closest_match(bare.rpartition("/")[2][:100], list(files))
-    hint = f"did you mean {near!r}? " if near else ""
-    known = ", ".join(files) or "none"
-    raise RecipeError(f"{quote(name)}: no such file, nor a shipped recipe of this name; {hint}shipped: {known}")
-
-
-def _shipped_files() -> dict[str, Path]:
-    try:
-        items = sorted(importlib.resources.files("prunekit.recipes").iterdir(), key=lambda item: item.name)
-    except ModuleNotFoundError:
-        # An editable install shows no folder without __init__.py as a package; what is then said is "shipped: none".
-        return {}
-    return {item.name.removesuffix(".yaml"): Path(str(item)) for item in items if item.name.endswith(".yaml")}
+    files = shipped_recipes()
+    stem = name.removesuffix(".yaml")
+    if stem in files:
+        return files[stem]
+    match = registry.closest_match(stem.rpartition("/")[2][:100], list(files))
+    hint = f"did you mean {match!r}? " if match else ""
+    raise RecipeError(
+        f"{quote(name)}: no such file or shipped recipe; {hint}shipped recipes: {', '.join(files) or 'none'}"
+    )
 
 
 def _read_with_bases(path: Path) -> list[ConfigTree]:
-    """The tree of a file, of its base, of that one's base, …"""
+    """Return the trees of a file, of its base, of that base's base, …"""
     layers: list[ConfigTree] = []
-    seen: list[Path] = []
-    following: Path | None = path
-    while following is not None:
+    visited: list[Path] = []
+    current: Path | None = path
+    while current is not None:
         try:
-            layer = _read_file(following, len(layers))
+            layer = _read_file(current, len(layers))
         except OSError as error:
-            message = (
-                f"{following}: cannot be read ({_one_line(error.strerror or error)}); mend its permissions or path"
-            )
+            message = f"{current}: cannot be read ({_one_line(error.strerror or error)}); fix its permissions or path"
             if not layers:
                 raise RecipeError(message) from None
-            layers[-1].complain(("base",), message)
+            layers[-1].add_error(("base",), message)
             layers[-1].complete = False
             break
         layers.append(layer)
-        seen.append(following.resolve())
-        following = _base(layer, following, seen)
-        # Not a key of the recipe; its place stays for what may still be said about it.
+        visited.append(current.resolve())
+        current = _find_base(layer, current, visited)
+        # `base` is not a recipe key; its location is kept for later errors.
         layer.value.pop("base", None)
     return layers
 
 
-def _base(layer: ConfigTree, path: Path, seen: list[Path]) -> Path | None:
+def _find_base(layer: ConfigTree, path: Path, visited: list[Path]) -> Path | None:
     base = layer.value.get("base")
     if base is None:
         return None
     try:
         if not isinstance(base, str):
-            raise RecipeError(f"{quote(base)} is not text; give one file or the name of a shipped recipe")
-        beside = path.parent / Path(base).expanduser()
-        found = beside if "\0" not in base and beside.is_file() else _find_shipped(base)
-        if found.resolve() in seen:
-            circle = " → ".join(p.name for p in (*seen[seen.index(found.resolve()) :], found))
-            raise RecipeError(f"the bases go in a circle ({circle}); remove one of them")
+            raise RecipeError(f"{quote(base)} is not a string; give one file or the name of a shipped recipe")
+        sibling = path.parent / Path(base).expanduser()
+        found = sibling if "\0" not in base and sibling.is_file() else _find_shipped(base)
+        if found.resolve() in visited:
+            cycle = " → ".join(p.name for p in (*visited[visited.index(found.resolve()) :], found))
+            raise RecipeError(f"the bases form a cycle ({cycle}); remove one of them")
         return found
     except (RecipeError, OSError, RuntimeError) as error:
-        layer.complain(("base",), _one_line(error))
+        layer.add_error(("base",), _one_line(error))
         layer.complete = False
         return None
 
@@ -228,51 +231,51 @@ def _read_file(path: Path, rank: int) -> ConfigTree:
     with path.open("rb") as file:
         document = yaml.parse(file.read(yaml.MAX_BYTES + 1))
 
-    def place(line: int, column: int) -> SourceLocation:
-        return SourceLocation(rank, line, column, f"{path}:{line}:{column}")
+    def location(line: int, column: int) -> SourceLocation:
+        return SourceLocation(rank, line, column, f"{path}:{line}:{column}", path)
 
     tree = ConfigTree(complete=document.complete)
-    tree.places = {p: place(*at) for p, at in document.places.items()} | {(): place(1, 1)}
+    tree.locations = {p: location(*position) for p, position in document.positions.items()} | {(): location(1, 1)}
     for problem in document.problems:
-        tree.complain(problem.path, problem.message, place(problem.line, problem.column))
+        tree.add_error(problem.path, problem.message, location(problem.line, problem.column))
     if isinstance(document.value, dict):
         tree.value = document.value
     elif not document.problems:
-        what = "it is empty" if document.value is None else f"this is {quote(document.value)}"
-        tree.complain((), f"a recipe is made of 'key: value' lines, {what}; begin with 'name: …'")
+        content = "it is empty" if document.value is None else f"this is {quote(document.value)}"
+        tree.add_error((), f"a recipe consists of 'key: value' lines, {content}; start with 'name: …'")
         tree.complete = False
-    tree.spell_out()
+    tree.expand_names()
     return tree
 
 
-def _read_override(text: str, place: SourceLocation) -> ConfigTree:
-    tree = ConfigTree(places={(): place})
+def _read_override(text: str, location: SourceLocation) -> ConfigTree:
+    tree = ConfigTree(locations={(): location})
     key, equals, value = text.partition("=")
     path = tuple(key.split("."))
     if not equals:
-        tree.complain((), "has no '='; write key=value, such as train.lr=1e-3")
+        tree.add_error((), "has no '='; write key=value, such as train.lr=1e-3")
     elif not all(part and part.isprintable() for part in path) or len(path) > yaml.MAX_DEPTH:
-        tree.complain((), "the key is not one of names with dots between; write it such as train.lr=1e-3")
+        tree.add_error((), "the key is not a sequence of names separated by dots; write it such as train.lr=1e-3")
     elif path == ("base",):
-        tree.complain(path, "can stand only in a file; give the other recipe itself, or make a file with this base")
+        tree.add_error(path, "is allowed only in a file; give the other recipe itself, or make a file with this base")
     else:
         document = yaml.parse(value)
         for problem in document.problems:
-            tree.complain((*path, *problem.path), problem.message, place)
-        tree.places |= {(*path, *below): place for below in document.places}
-        # Also where it could not be read: then nothing is said to be missing there.
-        tree.places[path] = place
+            tree.add_error((*path, *problem.path), problem.message, location)
+        tree.locations |= {(*path, *below): location for below in document.positions}
+        # Also if the value could not be read, so that nothing is reported as missing there.
+        tree.locations[path] = location
         tree.value = document.value
         for part in reversed(path):
             tree.value = {part: tree.value}
-        tree.spell_out()
-    # The whole is still the file's: what an override does not name is not its mistake.
-    del tree.places[()]
+        tree.expand_names()
+    # The root remains the file's: a key that the override does not set is not its error.
+    del tree.locations[()]
     return tree
 
 
 def _paths(value: Any, path: yaml.Path) -> Iterator[yaml.Path]:
-    """The path of a value and of all that it holds."""
+    """Yield the path of a value and of everything in it."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:

@@ -1,12 +1,9 @@
-"""Builders in a plain Python file that a recipe names: found from any folder, and noticed when they change.
+"""Builders in a Python file that a recipe names (``backbone.file``).
 
-A recipe that was read names its file as ``/the/whole/path/my_net.py#sha256=…``, the first digits of the file's
-SHA-256. So the run folder, its plan and its weights know the code that they were made with.
-
-A recipe that its user runs may name any file: that is the user's word. A run folder may come from somebody else, and
-what it names is run only where this user has run a file of the same content before (its SHA-256 is noted in the cache
-folder), or says so now (``--trust``). Two other rules were weighed: to run what lies outside of the folder, which
-whoever knows where folders are unpacked gets round; and to ask for the word always, which every ``predict`` would pay.
+A resolved recipe names the file as ``/absolute/path/my_net.py#sha256=…``, with the first digits of its SHA-256, so that
+a change is noticed. A file named by the user's own recipe is trusted. A file named by a run folder, which may come from
+someone else, runs only if the user has run a file with the same content before (recorded in the cache folder) or passes
+``--trust``.
 """
 
 from __future__ import annotations
@@ -27,21 +24,21 @@ from prunekit.errors import PluginError, PrunekitError, RecipeError
 from prunekit.utils.io import cache_folder
 
 DIGITS = 16
-_PINNED = re.compile(r"(?P<path>.*)#sha256=(?P<digits>[0-9a-f]{8,64})", re.DOTALL)
+_PINNED_PATH = re.compile(r"(?P<path>.*)#sha256=(?P<digits>[0-9a-f]{8,64})", re.DOTALL)
 
-_known: set[str] = set()
-_trusting = False
+_trusted: set[str] = set()
+_trust_all = False
 _modules: dict[tuple[Path, str], ModuleType] = {}
 
 
 @dataclass(frozen=True)
 class UserModule:
-    """A Python file as it is now.
+    """A Python file and its current content.
 
     Attributes:
-        path: absolute.
+        path: absolute path.
         data: its content.
-        expected: the digits of the SHA-256 that it had when it was noted; None where they were not.
+        expected: first digits of the SHA-256 in the recipe, or None.
     """
 
     path: Path
@@ -54,79 +51,80 @@ class UserModule:
 
         Args:
             text: its path, with or without ``#sha256=…``.
-            folder: what a relative path is relative to; None for the current folder.
+            folder: base of a relative path; None for the current folder.
 
         Raises:
-            RecipeError: there is no such file, or it cannot be read.
+            RecipeError: the file does not exist or cannot be read.
         """
-        pinned = _PINNED.fullmatch(text)
+        pinned = _PINNED_PATH.fullmatch(text)
         name = pinned["path"] if pinned else text
         try:
             path = ((folder or Path()) / Path(name).expanduser()).resolve()
             if not path.is_file():
-                what = "is a folder" if path.is_dir() else "is not there"
-                raise RecipeError(f"{path} {what}; give the path of a Python file")
+                problem = "is a folder" if path.is_dir() else "does not exist"
+                raise RecipeError(f"{path} {problem}; give the path of a Python file")
             return cls(path, path.read_bytes(), pinned["digits"] if pinned else None)
         except OSError as error:
             raise RecipeError(
-                f"{name!r} cannot be read ({error.strerror or error}); mend its permissions or path"
+                f"{name!r} cannot be read ({error.strerror or error}); fix its permissions or path"
             ) from error
         except (ValueError, RuntimeError) as error:
-            raise RecipeError(f"{name!r} is not a usable file name ({describe_error(error)}); give another") from error
+            raise RecipeError(f"{name!r} is not a valid file name ({describe_error(error)}); use another") from error
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the content, in hexadecimal."""
+        """SHA-256 of the content, in hexadecimal."""
         return hashlib.sha256(self.data).hexdigest()
 
     @property
     def pinned_path(self) -> str:
-        """The path and the first digits of the SHA-256 that the file has now, as a recipe holds them."""
+        """The path with the first digits of the current SHA-256, as in a resolved recipe."""
         return f"{self.path}#sha256={self.digest[:DIGITS]}"
 
     @property
     def change(self) -> str | None:
-        """What is to be said where the file is not the one that was noted, else None."""
+        """A message if the content is not the one that the recipe expects, else None."""
         if self.expected is None or self.digest.startswith(self.expected):
             return None
-        now = self.digest[: len(self.expected)]
-        return f"{self.path} has changed since it was noted (sha256 {self.expected}, now {now})"
+        current = self.digest[: len(self.expected)]
+        return f"{self.path} has changed (expected sha256 {self.expected}, now {current})"
 
     def trust(self) -> None:
-        """Note that the user has this content run."""
-        _known.add(self.digest)
-        # Where the note cannot be written, the user will be asked again.
+        """Record that the user runs this content."""
+        _trusted.add(self.digest)
+        # If the record cannot be written, the user has to pass --trust again.
         with contextlib.suppress(OSError):
-            _notes().mkdir(parents=True, exist_ok=True, mode=0o700)
-            (_notes() / self.digest).touch()
+            _records().mkdir(parents=True, exist_ok=True, mode=0o700)
+            (_records() / self.digest).touch()
 
     def check_trusted(self) -> None:
-        """See that the user has vouched for this content.
+        """Check that the user trusts this content.
 
         Raises:
-            PluginError: not yet, and nobody says so now.
+            PluginError: it was not run before, and ``--trust`` is not given.
         """
-        if _trusting:
+        if _trust_all:
             self.trust()
-        elif self.digest not in _known and not (_notes() / self.digest).is_file():
-            what = self.change or f"{self.path} is code that a run folder names, and that you have not run before"
-            raise PluginError(f"backbone.file: {what}; read it, and give the command again with --trust to run it")
+        elif self.digest not in _trusted and not (_records() / self.digest).is_file():
+            problem = self.change or f"{self.path} is code named by a run folder, and you have not run it before"
+            raise PluginError(f"backbone.file: {problem}; read it, and repeat the command with --trust to run it")
 
     def load_function(self, name: str) -> Callable[..., Any]:
-        """The function of this name in the file, which is imported once for each content that it has.
+        """Return a function of the file, which is imported once per content.
 
         Raises:
             PluginError: the file fails to import, or has no such function.
         """
-        module = self._module()
+        module = self._load_module()
         function = getattr(module, name, None)
         if not callable(function):
-            own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            near = closest_match(name, own)
-            raise PluginError(f"{self.path} has no function {name!r}" + (f"; did you mean {near!r}?" if near else ""))
+            functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            match = closest_match(name, functions)
+            hint = f"; did you mean {match!r}?" if match else ""
+            raise PluginError(f"{self.path} has no function {name!r}{hint}")
         return function
 
-    def _module(self) -> ModuleType:
+    def _load_module(self) -> ModuleType:
         key = self.path, self.digest
         if key not in _modules:
             _modules[key] = self._import(f"{self.path.stem}_{self.digest[:DIGITS]}")
@@ -135,36 +133,36 @@ class UserModule:
     def _import(self, name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, self.path)
         if spec is None:
-            raise PluginError(f"{self.path} is no Python file; its name should end in .py")
+            raise PluginError(f"{self.path} is not a Python file; its name must end in .py")
         module = importlib.util.module_from_spec(spec)
-        # Dataclasses with postponed annotations look their module up there.
+        # Dataclasses with postponed annotations look up their module there.
         sys.modules[name] = module
         try:
-            # Not by the loader: its bytecode cache takes a file of the same size and second for the same.
+            # Not through the loader: its bytecode cache mistakes a file of the same size and time for the same file.
             exec(compile(self.data, str(self.path), "exec", dont_inherit=True), module.__dict__)
         except (Exception, SystemExit) as error:
             del sys.modules[name]
             if isinstance(error, PrunekitError):
                 raise
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
-            beside = missing and any((self.path.parent / f"{missing}{end}").exists() for end in (".py", ""))
-            mend = f"; a plain file stands alone: make it and {missing} a package, or add its folder to PYTHONPATH"
+            is_sibling = missing and any((self.path.parent / f"{missing}{end}").exists() for end in (".py", ""))
+            fix = f"; it cannot import its siblings: make it and {missing} a package, or add the folder to PYTHONPATH"
             raise PluginError(
-                f"{self.path} fails to import ({describe_error(error)}){mend if beside else ''}"
+                f"{self.path} fails to import ({describe_error(error)}){fix if is_sibling else ''}"
             ) from error
         return module
 
 
-def _notes() -> Path:
+def _records() -> Path:
     return cache_folder() / "trusted"
 
 
 @contextlib.contextmanager
-def trust_modules(wanted: bool = True) -> Iterator[None]:
-    """Within, the user vouches for whatever file a run folder names."""
-    global _trusting
-    before, _trusting = _trusting, wanted
+def trust_modules(trust_all: bool = True) -> Iterator[None]:
+    """Within ``with``, trust every file that a run folder names."""
+    global _trust_all
+    before, _trust_all = _trust_all, trust_all
     try:
         yield
     finally:
-        _trusting = before
+        _trust_all = before

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.config import registry
-from prunekit.config.schema import Named
+from prunekit.config.schema import Component
 from prunekit.data.cache import to_device
 from prunekit.errors import TrainingError
 from prunekit.native.library import load
@@ -320,9 +320,9 @@ def seeded_generator(seed: int, stage: str, epoch: int, *within: int) -> torch.G
     return torch.Generator().manual_seed(number)
 
 
-def bind_options(table: registry.Registry, named: Named) -> Callable[..., Any]:
+def bind_options(table: registry.Registry, component: Component) -> Callable[..., Any]:
     """The builder that a recipe names, with the recipe's options."""
-    return functools.partial(table.get(named.name), **named.options)
+    return functools.partial(table.get(component.name), **component.options)
 
 
 def _optimizer(model: nn.Module, job: TrainingJob, decay: Decay) -> torch.optim.Optimizer:

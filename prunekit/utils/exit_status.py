@@ -52,7 +52,7 @@ def suggest_resume(*command: object) -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
-        raise _Stopped(f"interrupted; go on with: prunekit {shlex.join(map(str, command))}") from stop
+        raise _Stopped(f"interrupted; resume with: prunekit {shlex.join(map(str, command))}") from stop
 
 
 class _Stopped(PrunekitError):

@@ -1,4 +1,4 @@
-"""How torchrun and accelerate have started this process: alone, or as one of several. Without torch."""
+"""Whether torchrun or accelerate started this process alone or as one of several. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-# What several processes do together; for all else one is enough.
-TOGETHER = ("run", "slim", "finetune")
+DISTRIBUTED_COMMANDS = ("run", "slim", "finetune")
 
 
 def process_index() -> int | None:
-    """The number of this process, from 0; None where it is alone."""
-    size, number = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
-    return int(number) if size.isdecimal() and int(size) > 1 and number.isdecimal() else None
+    """Return the rank of this process, or None if it is the only one."""
+    size, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
+    return int(rank) if size.isdecimal() and int(size) > 1 and rank.isdecimal() else None
 
 
-def begin(command: str = "") -> None:
-    """Begin a command: where it is not for several processes, the first goes on as if it were alone, and the others end
-    here."""
-    number = process_index()
-    if number is None or command in TOGETHER:
+def exit_other_ranks(command: str = "") -> None:
+    """If a command is not distributed, let process 0 continue as the only one and end the others."""
+    rank = process_index()
+    if rank is None or command in DISTRIBUTED_COMMANDS:
         return
-    if number > 0:
+    if rank > 0:
         raise SystemExit(0)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
@@ -30,9 +28,9 @@ def begin(command: str = "") -> None:
 
 @contextlib.contextmanager
 def silence_other_ranks() -> Iterator[None]:
-    """Let this process print nothing, unless it is the first or alone."""
+    """Within ``with``, only process 0 prints."""
     if not process_index():
         yield
         return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull), contextlib.redirect_stderr(devnull):
         yield

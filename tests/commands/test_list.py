@@ -1,13 +1,12 @@
-"""The table of all that a recipe can name."""
-
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from prunekit.cli import main
-from prunekit.commands.list import TABLES, table
+from prunekit.commands.list import REGISTRIES, recipe_summary, table
 from prunekit.config import registry
+from prunekit.config.sources import shipped_recipes
 
 
 def shown():
@@ -22,7 +21,7 @@ def theirs(a, *, width: int = 4, rate=0.25, names: tuple[str, ...] = ("x", "y"),
 
 
 def broken(width=4):
-    """Its annotation names nothing."""
+    """Its annotation is undefined."""
 
 
 broken.__annotations__["width"] = "Nowhere"
@@ -39,7 +38,7 @@ def plugin(monkeypatch):
     monkeypatch.setattr(registry.backbones, "_entries", entries)
 
 
-def test_every_name_of_every_kind_is_there_with_its_origin():
+def test_every_name_is_listed_with_its_origin():
     text = shown()
     assert max(map(len, text.splitlines())) <= 80
     sections = {}
@@ -48,24 +47,26 @@ def test_every_name_of_every_kind_is_there_with_its_origin():
             inside = sections.setdefault(line.strip(), [])
         elif line[2:3].strip():
             inside.append(line.split()[0:2])
-    for kind in TABLES:
+    for kind in REGISTRIES:
         names = getattr(registry, kind)
         for name in names.names():
             assert [name, "prunekit"] in sections[names.kind], name
-    assert ["csnet", "prunekit"] in sections["recipe"]
+    assert [name for name, _ in sections["recipe"]] == list(shipped_recipes())
+    for path in shipped_recipes().values():
+        assert recipe_summary(path) in " ".join(text.split())
 
 
-def test_options_are_shown_as_a_recipe_has_them(plugin):
+def test_options_are_written_as_in_a_recipe(plugin):
     text = " ".join(shown().split())
     options = "a, width=4, rate=0.25, names=[x, y], on=true, mode=null, …"
     assert f"theirs[x] their-nets 2.0 A net [red]with[/red] brackets. {options}" in text
 
 
-def test_a_signature_that_cannot_be_read_breaks_nothing(plugin):
-    assert "its options cannot be read (NameError: name 'Nowhere' is not defined)" in " ".join(shown().split())
+def test_unreadable_signature(plugin):
+    assert "options cannot be read (NameError: name 'Nowhere' is not defined)" in " ".join(shown().split())
 
 
-def test_libraries_that_are_not_installed_say_so(monkeypatch):
+def test_libraries_that_are_not_installed(monkeypatch):
     import importlib.metadata
 
     def version(name):
@@ -78,7 +79,7 @@ def test_libraries_that_are_not_installed_say_so(monkeypatch):
     assert "timm/… timm 1.0.9 Any model of timm" in text and "torchvision/… not installed" in text
 
 
-def test_failures_are_said_once_below(monkeypatch, capsys):
+def test_plugin_failures_are_printed_once(monkeypatch, capsys):
     def fail():
         raise ImportError("no module named foo")
 

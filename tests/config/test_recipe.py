@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.recipe_standins import GOOD, mistake, mistakes, registered, write
+from helpers.recipe_standins import GOOD, load_error, load_errors, registered, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +15,10 @@ from prunekit.config.schema import SparseTraining
 from prunekit.config.sources import find_recipe
 from prunekit.errors import RecipeError
 
-# What comes out
+# Loaded recipes
 
 
-def test_defaults_are_filled_in_also_those_of_the_builders(write):
+def test_load_fills_in_defaults_of_schema_and_builders(write):
     r = recipe.load(write(GOOD))
     assert (r.name, r.seed, r.init, r.task) == ("toy run", 0, None, "saliency")
     assert r.backbone.options == {"width": 3, "depth": 2, "split": [0.5, 0.5], "mode": None}
@@ -26,7 +26,7 @@ def test_defaults_are_filled_in_also_those_of_the_builders(write):
     assert (r.data.size, r.data.on_error) == (224, "raise")
     assert r.train == SparseTraining(
         epochs=2,
-        optimizer=recipe.Named(name="adam", options={"rate": 0.5}),
+        optimizer=recipe.Component(name="adam", options={"rate": 0.5}),
         schedule="constant",
         augment="none",
     )
@@ -37,7 +37,7 @@ def test_defaults_are_filled_in_also_those_of_the_builders(write):
     assert r.finetune.epochs == 1 and r.export.onnx is True and r.log == "none"
 
 
-def test_dump_has_every_key_in_the_order_of_the_schema_and_null_for_none(write):
+def test_dump_writes_every_key_in_schema_order(write):
     lines = recipe.load(write(GOOD)).dump().splitlines()
     top = [line.partition(":")[0] for line in lines if line[0] != " "]
     assert top == list(recipe.Recipe.model_fields)
@@ -45,13 +45,13 @@ def test_dump_has_every_key_in_the_order_of_the_schema_and_null_for_none(write):
     assert lines[4:8] == ["backbone:", "  name: toy", "  file: null", "  options:"]
 
 
-def test_whole_numbers_become_numbers_where_numbers_are_meant(write):
+def test_integers_become_floats_where_the_schema_has_floats(write):
     dumped = recipe.load(write(GOOD), ["train.lr=1", "decay.options.momentum=1"]).dump()
     assert "  lr: 1.0\n" in dumped and "    momentum: 1.0\n" in dumped
 
 
 def test_loads_without_torch(write):
-    # A process of its own, because others in this one import torch.
+    # In a subprocess, because other tests import torch.
     code = "import sys; sys.modules['torch'] = None; import prunekit.config.recipe, prunekit.training.schedules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -129,7 +129,7 @@ trees = st.fixed_dictionaries(
 
 @settings(max_examples=60)
 @given(trees)
-def test_a_dumped_recipe_loads_to_an_equal_one(tmp_path_factory, tree):
+def test_dump_and_load_round_trip(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     path.with_name("net.py").write_text("def __getattr__(name):\n    return lambda **options: None\n")
     path.write_text(yaml.dump(tree), encoding="utf-8")
@@ -144,7 +144,7 @@ def test_a_dumped_recipe_loads_to_an_equal_one(tmp_path_factory, tree):
     st.binary(max_size=80) | st.text(max_size=80).map(lambda t: GOOD.encode() + t.encode("utf-8", "replace")),
     st.lists(st.text(max_size=20) | st.text(alphabet="name.=data{}[]:1 ", max_size=20), max_size=3),
 )
-def test_anything_else_raises_recipe_errors_with_places(tmp_path_factory, content, overrides):
+def test_invalid_recipes_raise_errors_with_locations(tmp_path_factory, content, overrides):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(content)
     try:
@@ -156,17 +156,17 @@ def test_anything_else_raises_recipe_errors_with_places(tmp_path_factory, conten
 
 @settings(max_examples=60)
 @given(st.text(max_size=300))
-def test_any_name_is_found_or_refused(text):
+def test_find_recipe_raises_only_recipe_errors(text):
     try:
         find_recipe(text)
     except RecipeError as error:
         assert "\n" not in str(error)
 
 
-# Mistakes in values
+# Errors in values
 
 
-def test_all_mistakes_of_both_passes_at_once_in_their_order(write):
+def test_errors_of_both_passes_are_reported_together_in_order(write):
     text = """\
 name: a/b
 backbone: {name: toy, options: {widht: 3, depth: "2"}}
@@ -179,7 +179,7 @@ train:
 finetune: {epochs: 1}
 export: {onnx: on}
 """
-    starts = [line.split(": ")[:2] for line in mistakes(write(text), ["seed=true", "trian.lr=1"])]
+    starts = [line.split(": ")[:2] for line in load_errors(write(text), ["seed=true", "trian.lr=1"])]
     assert starts == [
         ["r.yaml:1:1", "name"],
         ["r.yaml:2:23", "backbone.options.width"],
@@ -201,37 +201,37 @@ export: {onnx: on}
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.epochs=many", "train.epochs: 'many' is not a whole number; give one"),
-        ("train.epochs=true", "train.epochs: true is not a whole number"),
-        ("train.epochs=1.5", "train.epochs: 1.5 is not a whole number"),
-        ("train.epochs=1e2", "train.epochs: 100.0 is not a whole number; write 100"),
-        ("train.epochs='3'", "train.epochs: '3' is text; remove the quotes"),
-        ("train.epochs=-1", "train.epochs: -1 is too low; it must be at least 0"),
-        ("train.epochs=", "train.epochs: null is not a whole number"),
+        ("train.epochs=many", "train.epochs: 'many' is not an integer; use one"),
+        ("train.epochs=true", "train.epochs: true is not an integer"),
+        ("train.epochs=1.5", "train.epochs: 1.5 is not an integer"),
+        ("train.epochs=1e2", "train.epochs: 100.0 is not an integer; write 100"),
+        ("train.epochs='3'", "train.epochs: '3' is a string; remove the quotes"),
+        ("train.epochs=-1", "train.epochs: -1 is too low; must be at least 0"),
+        ("train.epochs=", "train.epochs: null is not an integer"),
         ("train.lr=fast", "train.lr: 'fast' is not a number"),
-        ("train.lr=0", "train.lr: 0 is too low; it must be above 0"),
+        ("train.lr=0", "train.lr: 0 is too low; must be above 0"),
         ("train.lr=.inf", "train.lr: '.inf' is not finite"),
-        ("export.onnx=no", "export.onnx: 'no' is not true or false"),
-        ("name=12", "name: 12 is not text; put it in quotes"),
-        ("name=..", "name: '..' is no name for a folder; write one"),
-        ("name=''", "name: '' is no name for a folder"),
-        ("name=' x'", "name: ' x' has blanks"),
+        ("export.onnx=no", "export.onnx: 'no' is not a boolean; use true or false"),
+        ("name=12", "name: 12 is not a string; put it in quotes"),
+        ("name=..", "name: '..' is not a folder name; write one"),
+        ("name=''", "name: '' is not a folder name"),
+        ("name=' x'", "name: ' x' has surrounding spaces"),
         ("seed=4294967296", "seed: 4294967296 is too high"),
-        ("data.on_error=ignore", "data.on_error: 'ignore' is not known; give 'raise' or 'skip'"),
+        ("data.on_error=ignore", "data.on_error: 'ignore' is not allowed; use 'raise' or 'skip'"),
         ("train=3", "train: 3 is not a mapping"),
         ("slim=", "slim: null is not a mapping"),
         ("decay=l1", "decay: 'l1' is not a mapping; set decay.name instead"),
         ("train.optimizer=[a]", "train.optimizer: ['a'] is not a mapping; set train.optimizer.name instead"),
         ("train.epocs=1", "train.epocs: unknown key, did you mean 'train.epochs'?"),
-        ("weight=1", "weight: unknown key, it belongs elsewhere; write decay.weight"),
-        ("qqq=1", "qqq: unknown key; remove it, known here: name, seed"),
-        ("train.optimizer.lr=1", "train.optimizer.lr: unknown key, it belongs elsewhere; write train.lr"),
+        ("weight=1", "weight: unknown key here; use decay.weight"),
+        ("qqq=1", "qqq: unknown key; remove it, known keys: name, seed"),
+        ("train.optimizer.lr=1", "train.optimizer.lr: unknown key here; use train.lr"),
         ("task=salience", "task: unknown task 'salience', did you mean 'saliency'?"),
         ("decay.name=l2", "decay.name: unknown decay 'l2'; known: dynamic, l1, "),
         ("finetune.schedule=cos", "finetune.schedule.name: unknown schedule 'cos', did you mean 'cosine'?"),
         (
             "decay.options.momentun=1",
-            "momentun: decay 'dynamic' has no such option, did you mean 'momentum'? known: mom",
+            "momentun: decay 'dynamic' has no such option, did you mean 'momentum'? known options: mom",
         ),
         (
             "decay.options.weight=1",
@@ -240,91 +240,91 @@ export: {onnx: on}
         ("decay.options.momentum=x", "decay.options.momentum: 'x' is not a number"),
         ("decay.options=[1]", "decay.options: [1] is not a mapping"),
         ("backbone.options.split=[1, x]", "backbone.options.split[1]: 'x' is not a number"),
-        ("backbone.options.mode=[]", "backbone.options.mode: [] is not a whole number and is not text; give one"),
+        ("backbone.options.mode=[]", "backbone.options.mode: [] is not an integer and is not a string; use one"),
         (
             "data.root=/x",
-            "data.root: data set 'shapes' takes no root; remove it (data.root=null) or name a data set that reads "
+            "data.root: data set 'shapes' takes no root; remove it (data.root=null) or use a data set that reads "
             "folders (folder, image_folder)",
         ),
         ("data.val_holdout=0.1", "data.val_holdout: data set 'shapes' takes no val_holdout; remove it"),
-        ("data.name=folder", "data.root: data set 'folder' reads a folder; name it with data.root=FOLDER"),
+        ("data.name=folder", "data.root: data set 'folder' reads a folder; set data.root=FOLDER"),
         (
             "decay.name=misfit",
-            "decay.options.power: the default of decay 'misfit', 'much' is not a number; give another",
+            "decay.options.power: the default of decay 'misfit', 'much' is not a number; use another",
         ),
-        ("decay.name=unwritable", "decay.options: a default of decay 'unwritable' cannot stand in YAML"),
+        ("decay.name=unwritable", "decay.options: a default of decay 'unwritable' cannot be written as YAML"),
         ("decay.name=unresolved", "the signature of decay 'unresolved' cannot be read (NameError"),
     ],
 )
-def test_mistake_names_key_fault_and_mend(write, override, words):
-    line = mistake(write(GOOD), [override])
+def test_error_names_key_problem_and_fix(write, override, words):
+    line = load_error(write(GOOD), [override])
     assert words in line
     assert line.startswith((f"override {override!r}: ", f'override "{override}": ', "r.yaml:"))
 
 
-def test_a_bound_is_said_without_decimals_of_its_own(write):
-    assert "override 'data.val_holdout=1': data.val_holdout: 1 is too high; it must be below 1" in mistakes(
+def test_integer_bounds_are_written_without_decimals(write):
+    assert "override 'data.val_holdout=1': data.val_holdout: 1 is too high; must be below 1" in load_errors(
         write(GOOD), ["data.val_holdout=1"]
     )
 
 
-def test_options_of_a_builder_that_takes_any(write):
+def test_builder_with_keyword_arguments_takes_any_option(write):
     given = ["decay.name=l1", "decay.options.extra=3", "decay.options.power=2"]
     assert recipe.load(write(GOOD), given).decay.options == {"power": 2.0, "limit": None, "extra": 3}
 
 
-def test_options_without_a_name_are_those_of_the_default(write):
+def test_options_without_a_name_belong_to_the_default_name(write):
     r = recipe.load(write(GOOD), ["train.optimizer.options.rate=1", "decay.options.momentum=2"])
-    assert r.train.optimizer == recipe.Named(name="adam", options={"rate": 1.0})
+    assert r.train.optimizer == recipe.Component(name="adam", options={"rate": 1.0})
     assert r.decay == recipe.Decay(name="dynamic", options={"momentum": 2.0})
 
 
-def test_missing_keys_name_the_section_that_lacks_them(write):
-    assert mistakes(write("name: x\n\ndata:\n  size: 3\n")) == [
+def test_missing_keys_are_reported_at_their_section(write):
+    assert load_errors(write("name: x\n\ndata:\n  size: 3\n")) == [
         "r.yaml:1:1: backbone: is missing; add the section with name",
         "r.yaml:1:1: train: is missing; add the section with epochs",
         "r.yaml:1:1: finetune: is missing; add the section with epochs",
         "r.yaml:3:1: data.name: is missing; add 'name: …'",
     ]
-    assert mistake(write(GOOD.replace("{width: 3}", "{}"))) == (
-        "r.yaml:4:3: backbone.options.width: is missing; backbone 'toy' needs it, add 'width: …'"
+    assert load_error(write(GOOD.replace("{width: 3}", "{}"))) == (
+        "r.yaml:4:3: backbone.options.width: is missing; backbone 'toy' requires it, add 'width: …'"
     )
 
 
-def test_a_value_that_cannot_be_read_is_one_mistake(write):
-    assert len(mistakes(write(GOOD.replace("epochs: 2", "epochs: !!python/name:os.system")))) == 1
+def test_an_unreadable_value_is_one_error(write):
+    assert len(load_errors(write(GOOD.replace("epochs: 2", "epochs: !!python/name:os.system")))) == 1
 
 
-def test_mistakes_of_the_text_come_with_those_of_the_values(write):
-    assert [line.split(": ")[0] for line in mistakes(write(GOOD + "seed: x\nseed: 1\ntask: 3\n1: 2\n"))] == [
+def test_syntax_and_value_errors_are_reported_together(write):
+    assert [line.split(": ")[0] for line in load_errors(write(GOOD + "seed: x\nseed: 1\ntask: 3\n1: 2\n"))] == [
         "r.yaml:12:1",
         "r.yaml:13:1",
         "r.yaml:14:1",
     ]
 
 
-def test_failed_plugins_are_said_in_one_line(write, monkeypatch):
+def test_failed_plugins_are_reported_in_one_line(write, monkeypatch):
     monkeypatch.setattr(registry._plugins, "failures", [RecipeError("plugin 'p' failed:\n  boom")])
-    assert "plugin 'p' failed: boom" in mistake(write(GOOD), ["decay.name=l2"])
+    assert "plugin 'p' failed: boom" in load_error(write(GOOD), ["decay.name=l2"])
 
 
-def test_a_backbone_from_a_file_is_not_looked_up(write):
+def test_backbone_from_a_file(write):
     write("def build(x: list[int], y: float = 2.0): ...", "net.py")
     r = recipe.load(write(GOOD), ["backbone.file=net.py", "backbone.name=build", "backbone.options={x: [1]}"])
     assert r.backbone.file.startswith(f"{Path('net.py').resolve()}#sha256=")
     assert (r.backbone.name, r.backbone.options) == ("build", {"x": [1], "y": 2.0})
-    assert "backbone.name: 3 is not text" in mistake("r.yaml", ["backbone.file=net.py", "backbone.name=3"])
+    assert "backbone.name: 3 is not a string" in load_error("r.yaml", ["backbone.file=net.py", "backbone.name=3"])
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "r.yaml:1:1: a recipe is made of 'key: value' lines, it is empty"),
-        (b"- 1", "r.yaml:1:1: a recipe is made of 'key: value' lines, this is [1]"),
+        (b"", "r.yaml:1:1: a recipe consists of 'key: value' lines, it is empty"),
+        (b"- 1", "r.yaml:1:1: a recipe consists of 'key: value' lines, this is [1]"),
         (b"a: \xff", "r.yaml:1:4: byte 0xff is not UTF-8"),
-        (b"a: [", "r.yaml:1:5: not YAML"),
+        (b"a: [", "r.yaml:1:5: invalid YAML"),
         (b"a: 1\n---\n", "r.yaml:2:1: a second document"),
     ],
 )
-def test_what_is_no_recipe_at_all(write, content, words):
-    assert mistake(write(content)).startswith(words)
+def test_files_that_are_not_recipes(write, content, words):
+    assert load_error(write(content)).startswith(words)

@@ -14,7 +14,7 @@ from prunekit.errors import PluginError, PrunekitWarning, RecipeError
 
 
 class Point:
-    """Stands in for importlib.metadata.EntryPoint."""
+    """Stub of importlib.metadata.EntryPoint."""
 
     def __init__(self, name, dist, load):
         self.name, self.value, self.load = name, f"{name}.module", load
@@ -23,7 +23,7 @@ class Point:
 
 @pytest.fixture
 def install(monkeypatch):
-    """install(*points): the plugins there are, none of them loaded yet, and empty tables."""
+    """install(*points): replace the installed plugins, none of them loaded, and clear the registries."""
     monkeypatch.setattr(registry, "_plugins", registry._Plugins())
     for table in (registry.backbones, registry.decays):
         monkeypatch.setattr(table, "_entries", {})
@@ -60,7 +60,7 @@ def fails(error):
     return load
 
 
-def test_loads_at_the_first_look_up_and_once(install):
+def test_plugins_load_once_at_the_first_lookup(install):
     loads = []
     install(Point("ours", "prunekit", lambda: loads.append(1)))
     assert not loads
@@ -68,7 +68,7 @@ def test_loads_at_the_first_look_up_and_once(install):
     assert loads == [1]
 
 
-def test_a_failing_plugin_is_kept_and_the_others_go_on(install):
+def test_a_failing_plugin_does_not_stop_the_others(install):
     install(
         Point("broken", "bad-dist", fails(ImportError("no module named foo"))),
         Point("fine", "good-dist", registers("fine", "A fine net.")),
@@ -84,7 +84,7 @@ def test_a_failing_plugin_is_kept_and_the_others_go_on(install):
         registry.backbones.get("missing")
 
 
-def test_whoever_asks_for_the_failures_says_them(install, recwarn):
+def test_plugin_failures_does_not_warn(install, recwarn):
     install(Point("broken", "bad-dist", fails(ImportError("no module named foo"))))
     assert len(registry.plugin_failures()) == 1
     registry.backbones.names()
@@ -92,7 +92,7 @@ def test_whoever_asks_for_the_failures_says_them(install, recwarn):
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), SyntaxError("invalid"), RuntimeError("first\nsecond"), KeyError("x")])
-def test_whatever_a_plugin_raises_is_one_line_and_stops_nothing(install, error):
+def test_any_plugin_error_is_one_line(install, error):
     install(Point("broken", "bad-dist", fails(error)), Point("fine", "good-dist", registers("fine", "A fine net.")))
     (failure,) = registry.plugin_failures()
     assert "\n" not in str(failure) and "bad-dist" in str(failure) and type(error).__name__ in str(failure)
@@ -100,7 +100,7 @@ def test_whatever_a_plugin_raises_is_one_line_and_stops_nothing(install, error):
 
 
 @pytest.mark.filterwarnings("error::prunekit.errors.PrunekitWarning")
-def test_all_plugins_are_loaded_where_a_warning_is_an_error(install):
+def test_all_plugins_load_when_warnings_are_errors(install):
     install(
         Point("broken", "bad-dist", fails(KeyError())), Point("fine", "good-dist", registers("fine", "A fine net."))
     )
@@ -110,39 +110,39 @@ def test_all_plugins_are_loaded_where_a_warning_is_an_error(install):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_plugin_cannot_take_a_name_of_ours(install, order):
+def test_a_plugin_cannot_replace_a_builtin_name(install, order):
     points = [
         Point("a", "greedy", registers("csnet", "Another.")),
         Point("z", "prunekit", registers("csnet", "The real one.")),
     ]
     install(*points[::order])
-    with pytest.warns(PrunekitWarning, match="already taken"):
+    with pytest.warns(PrunekitWarning, match="already registered"):
         assert registry.backbones.entry("csnet").summary == "The real one."
     (failure,) = registry.plugin_failures()
-    assert "'csnet' of greedy is already taken by prunekit" in str(failure)
+    assert "'csnet' of greedy is already registered by prunekit" in str(failure)
 
 
-def test_a_module_that_is_imported_twice_takes_no_name(install):
+def test_a_module_may_be_imported_twice(install):
     build = builder("A net.")
     registry.register_backbone("net")(build)
     assert registry.register_backbone("net")(build) is build
-    with pytest.raises(PluginError, match="already taken"):
+    with pytest.raises(PluginError, match="already registered"):
         registry.register_backbone("net")(builder("Another net."))
 
 
-def test_a_plugin_that_looks_something_up_while_loading(install):
+def test_a_plugin_may_look_up_names_while_loading(install):
     install(Point("curious", "curious-dist", lambda: registry.decays.names()))
     assert registry.backbones.names() == []
     assert registry.plugin_failures() == []
 
 
 @pytest.mark.parametrize("name", [None, "", builder])
-def test_a_decorator_without_a_name_is_refused(install, name):
+def test_register_without_a_name_is_rejected(install, name):
     with pytest.raises(PluginError, match=r"a backbone needs a name: write @register_…\("):
         registry.register_backbone(name)
 
 
-def test_a_family_finds_what_is_named_after_its_prefix(install):
+def test_register_family(install):
     @registry.backbones.register_family("lib")
     def find(name):
         """Any model of lib."""
@@ -157,12 +157,12 @@ def test_a_family_finds_what_is_named_after_its_prefix(install):
         registry.backbones.get("lib/c")
     (family,) = registry.backbones.families()
     assert (family.prefix, family.summary) == ("lib", "Any model of lib.")
-    said = registry.backbones.unknown("lbi/x")
-    assert said == "unknown backbone 'lbi/x', did you mean 'lib/x'? known: lib/own, lib/…"
+    message = registry.backbones.unknown("lbi/x")
+    assert message == "unknown backbone 'lbi/x', did you mean 'lib/x'? known: lib/own, lib/…"
     assert registry.decays.families() == []
 
 
-def test_unknown_name(install):
+def test_unknown_name_message(install):
     for name in ("csnet", "resnet"):
         registry.register_backbone(name)(builder(name))
     with pytest.raises(RecipeError, match=r"^unknown backbone 'csnt', did you mean 'csnet'\? known: csnet, resnet$"):
@@ -171,12 +171,12 @@ def test_unknown_name(install):
     assert registry.decays.unknown("l1") == "unknown decay 'l1'; known: none"
 
 
-def test_options_leave_out_what_prunekit_fills_in_and_resolve_annotations(install):
+def test_options_exclude_supplied_parameters_and_resolve_annotations(install):
     @registry.register_decay("l1")
     def l1(model, groups, weight: float, /, *, power: int | None = None, shares: tuple[float, ...] = (1.0,)):
         """L1."""
 
-    assert isinstance(l1.__annotations__["power"], str)  # Or the test shows nothing.
+    assert isinstance(l1.__annotations__["power"], str)  # Postponed, or the test proves nothing.
     options = registry.decays.options("l1")
     assert list(options) == ["power", "shares"]
     assert options["power"].annotation == int | None
@@ -185,7 +185,7 @@ def test_options_leave_out_what_prunekit_fills_in_and_resolve_annotations(instal
     assert options["power"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-def test_iterates_in_order_of_names(install):
+def test_iteration_is_sorted_by_name(install):
     for name in ("b", "a"):
         registry.register_backbone(name)(builder(name))
     assert [entry.name for entry in registry.backbones] == ["a", "b"]
@@ -196,8 +196,7 @@ def test_closest_match():
     assert registry.closest_match("zzz", ["epochs", "lr"]) is None
 
 
-def test_a_module_that_was_imported_before_is_still_its_distributions():
-    """As a program does that imports a backbone before it asks for a name."""
+def test_origin_of_a_module_imported_before_the_plugins():
     code = (
         "import prunekit.backbones.resnet; from prunekit.config import registry; "
         "entry = registry.backbones.entry('resnet'); print(entry.origin, entry.version)"

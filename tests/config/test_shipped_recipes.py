@@ -1,4 +1,4 @@
-"""Every recipe of the repository is read, and its head says how to launch and to override it."""
+"""Checks of every recipe in the repository."""
 
 import runpy
 from pathlib import Path
@@ -16,7 +16,7 @@ RECIPES = sorted(path for folder in ("recipes", "examples") for path in (ROOT / 
 
 @pytest.fixture(scope="module", autouse=True)
 def example_plugins():
-    """What the examples' packages register, as if they were installed."""
+    """Register the builders of the example packages."""
     with pytest.MonkeyPatch.context() as patch:
         registry.backbones.names()
         patch.setattr(registry.backbones, "_entries", dict(registry.backbones._entries))
@@ -27,7 +27,7 @@ def example_plugins():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_recipe_is_sound(path, tmp_path):
+def test_recipe_loads_and_its_backbone_builds(path, tmp_path):
     overrides = (
         [f"data.root={tmp_path}"] if "data.root=" in path.read_text() and "name: folder" in path.read_text() else []
     )
@@ -39,14 +39,15 @@ def test_recipe_is_sound(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_recipe_says_how_to_use_it(path):
+def test_header_says_what_it_is_and_how_to_launch_and_override_it(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert head[0].startswith("# ") and head[0].endswith(".") and len(head[0]) <= 120
     launches = [line for line in head if "prunekit run" in line]
     assert f"prunekit run {path.relative_to(ROOT)}" in launches[0]
     assert any("=" in line.partition(path.name)[2] for line in launches)
 
 
-def test_recipes_are_found_by_name():
+def test_shipped_recipes():
     assert set(shipped_recipes()) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     assert load("csnet").name == "csnet"
 

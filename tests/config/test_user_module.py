@@ -1,5 +1,3 @@
-"""Builders in a user's file: found from anywhere, noticed when they change, and told of when they are wrong."""
-
 import os
 import sys
 from pathlib import Path
@@ -19,7 +17,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_path_is_relative_to_the_folder_given_and_pinned_whole(here):
+def test_path_is_relative_to_the_given_folder_and_pinned_absolute(here):
     (here / "nets").mkdir()
     (here / "nets" / "net.py").write_text(NET)
     found = UserModule.read("nets/../nets/net.py")
@@ -33,26 +31,26 @@ def test_a_path_is_relative_to_the_folder_given_and_pinned_whole(here):
     assert again.path == found.path and again.change is None
 
 
-def test_a_change_is_noticed(here):
+def test_a_changed_file_is_detected(here):
     Path("net.py").write_text(NET)
     pinned = UserModule.read("net.py").pinned_path
-    # Of the same length, in the same second: a cache by time and size would give the old function.
+    # Same length and time: a cache keyed by them would return the old function.
     os.utime("net.py", (1, 1))
     assert UserModule.read(pinned).load_function("build")() == 4
     Path("net.py").write_text(NET.replace("4", "5"))
     os.utime("net.py", (1, 1))
     found = UserModule.read(pinned)
-    assert f"sha256 {pinned[-16:]}, now {found.digest[:16]}" in found.change
+    assert f"expected sha256 {pinned[-16:]}, now {found.digest[:16]}" in found.change
     assert found.load_function("build")() == 5
     assert not Path("__pycache__").exists()
 
 
-def test_a_content_is_imported_once(here):
+def test_same_content_is_imported_once(here):
     Path("net.py").write_text(NET)
     assert UserModule.read("net.py").load_function("build") is UserModule.read("net.py").load_function("build")
 
 
-def test_a_hash_in_a_name_is_part_of_the_name(here):
+def test_a_file_name_may_contain_a_hash_sign(here):
     Path("net#sha256=x.py").write_text(NET)
     assert UserModule.read("net#sha256=x.py").load_function("build")() == 4
 
@@ -67,7 +65,7 @@ def test_postponed_annotations_and_dataclasses(here):
     assert registry.backbones.options_of(build)["config"].default.width == 3
 
 
-def test_annotations_are_not_postponed_where_the_file_does_not_ask_for_it(here):
+def test_annotations_are_not_postponed_by_default(here):
     Path("net.py").write_text("def build(width: int = 3): ...\n")
     assert UserModule.read("net.py").load_function("build").__annotations__["width"] is int
 
@@ -76,7 +74,7 @@ def test_annotations_are_not_postponed_where_the_file_does_not_ask_for_it(here):
     ("content", "words"),
     [
         ("import nothing_of_this_name", ["fails to import", "ModuleNotFoundError", "nothing_of_this_name"]),
-        ("import beside_it", ["fails to import", "a plain file stands alone", "beside_it a package"]),
+        ("import beside_it", ["fails to import", "it cannot import its siblings", "beside_it a package"]),
         ("def build(:", ["fails to import", "SyntaxError", "line 1"]),
         ("raise RuntimeError('first\\nsecond')", ["RuntimeError: first second"]),
         ("import sys; sys.exit(3)", ["fails to import", "SystemExit: 3"]),
@@ -84,7 +82,7 @@ def test_annotations_are_not_postponed_where_the_file_does_not_ask_for_it(here):
         ("build = 3", ["has no function 'build'"]),
     ],
 )
-def test_what_is_wrong_is_one_line_with_the_path(here, content, words):
+def test_import_errors_are_one_line_with_the_path(here, content, words):
     Path("beside_it.py").write_text("")
     Path("net.py").write_text(content)
     modules = set(sys.modules)
@@ -100,19 +98,19 @@ def test_what_is_wrong_is_one_line_with_the_path(here, content, words):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("gone.py", "is not there"),
+        ("gone.py", "does not exist"),
         (".", "is a folder"),
-        ("net.py\0", "not a usable file name"),
-        ("~no_such_user/x", "not a usable file name"),
+        ("net.py\0", "not a valid file name"),
+        ("~no_such_user/x", "not a valid file name"),
     ],
 )
-def test_files_that_are_none(here, text, word):
+def test_invalid_files(here, text, word):
     with pytest.raises(RecipeError, match=word) as caught:
         UserModule.read(text)
     assert "\n" not in str(caught.value)
 
 
-def test_no_python_file(here):
+def test_not_a_python_file(here):
     Path("net.txt").write_text(NET)
-    with pytest.raises(PluginError, match=r"should end in \.py"):
+    with pytest.raises(PluginError, match=r"must end in \.py"):
         UserModule.read("net.txt").load_function("build")

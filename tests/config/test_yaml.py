@@ -30,7 +30,7 @@ def read(text):
     return document.value
 
 
-def complaint(text):
+def get_problem(text):
     (problem,) = yaml12.parse(text).problems
     return problem
 
@@ -64,7 +64,7 @@ def test_core_schema(text, value):
 @pytest.mark.parametrize(
     "text", ["on", "off", "Yes", "no", "y", "12:30:00", "1_000", "2001-12-14", "0b1", "017:1", "tRue"]
 )
-def test_what_only_yaml_1_1_converts_is_text(text):
+def test_yaml_1_1_scalars_are_strings(text):
     assert read(f"key: {text}") == {"key": text}
 
 
@@ -72,9 +72,9 @@ def test_merge_keys_are_ordinary_keys():
     assert read("a: &a {x: 1}\nb: {<<: *a}") == {"a": {"x": 1}, "b": {"<<": {"x": 1}}}
 
 
-def test_places_are_those_of_keys_and_items():
-    places = yaml12.parse("a:\n  b: [1, 2]\n  c: x\n").places
-    assert places == {
+def test_positions_of_keys_and_items():
+    positions = yaml12.parse("a:\n  b: [1, 2]\n  c: x\n").positions
+    assert positions == {
         (): (1, 1),
         ("a",): (1, 1),
         ("a", "b"): (2, 3),
@@ -87,7 +87,7 @@ def test_places_are_those_of_keys_and_items():
 @pytest.mark.parametrize(
     ("text", "line", "column", "words"),
     [
-        ("a: 1\na: 2", 2, 1, "duplicate key; it stands already at 1:1"),
+        ("a: 1\na: 2", 2, 1, "duplicate key, first at 1:1; remove"),
         ("a: .inf", 1, 1, "not finite"),
         ("a: [1, -.INF]", 1, 8, "not finite"),
         ("a: .nan", 1, 1, "not finite"),
@@ -98,15 +98,15 @@ def test_places_are_those_of_keys_and_items():
         ("a: !!python/object/apply:os.system ['false']", 1, 1, "tag '!!python/object/apply:os.system'"),
         ("a: !mine 3", 1, 1, "tag '!mine'"),
         ("a: !!int x", 1, 1, "does not fit its tag"),
-        ("1: a", 1, 1, "key is not text"),
-        ("a: {~: 1}", 1, 5, "key is not text"),
-        ("? [a]\n: 1", 1, 3, "key is not text"),
-        ('a: "\\ud800"', 1, 1, "half a character"),
-        ('"\\ud800": 1', 1, 1, "half a character"),
+        ("1: a", 1, 1, "key is not a string"),
+        ("a: {~: 1}", 1, 5, "key is not a string"),
+        ("? [a]\n: 1", 1, 3, "key is not a string"),
+        ('a: "\\ud800"', 1, 1, "half a surrogate pair"),
+        ('"\\ud800": 1', 1, 1, "half a surrogate pair"),
         ("a: 1\n---\nb: 2", 2, 1, "second document"),
-        ("a: [1,\nb: }", 2, 4, "not YAML"),
+        ("a: [1,\nb: }", 2, 4, "invalid YAML"),
         ("a: *b", 1, 4, "undefined alias"),
-        ("a: &a [*a]", 1, 4, "holds itself"),
+        ("a: &a [*a]", 1, 4, "contains itself"),
         ("a: " + "[" * 60 + "]" * 60, 1, 54, "nested deeper"),
         ("[" * 5000, 1, 51, "nested deeper"),
         ("a: 1\nb: \x01", 2, 4, "U+0001"),
@@ -116,8 +116,8 @@ def test_places_are_those_of_keys_and_items():
         ("# " + "x" * yaml12.MAX_BYTES, 1, 1, "more than 256 KiB"),
     ],
 )
-def test_problem_with_its_place(text, line, column, words):
-    problem = complaint(text)
+def test_problem_has_a_position(text, line, column, words):
+    problem = get_problem(text)
     assert (problem.line, problem.column) == (line, column)
     assert words in problem.message and "\n" not in problem.message
 
@@ -128,28 +128,28 @@ def test_all_problems_at_once():
     assert document.complete and document.value == {"a": None, "b": None, "c": "fine"}
 
 
-def test_alias_bomb_is_refused_before_it_grows():
+def test_alias_bomb_is_rejected():
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    assert "more than 10000 values" in complaint("\n".join(levels)).message
+    assert "more than 10000 values" in get_problem("\n".join(levels)).message
     assert read("a: &a [1]\nb: *a") == {"a": [1], "b": [1]}
 
 
-def test_byte_order_mark_is_taken_away():
+def test_byte_order_mark_is_removed():
     assert read("\ufeffa: 1".encode()) == {"a": 1}
 
 
 @given(values)
-def test_dump_is_read_again(value):
+def test_dump_and_parse_round_trip(value):
     text = yaml12.dump({"key": value})
     found = read(text)
     assert found == {"key": value}
-    assert repr(found) == repr({"key": value})  # 1, 1.0 and True are equal, but not the same.
+    assert repr(found) == repr({"key": value})  # 1, 1.0 and True are equal, but not the same type.
     assert read(text.encode()) == found
 
 
 @given(st.text(alphabet="01eEoxX.:_-+ynaoNfs~TruefalseNULL", max_size=8))
-def test_text_is_quoted_for_readers_of_yaml_1_1_as_well(text):
+def test_strings_are_quoted_for_yaml_1_1_readers(text):
     assert yaml.safe_load(yaml12.dump({"key": text})) == {"key": text}
 
 
@@ -157,7 +157,7 @@ def test_text_is_quoted_for_readers_of_yaml_1_1_as_well(text):
 @given(
     st.text(max_size=200) | st.binary(max_size=200) | st.text(alphabet="ab:{}[]-,&*!%#\"'\\UxFn?|> \n\t0.", max_size=60)
 )
-def test_anything_is_read_or_complained_about(source):
+def test_any_input_is_parsed_or_has_problems(source):
     document = yaml12.parse(source)
     assert document.complete or document.problems
 
@@ -172,7 +172,7 @@ def test_anything_is_read_or_complained_about(source):
     assert all("\n" not in p.message and p.line >= 1 and p.column >= 1 for p in document.problems)
 
 
-def test_words_for_messages():
+def test_format_path_and_quote():
     assert yaml12.format_path(("a", "b", 0, "c d", "e\n")) == "a.b[0].'c d'.'e\\n'"
     assert [yaml12.quote(v) for v in (None, True, 1.5, "x")] == ["null", "true", "1.5", "'x'"]
     assert len(yaml12.quote("x" * 1000)) <= 60

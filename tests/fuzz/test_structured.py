@@ -29,9 +29,10 @@ def any_of(keys, inner=VALUES):
 
 def section(path=()):
     """A mapping with some of a section's keys, each with anything or with a mapping of its own."""
-    model = schema.section(path)
+    model = schema.get_section(path)
     inner = {
-        key: VALUES | section((*path, key)) if schema.section((*path, key)) else VALUES for key in model.model_fields
+        key: VALUES | section((*path, key)) if schema.get_section((*path, key)) else VALUES
+        for key in model.model_fields
     }
     return st.fixed_dictionaries({}, optional=inner)
 

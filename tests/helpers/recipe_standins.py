@@ -1,4 +1,4 @@
-"""Small builders in the place of the registered ones, and fixtures, for the tests of recipes."""
+"""Stub builders and fixtures for the recipe tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ finetune:
 
 
 def toy(width: int, *, depth: int = 2, split: tuple[float, ...] = (0.5, 0.5), mode: int | str | None = None):
-    """Stands in for a backbone."""
+    """Stub backbone."""
 
 
 def shapes(split, *, size, seed, count: int = 10):
@@ -36,36 +36,36 @@ def folder(split, root, *, size, val_root=None, val_holdout=None, copy: bool = F
 
 
 def dynamic(model, groups, weight, *, momentum: float = 0):
-    """Its default is a whole number where the annotation has any number."""
+    """The default is an integer, the annotation a float."""
 
 
 def l1(model, groups, weight, *, power: float = 1.0, limit: float = None, **others):  # noqa: RUF013
-    """Takes any further option; its None is not in the annotation, as is common."""
+    """Takes any further option; the default None is not in the annotation."""
 
 
 def misfit(model, groups, weight, *, power: float = "much"):
-    """Its default is not what its annotation says."""
+    """The default does not fit the annotation."""
 
 
 def unwritable(model, groups, weight, *, power=object()):  # noqa: B008
-    """Its default is nothing that YAML has."""
+    """The default cannot be written as YAML."""
 
 
 def unresolved(model, groups, weight, *, power: Nowhere = 1):  # noqa: F821
-    """Its annotation names nothing."""
+    """The annotation is not defined."""
 
 
 def plain(*, rate: float = 0.5):
-    """Stands in for whatever else has a name."""
+    """Stub of any other builder."""
 
 
 def cosine(progress, *, warmup: float = 0.0):
-    """Stands in for a schedule."""
+    """Stub schedule."""
 
 
 @pytest.fixture(scope="module", autouse=True)  # For the modules that import it.
 def registered():
-    """Stand-ins for all that is registered; none of the real builders is imported."""
+    """Replace all registered builders by stubs; none of the real ones is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_plugins", registry._Plugins())
         patch.setattr(registry._plugins, "loaded", True)
@@ -89,7 +89,7 @@ def registered():
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """write(text, name): a file in the current folder, which is empty otherwise; its name."""
+    """write(text, name): write a file in the current folder, which is otherwise empty; return its name."""
     monkeypatch.chdir(tmp_path)
 
     def write(text, name="r.yaml"):
@@ -101,7 +101,7 @@ def write(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ship(tmp_path, monkeypatch):
-    """ship(**texts): the recipes that come with the package."""
+    """ship(**texts): replace the shipped recipes."""
     package = tmp_path / "package"
     package.mkdir()
     monkeypatch.setattr(sources.importlib.resources, "files", lambda name: {"prunekit.recipes": package}[name])
@@ -115,12 +115,12 @@ def ship(tmp_path, monkeypatch):
     return ship
 
 
-def mistakes(*args):
+def load_errors(*args):
     with pytest.raises(RecipeError) as caught:
         recipe.load(*args)
     return str(caught.value).split("\n")
 
 
-def mistake(*args):
-    (line,) = mistakes(*args)
+def load_error(*args):
+    (line,) = load_errors(*args)
     return line

@@ -191,8 +191,8 @@ def test_a_run_that_is_asked_to_stop_says_how_it_goes_on(launcher, whole, tmp_pa
     assert (out / "checkpoints" / "train-0008.json").is_file()
     assert json.loads((out / "state.json").read_text())["status"] == "interrupted"
     said = answer["err"].splitlines()[-1]
-    assert said.startswith("prunekit: interrupted; go on with: prunekit run digits_resnet ")
-    assert launcher.run(*shlex.split(said.partition("go on with: prunekit ")[2]))["status"] == 0
+    assert said.startswith("prunekit: interrupted; resume with: prunekit run digits_resnet ")
+    assert launcher.run(*shlex.split(said.partition("resume with: prunekit ")[2]))["status"] == 0
     same(out, folder)
 
 
@@ -200,7 +200,7 @@ def test_fine_tuning_that_is_asked_to_stop_says_how_it_goes_on(launcher, whole, 
     folder, _ = whole(TOY)
     answer = launcher.run("finetune", folder, "--out", tmp_path / "run", at=1, signals=[signal.SIGINT])
     assert answer["status"] == 130
-    said = answer["err"].splitlines()[-1].partition("go on with: prunekit ")[2]
+    said = answer["err"].splitlines()[-1].partition("resume with: prunekit ")[2]
     assert launcher.run(*shlex.split(said))["status"] == 0
     name = "finetuned/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
@@ -227,7 +227,7 @@ def test_outside_of_a_training_the_first_one_stops(launcher, tmp_path):
     command = ["run", *TOY, "train.epochs=0", "--out", str(tmp_path / "run")]
     answer = launcher.run(*command, raises=["slim", "KeyboardInterrupt", ""])
     assert answer["status"] == 130
-    assert answer["err"] == f"prunekit: interrupted; go on with: prunekit {shlex.join(command)} --resume\n"
+    assert answer["err"] == f"prunekit: interrupted; resume with: prunekit {shlex.join(command)} --resume\n"
 
 
 @pytest.mark.parametrize(
