@@ -1,4 +1,7 @@
-"""Tables, figures and a page of run folders."""
+"""Reports of run folders: loading, tables, figures, an HTML page.
+
+Imports from runs, config and utils only; nothing here imports torch.
+"""
 
 from __future__ import annotations
 

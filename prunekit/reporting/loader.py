@@ -1,4 +1,4 @@
-"""A run folder as tables in memory."""
+"""Load a run folder as tables in memory."""
 
 from __future__ import annotations
 
@@ -13,54 +13,55 @@ import pandas as pd
 from prunekit.config.yaml import parse
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.reporting import run_contents, run_repr
-from prunekit.reporting.run_contents import COUNTERS, PARTS, Example
-from prunekit.reporting.validators import SIZE, describe_problem
+from prunekit.reporting.run_contents import COUNTERS, MODELS, GalleryImage
+from prunekit.reporting.validators import PIXELS, describe_problems
 from prunekit.runs.artifacts import METRICS, RECIPE, ArtifactStore
 from prunekit.runs.run_dir import RunDir
 from prunekit.runs.stage_order import STAGES, stage_that_writes, training_position
 from prunekit.runs.state import STATE, SUMMARY
 from prunekit.utils.io import os_error_reason
 
-__all__ = ["COUNTERS", "PARTS", "Example", "Run", "load_run"]
+__all__ = ["COUNTERS", "MISSING", "MODELS", "GalleryImage", "Run", "load_run"]
 
+MISSING = ": missing"  # ends the line of a file that does not exist
 _STATUSES = ("running", "complete", "interrupted", "failed")
-_NOT_THERE = ": not there"
-_TRIES = 3  # while a run goes on
+_ATTEMPTS = 3  # while the run is being written
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """What a run folder holds. Every value is of the kind that stands here: what was of another was left out, and is
-    named in ``missing``.
+    """The contents of a run folder.
+
+    Every value has the documented type: values of another type are dropped and named in ``problems``.
 
     Attributes:
-        name: the folder's name.
+        name: name of the folder.
         path: the folder.
         status: running, complete, interrupted, failed or unknown.
-        summary: ``summary.json``; a part whose stage has not run is absent.
-        size: height and width, in pixels, of the image that the summary's MACs are counted on; None where nobody says.
-        layers: a row for each layer and branch, in the order of the network: ``layer``, ``branch`` and, for each
-            of channels, params, macs, paper_flops, fvcore_macs and thop_macs, ``<quantity>_before`` and ``…_after``.
-        counters: a row for each model (dense, slim) and counter (ours, fvcore, thop, torch): ``params``, ``macs``.
-        metrics: a row for each epoch of each training: ``stage``, ``epoch``, ``step``, ``loss``, ``penalty``,
-            ``lambda``, ``lr``, ``alive``, ``of``, ``seconds``; the metrics of the task are columns ``metrics.<name>``,
-            and with a budget there are ``size.<measure>`` and ``budget.<measure>``.
+        summary: ``summary.json``; entries of stages that have not run are absent.
+        size: height and width in pixels of the image on which the summary's MACs are counted; None if unknown.
+        layers: a row per layer and branch, in network order: ``layer``, ``branch`` and, for each of channels, params,
+            macs, paper_flops, fvcore_macs and thop_macs, ``<quantity>_before`` and ``<quantity>_after``.
+        counters: a row per model (dense, slim) and counter (ours, fvcore, thop, torch): ``params``, ``macs``.
+        metrics: a row per epoch of each training: ``stage``, ``epoch``, ``step``, ``loss``, ``penalty``, ``lambda``,
+            ``lr``, ``alive``, ``of``, ``seconds``; ``metrics.<name>`` for each metric of the task, and with a budget
+            ``size.<measure>`` and ``budget.<measure>``.
         plan: ``plan.json``, or None.
         recipe: ``recipe.yaml``.
-        missing: what is not there, damaged or at odds, a line each.
-        layers_size: as ``size``, of the MACs in ``layers`` and ``counters``.
-        gates: effective gates over sparse training, float32: a row for each epoch (from 1) and a column for each
-            (norm, channel); while training goes on, those of its newest training state.
-        curves: baseline, dense, slim, finetuned → what can be drawn: for saliency 256 values each of ``precision``,
-            ``recall`` and ``f``; for classification ``classes`` and the ``confusion`` matrix.
-        gallery: validation images, with the paths of the pictures; these are not read.
+        problems: files that are missing, damaged or inconsistent, a line each.
+        layers_size: as ``size``, for the MACs in ``layers`` and ``counters``.
+        gates: effective gates over sparse training, float32: a row per epoch (from 1), a column per (norm, channel);
+            during training those of the newest checkpoint.
+        curves: model → its curves. Saliency: ``precision``, ``recall`` and ``f``, 256 values each; classification:
+            ``classes`` and the ``confusion`` matrix.
+        gallery: validation images with the paths of their pictures, which are not read.
         environment: ``environment.json``.
-        classes: the names of the classes, where there are any.
-        bench: a row for each measurement of speed: ``model``, ``form``, ``batch``, ``size`` (64×64), ``threads``,
+        classes: names of the classes, if any.
+        bench: a row per latency measurement: ``model``, ``form``, ``batch``, ``size`` (64×64), ``threads``,
             ``device``, ``median_ms``, ``p10_ms``, ``p90_ms``, ``peak_mb``.
-        evals: a row for each set that a model was measured on by ``prunekit eval``: ``name``, ``model``, ``mode``,
-            ``folder``, ``images``, ``skipped``, ``seconds`` and ``metrics.<name>``.
-        done: the stages that are done.
+        evals: a row per model and dataset measured by ``prunekit eval``: ``name``, ``model``, ``mode``, ``folder``,
+            ``images``, ``skipped``, ``seconds`` and ``metrics.<name>``.
+        done: completed stages.
     """
 
     name: str
@@ -73,11 +74,11 @@ class Run:
     metrics: pd.DataFrame
     plan: dict[str, Any] | None
     recipe: dict[str, Any]
-    missing: list[str]
+    problems: list[str]
     layers_size: tuple[int, int] | None = None
     gates: pd.DataFrame = field(default_factory=run_contents.empty_gates)
     curves: dict[str, dict[str, Any]] = field(default_factory=dict)
-    gallery: list[Example] = field(default_factory=list)
+    gallery: list[GalleryImage] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     bench: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -85,11 +86,19 @@ class Run:
     done: list[str] = field(default_factory=list)
 
     def setting(self, key: str) -> Any:
-        """A value of the recipe by its dotted key, such as ``data.size``; None where the recipe has none."""
+        """Return a recipe value by its dotted key, such as ``data.size``; None if it is not set."""
         value: Any = self.recipe
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
+
+    def model(self, name: str) -> dict[str, Any]:
+        """Return the summary of a model, such as "slim"; empty if it does not exist."""
+        return self.summary.get(name) or {}
+
+    def model_metrics(self, name: str) -> dict[str, float]:
+        """Return the known metrics of a model."""
+        return {key: value for key, value in (self.model(name).get("metrics") or {}).items() if value is not None}
 
     def __repr__(self) -> str:
         return run_repr.as_text(self)
@@ -99,22 +108,22 @@ class Run:
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run folder: complete, going on, broken off, or with damaged files.
+    """Load a run folder: complete, running, interrupted, or with damaged files.
 
     Raises:
-        RunFolderError: the folder is no run folder, cannot be read, or needs a newer prunekit.
+        RunFolderError: the path is not a run folder, cannot be read, or requires a newer prunekit.
     """
     path = Path(path)
-    for _ in range(_TRIES):
-        before = _state(path)
+    for _ in range(_ATTEMPTS):
+        before = _state_bytes(path)
         run = _load(path)
-        # A file that was replaced after the state was read does not fit the checksum there.
-        if before == _state(path) or all(line.endswith(_NOT_THERE) for line in run.missing):
+        # A file replaced after the state was read does not match its checksum.
+        if before == _state_bytes(path) or all(line.endswith(MISSING) for line in run.problems):
             break
     return run
 
 
-def _state(path: Path) -> bytes | None:
+def _state_bytes(path: Path) -> bytes | None:
     try:
         return (path / STATE).read_bytes()
     except OSError:
@@ -122,218 +131,212 @@ def _state(path: Path) -> bytes | None:
 
 
 def _load(path: Path) -> Run:
-    files, state = _open(path)
-    read = _Reader(files)
-    if state is not None:
-        read.missing.append(state)
-    recipe = read(RECIPE, lambda _: _recipe(files.read_text(RECIPE)), {})
-    summary = read.json(SUMMARY, run_contents.summary, {})
-    status, done = files.status if isinstance(files, RunDir) else "unknown", _done(files)
-    status = status if status in _STATUSES else summary.get("status", "unknown")
-    over = status not in ("running", "interrupted")
-    read.stages = set(summary.get("seconds", ())) if status == "complete" else set()
-    metrics = read(
-        METRICS, lambda faults: run_contents.metrics(files.read_bytes(METRICS), faults, over), pd.DataFrame()
+    files, state_problem = _open(path)
+    reader = _Reader(files)
+    if state_problem is not None:
+        reader.problems.append(state_problem)
+    recipe = reader.read(RECIPE, lambda _: _read_recipe(files.read_text(RECIPE)), {})
+    summary = reader.read_json(SUMMARY, run_contents.read_summary, {})
+    status, done = (files.status, files.done) if isinstance(files, RunDir) else ("unknown", [])
+    status = next((s for s in (status, summary.get("status")) if s in _STATUSES), "unknown")
+    finished = status not in ("running", "interrupted")
+    reader.own_stages = set(summary.get("seconds", ())) if status == "complete" else set()
+    metrics = reader.read(
+        METRICS,
+        lambda problems: run_contents.read_metrics(files.read_bytes(METRICS), problems, finished),
+        pd.DataFrame(),
     )
-    plan = read.json("plan.json", run_contents.plan, None)
-    nothing = run_contents.empty_layers(), run_contents.empty_counters(), None
-    layers, counters, layers_size = read.json("layers.json", lambda value, _: run_contents.layers(value), nothing)
+    plan = reader.read_json("plan.json", run_contents.read_plan, None)
+    no_layers = run_contents.empty_layers(), run_contents.empty_counters(), None
+    layers, counters, layers_size = reader.read_json(
+        "layers.json", lambda value, _: run_contents.read_layers(value), no_layers
+    )
+    side = (recipe.get("data") or {}).get("size") if isinstance(recipe.get("data"), dict) else None
     run = Run(
         name=files.path.resolve().name,
         path=files.path,
-        status=status if status in _STATUSES else "unknown",
+        status=status,
         summary=summary,
-        size=_size(recipe) or layers_size,
+        size=(int(side), int(side)) if PIXELS.accepts(side) else layers_size,
         layers=layers,
         counters=counters,
         metrics=metrics,
         plan=plan,
         recipe=recipe,
-        missing=read.missing,
+        problems=reader.problems,
         layers_size=layers_size,
-        gates=_gates(read, done),
-        curves=read.json("curves.json", run_contents.curves, {}),
-        gallery=read.json("gallery/index.json", lambda value, faults: _gallery(read, value, faults), []),
-        environment=read.json("environment.json", run_contents.environment, {}),
-        classes=read.json("classes.json", run_contents.classes, [], optional=True),
-        bench=read.json("bench.json", run_contents.bench, pd.DataFrame(), optional=True),
-        evals=read.json("eval.json", run_contents.evals, pd.DataFrame(), optional=True),
+        gates=_read_gates(reader, done),
+        curves=reader.read_json("curves.json", run_contents.read_curves, {}),
+        gallery=reader.read_json("gallery/index.json", lambda *args: _read_gallery(reader, *args), []),
+        environment=reader.read_json("environment.json", run_contents.read_environment, {}),
+        classes=reader.read_json("classes.json", run_contents.read_classes, [], optional=True),
+        bench=reader.read_json("bench.json", run_contents.read_bench, pd.DataFrame(), optional=True),
+        evals=reader.read_json("eval.json", run_contents.read_evals, pd.DataFrame(), optional=True),
         done=done,
     )
-    run.missing.extend(_unread(read))
-    run.missing.extend(_at_odds(run))
+    run.problems.extend(_problems_of_other_files(reader))
+    run.problems.extend(_inconsistencies(run))
     return run
 
 
 def _open(path: Path) -> tuple[ArtifactStore, str | None]:
-    """The folder; where its state is damaged, what can be read without one, and what is wrong with it."""
+    """Open the folder; with a damaged state, return what can be read without one, and the problem."""
+    unverified = "the other files cannot be verified by a checksum"
     try:
         run = RunDir.open(path)
-        return run, None if (path / STATE).is_file() else f"{STATE}: not there, so nothing vouches for the other files"
+        return run, None if (path / STATE).is_file() else f"{STATE}{MISSING}; {unverified}"
     except OSError as error:
-        raise RunFolderError(f"{path} cannot be read: {os_error_reason(error)}; mend its permissions") from error
+        raise RunFolderError(f"{path} cannot be read: {os_error_reason(error)}; fix its permissions") from error
     except CheckpointError as error:
-        fault = f"{STATE}: {_one_line(error)}; nothing vouches for the other files"
+        problem = f"{STATE}: {_one_line(error)}; {unverified}"
     except RecursionError:
-        fault = f"{STATE} or {SUMMARY}: nested too deep, so nothing vouches for the other files"
-    return ArtifactStore(path, {"checksums": {}}, None), fault
-
-
-def _done(files: ArtifactStore) -> list[str]:
-    return files.done if isinstance(files, RunDir) else []
+        problem = f"{STATE} or {SUMMARY}: nested too deeply; {unverified}"
+    return ArtifactStore(path, {"checksums": {}}, None), problem
 
 
 class _Reader:
-    """Reads files, and notes which of them are not there or damaged.
+    """Reads the files of a run folder and records problems instead of raising.
 
     Attributes:
-        missing: what is to be said of them.
-        read: their names.
-        stages: those that a run which is complete has done itself; empty where that is not known.
+        problems: a line for each file that is missing or damaged.
+        names: the files read so far.
+        own_stages: the stages that a complete run executed itself; empty if unknown.
     """
 
     def __init__(self, files: ArtifactStore):
         self.files = files
-        self.missing: list[str] = []
-        self.read: set[str] = set()
-        self.stages: set[str] = set()
+        self.problems: list[str] = []
+        self.names: set[str] = set()
+        self.own_stages: set[str] = set()
 
-    def __call__(self, name: str, how: Callable[[list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
-        faults: list[str] = []
-        self.read.add(name)
+    def read(self, name: str, decode: Callable[[list[str]], Any], default: Any, optional: bool = False) -> Any:
+        """Return ``decode(problems)``, or the default if the file is missing or damaged."""
+        problems: list[str] = []
+        self.names.add(name)
         try:
             if not (self.files.path / name).exists():
-                if name in self.files.written() or not (optional or self._elsewhere(name)):
-                    self.missing.append(f"{name}{_NOT_THERE}")
-                return otherwise
-            value = how(faults)
+                if name in self.files.written() or not (optional or self._is_inherited(name)):
+                    self.problems.append(f"{name}{MISSING}")
+                return default
+            value = decode(problems)
         except CheckpointError as error:
-            self.missing.append(f"{name}: {_one_line(error)}")
-            return otherwise
+            self.problems.append(f"{name}: {_one_line(error)}")
+            return default
         except Exception as error:
-            # What bytes that something else has written can make a parser raise is not for us to list.
+            # A parser may raise anything on arbitrary bytes.
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            self.missing.append(f"{name}: not as prunekit writes it ({kind}{_one_line(error)})")
-            return otherwise
-        if faults:
-            self.missing.append(
-                f"{name}: left out what is not as prunekit writes it ({_one_line(describe_problem(faults))})"
-            )
+            self.problems.append(f"{name}: not in the expected format ({kind}{_one_line(error)})")
+            return default
+        if problems:
+            self.problems.append(f"{name}: ignored invalid content ({_one_line(describe_problems(problems))})")
         return value
 
-    def _elsewhere(self, name: str) -> bool:
-        """Whether this file stands in the run that this one began from, whose stages were not done again."""
-        by = stage_that_writes(name)
-        if by is None or not self.stages:
-            return False
-        # Fine-tuning adds to the lines of training.
-        return not self.stages & ({by, "finetune"} if name == METRICS else {by})
+    def read_json(
+        self, name: str, convert: Callable[[Any, list[str]], Any], default: Any, optional: bool = False
+    ) -> Any:
+        return self.read(name, lambda problems: convert(self.files.read_json(name), problems), default, optional)
 
-    def json(self, name: str, check: Callable[[Any, list[str]], Any], otherwise: Any, optional: bool = False) -> Any:
-        return self(name, lambda faults: check(self.files.read_json(name), faults), otherwise, optional)
+    def _is_inherited(self, name: str) -> bool:
+        """Whether the file is in the run that this one was derived from, whose stages were not executed again."""
+        stage = stage_that_writes(name)
+        if stage is None or not self.own_stages:
+            return False
+        # Fine-tuning adds lines to those of training.
+        return not self.own_stages & ({stage, "finetune"} if name == METRICS else {stage})
 
 
 def _one_line(text: object) -> str:
-    # Of control characters too: these lines go to terminals.
+    """Return the text in one line, without control characters, which could change the state of a terminal."""
     return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", str(text)).split())
 
 
-def _gallery(read: _Reader, value: Any, faults: list[str]) -> list[Example]:
-    """The examples, without the pictures that are damaged or of another run."""
-    examples = run_contents.gallery(value, read.files.path / "gallery", faults)
-    for example in examples:
-        for part, path in list(example.files.items()):
+def _read_gallery(reader: _Reader, value: Any, problems: list[str]) -> list[GalleryImage]:
+    """Return the gallery without pictures that do not match their checksum."""
+    images = run_contents.read_gallery(value, reader.files.path / "gallery", problems)
+    for image in images:
+        for part, path in list(image.files.items()):
             name = f"gallery/{path.name}"
-            read.read.add(name)
+            reader.names.add(name)
             try:
-                read.files.read_bytes(name)
+                reader.files.read_bytes(name)
             except CheckpointError:
-                faults.append(f"{path.name} is damaged")
-                del example.files[part]
-    return examples
+                problems.append(f"{path.name} is damaged")
+                del image.files[part]
+    return images
 
 
-def _unread(read: _Reader) -> Iterator[str]:
-    """What is wrong with the files that a report does not show: weights, exports."""
-    for name in read.files.written():
-        if name in read.read:
-            continue
-        if not (read.files.path / name).exists():
-            yield f"{name}{_NOT_THERE}"
+def _problems_of_other_files(reader: _Reader) -> Iterator[str]:
+    """Check files that a report does not show: weights, exports."""
+    for name in reader.files.written():
+        if name in reader.names:
             continue
         try:
-            read.files.read_bytes(name)
+            if (reader.files.path / name).exists():
+                reader.files.read_bytes(name)
+            else:
+                yield f"{name}{MISSING}"
         except CheckpointError as error:
             yield f"{name}: {_one_line(error)}"
 
 
-def _recipe(text: str) -> dict[str, Any]:
+def _read_recipe(text: str) -> dict[str, Any]:
     document = parse(text)
     if document.problems:
         raise ValueError(f"line {document.problems[0].line}: {document.problems[0].message}")
     if not isinstance(document.value, dict):
-        raise ValueError("it is no mapping")
+        raise ValueError("it is not a mapping")
     return document.value
 
 
-def _size(recipe: dict[str, Any]) -> tuple[int, int] | None:
-    data = recipe.get("data")
-    side = data.get("size") if isinstance(data, dict) else None
-    return (int(side), int(side)) if SIZE.fits(side) else None
-
-
-def _gates(read: _Reader, done: list[str]) -> pd.DataFrame:
-    if "train" not in done and not (read.files.path / "gates.npz").exists():
-        training = _gates_of_training(read.files)
-        if len(training):
-            return training
-    return read(
-        "gates.npz", lambda _: run_contents.gates(read.files.read_arrays("gates.npz")), run_contents.empty_gates()
+def _read_gates(reader: _Reader, done: list[str]) -> pd.DataFrame:
+    name = "gates.npz"
+    if "train" not in done and not (reader.files.path / name).exists():
+        gates = _gates_of_checkpoint(reader.files)
+        if len(gates):
+            return gates
+    return reader.read(
+        name, lambda _: run_contents.read_gates(reader.files.read_arrays(name)), run_contents.empty_gates()
     )
 
 
-def _gates_of_training(files: ArtifactStore) -> pd.DataFrame:
-    """Those of the newest training state; that may be replaced while it is read, and then the one before has to do."""
+def _gates_of_checkpoint(files: ArtifactStore) -> pd.DataFrame:
+    """Return the gates of the newest readable checkpoint; one may be replaced while it is read."""
     prefix = "gates/"
-    states = files.states()
-    for step in states.steps("train"):
+    checkpoints = files.states()
+    for step in checkpoints.steps("train"):
         try:
-            tensors, _ = states.read("train", step)
-            held = {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
-            return run_contents.gates(held)
-        except Exception:
-            # As in _Reader; a state that cannot be read is no loss, the run goes on from the one before it too.
+            tensors, _ = checkpoints.read("train", step)
+            gates = {name.removeprefix(prefix): rows for name, rows in tensors.items() if name.startswith(prefix)}
+            return run_contents.read_gates(gates)
+        except Exception:  # As in _Reader.read; a resumed run uses the previous checkpoint too.
             continue
     return run_contents.empty_gates()
 
 
-def _at_odds(run: Run) -> list[str]:
-    """What does not agree among files that are each as they should be: one of them is of another run, or cut short."""
-    found = []
-    complete = run.status == "complete"
+def _inconsistencies(run: Run) -> Iterator[str]:
+    """Find contradictions between valid files: one of them is from another run, or incomplete."""
     for model in ("dense", "slim"):
         ours = run.counters[(run.counters["model"] == model) & (run.counters["counter"] == "ours")]["params"].dropna()
-        params = run.summary.get(model, {}).get("params")
+        params = run.model(model).get("params")
         if len(ours) and params is not None and int(ours.iloc[0]) != params:
-            found.append(
+            yield (
                 f"layers.json: its {model} model has {int(ours.iloc[0]):,} parameters, that of {SUMMARY} {params:,}; "
-                "one of the two is of another run"
+                "one of the two is from another run"
             )
-    if complete and run.summary and not any(part in run.summary for part in PARTS):
-        found.append(f"{SUMMARY}: the run is complete, and there is no model in it")
+    if run.status == "complete" and run.summary and not any(model in run.summary for model in MODELS):
+        yield f"{SUMMARY}: the run is complete, but the summary contains no model"
     counts: dict[str, int] = {}
     for stage, rows in run.metrics.groupby("stage", sort=False) if len(run.metrics) else ():
         epochs = rows["epoch"].tolist()
         counts[str(stage)] = len(epochs)
         if epochs != list(range(1, len(epochs) + 1)):
-            found.append(f"{METRICS}: the epochs of {stage} are not 1, 2, 3 and so on")
-    # The training of a run that was derived from another one stands in that one.
-    here = {"finetune", *run.summary.get("seconds", ())}
-    for stage, key in (("train", "train.epochs"), ("baseline", "train.epochs"), ("finetune", "finetune.epochs")):
-        wanted, held, of = run.setting(key), counts.get(stage, 0), STAGES[training_position(stage)[0]]
-        own = held or (of in here and (stage != "baseline" or run.setting("baseline")))
-        if own and of in run.done and isinstance(wanted, int) and held < wanted:
-            found.append(f"{METRICS}: {held} of {wanted} epochs of {stage}")
+            yield f"{METRICS}: the epochs of {stage} are not numbered 1, 2, 3, …"
+    # The epochs of a derived run's training are in the run that it was derived from.
+    own_stages = {"finetune", *run.summary.get("seconds", ())}
+    for training, key in (("train", "train.epochs"), ("baseline", "train.epochs"), ("finetune", "finetune.epochs")):
+        expected, count, stage = run.setting(key), counts.get(training, 0), STAGES[training_position(training)[0]]
+        is_own = count or (stage in own_stages and (training != "baseline" or run.setting("baseline")))
+        if is_own and stage in run.done and isinstance(expected, int) and count < expected:
+            yield f"{METRICS}: {count} of {expected} epochs of {training}"
     if len(run.gates) and "train" in run.done and counts.get("train") and len(run.gates) != counts["train"]:
-        found.append(f"gates.npz: {len(run.gates)} epochs, {METRICS} has {counts['train']} of train")
-    return found
+        yield f"gates.npz: {len(run.gates)} epochs, {METRICS} has {counts['train']} of train"

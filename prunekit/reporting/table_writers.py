@@ -1,21 +1,20 @@
-"""Tables as files: raw numbers in CSV and JSON, written-out ones in Markdown and LaTeX."""
+"""Write tables as files: raw numbers in CSV and JSON, formatted ones in Markdown and LaTeX."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
-from prunekit.reporting.number_format import written_out
+from prunekit.reporting.number_format import format_number
 from prunekit.utils.io import write_atomic
 
-# A page holds no more rows than this; what is longer becomes a longtable.
-PAGE_ROWS = 45
+PAGE_ROWS = 45  # a longer table becomes a longtable
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -26,153 +25,129 @@ _LATEX = {
 
 
 def decimals(column: str) -> int:
-    """How many digits stand behind the point in a column of fractions: 1 for seconds and megabytes, 3 for milliseconds,
-    else 4."""
+    """Return the decimals of fractions in a column: 1 for seconds and megabytes, 3 for milliseconds, else 4."""
     if re.search(r"\bms\b", column):
         return 3
     return 1 if column == "seconds" or column.endswith((" s", " MB")) else 4
 
 
-def cell(value: Any, column: str) -> str:
-    """A value as people read it; a dash where there is none."""
+def format_cell(value: Any, column: str) -> str:
+    """Format a value for readers; a missing one is a dash."""
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    return written_out(value, decimals(column) if isinstance(value, (float, np.floating)) else None)
+    return format_number(value, decimals(column) if isinstance(value, (float, np.floating)) else None)
+
+
+def is_numeric(table: pd.DataFrame) -> list[bool]:
+    """Return for each column whether it contains numbers, which are right-aligned."""
+    return [pd.api.types.is_numeric_dtype(dtype) for dtype in table.dtypes]
+
+
+def format_cells(table: pd.DataFrame) -> list[list[str]]:
+    """Return the rows as formatted texts."""
+    columns = [[format_cell(value, str(name)) for value in column.tolist()] for name, column in table.items()]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> Path:
-    """Write raw numbers, in UTF-8; what is missing is an empty field.
+    """Write raw numbers in UTF-8; missing values are empty fields.
 
     Raises:
-        CheckpointError: the system refused.
+        CheckpointError: the file cannot be written.
     """
-    # A name can hold line breaks, and half a surrogate pair, which is no UTF-8.
+    # Names may contain line breaks.
     plain = table.map(lambda value: _CONTROL.sub(" ", value) if isinstance(value, str) else value)
     plain.columns = [_CONTROL.sub(" ", str(column)) for column in table.columns]
-    write_atomic(path, plain.to_csv(index=False, lineterminator="\n").encode(errors="replace"))
-    return path
+    return _write(path, plain.to_csv(index=False, lineterminator="\n"))
 
 
 def write_json(table: pd.DataFrame, path: Path) -> Path:
-    """Write a list of rows, each a mapping from column to raw number or text; what is missing is null.
+    """Write a list of rows, each a mapping from column to raw number or text; missing values are null.
 
     Raises:
-        CheckpointError: the system refused.
+        CheckpointError: the file cannot be written.
     """
-    rows = [{str(c): _plain(v) for c, v in zip(table.columns, row, strict=True)} for row in _rows(table)]
-    write_atomic(
-        path, (json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
-    )
-    return path
+    # Not DataFrame.to_json, which rounds to 15 digits.
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return _write(path, json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_markdown(table: pd.DataFrame, path: Path) -> Path:
-    """Write numbers such as 210,985, right-aligned; what is missing is a dash.
+    """Write formatted numbers such as 210,985, right-aligned; missing values are dashes.
 
     Raises:
-        CheckpointError: the system refused.
+        CheckpointError: the file cannot be written.
     """
-    heads = [_markdown(str(column)) for column in table.columns]
-    rows = [
-        [_markdown(cell(v, str(c))) for c, v in zip(table.columns, row, strict=True)] for row in _rows(table)
-    ]  # fmt: skip
-    right = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
-    widths = [max(3, *(len(line[i]) for line in [heads, *rows])) for i in range(len(heads))]
-
-    def line(cells: Iterable[str]) -> str:
-        aligned = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
-        return f"| {' | '.join(aligned)} |"
-
-    rule = [f"{'-' * (w + 1)}:" if r else f":{'-' * (w + 1)}" for w, r in zip(widths, right, strict=True)]
-    text = "\n".join([line(heads), f"|{'|'.join(rule)}|", *map(line, rows)])
-    write_atomic(path, f"{text}\n".encode(errors="replace"))
-    return path
+    headers = [_escape_markdown(str(column)) for column in table.columns]
+    rows = [list(map(_escape_markdown, row)) for row in format_cells(table)]
+    align = ["right" if numeric else "left" for numeric in is_numeric(table)]
+    text = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align if rows else None)
+    return _write(path, f"{text}\n")
 
 
-def _markdown(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     text = _CONTROL.sub(" ", text)
     return re.sub(r"([\\|`*_<\[])", r"\\\1", text) if not re.fullmatch(r"[\w .,%()×÷–+-]*", text) else text
 
 
 def write_latex(table: pd.DataFrame, path: Path) -> Path:
-    """Write a ``tabular`` with the rules of booktabs (a ``longtable`` where it is longer than a page), numbers as in
-    Markdown; everything is escaped. A head's unit or convention stands in a second line.
+    """Write a booktabs ``tabular``, or a ``longtable`` beyond a page, with numbers as in Markdown and texts escaped.
+
+    The unit or convention of a header is in a second line.
 
     Raises:
-        CheckpointError: the system refused.
+        CheckpointError: the file cannot be written.
     """
-    long = len(table) > PAGE_ROWS
-    columns = [str(column) for column in table.columns]
-    right = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
-    heads = [_head(column) for column in columns]
-    head = [" & ".join(latex(upper) for upper, _ in heads) + r" \\"]
-    if any(lower for _, lower in heads):
-        head.append(" & ".join(latex(lower) for _, lower in heads) + r" \\")
-    body = [" & ".join(latex(cell(v, c), n) for c, v, n in zip(columns, row, right, strict=True)) + r" \\"
-            for row in _rows(table)]  # fmt: skip
-    if "run" in columns and "model" in columns:
-        _space_out(body, table["run"].tolist())
-    kind = "longtable" if long else "tabular"
+    kind = "longtable" if len(table) > PAGE_ROWS else "tabular"
+    numeric = is_numeric(table)
+    headers = list(zip(*(_split_header(str(column)) for column in table.columns), strict=True))
     lines = [
-        f"% {path.stem}: needs \\usepackage{{booktabs}}" + (" and \\usepackage{longtable}" if long else ""),
-        f"\\begin{{{kind}}}{{@{{}}{''.join('r' if r else 'l' for r in right)}@{{}}}}",
+        f"% {path.stem}: needs \\usepackage{{booktabs}}" + (" and \\usepackage{longtable}" * (kind == "longtable")),
+        f"\\begin{{{kind}}}{{@{{}}{''.join('r' if right else 'l' for right in numeric)}@{{}}}}",
         r"\toprule",
-        *head,
+        *(" & ".join(map(escape_latex, line)) + r" \\" for line in headers if any(line)),
         r"\midrule",
-        *([r"\endhead"] if long else []),
-        *body,
-        r"\bottomrule",
-        f"\\end{{{kind}}}",
+        *([r"\endhead"] if kind == "longtable" else []),
     ]
-    write_atomic(path, ("\n".join(lines) + "\n").encode(errors="replace"))
-    return path
+    names = table["run"].tolist() if {"run", "model"} <= set(table.columns) else [""] * len(table)
+    for index, row in enumerate(format_cells(table)):
+        if index and names[index] != names[index - 1]:
+            lines.append(r"\addlinespace")
+        lines.append(" & ".join(map(escape_latex, row, numeric)) + r" \\")
+    return _write(path, "\n".join([*lines, r"\bottomrule", f"\\end{{{kind}}}"]) + "\n")
 
 
-def latex(text: str, number: bool = False) -> str:
-    """A text that LaTeX prints as it is; letters beyond Latin need xelatex or lualatex."""
+def escape_latex(text: str, number: bool = False) -> str:
+    """Escape a text for LaTeX; letters beyond Latin need xelatex or lualatex."""
     # Two hyphens would be printed as a dash.
     text = "".join(_LATEX.get(sign, sign) for sign in _CONTROL.sub(" ", text)).replace("--", "-{}-")
-    # At the start of a row "[" would be an argument of the line break before it.
+    # At the start of a row "[" would be an argument of the previous line break.
     text = f"{{}}{text}" if text.startswith(("[", "*")) else text
     return f"$-${text[1:]}" if number and text.startswith("-") else text
 
 
-def _head(column: str) -> tuple[str, str]:
-    """MACs (64×64) → MACs, (64×64)."""
-    found = re.fullmatch(r"(.+?) (\(.*\)|÷ dense|(?:before|after)(?: \(.*\))?)", column)
-    return (found[1], found[2]) if found else (column, "")
+def _split_header(column: str) -> tuple[str, str]:
+    """Split the unit off: "MACs (64×64)" → "MACs", "(64×64)"."""
+    match = re.fullmatch(r"(.+?) (\(.*\)|÷ dense|(?:before|after)(?: \(.*\))?)", column)
+    return (match[1], match[2]) if match else (column, "")
 
 
-def _space_out(body: list[str], names: list[str]) -> None:
-    """A little space where the rows of another run begin."""
-    for place in range(len(names) - 1, 0, -1):
-        if names[place] != names[place - 1]:
-            body.insert(place, r"\addlinespace")
-
-
-def _rows(table: pd.DataFrame) -> Iterable[tuple[Any, ...]]:
-    return zip(*(table.iloc[:, place].tolist() for place in range(table.shape[1])), strict=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (str, bool)):
-        return value
-    if value is None or pd.isna(value):
-        return None
-    return value.item() if isinstance(value, np.generic) else value
+def _write(path: Path, text: str) -> Path:
+    # A name may contain half a surrogate pair, which UTF-8 cannot encode.
+    write_atomic(path, text.encode(errors="replace"))
+    return path
 
 
 WRITERS = {"csv": write_csv, "json": write_json, "md": write_markdown, "tex": write_latex}
 
 
-def write_table(table: pd.DataFrame, stem: Path, narrow: list[str] | None = None) -> list[Path]:
-    """Write ``<stem>.csv``, ``.json``, ``.md`` and ``.tex``, this with the ``narrow`` columns alone, and return their
-    paths.
+def write_table(table: pd.DataFrame, stem: Path, latex_columns: list[str] | None = None) -> list[Path]:
+    """Write ``<stem>.csv``, ``.json``, ``.md`` and ``.tex`` (with ``latex_columns`` only), and return the paths.
 
     Raises:
-        CheckpointError: the system refused.
+        CheckpointError: a file cannot be written.
     """
     return [
-        write(table if narrow is None or kind != "tex" else table[narrow], stem.with_name(f"{stem.name}.{kind}"))
+        write(table[latex_columns] if kind == "tex" and latex_columns else table, stem.with_name(f"{stem.name}.{kind}"))
         for kind, write in WRITERS.items()
     ]

@@ -1,8 +1,7 @@
-"""Tables of runs, with raw numbers.
+"""Tables of runs, with raw numbers; missing values are NA.
 
-A header names its unit and convention: MACs count one multiply-add as one, on an image of the size that stands there;
-"paper FLOPs" are the convention of the CSNet paper and always at 224×224; "÷ dense" is the ratio to the dense model.
-What is not known is missing (NA).
+A header names the unit and convention: MACs count one multiply-add as one, on an image of the given size; "paper FLOPs"
+follow the CSNet paper and are always at 224×224; "÷ dense" is the ratio to the dense model.
 """
 
 from __future__ import annotations
@@ -13,24 +12,22 @@ from typing import Any
 
 import pandas as pd
 
-from prunekit.reporting.loader import COUNTERS, PARTS, Run
-from prunekit.reporting.number_format import NOTHING, file_stem, size_text, written_out
+from prunekit.reporting.loader import COUNTERS, MODELS, Run
+from prunekit.reporting.number_format import file_stem, format_size
 from prunekit.reporting.published import LABEL, PUBLISHED
 from prunekit.reporting.validators import is_number
 from prunekit.runs.stage_order import STAGES
-
-__all__ = [
-    "NOTHING", "Named", "bench_table", "budget_table", "counters_table", "epochs_table", "evals_table", "latency",
-    "layers_macs_title", "layers_table", "macs_title", "notes_table", "seconds_table", "size_text",
-    "summary_table", "tables", "written_out",
-]  # fmt: skip
 
 MACS = "MACs ("
 LATENCY = "latency ms"
 PAPER_FLOPS = "paper FLOPs (224×224)"
 PARAMS_RATIO, MACS_RATIO = "params ÷ dense", "MACs ÷ dense"
 SECONDS = "seconds"
-_TITLES = {
+_RESERVED = {
+    *("run", "set", "model", "mode", "images", "skipped", "params"),
+    *(PAPER_FLOPS, PARAMS_RATIO, MACS_RATIO, SECONDS),
+}
+_LAYER_TITLES = {
     "channels": "channels {}",
     "share": "share of channels {}",
     "params": "params {}",
@@ -39,156 +36,176 @@ _TITLES = {
     "thop_macs": "thop MACs {} {}",
     "paper_flops": "paper FLOPs {} (224×224)",
 }
-# The stages that make a model. Sparse training and a baseline are one; of that the baseline's epochs are its own.
-_MADE_IN = {"dense": ("train",), "slim": ("extract", "slim"), "finetuned": ("finetune",)}
+_BENCH_TITLES = {"median_ms": "median ms", "p10_ms": "p10 ms", "p90_ms": "p90 ms", "peak_mb": "peak MB"}
+# The stages that produce a model. The stage train also trains a baseline, whose epochs are counted separately.
+_STAGES_OF_MODEL = {"dense": ("train",), "slim": ("extract", "slim"), "finetuned": ("finetune",)}
 
 
 @dataclass(frozen=True)
-class Named:
-    """A table and what stands around it.
+class ReportTable:
+    """A table of a report.
 
     Attributes:
-        name: the stem of its files.
+        name: distinct among the tables of a run.
         title: a heading, such as "Models".
         note: a sentence on how to read it.
-        table: one row each of what the title says.
-        narrow: the columns that fit a page of paper; None: all.
+        data: the rows.
+        latex_columns: the columns that fit a printed page; None: all.
+        run: with several runs, the name of the run that it is about; empty for all.
     """
 
     name: str
     title: str
     note: str
-    table: pd.DataFrame
-    narrow: list[str] | None = None
+    data: pd.DataFrame
+    latex_columns: list[str] | None = None
+    run: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The stem of its files."""
+        return f"{file_stem(self.run)}-{self.name}" if self.run else self.name
 
 
 def macs_title(run: Run) -> str:
-    """The header of a column of MACs in the summary."""
-    return f"MACs {size_text(run.size)}"
+    """Return the header of the MACs in the summary."""
+    return f"MACs {format_size(run.size)}"
 
 
 def layers_macs_title(run: Run) -> str:
-    """The header of a column of MACs of layers and of counters: a run that was derived from one of another image size
-    has its layers from there."""
-    return f"MACs {size_text(run.layers_size or run.size)}"
+    """Return the header of the MACs of layers and counters.
+
+    Derived runs keep the layers of their source run, which may use another image size.
+    """
+    return f"MACs {format_size(run.layers_size or run.size)}"
 
 
 def summary_table(runs: Sequence[Run], published: bool = False) -> pd.DataFrame:
-    """A row for each run and model (baseline, dense, slim, finetuned) that is there; with ``published`` one for each
-    published CSNet below them, whose run is called "published, ECSSD".
+    """Return a row for each run and model (baseline, dense, slim, finetuned).
 
-    Columns: run, model, params, MACs (one column for each image size), paper FLOPs, the metrics that the runs hold, in
-    their order there, latency where it was measured (one column for each way of measuring), params and MACs as ratios
-    to the dense model of the same run, and the seconds of the stages that made the model. What is not known is missing
-    (NA), such as the metrics of another run's task.
+    Columns: run, model, params, MACs (a column per image size), paper FLOPs, the metrics, latency if measured (a column
+    per measurement setting), the ratios of params and MACs to the run's dense model, and the seconds of the stages that
+    produced the model.
+
+    Args:
+        runs: with distinct names.
+        published: append the published CSNet models, as run "published, ECSSD".
     """
     rows: list[dict[str, Any]] = []
     metrics: dict[str, None] = {}
     for run in runs:
-        dense = _part(run, "dense")
-        latency_title, took = latency(run)
-        for name in PARTS:
-            part = _part(run, name)
-            if not part:
+        dense = run.model("dense")
+        latency_title, latencies = latency(run)
+        for name in MODELS:
+            model = run.model(name)
+            if not model:
                 continue
-            found = {_metric(k): v for k, v in (part.get("metrics") or {}).items() if is_number(v)}
-            metrics |= dict.fromkeys(found)
+            values = {_metric_title(k): v for k, v in run.model_metrics(name).items() if is_number(v)}
+            metrics |= dict.fromkeys(values)
             rows.append(
                 {
                     "run": run.name,
                     "model": name,
-                    "params": part.get("params"),
-                    macs_title(run): part.get("macs"),
-                    PAPER_FLOPS: part.get("paper_flops"),
-                    **found,
-                    **({latency_title: took[name]} if name in took else {}),
-                    PARAMS_RATIO: _ratio(part.get("params"), dense.get("params")),
-                    MACS_RATIO: _ratio(part.get("macs"), dense.get("macs")),
+                    "params": model.get("params"),
+                    macs_title(run): model.get("macs"),
+                    PAPER_FLOPS: model.get("paper_flops"),
+                    **values,
+                    **({latency_title: latencies[name]} if name in latencies else {}),
+                    PARAMS_RATIO: _ratio(model.get("params"), dense.get("params")),
+                    MACS_RATIO: _ratio(model.get("macs"), dense.get("macs")),
                     SECONDS: _seconds(run, name),
                 }
             )
-    for one in PUBLISHED if published else ():
-        sizes = {"params": one.params, PAPER_FLOPS: one.paper_flops}
-        rows.append({"run": LABEL, "model": one.name, **sizes, **one.metrics})
-        metrics |= dict.fromkeys(one.metrics)
-    found = list(dict.fromkeys(key for row in rows for key in row))
-    macs, latencies = ([key for key in found if key.startswith(word)] for word in (MACS, LATENCY))
+    for model in PUBLISHED if published else ():
+        counts = {"params": model.params, PAPER_FLOPS: model.paper_flops}
+        rows.append({"run": LABEL, "model": model.name, **counts, **model.metrics})
+        metrics |= dict.fromkeys(model.metrics)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    macs, latency_titles = ([c for c in columns if c.startswith(prefix)] for prefix in (MACS, LATENCY))
     counts = ["params", *macs, PAPER_FLOPS]
-    fractions = [*metrics, *latencies, PARAMS_RATIO, MACS_RATIO, SECONDS]
-    # Of objects: among floats, counts above 2⁵³ would lose their last digits.
-    table = pd.DataFrame(rows, columns=["run", "model", *counts, *fractions], dtype=object)
+    fractions = [*metrics, *latency_titles, PARAMS_RATIO, MACS_RATIO, SECONDS]
+    return _typed(rows, ["run", "model", *counts, *fractions], counts, fractions)
+
+
+def _typed(
+    rows: list[dict[str, Any]], columns: list[str], counts: Sequence[str], fractions: Sequence[str] = ()
+) -> pd.DataFrame:
+    # By way of objects: as floats, counts above 2⁵³ would lose digits.
+    table = pd.DataFrame(rows, columns=columns, dtype=object)
     return table.astype({**dict.fromkeys(counts, "Int64"), **dict.fromkeys(fractions, "Float64")})
 
 
 def latency(run: Run) -> tuple[str, dict[str, float]]:
-    """The median latency of the models, in milliseconds, and the header that says how it was measured.
+    """Return the column title and the median latency in ms of each model.
 
-    Of what ``bench.json`` holds, the measurements are taken that were made in one way (form, batch, size, threads,
-    device) for the most models, at the run's own image size and the smallest batch and number of threads; without
-    it, what the summary has for the exported model. A fine-tuned model that was not measured itself has the latency
-    of the slim one: it is the same network with other weights.
+    From ``bench.json``, the setting (form, batch, size, threads, device) measured for the most models is used; ties are
+    resolved by the run's own image size, then the smallest batch and number of threads. Without ``bench.json``, the
+    latency of the exported model in the summary is used. A fine-tuned model that was not measured gets the latency of
+    the slim one, which is the same network with other weights.
     """
-    title, took = LATENCY, {}
+    title, latencies = LATENCY, {}
     if len(run.bench):
-        own = size_text(run.size).strip("()")
-        ways = run.bench.groupby(["form", "batch", "size", "threads", "device"], sort=False, dropna=False)
+        own_size = format_size(run.size).strip("()")
+        settings = run.bench.groupby(["form", "batch", "size", "threads", "device"], sort=False, dropna=False)
 
         def rank(item: tuple[tuple[Any, ...], pd.DataFrame]) -> tuple[Any, ...]:
             (_, batch, size, threads, _), rows = item
-            return -rows["model"].nunique(), size != own, *(float("inf") if pd.isna(n) else n for n in (batch, threads))
+            counts = (float("inf") if pd.isna(n) else n for n in (batch, threads))
+            return -rows["model"].nunique(), size != own_size, *counts
 
-        (form, batch, size, threads, device), rows = min(ways, key=rank)
-        how = [form, f"batch {_whole(batch)}", size, f"threads {_whole(threads)}", device]
-        title = f"{LATENCY} ({', '.join(str(word) for word in how if not pd.isna(word) and NOTHING not in str(word))})"
-        took = rows.groupby("model", sort=False)["median_ms"].last().to_dict()
+        (form, batch, size, threads, device), rows = min(settings, key=rank)
+        setting = [("", form), ("batch ", batch), ("", size), ("threads ", threads), ("", device)]
+        labels = [f"{word}{v if isinstance(v, str) else int(v)}" for word, v in setting if not pd.isna(v)]
+        title = f"{LATENCY} ({', '.join(labels)})"
+        latencies = rows.groupby("model", sort=False)["median_ms"].last().to_dict()
     else:
         export = run.summary.get("export") or {}
         measured = export.get("latency_ms") or {}
-        took = {part: measured[part] for part in PARTS if part in measured}
-        exported = next((part for part in reversed(PARTS) if part in run.summary), None)
-        if exported and exported not in took and "median" in measured:
-            took[exported] = measured["median"]
-        title = f"{LATENCY} ({export['path']})" if took and "path" in export else LATENCY
-    if "slim" in took:
-        took.setdefault("finetuned", took["slim"])
-    return title, {part: float(value) for part, value in took.items() if part in PARTS}
+        latencies = {model: measured[model] for model in MODELS if model in measured}
+        exported = next((model for model in reversed(MODELS) if model in run.summary), None)
+        if exported and exported not in latencies and "median" in measured:
+            latencies[exported] = measured["median"]
+        title = f"{LATENCY} ({export['path']})" if latencies and "path" in export else LATENCY
+    if "slim" in latencies:
+        latencies.setdefault("finetuned", latencies["slim"])
+    return title, {model: float(value) for model, value in latencies.items() if model in MODELS}
 
 
 def layers_table(run: Run) -> pd.DataFrame:
-    """A row for each layer and branch, in the order of the network; every count before and after slimming.
+    """Return a row for each layer and branch, in network order, with every count before and after slimming.
 
-    A share is that of the branch in the channels of its layer; after slimming it is the split that was learned.
+    A share is the branch's fraction of the channels of its layer; after slimming it is the learned split.
     """
     table = run.layers[["layer", "branch"]].copy()
-    for quantity, title in _TITLES.items():
+    size = format_size(run.layers_size or run.size)
+    for quantity, title in _LAYER_TITLES.items():
         for when in ("before", "after"):
-            head = title.format(when, size_text(run.layers_size or run.size))
-            table[head] = _shares(run.layers, when) if quantity == "share" else run.layers[f"{quantity}_{when}"]
+            values = _shares(run.layers, when) if quantity == "share" else run.layers[f"{quantity}_{when}"]
+            table[title.format(when, size)] = values
     return table
 
 
 def _shares(layers: pd.DataFrame, when: str) -> pd.Series:
     channels = layers[f"channels_{when}"].astype("Float64")
-    # A sum over unknown counts is unknown, and a layer of which nothing is left has no split.
-    of = layers["layer"].map(channels.groupby(layers["layer"]).agg(lambda column: column.sum(skipna=False)))
-    of = of.astype("Float64")
-    return channels / of.mask(of == 0)
+    # The share is NA where a count of the layer is unknown or no channel is left.
+    totals = layers["layer"].map(channels.groupby(layers["layer"]).agg(lambda column: column.sum(skipna=False)))
+    totals = totals.astype("Float64")
+    return channels / totals.mask(totals == 0)
 
 
 def counters_table(run: Run) -> pd.DataFrame:
-    """Params and MACs of the dense and the slim model as each counter has them, and a note wherever they differ.
+    """Return params and MACs of the dense and the slim model by each counter, with a note where they differ.
 
-    Columns: model, quantity, ours, fvcore, thop, torch, note. A counter that does not give a quantity is missing
-    (NA) and does not count as differing.
+    Columns: model, quantity, ours, fvcore, thop, torch, note. A counter that does not provide a quantity is NA and does
+    not count as a difference.
     """
     rows = []
     for model in dict.fromkeys(run.counters["model"]):
-        counted = run.counters[run.counters["model"] == model].set_index("counter")
+        counters = run.counters[run.counters["model"] == model].set_index("counter")
         for quantity, title in (("params", "params"), ("macs", layers_macs_title(run))):
-            values = {name: counted[quantity].get(name, pd.NA) for name in COUNTERS}
+            values = {name: counters[quantity].get(name, pd.NA) for name in COUNTERS}
             rows.append({"model": model, "quantity": title, **values, "note": _differences(values)})
-    table = pd.DataFrame(rows, columns=["model", "quantity", *COUNTERS, "note"], dtype=object)
-    return table.astype(dict.fromkeys(COUNTERS, "Int64"))
+    return _typed(rows, ["model", "quantity", *COUNTERS, "note"], COUNTERS)
 
 
 def _differences(values: dict[str, Any]) -> str:
@@ -197,155 +214,139 @@ def _differences(values: dict[str, Any]) -> str:
         return "ours is missing"
     notes = []
     for name, value in values.items():
-        if name == "ours" or pd.isna(value) or value == ours:
+        if pd.isna(value) or value == ours:
             continue
         percent = 100 * (value - ours) / ours if ours else 0.0
-        share = f" ({percent:{'+,.0f' if abs(percent) >= 100 else '+.2g'}} %)" if ours else ""
-        notes.append(f"{name} {value - ours:+,}{share}")
+        relative = f" ({percent:{'+,.0f' if abs(percent) >= 100 else '+.2g'}} %)" if ours else ""
+        notes.append(f"{name} {value - ours:+,}{relative}")
     return "; ".join(notes)
 
 
 def epochs_table(run: Run) -> pd.DataFrame:
-    """A row for each epoch of each training, as ``Run.metrics``; a metric's column is named as the metric, unless
-    another column is."""
-    heads = [str(column) for column in run.metrics.columns]
-    shorter = {head: head.removeprefix("metrics.") for head in heads}
-    return run.metrics.rename(columns={head: name for head, name in shorter.items() if name not in heads})
+    """Return ``Run.metrics`` with metric columns named after the metric, unless another column has that name."""
+    columns = [str(column) for column in run.metrics.columns]
+    short = {column: column.removeprefix("metrics.") for column in columns}
+    return run.metrics.rename(columns={column: name for column, name in short.items() if name not in columns})
 
 
 def evals_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each model and data set measured by ``prunekit eval``: run, set, model, mode, images, left out, the
-    metrics, and seconds."""
-    frames = [run.evals.assign(run=run.name) for run in runs if len(run.evals)]
-    if not frames:
+    """Return a row for each model and dataset measured by ``prunekit eval``.
+
+    Columns: run, set, model, mode, images, skipped, the metrics, seconds.
+    """
+    tables = [run.evals.assign(run=run.name) for run in runs if len(run.evals)]
+    if not tables:
         return pd.DataFrame(columns=["run", "set", "model"])
-    table = pd.concat(frames, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
     metrics = [column for column in table.columns if column.startswith("metrics.")]
     table = table[["run", "name", "model", "mode", "images", "skipped", *metrics, "seconds"]]
     table = table.astype({"images": "Int64", "skipped": "Int64", **dict.fromkeys([*metrics, "seconds"], "Float64")})
-    titles = {column: _metric(column.removeprefix("metrics.")) for column in metrics}
-    return table.rename(columns={"name": "set", "skipped": "left out", **titles})
+    return table.rename(columns={"name": "set", **{c: _metric_title(c.removeprefix("metrics.")) for c in metrics}})
 
 
 def bench_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each measurement by ``prunekit bench``: run, model, form, batch, size, threads, device, the median, the
-    10th and 90th percentile of milliseconds for a batch, and the largest memory in use."""
-    frames = [run.bench.assign(run=run.name) for run in runs if len(run.bench)]
-    if not frames:
+    """Return a row for each measurement by ``prunekit bench``.
+
+    Columns: run, model, form, batch, size, threads, device, the median, 10th and 90th percentile of the milliseconds
+    per batch, the peak memory.
+    """
+    tables = [run.bench.assign(run=run.name) for run in runs if len(run.bench)]
+    if not tables:
         return pd.DataFrame(columns=["run", "model", "median ms"])
-    table = pd.concat(frames, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
     table = table[["run", *(column for column in table.columns if column != "run")]]
-    measured = {"median_ms": "median ms", "p10_ms": "p10 ms", "p90_ms": "p90 ms", "peak_mb": "peak MB"}
-    table = table.astype({"batch": "Int64", "threads": "Int64", **dict.fromkeys(measured, "Float64")})
-    return table.rename(columns=measured)
+    table = table.astype({"batch": "Int64", "threads": "Int64", **dict.fromkeys(_BENCH_TITLES, "Float64")})
+    return table.rename(columns=_BENCH_TITLES)
 
 
 def seconds_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each run: the seconds of each stage, over all resumptions, and their total."""
+    """Return a row for each run: the seconds of each stage, summed over resumptions, and their total."""
     rows = []
     for run in runs:
-        taken = {k: v for k, v in (run.summary.get("seconds") or {}).items() if k in STAGES and is_number(v)}
-        if taken:
-            rows.append(
-                {"run": run.name, **{f"{k} s": v for k, v in taken.items()}, "total s": round(sum(taken.values()), 3)}
-            )
-    found = [f"{stage} s" for stage in STAGES if any(f"{stage} s" in row for row in rows)]
-    table = pd.DataFrame(rows, columns=["run", *found, "total s"])
-    return table.astype(dict.fromkeys([*found, "total s"], "Float64"))
+        seconds = {k: v for k, v in (run.summary.get("seconds") or {}).items() if k in STAGES and is_number(v)}
+        if seconds:
+            total = round(sum(seconds.values()), 3)
+            rows.append({"run": run.name, **{f"{stage} s": v for stage, v in seconds.items()}, "total s": total})
+    columns = [*(f"{stage} s" for stage in STAGES if any(f"{stage} s" in row for row in rows)), "total s"]
+    return _typed(rows, ["run", *columns], [], columns)
 
 
 def budget_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each run with a budget: run, what the recipe's ``target`` asks for, the measure, the budget in it, the
-    dense and the slim model in it, and whether the slim one is within it."""
+    """Return a row for each target in a run's recipe.
+
+    Columns: run, target, measure, budget, dense, slim (sizes in that measure), within budget (yes or no).
+    """
     rows = []
     for run in runs:
-        target = run.setting("target")
-        for key, value in target.items() if isinstance(target, dict) else ():
+        targets = run.setting("target")
+        for key, value in targets.items() if isinstance(targets, dict) else ():
             measure, is_ratio = key.removesuffix("_ratio"), key.endswith("_ratio")
             if measure not in ("params", "macs") or not is_number(value):
                 continue
-            dense, slim = (_part(run, part).get(measure) for part in ("dense", "slim"))
-            goal = None if is_ratio and dense is None else round(value * dense) if is_ratio else int(value)
-            within = None if None in (goal, slim) else "yes" if slim <= goal else "no"
-            title = "params" if measure == "params" else macs_title(run)
-            asked = f"{key} {value:g}" if is_ratio else f"{key} {value:,}"
+            dense, slim = (run.model(model).get(measure) for model in ("dense", "slim"))
+            budget = None if is_ratio and dense is None else round(value * dense) if is_ratio else int(value)
             rows.append(
                 {
-                    "run": run.name, "asked": asked, "measure": title, "budget": goal, "dense": dense, "slim": slim,
-                    "within": within,
+                    "run": run.name,
+                    "target": f"{key} {value:g}" if is_ratio else f"{key} {value:,}",
+                    "measure": "params" if measure == "params" else macs_title(run),
+                    "budget": budget,
+                    "dense": dense,
+                    "slim": slim,
+                    "within budget": None if None in (budget, slim) else "yes" if slim <= budget else "no",
                 }
-            )  # fmt: skip
-    table = pd.DataFrame(rows, columns=["run", "asked", "measure", "budget", "dense", "slim", "within"], dtype=object)
-    return table.astype(dict.fromkeys(("budget", "dense", "slim"), "Int64"))
+            )
+    columns = ["run", "target", "measure", "budget", "dense", "slim", "within budget"]
+    return _typed(rows, columns, ["budget", "dense", "slim"])
 
 
 def notes_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each note of the runs' plans: what came out otherwise than it was asked for."""
+    """Return a row for each note of the runs' plans: deviations from what was requested."""
     rows = [{"run": run.name, "note": note} for run in runs for note in (run.plan or {}).get("notes", [])]
     return pd.DataFrame(rows, columns=["run", "note"])
 
 
-def tables(runs: Sequence[Run], published: bool = False) -> list[Named]:
-    """All tables that these runs have the data for, but for the epochs: first those that set the runs side by side,
-    then each run's own, whose names begin with the run's where there are several."""
-    by_all: list[tuple[str, str, str, Callable[[Sequence[Run]], pd.DataFrame]]] = [
-        ("seconds", "Time", "Seconds of each stage, over all resumptions.", seconds_table),
-        ("budget", "Budget", "The size that was asked for, and the size of the slim model.", budget_table),
-        ("evals", "Data sets", "What the models reach on whole data sets.", evals_table),
-        ("bench", "Latency", "Milliseconds for a batch: median, 10th and 90th percentile.", bench_table),
-        ("notes", "Notes on the plans", "What came out otherwise than it was asked for.", notes_table),
+def report_tables(runs: Sequence[Run], published: bool = False) -> list[ReportTable]:
+    """Return all tables with data, except the epochs.
+
+    First the tables of all runs, then those of each run; with several runs, these name their run.
+    """
+    common: list[tuple[str, str, str, Callable[[Sequence[Run]], pd.DataFrame]]] = [
+        ("seconds", "Time", "Seconds of each stage, summed over resumptions.", seconds_table),
+        ("budget", "Budget", "The target size and the size of the slim model.", budget_table),
+        ("evals", "Datasets", "Metrics of the models on whole datasets.", evals_table),
+        ("bench", "Latency", "Milliseconds per batch: median, 10th and 90th percentile.", bench_table),
+        ("notes", "Notes on the plans", "Deviations from what was requested.", notes_table),
     ]
-    out = [Named("summary", "Models", "Every model of every run.", summary_table(runs, published))]
-    out += [Named(name, title, note, table) for name, title, note, make in by_all if len(table := make(runs))]
+    tables = [ReportTable("summary", "Models", "Every model of every run.", summary_table(runs, published))]
+    tables += [ReportTable(name, title, note, data) for name, title, note, make in common if len(data := make(runs))]
     for run in runs:
-        prefix = f"{file_stem(run.name)}-" if len(runs) > 1 else ""
+        owner = run.name if len(runs) > 1 else ""
         if len(run.counters):
-            note = "The same models as four counters have them; the note says where one differs from ours."
-            out.append(Named(f"{prefix}counters", "Counters", note, counters_table(run)))
+            note = "Counts of the same models by four counters; the note says where one differs from ours."
+            tables.append(ReportTable("counters", "Counters", note, counters_table(run), run=owner))
         if len(run.layers):
-            note = "Each layer and branch before and after slimming, in the order of the network."
-            table = layers_table(run)
-            narrow = [c for c in table.columns if not str(c).startswith(("fvcore", "thop", "paper"))]
-            out.append(Named(f"{prefix}layers", "Layers", note, table, narrow))
-    return out
+            note = "Each layer and branch before and after slimming, in network order."
+            data = layers_table(run)
+            narrow = [c for c in data.columns if not str(c).startswith(("fvcore", "thop", "paper"))]
+            tables.append(ReportTable("layers", "Layers", note, data, narrow, owner))
+    return tables
 
 
-def _metric(name: str) -> str:
-    """The header of a metric; a user's own may be called as another column is."""
-    taken = {
-        "run",
-        "set",
-        "model",
-        "mode",
-        "images",
-        "left out",
-        "params",
-        PAPER_FLOPS,
-        PARAMS_RATIO,
-        MACS_RATIO,
-        SECONDS,
-    }
-    return f"metrics.{name}" if name in taken or name.startswith((MACS, LATENCY)) else name
+def _metric_title(name: str) -> str:
+    """Return the header of a metric; a custom metric may have the name of another column."""
+    return f"metrics.{name}" if name in _RESERVED or name.startswith((MACS, LATENCY)) else name
 
 
-def _part(run: Run, name: str) -> dict[str, Any]:
-    part = run.summary.get(name)
-    return part if isinstance(part, dict) else {}
-
-
-def _seconds(run: Run, part: str) -> float | None:
-    taken = run.summary.get("seconds") or {}
-    found = [taken[stage] for stage in _MADE_IN.get(part, ()) if is_number(taken.get(stage))]
-    timed = "seconds" in run.metrics
-    own = float(run.metrics.loc[run.metrics["stage"] == "baseline", "seconds"].sum()) if timed else 0.0
-    if part == "baseline":
-        return round(own, 3) if own else None
-    return round(sum(found) - (own if part == "dense" else 0.0), 3) if found else None
+def _seconds(run: Run, model: str) -> float | None:
+    is_baseline = run.metrics["stage"] == "baseline" if "seconds" in run.metrics else []
+    baseline = float(run.metrics.loc[is_baseline, "seconds"].sum()) if len(is_baseline) else 0.0
+    if model == "baseline":
+        return round(baseline, 3) or None
+    by_stage = run.summary.get("seconds") or {}
+    seconds = [by_stage[stage] for stage in _STAGES_OF_MODEL[model] if is_number(by_stage.get(stage))]
+    return round(sum(seconds) - (baseline if model == "dense" else 0.0), 3) if seconds else None
 
 
 def _ratio(value: Any, dense: Any) -> float | None:
     return value / dense if is_number(value) and is_number(dense) and dense else None
-
-
-def _whole(value: Any) -> str:
-    return NOTHING if pd.isna(value) else f"{int(value)}"

@@ -1,4 +1,4 @@
-"""What a report says in the terminal."""
+"""Print a report in the terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from prunekit.reporting.loader import COUNTERS, Run
-from prunekit.reporting.number_format import seconds_text
+from prunekit.reporting.loader import COUNTERS, MISSING, Run
+from prunekit.reporting.number_format import format_seconds, printable
 from prunekit.reporting.tables import (
     bench_table,
     budget_table,
@@ -22,15 +22,12 @@ from prunekit.reporting.tables import (
     seconds_table,
     summary_table,
 )
-from prunekit.reporting.terminal_tables import layers_listing, listing, plain, terminal_table
-
-_NOT_THERE = ": not there"
-_DIFFERENCES = {"largest difference": "max_abs_diff", "tolerance": "tolerance"}
+from prunekit.reporting.terminal_tables import terminal_layers, terminal_summary, terminal_table
 
 
 def print_report(
     runs: Sequence[Run],
-    written: Any,
+    files: Any,
     console: Console,
     *,
     published: bool,
@@ -38,128 +35,127 @@ def print_report(
     sort: str | None,
     layers: bool,
 ) -> None:
-    """Print the summary, what else was measured, what is missing, and what was written.
+    """Print the summary, further measurements, the problems of the runs, and the files of the report.
 
     Args:
-        written: a :class:`prunekit.reporting.report.Written`, or None.
-        others: as for :func:`prunekit.reporting.report`.
+        runs: with distinct names.
+        files: a :class:`prunekit.reporting.report.ReportFiles`, or None.
+        console: the terminal.
+        published, columns, sort, layers: as for :func:`prunekit.reporting.report`.
     """
     several = len(runs) > 1
     if len(runs) == 1:
-        _say(console, f"{runs[0].name} ({_state(runs[0])})")
+        _print(console, f"{runs[0].name} ({_progress(runs[0])})")
     if runs and not len(summary_table(runs)):
         console.print("no model has been measured yet")
     if len(summary_table(runs, published)):
-        console.print(terminal_table(runs, console, published, columns, sort))
-    for title, table in (("data sets", evals_table(runs)), ("latency", bench_table(runs))):
+        console.print(terminal_summary(runs, console, published, columns, sort))
+    for title, table in (("datasets", evals_table(runs)), ("latency", bench_table(runs))):
         if len(table):
-            _say(console, f"{title}:")
-            console.print(listing(table, console, several))
+            console.print(f"{title}:", terminal_table(table, several), sep="\n")
     for run in runs:
-        lines = list(_about(run, console))
-        if several and (lines or run.status != "complete" or run.missing or layers):
-            _say(console, f"{run.name} ({_state(run)})")
-        for line in lines:
-            console.print(line) if not isinstance(line, str) else _say(console, line, fold=True)
+        details = list(_details(run))
+        if several and (details or run.status != "complete" or run.problems or layers):
+            _print(console, f"{run.name} ({_progress(run)})")
+        for detail in details:
+            if isinstance(detail, str):
+                _print(console, detail, fold=True)
+            else:
+                console.print(detail)
         if layers and len(run.layers):
-            console.print(layers_listing(run))
-        for line in _missing(run):
-            _say(console, line)
-    if written is not None:
-        for line in written.failed:
-            _say(console, line)
-        for line in _listed(written):
-            _say(console, line, fold=line.startswith(" "))
+            console.print(terminal_layers(run))
+        for line in _problems(run):
+            _print(console, line)
+    if files is not None:
+        for line in files.failed:
+            _print(console, line)
+        for line in _file_list(files):
+            _print(console, line, fold=line.startswith(" "))
 
 
 def one_line(error: BaseException) -> str:
-    """An error of any kind in one line."""
+    """Return type and message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
-def _say(console: Console, text: str, fold: bool = False) -> None:
-    """A line; with ``fold`` it goes on in further lines, indented, where the terminal ends."""
-    text = plain(text)
+def _print(console: Console, text: str, fold: bool = False) -> None:
+    """Print a line; with ``fold`` it continues on further, indented lines at the width of the terminal."""
+    text = printable(text)
     if fold:
         indent = " " * (len(text) - len(text.lstrip()) + 2)
         width = max(console.width, 20)
-        text = "\n".join(
-            wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        )  # fmt: skip
+        lines = wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(lines)
     console.print(Text(text), soft_wrap=True)
 
 
-def _state(run: Run) -> str:
+def _progress(run: Run) -> str:
     if run.status == "complete" or not len(run.metrics):
         return run.status
     last = run.metrics.iloc[-1]
-    of = run.setting(f"{last['stage']}.epochs")
-    return f"{run.status}; {last['stage']}: {last['epoch']}{f' of {of}' if isinstance(of, int) else ''} epochs done"
+    epochs = run.setting(f"{last['stage']}.epochs")
+    return f"{run.status}; {last['stage']}: epoch {last['epoch']}{f'/{epochs}' if isinstance(epochs, int) else ''}"
 
 
-def _about(run: Run, console: Console) -> Iterator[Any]:
-    """The equivalence check, the budget, the counters, the notes and the time: lines, and a table where counters differ."""
-    yield from _equivalence(run.summary.get("equivalence") or {})
+def _details(run: Run) -> Iterator[Any]:
+    """Yield lines, and a table where counters differ."""
+    equivalence = run.summary.get("equivalence") or {}
+    if "passed" in equivalence:
+        verdict = "passed" if equivalence["passed"] else f"failed ({equivalence.get('reason', 'no reason given')})"
+        differences = (("largest difference", "max_abs_diff"), ("tolerance", "tolerance"))
+        values = [f"{title} {equivalence[key]:.1e}" for title, key in differences if key in equivalence]
+        yield f"equivalence check: {', '.join([verdict, *values])}"
     for row in budget_table([run]).to_dict("records"):
         yield _budget(row)
-    yield from _counters(run, console)
+    yield from _counters(run)
     for note in notes_table([run])["note"]:
         yield f"note: {note}"
-    taken = seconds_table([run])
-    if len(taken):
-        row = taken.iloc[0].drop(["run", "total s"]).dropna()
-        stages = [f"{stage.removesuffix(' s')} {seconds_text(took)}" for stage, took in row.items() if took >= 0.05]
-        yield f"time: {', '.join([*stages, 'total ' + seconds_text(taken['total s'][0])])}"
-
-
-def _equivalence(equivalence: dict[str, Any]) -> Iterator[str]:
-    if not isinstance(equivalence.get("passed"), bool):
-        return
-    words = ["passed" if equivalence["passed"] else f"failed ({equivalence.get('reason', 'no reason is given')})"]
-    words += [f"{word} {equivalence[key]:.1e}" for word, key in _DIFFERENCES.items() if key in equivalence]
-    yield f"equivalence check: {', '.join(words)}"
+    seconds = seconds_table([run])
+    if len(seconds):
+        stages = seconds.iloc[0].drop(["run", "total s"]).dropna()
+        times = [f"{stage.removesuffix(' s')} {format_seconds(t)}" for stage, t in stages.items() if t >= 0.05]
+        yield f"time: {', '.join([*times, 'total ' + format_seconds(seconds['total s'][0])])}"
 
 
 def _budget(row: dict[str, Any]) -> str:
-    goal = f" ({row['budget']:,} {row['measure']})" if "ratio" in row["asked"] and not pd.isna(row["budget"]) else ""
-    held = {
-        "yes": f"the slim model has {row['slim']:,}",
-        "no": f"the slim model has {row['slim']:,}, which is above it",
-    }
-    return f"budget: {row['asked']}{goal}" + (f"; {held[row['within']]}" if row["within"] in held else "")
+    text = f"budget: {row['target']}"
+    if "ratio" in row["target"] and not pd.isna(row["budget"]):
+        text += f" ({row['budget']:,} {row['measure']})"
+    if row["within budget"] is None:
+        return text
+    return f"{text}; the slim model has {row['slim']:,}{', above the budget' if row['within budget'] == 'no' else ''}"
 
 
-def _counters(run: Run, console: Console) -> Iterator[Any]:
+def _counters(run: Run) -> Iterator[Any]:
     table = counters_table(run)
-    differ = table[table["note"] != ""]
+    different = table[table["note"] != ""]
     others = [name for name in COUNTERS[1:] if table[name].notna().any()]
-    if len(differ):
-        yield "counters, where they differ:"
-        yield listing(differ.drop(columns="note"), console, False)
-        yield from (f"  {row.model} {row.quantity}: {row.note}" for row in differ.itertuples())
+    if len(different):
+        yield "counters that differ:"
+        yield terminal_table(different.drop(columns="note"), False)
+        yield from (f"  {row.model} {row.quantity}: {row.note}" for row in different.itertuples())
     elif others:
         yield f"counters: ours, {', '.join(others)} agree on params and {layers_macs_title(run)}"
 
 
-def _missing(run: Run) -> Iterator[str]:
-    """What is not there in one line, and what is damaged in a line each."""
-    absent = [line.removesuffix(_NOT_THERE) for line in run.missing if line.endswith(_NOT_THERE)]
-    if absent:
-        yield f"missing in {run.path}: {', '.join(absent)}"
-    for line in run.missing:
-        if not line.endswith(_NOT_THERE):
-            yield f"wrong in {run.path}: {line}"
+def _problems(run: Run) -> Iterator[str]:
+    """Yield one line for all missing files, and one for each damaged file."""
+    missing = [line.removesuffix(MISSING) for line in run.problems if line.endswith(MISSING)]
+    if missing:
+        yield f"missing in {run.path}: {', '.join(missing)}"
+    for line in run.problems:
+        if not line.endswith(MISSING):
+            yield f"problem in {run.path}: {line}"
     if not len(run.layers):
-        yield f"without its layers, {run.name} gets no tables and figures of layers"
+        yield f"{run.name} has no layers.json, so there are no tables and figures of its layers"
 
 
-def _listed(written: Any) -> Iterator[str]:
-    yield f"written to {written.folder}:"
-    tables = [f"{', '.join(written.tables)} (.csv .json .md .tex)"] if written.tables else []
-    if tables or written.epochs:
-        yield f"  tables   {', '.join([*tables, *written.epochs])}"
-    if written.figures:
-        yield f"  figures  {', '.join(written.figures)} (.png .svg)"
-    if written.page is not None:
-        inside = written.page.parent == written.folder
-        yield f"  page     {written.page.name if inside else written.page}"
+def _file_list(files: Any) -> Iterator[str]:
+    yield f"report written to {files.folder}:"
+    tables = [f"{', '.join(files.tables)} (.csv .json .md .tex)"] if files.tables else []
+    if tables or files.epochs:
+        yield f"  tables   {', '.join([*tables, *files.epochs])}"
+    if files.figures:
+        yield f"  figures  {', '.join(files.figures)} (.png .svg)"
+    if files.page is not None:
+        yield f"  page     {files.page.name if files.page.parent == files.folder else files.page}"

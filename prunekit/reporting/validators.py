@@ -1,116 +1,112 @@
-"""Kinds of values, and taking out of what was read all that is of another kind than it should be."""
+"""Declarative schemas for data from run folders: what does not match is removed and described, the rest is kept.
+
+A schema is a dict (key → schema), a list with one item (the schema of every item) or a :class:`ValueType`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-FORMAT = 1
-ENOUGH = 3  # faults of one file that are told
+from prunekit.runs.state import FORMAT
+from prunekit.utils.io import format_problem, is_newer
 
-GONE = object()
-EACH = "*"
+MAX_PROBLEMS = 3  # described per file
+INVALID = object()
+ANY_KEY = "*"  # the schema of the keys that a dict schema does not name
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of value: the word for it, and whether a value is one."""
+class ValueType(NamedTuple):
+    """A type of leaf values: its name in messages, and the predicate that accepts a value."""
 
-    word: str
-    fits: Callable[[Any], bool]
+    name: str
+    accepts: Callable[[Any], bool]
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a number that can be shown: finite, and no bool."""
+    """Whether a value is a finite number that fits 64 bits, and not a bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < 1 << 63 if isinstance(value, int) else math.isfinite(value)
 
 
 def is_count(value: Any) -> bool:
-    """Whether this is a whole number of at least 0 that fits 64 bits."""
     return is_number(value) and 0 <= value < 1 << 63 and int(value) == value
 
 
-def or_null(kind: Kind) -> Kind:
-    return Kind(f"{kind.word} or null", lambda value: value is None or kind.fits(value))
+def optional(kind: ValueType) -> ValueType:
+    return ValueType(f"{kind.name} or null", lambda value: value is None or kind.accepts(value))
 
 
-NUMBER = Kind("a number", is_number)
-COUNT = Kind("a whole number", is_count)
-SHARE = Kind("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1 + 1e-9)
-DURATION = Kind("a number of at least 0", lambda value: is_number(value) and value >= 0)
-TEXT = Kind("a text", lambda value: isinstance(value, str))
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-SIZE = Kind("a number of pixels", lambda value: is_count(value) and value > 0)
-MAYBE_COUNT, MAYBE_NUMBER, MAYBE_TEXT = or_null(COUNT), or_null(NUMBER), or_null(TEXT)
+NUMBER = ValueType("a number", is_number)
+COUNT = ValueType("a whole number", is_count)
+FRACTION = ValueType("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1 + 1e-9)
+DURATION = ValueType("a number of at least 0", lambda value: is_number(value) and value >= 0)
+STRING = ValueType("a string", lambda value: isinstance(value, str))
+BOOL = ValueType("true or false", lambda value: isinstance(value, bool))
+PIXELS = ValueType("a number of pixels", lambda value: is_count(value) and value > 0)
+OPTIONAL_COUNT, OPTIONAL_NUMBER, OPTIONAL_STRING = optional(COUNT), optional(NUMBER), optional(STRING)
 
 
-def drop_invalid(value: Any, wanted: Any, where: str, faults: list[str]) -> Any:
-    """The value without what does not fit, or ``GONE``; keys that nobody knows stay."""
-    if isinstance(wanted, Kind):
-        if wanted.fits(value):
+def drop_invalid(value: Any, schema: Any, path: str, problems: list[str]) -> Any:
+    """Return the value without the parts that do not match, or ``INVALID``; keys not in the schema are kept."""
+    if isinstance(schema, ValueType):
+        if schema.accepts(value):
             return value
-        shown = json.dumps(value, default=str)
-        faults.append(f"{where} is {shown[:40]}{'…' * (len(shown) > 40)}, where {wanted.word} is wanted")
-        return GONE
-    if not isinstance(value, type(wanted)):
-        word = "a list" if isinstance(wanted, list) else "a mapping"
-        faults.append(f"{where or 'it'} is {kind_of(value)}, where {word} is wanted")
-        return GONE
-    if isinstance(wanted, list):
-        items = [drop_invalid(item, wanted[0], f"{where}[{index}]", faults) for index, item in enumerate(value)]
-        return [item for item in items if item is not GONE]
-    out = {}
+        text = json.dumps(value, default=str)
+        problems.append(f"{path} is {text[:40]}{'…' * (len(text) > 40)}, expected {schema.name}")
+        return INVALID
+    if not isinstance(value, type(schema)):
+        problems.append(f"{path or 'it'} is {type_name(value)}, expected {type_name(schema)}")
+        return INVALID
+    if isinstance(schema, list):
+        items = [drop_invalid(item, schema[0], f"{path}[{index}]", problems) for index, item in enumerate(value)]
+        return [item for item in items if item is not INVALID]
+    valid = {}
     for key, item in value.items():
-        below = wanted.get(key, wanted.get(EACH))
-        sifted = item if below is None else drop_invalid(item, below, f"{where}.{key}" if where else str(key), faults)
-        if sifted is not GONE:
-            out[key] = sifted
-    return out
+        item_schema = schema.get(key, schema.get(ANY_KEY))
+        if item_schema is not None:
+            item = drop_invalid(item, item_schema, f"{path}.{key}" if path else str(key), problems)
+        if item is not INVALID:
+            valid[key] = item
+    return valid
 
 
-def kind_of(value: Any) -> str:
-    names = {
-        dict: "a mapping",
-        list: "a list",
-        str: "a text",
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), "nothing")
+def type_name(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "a string", bool: "a bool", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
 
 
-def mapping(value: Any, wanted: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+def validate_mapping(value: Any, schema: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """As :func:`drop_invalid`; raise ValueError for anything but a mapping of a supported format."""
+    check_format(value)
+    return drop_invalid(value, schema, "", problems)
+
+
+def require_valid(value: Any, schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a mapping that matches completely; raise ValueError otherwise.
+
+    For tables, of which a part would be taken for the whole.
+    """
+    problems: list[str] = []
+    valid = validate_mapping(value, schema, problems)
+    if problems:
+        raise ValueError(describe_problems(problems))
+    return valid
+
+
+def check_format(value: Any) -> None:
+    """Raise ValueError for anything but a mapping whose format this version reads."""
     if not isinstance(value, dict):
-        raise ValueError(f"it is {kind_of(value)}, where a mapping is wanted")
-    known(value)
-    return drop_invalid(value, wanted, "", faults)
+        raise ValueError(f"it is {type_name(value)}, expected a mapping")
+    version = value.get("format", FORMAT)
+    if problem := format_problem(version, FORMAT):
+        raise ValueError(f"it {problem}{': pip install --upgrade prunekit' if is_newer(version, FORMAT) else ''}")
 
 
-def whole(value: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """As it is, where all of it fits: a part of a table would pass for the whole."""
-    faults: list[str] = []
-    sifted = mapping(value, wanted, faults)
-    if faults:
-        raise ValueError(describe_problem(faults))
-    return sifted
-
-
-def known(value: Mapping[str, Any]) -> None:
-    """Raise ValueError for what a newer prunekit has written."""
-    held = value.get("format", FORMAT)
-    if not isinstance(held, int) or isinstance(held, bool) or held < 1:
-        raise ValueError(f"its format is {json.dumps(held, default=str)[:40]}")
-    if held > FORMAT:
-        raise ValueError(f"it has format {held}, this prunekit reads up to {FORMAT}: pip install --upgrade prunekit")
-
-
-def describe_problem(faults: list[str]) -> str:
-    """The first few of these in one sentence."""
-    rest = len(faults) - ENOUGH
-    return "; ".join(faults[:ENOUGH]) + (f"; and {rest} more" if rest > 0 else "")
+def describe_problems(problems: list[str]) -> str:
+    """Return the first few problems in one line."""
+    omitted = len(problems) - MAX_PROBLEMS
+    return "; ".join(problems[:MAX_PROBLEMS]) + (f"; and {omitted} more" if omitted > 0 else "")

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn without a display and the same bytes each time."""
+"""The figures of a report: drawn without a display, byte-identical for identical runs."""
 
 from __future__ import annotations
 
@@ -6,52 +6,42 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prunekit.reporting.figures.curves import curve_drawings
-from prunekit.reporting.figures.gallery import gallery_drawings
-from prunekit.reporting.figures.layers import layer_drawings
-from prunekit.reporting.figures.style import Drawing, encode_figure, write_figure
-from prunekit.reporting.figures.tradeoff import tradeoff_drawings
-from prunekit.reporting.figures.training import training_drawings
+from prunekit.reporting.figures.curves import curve_figures
+from prunekit.reporting.figures.gallery import gallery_figures
+from prunekit.reporting.figures.layers import layer_figures
+from prunekit.reporting.figures.style import ReportFigure, encode_figure, write_figure
+from prunekit.reporting.figures.tradeoff import tradeoff_figures
+from prunekit.reporting.figures.training import training_figures
 from prunekit.reporting.loader import Run
-from prunekit.reporting.number_format import file_stem
 
-__all__ = ["Drawing", "encode_figure", "figures", "training_figures", "write_figure"]
+__all__ = ["ReportFigure", "encode_figure", "report_figures", "training_figures", "write_figure"]
 
-ONE_RUN = (layer_drawings, training_drawings, curve_drawings, gallery_drawings)
+RUN_FIGURES = (layer_figures, training_figures, curve_figures, gallery_figures)
 
 
-def figures(runs: Sequence[Run], failed: list[str] | None = None) -> Iterator[Drawing]:
-    """Every figure that these runs have the data for, one at a time.
+def report_figures(runs: Sequence[Run], errors: list[str] | None = None) -> Iterator[ReportFigure]:
+    """Yield every figure that the runs have data for, one at a time.
+
+    First those that compare the runs, then those of each run; with several runs, these name their run.
 
     Args:
-        runs: of distinct names.
-        failed: takes a line for each group of figures that cannot be drawn, which so costs none of the others; without
-            it, what is wrong is raised.
-
-    Returns:
-        First what sets the runs side by side, then the figures of each run; with several runs the names of those begin
-        with the run's.
+        runs: with distinct names.
+        errors: receives a line for each group of figures that fails; None: raise the error.
     """
-    yield from _guarded(tradeoff_drawings, runs, "the figures of all runs", failed)
+    yield from _draw(tradeoff_figures, runs, "the figures of all runs", errors)
     for run in runs:
-        prefix = f"{file_stem(run.name)}-" if len(runs) > 1 else ""
-        for draw in ONE_RUN:
-            group = f"the figures {draw.__name__.removesuffix('_drawings')} of {run.name}"
-            for drawing in _guarded(draw, run, group, failed):
-                yield replace(drawing, name=f"{prefix}{drawing.name}")
+        for draw in RUN_FIGURES:
+            group = f"the figures {draw.__name__.removesuffix('_figures')} of {run.name}"
+            for figure in _draw(draw, run, group, errors):
+                yield replace(figure, run=run.name if len(runs) > 1 else "")
 
 
-def _guarded(
-    draw: Callable[[Any], Iterator[Drawing]], of: Any, group: str, failed: list[str] | None
-) -> Iterator[Drawing]:
+def _draw(
+    draw: Callable[[Any], Iterator[ReportFigure]], data: Any, group: str, errors: list[str] | None
+) -> Iterator[ReportFigure]:
     try:
-        yield from draw(of)
+        yield from draw(data)
     except Exception as error:
-        if failed is None:
+        if errors is None:
             raise
-        failed.append(" ".join(f"{group} could not be drawn ({type(error).__name__}: {error})".split()))
-
-
-def training_figures(run: Run) -> Iterator[Drawing]:
-    """The figures of the training of a run, which may be going on; none where no epoch is done."""
-    yield from training_drawings(run)
+        errors.append(" ".join(f"{group} could not be drawn ({type(error).__name__}: {error})".split()))

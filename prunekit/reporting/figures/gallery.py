@@ -1,4 +1,4 @@
-"""Pictures of the validation set, and what each model makes of them."""
+"""Galleries: validation images with the predictions of each model."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
-from prunekit.reporting.figures.run_data import number
-from prunekit.reporting.figures.style import LOOKS, Drawing, new_figure, plain, shorten, styled
-from prunekit.reporting.loader import PARTS, Example, Run
+from prunekit.reporting.figures.run_data import finite_number
+from prunekit.reporting.figures.style import MODEL_STYLES, ReportFigure, escape_text, figure_style, new_figure, shorten
+from prunekit.reporting.loader import MODELS, GalleryImage, Run
 
-SHOWN = 8  # of the images that every run shows
+MAX_FIXED = 8  # images shown of those that every run shows
 TILE, GAP, LINE = 84, 6, 14  # pixels
-DPI = 120  # pictures make large files: at 150 a gallery of photographs would take half a megabyte
+DPI = 120  # at 150, a gallery of photographs would take half a megabyte
 WRONG = "#B04A00"
 
 
-def gallery_drawings(run: Run) -> Iterator[Drawing]:
-    """The drawings of a run's gallery: images that are the same for every run on the data, and the extremes."""
-    examples = [one for one in run.gallery if "image" in one.files]
-    fixed = [one for one in examples if one.fixed]
-    chosen = [fixed[i] for i in np.unique(np.linspace(0, len(fixed) - 1, min(SHOWN, len(fixed))).astype(int))]
-    extremes = [one for kind in ("best", "worst") for one in examples if one.kind == kind]
-    maps = any("truth" in one.files for one in examples)
-    drawn = maps_figure if maps else classes_figure
-    what = "The mean absolute error (MAE, 0 to 1) stands below each map." if maps else "Wrong classes are marked by ✗."
-    if chosen:
-        yield Drawing(
+def gallery_figures(run: Run) -> Iterator[ReportFigure]:
+    """Yield the galleries of a run: images that are the same for every run on the data, and the best and worst."""
+    images = [image for image in run.gallery if "image" in image.files]
+    fixed = [image for image in images if image.fixed]
+    fixed = [fixed[i] for i in np.unique(np.linspace(0, len(fixed) - 1, min(MAX_FIXED, len(fixed))).astype(int))]
+    extremes = [image for kind in ("best", "worst") for image in images if image.kind == kind]
+    has_maps = any("truth" in image.files for image in images)
+    draw = maps_figure if has_maps else classes_figure
+    legend = "The mean absolute error (MAE, 0 to 1) is below each map." if has_maps else "✗ marks wrong classes."
+    if fixed:
+        yield ReportFigure(
             "gallery",
             "Gallery",
-            f"{len(chosen)} validation images, evenly from the set, the same for every run on it. {what}",
-            drawn(run, chosen),
+            f"{len(fixed)} validation images at equal distances, the same for every run on these data. {legend}",
+            draw(run, fixed),
         )
     if extremes:
-        measure = "MAE" if maps else "probability of the right class"
-        yield Drawing(
+        measure = "MAE" if has_maps else "probability of the true class"
+        yield ReportFigure(
             "gallery_extremes",
             "Best and worst cases",
-            f"The validation images on which the last model does best and worst by {measure}. {what}",
-            drawn(run, extremes, kinds=True),
+            f"The validation images with the best and the worst results of the last model by {measure}. {legend}",
+            draw(run, extremes, show_kind=True),
         )
 
 
 class _Sheet:
-    """Tiles with words below them, on white, to be shown pixel by pixel.
+    """A grid of tiles with lines of text below them, drawn pixel by pixel on white.
 
     Args:
-        rows, columns: how many cells.
-        width: of a cell, pixels.
-        lines: of words below each tile.
+        rows, columns: number of cells.
+        width: of a cell, in pixels.
+        lines: number of text lines below each tile.
     """
 
     def __init__(self, rows: int, columns: int, width: int, lines: int):
@@ -60,105 +60,113 @@ class _Sheet:
         self.pixels = np.full((rows * self.height, columns * width, 3), 255, np.uint8)
 
     def put(self, row: int, column: int, tile: np.ndarray) -> None:
-        """A tile, no larger than ``TILE``, in the middle of its place."""
+        """Center a tile, no larger than ``TILE``, in its cell."""
         height, width = tile.shape[:2]
         top = row * self.height + (TILE - height) // 2
         left = column * self.width + (self.width - width) // 2
         self.pixels[top : top + height, left : left + width] = tile
 
-    def below(self, row: int, column: int, line: int) -> tuple[float, float]:
-        """Where the words stand: the middle of their upper edge."""
+    def text_position(self, row: int, column: int, line: int) -> tuple[float, float]:
+        """Return the middle of the upper edge of a text line."""
         return (column + 0.5) * self.width, row * self.height + TILE + line * LINE + 2
 
-    def figure(self, title: str, above: int, left: int) -> tuple[Figure, Axes]:
-        """A figure in which a pixel of the sheet is one of the PNG, with so many pixels above it and on its left."""
-        height, width = self.pixels.shape[0] + above, self.pixels.shape[1] + left
+    def figure(self, title: str, top: int, left: int) -> tuple[Figure, Axes]:
+        """Return a figure with one pixel per pixel of the sheet, and margins at the top and the left."""
+        height, width = self.pixels.shape[0] + top, self.pixels.shape[1] + left
         figure = new_figure(width / DPI, height / DPI, dpi=DPI)
         figure.set_layout_engine(None)
-        axes = figure.add_axes((left / width, 0, 1 - left / width, 1 - above / height))
-        sides = (0, self.pixels.shape[1], self.pixels.shape[0], 0)
-        axes.imshow(self.pixels, interpolation="none", aspect="auto", extent=sides)
+        axes = figure.add_axes((left / width, 0, 1 - left / width, 1 - top / height))
+        extent = (0, self.pixels.shape[1], self.pixels.shape[0], 0)
+        axes.imshow(self.pixels, interpolation="none", aspect="auto", extent=extent)
         axes.set_axis_off()
-        name = plain(shorten(title, max(12, width // 13)))
-        figure.text(0.5, 1 - 6 / height, name, ha="center", va="top", fontsize=10)
+        title = escape_text(shorten(title, max(12, width // 13)))
+        figure.text(0.5, 1 - 6 / height, title, ha="center", va="top", fontsize=10)
         return figure, axes
 
 
-def maps_figure(run: Run, examples: Sequence[Example], kinds: bool = False) -> Figure:
-    """A row for each image: the image, the truth, and the map of each model with its error; with ``kinds`` also whether
-    it is of the best or the worst."""
-    columns = ["image", "truth", *(part for part in PARTS if any(part in one.files for one in examples))]
-    with styled():
-        sheet = _Sheet(len(examples), len(columns), TILE + GAP, 1)
-        words: list[tuple[int, int, str]] = []
-        for row, one in enumerate(examples):
-            truth = _read(one.files.get("truth"), "L")
-            for column, kind in enumerate(columns):
-                picture = _read(one.files.get(kind), "RGB" if kind == "image" else "L")
+def maps_figure(run: Run, images: Sequence[GalleryImage], show_kind: bool = False) -> Figure:
+    """Draw a row for each image: the image, the ground truth, and the map of each model with its error.
+
+    With ``show_kind``, the name includes whether it is one of the best or the worst.
+    """
+    columns = ["image", "truth", *(model for model in MODELS if any(model in image.files for image in images))]
+    with figure_style():
+        sheet = _Sheet(len(images), len(columns), TILE + GAP, 1)
+        texts: list[tuple[int, int, str]] = []
+        for row, image in enumerate(images):
+            truth = _read(image.files.get("truth"), "L")
+            for column, part in enumerate(columns):
+                picture = _read(image.files.get(part), "RGB" if part == "image" else "L")
                 if picture is None:
-                    words.append((row, column, "not there"))
+                    texts.append((row, column, "missing"))
                     continue
                 sheet.put(row, column, _tile(picture))
-                if kind in PARTS and truth is not None and truth.shape == picture.shape:
-                    words.append((row, column, f"MAE {mean_absolute_error(picture, truth):.3f}"))
-        figure, axes = sheet.figure(run.name, above=50, left=28)
-        titles = {"image": "image", "truth": "truth", **{part: LOOKS[part].label for part in PARTS}}
-        for column, kind in enumerate(columns):
-            axes.text((column + 0.5) * sheet.width, -7, titles[kind], ha="center", va="bottom", fontsize=8)
-        for row, column, text in words:
-            axes.text(*sheet.below(row, column, 0), text, ha="center", va="top", fontsize=6.5)
-        for row, one in enumerate(examples):
-            side = f"{one.kind}: {shorten(one.name, 10)}" if kinds else shorten(one.name, 16)
-            place = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 6.5}
-            axes.text(-4, row * sheet.height + TILE / 2, plain(side), **place)
+                if part in MODELS and truth is not None and truth.shape == picture.shape:
+                    texts.append((row, column, f"MAE {mean_absolute_error(picture, truth):.3f}"))
+        figure, axes = sheet.figure(run.name, top=50, left=28)
+        for column, part in enumerate(columns):
+            title = MODEL_STYLES[part].label if part in MODELS else part
+            axes.text((column + 0.5) * sheet.width, -7, title, ha="center", va="bottom", fontsize=8)
+        for row, column, text in texts:
+            axes.text(*sheet.text_position(row, column, 0), text, ha="center", va="top", fontsize=6.5)
+        for row, image in enumerate(images):
+            name = f"{image.kind}: {shorten(image.name, 10)}" if show_kind else shorten(image.name, 16)
+            style = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 6.5}
+            axes.text(-4, row * sheet.height + TILE / 2, escape_text(name), **style)
     return figure
 
 
-def classes_figure(run: Run, examples: Sequence[Example], kinds: bool = False) -> Figure:
-    """The images, and below each its class, what each model says and how surely; ``kinds`` as for
-    :func:`maps_figure`."""
-    parts = [part for part in PARTS if any(part in one.said for one in examples)]
-    words = [_words(one, parts, kinds) for one in examples]
-    columns = min(4, len(examples))
-    with styled():
-        # Seven pixels are enough for most letters at this size.
-        width = max(TILE + 3 * GAP, 7 * max(len(text) for lines in words for text, _ in lines) + GAP)
-        sheet = _Sheet(-(-len(examples) // columns), columns, width, len(parts) + 1)
-        for place, one in enumerate(examples):
-            picture = _read(one.files.get("image"), "RGB")
+def classes_figure(run: Run, images: Sequence[GalleryImage], show_kind: bool = False) -> Figure:
+    """Draw the images with the true class and each model's prediction and probability below; as :func:`maps_figure`."""
+    models = [model for model in MODELS if any(model in image.labels for image in images)]
+    texts = [_prediction_texts(image, models, show_kind) for image in images]
+    columns = min(4, len(images))
+    with figure_style():
+        # At this size, most letters are at most seven pixels wide.
+        width = max(TILE + 3 * GAP, 7 * max(len(text) for lines in texts for text, _ in lines) + GAP)
+        sheet = _Sheet(-(-len(images) // columns), columns, width, len(models) + 1)
+        cells = [divmod(index, columns) for index in range(len(images))]
+        for cell, image in zip(cells, images, strict=True):
+            picture = _read(image.files.get("image"), "RGB")
             if picture is not None:
-                sheet.put(*divmod(place, columns), _tile(picture))
-        figure, axes = sheet.figure(run.name, above=34, left=0)
-        for place, lines in enumerate(words):
-            for line, (text, right) in enumerate(lines):
-                look = {"fontsize": 6.5, "color": "black" if right else WRONG, "weight": "normal" if line else "bold"}
-                axes.text(*sheet.below(*divmod(place, columns), line), plain(text), ha="center", va="top", **look)
+                sheet.put(*cell, _tile(picture))
+        figure, axes = sheet.figure(run.name, top=34, left=0)
+        for cell, lines in zip(cells, texts, strict=True):
+            for line, (text, correct) in enumerate(lines):
+                style = {"color": "black" if correct else WRONG, "weight": "normal" if line else "bold"}
+                position = sheet.text_position(*cell, line)
+                axes.text(*position, escape_text(text), ha="center", va="top", fontsize=6.5, **style)
     return figure
 
 
-def _words(one: Example, parts: Sequence[str], kinds: bool) -> list[tuple[str, bool]]:
-    """What stands below an image, and whether it is right."""
-    truth = one.said.get("truth")
-    lines = [(f"{one.kind}, class {shorten(str(truth), 12)}" if kinds else f"class {shorten(str(truth), 18)}", True)]
-    for part in (part for part in parts if isinstance(one.said.get(part), dict)):
-        said, sure = one.said[part].get("class"), number(one.said[part].get("probability"))
-        text = f"{LOOKS[part].label} {shorten(str(said), 14)}" + (f" {sure:.2f}" if sure is not None else "")
-        lines.append((text if said == truth else f"✗ {text}", said == truth))
+def _prediction_texts(image: GalleryImage, models: Sequence[str], show_kind: bool) -> list[tuple[str, bool]]:
+    """Return the lines below an image, and whether each is correct."""
+    truth = image.labels.get("truth")
+    name = shorten(str(truth), 12 if show_kind else 18)
+    lines = [(f"{image.kind}, class {name}" if show_kind else f"class {name}", True)]
+    for model in (model for model in models if isinstance(image.labels.get(model), dict)):
+        label = image.labels[model].get("class")
+        probability = finite_number(image.labels[model].get("probability"))
+        text = f"{MODEL_STYLES[model].label} {shorten(str(label), 14)}"
+        text += f" {probability:.2f}" if probability is not None else ""
+        lines.append((text if label == truth else f"✗ {text}", label == truth))
     return lines
 
 
-def mean_absolute_error(picture: np.ndarray, truth: np.ndarray) -> float:
-    """The MAE of a map against its mask, both uint8 [H, W], as the metrics measure it: the map is stretched to its own
-    least and greatest level, and object is what is above 128 in the mask."""
-    levels = picture.astype(np.float64) / 255
+def mean_absolute_error(saliency: np.ndarray, mask: np.ndarray) -> float:
+    """Return the MAE of a map, uint8 [H, W], against its mask, as in :mod:`prunekit.tasks.saliency_metrics`.
+
+    The map is scaled to its own range, and mask values above 128 are foreground.
+    """
+    levels = saliency.astype(np.float64) / 255
     spread = levels.max() - levels.min()
     if spread > 0:
         levels = (levels - levels.min()) / spread
-    return float(np.abs(levels - (truth > 128)).mean())
+    return float(np.abs(levels - (mask > 128)).mean())
 
 
 def _read(path: Path | None, mode: str) -> np.ndarray | None:
-    """The picture, or None where it is not there or cannot be read."""
+    """Return the picture, or None if it is missing or cannot be read."""
     if path is None:
         return None
     try:
@@ -169,10 +177,10 @@ def _read(path: Path | None, mode: str) -> np.ndarray | None:
 
 
 def _tile(picture: np.ndarray) -> np.ndarray:
-    """Fitted into a tile, RGB; what is small is magnified pixel by pixel."""
+    """Resize a picture to fit a tile, RGB; small ones are magnified without interpolation."""
     image = Image.fromarray(picture).convert("RGB")
     ratio = TILE / max(image.size)
     size = tuple(max(1, round(side * ratio)) for side in image.size)
     tile = np.asarray(image.resize(size, Image.Resampling.NEAREST if ratio >= 3 else Image.Resampling.BICUBIC))
-    # 52 levels of each colour: no eye tells in a tile this small, and the files are smaller by a third.
+    # 52 levels of each colour make the files smaller by a third, without a visible difference at this size.
     return ((tile.astype(np.int64) + 2) // 5 * 5).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Labels beside points, none on top of another."""
+"""Place labels next to points without overlaps."""
 
 from __future__ import annotations
 
@@ -6,91 +6,80 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from prunekit.reporting.figures.style import settle
+from prunekit.reporting.figures.style import fix_layout
 
 RADII = (7, 12, 20, 32, 46, 64)  # points (1/72 inch)
-# Right and left first: there a label and its point are read as one.
+# To the right and left first, where a label is read together with its point.
 ANGLES = (0, 180, 40, -40, 140, -140, 90, -90, 65, -65, 115, -115)
 GAP = 1.5  # points between two labels
 
 
 def place_labels(
     axes: Axes,
-    at: Sequence[tuple[float, float]],
+    points: Sequence[tuple[float, float]],
     texts: Sequence[str],
     obstacles: Sequence[tuple[float, float]],
     line: Sequence[tuple[float, float]] = (),
-    reach: float = RADII[-1],
+    max_radius: float = RADII[-1],
 ) -> list[bool]:
-    """Write each text near its point, within the axes, over no point and no other text.
+    """Write each text near its point, within the axes, over no obstacle and no other text.
 
-    The layout of the figure is fixed by this: a later change of size would move the labels onto each other.
+    Fixes the layout of the figure, as resizing would move the labels.
 
     Args:
-        at: the points, in data coordinates.
+        axes: the axes.
+        points: in data coordinates.
+        texts: one for each point.
         obstacles: all points that are drawn, in data coordinates.
-        line: corners of a line along the axes that no text may stand on, in data coordinates.
-        reach: how far from its point a text may stand, in 1/72 inch.
+        line: corners of a line along the axes that no text may cover, in data coordinates.
+        max_radius: largest distance of a text from its point, in 1/72 inch.
 
     Returns:
-        For each text whether there was room for it; what has none is not written.
+        For each text whether there was room for it; otherwise it is not written.
     """
-    figure = axes.figure
-    settle(figure)
-    scale = figure.dpi / 72
-    room = axes.get_window_extent()
+    fix_layout(axes.figure)
+    scale = axes.figure.dpi / 72
+    bounds = axes.get_window_extent()
     pixels = axes.transData.transform(np.asarray(obstacles, float).reshape(-1, 2))
     half = 5.5 * scale
     boxes = np.concatenate([pixels - half, pixels + half], axis=1)
     if len(line) > 1:
         corners = axes.transData.transform(np.asarray(line, float))
-        ends = np.minimum(corners[:-1], corners[1:]), np.maximum(corners[:-1], corners[1:])
-        boxes = np.concatenate([boxes, np.concatenate([ends[0] - scale, ends[1] + scale], axis=1)])
-    done = []
-    for (x, y), text in zip(at, texts, strict=True):
-        label = axes.annotate(text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8, zorder=5)
-        width, height = label.get_window_extent().size
-        origin = axes.transData.transform((x, y))
-        spot = _free(origin, (width, height), boxes, room, scale, reach)
-        done.append(spot is not None)
-        if spot is None:
+        low, high = np.minimum(corners[:-1], corners[1:]), np.maximum(corners[:-1], corners[1:])
+        boxes = np.concatenate([boxes, np.concatenate([low - scale, high + scale], axis=1)])
+    placed = []
+    for point, text in zip(points, texts, strict=True):
+        label = axes.annotate(text, point, xytext=(0, 0), textcoords="offset points", fontsize=8, zorder=5)
+        origin = axes.transData.transform(point)
+        free = _find_free_box(origin, label.get_window_extent().size, boxes, bounds, scale, max_radius)
+        placed.append(free is not None)
+        if free is None:
             label.remove()
             continue
-        radius, box = spot
-        _move(label, (box[:2] - origin) / scale)
+        radius, box = free
+        # The measured box starts below the baseline of the text.
+        label.set_verticalalignment("bottom")
+        label.set_position(tuple((box[:2] - origin) / scale))
         boxes = np.concatenate([boxes, [[*(box[:2] - GAP * scale), *(box[2:] + GAP * scale)]]])
         if radius > RADII[1]:
-            near = np.clip(origin, box[:2], box[2:])
-            leader = axes.transData.inverted().transform([origin, near])
+            leader = axes.transData.inverted().transform([origin, np.clip(origin, box[:2], box[2:])])
             axes.plot(*leader.T, color="0.6", linewidth=0.7, zorder=1.2)
-    return done
+    return placed
 
 
-def _free(
-    origin: np.ndarray, size: tuple[float, float], boxes: np.ndarray, room: Bbox, scale: float, reach: float
+def _find_free_box(
+    origin: np.ndarray, size: np.ndarray, boxes: np.ndarray, bounds: Bbox, scale: float, max_radius: float
 ) -> tuple[float, np.ndarray] | None:
-    """The nearest place for a text, as (radius, [left, bottom, right, top] in pixels)."""
-    width, height = size
-    for radius in (radius for radius in RADII if radius <= reach):
+    """Return the nearest free box for a text as (radius, [left, bottom, right, top] in pixels)."""
+    for radius in (radius for radius in RADII if radius <= max_radius):
         for angle in np.deg2rad(ANGLES):
-            toward = np.array([np.cos(angle), np.sin(angle)])
-            # The side of the text that faces the point is what stands at the radius.
-            centre = origin + toward * radius * scale + np.round(toward, 1) * np.array([width, height]) / 2
-            box = np.concatenate([centre - np.array(size) / 2, centre + np.array(size) / 2])
-            within = box[0] >= room.x0 and box[1] >= room.y0 and box[2] <= room.x1 and box[3] <= room.y1
-            if within and not _overlaps(box, boxes):
+            direction = np.array([np.cos(angle), np.sin(angle)])
+            # The side of the text that faces the point is at the radius.
+            centre = origin + direction * radius * scale + np.round(direction, 1) * size / 2
+            box = np.concatenate([centre - size / 2, centre + size / 2])
+            inside = box[0] >= bounds.x0 and box[1] >= bounds.y0 and box[2] <= bounds.x1 and box[3] <= bounds.y1
+            if inside and not ((box[:2] < boxes[:, 2:]) & (boxes[:, :2] < box[2:])).all(axis=1).any():
                 return radius, box
     return None
-
-
-def _overlaps(box: np.ndarray, boxes: np.ndarray) -> bool:
-    return bool(((box[:2] < boxes[:, 2:]) & (boxes[:, :2] < box[2:])).all(axis=1).any())
-
-
-def _move(label: Annotation, offset: np.ndarray) -> None:
-    # The box that was measured begins below the baseline of the text.
-    label.set_verticalalignment("bottom")
-    label.set_position(tuple(offset))

@@ -1,4 +1,4 @@
-"""Layer by layer: the channels that are kept, and what the layers cost."""
+"""Figures by layer: kept channels, parameters and MACs."""
 
 from __future__ import annotations
 
@@ -14,35 +14,34 @@ from prunekit.reporting.figures.style import (
     COLOURS,
     DENSE,
     HATCHES,
+    MAX_WIDTH,
     SLIM,
-    WIDEST,
-    Drawing,
-    layer_axis,
-    layer_width,
+    ReportFigure,
+    figure_style,
+    format_counts,
+    layers_width,
     new_figure,
-    number_axis,
-    styled,
+    style_layers_axis,
 )
 from prunekit.reporting.loader import Run
-from prunekit.reporting.number_format import size_text
+from prunekit.reporting.number_format import format_size
 
-WRITTEN = 60  # layers; beyond it shares are drawn, not written
+MAX_WRITTEN = 60  # layers; with more, shares are drawn without numbers
 
 
-def layer_drawings(run: Run) -> Iterator[Drawing]:
-    """The drawings of the layers of a run; none where it has no layers yet."""
+def layer_figures(run: Run) -> Iterator[ReportFigure]:
+    """Yield the figures of the layers of a run; none before slimming."""
     if not len(run.layers):
         return
-    branched = run.layers["branch"].nunique() > 1
-    split = " Below, the learned split: the share of each branch in percent; a dash marks where the dense model splits."
-    yield Drawing(
+    split = " Below, the learned split: the share of each branch in percent; dashes mark the split of the dense model."
+    yield ReportFigure(
         "channels",
         "Channels kept",
         "Channels of each layer after slimming, stacked by branch; the outline is the dense model."
-        + (split if branched else ""),
+        + (split if run.layers["branch"].nunique() > 1 else ""),
         channels_figure(run),
     )
-    yield Drawing(
+    yield ReportFigure(
         "params_macs",
         "Parameters and MACs by layer",
         "Each layer before and after slimming; one multiply-add counts as one MAC.",
@@ -51,67 +50,60 @@ def layer_drawings(run: Run) -> Iterator[Drawing]:
 
 
 def channels_figure(run: Run) -> Figure:
-    """Channels kept in each layer, stacked by branch, with the dense count as an outline behind; where there are
-    several branches, the share of each below."""
+    """Draw the kept channels of each layer, stacked by branch, and with several branches their shares below."""
     kept, dense = _by_layer(run.layers, "channels_after"), _by_layer(run.layers, "channels_before")
     branched = len(kept.columns) > 1
-    with styled():
-        figure = new_figure(layer_width(len(kept)), 6.4 if branched else 4.4, run.name)
+    with figure_style():
+        figure = new_figure(layers_width(len(kept)), 6.4 if branched else 4.4, run.name)
         if branched:
             axes, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
         else:
             axes = lower = figure.add_subplot()
-        places = np.arange(len(kept))
-        axes.bar(
-            places, dense.sum(axis=1), width=0.86, facecolor="white", edgecolor="0.25", linewidth=0.9, label="dense"
-        )
-        _stacked(axes, kept, labelled=True)
+        outline = {"facecolor": "white", "edgecolor": "0.25", "linewidth": 0.9}
+        axes.bar(np.arange(len(kept)), dense.sum(axis=1), width=0.86, label="dense", **outline)
+        _stacked_bars(axes, kept, labelled=True)
         axes.set_ylabel("channels")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         before, after = int(dense.to_numpy().sum()), int(kept.to_numpy().sum())
         axes.set_title(f"{after:,} of {before:,} channels kept" + (f" ({after / before:.1%})" if before else ""))
-        layer_axis(axes, kept.index, named=not branched)
+        style_layers_axis(axes, kept.index, labelled=not branched)
         if branched:
-            _splits(lower, kept, dense)
-            layer_axis(lower, kept.index, named=True)
+            _draw_splits(lower, kept, dense)
+            style_layers_axis(lower, kept.index, labelled=True)
         figure.legend(loc="outside lower center", ncols=min(4, len(kept.columns) + 1), frameon=False)
     return figure
 
 
-def _stacked(axes: Axes, heights: pd.DataFrame, labelled: bool) -> None:
-    below = np.zeros(len(heights))
+def _stacked_bars(axes: Axes, heights: pd.DataFrame, labelled: bool) -> None:
+    bottom = np.zeros(len(heights))
     for index, branch in enumerate(heights.columns):
-        colour, hatch = COLOURS[index % len(COLOURS)], HATCHES[index % len(HATCHES)]
         label = f"branch {branch}" + (" (finest)" if index == 0 and len(heights.columns) > 1 else "")
         values = heights[branch].to_numpy()
         axes.bar(
-            np.arange(len(heights)), values, width=0.7, bottom=below, color=colour, hatch=hatch, edgecolor="white",
-            linewidth=0, label=label if labelled else None,
+            np.arange(len(heights)), values, width=0.7, bottom=bottom, color=COLOURS[index % len(COLOURS)],
+            hatch=HATCHES[index % len(HATCHES)], edgecolor="white", linewidth=0, label=label if labelled else None,
         )  # fmt: skip
-        below += values
+        bottom += values
 
 
-def _splits(axes: Axes, kept: pd.DataFrame, dense: pd.DataFrame) -> None:
-    """The share of each branch of the layers that have several, and where the dense ones split."""
-    several = (dense > 0).sum(axis=1).to_numpy() > 1
-    shares, old = _shares(kept), _shares(dense)
-    shares = shares.mul(several, axis=0)
-    _stacked(axes, shares, labelled=False)
-    for bound in old.cumsum(axis=1).to_numpy().T[:-1]:
-        at = np.flatnonzero(several & (bound < 1 - 1e-9))
-        axes.hlines(bound[at], at - 0.45, at + 0.45, color="black", linewidth=1.6)
+def _draw_splits(axes: Axes, kept: pd.DataFrame, dense: pd.DataFrame) -> None:
+    """Draw the share of each branch in layers with several branches, and the split of the dense model."""
+    is_split = (dense > 0).sum(axis=1).to_numpy() > 1
+    shares = _shares(kept).mul(is_split, axis=0)
+    _stacked_bars(axes, shares, labelled=False)
+    for bound in _shares(dense).cumsum(axis=1).to_numpy().T[:-1]:
+        x = np.flatnonzero(is_split & (bound < 1 - 1e-9))
+        axes.hlines(bound[x], x - 0.45, x + 0.45, color="black", linewidth=1.6)
     axes.set_ylabel("share of branch (%)")
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    # Room for what is written on top.
-    axes.set_ylim(0, 1.28)
+    axes.set_ylim(0, 1.28)  # with room for the numbers
     axes.set_yticks([0, 0.5, 1])
-    if len(kept) > WRITTEN:
+    if len(kept) > MAX_WRITTEN:
         return
-    size = min(7.0, (min(layer_width(len(kept)), WIDEST) - 1.2) / len(kept) * 72 * 0.42)
-    for place in np.flatnonzero(several):
-        axes.text(
-            place, 1.04, f"{100 * shares.iloc[place, 0]:.0f}", fontsize=size, ha="center", va="bottom", color=COLOURS[0]
-        )
+    size = min(7.0, (min(layers_width(len(kept)), MAX_WIDTH) - 1.2) / len(kept) * 72 * 0.42)
+    for x in np.flatnonzero(is_split):
+        text = f"{100 * shares.iloc[x, 0]:.0f}"
+        axes.text(x, 1.04, text, fontsize=size, ha="center", va="bottom", color=COLOURS[0])
 
 
 def _shares(counts: pd.DataFrame) -> pd.DataFrame:
@@ -120,35 +112,34 @@ def _shares(counts: pd.DataFrame) -> pd.DataFrame:
 
 
 def params_macs_figure(run: Run) -> Figure:
-    """Parameters and MACs of each layer before and after slimming, one above the other; the totals in the titles."""
-    quantities = {"params": "parameters", "macs": f"MACs {size_text(run.layers_size or run.size)}"}
+    """Draw the parameters and the MACs of each layer before and after slimming; the totals are in the titles."""
+    quantities = {"params": "parameters", "macs": f"MACs {format_size(run.layers_size or run.size)}"}
     layers = [str(name) for name in dict.fromkeys(run.layers["layer"])]
-    with styled():
-        figure = new_figure(layer_width(len(layers)), 6.6, run.name)
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        places = np.arange(len(layers))
-        for axes, (quantity, title) in zip((upper, lower), quantities.items(), strict=True):
+    bars = {"before": {"color": DENSE, "hatch": ""}, "after": {"color": SLIM, "hatch": "///"}}
+    with figure_style():
+        figure = new_figure(layers_width(len(layers)), 6.6, run.name)
+        panels = figure.subplots(2, 1, sharex=True)
+        for axes, (quantity, title) in zip(panels, quantities.items(), strict=True):
             totals = {}
-            for shift, (when, colour, hatch) in zip(
-                (-0.21, 0.21), (("before", DENSE, ""), ("after", SLIM, "///")), strict=True
-            ):
+            for shift, (when, style) in zip((-0.21, 0.21), bars.items(), strict=True):
                 values = _by_layer(run.layers, f"{quantity}_{when}").sum(axis=1)
                 totals[when] = int(values.sum())
                 axes.bar(
-                    places + shift, values, width=0.42, color=colour, hatch=hatch, edgecolor="white", linewidth=0,
-                    label=when if axes is upper else None,
+                    np.arange(len(layers)) + shift, values, width=0.42, edgecolor="white", linewidth=0,
+                    label=when if axes is panels[0] else None, **style,
                 )  # fmt: skip
             share = f" ({totals['after'] / totals['before']:.1%})" if totals["before"] else ""
             axes.set_title(f"{title} {totals['before']:,} → {totals['after']:,}{share}")
             axes.set_ylabel(title)
-            number_axis(axes)
-            layer_axis(axes, layers, named=axes is lower)
+            format_counts(axes.yaxis)
+            axes.set_ylim(bottom=0)
+            style_layers_axis(axes, layers, labelled=axes is panels[1])
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def _by_layer(layers: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Layers, in the order of the network, by branches; an unknown count is 0, as nothing can be drawn for it."""
+    """Return a table of layers, in network order, by branches; unknown counts are 0."""
     values = layers.assign(**{column: layers[column].astype("Float64").fillna(0).astype(float)})
     table = values.pivot_table(index="layer", columns="branch", values=column, aggfunc="sum", sort=False, fill_value=0)
     return table.reindex(sorted(table.columns), axis=1)

@@ -1,7 +1,7 @@
-"""What all figures share: colours, sizes, axes, and files that are the same bytes each time.
+"""Common style of all figures: colours, sizes, axes, and byte-identical files.
 
-Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; hatches, dashes and markers do the
-same in grey print.
+Colours are those of Okabe and Ito (2008), which are distinct for colour-blind readers; hatches, dashes and markers are
+distinct in grey print.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import matplotlib.style
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
+from prunekit.reporting.number_format import file_stem
 from prunekit.utils.io import write_atomic
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -34,7 +35,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DENSE, SLIM = "#B0B0B0", COLOURS[0]
 DPI = 150
-WIDEST = 14  # inches
+MAX_WIDTH = 14  # inches
 _STYLE = {
     "svg.hashsalt": "prunekit",
     "hatch.linewidth": 0.6,
@@ -44,9 +45,8 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True)
-class Look:
-    """How the models of one kind are drawn everywhere."""
+class ModelStyle(NamedTuple):
+    """How a model is drawn in all figures."""
 
     label: str
     colour: str
@@ -54,178 +54,172 @@ class Look:
     marker: str
 
 
-LOOKS = {
-    "baseline": Look("baseline", COLOURS[3], ":", "D"),
-    "dense": Look("dense", "#595959", (0, (7, 1.5)), "s"),
-    "slim": Look("slim", COLOURS[1], "--", "v"),
-    "finetuned": Look("fine-tuned", COLOURS[0], "-", "o"),
+MODEL_STYLES = {
+    "baseline": ModelStyle("baseline", COLOURS[3], ":", "D"),
+    "dense": ModelStyle("dense", "#595959", (0, (7, 1.5)), "s"),
+    "slim": ModelStyle("slim", COLOURS[1], "--", "v"),
+    "finetuned": ModelStyle("fine-tuned", COLOURS[0], "-", "o"),
 }
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A figure, and what stands around it.
+class ReportFigure:
+    """A figure of a report.
 
     Attributes:
-        name: the stem of its files; flat, and distinct among the drawings of one report.
+        name: distinct among the figures of a run.
         title: a heading, such as "Channels kept".
-        caption: one or two plain sentences on what is drawn and how to read it.
+        caption: one or two sentences on what is drawn and how to read it.
         figure: to be written with :func:`write_figure`.
+        run: with several runs, the name of the run that it is about; empty for all.
     """
 
     name: str
     title: str
     caption: str
     figure: Figure
+    run: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The stem of its files."""
+        return f"{file_stem(self.run)}-{self.name}" if self.run else self.name
 
 
 def write_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write ``<stem>.png`` and ``<stem>.svg``, and return their paths.
 
     Raises:
-        CheckpointError: the system refused.
+        CheckpointError: a file cannot be written.
     """
-    written = []
-    for kind in ("png", "svg"):
-        path = stem.with_name(f"{stem.name}.{kind}")
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    for path, kind in zip(paths, ("png", "svg"), strict=True):
         write_atomic(path, encode_figure(figure, kind))
-        written.append(path)
-    return written
+    return paths
 
 
 def encode_figure(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
-    """The figure as a file: a PNG or an SVG; pixels are of the figure's own resolution, which is 150 dpi, or 120 for
-    pictures."""
+    """Return the figure as a PNG, at its own resolution (150 dpi, galleries 120), or as an SVG."""
     buffer = io.BytesIO()
-    with styled():
-        settle(figure)
+    with figure_style():
+        fix_layout(figure)
         if kind == "svg":
-            # What is rasterized in it may be coarser, words and axes are not. A date would make every report differ
-            # from the one before.
+            # Only rasterized parts have a resolution. A date would make the files of two reports differ.
             figure.savefig(buffer, format=kind, dpi=0.75 * figure.dpi, metadata={"Date": None})
         else:
             figure.savefig(buffer, format=kind, dpi=figure.dpi)
     if kind == "svg" or any(axes.images for axes in figure.axes):
         return buffer.getvalue()
-    # Lines and bars have few colours: with a palette the file is a quarter as large, and no one sees it.
-    small = io.BytesIO()
+    # Lines and bars have few colours: with a palette the file is a quarter as large, without a visible difference.
+    compressed = io.BytesIO()
     with Image.open(buffer) as image:
-        few = image.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        # Paper stays white, whatever it was averaged with.
-        palette = [255 if level >= 250 else level for level in few.getpalette() or []]
-        few.putpalette(palette)
-        few.save(small, format="png", optimize=True, dpi=(DPI, DPI))
-    return small.getvalue()
+        reduced = image.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        # The quantizer averages white with other light colours.
+        reduced.putpalette([255 if level >= 250 else level for level in reduced.getpalette() or []])
+        reduced.save(compressed, format="png", optimize=True, dpi=(DPI, DPI))
+    return compressed.getvalue()
 
 
-def settle(figure: Figure) -> None:
-    """Lay the figure out, once for all files of it: that takes longer than to draw it."""
+def fix_layout(figure: Figure) -> None:
+    """Compute the layout once for all files, as this takes longer than drawing."""
     if figure.get_layout_engine() is not None:
-        # Twice where pictures have a shape of their own: their labels follow them only the second time.
+        # Images with a fixed aspect ratio need a second pass to place their labels.
         for _ in range(2 if any(axes.images for axes in figure.axes) else 1):
             figure.draw_without_rendering()
         figure.set_layout_engine(None)
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Our own style alone, whatever the user's matplotlibrc says."""
+def figure_style() -> Iterator[None]:
+    """Use the style of reports, independent of the user's matplotlibrc."""
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        # A letter that the font has not is drawn as a box, which says enough.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # A box is drawn instead.
         yield
 
 
 def new_figure(width: float, height: float, title: str = "", dpi: int = DPI) -> Figure:
-    """An empty figure of this many inches that needs no display; to be filled within :func:`styled`."""
-    figure = Figure(figsize=(min(width, WIDEST), height), dpi=dpi, layout="constrained")
+    """Return an empty figure, sizes in inches, that needs no display; fill it within :func:`figure_style`."""
+    figure = Figure(figsize=(min(width, MAX_WIDTH), height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(plain(shorten(title, 48)), fontsize=11)
+        figure.suptitle(escape_text(shorten(title, 48)), fontsize=11)
     return figure
 
 
-def number_axis(axes: Axes) -> None:
-    """Counts on a y axis that begins at zero."""
-    count_axis(axes.yaxis)
-    axes.set_ylim(bottom=0)
+def format_counts(axis: Axis) -> None:
+    """Format counts with the same unit at all ticks, that of the largest: 0.5 M next to 1 M."""
 
-
-def count_axis(axis: Axis) -> None:
-    """Counts with one unit for all ticks, that of the largest: 0.5 M beside 1 M."""
-
-    def told(value: float, _: int | None) -> str:
-        most = max(map(abs, axis.get_view_interval()))
-        unit, factor = next(((u, f) for u, f in (("G", 1e9), ("M", 1e6)) if most >= f), ("", 1.0))
+    def format_tick(value: float, _: int | None) -> str:
+        largest = max(map(abs, axis.get_view_interval()))
+        unit, factor = next(((u, f) for u, f in (("G", 1e9), ("M", 1e6)) if largest >= f), ("", 1.0))
         return f"{value / factor:.10g} {unit}" if unit and value else f"{value:,.10g}"
 
-    axis.set_major_formatter(FuncFormatter(told))
+    axis.set_major_formatter(FuncFormatter(format_tick))
 
 
-def layer_width(layers: int) -> float:
-    """Inches for a figure with so many layers side by side."""
+def layers_width(layers: int) -> float:
+    """Return the width in inches of a figure with this many layers side by side."""
     return max(6.5, 1.6 + 0.21 * layers)
 
 
-def layer_axis(axes: Axes, names: Sequence[str], named: bool) -> None:
-    """Layers on the x axis, in the order of the network, a shade behind every other stage."""
-    inches = (min(layer_width(len(names)), WIDEST) - 1.2) / max(len(names), 1)
-    # Turned names stand as close as their letters are high; past that every second, third … is named.
+def style_layers_axis(axes: Axes, names: Sequence[str], labelled: bool) -> None:
+    """Put layers on the x axis, in network order, with every other stage shaded."""
+    inches = (min(layers_width(len(names)), MAX_WIDTH) - 1.2) / max(len(names), 1)
+    # Rotated names need the height of their letters; if there is no room, only every n-th layer is labelled.
     size = min(8.0, max(5.0, inches * 72 * 0.75))
-    every = max(1, math.ceil(size * 1.3 / (inches * 72)))
-    shared = _shared(names)
-    shown = [plain(shorten_dotted(name.removeprefix(shared), 28)) for name in names]
-    axes.set_xticks(range(0, len(names), every), shown[::every], rotation=90, fontsize=size)
-    axes.tick_params(axis="x", length=0 if every == 1 else 3, labelbottom=named)
-    room = max(0.0, (4 - len(names)) / 2)  # a bar as wide as the figure looks like no bar
-    axes.set_xlim(-0.7 - room, len(names) - 0.3 + room)
-    if named:
-        within = f" (in {plain(shorten(shared.rstrip('.'), 40))})" if shared else ""
-        some = f", every {every}th named" if every > 3 else ", every 3rd named" if every == 3 else ", every 2nd named"
-        axes.set_xlabel(f"layer, from the input to the output{within}{some if every > 1 else ''}")
-    place = 0
-    for index, (_, members) in enumerate(groupby(name.removeprefix(shared).partition(".")[0] for name in names)):
+    step = max(1, math.ceil(size * 1.3 / (inches * 72)))
+    prefix = "".join(f"{part}." for part in names[0].split(".")[: common_parts(names)])
+    labels = [escape_text(shorten_dotted(name.removeprefix(prefix), 28)) for name in names]
+    axes.set_xticks(range(0, len(names), step), labels[::step], rotation=90, fontsize=size)
+    axes.tick_params(axis="x", length=0 if step == 1 else 3, labelbottom=labelled)
+    margin = max(0.0, (4 - len(names)) / 2)  # A bar as wide as the figure is not recognizable as one.
+    axes.set_xlim(-0.7 - margin, len(names) - 0.3 + margin)
+    if labelled:
+        within = f" (in {escape_text(shorten(prefix.rstrip('.'), 40))})" if prefix else ""
+        axes.set_xlabel(f"layer, from the input to the output{within}{every_nth(step, 'named')}")
+    position = 0
+    for index, (_, members) in enumerate(groupby(name.removeprefix(prefix).partition(".")[0] for name in names)):
         count = len(list(members))
         if index % 2:
-            axes.axvspan(place - 0.5, place + count - 0.5, color="0.955", linewidth=0, zorder=0)
-        place += count
-    quiet(axes)
+            axes.axvspan(position - 0.5, position + count - 0.5, color="0.955", linewidth=0, zorder=0)
+        position += count
+    style_axes(axes)
 
 
-def _shared(names: Sequence[str]) -> str:
-    """The dotted beginning of all names, which says nothing: "model." of "model.a.conv" and "model.b.conv"."""
-    first, *others = (name.split(".")[:-1] for name in names)
-    same = min((alike(first, other) for other in others), default=0)
-    return "".join(f"{part}." for part in first[:same])
+def common_parts(names: Sequence[str]) -> int:
+    """Return how many parts all dotted names start with, not counting their last part."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return len(list(takewhile(lambda parts: len(set(parts)) == 1, columns)))
 
 
-def alike(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many parts two names begin with alike."""
-    return next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+def every_nth(step: int, verb: str) -> str:
+    """Return ", every 3rd named", to be appended to a label; empty if all are."""
+    ordinal = {2: "2nd", 3: "3rd"}.get(step, f"{step}th")
+    return f", every {ordinal} {verb}" if step > 1 else ""
 
 
-def quiet(axes: Axes, grid: Literal["y", "both"] = "y") -> None:
-    """A pale grid behind what is drawn, and no frame where no axis is."""
+def style_axes(axes: Axes, grid: Literal["y", "both"] = "y") -> None:
+    """Draw a pale grid below the data, and no frame on the sides without an axis."""
     axes.grid(axis=grid, color="0.88", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def shorten(text: str, length: int) -> str:
-    """The beginning and the end, which tell names apart."""
+    """Replace the middle of a long text with an ellipsis: names differ at the start and the end."""
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length - length // 2 - 1) :]}"
 
 
 def shorten_dotted(name: str, length: int) -> str:
-    """Every part of a dotted name, the longest cut in their middles: it takes all of them to tell layers apart."""
+    """Shorten the longest parts of a dotted name: all of its parts are needed to tell layers apart."""
     parts = name.split(".")
-    most = max(map(len, parts))
-    while len(".".join(parts)) > length and most > 5:
-        most -= 1
-        parts = [shorten(part, most) for part in name.split(".")]
+    limit = max(map(len, parts))
+    while len(".".join(parts)) > length and limit > 5:
+        limit -= 1
+        parts = [shorten(part, limit) for part in name.split(".")]
     return shorten(".".join(parts), length)
 
 
-def plain(text: str) -> str:
-    """Without this a dollar in a name starts a formula, and what is no character stops the drawing."""
+def escape_text(text: str) -> str:
+    """Escape dollars, which start a formula, and replace characters that matplotlib cannot draw."""
     return re.sub("[\ud800-\udfff\x00-\x1f]", "\ufffd", text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""A figure as part of the page: inline SVG whose greys follow the light and the dark theme, or a PNG in a data URI."""
+"""Embed figures in the page: as inline SVG whose greys follow the light or dark theme, or as PNG in a data URI."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from xml.sax.saxutils import escape, quoteattr
 
 from markupsafe import Markup
 
-from prunekit.reporting.figures import Drawing, encode_figure
+from prunekit.reporting.figures import ReportFigure, encode_figure
 from prunekit.utils.io import sha256
 
-# An SVG above this, in bytes, gives way to the PNG if that is smaller: curves of thousands of gates do.
-LARGE_SVG = 150_000
+LARGE_SVG = 150_000  # bytes; above this, the PNG is used if it is smaller
 _ELEMENTS = {
     "svg", "g", "defs", "path", "use", "rect", "circle", "ellipse", "line", "polyline", "polygon", "clipPath",
     "pattern", "image", "text", "tspan", "linearGradient", "radialGradient", "stop", "mask", "symbol",
@@ -26,94 +25,77 @@ _ATTRIBUTES = {
     "patternTransform", "points", "preserveAspectRatio", "r", "rx", "ry", "stop-color", "stop-opacity", "stroke",
     "stroke-width", "style", "text-anchor", "transform", "viewBox", "width", "x", "x1", "x2", "y", "y1", "y2",
 }  # fmt: skip
-# A run's name can hold these, and matplotlib writes them as they are.
+# A run's name may contain these, and matplotlib writes them unchanged.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _COORDINATES = {"d", "points", "x", "y", "width", "height"}
 _DECIMALS = re.compile(r"(?<=\d\.\d{2})\d+")
 _GREY = re.compile(r"(fill|stroke): #([0-9a-f]{2})\2\2\b", re.IGNORECASE)
-# The darkest of the palette's colours: words and thin lines in it need a lighter one on dark.
+# The darkest colour of the palette needs a lighter one in the dark theme.
 _BLUE = re.compile(r"(fill|stroke): #0072b2\b", re.IGNORECASE)
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
 @dataclass(frozen=True)
-class Illustration:
-    """A figure that is ready for the page.
+class EmbeddedFigure:
+    """A figure prepared for the page.
 
     Attributes:
-        name: as the drawing's: with several runs it begins with the run's name.
-        title: as the drawing's.
-        caption: as the drawing's.
+        title, caption, run: as for :class:`ReportFigure`.
         markup: an ``<svg>`` or an ``<img>``.
-        paper: it keeps a white ground in the dark theme too, because it holds pictures or is a PNG.
+        white: keep a white background in the dark theme, for pictures and PNGs.
     """
 
-    name: str
     title: str
     caption: str
+    run: str
     markup: Markup
-    paper: bool
+    white: bool
 
 
-def illustrate(drawing: Drawing, files: dict[str, bytes] | None = None) -> Illustration:
-    """Prepare a figure for the page.
-
-    Args:
-        drawing: the figure and its words.
-        files: its "svg" and "png", where they have been encoded already.
-    """
-    files = files or {}
-    svg = files.get("svg") or encode_figure(drawing.figure, "svg")
-    markup, paper = _inline(svg, drawing)
+def embed_figure(figure: ReportFigure, encoded: dict[str, bytes] | None = None) -> EmbeddedFigure:
+    """Prepare a figure for the page; ``encoded`` are its "svg" and "png" if they exist already."""
+    encoded = encoded or {}
+    markup, white = _inline_svg(encoded.get("svg") or encode_figure(figure.figure, "svg"), figure)
     if len(markup) > LARGE_SVG:
-        png = files.get("png") or encode_figure(drawing.figure, "png")
+        png = encoded.get("png") or encode_figure(figure.figure, "png")
         if len(png) * 4 // 3 < len(markup):
-            markup, paper = _embedded(png, drawing), True
-    return Illustration(drawing.name, drawing.title, drawing.caption, Markup(markup), paper)
+            markup, white = _png_image(png, figure), True
+    return EmbeddedFigure(figure.title, figure.caption, figure.run, Markup(markup), white)
 
 
-def _embedded(png: bytes, drawing: Drawing) -> str:
+def _png_image(png: bytes, figure: ReportFigure) -> str:
     width, height = struct.unpack(">II", png[16:24])
-    natural = round(drawing.figure.get_figwidth() * 96)
-    height = round(height * natural / width)
-    data = base64.b64encode(png).decode()
+    natural = round(figure.figure.get_figwidth() * 96)
     return (
-        f'<img alt={quoteattr(drawing.title)} width="{natural}" height="{height}" style="--natural:{natural}px" '
-        f'src="data:image/png;base64,{data}">'
+        f'<img alt={quoteattr(figure.title)} width="{natural}" height="{round(height * natural / width)}" '
+        f'style="--natural:{natural}px" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     )
 
 
-def _inline(svg: bytes, drawing: Drawing) -> tuple[str, bool]:
-    """The SVG without what a page does not need or want, and whether it must stay on white."""
+def _inline_svg(svg: bytes, figure: ReportFigure) -> tuple[str, bool]:
+    """Return the SVG reduced to what the page needs, and whether it contains pictures."""
     root = ElementTree.fromstring(_NOT_XML.sub("", svg.decode(errors="replace")))
-    paper = any(_local(element.tag) == "image" for element in root.iter())
-    # matplotlib's ids are the same in every figure of a kind, and names may differ in nothing that an id may hold.
-    prefix = f"f{sha256(drawing.name.encode(errors='replace'))[:8]}-"
-    natural = round(drawing.figure.get_figwidth() * 96)
-    out = [
-        f'<svg role="img" aria-label={quoteattr(drawing.title)} viewBox={quoteattr(root.get("viewBox", ""))} '
-        f'preserveAspectRatio="xMinYMid" style="--natural:{natural}px">'
+    # matplotlib uses the same ids in every figure. A digest, as names may differ only in characters not allowed in ids.
+    prefix = f"f{sha256(figure.stem.encode(errors='replace'))[:8]}-"
+    parts = [
+        f'<svg role="img" aria-label={quoteattr(figure.title)} viewBox={quoteattr(root.get("viewBox", ""))} '
+        f'preserveAspectRatio="xMinYMid" style="--natural:{round(figure.figure.get_figwidth() * 96)}px">'
     ]
     for child in root:
-        _write(child, out, prefix, False)
-    out.append("</svg>")
-    return "".join(out), paper
+        _write_element(child, parts, prefix, False)
+    return "".join([*parts, "</svg>"]), any(_local_name(element.tag) == "image" for element in root.iter())
 
 
-def _write(element: ElementTree.Element, out: list[str], prefix: str, in_text: bool) -> None:
-    tag = _local(element.tag)
-    # metadata, style (its one rule stands in page.css) and all that could act are left out.
-    if tag not in _ELEMENTS:
+def _write_element(element: ElementTree.Element, parts: list[str], prefix: str, in_text: bool) -> None:
+    tag = _local_name(element.tag)
+    # Skipped: metadata, style (its only rule is in page.css), active content, and the background (patch_1).
+    if tag not in _ELEMENTS or element.get("id") == "patch_1":
         return
     in_text = in_text or element.get("id", "").startswith("text_")
-    if element.get("id") == "patch_1":
-        # The ground of the whole figure: the page's own is there.
-        return
-    out.append(f"<{tag}")
+    parts.append(f"<{tag}")
     for key, value in element.attrib.items():
-        name = _local(key)
-        if name == "fill" and "style" not in element.attrib:
-            # As hatches have it; a theme's colours stand in styles alone.
+        name = _local_name(key)
+        if name == "fill" and "style" not in element.attrib:  # hatches; the theme's colours need a style
             name, value = "style", f"{name}: {value}"
         if name not in _ATTRIBUTES:
             continue
@@ -125,25 +107,24 @@ def _write(element: ElementTree.Element, out: list[str], prefix: str, in_text: b
             elif not value.startswith("data:image/png;base64,"):
                 continue
         elif name == "style":
-            value = _GREY.sub(lambda match: _themed(match, in_text), value)
+            value = _GREY.sub(lambda match: _theme_colour(match, in_text), value)
             value = _BLUE.sub(r"\1: var(--figure-blue)", value)
         elif name in _COORDINATES:
             value = _DECIMALS.sub("", value)
         value = _REFERENCE.sub(lambda match: f"url(#{prefix}{match[1]})", value)
-        out.append(f" {name}={quoteattr(value)}")
-    children = list(element)
+        parts.append(f" {name}={quoteattr(value)}")
     text = (element.text or "").strip()
-    if not (children or text):
-        out.append("/>")
+    if not (len(element) or text):
+        parts.append("/>")
         return
-    out.append(f">{escape(text)}")
-    for child in children:
-        _write(child, out, prefix, in_text)
-    out.append(f"</{tag}>")
+    parts.append(f">{escape(text)}")
+    for child in element:
+        _write_element(child, parts, prefix, in_text)
+    parts.append(f"</{tag}>")
 
 
-def _themed(match: re.Match[str], in_text: bool) -> str:
-    """Ink, grid and paper follow the theme; greys between them are seen on both, and white words stand on a colour."""
+def _theme_colour(match: re.Match[str], in_text: bool) -> str:
+    """Let ink, grid and background follow the theme; other greys are visible on both, white text is on a colour."""
     prop, level = match[1], int(match[2], 16)
     if level < 0x60:
         return f"{prop}: var(--figure-ink)"
@@ -152,5 +133,5 @@ def _themed(match: re.Match[str], in_text: bool) -> str:
     return f"{prop}: var(--figure-rule)" if level >= 0xD0 else match[0]
 
 
-def _local(name: object) -> str:
+def _local_name(name: object) -> str:
     return name.rpartition("}")[2] if isinstance(name, str) else ""

@@ -1,7 +1,6 @@
-"""The report as one HTML page that needs nothing else: no network, no other file, no script but its own.
+"""Render the report as one self-contained HTML page: no network, no other file, no script but its own.
 
-Everything that comes from a run folder is escaped, and the page's content security policy lets nothing run but the one
-script whose digest it names.
+Everything from a run folder is escaped, and the content security policy permits only the page's own script, by digest.
 """
 
 from __future__ import annotations
@@ -9,131 +8,73 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from prunekit import __version__
-from prunekit.reporting.html.figures import Illustration, illustrate
-from prunekit.reporting.html.run_section import Section, in_words, lead, run_sections
-from prunekit.reporting.html.tables import page_table
+from prunekit.reporting.html.figures import EmbeddedFigure
+from prunekit.reporting.html.sections import comparison_sections, lead, run_sections
 from prunekit.reporting.loader import Run
-from prunekit.reporting.number_format import file_stem
-from prunekit.reporting.tables import Named, tables
+from prunekit.reporting.tables import report_tables
 
-__all__ = ["Illustration", "illustrate", "page"]
-
-# Control characters and halves of surrogate pairs are no text that a page may hold; signs that turn the direction of
-# writing around could make it say what it does not.
-_NO_TEXT = re.compile(
+# Control characters, surrogates and noncharacters are not valid in HTML; bidirectional controls could falsify text.
+_FORBIDDEN = re.compile(
     "[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
 
 
-_Named = TypeVar("_Named", Illustration, Named)
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """Sections about all runs, then (with a title) about each of several."""
-
-    id: str
-    title: str
-    lead: str
-    sections: list[Section]
-
-
-def page(runs: Sequence[Run], illustrations: Iterable[Illustration], published: bool = False) -> str:
-    """The report of these runs as a page.
+def render_page(runs: Sequence[Run], figures: Iterable[EmbeddedFigure], published: bool = False) -> str:
+    """Return the report of runs as an HTML page.
 
     Args:
-        runs: of distinct names, complete or not; with several the page begins with what sets them side by side.
-        illustrations: the figures, in their order, each from :func:`illustrate`.
-        published: put the published CSNet models below the runs.
+        runs: with distinct names, complete or not; with several, the page starts with a comparison.
+        figures: from :func:`prunekit.reporting.html.figures.embed_figure`, in order.
+        published: append the published CSNet models to the summary.
 
     Returns:
-        HTML, the same for the same run folders. Without a script or a mark from the run folders: all text is escaped.
+        HTML; the same for the same run folders.
     """
-    drawings, named = _sorted_out(runs, list(illustrations)), _sorted_out(runs, tables(runs, published))
-    chapters = []
+    figures, tables = list(figures), report_tables(runs, published)
+    title, chapters = "Published models", []
     if len(runs) == 1:
-        sections = run_sections(runs[0], "", _by_stem(named[0]), drawings[0], alone=not published)
-        chapters.append(Chapter("all", "", "", list(sections)))
+        title = runs[0].name
+        chapters.append(("all", "", "", list(run_sections(runs[0], "", tables, figures, published))))
     else:
-        chapters.append(Chapter("all", "", "", list(_side_by_side(runs, _by_stem(named[-1]), drawings[-1]))))
-        for index, run in enumerate(runs):
-            own = _by_stem(named[index], f"{file_stem(run.name)}-")
-            sections = run_sections(run, f"run-{index + 1}-", own, drawings[index], alone=False)
-            chapters.append(Chapter(f"run-{index + 1}", run.name, lead(run), list(sections)))
-    script, style = _asset("page.js"), _asset("page.css")
+        own = [[item for item in items if not item.run] for items in (tables, figures)]
+        chapters.append(("all", "", "", list(comparison_sections(runs, *own))))
+        title = f"{len(runs)} runs" if runs else title
+        for index, run in enumerate(runs, 1):
+            own = [[item for item in items if item.run == run.name] for items in (tables, figures)]
+            sections = list(run_sections(run, f"run-{index}-", *own, published))
+            chapters.append((f"run-{index}", run.name, lead(run), sections))
+    script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
-        # Styles of single elements cannot be named by a digest: the SVG figures are full of them.
+        # Inline styles, of which SVG figures have many, cannot be permitted by a digest.
         policy=f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'",
-        title=_title(runs),
-        lead=_lead(runs),
+        title=title,
+        lead=lead(runs[0]) if len(runs) == 1 else "",
         version=__version__,
-        style=Markup(style),
+        style=Markup(_asset("page.css")),
         script=Markup(script),
         chapters=chapters,
     )
 
 
-def _side_by_side(
-    runs: Sequence[Run], named: Mapping[str, Named], drawings: Sequence[Illustration]
-) -> Iterator[Section]:
-    models = page_table(named["summary"])
-    words = [f"{run.name}: {in_words(run)}" for run in runs if "dense" in run.summary]
-    unfinished = [f"{run.name}: not complete ({run.status})" for run in runs if run.status != "complete"]
-    nothing = [] if models.rows else ["No model has been measured yet."]
-    held = [replace(models, note="")] if models.rows else []
-    yield Section("summary", "Summary", nothing, items=words, missing=unfinished, tables=held)
-    if drawings:
-        yield Section("figures", "Figures", drawings=drawings)
-    for stem, one in named.items():
-        # The notes stand with their runs.
-        if stem not in ("summary", "notes"):
-            yield Section(stem, one.title, tables=[page_table(one)])
-
-
-def _sorted_out(runs: Sequence[Run], things: Sequence[_Named]) -> list[list[_Named]]:
-    """The things of each run, and last those of all of them: of several runs each has its own begin with its name."""
-    out: list[list[_Named]] = [[] for _ in range(len(runs) + 1)]
-    if len(runs) == 1:
-        return [list(things), []]
-    for thing in things:
-        # "a-b-channels" is of the run "a-b", though "a" may be there as well.
-        owners = [index for index, run in enumerate(runs) if thing.name.startswith(f"{file_stem(run.name)}-")]
-        out[max(owners, key=lambda index: len(runs[index].name), default=-1)].append(thing)
-    return out
-
-
-def _by_stem(named: Sequence[Named], prefix: str = "") -> dict[str, Named]:
-    return {one.name.removeprefix(prefix): one for one in named}
-
-
-def _title(runs: Sequence[Run]) -> str:
-    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs" if runs else "Published models"
-
-
-def _lead(runs: Sequence[Run]) -> str:
-    return lead(runs[0]) if len(runs) == 1 else ""
-
-
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_text, keep_trailing_newline=True)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_clean, keep_trailing_newline=True)
     return environment.from_string(_asset("page.html"))
 
 
-def _text(value: Any) -> Any:
-    return value if isinstance(value, Markup) else _NO_TEXT.sub("\ufffd", str(value))
+def _clean(value: Any) -> Any:
+    return value if isinstance(value, Markup) else _FORBIDDEN.sub("\ufffd", str(value))
 
 
 @cache
