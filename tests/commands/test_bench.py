@@ -32,7 +32,7 @@ def test_rows_table_and_report(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "GFLOP/s" in out and max(map(len, out.split("saved to")[0].splitlines())) <= 80
     run = load_run(folder)
-    assert not [line for line in run.missing if "bench" in line]
+    assert not [line for line in run.problems if "bench" in line]
     table = bench_table([run])
     assert len(table) == 16 and set(table["form"]) == {"eager", "deployed", "ort", "openvino"}
 

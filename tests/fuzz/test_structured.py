@@ -76,7 +76,7 @@ def test_plans(value):
 
 
 SUMMARY = [
-    *run_contents.PARTS,
+    *run_contents.MODELS,
     "recipe",
     "status",
     "kept",
@@ -94,7 +94,7 @@ SUMMARY = [
 def test_summaries(value):
     faults = []
     try:
-        found = run_contents.summary(value, faults)
+        found = run_contents.read_summary(value, faults)
     except ValueError:
         return
     # What was taken can be written; what was not is told.
@@ -107,7 +107,7 @@ def test_summaries(value):
 def test_metrics(lines):
     faults = []
     try:
-        table = run_contents.metrics(b"".join(json.dumps(line).encode() + b"\n" for line in lines), faults)
+        table = run_contents.read_metrics(b"".join(json.dumps(line).encode() + b"\n" for line in lines), faults)
     except ValueError:
         return
     assert len(table) <= len(lines) and (faults or len(table) == len(lines))

@@ -7,13 +7,13 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from prunekit.reporting.figures.style import settle, styled
+from prunekit.reporting.figures.style import figure_style, fix_layout
 
 
 def boxes(figure: Figure) -> list[tuple[str, np.ndarray]]:
     """(text, [left, bottom, right, top] in pixels) of all that is written."""
-    with styled():
-        settle(figure)
+    with figure_style():
+        fix_layout(figure)
         figure.draw_without_rendering()
         renderer = figure.canvas.get_renderer()
         hidden = {id(text) for axes in figure.axes if not axes.axison for text in axes.xaxis.findobj(Text)}

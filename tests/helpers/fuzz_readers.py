@@ -20,7 +20,7 @@ from prunekit.interop.csnet import CSNetLayout
 from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pruning.plan import Plan
 from prunekit.reporting import run_contents
-from prunekit.reporting.loader import _Reader, _recipe
+from prunekit.reporting.loader import _read_recipe, _Reader
 from prunekit.runs.artifacts import ArtifactStore
 from prunekit.runs.checkpoints import CheckpointStore
 from prunekit.runs.run_dir import RunDir
@@ -75,7 +75,7 @@ def readers(place: Place) -> list[Reader]:
 
         def read(data: bytes) -> None:
             place.put(name, data)
-            _Reader(files).json(name, check, None)
+            _Reader(files).read_json(name, check, None)
             files.read_json(name)
 
         return read
@@ -91,7 +91,7 @@ def readers(place: Place) -> list[Reader]:
 
     def resolved(data: bytes) -> None:
         place.put("recipe.yaml", data)
-        _Reader(files)("recipe.yaml", lambda _: _recipe(files.read_text("recipe.yaml")), {})
+        _Reader(files).read("recipe.yaml", lambda _: _read_recipe(files.read_text("recipe.yaml")), {})
 
     def overrides(data: bytes) -> None:
         texts = data.decode(errors="surrogateescape").split("\n")
@@ -106,14 +106,14 @@ def readers(place: Place) -> list[Reader]:
 
     def metrics(data: bytes) -> None:
         place.put("metrics.jsonl", data)
-        _Reader(files)(
-            "metrics.jsonl", lambda f: run_contents.metrics(files.read_bytes("metrics.jsonl"), f, True), None
+        _Reader(files).read(
+            "metrics.jsonl", lambda f: run_contents.read_metrics(files.read_bytes("metrics.jsonl"), f, True), None
         )
         files.read_metrics()
 
     def gates(data: bytes) -> None:
         place.put("gates.npz", data)
-        _Reader(files)("gates.npz", lambda _: run_contents.gates(files.read_arrays("gates.npz")), None)
+        _Reader(files).read("gates.npz", lambda _: run_contents.read_gates(files.read_arrays("gates.npz")), None)
         files.read_arrays("gates.npz")
 
     def tensors(data: bytes) -> None:
@@ -155,21 +155,21 @@ def readers(place: Place) -> list[Reader]:
 
     def plan(data: bytes) -> None:
         place.put("plan.json", data)
-        _Reader(files).json("plan.json", run_contents.plan, None)
+        _Reader(files).read_json("plan.json", run_contents.read_plan, None)
         Plan.from_json(files.read_json("plan.json"))
 
     def gallery(value: Any, faults: list[str]) -> Any:
-        return run_contents.gallery(value, place.path / "gallery", faults)
+        return run_contents.read_gallery(value, place.path / "gallery", faults)
 
     of = {
-        "summary": run_contents.summary,
-        "layers": lambda value, _: run_contents.layers(value),
-        "curves": run_contents.curves,
+        "summary": run_contents.read_summary,
+        "layers": lambda value, _: run_contents.read_layers(value),
+        "curves": run_contents.read_curves,
         "gallery": gallery,
-        "environment": run_contents.environment,
-        "classes": run_contents.classes,
-        "bench": run_contents.bench,
-        "eval": run_contents.evals,
+        "environment": run_contents.read_environment,
+        "classes": run_contents.read_classes,
+        "bench": run_contents.read_bench,
+        "eval": run_contents.read_evals,
     }
 
     def yaml_within(chance: random.Random, data: bytes) -> bytes:

@@ -66,7 +66,7 @@ def _gone_on(run: Path, bed: Bed, start_from: str | None = None) -> object:
     """What has come of the run, or what its report says of files that the run itself does not need."""
     console = Console(width=400, file=io.StringIO(), color_system=None)
     run_recipe(bed.recipe, run, console, resume=True, start_from=start_from)
-    wrong = [one for one in console.file.getvalue().splitlines() if one.startswith(("wrong in", "missing in"))]
+    wrong = [one for one in console.file.getvalue().splitlines() if one.startswith(("problem in", "missing in"))]
     return "\n".join(wrong) or outcome(run)
 
 

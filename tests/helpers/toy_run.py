@@ -88,6 +88,6 @@ def outcome(folder: Path) -> dict[str, object]:
     found["metrics"] = [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
     assert not list(folder.rglob(f"{TEMP_PREFIX}*"))
     # What a derived run does not have was never written.
-    assert [line for line in load_run(folder).missing if not line.endswith(": not there")] == []
+    assert [line for line in load_run(folder).problems if not line.endswith(": missing")] == []
     assert all((folder / name).is_file() for name in run.written())
     return found

@@ -158,9 +158,9 @@ def test_derived_runs_take_the_baseline_along(whole, photos, tmp_path):
     for out in (slimmed, tuned):
         assert weights(out, "baseline") == weights(whole, "baseline")
         assert summary(out)["baseline"] == summary(whole)["baseline"]
-        assert load_run(out).missing == [], "what a derived run has no part in is not missing there"
+        assert load_run(out).problems == [], "what a derived run has no part in is not missing there"
     (slimmed / "layers.json").unlink()
-    assert load_run(slimmed).missing == ["layers.json: not there"]
+    assert load_run(slimmed).problems == ["layers.json: missing"]
 
 
 def test_fresh_weights_in_the_layout_of_a_run(run_it, plain, tmp_path):

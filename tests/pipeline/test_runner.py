@@ -214,7 +214,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(whole, tm
 
 def test_report_reads_the_folder_alone(whole):
     run = load_run(whole)
-    assert not run.missing and len(run.metrics) == 3 and len(run.layers) == 41
+    assert not run.problems and len(run.metrics) == 3 and len(run.layers) == 41
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the photographs for tests are not beside this checkout")

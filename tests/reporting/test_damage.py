@@ -14,8 +14,8 @@ from rich.console import Console
 from prunekit.cli import main
 from prunekit.errors import RunFolderError
 from prunekit.reporting import load_run, report
-from prunekit.reporting.figures.gallery import gallery_drawings
-from prunekit.reporting.loader import PARTS
+from prunekit.reporting.figures.gallery import gallery_figures
+from prunekit.reporting.loader import MODELS
 from prunekit.runs.run_dir import RunDir
 
 FILES = [
@@ -44,9 +44,9 @@ def run(model, tmp_path):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Drawing is what takes the time; that what is damaged can be drawn and shown is seen below."""
-    monkeypatch.setitem(report.__globals__, "figures", lambda runs, *_: iter(()))
-    monkeypatch.setitem(report.__globals__, "page", lambda *_: "")
+    """ReportFigure is what takes the time; that what is damaged can be drawn and shown is seen below."""
+    monkeypatch.setitem(report.__globals__, "report_figures", lambda runs, *_: iter(()))
+    monkeypatch.setitem(report.__globals__, "render_page", lambda *_: "")
 
 
 def told(path, **options):
@@ -58,7 +58,7 @@ def told(path, **options):
 
 def the_same(found, whole):
     """What is shown of the run is what the whole one has, or is missing."""
-    for part in PARTS:
+    for part in MODELS:
         for key, value in found.summary.get(part, {}).items():
             if key == "metrics":
                 assert value.items() <= whole.summary[part]["metrics"].items()
@@ -89,8 +89,8 @@ def test_a_file_cut_anywhere(run, whole, name, checksums, no_figures):
         if name != "recipe.yaml" or checksums:
             the_same(found, whole)
             complete = name == "metrics.jsonl" and place > len(data) - 3
-            assert any(line.startswith(name) for line in found.missing) or complete, (name, place)
-        assert all("\n" not in line for line in found.missing)
+            assert any(line.startswith(name) for line in found.problems) or complete, (name, place)
+        assert all("\n" not in line for line in found.problems)
     if checksums:
         assert name in told(run)
 
@@ -117,7 +117,7 @@ def test_a_file_that_is_gone(run, whole, name, no_figures):
     if name.endswith(".png"):
         assert "slim" not in found.gallery[1].files and "slim" in found.gallery[0].files
     else:
-        assert any(line.startswith(name) for line in found.missing)
+        assert any(line.startswith(name) for line in found.problems)
         assert name in told(run)
 
 
@@ -133,7 +133,7 @@ def test_a_file_in_the_place_of_another(run, whole, name, no_figures):
             the_same(found, whole)
         # environment.json may hold anything; an empty gallery, plan's notes or curves are none.
         harmless = name == "environment.json" or content in ("[]", "{}", '{"format": 1}')
-        assert any(line.startswith(name) for line in found.missing) or harmless, content[:80]
+        assert any(line.startswith(name) for line in found.problems) or harmless, content[:80]
         (run / name).write_text(mine)
 
 
@@ -174,7 +174,7 @@ def test_values_of_a_wrong_type_inside(run, name, no_figures):
         except RunFolderError:
             assert path == ("format",), "only a newer format is refused"
             continue
-        assert repr(found) and found._repr_html_() and all("\n" not in line for line in found.missing)
+        assert repr(found) and found._repr_html_() and all("\n" not in line for line in found.problems)
     (run / name).write_text("\n".join([*lines, ""]) if path != ("format",) else text)
     told(run)
 
@@ -188,9 +188,9 @@ def test_wrong_sizes_are_named_and_not_shown(run, key, value, no_figures):
     (run / "summary.json").write_text(json.dumps(summary))
     found = load_run(run)
     assert key not in found.summary.get("dense", {})
-    assert any(line.startswith("summary.json: ") for line in found.missing)
+    assert any(line.startswith("summary.json: ") for line in found.problems)
     if value != 10**400:
-        assert any(f"dense.{key}" in line for line in found.missing)
+        assert any(f"dense.{key}" in line for line in found.problems)
 
 
 def test_all_that_is_wrong_at_once_is_drawn_and_said(run):
@@ -210,7 +210,7 @@ def test_a_newer_file_is_said_and_the_rest_is_read(run, whole, name, no_figures)
     (run / name).write_text(json.dumps({**held, "format": 2}))
     found = load_run(run)
     the_same(found, whole)
-    assert [line for line in found.missing if line.startswith(name) and "format 2" in line and "upgrade" in line]
+    assert [line for line in found.problems if line.startswith(name) and "format 2" in line and "upgrade" in line]
     assert "format 2" in told(run)
 
 
@@ -220,7 +220,7 @@ def test_a_summary_that_is_none_is_said_of_a_run_that_is_not_complete_too(tmp_pa
     without_checksums(path)
     (path / "summary.json").write_text(content)
     found = load_run(path)
-    assert found.summary == {} and any(line.startswith("summary.json: not as") for line in found.missing)
+    assert found.summary == {} and any(line.startswith("summary.json: not in") for line in found.problems)
 
 
 @pytest.mark.parametrize("name", ["state.json", "summary.json"])
@@ -248,28 +248,28 @@ def test_files_of_two_runs_in_one_folder_are_at_odds(run, tmp_path):
     (run / "state.json").unlink()
     shutil.copy(other / "layers.json", run)
     shutil.copy(other / "gates.npz", run)
-    missing = load_run(run).missing
+    missing = load_run(run).problems
     assert any(line.startswith("layers.json: its slim model has") for line in missing)
     (run / "state.json").write_bytes((other / "state.json").read_bytes())
-    missing = load_run(run).missing
+    missing = load_run(run).problems
     assert any(line.startswith("recipe.yaml:") and "another run" in line for line in missing)
     assert any(line.startswith("metrics.jsonl:") for line in missing)
     without_checksums(run)
-    assert any(line.startswith("gates.npz: 5 epochs, metrics.jsonl has 3") for line in load_run(run).missing)
+    assert any(line.startswith("gates.npz: 5 epochs, metrics.jsonl has 3") for line in load_run(run).problems)
 
 
 def test_epochs_that_are_not_there_are_counted(run):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     without_checksum(run, "metrics.jsonl")
-    missing = load_run(run).missing
+    missing = load_run(run).problems
     assert "metrics.jsonl: 2 of 3 epochs of train" in missing and "metrics.jsonl: 0 of 1 epochs of finetune" in missing
     for damaged in ("{", '{"stage": "train", "loss": 0.1}', '{"epoch": 2, "loss": 0.1}', "[1]", ""):
         (run / "metrics.jsonl").write_text("".join([lines[0], f"{damaged}\n", *lines[2:]]))
         found = load_run(run)
         assert found.metrics["epoch"].tolist() == [1, 3, 1]
-        assert any("line 2 is damaged" in line for line in found.missing)
-        assert any("epochs of train are not 1, 2, 3" in line for line in found.missing)
+        assert any("line 2 is damaged" in line for line in found.problems)
+        assert any("epochs of train are not numbered 1, 2, 3" in line for line in found.problems)
 
 
 @pytest.mark.parametrize("held", [0, 1])
@@ -281,27 +281,27 @@ def test_epochs_of_the_baseline_are_counted(run, held):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(first.replace('"train"', '"baseline"') * held)
     without_checksums(run)
-    assert f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).missing
+    assert f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).problems
     (run / "recipe.yaml").write_text(recipe.replace("baseline: true", "baseline: false"))
-    assert (f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).missing) == bool(held)
+    assert (f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).problems) == bool(held)
 
 
 def test_of_epochs_that_are_all_gone_the_run_knows_that_they_were(run):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text(lines[-1])
     without_checksums(run)
-    assert "metrics.jsonl: 0 of 3 epochs of train" in load_run(run).missing
+    assert "metrics.jsonl: 0 of 3 epochs of train" in load_run(run).problems
     summary = json.loads((run / "summary.json").read_text())
     del summary["seconds"]["train"]
     (run / "summary.json").write_text(json.dumps(summary))
-    assert not any("epochs of train" in line for line in load_run(run).missing), "its training stands in another run"
+    assert not any("epochs of train" in line for line in load_run(run).problems), "its training stands in another run"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml", "environment.json", "gates.npz", "layers.json"])
 def test_a_file_is_missed_whose_checksum_nobody_holds(run, name):
     without_checksum(run, name)
     (run / name).unlink()
-    assert f"{name}: not there" in load_run(run).missing
+    assert f"{name}: missing" in load_run(run).problems
 
 
 @pytest.mark.parametrize("name, key, needed", [("bench.json", "rows", "median_ms"), ("eval.json", "sets", "name")])
@@ -312,11 +312,11 @@ def test_rows_without_what_they_are_about_are_left_out(run, name, key, needed):
     (run / name).write_text(json.dumps(held))
     found = load_run(run)
     assert len(found.bench if name == "bench.json" else found.evals) == len(held[key]) - 1
-    assert any(f"{key}[1] has no {needed}" in line for line in found.missing)
+    assert any(f"{key}[1] has no {needed}" in line for line in found.problems)
 
 
 def test_a_damaged_picture_costs_the_gallery_at_most(run, monkeypatch):
-    monkeypatch.setitem(report.__globals__, "figures", lambda runs, *_: gallery_drawings(runs[0]))
+    monkeypatch.setitem(report.__globals__, "report_figures", lambda runs, *_: gallery_figures(runs[0]))
     picture = run / "gallery" / "0001-slim.png"
     picture.write_bytes(picture.read_bytes()[:-1])
     picture.with_name("0000-dense.png").write_bytes(b"no picture")
@@ -337,4 +337,4 @@ def test_a_folder_that_is_copied_while_it_is_written_can_be_read(run):
         held.close()
     (run / "lock").write_text("{")
     (run / ".tmp-1").write_bytes(b"half")
-    assert load_run(run).missing == []
+    assert load_run(run).problems == []

@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 
 def test_a_whole_run(whole):
     run, rows = whole, layer_rows(0)
-    assert (run.name, run.status, run.size, run.missing) == ("csnet", "complete", (64, 64), [])
+    assert (run.name, run.status, run.size, run.problems) == ("csnet", "complete", (64, 64), [])
     assert run.setting("train.lr") == 1e-4 and run.setting("train.lr.x") is None and run.setting("no") is None
     assert run.plan["groups"] == {"a": [0, 2]} and run.done[0] == "train"
     assert run.layers["macs_after"].tolist() == [row["macs"]["after"] for row in rows]
@@ -54,7 +54,7 @@ def test_what_was_evaluated_and_measured(whole):
         (3, "worst", False),
     ]
     for example in whole.gallery:
-        assert list(example.files) == ["image", "truth", "dense", "slim", "finetuned"] and not example.said
+        assert list(example.files) == ["image", "truth", "dense", "slim", "finetuned"] and not example.labels
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in example.files.values())
     assert whole.bench["median_ms"].tolist() == [20.0, 12.5, 4.25] and set(whole.bench["size"]) == {"64×64"}
     assert whole.evals["name"].tolist() == ["ECSSD", "ECSSD", "PASCAL-S", "PASCAL-S"]
@@ -72,8 +72,8 @@ def test_a_gallery_of_classes_has_words_for_pictures(make_run):
         run.write_json("gallery/index.json", [entry])
         run.write_json("classes.json", ["cat", "dog"])
     run = load_run(path)
-    assert list(run.gallery[0].files) == ["image"] and run.missing == [] and run.classes == ["cat", "dog"]
-    assert run.gallery[0].said == {"truth": "cat", "slim": {"class": "dog"}}
+    assert list(run.gallery[0].files) == ["image"] and run.problems == [] and run.classes == ["cat", "dog"]
+    assert run.gallery[0].labels == {"truth": "cat", "slim": {"class": "dog"}}
 
 
 def test_numbers_beyond_double_precision_stay_exact(make_run):
@@ -97,7 +97,7 @@ def test_an_interrupted_run_says_what_is_missing(make_run, stop):
         "evaluate": ["curves.json", "gallery/index.json"],
     }
     later = list(by_stage)[list(by_stage).index(stop) :]
-    assert sorted(run.missing) == sorted(f"{name}: not there" for stage in later for name in by_stage[stage])
+    assert sorted(run.problems) == sorted(f"{name}: missing" for stage in later for name in by_stage[stage])
     assert isinstance(run.layers, pd.DataFrame) and isinstance(run.gates, pd.DataFrame)
 
 
@@ -110,7 +110,7 @@ def test_the_gates_of_a_training_that_goes_on_are_those_of_its_newest_state(make
         run.save_checkpoint("train", 2, tensors, {}, keep=2)
     found = load_run(path)
     assert found.gates["bn"].to_numpy().tolist() == [[0.5, 0.25], [0.5, 0.125]]
-    assert "gates.npz: not there" not in found.missing
+    assert "gates.npz: missing" not in found.problems
     (path / "checkpoints" / "train-0002.safetensors").write_bytes(b"damaged")
     assert len(load_run(path).gates) == 1
 
@@ -123,7 +123,7 @@ def test_a_run_going_on_is_said_to_run(tmp_path):
         with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
             file.write('{"stage": "train", "epo')
         found = load_run(tmp_path / "run")
-        assert len(found.metrics) == 1 and not any("metrics.jsonl" in line for line in found.missing)
+        assert len(found.metrics) == 1 and not any("metrics.jsonl" in line for line in found.problems)
 
 
 def test_a_file_that_is_replaced_while_the_folder_is_read_is_not_taken_for_damaged(make_run, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_file_that_is_replaced_while_the_folder_is_read_is_not_taken_for_damag
     late: list[bool] = []
     monkeypatch.setattr(RunDir, "open", open_and_be_late)
     run = load_run(path)
-    assert run.missing == [] and run.summary["drift"] == {"max_abs_diff": 42.0}
+    assert run.problems == [] and run.summary["drift"] == {"max_abs_diff": 42.0}
 
 
 def test_no_run_folder(tmp_path):
@@ -155,7 +155,7 @@ def test_a_summary_alone_is_a_run_folder(make_run, tmp_path):
     (path / "summary.json").write_bytes((make_run() / "summary.json").read_bytes())
     run = load_run(path)
     assert run.status == "complete" and run.summary["slim"]["params"] and run.size is None
-    assert any(line.startswith("state.json: not there") for line in run.missing)
+    assert any(line.startswith("state.json: missing") for line in run.problems)
 
 
 # ---- how it shows itself
@@ -166,7 +166,7 @@ def test_it_shows_its_models_at_the_prompt(whole):
     assert lines[0].startswith("Run csnet: complete, saliency, csnet, ")
     assert [line.split()[0] for line in lines[1:5]] == ["model", "dense", "slim", "finetuned"]
     assert f"{whole.summary['slim']['macs'] / 1e6:.3g} M" in lines[3] and "0.7400" in lines[3]
-    assert "4 of train, 1 of finetune" in lines[5] and len(lines) == 6
+    assert "epochs: train 4, finetune 1" in lines[5] and len(lines) == 6
 
 
 class Outline(HTMLParser):
@@ -181,7 +181,7 @@ class Outline(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.open.append(tag)
         self.seen.add(tag)
-        assert not attributes
+        assert set(attributes) <= {("style", "text-align: right;")}
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -192,9 +192,9 @@ class Outline(HTMLParser):
 
 def test_it_shows_a_table_in_a_notebook(whole):
     outline = Outline(whole._repr_html_())
-    heads = [text for tags, text in outline.texts if tags.endswith("th")]
+    heads = [text.strip() for tags, text in outline.texts if tags.endswith("th")]
     assert heads == ["model", "params", "MACs (64×64)", "max_f", "mae", "s_measure", "max_e"]
-    cells = [text for tags, text in outline.texts if tags.endswith("td")]
+    cells = [text.strip() for tags, text in outline.texts if tags.endswith("td")]
     assert cells[::7] == ["dense", "slim", "finetuned"]
     assert prunekit.load_run is load_run
 
@@ -204,7 +204,7 @@ def test_nothing_from_a_file_acts_in_a_notebook_or_a_terminal(whole):
     summary = {**whole.summary, "dense": {**whole.summary["dense"], "metrics": {nasty: 0.5}}}
     recipe = {**whole.recipe, "task": nasty, "backbone": {"name": nasty}}
     metrics = whole.metrics.assign(stage=nasty)
-    run = replace(whole, name=nasty, summary=summary, recipe=recipe, metrics=metrics, missing=[nasty])
+    run = replace(whole, name=nasty, summary=summary, recipe=recipe, metrics=metrics, problems=[nasty])
     outline = Outline(run._repr_html_())
     assert outline.seen == {"h4", "p", "table", "thead", "tbody", "tr", "th", "td", "ul", "li"}
     assert sum("<script>" in text for _, text in outline.texts) >= 5
@@ -214,7 +214,7 @@ def test_nothing_from_a_file_acts_in_a_notebook_or_a_terminal(whole):
 @pytest.mark.parametrize("stop", ["train", "slim"])
 def test_an_incomplete_run_can_be_shown(make_run, stop):
     run = load_run(make_run(stop=stop))
-    assert "interrupted" in repr(run) and "missing: layers.json" in repr(run)
+    assert "interrupted" in repr(run) and "problem: layers.json: missing" in repr(run)
     Outline(run._repr_html_())
 
 
@@ -232,4 +232,4 @@ def test_gates_that_are_none_are_left_out(make_run, arrays):
     with RunDir.open(path, write=True) as run:
         run.write_arrays("gates.npz", arrays)
     found = load_run(path)
-    assert found.gates.shape == (0, 0) and [line[:11] for line in found.missing] == ["gates.npz: "]
+    assert found.gates.shape == (0, 0) and [line[:11] for line in found.problems] == ["gates.npz: "]

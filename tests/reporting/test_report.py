@@ -15,7 +15,7 @@ from rich.console import Console
 from prunekit.cli import main
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.reporting import report
-from prunekit.reporting.figures import Drawing
+from prunekit.reporting.figures import ReportFigure
 
 KINDS = ("csv", "json", "md", "tex")
 UNITS = ("block",)
@@ -35,10 +35,10 @@ def quick_figures(monkeypatch):
 
     def figures(runs, *_):
         for run in runs:
-            prefix = f"{run.name}-" if len(runs) > 1 else ""
-            yield Drawing(f"{prefix}dot", "Dot", "Nothing to see.", Figure(figsize=(0.5, 0.5)))
+            owner = run.name if len(runs) > 1 else ""
+            yield ReportFigure("dot", "Dot", "Nothing to see.", Figure(figsize=(0.5, 0.5)), owner)
 
-    monkeypatch.setitem(report.__globals__, "figures", figures)
+    monkeypatch.setitem(report.__globals__, "report_figures", figures)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_says_how_far_it_is(make_run, console, quick_figures)
     (path / "metrics.jsonl").write_text("".join(lines[:3]))
     without_checksum(path, "metrics.jsonl")
     report([path], None, console)
-    assert "csnet (interrupted; train: 3 of 5 epochs done)" in console.file.getvalue()
+    assert "csnet (interrupted; train: epoch 3/5)" in console.file.getvalue()
 
 
 def test_a_damaged_file_is_said(make_run, console, quick_figures):
@@ -140,7 +140,7 @@ def test_an_equivalence_check_that_fails_is_said(make_run, console, quick_figure
     assert "equivalence check: failed (the output does not vary)" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("ratio, words", [(0.9, "the slim model has"), (0.1, "which is above it")])
+@pytest.mark.parametrize("ratio, words", [(0.9, "the slim model has"), (0.1, "above the budget")])
 def test_the_budget_is_said(make_run, console, quick_figures, ratio, words):
     path = make_run(units=UNITS)
     with (path / "recipe.yaml").open("a") as file:
@@ -240,10 +240,10 @@ def test_a_figure_that_fails_costs_none_of_the_others(make_run, console, monkeyp
 
     def figures(runs, *_):
         for name, kind in (("one", Figure), ("two", Broken), ("three", Figure)):
-            yield Drawing(name, name, "A caption.", kind(figsize=(0.5, 0.5)))
+            yield ReportFigure(name, name, "A caption.", kind(figsize=(0.5, 0.5)))
         raise ValueError("no paper")
 
-    monkeypatch.setitem(report.__globals__, "figures", figures)
+    monkeypatch.setitem(report.__globals__, "report_figures", figures)
     names = {p.name for p in report([make_run(units=UNITS)], None, console)}
     assert {"one.png", "one.svg", "three.png", "three.svg", "index.html", "layers.csv"} <= names
     assert not {"two.png", "two.svg"} & names
@@ -258,11 +258,11 @@ def test_a_page_that_fails_costs_none_of_the_rest_and_fails_where_it_was_asked_f
     def page(*_):
         raise KeyError("word")
 
-    monkeypatch.setitem(report.__globals__, "page", page)
+    monkeypatch.setitem(report.__globals__, "render_page", page)
     path = make_run(units=UNITS)
     assert "layers.csv" in {p.name for p in report([path], None, console)}
-    assert "index.html could not be made (KeyError: 'word')" in console.file.getvalue()
-    with pytest.raises(PrunekitError, match="could not be made"):
+    assert "index.html could not be created (KeyError: 'word')" in console.file.getvalue()
+    with pytest.raises(PrunekitError, match="could not be created"):
         report([path], None, console, html=tmp_path / "a.html")
 
 

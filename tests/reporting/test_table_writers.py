@@ -16,14 +16,14 @@ from prunekit.errors import CheckpointError
 from prunekit.reporting import load_run, summary_table
 from prunekit.reporting.table_writers import (
     PAGE_ROWS,
-    latex,
+    escape_latex,
     write_csv,
     write_json,
     write_latex,
     write_markdown,
     write_table,
 )
-from prunekit.reporting.tables import tables
+from prunekit.reporting.tables import report_tables
 
 
 def test_csv_and_json_are_raw_and_the_others_are_for_people(make_run, tmp_path):
@@ -46,9 +46,9 @@ def test_csv_and_json_are_raw_and_the_others_are_for_people(make_run, tmp_path):
 
 
 def test_every_table_of_a_run_is_whole_in_every_format(make_run, tmp_path):
-    for one in tables([load_run(make_run(baseline=True, measured_too=True))], published=True):
-        for path in write_table(one.table, tmp_path / one.name, one.narrow):
-            check(path, one.table if path.suffix != ".tex" or one.narrow is None else one.table[one.narrow])
+    for one in report_tables([load_run(make_run(baseline=True, measured_too=True))], published=True):
+        for path in write_table(one.data, tmp_path / one.stem, one.latex_columns):
+            check(path, one.data if path.suffix != ".tex" or one.latex_columns is None else one.data[one.latex_columns])
 
 
 def check(path, table):
@@ -110,7 +110,7 @@ def test_no_name_breaks_a_format(tmp_path_factory, head, name, number):
     ],
 )
 def test_latex_prints_what_is_meant(text, escaped):
-    assert latex(text) == escaped
+    assert escape_latex(text) == escaped
 
 
 def test_negative_numbers_have_a_minus_in_latex_and_texts_keep_their_hyphen(tmp_path):
@@ -120,9 +120,9 @@ def test_negative_numbers_have_a_minus_in_latex_and_texts_keep_their_hyphen(tmp_
 
 def test_long_tables_break_over_pages(make_run, tmp_path):
     run = load_run(make_run())
-    one = next(one for one in tables([run]) if one.name == "layers")
-    text = write_latex(one.table, tmp_path / "t.tex").read_text()
-    assert len(one.table) > PAGE_ROWS and r"\begin{longtable}" in text and r"\endhead" in text
+    one = next(one for one in report_tables([run]) if one.name == "layers")
+    text = write_latex(one.data, tmp_path / "t.tex").read_text()
+    assert len(one.data) > PAGE_ROWS and r"\begin{longtable}" in text and r"\endhead" in text
     assert "longtable" in text.splitlines()[0] and "booktabs" in text.splitlines()[0]
 
 

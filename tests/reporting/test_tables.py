@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunekit.reporting import counters_table, layers_table, load_run, summary_table
-from prunekit.reporting.number_format import seconds_text, short_number, written_out
+from prunekit.reporting.number_format import format_number, format_seconds, short_number
 from prunekit.reporting.tables import (
     bench_table,
     budget_table,
@@ -19,8 +19,8 @@ from prunekit.reporting.tables import (
     evals_table,
     latency,
     notes_table,
+    report_tables,
     seconds_table,
-    tables,
 )
 
 MACS = "MACs (64×64)"
@@ -173,7 +173,7 @@ def test_budgets_and_whether_they_are_kept(make_run, key, share):
     row = budget_table([run]).iloc[0]
     assert (row["dense"], row["slim"]) == (dense, slim)
     assert row["budget"] == (slim if share is None else round(share * dense))
-    assert row["within"] == ("yes" if slim <= row["budget"] else "no") and row["asked"].startswith(key)
+    assert row["within budget"] == ("yes" if slim <= row["budget"] else "no") and row["target"].startswith(key)
     assert len(budget_table([load_run(make_run("b"))])) == 0
 
 
@@ -190,12 +190,12 @@ def test_epochs_have_the_metrics_by_their_names(make_run):
 
 def test_the_tables_of_several_runs_have_names_of_their_own(make_run):
     runs = [load_run(make_run(name, measured_too=True)) for name in ("a", "b")]
-    names = [one.name for one in tables(runs)]
+    names = [one.stem for one in report_tables(runs)]
     assert names == [
         "summary", "seconds", "evals", "bench", "notes", "a-counters", "a-layers", "b-counters", "b-layers",
     ]  # fmt: skip
-    assert [one.name for one in tables(runs[:1])][-2:] == ["counters", "layers"]
-    assert [one.name for one in tables([load_run(make_run("c", stop="train"))])] == ["summary"]
+    assert [one.stem for one in report_tables(runs[:1])][-2:] == ["counters", "layers"]
+    assert [one.stem for one in report_tables([load_run(make_run("c", stop="train"))])] == ["summary"]
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_short_numbers_are_short_and_near(value):
 
 @given(st.integers(0, 10**18))
 def test_numbers_written_out_are_exact(value):
-    assert int(written_out(value).replace(",", "")) == value
+    assert int(format_number(value).replace(",", "")) == value
 
 
 @given(st.floats(-1e6, 1e6), st.integers(1, 5))
 def test_fractions_written_out_are_near_and_never_nothing(value, digits):
-    shown = float(written_out(value, digits).replace(",", ""))
+    shown = float(format_number(value, digits).replace(",", ""))
     assert shown == pytest.approx(value, abs=0.51 * 10**-digits, rel=0) and (shown != 0) == (value != 0)
 
 
@@ -233,7 +233,7 @@ def test_fractions_written_out_are_near_and_never_nothing(value, digits):
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (41.2, "41 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7510, "2 h 05 min")],
 )
 def test_seconds_in_words(seconds, text):
-    assert seconds_text(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 def test_a_run_of_unknown_size_has_its_macs(make_run):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from prunekit.reporting import counters_table, load_run
 from prunekit.reporting.tables import bench_table, evals_table
-from prunekit.reporting.terminal_tables import layers_listing, listing, terminal_table
+from prunekit.reporting.terminal_tables import terminal_layers, terminal_summary, terminal_table
 
 
 def printed(make, width=80):
@@ -31,7 +31,7 @@ def test_the_summary_fits_and_says_what_it_leaves_out(make_run, width, several):
         runs[0].summary[part]["metrics"]["top1"] = 0.5
     if several:
         runs.append(replace(runs[0], name="a_run_with_a_name_that_is_long", size=(32, 32)))
-    text = printed(lambda console: terminal_table(runs, console), width)
+    text = printed(lambda console: terminal_summary(runs, console), width)
     assert len(re.findall(r"(?<!÷)dense +999,499 ", text)) == len(runs)
     assert "64×64" in text and "999,499" in text and "…" not in text.replace("a_run_with_a_…", "")
     for column in ("max_f", "mae", "top1", "max_e", "seconds", "latency"):
@@ -41,7 +41,7 @@ def test_the_summary_fits_and_says_what_it_leaves_out(make_run, width, several):
 @pytest.mark.parametrize("several", [False, True])
 def test_published_models_stand_in_a_section_of_their_own(make_run, several):
     runs = [load_run(make_run(name)) for name in ("a", "b")][: 1 + several]
-    text = printed(lambda console: terminal_table(runs, console, published=True))
+    text = printed(lambda console: terminal_summary(runs, console, published=True))
     assert text.index("finetuned") < text.index("published,") < text.index("ECSSD") < text.index("CSNet-L ×2")
     # The columns of sizes that the published models share with the runs stay to the last.
     assert "718 M" in text and "0.916" in text
@@ -49,7 +49,7 @@ def test_published_models_stand_in_a_section_of_their_own(make_run, several):
 
 def test_columns_and_order_are_as_asked_for(make_run):
     runs = [load_run(make_run(name, seed=i)) for i, name in enumerate("ab")]
-    text = printed(lambda console: terminal_table(runs, console, columns="model,mae,run", sort="mae,run"))
+    text = printed(lambda console: terminal_summary(runs, console, columns="model,mae,run", sort="mae,run"))
     head, _, *rows = (line.split() for line in text.splitlines() if line.strip())
     assert head == ["model", "mae", "run"]
     assert rows[:6] == [
@@ -60,7 +60,7 @@ def test_columns_and_order_are_as_asked_for(make_run):
 
 def test_published_models_are_sorted_in_and_say_whose_they_are(make_run):
     runs = [load_run(make_run())]
-    text = printed(lambda console: terminal_table(runs, console, published=True, sort="-max_f"))
+    text = printed(lambda console: terminal_summary(runs, console, published=True, sort="-max_f"))
     lines = [line for line in text.splitlines() if re.search(r"0\.\d", line)]
     assert "published, ECSSD" in lines[0] and "CSNet-L ×2" in lines[0] and lines[2].startswith("csnet")
 
@@ -68,19 +68,19 @@ def test_published_models_are_sorted_in_and_say_whose_they_are(make_run):
 def test_small_figures_are_not_shown_as_nothing(make_run):
     run = load_run(make_run(stop="extract"))
     run.summary["dense"]["metrics"] = {"error": 0.00001}
-    assert "1.0e-05" in printed(lambda console: terminal_table([run], console))
+    assert "1.0e-05" in printed(lambda console: terminal_summary([run], console))
 
 
 def test_other_tables_fit_too(make_run):
     run = load_run(make_run(measured_too=True))
     for table in (evals_table([run]), bench_table([run]), counters_table(run)):
-        text = printed(lambda console, table=table: listing(table, console, False))
+        text = printed(lambda console, table=table: terminal_table(table, False))
         assert len(text.splitlines()) >= len(table) + 2
 
 
 def test_layers_have_a_line_each_with_their_branches(make_run):
     run = load_run(make_run(units=("block",)))
-    text = printed(lambda console: layers_listing(run))
+    text = printed(lambda console: terminal_layers(run))
     for layer, rows in run.layers.groupby("layer"):
         line = next(line for line in text.splitlines() if line.startswith(f"{layer} "))
         before, after = ("+".join(map(str, rows[f"channels_{when}"])) for when in ("before", "after"))
@@ -91,5 +91,5 @@ def test_layers_have_a_line_each_with_their_branches(make_run):
 def test_control_characters_do_not_reach_the_terminal(make_run):
     run = replace(load_run(make_run()), name="a\x1b[31mb\nc")
     run.layers["layer"] = "x\x1b]0;y"
-    for make in (lambda console: terminal_table([run, run], console), lambda console: layers_listing(run)):
+    for make in (lambda console: terminal_summary([run, run], console), lambda console: terminal_layers(run)):
         assert "\x1b" not in printed(make)

@@ -104,7 +104,7 @@ def test_a_lock_of_another_host_is_told_with_what_to_do(run, capsys):
 
 def test_what_only_reads_does_so_while_a_run_goes_on(run, holder):
     before = tree(run)
-    assert load_run(run).missing == load_run(run).missing
+    assert load_run(run).problems == load_run(run).problems
     assert inspect_groups(str(run)).params and read_snapshot(run).status == "complete"
     assert tree(run) == before
 
@@ -147,7 +147,7 @@ def test_a_reader_finds_whole_files_between_any_two_writes(tmp_path, monkeypatch
                 reader.read_bytes(name)
         begun.update(before=readers[0])
         read_snapshot(folder)
-        looked.append([line for line in load_run(folder).missing if not line.endswith(": not there")])
+        looked.append([line for line in load_run(folder).problems if not line.endswith(": missing")])
 
     monkeypatch.setattr(artifacts, "write_atomic", watched)
     write_run(tmp_path / "run", units=("block",))
@@ -171,7 +171,7 @@ run.close()
 
 def test_a_reader_beside_a_process_that_writes(tmp_path):
     run = write_run(tmp_path / "run", units=("block",))
-    quiet = load_run(run).missing
+    quiet = load_run(run).problems
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(run), "60"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     reader, looks = RunDir.open(run), 0
@@ -180,7 +180,7 @@ def test_a_reader_beside_a_process_that_writes(tmp_path):
             reader.read_json(name)
         reader.read_metrics()
         assert len(np.unique(reader.read_arrays("gates.npz").get("norm", np.zeros(1)))) == 1
-        assert [line for line in load_run(run).missing if "damaged" in line] == quiet
+        assert [line for line in load_run(run).problems if "damaged" in line] == quiet
         looks += 1
     process.stdout.close()
     assert process.returncode == 0 and looks > 3
@@ -194,7 +194,7 @@ def test_a_report_of_a_run_that_goes_on_says_so(run, holder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(report.__globals__, "figures", lambda *_: iter(()))
         report([run], None, console)
-    assert "(running)" in console.file.getvalue() and "wrong in" not in console.file.getvalue()
+    assert "(running)" in console.file.getvalue() and "problem in" not in console.file.getvalue()
 
 
 def test_a_run_that_is_replaced_while_it_is_read_is_no_wrong_result(run):

@@ -297,7 +297,7 @@ def test_a_command_leaves_what_was_there(small, tmp_path, name, monkeypatch):
         refused += disk.failed > 0
         assert tree(tmp_path).keys() == there
         # Each file is the old one or the new one, never half of one.
-        assert load_run(run).missing == load_run(small).missing
+        assert load_run(run).problems == load_run(small).problems
     # How many writes there are hangs on the figures: a file that would be the same is vouched for already.
     assert refused > 1
     COMMANDS[name](run, tmp_path)

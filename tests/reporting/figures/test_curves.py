@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.figure_checks import assert_labelled, assert_readable, boxes, labels
 
-from prunekit.reporting.figures.curves import confusion_figure, curve_drawings, precision_recall_figure
+from prunekit.reporting.figures.curves import confusion_figure, curve_figures, precision_recall_figure
 
 
 def confusion(classes, seed=0, part="dense"):
@@ -30,7 +30,7 @@ def test_the_curves_are_those_of_each_model(run):
     assert [y for _, y in best] == [max(one["f"]) for one in run.curves.values()]
     said = [text for text, _ in boxes(figure)]
     assert f"fine-tuned (max F {max(run.curves['finetuned']['f']):.3f})" in said
-    units = {"recall (0 to 1)", "precision (0 to 1)", "level of the cut (0 to 255)", "F-measure (0 to 1)"}
+    units = {"recall (0 to 1)", "precision (0 to 1)", "threshold (0 to 255)", "F-measure (0 to 1)"}
     assert labels(figure) == units
     assert_readable(figure)
 
@@ -53,7 +53,7 @@ def test_a_matrix_of_any_number_of_classes_can_be_read(run, classes):
         written = {text.get_position(): text.get_text() for text in axes.texts}
         cells = {(int(x), int(y)): str(matrix[y, x]) for y, x in np.argwhere(matrix > 0)}
         assert written == (cells if classes <= 12 else {})
-        assert f"{matrix.trace():,} of {matrix.sum():,} right" in axes.get_title()
+        assert f"{matrix.trace():,} of {matrix.sum():,} correct" in axes.get_title()
 
 
 def test_a_class_without_images_has_an_empty_row(run):
@@ -65,7 +65,7 @@ def test_a_class_without_images_has_an_empty_row(run):
 def test_the_slim_model_stands_in_until_there_is_a_finetuned_one(run):
     def panels(*parts):
         held = {part: confusion(3, part=part)[part] for part in parts}
-        (drawing,) = curve_drawings(replace(run, curves=held))
+        (drawing,) = curve_figures(replace(run, curves=held))
         return [axes.get_title().partition(",")[0] for axes in drawing.figure.axes[:-1]]
 
     assert panels("dense", "slim") == ["dense", "slim"]
@@ -74,4 +74,4 @@ def test_the_slim_model_stands_in_until_there_is_a_finetuned_one(run):
 
 @pytest.mark.parametrize("curves", [{}, {"dense": {}}, {"dense": {"precision": [], "recall": [], "f": []}}])
 def test_without_curves_there_is_no_figure(run, curves):
-    assert list(curve_drawings(replace(run, curves=curves))) == []
+    assert list(curve_figures(replace(run, curves=curves))) == []

@@ -10,7 +10,7 @@ import pytest
 from helpers.figure_checks import assert_labelled, assert_readable
 from PIL import Image
 
-from prunekit.reporting.figures import encode_figure, figures, training_figures, write_figure
+from prunekit.reporting.figures import encode_figure, report_figures, training_figures, write_figure
 from prunekit.reporting.loader import load_run
 from prunekit.reporting.number_format import file_stem
 
@@ -21,32 +21,32 @@ ONE = [
 
 
 def names(drawings):
-    return [drawing.name for drawing in drawings]
+    return [figure.stem for figure in drawings]
 
 
 def test_a_complete_run_has_all_figures(run):
-    drawings = list(figures([run]))
+    drawings = list(report_figures([run]))
     assert names(drawings) == ONE
     assert all(drawing.title and drawing.caption.endswith(".") for drawing in drawings)
 
 
 def test_figures_are_made_one_at_a_time(run, monkeypatch):
-    first = next(figures([run]))
+    first = next(report_figures([run]))
     monkeypatch.setattr("prunekit.reporting.figures.tradeoff.tradeoff_figure", None)
     assert first.name == "tradeoff_params"
     with pytest.raises(TypeError):
-        list(figures([run]))
+        list(report_figures([run]))
 
 
 def test_several_runs_share_what_compares_and_prefix_the_rest(run):
-    found = names(figures([run, replace(run, name="other")]))
+    found = names(report_figures([run, replace(run, name="other")]))
     common = ["tradeoff_params", "tradeoff_macs", "tradeoff_latency", "totals"]
     assert found == common + [f"{name}-{figure}" for name in ("csnet", "other") for figure in ONE[3:]]
 
 
 @pytest.mark.parametrize("stop, there", [("train", []), ("extract", ["gates", "alive"]), ("finetune", ["channels"])])
 def test_a_run_that_has_come_so_far_has_the_figures_of_that(make_run, stop, there):
-    found = names(figures([load_run(make_run(units=("block",), stop=stop))]))
+    found = names(report_figures([load_run(make_run(units=("block",), stop=stop))]))
     assert set(there) <= set(found) and "gallery" not in found and "precision_recall" not in found
     assert found or stop == "train"
 
@@ -61,7 +61,7 @@ def test_what_a_training_shows_while_it_goes_on(run):
 
 def test_every_text_can_be_read_and_every_axis_is_labelled(run):
     other = replace(run, name="a_run_with_a_name_that_says_everything_about_it_and_more" * 2)
-    for drawing in figures([run, other]):
+    for drawing in report_figures([run, other]):
         assert_readable(drawing.figure)
         assert_labelled(drawing.figure)
 
@@ -69,20 +69,22 @@ def test_every_text_can_be_read_and_every_axis_is_labelled(run):
 def test_names_with_dollars_and_underscores_are_shown_as_they_are(run):
     odd = replace(run, name="$x_$", layers=run.layers.assign(layer=lambda t: "a$b$." + t["layer"]))
     wanted = ("totals", "$x_$-channels", "$x_$-training", "$x_$-gallery")
-    for drawing in (drawing for drawing in figures([odd, odd]) if drawing.name in wanted):
+    for drawing in (drawing for drawing in report_figures([odd, odd]) if drawing.name in wanted):
         encode_figure(drawing.figure, "svg")
 
 
 @pytest.mark.filterwarnings("error")
 def test_names_of_letters_that_no_font_has_are_no_trouble(run):
     odd = replace(run, name="\x07\x1b[0m模型", layers=run.layers.assign(layer=lambda t: "層\n" + t["layer"]))
-    for drawing in (drawing for drawing in figures([odd, odd]) if drawing.name.endswith(("totals", "-channels"))):
+    for drawing in (
+        drawing for drawing in report_figures([odd, odd]) if drawing.name.endswith(("totals", "-channels"))
+    ):
         svg = encode_figure(drawing.figure, "svg").decode()
         assert all(character.isprintable() or character.isspace() for character in svg)
 
 
 def test_the_bytes_are_the_same_each_time_and_the_edges_white(run, tmp_path):
-    for one, other in zip(figures([run]), figures([run]), strict=True):
+    for one, other in zip(report_figures([run]), report_figures([run]), strict=True):
         # In the other order: the layout is not that of the first file. A matplotlibrc of one's own changes nothing.
         with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "lines.linewidth": 9}):
             files = {kind: encode_figure(other.figure, kind) for kind in ("svg", "png")}

@@ -11,14 +11,14 @@ from PIL import Image
 
 from prunekit.reporting.figures import encode_figure
 from prunekit.reporting.figures.gallery import (
-    SHOWN,
+    MAX_FIXED,
     TILE,
     classes_figure,
-    gallery_drawings,
+    gallery_figures,
     maps_figure,
     mean_absolute_error,
 )
-from prunekit.reporting.loader import Example
+from prunekit.reporting.loader import GalleryImage
 
 KINDS = ("image", "truth", "dense", "slim", "finetuned")
 
@@ -30,13 +30,13 @@ def example(folder, index, size=(40, 60), kind=None, fixed=False, names=KINDS):
         pixels = np.full((*size, 3) if name == "image" else size, 20 * place + 5 * index, np.uint8)
         files[name] = folder / f"{index}-{name}.png"
         Image.fromarray(pixels).save(files[name])
-    return Example(index, f"val-{index:05d}", kind, fixed, files)
+    return GalleryImage(index, f"val-{index:05d}", kind, fixed, files)
 
 
 def said_example(folder, index, truth="cat", dense="cat", kind=None, fixed=True):
     one = example(folder, index, (8, 8), kind, fixed, names=("image",))
     said = {"truth": truth, "dense": {"class": dense, "probability": 0.75}}
-    return replace(one, said=said)
+    return replace(one, labels=said)
 
 
 def sheet(figure):
@@ -74,7 +74,7 @@ def test_errors_are_those_of_the_metrics(seed):
 
 def test_the_best_stand_above_the_worst(run, tmp_path):
     examples = [example(tmp_path, i, kind=("worst", "best")[i % 2], fixed=i == 0) for i in range(4)]
-    gallery, extremes = gallery_drawings(replace(run, gallery=examples))
+    gallery, extremes = gallery_figures(replace(run, gallery=examples))
     assert (gallery.name, extremes.name) == ("gallery", "gallery_extremes")
     assert "MAE" in extremes.caption
     rows = {text.partition(":")[0]: box[1] for text, box in boxes(extremes.figure) if ": val" in text}
@@ -84,10 +84,10 @@ def test_the_best_stand_above_the_worst(run, tmp_path):
 
 def test_of_many_fixed_images_some_are_shown_evenly(run, tmp_path):
     examples = [example(tmp_path, index, (8, 8), fixed=True) for index in range(16)]
-    (gallery,) = gallery_drawings(replace(run, gallery=examples))
+    (gallery,) = gallery_figures(replace(run, gallery=examples))
     shown = [text for text, _ in boxes(gallery.figure) if text.startswith("val")]
-    assert len(shown) == SHOWN and shown[0] == "val-00000" and shown[-1] == "val-00015"
-    assert f"{SHOWN} validation images" in gallery.caption
+    assert len(shown) == MAX_FIXED and shown[0] == "val-00000" and shown[-1] == "val-00015"
+    assert f"{MAX_FIXED} validation images" in gallery.caption
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (7, 300), (300, 7), (TILE, TILE)])
@@ -102,7 +102,7 @@ def test_a_picture_that_is_gone_or_damaged_is_said(run, tmp_path):
     one.files["slim"].write_bytes(b"not a picture")
     one.files["finetuned"].unlink()
     said = [text for text, _ in boxes(maps_figure(run, [one]))]
-    assert said.count("not there") == 2 and sum(text.startswith("MAE") for text in said) == 1
+    assert said.count("missing") == 2 and sum(text.startswith("MAE") for text in said) == 1
 
 
 def test_a_map_of_another_size_than_the_truth_has_no_error(run, tmp_path):
@@ -122,15 +122,15 @@ def test_classes_are_told_and_wrong_ones_marked(run, tmp_path):
 
 def test_galleries_of_classes_say_what_is_best(run, tmp_path):
     examples = [said_example(tmp_path, i, kind=("best", "worst")[i % 2], fixed=False) for i in range(8)]
-    (extremes,) = gallery_drawings(replace(run, gallery=examples))
-    assert "probability of the right class" in extremes.caption
+    (extremes,) = gallery_figures(replace(run, gallery=examples))
+    assert "probability of the true class" in extremes.caption
     assert [text for text, _ in boxes(extremes.figure)].count("worst, class cat") == 4
     long = [said_example(tmp_path, i, "a MAMMAL of the wide world", "another MAMMOTH of it", "worst") for i in range(5)]
     for one in long:
-        one.said.update({"slim": one.said["dense"], "finetuned": one.said["dense"]})
-    assert_readable(classes_figure(run, long, kinds=True))
+        one.labels.update({"slim": one.labels["dense"], "finetuned": one.labels["dense"]})
+    assert_readable(classes_figure(run, long, show_kind=True))
 
 
 def test_without_pictures_there_is_no_gallery(run):
-    assert list(gallery_drawings(replace(run, gallery=[]))) == []
-    assert list(gallery_drawings(replace(run, gallery=[Example(0, "a", "best", True)]))) == []
+    assert list(gallery_figures(replace(run, gallery=[]))) == []
+    assert list(gallery_figures(replace(run, gallery=[GalleryImage(0, "a", "best", True)]))) == []

@@ -11,8 +11,8 @@ from helpers.figure_checks import assert_readable, boxes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunekit.reporting.figures import figures
-from prunekit.reporting.figures.tradeoff import pareto_front, totals_figure, tradeoff_drawings
+from prunekit.reporting.figures import report_figures
+from prunekit.reporting.figures.tradeoff import pareto_front, totals_figure, tradeoff_figures
 from prunekit.reporting.loader import load_run
 
 levels = st.integers(0, 6)
@@ -32,7 +32,7 @@ def spread(run, count, seed=0):
 
 
 def drawn(runs, name):
-    return next(drawing for drawing in tradeoff_drawings(runs) if drawing.name == name).figure
+    return next(drawing for drawing in tradeoff_figures(runs) if drawing.name == name).figure
 
 
 def markers(figure):
@@ -100,7 +100,7 @@ def test_latency_is_compared_within_one_way_of_measuring(run):
 def test_runs_of_two_tasks_share_no_axis(run):
     summary = {part: {**run.summary[part], "metrics": {"top1": 0.9}} for part in ("dense", "slim")}
     other = replace(run, name="digits", summary=summary)
-    names = [drawing.name for drawing in tradeoff_drawings([run, other])]
+    names = [drawing.name for drawing in tradeoff_figures([run, other])]
     assert names[:3] == ["tradeoff_params_max-f", "tradeoff_macs_max-f", "tradeoff_latency_max-f"]
     assert "tradeoff_params_top1" in names and names[-1] == "totals"
 
@@ -118,7 +118,7 @@ def test_models_without_a_number_are_left_out(run):
     summary = deepcopy(run.summary)
     del summary["slim"]["metrics"], summary["finetuned"]["params"]
     summary["dense"]["metrics"] = {"max_f": None, "mae": 0.1}
-    names = [drawing.name for drawing in figures([replace(run, summary=summary)])]
+    names = [drawing.name for drawing in report_figures([replace(run, summary=summary)])]
     assert "tradeoff_params" not in names
 
 

@@ -10,16 +10,16 @@ import pytest
 from helpers.figure_checks import assert_labelled, assert_readable
 from matplotlib.colors import to_rgba
 
-from prunekit.reporting.figures.run_data import gates, stages_of
+from prunekit.reporting.figures.run_data import gate_history, group_by_stage
 from prunekit.reporting.figures.training import (
     ALIVE,
     DEAD,
-    DRAWN,
+    MAX_LINES,
     alive_figure,
     gates_figure,
     gates_map,
-    training_drawings,
     training_figure,
+    training_figures,
 )
 
 LIMIT = 0.02
@@ -64,7 +64,7 @@ def test_the_size_stands_against_the_budget(run):
     figure = training_figure(replace(run, metrics=table))
     axes = figure.axes[-2]
     assert axes.get_ylabel() == "parameters"
-    assert set(lines(axes)["budget"]) == {5e5} and set(lines(axes)["if cut now"]) == {9e5}
+    assert set(lines(axes)["budget"]) == {5e5} and set(lines(axes)["if pruned now"]) == {9e5}
     assert_readable(figure)
 
 
@@ -77,7 +77,7 @@ def test_where_nothing_decays_it_is_said(run):
 
 @pytest.mark.parametrize("columns", [["stage"], ["epoch", "loss"], []])
 def test_metrics_without_what_is_needed_give_no_figure(run, columns):
-    drawings = training_drawings(replace(run, metrics=run.metrics[columns]))
+    drawings = training_figures(replace(run, metrics=run.metrics[columns]))
     assert "training" not in [drawing.name for drawing in drawings]
 
 
@@ -89,7 +89,7 @@ def test_losses_that_are_not_there_leave_a_gap(run):
 @pytest.mark.parametrize("seed", range(5))
 def test_alive_is_the_share_above_the_threshold(run, seed):
     table = random_gates(run, 7, 20, 3, seed)
-    axes = alive_figure(table, gates(table)).axes[0]
+    axes = alive_figure(table, gate_history(table)).axes[0]
     for stage in range(3):
         values = table.gates[f"stage{stage}.norm"].to_numpy()
         assert np.allclose(lines(axes)[f"stage{stage} (20 gates)"], [100 * np.mean(row > LIMIT) for row in values])
@@ -101,12 +101,12 @@ def test_alive_is_the_share_above_the_threshold(run, seed):
 @pytest.mark.parametrize("channels", [5, 300])
 def test_gates_are_drawn_by_stage_and_coloured_by_their_end(run, channels):
     table = random_gates(run, 6, channels, 2)
-    figure = gates_figure(table, gates(table))
+    figure = gates_figure(table, gate_history(table))
     for stage, axes in enumerate(figure.axes):
         values = table.gates[f"stage{stage}.norm"].to_numpy()
         (collection,) = axes.collections
         segments = collection.get_segments()
-        assert len(segments) == min(channels, DRAWN)
+        assert len(segments) == min(channels, MAX_LINES)
         colours = {True: to_rgba(ALIVE), False: to_rgba(DEAD)}
         for segment, colour in zip(segments, collection.get_colors(), strict=True):
             assert tuple(colour) == colours[bool(segment[-1, 1] > LIMIT)]
@@ -120,7 +120,7 @@ def test_gates_are_drawn_by_stage_and_coloured_by_their_end(run, channels):
 @pytest.mark.parametrize("shape", [(1, 3, 1), (40, 50, 3), (900, 400, 4)])
 def test_the_map_holds_every_gate_or_means_of_neighbours(run, shape):
     table = random_gates(run, *shape)
-    figure = gates_map(table, gates(table))
+    figure = gates_map(table, gate_history(table))
     pixels = figure.axes[0].images[0].get_array()
     epochs, count = shape[0], shape[1] * shape[2]
     assert pixels.shape == (min(count, 700), min(epochs, 400))
@@ -138,21 +138,21 @@ def test_the_map_holds_every_gate_or_means_of_neighbours(run, shape):
 def test_gates_that_are_all_alike_can_be_drawn(run, value):
     table = with_gates(run, np.full((3, 4), value), ["a"] * 4)
     for draw in (gates_figure, gates_map, alive_figure):
-        assert_readable(draw(table, gates(table)))
+        assert_readable(draw(table, gate_history(table)))
 
 
 def test_without_a_threshold_all_gates_are_alike(run):
     table = replace(random_gates(run, 5, 9, 2), recipe={})
     for draw in (gates_figure, gates_map, alive_figure):
-        assert_readable(draw(table, gates(table)))
+        assert_readable(draw(table, gate_history(table)))
 
 
 def test_stages_are_what_names_begin_with():
     names = ["net.stem.bn", "net.stage1.0.bn", "net.stage1.1.bn", "net.head"]
-    assert stages_of(names) == {"stem": names[:1], "stage1": names[1:3], "head": names[3:]}
-    assert stages_of(["bn"]) == {"bn": ["bn"]}
+    assert group_by_stage(names) == {"stem": names[:1], "stage1": names[1:3], "head": names[3:]}
+    assert group_by_stage(["bn"]) == {"bn": ["bn"]}
     many = [f"features.{i}.bn" for i in range(30)]
-    merged = stages_of(many, most=8)
+    merged = group_by_stage(many, limit=8)
     assert len(merged) == 8 and [name for held in merged.values() for name in held] == many
     assert next(iter(merged)) == "0 … 3"
 
@@ -161,4 +161,4 @@ def test_stages_of_any_number_can_be_told_apart(run):
     for stages in (1, 7, 8, 30):
         table = random_gates(run, 4, 3, stages)
         for draw in (gates_figure, gates_map, alive_figure):
-            assert_readable(draw(table, gates(table)))
+            assert_readable(draw(table, gate_history(table)))

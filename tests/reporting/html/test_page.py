@@ -11,10 +11,10 @@ import pytest
 from helpers.fake_run import write_run
 from helpers.hostile_run import ATTACKS, hostile_run
 
-from prunekit.reporting.figures import Drawing, figures
+from prunekit.reporting.figures import ReportFigure, report_figures
 from prunekit.reporting.figures.style import new_figure
-from prunekit.reporting.html.figures import LARGE_SVG
-from prunekit.reporting.html.page import illustrate, page
+from prunekit.reporting.html.figures import LARGE_SVG, embed_figure
+from prunekit.reporting.html.page import render_page
 from prunekit.reporting.loader import load_run
 
 VOID = {"meta", "link", "img", "br"}
@@ -64,13 +64,13 @@ class Parsed(HTMLParser):
         return [attributes[name] for _, attributes in self.elements if name in attributes]
 
 
-def drawn(name="curve", title="A curve", caption="It goes up.", curves=1) -> Drawing:
+def drawn(name="curve", title="A curve", caption="It goes up.", curves=1, run="") -> ReportFigure:
     figure = new_figure(4, 2, title)
     axes = figure.add_subplot()
     for _ in range(curves):
         axes.plot(np.random.default_rng(0).random(1000), color="black")
     axes.set_ylabel("loss <b>&</b>")
-    return Drawing(name, title, caption, figure)
+    return ReportFigure(name, title, caption, figure, run)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawings(runs):
-    return [illustrate(drawing) for drawing in figures(runs[:2])]
+    return [embed_figure(drawing) for drawing in report_figures(runs[:2])]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def hostile(tmp_path_factory):
 
 
 def test_one_run(runs):
-    text = page(runs[:1], [illustrate(drawn())])
+    text = render_page(runs[:1], [embed_figure(drawn())])
     parsed = Parsed(text)
     assert text.startswith("<!doctype html>")
     for title in ("Summary", "Figures", "Layers", "Counters", "Recipe", "Environment"):
@@ -104,7 +104,7 @@ def test_one_run(runs):
 
 
 def test_every_layer_and_counter_stands_in_its_table(runs):
-    parsed = Parsed(page(runs[:1], []))
+    parsed = Parsed(render_page(runs[:1], []))
     for layer in runs[0].layers["layer"]:
         assert layer in parsed.words
     values = [float(v) for v in parsed.values("data-v")]
@@ -113,7 +113,7 @@ def test_every_layer_and_counter_stands_in_its_table(runs):
 
 
 def test_numbers_are_sorted_by_what_they_are_not_by_what_they_look_like(runs):
-    parsed = Parsed(page(runs[:1], []))
+    parsed = Parsed(render_page(runs[:1], []))
     dense = runs[0].summary["dense"]
     assert str(dense["params"]) in parsed.values("data-v") and f"{dense['params']:,}" in parsed.words
     ratio = runs[0].summary["slim"]["params"] / dense["params"]
@@ -121,21 +121,21 @@ def test_numbers_are_sorted_by_what_they_are_not_by_what_they_look_like(runs):
 
 
 def test_several_runs_have_a_chapter_each_and_their_own_drawings(runs):
-    names = ["totals", "a-channels", "a-b-channels", "c-channels", "cat"]
-    text = page(runs, [illustrate(drawn(name, title=f"T {name}")) for name in names])
+    owners = {"totals": "", "of a": "a", "of a-b": "a-b", "of c": "c", "cat": ""}
+    text = render_page(runs, [embed_figure(drawn(title=f"T {title}", run=run)) for title, run in owners.items()])
     Parsed(text)
     chapters = re.split(r'<article id="run-\d">', text)
     assert len(chapters) == 4
     labels = [re.findall(r'<svg role="img" aria-label="T ([^"]*)"', chapter) for chapter in chapters]
-    assert labels == [["totals", "cat"], ["a-channels"], ["a-b-channels"], ["c-channels"]]
+    assert labels == [["totals", "cat"], ["of a"], ["of a-b"], ["of c"]]
     assert all(
         f"<h2><bdi>{name}</bdi></h2>" in chapter for name, chapter in zip("a a-b c".split(), chapters[1:], strict=True)
     )
 
 
 def test_ids_are_unique_and_every_reference_finds_one(runs, drawings):
-    twins = [illustrate(drawn(name)) for name in ("c-x y", "c-x-y")]
-    text = page(runs, [*drawings, *twins])
+    twins = [embed_figure(drawn(name)) for name in ("c-x y", "c-x-y")]
+    text = render_page(runs, [*drawings, *twins])
     parsed = Parsed(text)
     ids = parsed.values("id")
     assert len(set(ids)) == len(ids)
@@ -145,13 +145,13 @@ def test_ids_are_unique_and_every_reference_finds_one(runs, drawings):
 
 
 def test_the_contents_lead_to_every_section(runs):
-    parsed = Parsed(page(runs, []))
+    parsed = Parsed(render_page(runs, []))
     sections = {a["id"] for tag in ("section", "article") for a in parsed.all(tag)}
     assert {a["href"][1:] for a in parsed.all("a")} - {"main"} == sections
 
 
 def test_nothing_comes_from_outside(runs, drawings, hostile):
-    for text in (page(runs, drawings), page([hostile], [])):
+    for text in (render_page(runs, drawings), render_page([hostile], [])):
         parsed = Parsed(text)
         for name in ("href", "src", "action", "data", "srcset", "poster"):
             assert all(value.startswith(("#", "data:")) for value in parsed.values(name)), name
@@ -164,7 +164,10 @@ def test_nothing_comes_from_outside(runs, drawings, hostile):
 
 
 def test_whatever_the_files_say_stays_text(runs, hostile):
-    quiet, parsed = Parsed(page(runs[:1], [])), Parsed(page([hostile], [illustrate(drawn(title=ATTACKS[1]))]))
+    quiet, parsed = (
+        Parsed(render_page(runs[:1], [])),
+        Parsed(render_page([hostile], [embed_figure(drawn(title=ATTACKS[1]))])),
+    )
     assert {tag for tag, _ in parsed.elements} <= {tag for tag, _ in quiet.elements} | {"svg", "bdi", "figure"} | {
         "defs", "g", "path", "use", "clippath", "rect", "figcaption", "div", "b", "ul", "li",
     }  # fmt: skip
@@ -176,22 +179,22 @@ def test_whatever_the_files_say_stays_text(runs, hostile):
 
 
 def test_names_that_are_no_unicode_are_written_all_the_same(hostile):
-    page([hostile], []).encode()
+    render_page([hostile], []).encode()
     odd = dataclasses.replace(hostile, name="half\udcff pair")
-    assert "half\ufffd pair" in Parsed(page([odd], [])).words
+    assert "half\ufffd pair" in Parsed(render_page([odd], [])).words
 
 
 def test_failed_equivalence_check_comes_first(hostile):
-    parsed = Parsed(page([hostile], []))
-    assert parsed.words.index("The equivalence check failed") < parsed.words.index("What is missing")
+    parsed = Parsed(render_page([hostile], []))
+    assert parsed.words.index("The equivalence check failed") < parsed.words.index("Problems")
     assert any(a.get("class") == "bad" for a in parsed.all("div"))
 
 
 @pytest.mark.parametrize("stop", ["train", "extract", "slim", "finetune", "evaluate"])
 def test_a_run_that_was_broken_off(tmp_path, stop):
     run = load_run(write_run(tmp_path / "half", units=UNITS, stop=stop))
-    parsed = Parsed(page([run], []))
-    assert "not complete" in parsed.words and all(line in parsed.words for line in run.missing)
+    parsed = Parsed(render_page([run], []))
+    assert "not complete" in parsed.words and all(line in parsed.words for line in run.problems)
     assert ("No model has been measured yet" in parsed.words) == (stop == "train")
     assert ("Layers" in parsed.words) == (stop not in ("train", "extract", "slim"))
 
@@ -200,25 +203,25 @@ def test_a_run_that_was_broken_off(tmp_path, stop):
 def test_a_file_that_is_gone_is_named_and_the_rest_is_shown(tmp_path, name):
     path = write_run(tmp_path / "hole", units=UNITS)
     (path / name).unlink()
-    parsed = Parsed(page([load_run(path)], []))
-    assert "What is missing" in parsed.words and f"{name}: not there" in parsed.words
+    parsed = Parsed(render_page([load_run(path)], []))
+    assert "Problems" in parsed.words and f"{name}: missing" in parsed.words
 
 
 def test_a_recipe_of_megabytes_does_not_swell_the_page(tmp_path):
     path = write_run(tmp_path / "long", units=UNITS)
     (path / "recipe.yaml").write_text("# " + "x" * 3_000_000)
-    text = page([load_run(path)], [])
+    text = render_page([load_run(path)], [])
     assert len(text) < 1_000_000 and "The first 100,000 of 3,000,002 characters." in text
 
 
 def test_the_same_runs_give_the_same_page(runs):
-    assert page(runs, [illustrate(drawn())]) == page(runs, [illustrate(drawn())])
+    assert render_page(runs, [embed_figure(drawn())]) == render_page(runs, [embed_figure(drawn())])
 
 
 def test_published_models_stand_below(runs):
-    assert "CSNet-L ×2" in Parsed(page(runs[:1], [], published=True)).words
-    assert "CSNet-L ×2" in Parsed(page([], [], published=True)).words
-    assert "CSNet-L ×2" not in Parsed(page(runs[:1], [])).words
+    assert "CSNet-L ×2" in Parsed(render_page(runs[:1], [], published=True)).words
+    assert "CSNet-L ×2" in Parsed(render_page([], [], published=True)).words
+    assert "CSNet-L ×2" not in Parsed(render_page(runs[:1], [])).words
 
 
 # ---- figures
@@ -230,7 +233,7 @@ def test_greys_follow_the_theme_and_colours_stay():
     axes.plot([0, 1], [1, 0], color="#0072B2")
     axes.plot([0, 1], [1, 1], color="#E69F00")
     axes.grid(color="0.88")
-    markup = illustrate(drawing).markup
+    markup = embed_figure(drawing).markup
     assert "stroke: var(--figure-ink)" in markup and "stroke: var(--figure-rule)" in markup
     assert "stroke: var(--figure-blue)" in markup and "#e69f00" in markup and "#000000" not in markup
 
@@ -238,13 +241,13 @@ def test_greys_follow_the_theme_and_colours_stay():
 def test_white_words_on_a_colour_stay_white():
     drawing = drawn()
     drawing.figure.axes[0].text(1, 1, "in a bar", color="white")
-    assert "fill: #ffffff" in illustrate(drawing).markup
+    assert "fill: #ffffff" in embed_figure(drawing).markup
 
 
 def test_figures_with_pictures_keep_a_white_ground():
     drawing = drawn()
     drawing.figure.axes[0].imshow([[0, 1], [1, 0]])
-    assert illustrate(drawing).paper and not illustrate(drawn()).paper
+    assert embed_figure(drawing).white and not embed_figure(drawn()).white
 
 
 def test_figures_lose_script_and_foreign_elements():
@@ -256,19 +259,19 @@ def test_figures_lose_script_and_foreign_elements():
         b'<use xlink:href="#m"/><use xlink:href="https://x.example/#m"/><image xlink:href="javascript:x()"/></g></svg>'
     )
     drawing = drawn("one two")
-    markup = illustrate(drawing, {"svg": svg}).markup
+    markup = embed_figure(drawing, {"svg": svg}).markup
     assert "x()" not in markup and "x.example" not in markup and "style>" not in markup
     own = re.search(r'<path id="(\w+-)m" d="M 1.23 2" clip-path="url\(#(\w+-)p\)"/>', markup)
     assert own[1] == own[2] and f'href="#{own[1]}m"' in markup
 
 
 def test_a_large_drawing_becomes_a_picture():
-    small, large = illustrate(drawn()), illustrate(drawn(title='5" <b>', curves=20))
+    small, large = embed_figure(drawn()), embed_figure(drawn(title='5" <b>', curves=20))
     assert small.markup.startswith("<svg") and len(small.markup) < LARGE_SVG
     image = Parsed(large.markup).all("img")[0]
-    assert image["alt"] == '5" <b>' and image["src"].startswith("data:image/png;base64,") and large.paper
+    assert image["alt"] == '5" <b>' and image["src"].startswith("data:image/png;base64,") and large.white
 
 
 def test_names_that_no_svg_may_hold_do_not_stop_a_figure():
     drawing = drawn(title="bell\x07")
-    assert "bell" in illustrate(drawing).markup
+    assert "bell" in embed_figure(drawing).markup

@@ -12,8 +12,9 @@ import pytest
 from helpers.fake_run import write_run
 from helpers.hostile_run import hostile_run
 
-from prunekit.reporting.figures import figures
-from prunekit.reporting.html.page import illustrate, page
+from prunekit.reporting.figures import report_figures
+from prunekit.reporting.html.figures import embed_figure
+from prunekit.reporting.html.page import render_page
 from prunekit.reporting.loader import load_run
 
 pytest.importorskip("selenium", reason="the page's tests need selenium: pip install -e '.[dev]'")
@@ -97,8 +98,8 @@ def files(tmp_path_factory):
     written = {}
     for name, runs in zip(PAGES, ([first], [first, second], [half], [attack, second]), strict=True):
         written[name] = folder / f"{name}.html"
-        drawings = figures(runs[:1] if name in ("one", "hostile") else [])
-        written[name].write_text(page(runs, [illustrate(d) for d in drawings]), encoding="utf-8")
+        drawings = report_figures(runs[:1] if name in ("one", "hostile") else [])
+        written[name].write_text(render_page(runs, [embed_figure(d) for d in drawings]), encoding="utf-8")
     return written
 
 

@@ -149,7 +149,7 @@ def test_no_damage_to_a_run_that_was_broken_off_changes_its_end(bed, tmp_path, c
 @pytest.mark.parametrize("name", ["dense/model.safetensors", "model.onnx", "finetuned/model.safetensors"])
 def test_a_report_names_what_it_does_not_show(bed, tmp_path, name):
     run = damaged(bed.whole, bed.other, name, "flipped", tmp_path / "toy")
-    assert f"wrong in /toy: {name}: " in told(run, bed)
+    assert f"problem in /toy: {name}: " in told(run, bed)
     (run / name).unlink()
     assert f"missing in /toy: {name}\n" in told(run, bed)
 
