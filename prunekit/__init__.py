@@ -3,46 +3,127 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Name → module. Imported at the first use, so that `prunekit --help` needs no torch (PEP 562).
-_EXPORTS = {
-    "DynamicWeightDecay": "prunekit.pruning.sparsity.decay",
-    "Group": "prunekit.pruning.plan",
-    "Plan": "prunekit.pruning.plan",
-    "EquivalenceReport": "prunekit.pruning.surgery.equivalence",
-    "PrunekitError": "prunekit.errors",
-    "PrunekitWarning": "prunekit.errors",
-    "apply_plan": "prunekit.pruning.surgery.slim",
-    "extract": "prunekit.pruning.selection.extract",
-    "find_groups": "prunekit.pruning.graph.groups",
-    "fit_budget": "prunekit.pruning.selection.budget",
-    "load_run": "prunekit.reporting",
-    "octavize": "prunekit.layers.octavize",
-    "recalibrate": "prunekit.pruning.surgery.recalibrate",
-    "register_augmentation": "prunekit.config.registry",
-    "register_backbone": "prunekit.config.registry",
-    "register_importance": "prunekit.config.registry",
-    "register_dataset": "prunekit.config.registry",
-    "register_decay": "prunekit.config.registry",
-    "register_loss": "prunekit.config.registry",
-    "register_optimizer": "prunekit.config.registry",
-    "register_schedule": "prunekit.config.registry",
-    "register_task": "prunekit.config.registry",
-    "slim": "prunekit.pruning.surgery.slim",
-    "slim_optimizer": "prunekit.pruning.surgery.optimizer_state",
-    "slim_to_budget": "prunekit.pruning.selection.budget",
-}
+if TYPE_CHECKING:
+    from prunekit.config.recipe import load as load_recipe
+    from prunekit.config.registry import (
+        register_augmentation,
+        register_backbone,
+        register_dataset,
+        register_decay,
+        register_importance,
+        register_loss,
+        register_optimizer,
+        register_schedule,
+        register_task,
+    )
+    from prunekit.deployment.deploy import deploy
+    from prunekit.errors import PrunekitError, PrunekitWarning
+    from prunekit.flops import ModelCost, count
+    from prunekit.layers import GOctConv
+    from prunekit.layers.octavize import octavize
+    from prunekit.pipeline.runner import run_recipe
+    from prunekit.pipeline.serialization import load, save
+    from prunekit.pruning.graph.groups import find_groups
+    from prunekit.pruning.plan import Group, Plan
+    from prunekit.pruning.pruner import Pruner, PruningReport
+    from prunekit.pruning.selection import importance
+    from prunekit.pruning.selection.budget import fit_budget, slim_to_budget
+    from prunekit.pruning.selection.extract import extract
+    from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+    from prunekit.pruning.surgery.equivalence import EquivalenceReport
+    from prunekit.pruning.surgery.optimizer_state import slim_optimizer
+    from prunekit.pruning.surgery.recalibrate import recalibrate
+    from prunekit.pruning.surgery.slim import apply_plan, slim
+    from prunekit.reporting import load_run
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "DynamicWeightDecay",
+    "EquivalenceReport",
+    "GOctConv",
+    "Group",
+    "ModelCost",
+    "Plan",
+    "PrunekitError",
+    "PrunekitWarning",
+    "Pruner",
+    "PruningReport",
+    "__version__",
+    "apply_plan",
+    "count",
+    "deploy",
+    "extract",
+    "find_groups",
+    "fit_budget",
+    "importance",
+    "load",
+    "load_recipe",
+    "load_run",
+    "octavize",
+    "recalibrate",
+    "register_augmentation",
+    "register_backbone",
+    "register_dataset",
+    "register_decay",
+    "register_importance",
+    "register_loss",
+    "register_optimizer",
+    "register_schedule",
+    "register_task",
+    "run_recipe",
+    "save",
+    "slim",
+    "slim_optimizer",
+    "slim_to_budget",
+]
+
+# Module → the public names in it. Imported at first use, so that `prunekit --help` needs no torch (PEP 562).
+_MODULES = {
+    "prunekit.config.registry": (
+        "register_augmentation",
+        "register_backbone",
+        "register_dataset",
+        "register_decay",
+        "register_importance",
+        "register_loss",
+        "register_optimizer",
+        "register_schedule",
+        "register_task",
+    ),
+    "prunekit.deployment.deploy": ("deploy",),
+    "prunekit.errors": ("PrunekitError", "PrunekitWarning"),
+    "prunekit.flops": ("ModelCost", "count"),
+    "prunekit.layers": ("GOctConv",),
+    "prunekit.layers.octavize": ("octavize",),
+    "prunekit.pipeline.runner": ("run_recipe",),
+    "prunekit.pipeline.serialization": ("load", "save"),
+    "prunekit.pruning.graph.groups": ("find_groups",),
+    "prunekit.pruning.plan": ("Group", "Plan"),
+    "prunekit.pruning.pruner": ("Pruner", "PruningReport"),
+    "prunekit.pruning.selection.budget": ("fit_budget", "slim_to_budget"),
+    "prunekit.pruning.selection.extract": ("extract",),
+    "prunekit.pruning.sparsity.decay": ("DynamicWeightDecay",),
+    "prunekit.pruning.surgery.equivalence": ("EquivalenceReport",),
+    "prunekit.pruning.surgery.optimizer_state": ("slim_optimizer",),
+    "prunekit.pruning.surgery.recalibrate": ("recalibrate",),
+    "prunekit.pruning.surgery.slim": ("apply_plan", "slim"),
+    "prunekit.reporting": ("load_run",),
+}
+_EXPORTS = {name: (module, name) for module, names in _MODULES.items() for name in names} | {
+    "importance": ("prunekit.pruning.selection.importance", None),
+    "load_recipe": ("prunekit.config.recipe", "load"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+    module_name, attribute = _EXPORTS[name]
+    module = importlib.import_module(module_name)
+    return module if attribute is None else getattr(module, attribute)
 
 
 def __dir__() -> list[str]:

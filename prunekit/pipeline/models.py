@@ -14,7 +14,8 @@ from prunekit.config.schema import Recipe
 from prunekit.config.user_module import UserModule
 from prunekit.data.datasets import LabelDataset
 from prunekit.errors import CheckpointError, PrunekitError
-from prunekit.pruning.plan import Plan
+from prunekit.pruning.plan import Builder, Plan
+from prunekit.pruning.provenance import Provenance, set_provenance
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.run_dir import RunDir
@@ -66,8 +67,12 @@ def build_dense(recipe: Recipe) -> nn.Module:
 
 def build_with_plan(recipe: Recipe, plan: Plan | None) -> nn.Module:
     """The dense model of a recipe in the shape of a plan, its weights not yet loaded."""
-    model = build_dense(recipe)
-    return model if plan is None else apply_plan(model, plan, torch.zeros(1, *input_shape(recipe)))
+    model, shape, backbone = build_dense(recipe), input_shape(recipe), recipe.backbone
+    if plan is not None:
+        apply_plan(model, plan, torch.zeros(1, *shape))
+    builder = Builder(name=backbone.name, options=backbone.options, file=backbone.file)
+    set_provenance(model, Provenance(builder, () if plan is None else (plan,), shape))
+    return model
 
 
 def input_shape(recipe: Recipe) -> tuple[int, int, int]:

@@ -32,8 +32,8 @@ BASELINE = "baseline/model.safetensors"
 @main_process_command
 def run_recipe(
     recipe: Recipe,
-    out: Path,
-    console: Console,
+    out: str | Path,
+    console: Console | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -44,7 +44,7 @@ def run_recipe(
     Args:
         recipe: from ``recipe.load``.
         out: the run folder.
-        console: for progress and the report.
+        console: for progress and the report; by default the terminal.
         resume: go on with the run that the folder holds.
         overwrite: replace it.
         start_from: with ``resume``, do this stage and the later ones again.
@@ -54,6 +54,7 @@ def run_recipe(
         Interrupted: by Ctrl-C or SIGTERM, behind the first of which a training saves its state; as a KeyboardInterrupt
             before the folder is touched and after the run is complete.
     """
+    out, console = Path(out), console or Console()
     if overwrite and recipe.init is not None:
         _elsewhere(Path(recipe.init).expanduser(), out)
     pending = _pending(out, resume, start_from)

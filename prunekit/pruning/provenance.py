@@ -1,4 +1,4 @@
-"""How a model was made: its dense builder and the plans applied since. ``slim`` records it, ``prunekit.save`` reads it."""
+"""How a model was made: its dense builder and the plans applied to it. Recorded by ``slim``, read by ``save``."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ class PruningReport:
         verdict = "passed" if check.passed else f"failed ({check.reason})"
         lines = [
             f"step {self.step}/{self.steps}",
-            f"  params  {self.before.params:,} → {self.after.params:,}{_percent(self.after.params, self.before.params)}",
-            f"  MACs    {self.before.macs:,} → {self.after.macs:,}{_percent(self.after.macs, self.before.macs)}",
+            f"  params  {_change(self.before.params, self.after.params)}",
+            f"  MACs    {_change(self.before.macs, self.after.macs)}",
             f"  equivalence check {verdict}: largest difference {check.max_abs_diff:.1e}",
         ]
         changed = {name: sizes for name, sizes in self.layers.items() if sizes[0] != sizes[1]}
@@ -80,15 +80,15 @@ class PruningReport:
 class Pruner:
     """Prunes a model to a share of its channels or to a target size.
 
-    ``step()`` returns a smaller, ordinary ``nn.Module``; the model given is never changed. With ``steps`` above 1, train
-    what ``step()`` returned before you call it again.
+    ``step()`` returns a smaller, ordinary ``nn.Module``; the model given is never changed. With ``steps`` above 1,
+    train what ``step()`` returned before you call it again.
 
     Args:
         model: any model that takes one tensor.
         example_inputs: a batch of real data, (N, C, H, W) or (N, C). Shapes, MACs and the equivalence check need it.
         importance: scores the channels, and the lowest are pruned: ``"gate"`` (BatchNorm weights), ``"magnitude"``,
-            ``"taylor"`` (needs ``loss``), ``"random"``, a name registered with ``register_importance``, or a function of
-            the model and its groups that returns an array of scores for each ``group.id``.
+            ``"taylor"`` (needs ``loss``), ``"random"``, a name registered with ``register_importance``, or a function
+            of the model and its groups that returns an array of scores for each ``group.id``.
         pruning_ratio: share of the channels to prune, from 0 to 1.
         target: size to reach instead of a ratio, within 2%: ``{"macs_ratio": 0.5}`` keeps half of the multiply-adds;
             or ``params_ratio``, ``macs`` or ``params``.
@@ -189,9 +189,7 @@ class Pruner:
     def _slim_to_ratio(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         ratio = self._ratio or 0.0
         free = [g for g in self._groups if g.reason is None and g.id not in self._ignored and g.id not in self._ratios]
-        ratios = {
-            g.id: self._remaining_ratio(g, self._ratios[g.id], step) for g in self._groups if g.id in self._ratios
-        }
+        ratios = self._remaining_ratios(step)
         if self._global:
             share = self._remaining_share([(self._widths[g.id], g.channels) for g in free], ratio, step)
         else:
@@ -214,9 +212,6 @@ class Pruner:
         return search.slim(replace(self._budget, goal=goal), self.example_inputs, self._constants)
 
     def _search(self, scores: Scores | None, step: int) -> BudgetSearch:
-        ratios = {
-            g.id: self._remaining_ratio(g, self._ratios[g.id], step) for g in self._groups if g.id in self._ratios
-        }
         return BudgetSearch(
             self._model,
             self._groups,
@@ -224,7 +219,7 @@ class Pruner:
             scores,
             scope="global" if self._global else "layer",
             ignored_groups=self._ignored,
-            ratios=ratios,
+            ratios=self._remaining_ratios(step),
             **self._limits,
         )
 
@@ -238,6 +233,10 @@ class Pruner:
         search = self._search({g.id: np.zeros(g.channels) for g in self._groups if g.reason is None}, self.steps)
         self._dense_size = search.sizes.dense
         return search.budget(**self._target)
+
+    def _remaining_ratios(self, step: int) -> dict[str, float]:
+        """The share of their current channels to prune from the groups of ``per_layer_ratio``."""
+        return {g.id: self._remaining_ratio(g, self._ratios[g.id], step) for g in self._groups if g.id in self._ratios}
 
     def _remaining_ratio(self, group: Group, ratio: float, step: int) -> float:
         return self._remaining_share([(self._widths[group.id], group.channels)], ratio, step)
@@ -300,11 +299,8 @@ def _check_ratio(name: str, ratio: float) -> None:
 
 def _unknown(argument: str, value: Any, known: Sequence[str]) -> str:
     close = registry.closest_match(str(value), list(known))
-    return (
-        f"unknown {argument} {value!r}"
-        + (f", did you mean {close!r}?" if close else ";")
-        + f" known: {', '.join(known)}"
-    )
+    hint = f", did you mean {close!r}?" if close else ";"
+    return f"unknown {argument} {value!r}{hint} known: {', '.join(known)}"
 
 
 def _importance_function(importance: Importance, loss: Loss | None) -> Callable[[nn.Module, Sequence[Group]], Scores]:
@@ -319,7 +315,8 @@ def _importance_function(importance: Importance, loss: Loss | None) -> Callable[
     if type(importance).__module__.startswith("torch_pruning"):
         known = ", ".join(map(repr, registry.importances.names()))
         raise PlanError(
-            f"importance is torch-pruning's {type(importance).__name__}, which cannot score these groups; use one of {known}"
+            f"importance is torch-pruning's {type(importance).__name__}, which cannot score these groups; use one "
+            f"of {known}"
         )
     if isinstance(importance, nn.Module) or not callable(importance):
         raise PlanError(
@@ -361,8 +358,8 @@ def _ratios_by_group(
         for group_id in match_layers(model, groups, [layer], "per_layer_ratio"):
             if ratios.setdefault(group_id, ratio) != ratio:
                 raise PlanError(
-                    f"per_layer_ratio gives the channels of {group_id} the ratios {ratios[group_id]:g} and {ratio:g}, and "
-                    "they can only be pruned together; give them one ratio"
+                    f"per_layer_ratio gives the channels of {group_id} the ratios {ratios[group_id]:g} and {ratio:g}, "
+                    "and they can only be pruned together; give them one ratio"
                 )
     return ratios
 
@@ -383,5 +380,5 @@ def _output_channels(module: nn.Module) -> int | None:
     return width if isinstance(width, int) and isinstance(getattr(module, "weight", None), Tensor) else None
 
 
-def _percent(after: int, before: int) -> str:
-    return f" ({after / before:.1%})" if before else ""
+def _change(before: int, after: int) -> str:
+    return f"{before:,} → {after:,}" + (f" ({after / before:.1%})" if before else "")
