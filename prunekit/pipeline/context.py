@@ -44,7 +44,7 @@ from prunekit.training.distillation import TrainingLoss
 from prunekit.training.job import TrainingJob, no_tracker
 from prunekit.training.optimizers import param_groups
 from prunekit.training.trackers import check_tracker, track
-from prunekit.training.trainer import bind_options, fit
+from prunekit.training.trainer import Trainer, bind_options
 from prunekit.utils import distributed
 from prunekit.utils.progress import Reporter, training_epochs
 
@@ -263,25 +263,25 @@ class RunContext:
         section = self.recipe.train if stage in ("train", "baseline") else self.recipe.finetune
         job = TrainingJob(
             stage=stage,
-            section=section,
+            config=section,
             task=self.task,
-            criterion=self._criterion(run, section),
-            train=self.tensors("train"),
-            val=self.tensors("val"),
+            loss=self._training_loss(run, section),
+            train_data=self.tensors("train"),
+            val_data=self.tensors("val"),
             seed=self.recipe.seed,
             run=run,
             reporter=self.reporter,
             device=self.device,
             threshold=self.recipe.slim.threshold,
-            steering=steering,
+            lambda_controller=steering,
+            progressive_pruning=shrinking,
             tracker=functools.partial(track, self.recipe, run.path, stage)
             if distributed.is_main_process()
             else no_tracker,
-            shrinking=shrinking,
         )
-        return fit(model, job, groups, decay).cpu().eval()
+        return Trainer(model, job, groups, decay).fit().cpu().eval()
 
-    def _criterion(self, run: RunDir, section: Training) -> TrainingLoss:
+    def _training_loss(self, run: RunDir, section: Training) -> TrainingLoss:
         loss = bind_options(registry.losses, section.loss)(self.task)
         if not (isinstance(section, FineTuning) and section.distill.weight):
             return TrainingLoss(loss)

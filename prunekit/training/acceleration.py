@@ -33,26 +33,26 @@ Forward = Callable[[Tensor], Tensor]
 
 @contextmanager
 def fast_steps(
-    model: nn.Module, groups: Sequence[Group], section: Training, say: Callable[[str], None]
+    model: nn.Module, groups: Sequence[Group], config: Training, say: Callable[[str], None]
 ) -> Iterator[Forward]:
     """Within ``with``, a forward that does what the model does, faster.
 
     Args:
         model: on the device on which it is trained.
         groups: of the model; they tell which PReLU takes what a norm puts out, and nothing else does.
-        section: its ``fast`` and ``compile`` say what may be done.
+        config: its ``fast`` and ``compile`` select what is done.
         say: takes a line where something that would make it faster cannot be had.
     """
     with ExitStack() as stack, ExitStack() as kernels:
         first = next(model.parameters(), None)
         on_cpu = first is not None and first.device.type == "cpu"
-        if section.fast and on_cpu:
+        if config.fast and on_cpu:
             stack.enter_context(reuse_memory())
-        if section.compile:
+        if config.compile:
             compiled = _Compiled(model, on_cpu, say)
             yield compiled if on_cpu else channels_last(compiled, model, say)
             return
-        if not section.fast:
+        if not config.fast:
             yield model
             return
         if on_cpu:

@@ -1,90 +1,87 @@
-"""The state of a training in its run folder: all that it needs to go on as if it had not been stopped.
+"""Training checkpoints: everything needed to resume as if the training had not been interrupted.
 
-Between two epochs that is the model and the mean of its weights, the optimiser, the gates' course, λ and what was cut.
-Within an epoch it is also how far that has come, what it has summed up, what the shrinking has seen, and the random
-generators.
+Between epochs: model, weight average, optimizer, gate history, λ control and progressive pruning. Within an epoch also
+the position, running sums, gate observations of progressive pruning, and the random generators.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.errors import CheckpointError, TrainingError
-from prunekit.pruning.sparsity.decay import Decay
-from prunekit.runs.stage_order import STAGES
-from prunekit.runs.stage_order import training_position as stage_place
-from prunekit.training.ema import WeightAverage
-from prunekit.training.gate_history import GateHistory
+from prunekit.runs.stage_order import STAGES, training_position
 from prunekit.training.job import TrainingJob
+from prunekit.training.step import StepResult
 from prunekit.utils import distributed
 
-# Tensors and the rest, as RunDir.load_checkpoint gives them.
-Found = tuple[dict[str, np.ndarray], dict[str, Any]]
+if TYPE_CHECKING:
+    from prunekit.training.trainer import Trainer
+
+# Tensors and JSON values, as RunDir.load_checkpoint returns them.
+Checkpoint = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 @dataclass
 class TrainingPosition:
-    """Where a training stands between two steps.
+    """How far a training is, between two steps.
 
     Attributes:
-        epoch: how many are done.
-        step: how many steps of the next one are done.
-        sums: of loss and penalty over those of them that counted, and how many did, float64 [3].
-        told: the sum of losses, and how many there were, when λ was looked at last.
-        seconds: which those have taken.
-        best: the best figure of validation so far, the more the better, and the number of the state that has it.
-        random: the states of the random generators behind the last step; empty between two epochs, since each epoch
-            seeds its own.
+        epoch: finished epochs.
+        step: finished steps of the next epoch.
+        sums: loss, penalty and number of its steps that were finite, float64 (3,).
+        at_lambda_update: sum of losses and number of steps at the last update of λ.
+        seconds: duration of these steps.
+        best: best validation score so far, larger is better, and the number of its checkpoint.
+        rng_states: of the random generators after the last step; empty between epochs, since each epoch seeds them.
     """
 
     epoch: int = 0
     step: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    told: tuple[float, float] = (0.0, 0.0)
+    at_lambda_update: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0
     best: tuple[float, int] | None = None
-    random: dict[str, Tensor] = field(default_factory=dict)
+    rng_states: dict[str, Tensor] = field(default_factory=dict)
 
-    def remember(self, generator: torch.Generator, device: torch.device) -> None:
-        """Take down the states of the epoch's generator and of torch's own."""
-        self.random = {"epoch": generator.get_state(), "torch": torch.get_rng_state()}
+    def advance(self, result: StepResult) -> None:
+        """Count one more step; add its losses to the sums if it was finite."""
+        values = torch.stack([result.loss, result.penalty, torch.ones_like(result.loss)])
+        self.sums += torch.where(result.finite, values, 0.0)
+        self.step += 1
+
+    def save_rng(self, generator: torch.Generator, device: torch.device) -> None:
+        """Store the states of the epoch's generator and of torch's global ones."""
+        self.rng_states = {"epoch": generator.get_state(), "torch": torch.get_rng_state()}
         if device.type != "cpu":
-            self.random["device"] = torch.get_device_module(device).get_rng_state(device)
+            self.rng_states["device"] = torch.get_device_module(device).get_rng_state(device)
 
-    def remind(self, generator: torch.Generator, device: torch.device) -> None:
-        """Put the generators where they stood."""
-        generator.set_state(self.random["epoch"])
-        torch.set_rng_state(self.random["torch"])
-        # A training that began without the accelerator has drawn nothing there.
-        if device.type != "cpu" and "device" in self.random:
-            torch.get_device_module(device).set_rng_state(self.random["device"], device)
+    def restore_rng(self, generator: torch.Generator, device: torch.device) -> None:
+        """Set the generators to the stored states."""
+        generator.set_state(self.rng_states["epoch"])
+        torch.set_rng_state(self.rng_states["torch"])
+        # Absent where the training began on a CPU.
+        if device.type != "cpu" and "device" in self.rng_states:
+            torch.get_device_module(device).set_rng_state(self.rng_states["device"], device)
 
 
-def save_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    gates: GateHistory,
-    job: TrainingJob,
-    place: TrainingPosition,
-    steps: int,
-    average: WeightAverage | None = None,
-) -> None:
-    """Write the state at ``place`` into the run folder, in a training of so many steps an epoch.
+def save_checkpoint(trainer: Trainer) -> None:
+    """Write a checkpoint of a training into its run folder.
 
     Raises:
-        TrainingError: the optimiser keeps what is neither tensor nor number.
-        CheckpointError: the system refused; the states written before still stand.
+        TrainingError: a tensor is not finite, or the optimizer keeps something else than tensors and numbers.
+        CheckpointError: the file system failed; earlier checkpoints are unchanged.
     """
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    if average is not None:
-        tensors |= {f"average/{name}": value for name, value in average.state().items()}
-    held, numbers = optimizer.state_dict(), {}
-    for index, state in held["state"].items():
+    job, position, ema = trainer.job, trainer.position, trainer.ema
+    tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"average/{name}": value for name, value in ema.state().items()}
+    optimizer, numbers = trainer.optimizer.state_dict(), {}
+    for index, state in optimizer["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{index}/{key}"] = value
@@ -92,131 +89,120 @@ def save_state(
                 numbers[f"{index}/{key}"] = value
             else:
                 raise TrainingError(
-                    f"the optimiser {job.section.optimizer.name} keeps a {type(value).__name__} ({key}) for a "
-                    "parameter, which no training state can hold; let it keep tensors and numbers, or take another"
+                    f"the optimizer {job.config.optimizer.name} keeps a {type(value).__name__} ({key}) for a "
+                    "parameter, which a checkpoint cannot hold; use an optimizer that keeps tensors and numbers"
                 )
-    tensors |= {f"random/{name}": value for name, value in place.random.items()}
+    tensors |= {f"random/{name}": value for name, value in position.rng_states.items()}
     arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
-    arrays |= {f"gates/{name}": rows for name, rows in gates.arrays().items()}
-    if place.step and job.shrinking is not None:
-        arrays |= {f"looks/{name}": heights for name, heights in job.shrinking.seen().items()}
+    arrays |= {f"gates/{name}": history for name, history in trainer.gates.arrays().items()}
+    for name, values in arrays.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise TrainingError(
+                f"{name.partition('/')[2]} is not finite after {position.epoch} epochs and {position.step} steps, so "
+                "no checkpoint is saved; try a lower train.lr or decay.weight"
+            )
+    if position.step and job.progressive_pruning is not None:
+        # Not checked: channels without a deciding gate have the value ∞.
+        arrays |= {f"looks/{name}": values for name, values in job.progressive_pruning.seen().items()}
     state = {
-        "epoch": place.epoch,
-        "step": place.step,
-        "steps": steps,
-        "batches": job.section.accumulate * distributed.world_size(),
-        "sums": place.sums.tolist(),
-        "told": place.told,
-        "seconds": place.seconds,
-        "best": place.best,
-        "averaged": 0 if average is None else average.steps,
+        "epoch": position.epoch,
+        "step": position.step,
+        "steps": trainer.steps_per_epoch,
+        "batches": job.config.accumulate * distributed.world_size(),
+        "sums": position.sums.tolist(),
+        "told": position.at_lambda_update,
+        "seconds": position.seconds,
+        "best": position.best,
+        "averaged": 0 if ema is None else ema.steps,
         "optimizer": numbers,
-        # What an optimiser counts by itself, such as schedule-free ones do, stands beside the rates.
+        # Some optimizers, such as schedule-free ones, keep counters beside the learning rates.
         "shares": [
-            {k: v for k, v in group.items() if isinstance(v, (bool, int, float))} for group in held["param_groups"]
+            {k: v for k, v in group.items() if isinstance(v, (bool, int, float))} for group in optimizer["param_groups"]
         ],
     }
-    parts = {"steering": job.steering, "shrinking": job.shrinking}
+    parts = {"steering": trainer.lambda_controller, "shrinking": job.progressive_pruning}
     state |= {name: part.state() for name, part in parts.items() if part is not None}
-    for name, values in arrays.items():
-        # How high a gate stood that decides nothing is ∞.
-        if values.dtype.kind == "f" and not name.startswith("looks/") and not np.isfinite(values).all():
-            what = name.partition("/")[2]
-            raise TrainingError(
-                f"{what} is not finite behind {place.epoch} epochs and {place.step} steps, so this state is not kept; "
-                "try a lower train.lr or decay.weight"
-            )
-    section, number = job.section.checkpoint, place.epoch * steps + place.step
-    best = place.best[1] if section.best and place.best is not None else None
-    job.run.save_checkpoint(job.stage, number, arrays, state, section.keep, best)
+    config = job.config.checkpoint
+    best = position.best[1] if config.best and position.best is not None else None
+    job.run.save_checkpoint(job.stage, trainer.global_step, arrays, state, config.keep, best)
 
 
-def restore_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    gates: GateHistory,
-    job: TrainingJob,
-    decay: Decay,
-    steps: int,
-    found: Found | None,
-    average: WeightAverage | None = None,
-) -> TrainingPosition:
-    """Load a training state, where there is one; where the training stands. States of earlier prunekits stand between
-    two epochs, and say no more than which.
+def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> TrainingPosition:
+    """Load a checkpoint into a trainer; return its position, or that of the start without a checkpoint.
+
+    Checkpoints of early versions are between epochs and hold only the number of epochs beside the tensors.
 
     Raises:
-        CheckpointError: it does not fit the model, or the data.
+        CheckpointError: it does not fit the model or the data.
     """
-    if found is None:
+    if checkpoint is None:
         return TrainingPosition()
-    arrays, state = found
+    arrays, state = checkpoint
+    job, steps = trainer.job, trainer.steps_per_epoch
     if state.get("steps", steps) != steps:
         raise CheckpointError(
-            f"{_named(job)} is of a training of {state['steps']} steps an epoch, and the data now give {steps}; put "
-            f"back what is missing of them, or {_again(job)}"
+            f"{_name(job)} has {state['steps']} steps an epoch, and the data now give {steps}; restore the missing "
+            f"data, or {_restart(job)}"
         )
     kinds = ("model", "average", "optimizer", "gates", "looks", "random")
     parts: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for name, value in arrays.items():
-        kind, _, rest = name.partition("/")
-        parts[kind][rest] = value if kind in ("gates", "looks") else torch.from_numpy(value.copy())
-    moments: dict[int, dict[str, Any]] = {}
+        kind, _, key = name.partition("/")
+        parts[kind][key] = value if kind in ("gates", "looks") else torch.from_numpy(value.copy())
+    optimizer_state: dict[int, dict[str, Any]] = {}
     for name, value in {**parts["optimizer"], **state.get("optimizer", {})}.items():
         index, _, key = name.partition("/")
-        moments.setdefault(int(index), {})[key] = value
-    made = optimizer.state_dict()["param_groups"]
-    counts = state.get("shares", [{}] * len(made))
+        optimizer_state.setdefault(int(index), {})[key] = value
+    groups = trainer.optimizer.state_dict()["param_groups"]
     try:
-        model.load_state_dict(parts["model"])
-        if average is not None:
-            average.load(parts["average"], state["averaged"])
-        shares = [{**ours, **theirs} for ours, theirs in zip(made, counts, strict=True)]
-        optimizer.load_state_dict({"param_groups": shares, "state": moments})
+        trainer.model.load_state_dict(parts["model"])
+        if trainer.ema is not None:
+            trainer.ema.load(parts["average"], state["averaged"])
+        saved_groups = state.get("shares", [{}] * len(groups))
+        groups = [{**group, **saved} for group, saved in zip(groups, saved_groups, strict=True)]
+        trainer.optimizer.load_state_dict({"param_groups": groups, "state": optimizer_state})
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{_named(job)} does not fit the model ({reason}); {_again(job)}") from error
-    gates.load(parts["gates"])
-    if job.steering is not None and state.get("steering") is not None:
-        decay.weight = job.steering.load(state["steering"])
-    place = TrainingPosition(int(state["epoch"]))
+        raise CheckpointError(f"{_name(job)} does not fit the model ({reason}); {_restart(job)}") from error
+    trainer.gates.load(parts["gates"])
+    if trainer.lambda_controller is not None and state.get("steering") is not None:
+        trainer.decay.weight = trainer.lambda_controller.load(state["steering"])
+    position = TrainingPosition(int(state["epoch"]))
     if state.get("best") is not None:
-        place.best = (float(state["best"][0]), int(state["best"][1]))
+        position.best = (float(state["best"][0]), int(state["best"][1]))
     if state.get("step"):
-        place.step, place.told, place.seconds = int(state["step"]), tuple(state["told"]), state["seconds"]
-        place.sums, place.random = torch.tensor(state["sums"], dtype=torch.float64), parts["random"]
-        if job.shrinking is not None:
-            job.shrinking.begin(parts["looks"])
-    return place
+        position.step, position.seconds = int(state["step"]), state["seconds"]
+        position.at_lambda_update = tuple(state["told"])
+        position.sums, position.rng_states = torch.tensor(state["sums"], dtype=torch.float64), parts["random"]
+        if job.progressive_pruning is not None:
+            job.progressive_pruning.begin(parts["looks"])
+    return position
 
 
-def split_batches(job: TrainingJob, found: Found | None) -> TrainingJob:
-    """The job of this process: what was begun with so many batches a step goes on with as many, shared among the
-    processes that there are now. That gives what it would have given, but for rounding.
+def split_micro_batches(job: TrainingJob, checkpoint: Checkpoint | None) -> TrainingJob:
+    """Return the job with as many micro-batches a step, over all processes, as the training was started with.
 
     Raises:
-        CheckpointError: these processes cannot share them evenly.
+        CheckpointError: they cannot be divided evenly among the processes.
     """
-    count, accumulate = distributed.world_size(), job.section.accumulate
-    batches = accumulate * count if found is None else int(found[1].get("batches", 1))
-    if batches == accumulate * count:
+    processes, accumulate = distributed.world_size(), job.config.accumulate
+    total = accumulate * processes if checkpoint is None else int(checkpoint[1].get("batches", 1))
+    if total == accumulate * processes:
         return job
-    if batches % count:
-        fit = " or ".join(str(n) for n in range(1, batches + 1) if batches % n == 0)
+    if total % processes:
+        divisors = " or ".join(str(n) for n in range(1, total + 1) if total % n == 0)
         raise CheckpointError(
-            f"{_named(job)} is of steps of {batches} batches, which {count} processes cannot share; go on with {fit}, "
-            f"or {_again(job)}"
+            f"{_name(job)} has {total} batches a step, which {processes} processes cannot share evenly; resume with "
+            f"{divisors}, or {_restart(job)}"
         )
-    job.reporter.info(
-        f"{job.stage}: begun with {batches} {'batches' if batches > 1 else 'batch'} a step; each of "
-        f"{count} {'processes takes' if count > 1 else 'process takes'} {batches // count}"
-    )
-    section = job.section.model_copy(update={"accumulate": batches // count})
-    return replace(job, section=section)
+    each = total // processes
+    job.reporter.info(f"{job.stage}: started with {total} batches a step; accumulating {each} in each process")
+    return replace(job, config=job.config.model_copy(update={"accumulate": each}))
 
 
-def _named(job: TrainingJob) -> str:
-    return f"the training state of {job.stage} in {job.run.path}"
+def _name(job: TrainingJob) -> str:
+    return f"the checkpoint of {job.stage} in {job.run.path}"
 
 
-def _again(job: TrainingJob) -> str:
-    return f"start the stage again with --from {STAGES[stage_place(job.stage)[0]]}"
+def _restart(job: TrainingJob) -> str:
+    return f"restart the stage with --from {STAGES[training_position(job.stage)[0]]}"

@@ -1,5 +1,4 @@
-"""What a step learns by: the loss of a recipe and, where there is a teacher, what the teacher gives for the same images
-(Hinton et al., 2015, section 2; for maps each pixel is a class of its own)."""
+"""The loss of a training step: a recipe's loss and, with a teacher, knowledge distillation."""
 
 from __future__ import annotations
 
@@ -14,36 +13,31 @@ from prunekit.tasks.base import Task
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """Loss and teacher of one training.
+    """(1 - weight) · loss + weight · distillation loss (Hinton et al., 2015, section 2).
 
     Attributes:
         loss: of logits and targets, a scalar.
-        task: says how far logits are from a teacher's.
-        teacher: the forward of a model in evaluation mode, on the device of the one that learns; None without.
-        share: the teacher's, of the loss, 0 … 1.
-        temperature: divides the logits of both.
+        task: defines the distillation loss.
+        teacher: forward of a model in evaluation mode on the device of the student; None without distillation.
+        weight: of the distillation loss, 0 … 1.
+        temperature: divides the logits of student and teacher.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     task: Task | None = None
     teacher: Callable[[Tensor], Tensor] | None = None
-    share: float = 0.0
+    weight: float = 0.0
     temperature: float = 1.0
 
     @torch.no_grad()
-    def taught(self, images: Tensor) -> Tensor | None:
-        """What the teacher gives for these images, normalised, [B, 3, S, S]; None without one."""
+    def teacher_logits(self, images: Tensor) -> Tensor | None:
+        """Return the teacher's logits for normalized images (N, 3, H, W); None without a teacher."""
         return None if self.teacher is None else self.teacher(images)
 
-    def __call__(self, logits: Tensor, targets: Tensor, taught: Tensor | None) -> Tensor:
-        """A scalar.
-
-        Args:
-            logits: what the model gives for images.
-            targets: as for :meth:`prunekit.tasks.base.Task.loss`.
-            taught: what :meth:`taught` gives for them.
-        """
+    def __call__(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        """Return the loss, a scalar; shapes as for :meth:`prunekit.tasks.base.Task.loss`."""
         loss = self.loss(logits, targets)
-        if taught is None:
+        if teacher_logits is None:
             return loss
-        return (1 - self.share) * loss + self.share * self.task.distance(logits, taught, self.temperature)
+        distillation = self.task.distance(logits, teacher_logits, self.temperature)
+        return (1 - self.weight) * loss + self.weight * distillation

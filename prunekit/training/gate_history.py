@@ -1,4 +1,4 @@
-"""The gates of a model under training: how many live, and their course."""
+"""The gates of a model during training: how many channels are alive, and the history of gate values."""
 
 from __future__ import annotations
 
@@ -14,59 +14,61 @@ from prunekit.utils.text import join_names
 
 
 class GateHistory:
-    """Counts the living channels, and keeps the gates epoch by epoch.
+    """Counts living channels and records the gates after each epoch.
 
-    Where the training shrinks, both are still of the model that it began with; what has been cut stands at zero.
+    With progressive pruning, both refer to the channels of the initial model; removed channels count as zero.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], threshold: float):
         self.threshold = threshold
-        self.follow(model, groups)
-        self.of = sum(group.channels for group in self.groups)
+        self.set_model(model, groups)
+        self.channels = sum(group.channels for group in self.groups)
         self.norms = list(dict.fromkeys(gate.norm for group in self.groups for gate in group.gates))
-        self.width = {name: len(model.get_submodule(name).weight) for name in self.norms}
-        self.places = {name: np.arange(width) for name, width in self.width.items()}
-        self.course: dict[str, list[np.ndarray]] = {name: [] for name in self.norms}
-        self._told: set[str] = set()
+        self.widths = {name: len(model.get_submodule(name).weight) for name in self.norms}
+        self.kept = {name: np.arange(width) for name, width in self.widths.items()}
+        self.history: dict[str, list[np.ndarray]] = {name: [] for name in self.norms}
+        self._warned: set[str] = set()
 
-    def follow(self, model: nn.Module, groups: Sequence[Group], places: Mapping[str, np.ndarray] | None = None) -> None:
-        """Look at this model from now on; ``places`` says where what is left of a norm stands in the first one's."""
+    def set_model(
+        self, model: nn.Module, groups: Sequence[Group], kept: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Continue with this model; ``kept`` maps each norm to the initial indices of its remaining channels."""
         self.model = model
         self.groups = [group for group in groups if group.reason is None]
-        self.vital = essential_groups(model, self.groups)
-        if places is not None:
-            self.places = dict(places)
+        self.essential = essential_groups(model, self.groups)
+        if kept is not None:
+            self.kept = dict(kept)
 
     def count(self) -> tuple[int, int]:
-        """Living channels, of all."""
+        """Return the number of living channels and of all channels."""
         alive = sum(int((gate_scores(self.model, group) > self.threshold).sum()) for group in self.groups)
-        return alive, self.of
+        return alive, self.channels
 
     def warning(self) -> str | None:
-        """What is to be said of layers that have just lost all of their channels; once of each."""
-        found = below_threshold(self.vital, self.threshold, lambda group: gate_scores(self.model, group))
-        fresh = [name for name in found if name not in self._told]
-        self._told.update(fresh)
+        """Return a warning about layers that have lost all of their channels since the last call, or None."""
+        dead = below_threshold(self.essential, self.threshold, lambda group: gate_scores(self.model, group))
+        fresh = [name for name in dead if name not in self._warned]
+        self._warned.update(fresh)
         if not fresh:
             return None
         return (
             f"no channel of {join_names(fresh)} is above the threshold {self.threshold:g} any more, the best has "
-            f"{max(found[name] for name in fresh):.2g}; if that matters, stop and train with a lower decay.weight, or "
-            "leave its norms out in decay.options.exclude"
+            f"{max(dead[name] for name in fresh):.2g}; if that matters, stop and train with a lower decay.weight, or "
+            "exclude its norms with decay.options.exclude"
         )
 
     def record(self) -> None:
-        """Keep the gates as they stand now, as those of one more epoch."""
+        """Append the current gates as those of one more epoch."""
         for name in self.norms:
-            row = np.zeros(self.width[name], np.float32)
-            if len(self.places[name]):
-                row[self.places[name]] = effective_gates(self.model.get_submodule(name))
-            self.course[name].append(row)
+            row = np.zeros(self.widths[name], np.float32)
+            if len(self.kept[name]):
+                row[self.kept[name]] = effective_gates(self.model.get_submodule(name))
+            self.history[name].append(row)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Norm → (epochs, channels) float32."""
-        return {name: np.stack(rows) for name, rows in self.course.items() if rows}
+        """Return the recorded gates: name of the norm → float32 (epochs, channels)."""
+        return {name: np.stack(rows) for name, rows in self.history.items() if rows}
 
-    def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Go on from these ``arrays``."""
-        self.course = {name: list(arrays[name]) if name in arrays else [] for name in self.norms}
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Restore what :meth:`arrays` returned."""
+        self.history = {name: list(arrays[name]) if name in arrays else [] for name in self.norms}

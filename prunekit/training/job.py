@@ -1,11 +1,11 @@
-"""What one stage of a run trains, and whom it tells."""
+"""What one stage of a run trains with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,49 +14,50 @@ from prunekit.data.datasets import Tensors
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning
 from prunekit.runs.run_dir import RunDir
+from prunekit.tasks.base import Task
 from prunekit.training.distillation import TrainingLoss
+from prunekit.utils.progress import Reporter
 
-
-class Reporter(Protocol):
-    """What the loop tells while it runs."""
-
-    def start_training(
-        self, stage: str, epochs: int, steps: int, first: int, losses: Sequence[float], step: int
-    ) -> None: ...
-
-    def log_step(self, done: int, loss: float, penalty: float, weight: float, alive: int, total: int) -> None: ...
-
-    def log_epoch(self, line: dict[str, Any]) -> None: ...
-
-    def end_training(self) -> None: ...
-
-    def info(self, text: str) -> None: ...
-
-
-# From the number of epochs that are done to what takes the lines of those that follow; see prunekit.training.trackers.
+# Number of finished epochs → context manager of a function that logs the metrics row of each later epoch.
 Tracker = Callable[[int], AbstractContextManager[Callable[[dict[str, Any]], None]]]
 
 
-def no_tracker(first: int) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
-    """A tracker that tracks nothing."""
-    return nullcontext(lambda line: None)
+def no_tracker(first_epoch: int) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """A tracker that logs nothing."""
+    return nullcontext(lambda row: None)
 
 
 @dataclass
 class TrainingJob:
-    """What one stage trains: everything but the model."""
+    """Everything that :class:`~prunekit.training.trainer.Trainer` needs except the model.
+
+    Attributes:
+        stage: name of the training in metrics and checkpoints, such as "train" or "finetune".
+        config: its section of the recipe.
+        task: computes validation metrics.
+        loss: of one micro-batch.
+        train_data, val_data: data sets in memory.
+        seed: of the run.
+        run: run folder for metrics and checkpoints.
+        reporter: receives progress and messages.
+        device: of the model.
+        threshold: effective gate at or below which a channel counts as dead.
+        lambda_controller: adapts λ to a budget; None keeps λ constant.
+        progressive_pruning: removes dead channels between epochs; None removes none.
+        tracker: logs metrics elsewhere, see :mod:`prunekit.training.trackers`.
+    """
 
     stage: str
-    section: Training
-    task: Any
-    criterion: TrainingLoss
-    train: Tensors
-    val: Tensors
+    config: Training
+    task: Task
+    loss: TrainingLoss
+    train_data: Tensors
+    val_data: Tensors
     seed: int
     run: RunDir
     reporter: Reporter
     device: torch.device
     threshold: float = 0.0
-    steering: LambdaController | None = None
+    lambda_controller: LambdaController | None = None
+    progressive_pruning: ProgressivePruning | None = None
     tracker: Tracker = no_tracker
-    shrinking: ProgressivePruning | None = None

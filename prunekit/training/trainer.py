@@ -1,20 +1,18 @@
-"""One training loop, for sparse training and for fine-tuning.
+"""The training loop for sparse training and fine-tuning.
 
-Every epoch seeds its random generators from (seed, stage, epoch), and a state that is taken within one holds them. So a
-run that goes on from a state does what it would have done without the stop.
+Each epoch seeds its random generators from (seed, stage, epoch), and a checkpoint within an epoch holds their states,
+so a resumed training gives the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +25,9 @@ from prunekit.pruning.plan import Group
 from prunekit.pruning.sparsity.decay import Decay
 from prunekit.pruning.sparsity.progressive import Cut
 from prunekit.pruning.surgery.optimizer_state import slim_optimizer
+from prunekit.training import callbacks
 from prunekit.training.acceleration import fast_steps, flush_denormals, sync_batch_norms
-from prunekit.training.checkpoint import TrainingPosition, restore_state, save_state, split_batches
+from prunekit.training.checkpoint import TrainingPosition, restore_checkpoint, split_micro_batches
 from prunekit.training.ema import WeightAverage
 from prunekit.training.gate_history import GateHistory
 from prunekit.training.job import TrainingJob, no_tracker
@@ -37,283 +36,264 @@ from prunekit.training.step import TrainingStep, assert_identical_models, broadc
 from prunekit.utils import distributed
 from prunekit.utils.signals import defer_interrupts
 
-# Below this a parameter is set to zero after each epoch. Decay leaves numbers on their way to zero; past 1e-38 they are
-# subnormal, and a processor takes many times as long for each.
-FLUSH = 1e-30
-LOOK_EVERY = 10  # steps between two looks at loss and gates: a look waits for the device
+# Smaller weights are set to zero after each epoch: decay would take them to subnormal numbers, which are slow on CPUs.
+TINY = 1e-30
+LOG_EVERY = 10  # steps; reading the loss and the gates waits for the device
 
 
-def fit(model: nn.Module, job: TrainingJob, groups: Sequence[Group], decay: Decay) -> nn.Module:
-    """Train a model in place; goes on from the newest training state in the run folder where there is one.
+class Trainer:
+    """Trains a model through one stage; resumes from the newest checkpoint in the run folder.
 
     Args:
-        model: on ``job.device``.
-        groups: of the model, for the count of living channels and the record of gates.
-        decay: what drives the gates; see ``pruning.decay``.
+        model: on ``job.device``; trained in place until progressive pruning replaces it.
+        job: what to train with.
+        groups: channel groups of the model.
+        decay: penalty on the gates.
 
-    Returns:
-        the model; with ``job.shrinking`` it is another one, once something has been cut.
+    Attributes:
+        model, groups, decay, optimizer, training_step, lambda_controller, ema: what trains now; progressive pruning
+            replaces them together.
+        gates: history of the gates.
+        position: finished epochs and steps, and the sums of the current epoch.
+        callbacks: in the order in which their hooks are called.
+        stopped_at: set by a callback to stop the training; where it stopped.
 
     Raises:
-        PlanError: the optimiser keeps what cannot be cut with its parameters.
-        TrainingError: a loss, a penalty or a gradient is not finite; says epoch, step and which. Or another process of
-            the run has died.
-        CheckpointError: the training state does not fit the model.
+        PlanError: the optimizer keeps state that cannot be pruned with its parameters.
+        TrainingError: a loss, penalty or gradient is not finite, or another process of the run has ended.
+        CheckpointError: the checkpoint does not fit the model or the data.
     """
-    return _Fit(model, job, groups, decay).run()
-
-
-class _Fit:
-    """One training under way: the model and all that trains it, which a cut replaces together."""
 
     def __init__(self, model: nn.Module, job: TrainingJob, groups: Sequence[Group], decay: Decay):
-        self.model, self.groups, self.decay = model, groups, decay
-        found = job.run.load_checkpoint(job.stage)
-        self.job = job = split_batches(job, found)
-        section, shrinking = job.section, job.shrinking
+        checkpoint = job.run.load_checkpoint(job.stage)
+        self.job = job = split_micro_batches(job, checkpoint)
+        self.model, self.groups, self.decay = model, list(groups), decay
+        self.lambda_controller = job.lambda_controller
         self.gates = GateHistory(model, groups, job.threshold)
-        if shrinking is not None and found is not None:
-            self.groups = shrinking.restore(model, groups, found[1]["shrinking"])
-            if shrinking.plan is not None:
-                self._reshape(model, self.groups)
-        self._equip(_optimizer(self.model, job, self.decay))
-        self.schedule = bind_options(registry.schedules, section.schedule)
-        self.augment = bind_options(registry.augmentations, section.augment)
-        self.batch = min(section.batch_size, len(job.train) // self.update.shares)
-        if not self.batch:
+        pruning, config = job.progressive_pruning, job.config
+        if pruning is not None and checkpoint is not None:
+            self.groups = pruning.restore(model, groups, checkpoint[1]["shrinking"])
+            if pruning.plan is not None:
+                self._follow_pruned(model, self.groups)
+        self._use_optimizer(self._build_optimizer())
+
+        micro_batches = self.training_step.micro_batches
+        self.batch_size = min(config.batch_size, len(job.train_data) // micro_batches)
+        if not self.batch_size:
             raise TrainingError(
-                f"{len(job.train)} images are too few for the {self.update.shares} batches of a step; "
+                f"{len(job.train_data)} images are too few for the {micro_batches} batches of a step; "
                 "start fewer processes, or lower train.accumulate and finetune.accumulate"
             )
-        self.steps = len(job.train) // (self.batch * self.update.shares)
-        self.place = restore_state(
-            self.model, self.optimizer, self.gates, job, self.decay, self.steps, found, self.average
-        )
-        if distributed.world_size() > 1 and section.fast and job.device.type == "cpu":
+        self.epochs, self.steps_per_epoch = config.epochs, len(job.train_data) // (self.batch_size * micro_batches)
+        self.total_steps = max(1, self.epochs * self.steps_per_epoch)
+        self.position = restore_checkpoint(self, checkpoint)
+        if distributed.world_size() > 1 and config.fast and job.device.type == "cpu":
             with distributed.main_process_first():
-                load()  # compiled once, and found by the others
+                load()  # compile once; the other processes find the library
         broadcast_model(self.model)
-        if self.average is not None:
-            broadcast_model(self.average.model)
-        self.saved = time.monotonic()
-        self.total = max(1, section.epochs * self.steps)
-        self.way = np.cumsum([self.schedule(step / self.total) for step in range(self.total)])
-        self.train = to_device(job.train, job.device)
+        if self.ema is not None:
+            broadcast_model(self.ema.model)
 
-    def run(self) -> nn.Module:
-        job, epochs, first = self.job, self.job.section.epochs, self.place.epoch
-        if first < epochs:
-            job.run.truncate_metrics(job.stage, first)
-        losses = [line["loss"] for line in job.run.read_metrics() if line["stage"] == job.stage]
-        job.reporter.start_training(job.stage, epochs, self.steps, first, losses, self.place.step)
-        try:
-            with (
-                defer_interrupts() as self.stop,
-                ExitStack() as self.watching,
-                flush_denormals(),
-                # A training that is done has nothing to track, and what came behind it is not to be dropped.
-                (job.tracker if first < epochs else no_tracker)(first) as track,
-            ):
-                self._watch()
-                for epoch in range(first, epochs):
-                    line = self._epoch(epoch)
-                    # The line first: one without its state is dropped and written again, a state without its line would
-                    # leave a gap. The same goes for what is tracked.
-                    track(line)
-                    job.run.append_metrics(line)
-                    self.place = TrainingPosition(epoch + 1, best=self.place.best)
-                    # Asked once, since a signal may come between the two.
-                    stopping = self.update.stopping(self.stop.requested)
-                    last = epoch + 1 == epochs or (epoch + 1) % job.section.checkpoint.every == 0
-                    if stopping or last or self._is_due():
-                        self._rate(line["metrics"])
-                        self._save()
-                    job.reporter.log_epoch(line)
-                    if stopping:
-                        self._stop(f"epoch {epoch + 1}")
-        finally:
-            job.reporter.end_training()
-        if self.average is not None and self.average.steps:
-            self.average.put(self.model)
-            _flush(self.model)
-        job.run.note_skipped(job.stage)
-        if job.stage == "train":
-            job.run.write_arrays("gates.npz", self.gates.arrays())
+        self.augment = bind_options(registry.augmentations, config.augment)
+        schedule = bind_options(registry.schedules, config.schedule)
+        self.callbacks: list[callbacks.Callback] = [callbacks.LearningRate(schedule)]
+        if pruning is not None:
+            self.callbacks.append(callbacks.PruneDeadChannels())
+        if self.lambda_controller is not None:
+            self.callbacks.append(callbacks.LambdaControl(schedule, self.total_steps))
+        self.callbacks += [callbacks.MetricsLogger(), callbacks.Checkpointing(), callbacks.Progress()]
+        self.stopped_at: str | None = None
+        self.data = to_device(job.train_data, job.device)
+
+    @property
+    def global_step(self) -> int:
+        """Finished steps of all epochs."""
+        return self.position.epoch * self.steps_per_epoch + self.position.step
+
+    @property
+    def is_log_step(self) -> bool:
+        """Whether losses and gates are read after the step that has just finished."""
+        step = self.position.step
+        return (step - 1) % LOG_EVERY == 0 or step == self.steps_per_epoch
+
+    def fit(self) -> nn.Module:
+        """Train to the last epoch; return the model, which is another one after progressive pruning."""
+        with self._session():
+            for epoch in range(self.position.epoch, self.epochs):
+                self._start_epoch()
+                for _ in range(self.position.step, self.steps_per_epoch):
+                    self._notify("on_step_start")
+                    result = self.training_step(self.forward, self.decay, self._micro_batches())
+                    if self.ema is not None:
+                        self.ema.update(self.model)
+                    self.position.advance(result)
+                    if self.training_step.failed or self.is_log_step:
+                        self.check_finite()
+                    self._notify("on_step_end", result)
+                    self._stop_if_requested()
+                row = self._end_epoch()
+                self.position = TrainingPosition(epoch + 1, best=self.position.best)
+                self._notify("on_epoch_logged", row)
+                self._stop_if_requested()
+        if self.ema is not None and self.ema.steps:
+            self.ema.copy_to(self.model)
+            _zero_tiny_weights(self.model)
+        self.job.run.note_skipped(self.job.stage)
+        if self.job.stage == "train":
+            self.job.run.write_arrays("gates.npz", self.gates.arrays())
         return self.model
 
-    def _epoch(self, epoch: int) -> dict[str, Any]:
-        """One epoch; what ``metrics.jsonl`` holds of it."""
-        job, shrinking, train, place = self.job, self.job.shrinking, self.train, self.place
-        began = time.perf_counter() - place.seconds
-        generator = seeded_generator(job.seed, job.stage, epoch)
-        order = torch.randperm(len(train), generator=generator)
-        where = order.to(train.images.device)
-        place.sums = place.sums.to(job.device)
-        due = shrinking is not None and shrinking.due(epoch + 1, job.section.epochs)
-        if place.step:
-            place.remind(generator, job.device)
-        elif due:
-            shrinking.begin()
+    def check_finite(self) -> None:
+        """Raise TrainingError or report skipped steps if a step since the last check was not finite."""
+        self.training_step.check(self.position.epoch, self.position.step - 1)
+
+    def should_stop(self) -> bool:
+        """Whether Ctrl-C or SIGTERM asks to stop; the same in all processes. Call once per step and epoch."""
+        return self.training_step.should_stop(self.interrupts.requested)
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Remove the hooks and fast forwards from the model, which may then be replaced; set them again at the end."""
+        self._hooks.close()
+        yield
+        self._set_hooks()
+
+    def replace_model(self, cut: Cut) -> None:
+        """Continue with a pruned model: new decay, optimizer with the old state, and a new weight average."""
+        self._follow_pruned(cut.model, cut.groups)
+        state = slim_optimizer(self.optimizer, self.model, cut.model, self.groups, cut.plan).state
+        self.model, self.groups = cut.model, cut.groups
+        # Built anew, so that its parameters are in the order in which a resumed training builds it.
+        optimizer = self._build_optimizer()
+        for group in optimizer.param_groups:
+            optimizer.state.update({p: state[p] for p in group["params"] if p in state})
+        self._use_optimizer(optimizer)
+
+    def _follow_pruned(self, model: nn.Module, groups: list[Group]) -> None:
+        pruning = self.job.progressive_pruning
+        self.decay, self.lambda_controller = pruning.equipped(model, groups, self.lambda_controller)
+        self.gates.set_model(model, groups, pruning.places(self.gates.norms))
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config = self.job.config
+        groups = param_groups(self.model, config.lr, config.gate_lr, self.decay.norms)
+        return bind_options(registry.optimizers, config.optimizer)(groups)
+
+    def _use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        config = self.job.config
+        self.optimizer = optimizer
+        self.training_step = TrainingStep(self.model, optimizer, self.job, config.accumulate)
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.ema = None if config.ema is None else WeightAverage(self.model, config.ema)
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        job, first = self.job, self.position.epoch
+        finished = first >= self.epochs
+        if not finished:
+            job.run.truncate_metrics(job.stage, first)
+        losses = [row["loss"] for row in job.run.read_metrics() if row["stage"] == job.stage]
+        job.reporter.start_training(job.stage, self.epochs, self.steps_per_epoch, first, losses, self.position.step)
+        # A tracker drops what was logged after ``first``, which must stay when there is nothing to train.
+        tracker = no_tracker if finished else job.tracker
+        try:
+            with (
+                defer_interrupts() as self.interrupts,
+                ExitStack() as self._hooks,
+                flush_denormals(),
+                tracker(first) as self.track,
+            ):
+                self._set_hooks()
+                yield
+        finally:
+            job.reporter.end_training()
+
+    def _set_hooks(self) -> None:
+        job = self.job
+        self._hooks.enter_context(self.decay)
+        self.forward = self._hooks.enter_context(fast_steps(self.model, self.groups, job.config, job.reporter.info))
+        if job.config.sync_norms and distributed.world_size() > 1:
+            self._hooks.enter_context(sync_batch_norms(self.model))
+
+    def _start_epoch(self) -> None:
+        job, position = self.job, self.position
+        self.epoch_started = time.perf_counter() - position.seconds
+        self.generator = seeded_generator(job.seed, job.stage, position.epoch)
+        self.order = torch.randperm(len(self.data), generator=self.generator)
+        self.order_on_device = self.order.to(self.data.images.device)
+        position.sums = position.sums.to(job.device)
+        if position.step:
+            position.restore_rng(self.generator, job.device)
+        self._notify("on_epoch_start")
         self.model.train()
-        for step in range(place.step, self.steps):
-            self._steer(epoch, step)
-            factor = self.schedule((epoch * self.steps + step) / self.total)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
-            batches = self._batches(epoch, step, order, where, generator)
-            loss, penalty = self.update(self.forward, self.decay, batches, place.sums)
-            if self.average is not None:
-                self.average.update(self.model)
-            place.step = step + 1
-            if self.update.troubled:
-                self.update.look(epoch, step)
-            if step % LOOK_EVERY == 0 or step == self.steps - 1:
-                self.update.look(epoch, step)
-                alive, of = self.gates.count()
-                if due and step >= self.steps // 2:
-                    shrinking.look(self.model, self.groups)
-                done = epoch * self.steps + step + 1
-                if math.isfinite(loss):
-                    job.reporter.log_step(done, float(loss), float(penalty), self.decay.weight, alive, of)
-            stopping = self.update.stopping(self.stop.requested)
-            if step + 1 < self.steps and (stopping or self._is_due()):
-                # A state that cannot be gone on from is not to replace one that can.
-                self.update.look(epoch, step)
-                place.seconds = time.perf_counter() - began
-                place.remember(generator, job.device)
-                self._save()
-                if stopping:
-                    self._stop(f"step {step + 1} of epoch {epoch + 1}")
-        _flush(self.model)
+
+    def _end_epoch(self) -> dict[str, Any]:
+        """Finish an epoch; return its row of ``metrics.jsonl``."""
+        job, position = self.job, self.position
+        _zero_tiny_weights(self.model)
         self.gates.record()
         if job.stage == "train" and (warning := self.gates.warning()):
             job.reporter.info(f"train: {warning}")
-        cut = self._shrink(epoch) if due else None
-        assert_identical_models(self.model, f"the models that epoch {epoch + 1} has left")
-        *totals, counted = place.sums.tolist()
-        if not counted:
+        entries: dict[str, Any] = {}
+        for callback in self.callbacks:
+            entries |= callback.on_epoch_end(self)
+        assert_identical_models(self.model, f"the models after epoch {position.epoch + 1}")
+        loss, penalty, steps = position.sums.tolist()
+        if not steps:
             raise TrainingError(
-                f"every step of epoch {epoch + 1} of {job.stage} was skipped; try a lower lr or decay.weight"
+                f"every step of epoch {position.epoch + 1} of {job.stage} was skipped; try a lower lr or decay.weight"
             )
-        skipped = self.steps - round(counted)
+        if skipped := self.steps_per_epoch - round(steps):
+            entries["skipped"] = skipped
         alive, of = self.gates.count()
         return {
             "stage": job.stage,
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * self.steps,
-            "loss": totals[0] / counted,
-            "penalty": totals[1] / counted,
+            "epoch": position.epoch + 1,
+            "step": self.global_step,
+            "loss": loss / steps,
+            "penalty": penalty / steps,
             "lambda": self.decay.weight,
-            "lr": job.section.lr * factor,
             "alive": alive,
             "of": of,
-            **(job.steering.figures() if job.steering is not None else {}),
-            **({"shrunk": {key: cut.record[key] for key in ("channels", "params", "macs")}} if cut else {}),
-            **({"skipped": skipped} if skipped else {}),
-            "metrics": self._metrics(),
-            "seconds": time.perf_counter() - began,
+            **entries,
+            "metrics": self._validate(),
+            "seconds": time.perf_counter() - self.epoch_started,
         }
 
-    def _metrics(self) -> dict[str, float]:
-        """Those of the model that the training would end with now; process 0 measures."""
+    def _validate(self) -> dict[str, float]:
+        """Validation metrics of the model that the training would end with now; only in the main process."""
         if not distributed.is_main_process():
             return {}
-        model = self.model if self.average is None else self.average.model
-        return self.job.task.quick(model, self.job.val, 4 * self.batch)
+        model = self.model if self.ema is None else self.ema.model
+        return self.job.task.quick(model, self.job.val_data, 4 * self.batch_size)
 
-    def _steer(self, epoch: int, step: int) -> None:
-        """Let λ follow the model, where it is time to look."""
-        steering = self.job.steering
-        if steering is not None and step % steering.every(self.total) == 0:
-            loss, _, counted = self.place.sums.tolist()
-            before, told = self.place.told
-            recent = (loss - before) / (counted - told) if counted > told else None
-            self.place.told = loss, counted
-            self.decay.weight = steering.look(float(self.way[epoch * self.steps + step] / self.way[-1]), recent)
+    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's micro-batches of one step: augmented images and targets.
 
-    def _batches(
-        self, epoch: int, step: int, order: Tensor, where: Tensor, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The micro-batches of this process in one step. All processes go through one order, and where a step has
-        several, each draws its numbers by itself, so that they are the same whoever takes it."""
-        train, shares = self.train, self.update.shares
-        for number in range(distributed.rank(), shares, distributed.world_size()):
-            if shares > 1:
-                generator = seeded_generator(self.job.seed, self.job.stage, epoch, step, number)
-            start = (step * shares + number) * self.batch
-            part = slice(start, start + self.batch)
-            rows = where[part]
-            yield self.augment(train.images[rows], train.targets[rows], train.sizes[order[part]], generator)
+        All processes share one order of the data. Where a step has several micro-batches, each has its own generator,
+        so its random numbers do not depend on which process takes it.
+        """
+        data, step, count, generator = self.data, self.position.step, self.training_step.micro_batches, self.generator
+        for index in range(distributed.rank(), count, distributed.world_size()):
+            if count > 1:
+                generator = seeded_generator(self.job.seed, self.job.stage, self.position.epoch, step, index)
+            start = (step * count + index) * self.batch_size
+            batch = slice(start, start + self.batch_size)
+            rows = self.order_on_device[batch]
+            yield self.augment(data.images[rows], data.targets[rows], data.sizes[self.order[batch]], generator)
 
-    def _is_due(self) -> bool:
-        """Whether it is time to write a state."""
-        section, done = self.job.section.checkpoint, self.place.epoch * self.steps + self.place.step
-        by_steps = section.steps is not None and done % section.steps == 0
-        by_time = section.minutes is not None and time.monotonic() - self.saved >= 60 * section.minutes
-        return by_steps or by_time
+    def _notify(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
 
-    def _save(self) -> None:
-        save_state(self.model, self.optimizer, self.gates, self.job, self.place, self.steps, self.average)
-        self.saved = time.monotonic()
-
-    def _stop(self, where: str) -> None:
-        self.job.reporter.info(f"{self.job.stage}: stopped behind {where}, its state is saved")
-        raise KeyboardInterrupt
-
-    def _rate(self, metrics: Mapping[str, float]) -> None:
-        """See whether the state that is written next is the best so far."""
-        task, place = self.job.task, self.place
-        main = task.metric_names[0]
-        if main in metrics:
-            score = -metrics[main] if main in task.lower_is_better else metrics[main]
-            place.best = max(filter(None, [place.best, (score, place.epoch * self.steps)]))
-
-    def _shrink(self, epoch: int) -> Cut | None:
-        """Cut what is dead, and go on with what is left."""
-        self.watching.close()
-        cut = self.job.shrinking.cut(self.model, self.groups, self.decay, epoch + 1)
-        if cut is not None:
-            self._go_on(cut)
-        self._watch()
-        return cut
-
-    def _go_on(self, cut: Cut) -> None:
-        """What trains the model that a cut has left of this one is made anew, and told what the one before knew."""
-        self._reshape(cut.model, cut.groups)
-        held = slim_optimizer(self.optimizer, self.model, cut.model, self.groups, cut.plan).state
-        # In the order of parameters in which a run that goes on from a checkpoint makes it.
-        made = _optimizer(cut.model, self.job, self.decay)
-        for group in made.param_groups:
-            made.state.update({p: held[p] for p in group["params"] if p in held})
-        self.model, self.groups = cut.model, cut.groups
-        self._equip(made)
-
-    def _reshape(self, model: nn.Module, groups: list[Group]) -> None:
-        shrinking = self.job.shrinking
-        self.decay, self.job.steering = shrinking.equipped(model, groups, self.job.steering)
-        self.gates.follow(model, groups, shrinking.places(self.gates.norms))
-
-    def _equip(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.update = TrainingStep(self.model, optimizer, self.job, self.job.section.accumulate)
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        # A cut begins the mean anew: what was cut is not to be averaged with what is left.
-        ema = self.job.section.ema
-        self.average = None if ema is None else WeightAverage(self.model, ema)
-
-    def _watch(self) -> None:
-        """Enter everything that holds on to the model and the decay that are under training now."""
-        self.watching.enter_context(self.decay)
-        self.forward = self.watching.enter_context(
-            fast_steps(self.model, self.groups, self.job.section, self.job.reporter.info)
-        )
-        if self.job.section.sync_norms and distributed.world_size() > 1:
-            self.watching.enter_context(sync_batch_norms(self.model))
+    def _stop_if_requested(self) -> None:
+        if self.stopped_at is not None:
+            self.job.reporter.info(f"{self.job.stage}: stopped after {self.stopped_at}; checkpoint saved")
+            raise KeyboardInterrupt
 
 
 def seeded_generator(seed: int, stage: str, epoch: int, *within: int) -> torch.Generator:
-    """The generator of one epoch, or of a place within it; torch's global one is seeded alike, for models that draw
-    numbers themselves."""
+    """Return the generator of an epoch, or of a step and micro-batch within it; seed torch's global generator alike."""
     name = "/".join(map(str, (seed, stage, epoch, *within)))
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     torch.manual_seed(number)
@@ -321,18 +301,11 @@ def seeded_generator(seed: int, stage: str, epoch: int, *within: int) -> torch.G
 
 
 def bind_options(table: registry.Registry, component: Component) -> Callable[..., Any]:
-    """The builder that a recipe names, with the recipe's options."""
+    """Return the builder that a recipe names, with the recipe's options bound."""
     return functools.partial(table.get(component.name), **component.options)
 
 
-def _optimizer(model: nn.Module, job: TrainingJob, decay: Decay) -> torch.optim.Optimizer:
-    section = job.section
-    return bind_options(registry.optimizers, section.optimizer)(
-        param_groups(model, section.lr, section.gate_lr, decay.norms)
-    )
-
-
 @torch.no_grad()
-def _flush(model: nn.Module) -> None:
+def _zero_tiny_weights(model: nn.Module) -> None:
     for parameter in model.parameters():
-        parameter.masked_fill_(parameter.abs() < FLUSH, 0.0)
+        parameter.masked_fill_(parameter.abs() < TINY, 0.0)

@@ -23,7 +23,7 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.runs.worker_run_dir import WorkerRunDir
 from prunekit.training.distillation import TrainingLoss
 from prunekit.training.job import TrainingJob
-from prunekit.training.trainer import fit
+from prunekit.training.trainer import Trainer
 from prunekit.utils import distributed
 
 SIZE = 16
@@ -77,18 +77,18 @@ def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
     section = SparseTraining.model_validate({**OPTIONS, "epochs": epochs, "accumulate": accumulate, **changes})
     job = TrainingJob(
         stage="train",
-        section=section,
+        config=section,
         task=registry.tasks.get("saliency")(),
-        criterion=TrainingLoss(registry.tasks.get("saliency")().loss),
-        train=found["train"],
-        val=found["val"],
+        loss=TrainingLoss(registry.tasks.get("saliency")().loss),
+        train_data=found["train"],
+        val_data=found["val"],
         seed=3,
         run=run,
         reporter=reporter,
         device=torch.device("cpu"),
         threshold=threshold,
     )
-    return fit(model, job, groups, DynamicWeightDecay(model, groups, 0.1)), reporter.said
+    return Trainer(model, job, groups, DynamicWeightDecay(model, groups, 0.1)).fit(), reporter.said
 
 
 # Folder → what is trained in it: one step with each optimiser, and many.

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers.interruption import interrupted_after_checkpoint
 from helpers.toy_run import outcome, quiet, shorten, toy_recipe, write_photos
 
 from prunekit.errors import RecipeError
@@ -10,8 +11,6 @@ from prunekit.pipeline.models import build_dense, build_with_plan, load_model, r
 from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.reporting import load_run
 from prunekit.runs.run_dir import RunDir
-from prunekit.training import trainer
-from prunekit.training.checkpoint import save_state
 
 CUTTING = ("train.epochs=3", "train.gate_lr=0.3")
 ALL = ("baseline=true", "train.ema=0.9", "finetune.ema=0.9", "finetune.distill={weight: 0.5, teacher: baseline}")
@@ -93,17 +92,9 @@ def test_a_teacher_has_its_share(run_it, plain, tmp_path):
 
 
 def broken_off(run_it, out, stage, step, *overrides):
-    """A run that has stopped behind the state of this step."""
-
-    def stopped(model, optimizer, gates, job, place, steps, average):
-        save_state(model, optimizer, gates, job, place, steps, average)
-        if (job.stage, place.epoch * steps + place.step) == (stage, step):
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save_state", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run_it(out, *overrides)
+    """Interrupt a run after the checkpoint of this step."""
+    with interrupted_after_checkpoint(stage, global_step=step):
+        run_it(out, *overrides)
 
 
 @pytest.mark.parametrize(

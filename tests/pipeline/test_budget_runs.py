@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.interruption import interrupted_after_checkpoint
 from rich.console import Console
 
 from prunekit.config.recipe import load
@@ -13,8 +14,6 @@ from prunekit.pipeline import runner
 from prunekit.pipeline.models import load_model
 from prunekit.pipeline.runner import run_recipe, slim_run
 from prunekit.runs.run_dir import RunDir
-from prunekit.training import trainer
-from prunekit.training.checkpoint import save_state
 
 QUICK = [
     "backbone.options={depth: 8, width: 8}",
@@ -95,15 +94,8 @@ def test_the_course_of_λ_and_size_is_in_the_metrics(whole):
 
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_steered_training_that_broke_off_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, after):
-    def stopped(model, optimizer, gates, job, place, steps, average):
-        save_state(model, optimizer, gates, job, place, steps, average)
-        if place.epoch == after:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_state", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run_it(tmp_path / "run")
+    with interrupted_after_checkpoint(epoch=after):
+        run_it(tmp_path / "run")
     run_it(tmp_path / "run", resume=True)
     assert same_models(tmp_path / "run", whole, "dense", "slim", "finetuned")
     assert lines(tmp_path / "run") == lines(whole)
@@ -156,16 +148,8 @@ def test_rounds_with_fine_tuning_in_between(whole, tmp_path):
 def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
     steps = ["slim.steps=3", "train.epochs=1", "finetune.epochs=2"]
     run_it(tmp_path / "whole", *steps)
-
-    def stopped(model, optimizer, gates, job, place, steps, average):
-        save_state(model, optimizer, gates, job, place, steps, average)
-        if (job.stage, place.epoch) == ("step2", 1):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_state", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run_it(tmp_path / "broken", *steps)
+    with interrupted_after_checkpoint("step2", epoch=1):
+        run_it(tmp_path / "broken", *steps)
     run_it(tmp_path / "broken", *steps, resume=True)
     assert same_models(tmp_path / "broken", tmp_path / "whole", "slim", "finetuned")
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.interruption import interrupted_after_checkpoint
 from helpers.toy_run import killed_in
 from rich.console import Console
 
@@ -17,8 +18,6 @@ from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.reporting import load_run, report
 from prunekit.runs.run_dir import RunDir
-from prunekit.training import trainer
-from prunekit.training.checkpoint import save_state
 
 QUICK = [
     "backbone.options={depth: 8, width: 8}",
@@ -40,15 +39,6 @@ def recipe(*overrides):
 
 def run_it(out, *overrides, **how):
     return run_recipe(recipe(*overrides), out, Console(quiet=True), **how)
-
-
-def stopped_after(epoch, patch):
-    def stopped(model, optimizer, gates, job, place, steps, average):
-        save_state(model, optimizer, gates, job, place, steps, average)
-        if (job.stage, place.epoch) == ("train", epoch):
-            raise KeyboardInterrupt
-
-    patch.setattr(trainer, "save_state", stopped)
 
 
 def summary(folder):
@@ -134,10 +124,8 @@ def resumed_equals(folder, whole):
 
 
 def test_a_run_that_broke_off_behind_a_cut_ends_as_an_undisturbed_one(whole, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        stopped_after(2, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run_it(tmp_path / "run")
+    with interrupted_after_checkpoint(epoch=2):
+        run_it(tmp_path / "run")
     run_it(tmp_path / "run", resume=True)
     resumed_equals(tmp_path / "run", whole)
 
@@ -196,10 +184,8 @@ def test_evaluation_export_and_report_read_it(whole, tmp_path, quick):
 def test_a_budget_is_steered_through_the_cuts(tmp_path):
     options = ["target.params_ratio=0.3"]
     out = run_it(tmp_path / "run", *options)
-    with pytest.MonkeyPatch.context() as patch:
-        stopped_after(3, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run_it(tmp_path / "broken", *options)
+    with interrupted_after_checkpoint(epoch=3):
+        run_it(tmp_path / "broken", *options)
     run_it(tmp_path / "broken", *options, resume=True)
     assert same_models(tmp_path / "broken", out, *NAMES) and lines(tmp_path / "broken") == lines(out)
     found = summary(out)

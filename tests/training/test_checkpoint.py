@@ -1,5 +1,3 @@
-"""What a training state holds comes back as it was."""
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +11,14 @@ from prunekit.config.schema import Training
 from prunekit.errors import TrainingError
 from prunekit.pruning.sparsity.decay import NoDecay
 from prunekit.runs.run_dir import RunDir
-from prunekit.training.checkpoint import TrainingPosition, restore_state, save_state
+from prunekit.training.checkpoint import TrainingPosition, restore_checkpoint, save_checkpoint
 from prunekit.training.gate_history import GateHistory
 
+CPU = torch.device("cpu")
 
-class Parts:
-    """What steers λ, and what cuts: they are handed what they gave."""
+
+class StatefulPart:
+    """Stands in for the λ controller and for progressive pruning."""
 
     def __init__(self, state, looks=None):
         self.held, self.looks = state, looks
@@ -37,9 +37,21 @@ class Parts:
         self.looks = looks
 
 
-def job(run, **parts):
-    section = Training(epochs=3)
-    return SimpleNamespace(stage="train", section=section, run=run, steering=None, shrinking=None, **parts)
+def make_trainer(run, optimizer=torch.optim.SGD, position=None, controller=None, pruning=None):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    position = position or TrainingPosition()
+    return SimpleNamespace(
+        job=SimpleNamespace(stage="train", config=Training(epochs=3), run=run, progressive_pruning=pruning),
+        model=model,
+        optimizer=optimizer(model.parameters(), lr=1.0),
+        gates=GateHistory(model, [], 0.0),
+        decay=NoDecay(model, []),
+        ema=None,
+        lambda_controller=controller,
+        position=position,
+        steps_per_epoch=100,
+        global_step=100 * position.epoch + position.step,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,69 +68,62 @@ numbers = st.floats(allow_nan=False, allow_infinity=False)
     epoch=st.integers(0, 9),
     step=st.integers(1, 99),
     sums=st.tuples(numbers, numbers, numbers),
-    told=st.tuples(numbers, numbers),
+    at_lambda_update=st.tuples(numbers, numbers),
     seconds=numbers,
     best=st.none() | st.tuples(numbers, st.integers(0, 9)),
     drawn=st.integers(0, 5),
 )
-def test_a_place_within_an_epoch(run, epoch, step, sums, told, seconds, best, drawn):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    generator, device = torch.Generator().manual_seed(1), torch.device("cpu")
+def test_checkpoint_within_an_epoch_restores_everything(run, epoch, step, sums, at_lambda_update, seconds, best, drawn):
+    generator = torch.Generator().manual_seed(1)
     torch.rand(drawn, generator=generator)
     torch.rand(drawn)
-    place = TrainingPosition(epoch, step, torch.tensor(sums, dtype=torch.float64), told, seconds, best)
-    place.remember(generator, device)
+    position = TrainingPosition(epoch, step, torch.tensor(sums, dtype=torch.float64), at_lambda_update, seconds, best)
     looks = {"a": np.array([0.5, np.inf]), "b.c": np.zeros(0)}
-    ours = job(run)
-    ours.steering, ours.shrinking = Parts({"now": seconds}), Parts({"cuts": []}, looks)
-    save_state(model, optimizer, GateHistory(model, [], 0.0), ours, place, 100)
-    wanted = torch.rand(3, generator=generator), torch.rand(3)
+    saved = make_trainer(
+        run, position=position, controller=StatefulPart({"now": seconds}), pruning=StatefulPart({"cuts": []}, looks)
+    )
+    position.save_rng(generator, CPU)
+    save_checkpoint(saved)
+    expected = torch.rand(3, generator=generator), torch.rand(3)
 
-    theirs, decay = job(run), NoDecay(model, [])
-    theirs.steering, theirs.shrinking = Parts({}), Parts({})
-    found = run.load_checkpoint("train")
+    trainer = make_trainer(run, controller=StatefulPart({}), pruning=StatefulPart({}))
+    checkpoint = run.load_checkpoint("train")
     for path in (run.path / "checkpoints").iterdir():
         path.unlink(missing_ok=True)
-    held = restore_state(model, optimizer, GateHistory(model, [], 0.0), theirs, decay, 100, found)
-    assert (held.epoch, held.step, held.told, held.seconds, held.best) == (epoch, step, told, seconds, best)
-    assert torch.equal(held.sums, place.sums)
-    assert theirs.steering.held == {"now": seconds} and decay.weight == 0.125
-    assert sorted(theirs.shrinking.looks) == sorted(looks)
-    assert all(np.array_equal(theirs.shrinking.looks[name], looks[name]) for name in looks)
+    restored = restore_checkpoint(trainer, checkpoint)
+    assert (restored.epoch, restored.step, restored.seconds, restored.best) == (epoch, step, seconds, best)
+    assert restored.at_lambda_update == at_lambda_update and torch.equal(restored.sums, position.sums)
+    assert all(map(torch.equal, trainer.model.state_dict().values(), saved.model.state_dict().values()))
+    assert trainer.lambda_controller.held == {"now": seconds} and trainer.decay.weight == 0.125
+    restored_looks = trainer.job.progressive_pruning.looks
+    assert sorted(restored_looks) == sorted(looks)
+    assert all(np.array_equal(restored_looks[name], looks[name]) for name in looks)
     other = torch.Generator()
     torch.rand(7)
-    held.remind(other, device)
-    assert torch.equal(torch.rand(3, generator=other), wanted[0]) and torch.equal(torch.rand(3), wanted[1])
+    restored.restore_rng(other, CPU)
+    assert torch.equal(torch.rand(3, generator=other), expected[0]) and torch.equal(torch.rand(3), expected[1])
 
 
-def test_between_two_epochs_the_generators_and_what_was_seen_are_not_carried(run):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    ours = job(run)
-    ours.shrinking = Parts({}, {"a": np.zeros(2)})
-    save_state(model, optimizer, GateHistory(model, [], 0.0), ours, TrainingPosition(1), 100)
+def test_checkpoint_between_epochs_holds_no_generators_and_no_observations(run):
+    trainer = make_trainer(run, position=TrainingPosition(1), pruning=StatefulPart({}, {"a": np.zeros(2)}))
+    save_checkpoint(trainer)
     arrays, _ = run.load_checkpoint("train")
     assert {name.partition("/")[0] for name in arrays} == {"model"}
-    held = restore_state(
-        model, optimizer, GateHistory(model, [], 0.0), ours, NoDecay(model, []), 100, (arrays, {"epoch": 1})
-    )
-    assert (held.epoch, held.step, held.random) == (1, 0, {})
+    restored = restore_checkpoint(trainer, (arrays, {"epoch": 1}))
+    assert (restored.epoch, restored.step, restored.rng_states) == (1, 0, {})
 
 
-@pytest.mark.parametrize("what", ["1.running_var", "0.weight", "0/exp_avg"])
-def test_no_state_holds_a_number_that_is_not_finite(run, what):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.randn(2, 3, 4, 4)).sum().backward()
-    optimizer.step()
-    kept = enumerate(optimizer.state.values())
-    moments = {f"{index}/{key}": value for index, one in kept for key, value in one.items()}
-    tensor = {**model.state_dict(), **moments}[what]
+@pytest.mark.parametrize("name", ["1.running_var", "0.weight", "0/exp_avg"])
+def test_checkpoint_with_a_nonfinite_number_is_not_saved(run, name):
+    trainer = make_trainer(run, torch.optim.Adam, TrainingPosition(2))
+    trainer.model(torch.randn(2, 3, 4, 4)).sum().backward()
+    trainer.optimizer.step()
+    states = enumerate(trainer.optimizer.state.values())
+    moments = {f"{index}/{key}": value for index, state in states for key, value in state.items()}
+    tensor = {**trainer.model.state_dict(), **moments}[name]
     tensor.view(-1)[1] = float("nan")
     before = run.latest_checkpoint("train")
-    with pytest.raises(
-        TrainingError, match=rf"^{what} is not finite behind 2 epochs and 0 steps, so this state is not"
-    ):
-        save_state(model, optimizer, GateHistory(model, [], 0.0), job(run), TrainingPosition(2), 100)
+    message = rf"^{name} is not finite after 2 epochs and 0 steps, so no checkpoint is saved"
+    with pytest.raises(TrainingError, match=message):
+        save_checkpoint(trainer)
     assert run.latest_checkpoint("train") == before

@@ -21,17 +21,17 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_nothing_is_nearer_to_a_teacher_than_the_teacher(kind, temperature):
+def test_distillation_loss_is_smallest_at_the_teacher(kind, temperature):
     torch.manual_seed(0)
-    taught = torch.randn(SHAPES[kind])
-    logits = taught.clone().requires_grad_()
-    distance = kind().distance(logits, taught, temperature)
+    teacher_logits = torch.randn(SHAPES[kind])
+    logits = teacher_logits.clone().requires_grad_()
+    distance = kind().distance(logits, teacher_logits, temperature)
     distance.backward()
     assert logits.grad.abs().max() < 1e-6
-    assert kind().distance(taught + torch.randn(SHAPES[kind]), taught, temperature) > distance
+    assert kind().distance(teacher_logits + torch.randn(SHAPES[kind]), teacher_logits, temperature) > distance
 
 
-def test_a_sure_teacher_says_what_the_data_say():
+def test_a_confident_teacher_gives_the_plain_loss():
     logits, masks = torch.randn(2, 1, 4, 4), (torch.rand(2, 1, 4, 4) > 0.5).float()
     torch.testing.assert_close(Saliency().distance(logits, 200 * masks - 100, 1.0), Saliency().loss(logits, masks))
     scores, labels = torch.randn(5, 7), torch.arange(5)
@@ -40,31 +40,31 @@ def test_a_sure_teacher_says_what_the_data_say():
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_gradients_keep_their_size_at_every_temperature(kind):
-    """That is what the square is for (Hinton et al., section 2.1)."""
+def test_gradient_size_does_not_depend_on_temperature(kind):
+    """The factor temperature² of Hinton et al., section 2.1."""
     torch.manual_seed(0)
-    logits, taught = torch.randn(SHAPES[kind]), torch.randn(SHAPES[kind])
+    logits, teacher_logits = torch.randn(SHAPES[kind]), torch.randn(SHAPES[kind])
     sizes = []
     for temperature in (20.0, 80.0):
         leaf = logits.clone().requires_grad_()
-        kind().distance(leaf, taught, temperature).backward()
+        kind().distance(leaf, teacher_logits, temperature).backward()
         sizes.append(float(leaf.grad.norm()))
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
-def test_shares_of_data_and_teacher():
+def test_weights_of_loss_and_distillation():
     task, images = Saliency(), torch.randn(2, 1, 4, 4)
     masks = (images > 0).float()
     alone = TrainingLoss(task.loss)
-    assert alone.taught(images) is None and alone(images, masks, None) == task.loss(images, masks)
-    both = TrainingLoss(task.loss, task, Twice(), share=0.25, temperature=2.0)
-    taught = both.taught(images.requires_grad_())
-    assert torch.equal(taught, 2 * images) and not taught.requires_grad
-    wanted = 0.75 * task.loss(images, masks) + 0.25 * task.distance(images, taught, 2.0)
-    torch.testing.assert_close(both(images, masks, taught), wanted)
+    assert alone.teacher_logits(images) is None and alone(images, masks, None) == task.loss(images, masks)
+    both = TrainingLoss(task.loss, task, Twice(), weight=0.25, temperature=2.0)
+    teacher_logits = both.teacher_logits(images.requires_grad_())
+    assert torch.equal(teacher_logits, 2 * images) and not teacher_logits.requires_grad
+    wanted = 0.75 * task.loss(images, masks) + 0.25 * task.distance(images, teacher_logits, 2.0)
+    torch.testing.assert_close(both(images, masks, teacher_logits), wanted)
 
 
-def test_a_task_that_cannot_say_it_says_so():
+def test_task_without_distillation_loss_raises():
     plain = type("Plain", (Saliency,), {"distance": Task.distance})
     with pytest.raises(RecipeError, match=r"no measure of how far .* finetune.distill.weight=0"):
         plain().distance(torch.zeros(1), torch.zeros(1), 1.0)

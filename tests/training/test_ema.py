@@ -25,7 +25,7 @@ def moved(net, generator):
 
 @settings(max_examples=20, deadline=None)
 @given(decay=st.floats(0.01, 0.999), steps=st.integers(1, 40), seed=st.integers(0, 99))
-def test_the_mean_is_what_it_says(decay, steps, seed):
+def test_average_equals_its_definition(decay, steps, seed):
     net, generator = model(), torch.Generator().manual_seed(seed)
     average = WeightAverage(net, decay)
     wanted = None
@@ -43,7 +43,7 @@ def test_the_mean_is_what_it_says(decay, steps, seed):
     assert average.steps == steps
 
 
-def test_it_goes_on_from_a_state_and_leaves_the_model_alone():
+def test_average_resumes_from_its_state_and_does_not_change_the_model():
     net, generator = model(), torch.Generator().manual_seed(0)
     average = WeightAverage(net, 0.9)
     for _ in range(3):
@@ -57,11 +57,11 @@ def test_it_goes_on_from_a_state_and_leaves_the_model_alone():
         one.update(net)
     assert all(torch.equal(a, b) for a, b in zip(average.state().values(), other.state().values(), strict=True))
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-    average.put(net)
+    average.copy_to(net)
     assert all(torch.equal(value, average.state()[name]) for name, value in net.state_dict().items())
 
 
-def test_what_is_dead_in_the_model_is_dead_in_the_mean():
+def test_dead_gates_stay_dead_after_copying_the_average():
     net = model()
     average = WeightAverage(net, 0.9)
     for gate in (1.0, 0.5, 0.0):
@@ -69,10 +69,10 @@ def test_what_is_dead_in_the_model_is_dead_in_the_mean():
             net[1].weight[2] = gate
         average.update(net)
     assert average.model[1].weight[2] > 0.1
-    average.put(net)
+    average.copy_to(net)
     assert net[1].weight[2] == 0 and (net[1].weight[:2] == 1).all()
 
 
-def test_a_state_of_another_model_is_refused():
+def test_state_of_another_model_raises():
     with pytest.raises(RuntimeError):
         WeightAverage(model(), 0.9).load(nn.Linear(2, 2).state_dict(), 3)

@@ -1,5 +1,3 @@
-"""Steps in which a number is not finite, and steps of several batches."""
-
 import copy
 import math
 
@@ -9,20 +7,21 @@ from helpers import rank
 from torch import nn
 
 from prunekit.config.schema import SparseTraining
+from prunekit.data.datasets import normalize
 from prunekit.errors import TrainingError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.decay import Decay, DynamicWeightDecay, NoDecay
 from prunekit.runs.run_dir import RunDir
-from prunekit.training import step as updating
+from prunekit.training.checkpoint import TrainingPosition
 from prunekit.training.distillation import TrainingLoss
 from prunekit.training.gate_history import GateHistory
-from prunekit.training.step import MOST, TrainingStep
+from prunekit.training.step import MAX_CONSECUTIVE_SKIPS, TrainingStep
 
 SIZE = 16
 
 
-class Mean:
-    """A task whose loss is far from all targets, times a factor that a test may spoil."""
+class MeanSquaredError:
+    """A task whose loss has a factor that a test may set to NaN."""
 
     factor = 1.0
 
@@ -34,13 +33,13 @@ class Job:
     stage, device = "train", torch.device("cpu")
 
     def __init__(self, **changes):
-        self.section = SparseTraining.model_validate({"epochs": 1, **changes})
-        self.task, self.said = Mean(), []
-        self.criterion = TrainingLoss(self.task.loss)
+        self.config = SparseTraining.model_validate({"epochs": 1, **changes})
+        self.task, self.messages = MeanSquaredError(), []
+        self.loss = TrainingLoss(self.task.loss)
         self.reporter = self
 
     def info(self, text):
-        self.said.append(text)
+        self.messages.append(text)
 
 
 class Penalty(Decay):
@@ -58,17 +57,17 @@ def batch(seed, count=4):
     )
 
 
-def made(optimizer=torch.optim.Adam, accumulate=1, model=rank.Small, **changes):
+def make_step(optimizer=torch.optim.Adam, accumulate=1, model=rank.Small, **changes):
     torch.manual_seed(0)
     model = model().train()
     how = {"fused": True} if optimizer is not torch.optim.RMSprop else {}
     return model, TrainingStep(model, optimizer(model.parameters(), lr=1e-2, **how), Job(**changes), accumulate)
 
 
-def state(model, update):
-    """All that a step changes, copied."""
+def state(model, step):
+    """Copies of everything that a step changes."""
     held = [value.clone() for value in model.state_dict().values()]
-    for kept in update.optimizer.state_dict()["state"].values():
+    for kept in step.optimizer.state_dict()["state"].values():
         held += [value.clone() for value in kept.values() if isinstance(value, torch.Tensor)]
     return held
 
@@ -77,10 +76,10 @@ def equal(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def spoil(what, model, update, decay, batches):
-    """Let this not be finite in the next step."""
+def spoil(what, model, step, decay):
+    """Make this not finite in the next step."""
     if what == "loss":
-        update.job.task.factor = math.nan
+        step.job.task.factor = math.nan
     elif what == "penalty":
         decay.value = math.inf
     elif what == "gradient":
@@ -98,69 +97,69 @@ FAULTS = {
     "loss": "the loss is nan",
     "penalty": "the penalty is inf",
     "gradient": r"the gradient of conv2\.weight is -inf",
-    "large gradient": r"the gradient of conv2\.weight is 1\.0e\+25, whose square no number holds,",
+    "large gradient": r"the gradient of conv2\.weight is 1\.0e\+25, whose square overflows,",
     "statistic": r"the statistic bn1\.running_var is inf",
     "gate": r"the gate bn2\.weight is nan",
 }
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "on the device"])
+@pytest.mark.parametrize("synchronous", [True, False])
 @pytest.mark.parametrize("what", FAULTS)
-def test_a_step_that_is_not_finite_changes_nothing_and_says_what_was_wrong(what, waits):
-    model, update = made()
-    update.waits, decay, sums = waits, Penalty(), torch.zeros(3, dtype=torch.float64)
+def test_nonfinite_step_changes_nothing_and_names_the_cause(what, synchronous):
+    model, step = make_step()
+    step.synchronous, decay, position = synchronous, Penalty(), TrainingPosition()
     for seed in range(3):
-        update(model, decay, [batch(seed)], sums)
-    update.look(0, 2)
-    spoil(what, model, update, decay, batch)
-    before, counted = state(model, update), sums.clone()
-    update(model, decay, [batch(3)], sums)
-    assert update.troubled == waits
-    assert torch.equal(sums, counted) and sums[2] == 3
-    assert all(a.equal(b) or (a.isnan() & b.isnan()).any() for a, b in zip(state(model, update), before, strict=True))
+        position.advance(step(model, decay, [batch(seed)]))
+    step.check(0, 2)
+    spoil(what, model, step, decay)
+    before, sums = state(model, step), position.sums.clone()
+    result = step(model, decay, [batch(3)])
+    position.advance(result)
+    assert step.failed == synchronous and not result.finite
+    assert torch.equal(position.sums, sums) and sums[2] == 3
+    assert all(a.equal(b) or (a.isnan() & b.isnan()).any() for a, b in zip(state(model, step), before, strict=True))
     with pytest.raises(
         TrainingError, match=f"^{FAULTS[what]} at epoch 5, step 4; try a lower train.lr or decay.weight"
     ):
-        update.look(4, 3)
+        step.check(4, 3)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
-def test_what_is_skipped_might_never_have_been(optimizer):
-    """The first step of all, and one in between; on the device as in waiting for it."""
+def test_skipped_steps_leave_no_trace(optimizer):
+    """The very first step and a later one are skipped, synchronously and on the device."""
     ends = []
-    for waits, bad in ((True, ()), (True, (0, 2)), (None, (0, 2))):
-        model, update = made(optimizer, on_nonfinite="skip")
-        adam = isinstance(update.optimizer, torch.optim.Adam)
-        update.waits = waits or not adam
-        sums = torch.zeros(3, dtype=torch.float64)
-        good = iter(range(9))
-        for step in range(3 + len(bad)):
-            update.job.task.factor = math.inf if step in bad else 1.0
-            number = 100 if step in bad else next(good)
-            torch.manual_seed(number)  # of dropout
-            update(model, Penalty(), [batch(number)], sums)
-        update.look(0, step)
-        assert sums[2] == 3 and sums.isfinite().all()
-        assert update.job.said == ([] if not bad else ["train: 2 steps skipped: the loss is inf at epoch 1, step 1"])
-        ends.append((state(model, update), sums))
+    for synchronous, bad in ((True, ()), (True, (0, 2)), (None, (0, 2))):
+        model, step = make_step(optimizer, on_nonfinite="skip")
+        step.synchronous = synchronous or not isinstance(step.optimizer, torch.optim.Adam)
+        position, good_seeds = TrainingPosition(), iter(range(9))
+        for number in range(3 + len(bad)):
+            step.job.task.factor = math.inf if number in bad else 1.0
+            seed = 100 if number in bad else next(good_seeds)
+            torch.manual_seed(seed)  # for dropout
+            position.advance(step(model, Penalty(), [batch(seed)]))
+        step.check(0, number)
+        assert position.sums[2] == 3 and position.sums.isfinite().all()
+        assert step.job.messages == ([] if not bad else ["train: 2 steps skipped: the loss is inf at epoch 1, step 1"])
+        ends.append((state(model, step), position.sums))
     for end in ends[1:]:
         assert equal(end[0], ends[0][0]) and torch.equal(end[1], ends[0][1])
 
 
-def test_too_many_in_a_row_stop_what_skips():
-    model, update = made(on_nonfinite="skip")
-    update.job.task.factor = math.nan
-    sums = torch.zeros(3, dtype=torch.float64)
-    for step in range(MOST - 1):
-        update(model, Penalty(), [batch(step)], sums)
-        update.look(0, step)
-    update(model, Penalty(), [batch(MOST)], sums)
-    with pytest.raises(TrainingError, match=f"the loss is nan at epoch 1, step {MOST}, and {MOST} steps in a row were"):
-        update.look(0, MOST - 1)
+def test_too_many_consecutive_skips_stop_the_training():
+    model, step = make_step(on_nonfinite="skip")
+    step.job.task.factor = math.nan
+    last = MAX_CONSECUTIVE_SKIPS - 1
+    for number in range(last):
+        step(model, Penalty(), [batch(number)])
+        step.check(0, number)
+    step(model, Penalty(), [batch(last)])
+    message = f"the loss is nan at epoch 1, step {last + 1}, and {last + 1} steps in a row were"
+    with pytest.raises(TrainingError, match=message):
+        step.check(0, last)
 
 
 class Plain(nn.Module):
-    """Nothing that sees a batch as a whole."""
+    """No layer depends on the whole batch."""
 
     def __init__(self):
         super().__init__()
@@ -170,81 +169,81 @@ class Plain(nn.Module):
         return self.conv(x)
 
 
-def test_batches_that_are_accumulated_are_one_large_one_where_nothing_sees_them_as_such():
+def test_accumulated_batches_equal_one_large_batch():
     images, targets = batch(0, 12)
-    whole, one = made(torch.optim.SGD, model=Plain)
-    parts, three = made(torch.optim.SGD, 3, model=Plain)
-    sums = torch.zeros(3, dtype=torch.float64)
-    loss, _ = one(whole, NoDecay(whole, []), [(images, targets)], sums)
-    mean, _ = three(parts, NoDecay(parts, []), zip(images.split(4), targets.split(4), strict=True), sums)
-    assert float(mean) == pytest.approx(float(loss), rel=1e-6)
+    whole, one = make_step(torch.optim.SGD, model=Plain)
+    parts, three = make_step(torch.optim.SGD, 3, model=Plain)
+    result = one(whole, NoDecay(whole, []), [(images, targets)])
+    accumulated = three(parts, NoDecay(parts, []), zip(images.split(4), targets.split(4), strict=True))
+    assert float(accumulated.loss) == pytest.approx(float(result.loss), rel=1e-6)
     assert (parts.conv.weight - whole.conv.weight).abs().max() <= 1e-7
     assert (parts.conv.weight - Plain().conv.weight).abs().max() > 1e-4
 
 
-def test_norms_and_penalty_see_accumulated_batches_as_side_by_side():
-    model, update = made(accumulate=2)
+def test_norm_statistics_and_penalty_are_means_over_accumulated_batches():
+    model, step = make_step(accumulate=2)
     groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
     first = copy.deepcopy(model)
-    sums = torch.zeros(3, dtype=torch.float64)
     with DynamicWeightDecay(model, groups, 0.1) as decay:
-        update(model, decay, [batch(0), batch(1)], sums)
-    moved = []
+        result = step(model, decay, [batch(0), batch(1)])
+    single = []
     for seed in range(2):
         one = copy.deepcopy(first)
         penalty = DynamicWeightDecay(one, groups, 0.1)
         with penalty, torch.no_grad():
-            one(updating.normalize(batch(seed)[0]))
-            moved.append((one.bn1.running_mean, one.bn2.running_var, penalty.penalty()))
-    mean, variance, penalty = (sum(pair) / 2 for pair in zip(*moved, strict=True))
+            one(normalize(batch(seed)[0]))
+            single.append((one.bn1.running_mean, one.bn2.running_var, penalty.penalty()))
+    mean, variance, penalty = (sum(pair) / 2 for pair in zip(*single, strict=True))
     assert (model.bn1.running_mean - mean).abs().max() <= 1e-6
     assert (model.bn2.running_var - variance).abs().max() <= 1e-6
-    assert float(sums[1]) == pytest.approx(float(penalty), rel=1e-2)  # dropout is behind what is decayed
+    assert float(result.penalty) == pytest.approx(float(penalty), rel=1e-2)  # dropout comes after the decayed norms
     assert model.bn1.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("how", ["stop", "skip"])
-def test_a_training_meets_a_loss_that_is_not_finite(tmp_path, monkeypatch, how):
+def test_training_stops_at_or_skips_a_nonfinite_loss(tmp_path, monkeypatch, how):
     loss, calls = rank.registry.tasks.get("saliency").loss, []
 
-    def spoiled(task, logits, targets):
+    def spoiled_loss(task, logits, targets):
         calls.append(1)
         return loss(task, logits, targets) * (math.nan if len(calls) in (8, 9) else 1)
 
-    monkeypatch.setattr(rank.registry.tasks.get("saliency"), "loss", spoiled)
+    monkeypatch.setattr(rank.registry.tasks.get("saliency"), "loss", spoiled_loss)
     with RunDir.start(tmp_path / "run", "name: test\n", {}) as run:
         if how == "stop":
-            match = "the loss is nan at epoch 2, step 2; .*train.on_nonfinite=skip with --resume goes on"
+            match = (
+                "the loss is nan at epoch 2, step 2; .*to skip such steps, use --resume with train.on_nonfinite=skip"
+            )
             with pytest.raises(TrainingError, match=match):
                 rank.train(run, epochs=3)
             assert all(torch.isfinite(torch.from_numpy(a)).all() for a in run.load_checkpoint("train")[0].values())
             assert len(run.read_metrics()) == 1
-        model, said = rank.train(run, epochs=3, on_nonfinite="skip")
+        model, messages = rank.train(run, epochs=3, on_nonfinite="skip")
         lines = run.read_metrics()
     assert all(value.isfinite().all() for value in model.state_dict().values())
     skipped = [line.get("skipped") for line in lines]
     assert skipped == ([None, 2, None] if how == "skip" else [None, 1, None])
     assert [line["step"] for line in lines] == [6, 12, 18] and all(math.isfinite(line["loss"]) for line in lines)
-    assert said[0].startswith("train: 1 step skipped: the loss is nan at epoch 2, step ")
+    assert messages[0].startswith("train: 1 step skipped: the loss is nan at epoch 2, step ")
     assert RunDir.open(tmp_path / "run").read_json("summary.json")["skipped_steps"] == {
         "train": sum(filter(None, skipped))
     }
 
 
-def test_layers_without_a_living_channel_are_named_once_while_training(tmp_path):
+def test_layers_without_living_channels_are_reported_once(tmp_path):
     with RunDir.start(tmp_path / "run", "name: test\n", {}) as run:
-        _, said = rank.train(run, epochs=2, threshold=10.0)
-    assert len(said) == 1
-    assert said[0].startswith("train: no channel of conv1 and conv2 is above the threshold 10 any more, the best has ")
-    assert said[0].endswith("train with a lower decay.weight, or leave its norms out in decay.options.exclude")
+        _, messages = rank.train(run, epochs=2, threshold=10.0)
+    (message,) = messages
+    assert message.startswith("train: no channel of conv1 and conv2 is above the threshold 10 any more, the best has ")
+    assert message.endswith("train with a lower decay.weight, or exclude its norms with decay.options.exclude")
 
 
-def test_a_layer_is_named_when_it_has_lost_its_last_channel():
+def test_a_layer_is_reported_when_its_last_channel_dies():
     model = rank.Small()
-    course = GateHistory(model, find_groups(model, torch.zeros(1, 3, SIZE, SIZE)), 1e-3)
+    history = GateHistory(model, find_groups(model, torch.zeros(1, 3, SIZE, SIZE)), 1e-3)
     with torch.no_grad():
         model.bn2.weight[1:] = 0
-    assert course.warning() is None
+    assert history.warning() is None
     with torch.no_grad():
         model.bn2.weight[0] = 5e-4
-    assert "no channel of conv2 is above" in course.warning() and course.warning() is None
+    assert "no channel of conv2 is above" in history.warning() and history.warning() is None

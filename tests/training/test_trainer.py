@@ -3,6 +3,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from helpers.interruption import interrupted_after_checkpoint
 from helpers.toy_run import killed_in
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -15,11 +16,10 @@ from prunekit.errors import CheckpointError, TrainingError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.decay import DynamicWeightDecay
 from prunekit.runs.run_dir import RunDir
-from prunekit.training import trainer
-from prunekit.training.checkpoint import save_state
+from prunekit.training.callbacks import Checkpointing
 from prunekit.training.distillation import TrainingLoss
 from prunekit.training.job import TrainingJob
-from prunekit.training.trainer import FLUSH, fit
+from prunekit.training.trainer import TINY, Trainer
 
 SIZE = 16
 
@@ -27,17 +27,17 @@ SIZE = 16
 class Silent:
     lines: list = []  # noqa: RUF012
 
-    def start_training(self, *_):
+    def start(self, *_):
         self.lines = []
 
-    def log_step(self, *_): ...
+    def step(self, *_): ...
 
-    def log_epoch(self, line):
+    def epoch(self, line):
         self.lines.append(line)
 
-    def end_training(self): ...
+    def stop(self): ...
 
-    def info(self, text): ...
+    def say(self, text): ...
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,11 @@ def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(wi
     with RunDir.start(folder, "name: test\n", {}, resume=resume) as run:
         job = TrainingJob(
             stage="train",
-            section=section(**changes),
+            config=section(**changes),
             task=registry.tasks.get("saliency")(),
-            criterion=TrainingLoss(registry.tasks.get("saliency")().loss),
-            train=data["train"],
-            val=data["val"],
+            loss=TrainingLoss(registry.tasks.get("saliency")().loss),
+            train_data=data["train"],
+            val_data=data["val"],
             seed=3,
             run=run,
             reporter=reporter,
@@ -93,13 +93,13 @@ def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(wi
         )
         if stop_after is not None:
 
-            def stop(line, held=reporter.log_epoch):
+            def stop(line, held=reporter.epoch):
                 held(line)
                 if line["epoch"] == stop_after:
                     raise KeyboardInterrupt
 
-            reporter.log_epoch = stop
-        fit(model, job, groups, DynamicWeightDecay(model, groups, weight))
+            reporter.epoch = stop
+        Trainer(model, job, groups, DynamicWeightDecay(model, groups, weight)).fit()
     return model, reporter.lines
 
 
@@ -152,24 +152,11 @@ def tiny(tmp_path_factory, data):
     return train(folder, data, build=Tiny)[0], folder
 
 
-def stop_behind(monkeypatch, step):
-    """Break off behind the state of this step."""
-
-    def stopped(model, optimizer, gates, job, place, steps, average):
-        save_state(model, optimizer, gates, job, place, steps, average)
-        if place.epoch * steps + place.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "save_state", stopped)
-
-
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
 def test_a_training_that_broke_off_within_an_epoch_ends_as_an_undisturbed_one(tmp_path, data, tiny, monkeypatch, step):
     whole, folder = tiny
-    with monkeypatch.context() as patch:
-        stop_behind(patch, step)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, data, build=Tiny, checkpoint={"steps": 1})
+    with interrupted_after_checkpoint(global_step=step):
+        train(tmp_path, data, build=Tiny, checkpoint={"steps": 1})
     torch.manual_seed(99)
     resumed, _ = train(tmp_path, data, build=Tiny, resume=True, checkpoint={"steps": 1})
     assert same(whole, resumed)
@@ -191,10 +178,8 @@ class Viewing(Tiny):
 
 def test_a_model_that_refuses_channels_last_goes_on_too(tmp_path, data, monkeypatch):
     whole, _ = train(tmp_path / "whole", data, build=Viewing)
-    with monkeypatch.context() as patch:
-        stop_behind(patch, 4)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "broken", data, build=Viewing, checkpoint={"steps": 2})
+    with interrupted_after_checkpoint(global_step=4):
+        train(tmp_path / "broken", data, build=Viewing, checkpoint={"steps": 2})
     resumed, _ = train(tmp_path / "broken", data, build=Viewing, resume=True, checkpoint={"steps": 2})
     assert same(whole, resumed)
 
@@ -225,10 +210,8 @@ def test_the_state_of_the_best_validation_stays(tmp_path, data, monkeypatch, low
     figures = iter([0.5, 0.9, 0.7, 0.6, 0.8, 0.55])
     monkeypatch.setattr(task, "quick", lambda *_: {"max_f": next(figures)})
     monkeypatch.setattr(task, "lower_is_better", frozenset({"max_f"} if lower else ()))
-    with monkeypatch.context() as patch:
-        stop_behind(patch, 12)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, data, build=Tiny, epochs=6, checkpoint={"keep": 1})
+    with interrupted_after_checkpoint(global_step=12):
+        train(tmp_path, data, build=Tiny, epochs=6, checkpoint={"keep": 1})
     train(tmp_path, data, build=Tiny, epochs=6, checkpoint={"keep": 1}, resume=True)
     assert places(tmp_path) == [f"train-{3 if lower else 6:04d}", "train-0018"]
 
@@ -259,13 +242,14 @@ def test_the_first_ctrl_c_saves_the_state_behind_the_step_and_the_second_stops_a
 
 
 def test_a_stop_behind_the_last_step_is_one_too(tmp_path, data, monkeypatch):
-    def late(*arguments):
-        save_state(*arguments)
-        if arguments[-3].epoch == 1:
-            signal.raise_signal(signal.SIGINT)
+    save = Checkpointing.save
+
+    def save_and_signal(callback, trainer):
+        save(callback, trainer)
+        signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_state", late)
+        patch.setattr(Checkpointing, "save", save_and_signal)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, data, build=Tiny, epochs=1)
     assert RunDir.open(tmp_path).status == "interrupted" and places(tmp_path) == ["train-0003"]
@@ -312,17 +296,15 @@ class Counting(torch.optim.SGD):
 
 def test_numbers_that_an_optimizer_keeps_are_part_of_the_state(tmp_path, data, monkeypatch):
     monkeypatch.setattr(
-        trainer, "_optimizer", lambda model, job, decay: Counting(model.parameters(), lr=1e-3, momentum=0.9)
+        Trainer, "_build_optimizer", lambda trainer: Counting(trainer.model.parameters(), lr=1e-3, momentum=0.9)
     )
     whole, _ = train(tmp_path / "whole", data, build=Tiny)
-    with monkeypatch.context() as patch:
-        stop_behind(patch, 4)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "broken", data, build=Tiny, checkpoint={"steps": 2})
+    with interrupted_after_checkpoint(global_step=4):
+        train(tmp_path / "broken", data, build=Tiny, checkpoint={"steps": 2})
     resumed, _ = train(tmp_path / "broken", data, build=Tiny, resume=True, checkpoint={"steps": 2})
     assert same(whole, resumed)
     monkeypatch.setattr(Counting, "keep", staticmethod(bytes))
-    with pytest.raises(TrainingError, match=r"the optimiser adam keeps a bytes \(count\)"):
+    with pytest.raises(TrainingError, match=r"the optimizer adam keeps a bytes \(count\)"):
         train(tmp_path / "bytes", data, build=Tiny, checkpoint={"steps": 1})
 
 
@@ -362,7 +344,7 @@ def test_no_parameter_is_left_on_its_way_to_zero(tmp_path, data):
     model, _ = train(tmp_path / "run", data, epochs=1)
     for parameter in model.parameters():
         small = parameter[parameter != 0].abs()
-        assert not len(small) or small.min() >= FLUSH
+        assert not len(small) or small.min() >= TINY
 
 
 def test_sparse_training_kills_gates(tmp_path, data):

@@ -1,0 +1,173 @@
+"""Callbacks of the training loop: learning rate, λ control, progressive pruning, metrics, checkpoints, progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prunekit.training.checkpoint import save_checkpoint
+from prunekit.training.step import StepResult
+
+if TYPE_CHECKING:
+    from prunekit.training.trainer import Trainer
+
+
+class Callback:
+    """Hooks that the trainer calls, in the order of its ``callbacks``; a subclass overrides those it needs.
+
+    In step hooks, ``trainer.position`` counts the finished steps. In ``on_epoch_logged`` it is the start of the next
+    epoch.
+    """
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        """Called before the first step of an epoch, or before the step at which an epoch resumes."""
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        """Called before each step."""
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Called after each step."""
+
+    def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
+        """Called after the last step of an epoch and before validation; returns entries for the metrics row."""
+        return {}
+
+    def on_epoch_logged(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Called after validation with the metrics row of the epoch."""
+
+
+class LearningRate(Callback):
+    """Sets the learning rates by the recipe's schedule."""
+
+    def __init__(self, schedule: Callable[[float], float]):
+        self.schedule = schedule
+        self.factor = 1.0
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        self.factor = self.schedule(trainer.global_step / trainer.total_steps)
+        for group, lr in zip(trainer.optimizer.param_groups, trainer.base_lrs, strict=True):
+            group["lr"] = lr * self.factor
+
+    def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
+        return {"lr": trainer.job.config.lr * self.factor}
+
+
+class LambdaControl(Callback):
+    """Adapts λ to the budget. Progress is measured as the integral of the learning rate, not in steps."""
+
+    def __init__(self, schedule: Callable[[float], float], total_steps: int):
+        self.lr_sums = np.cumsum([schedule(step / total_steps) for step in range(total_steps)])
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        controller, position = trainer.lambda_controller, trainer.position
+        if position.step % controller.every(trainer.total_steps) == 0:
+            loss, _, steps = position.sums.tolist()
+            previous_loss, previous_steps = position.at_lambda_update
+            mean_loss = (loss - previous_loss) / (steps - previous_steps) if steps > previous_steps else None
+            position.at_lambda_update = loss, steps
+            progress = float(self.lr_sums[trainer.global_step] / self.lr_sums[-1])
+            trainer.decay.weight = controller.look(progress, mean_loss)
+
+    def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
+        return trainer.lambda_controller.figures()
+
+
+class PruneDeadChannels(Callback):
+    """Removes channels that were dead throughout the second half of an epoch (``train.prune_every``)."""
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        if self._is_due(trainer) and not trainer.position.step:
+            trainer.job.progressive_pruning.begin()
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        second_half = trainer.position.step > trainer.steps_per_epoch // 2
+        if trainer.is_log_step and second_half and self._is_due(trainer):
+            trainer.job.progressive_pruning.look(trainer.model, trainer.groups)
+
+    def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
+        if not self._is_due(trainer):
+            return {}
+        with trainer.without_hooks():
+            pruning = trainer.job.progressive_pruning
+            cut = pruning.cut(trainer.model, trainer.groups, trainer.decay, trainer.position.epoch + 1)
+            if cut is None:
+                return {}
+            trainer.replace_model(cut)
+        return {"shrunk": {key: cut.record[key] for key in ("channels", "params", "macs")}}
+
+    @staticmethod
+    def _is_due(trainer: Trainer) -> bool:
+        return trainer.job.progressive_pruning.due(trainer.position.epoch + 1, trainer.epochs)
+
+
+class MetricsLogger(Callback):
+    """Appends the row of each epoch to ``metrics.jsonl`` and passes it to the tracker.
+
+    Runs before :class:`Checkpointing`: a row without its checkpoint is dropped and written again on resume, but a
+    checkpoint without its row would leave a gap.
+    """
+
+    def on_epoch_logged(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        trainer.track(row)
+        trainer.job.run.append_metrics(row)
+
+
+class Checkpointing(Callback):
+    """Saves checkpoints by epochs, steps and minutes; after Ctrl-C or SIGTERM saves one and stops the training."""
+
+    def __init__(self) -> None:
+        self.saved_at = time.monotonic()
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        position = trainer.position
+        stop = trainer.should_stop()
+        if position.step < trainer.steps_per_epoch and (stop or self._is_due(trainer)):
+            trainer.check_finite()  # a checkpoint with bad numbers must not replace a good one
+            position.seconds = time.perf_counter() - trainer.epoch_started
+            position.save_rng(trainer.generator, trainer.job.device)
+            self.save(trainer)
+            if stop:
+                trainer.stopped_at = f"step {position.step} of epoch {position.epoch + 1}"
+
+    def on_epoch_logged(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        position = trainer.position
+        stop = trainer.should_stop()
+        every = position.epoch == trainer.epochs or position.epoch % trainer.job.config.checkpoint.every == 0
+        if stop or every or self._is_due(trainer):
+            self._update_best(trainer, row["metrics"])
+            self.save(trainer)
+        if stop:
+            trainer.stopped_at = f"epoch {position.epoch}"
+
+    def save(self, trainer: Trainer) -> None:
+        save_checkpoint(trainer)
+        self.saved_at = time.monotonic()
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        config = trainer.job.config.checkpoint
+        by_steps = config.steps is not None and trainer.global_step % config.steps == 0
+        return by_steps or (config.minutes is not None and time.monotonic() - self.saved_at >= 60 * config.minutes)
+
+    @staticmethod
+    def _update_best(trainer: Trainer, metrics: dict[str, float]) -> None:
+        task, position = trainer.job.task, trainer.position
+        name = task.metric_names[0]
+        if name in metrics:
+            score = -metrics[name] if name in task.lower_is_better else metrics[name]
+            position.best = max(filter(None, [position.best, (score, trainer.global_step)]))
+
+
+class Progress(Callback):
+    """Reports steps and epochs to the terminal and the log."""
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        if trainer.is_log_step and math.isfinite(result.loss):
+            losses = float(result.loss), float(result.penalty)
+            trainer.job.reporter.log_step(trainer.global_step, *losses, trainer.decay.weight, *trainer.gates.count())
+
+    def on_epoch_logged(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        trainer.job.reporter.log_epoch(row)
