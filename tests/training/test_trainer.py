@@ -25,19 +25,21 @@ SIZE = 16
 
 
 class Silent:
-    lines: list = []  # noqa: RUF012
+    """A reporter that keeps the rows of the epochs."""
 
-    def start(self, *_):
-        self.lines = []
+    rows: list = []  # noqa: RUF012
 
-    def step(self, *_): ...
+    def start_training(self, *_):
+        self.rows = []
 
-    def epoch(self, line):
-        self.lines.append(line)
+    def log_step(self, *_): ...
 
-    def stop(self): ...
+    def log_epoch(self, row):
+        self.rows.append(row)
 
-    def say(self, text): ...
+    def end_training(self): ...
+
+    def info(self, text): ...
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def section(**changes):
 
 
 class Tiny(nn.Module):
-    """Small, and draws numbers by itself."""
+    """A small model with dropout, which draws random numbers."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +74,7 @@ class Tiny(nn.Module):
 
 
 def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(width=10), weight=0.1, **changes):
-    """Train a small CSNet in this folder; its weights as they are at the end."""
+    """Train a small CSNet in this folder; return the model and the rows of its epochs."""
     torch.manual_seed(0)
     model = build()
     groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
@@ -93,21 +95,21 @@ def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(wi
         )
         if stop_after is not None:
 
-            def stop(line, held=reporter.epoch):
-                held(line)
-                if line["epoch"] == stop_after:
+            def stop(row, log_epoch=reporter.log_epoch):
+                log_epoch(row)
+                if row["epoch"] == stop_after:
                     raise KeyboardInterrupt
 
-            reporter.epoch = stop
+            reporter.log_epoch = stop
         Trainer(model, job, groups, DynamicWeightDecay(model, groups, weight)).fit()
-    return model, reporter.lines
+    return model, reporter.rows
 
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path, data):
+def test_same_seed_gives_same_weights(tmp_path, data):
     first, lines = train(tmp_path / "a", data)
     second, _ = train(tmp_path / "b", data)
     assert same(first, second)
@@ -128,7 +130,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, data):
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_resumed_run_ends_as_an_undisturbed_one(tmp_path, data, after):
+def test_resume_after_an_epoch_gives_same_weights_and_metrics(tmp_path, data, after):
     whole, lines = train(tmp_path / "whole", data)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "broken", data, stop_after=after)
@@ -142,7 +144,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(tmp_path, data, after):
     assert next(iter(gates[0].values())).shape[0] == 3
 
 
-def lines_of(folder):
+def rows_of(folder):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in RunDir.open(folder).read_metrics()]
 
 
@@ -153,19 +155,19 @@ def tiny(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
-def test_a_training_that_broke_off_within_an_epoch_ends_as_an_undisturbed_one(tmp_path, data, tiny, monkeypatch, step):
+def test_resume_within_an_epoch_gives_same_weights_and_metrics(tmp_path, data, tiny, step):
     whole, folder = tiny
     with interrupted_after_checkpoint(global_step=step):
         train(tmp_path, data, build=Tiny, checkpoint={"steps": 1})
     torch.manual_seed(99)
     resumed, _ = train(tmp_path, data, build=Tiny, resume=True, checkpoint={"steps": 1})
     assert same(whole, resumed)
-    assert lines_of(tmp_path) == lines_of(folder)
+    assert rows_of(tmp_path) == rows_of(folder)
     assert RunDir.open(tmp_path).read_bytes("gates.npz") == RunDir.open(folder).read_bytes("gates.npz")
 
 
 class Viewing(Tiny):
-    """Refuses channels-last, behind a norm that has moved its statistics by then."""
+    """Refuses channels-last, after a norm has already updated its statistics."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +178,7 @@ class Viewing(Tiny):
         return self.last(self.noise(y.view(len(y), -1).view(y.shape)))
 
 
-def test_a_model_that_refuses_channels_last_goes_on_too(tmp_path, data, monkeypatch):
+def test_resume_of_a_model_that_refuses_channels_last(tmp_path, data):
     whole, _ = train(tmp_path / "whole", data, build=Viewing)
     with interrupted_after_checkpoint(global_step=4):
         train(tmp_path / "broken", data, build=Viewing, checkpoint={"steps": 2})
@@ -184,7 +186,7 @@ def test_a_model_that_refuses_channels_last_goes_on_too(tmp_path, data, monkeypa
     assert same(whole, resumed)
 
 
-def places(folder):
+def checkpoints(folder):
     return sorted(path.stem for path in (folder / "checkpoints").glob("train-*.json"))
 
 
@@ -199,13 +201,13 @@ def places(folder):
         ({"every": 3, "minutes": 1e9, "keep": 9}, {9}),
     ],
 )
-def test_when_states_are_written_and_which_stay(tmp_path, data, section, kept):
+def test_when_checkpoints_are_saved_and_which_are_kept(tmp_path, data, section, kept):
     train(tmp_path, data, build=Tiny, checkpoint={"best": False, **section})
-    assert places(tmp_path) == [f"train-{step:04d}" for step in sorted(kept)]
+    assert checkpoints(tmp_path) == [f"train-{step:04d}" for step in sorted(kept)]
 
 
 @pytest.mark.parametrize("lower", [False, True])
-def test_the_state_of_the_best_validation_stays(tmp_path, data, monkeypatch, lower):
+def test_best_checkpoint_is_kept(tmp_path, data, monkeypatch, lower):
     task = type(registry.tasks.get("saliency")())
     figures = iter([0.5, 0.9, 0.7, 0.6, 0.8, 0.55])
     monkeypatch.setattr(task, "quick", lambda *_: {"max_f": next(figures)})
@@ -213,10 +215,10 @@ def test_the_state_of_the_best_validation_stays(tmp_path, data, monkeypatch, low
     with interrupted_after_checkpoint(global_step=12):
         train(tmp_path, data, build=Tiny, epochs=6, checkpoint={"keep": 1})
     train(tmp_path, data, build=Tiny, epochs=6, checkpoint={"keep": 1}, resume=True)
-    assert places(tmp_path) == [f"train-{3 if lower else 6:04d}", "train-0018"]
+    assert checkpoints(tmp_path) == [f"train-{3 if lower else 6:04d}", "train-0018"]
 
 
-def test_the_first_ctrl_c_saves_the_state_behind_the_step_and_the_second_stops_at_once(tmp_path, data, capfd):
+def test_first_interrupt_saves_a_checkpoint_and_second_stops_at_once(tmp_path, data, capfd):
     whole, _ = train(tmp_path / "whole", data, build=Tiny)
     before = signal.getsignal(signal.SIGTERM)
     for number, presses in (("once", 1), ("twice", 2)):
@@ -233,15 +235,15 @@ def test_the_first_ctrl_c_saves_the_state_behind_the_step_and_the_second_stops_a
             train(tmp_path / number, data, build=Tiny)
         hook.remove()
         assert len(steps) == 5
-        assert places(tmp_path / number) == ["train-0003", "train-0005"][: 3 - presses]
+        assert checkpoints(tmp_path / number) == ["train-0003", "train-0005"][: 3 - presses]
         assert RunDir.open(tmp_path / number).status == "interrupted"
         resumed, _ = train(tmp_path / number, data, build=Tiny, resume=True)
-        assert same(whole, resumed) and lines_of(tmp_path / number) == lines_of(tmp_path / "whole")
+        assert same(whole, resumed) and rows_of(tmp_path / number) == rows_of(tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) is before and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "once more to stop at once" in capfd.readouterr().err
 
 
-def test_a_stop_behind_the_last_step_is_one_too(tmp_path, data, monkeypatch):
+def test_interrupt_after_the_last_step_interrupts_the_run(tmp_path, data, monkeypatch):
     save = Checkpointing.save
 
     def save_and_signal(callback, trainer):
@@ -252,11 +254,11 @@ def test_a_stop_behind_the_last_step_is_one_too(tmp_path, data, monkeypatch):
         patch.setattr(Checkpointing, "save", save_and_signal)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, data, build=Tiny, epochs=1)
-    assert RunDir.open(tmp_path).status == "interrupted" and places(tmp_path) == ["train-0003"]
+    assert RunDir.open(tmp_path).status == "interrupted" and checkpoints(tmp_path) == ["train-0003"]
 
 
-def test_states_of_earlier_versions_are_gone_on_from(tmp_path, data):
-    """They were called by their epoch, and held no more than it."""
+def test_resume_from_a_checkpoint_of_an_early_version(tmp_path, data):
+    """They were numbered by epoch and held nothing else beside the tensors."""
     whole, _ = train(tmp_path / "whole", data, build=Tiny)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "old", data, build=Tiny, stop_after=2)
@@ -267,10 +269,10 @@ def test_states_of_earlier_versions_are_gone_on_from(tmp_path, data):
     run.save_checkpoint("train", 2, tensors, {"epoch": 2}, keep=2)
     run.close()
     resumed, _ = train(tmp_path / "old", data, build=Tiny, resume=True)
-    assert same(whole, resumed) and lines_of(tmp_path / "old") == lines_of(tmp_path / "whole")
+    assert same(whole, resumed) and rows_of(tmp_path / "old") == rows_of(tmp_path / "whole")
 
 
-def test_other_data_than_those_a_state_was_made_with_are_refused(tmp_path, data):
+def test_resume_with_other_data_raises(tmp_path, data):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, data, build=Tiny, stop_after=1)
     with pytest.raises(CheckpointError, match=r"3 steps an epoch, and the data now give 2; .*--from train"):
@@ -278,7 +280,7 @@ def test_other_data_than_those_a_state_was_made_with_are_refused(tmp_path, data)
 
 
 class Counting(torch.optim.SGD):
-    """Keeps numbers of its own: of each parameter, and beside the rates."""
+    """Keeps a counter for each parameter and one in each parameter group."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -294,7 +296,7 @@ class Counting(torch.optim.SGD):
         return count
 
 
-def test_numbers_that_an_optimizer_keeps_are_part_of_the_state(tmp_path, data, monkeypatch):
+def test_checkpoint_holds_the_numbers_of_an_optimizer(tmp_path, data, monkeypatch):
     monkeypatch.setattr(
         Trainer, "_build_optimizer", lambda trainer: Counting(trainer.model.parameters(), lr=1e-3, momentum=0.9)
     )
@@ -308,27 +310,27 @@ def test_numbers_that_an_optimizer_keeps_are_part_of_the_state(tmp_path, data, m
         train(tmp_path / "bytes", data, build=Tiny, checkpoint={"steps": 1})
 
 
-def test_a_stop_beside_the_writing_of_a_state_leaves_no_gap(tmp_path, data):
+def test_interrupt_before_a_row_is_written_leaves_no_gap(tmp_path, data):
     with killed_in(2):
         train(tmp_path / "run", data)
     train(tmp_path / "run", data, resume=True)
     assert [line["epoch"] for line in RunDir.open(tmp_path / "run").read_metrics()] == [1, 2, 3]
 
 
-def test_resuming_from_an_older_state_forgets_the_lines_after_it(tmp_path, data):
+def test_resume_drops_rows_after_the_checkpoint(tmp_path, data):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", data, stop_after=3, checkpoint={"every": 2})
     train(tmp_path / "run", data, resume=True, checkpoint={"every": 2})
     assert [line["epoch"] for line in RunDir.open(tmp_path / "run").read_metrics()] == [1, 2, 3]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
+def test_nonfinite_penalty_stops_the_run(tmp_path, data):
     with pytest.raises(TrainingError, match="the penalty is nan at epoch 1, step 1"):
         train(tmp_path / "run", data, weight=float("nan"))
     assert RunDir.open(tmp_path / "run").status == "failed"
 
 
-def test_a_training_state_of_another_model_is_refused(tmp_path, data):
+def test_checkpoint_of_another_model_raises(tmp_path, data):
     train(tmp_path / "run", data, epochs=1)
     run = RunDir.open(tmp_path / "run", write=True)
     tensors, state = run.load_checkpoint("train")
@@ -339,7 +341,7 @@ def test_a_training_state_of_another_model_is_refused(tmp_path, data):
         train(tmp_path / "run", data, resume=True)
 
 
-def test_no_parameter_is_left_on_its_way_to_zero(tmp_path, data):
+def test_tiny_weights_are_set_to_zero(tmp_path, data):
     torch.manual_seed(0)
     model, _ = train(tmp_path / "run", data, epochs=1)
     for parameter in model.parameters():
@@ -347,8 +349,8 @@ def test_no_parameter_is_left_on_its_way_to_zero(tmp_path, data):
         assert not len(small) or small.min() >= TINY
 
 
-def test_sparse_training_kills_gates(tmp_path, data):
+def test_sparse_training_lowers_gates_below_the_threshold(tmp_path, data):
     _, lines = train(tmp_path / "run", data, epochs=30, weight=50.0, gate_lr=5e-2)
-    # One that is below the threshold may be back above it an epoch later.
+    # A gate below the threshold may rise above it an epoch later.
     assert min(line["alive"] for line in lines[-10:]) < lines[0]["alive"]
     assert lines[-1]["penalty"] < 0.1 * lines[0]["penalty"]
