@@ -109,7 +109,9 @@ def test_what_two_have_begun_one_goes_on_with_and_three_do_not(pair, tmp_path, m
         assert said == ["train: started with 2 batches a step; accumulating 2 in each process"]
         assert [line["step"] for line in run.read_metrics()] == [3, 6, 9, 12]
         monkeypatch.setattr(distributed, "world_size", lambda: 3)
-        with pytest.raises(CheckpointError, match="2 batches a step, which 3 processes cannot share evenly; resume with 1 or 2,"):
+        with pytest.raises(
+            CheckpointError, match="2 batches a step, which 3 processes cannot share evenly; resume with 1 or 2,"
+        ):
             rank.train(run, epochs=5)
 
 
