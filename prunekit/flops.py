@@ -111,13 +111,13 @@ def _si(value: int) -> str:
     return str(value)
 
 
-def total(counts: dict[str, Count]) -> dict[str, int | None]:
+def total(counts: dict[str, Count]) -> dict[str, Any]:
     """Sums over all modules; paper FLOPs are null where they are not defined."""
-    paper = [c.paper_flops for c in counts.values()]
+    paper = [c.paper_flops for c in counts.values() if c.paper_flops is not None]
     return {
         "params": sum(c.params for c in counts.values()),
         "macs": sum(c.macs for c in counts.values()),
-        "paper_flops": None if None in paper or not paper else sum(paper),
+        "paper_flops": sum(paper) if paper and len(paper) == len(counts) else None,
     }
 
 
@@ -148,9 +148,7 @@ def layer_rows(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...])
     rows = []
     for layer, branch in sides[0]:
         row: dict[str, Any] = {"layer": layer, "branch": branch}
-        gone = dict.fromkeys(sides[0][layer, branch], 0)
-        if slim is None:
-            gone = dict.fromkeys(gone)
+        gone = dict.fromkeys(sides[0][layer, branch], None if slim is None else 0)
         before, after = sides[0][layer, branch], sides[1].get((layer, branch), gone)
         for key, value in before.items():
             row[key] = {"before": value, "after": after[key] if value is not None else None}
@@ -176,10 +174,10 @@ def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...
     }
 
 
-def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int | None]]:
+def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, Any]]:
     counts, _ = count_modules(model, shape)
     others = {"fvcore_macs": _fvcore(model, shape)["modules"], "thop_macs": _thop(model, shape)["modules"]}
-    rows: dict[tuple[str, int], dict[str, int | None]] = {}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     last: tuple[str, int] | None = None
     for name, one in counts.items():
         module = model.get_submodule(name)
@@ -235,7 +233,7 @@ def _trace(
         elif isinstance(module, nn.PReLU):
             paper[name] = paper.get(name, 0) + 3 * output.numel()
 
-    def multi(module: GOctConv, args: tuple[Any, ...], outputs: list[Tensor | None]) -> None:
+    def multi(module: Any, args: tuple[Any, ...], outputs: list[Any]) -> None:
         pooled = set()
         for key, conv in module.paths.items():
             i, j = map(int, key.split("to"))
