@@ -1,68 +1,68 @@
-"""What prunekit raises for its users: one line that names what is wrong and proposes the mend.
+"""Errors and warnings: one line that names what is wrong and proposes a fix.
 
-``exit_status`` is what the command line ends with: 2 for the user's mistake, 3 for a failure while running.
+``exit_status`` is that of the command line: 2 for a usage error, 3 for a failure while running.
 """
 
 
 class PrunekitError(Exception):
-    """Base of every error that prunekit raises on purpose."""
+    """Base of all errors that prunekit raises on purpose."""
 
     exit_status = 2
 
 
 class RecipeError(PrunekitError):
-    """A recipe or an override cannot be used; the message holds one line for each mistake."""
+    """A recipe or an override is invalid; the message has one line per problem."""
 
 
 class PluginError(PrunekitError):
-    """A plugin failed to import, took a known name or built something that is no module."""
+    """A plugin failed to import, took an existing name or built something that is not a module."""
 
 
 class DataError(PrunekitError):
-    """An image, a mask or a data folder cannot be used."""
+    """An image, a mask or a data folder is invalid."""
 
 
 class CheckpointError(PrunekitError):
-    """A file of weights or of a run folder is missing, damaged or does not fit."""
+    """A weights file or a file of a run folder is missing, damaged or does not fit."""
 
 
 class WriteError(CheckpointError):
-    """The system refused to write, for no fault of the user's: a disk is full or fails."""
+    """The system refused to write because a disk is full or failing."""
 
     exit_status = 3
 
 
 class RunFolderError(PrunekitError):
-    """A run folder exists already, is in use, or is none."""
+    """A run folder already exists, is in use, or is not a run folder."""
 
 
 class PlanError(PrunekitError):
-    """A plan does not fit its model, or the slim model does not compute what the dense one does."""
+    """A plan does not fit its model, or the slim model is not equivalent to the dense one."""
 
     exit_status = 3
 
 
 class TrainingError(PrunekitError):
-    """Training cannot go on, for example after a loss that is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
     exit_status = 3
 
 
 class ExportError(PrunekitError):
-    """A model could not be exported, or the file does not compute what the model does."""
+    """A model cannot be exported, or the exported file is not equivalent to it."""
 
     exit_status = 3
 
 
 class RunError(PrunekitError):
-    """A run was broken off by what none of the other errors foresees: too little memory, a library that fails."""
+    """A run failed with an error that no other class covers, such as out of memory or an error of a library."""
 
     exit_status = 3
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped from outside, when it had begun; it can go on with ``resume``."""
+    """A run was interrupted after it had started; it can be resumed."""
 
 
 class PrunekitWarning(UserWarning):
-    """Something is done, but not as it was asked for: nothing to cut, a tie, a count that could not be rounded."""
+    """Something was done differently than requested: nothing to prune, a tie, a count that could not be rounded."""

@@ -29,13 +29,12 @@ from prunekit.runs.stage_order import STAGES, SUMMARY_STAGES, stage_index, train
 from prunekit.runs.state import FORMAT, STATE, SUMMARY
 from prunekit.utils.io import (
     TEMP_PREFIX,
-    FolderLock,
     is_disk_failure,
     make_folder,
     os_error_reason,
-    process_alive,
     write_error,
 )
+from prunekit.utils.lock import FolderLock, process_alive
 from prunekit.utils.symlinks import check_no_external_links
 
 __all__ = ["FORMAT", "RunDir", "is_run_folder"]

@@ -1,12 +1,10 @@
-"""Several processes that do one run together, as torchrun and accelerate start them: who they are, and what they tell
-each other.
+"""Communication between the processes of one run, as started by torchrun or accelerate.
 
-Process 0 leads: it alone has the run folder, writes and prints, and does what is no training. The others wait until it
-names a stage that trains (:mod:`prunekit.pipeline.workers`). A single process is a group of one, at no cost.
+Process 0 writes the run folder, prints, and does everything but training. The others wait until it sends them a stage
+to train (:mod:`prunekit.pipeline.workers`). A single process is a group of one, without overhead.
 
-Gradients go through the accelerator's own connections, words and waiting through connections of their own between the
-processors: process 0 may measure and export for hours while the others wait, and a process that dies is noticed at
-once.
+Gradients use accelerate's process group; commands and barriers use a separate gloo group with a long timeout, because
+process 0 may evaluate and export for hours while the others wait.
 """
 
 from __future__ import annotations
@@ -28,54 +26,52 @@ from torch import Tensor
 
 from prunekit.errors import TrainingError
 
-# How long a process waits for the gradients of the others: it may be that process 0 looks at the validation set.
-PATIENCE = timedelta(minutes=30)
-# How long for a word: as long as any stage may take.
-LONGEST = timedelta(days=30)
-# Where launchers say how many processes they start.
-_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+# Process 0 may evaluate the validation set while the others wait for its gradients.
+GRADIENT_TIMEOUT = timedelta(minutes=30)
+COMMAND_TIMEOUT = timedelta(days=30)
+_WORLD_SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
-_words: Any = None  # the connections for words; None where there is one process
+_command_group: Any = None
 
 
 class LostProcessError(TrainingError):
-    """Another process of the run has died, or cannot be reached."""
+    """Another process of the run has ended or cannot be reached."""
 
 
 def init() -> int:
-    """Meet the other processes, where this one was started as one of several; its number, 0 for the one that leads.
+    """Connect to the other processes, if any, and return this one's rank.
 
     Raises:
         LostProcessError: the other processes cannot be reached.
     """
-    global _words
-    if get_int_from_env(_SIZES, 1) > 1 and _words is None:
-        # Left to itself, accelerate takes processes without a GPU for as many runs of their own.
+    global _command_group
+    if get_int_from_env(_WORLD_SIZE_VARIABLES, 1) > 1 and _command_group is None:
+        # By default, accelerate treats processes without a GPU as separate runs.
         on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-        with _reaching():
-            PartialState(cpu=on_cpu, timeout=PATIENCE)
-            _words = dist.new_group(backend="gloo", timeout=LONGEST)
+        with _detect_lost_process():
+            PartialState(cpu=on_cpu, timeout=GRADIENT_TIMEOUT)
+            _command_group = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
     return rank()
 
 
 def world_size() -> int:
-    """How many processes do the run."""
-    return dist.get_world_size() if _started() else 1
+    """Return the number of processes."""
+    return dist.get_world_size() if _is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
-    return dist.get_rank() if _started() else 0
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if _is_initialized() else 0
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes."""
+    """Return whether this is process 0, which writes."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def main_process_scope() -> Iterator[None]:
-    """While process 0 does a command; in the end, whatever it is, the others are told that nothing more comes."""
+    """Within ``with``, process 0 runs a command; at the end, also after an error, the other processes stop waiting."""
     try:
         yield
     except LostProcessError:
@@ -88,97 +84,96 @@ def main_process_scope() -> Iterator[None]:
         send_command(None)
 
 
-def send_command(word: str | None) -> None:
-    """Say a word to those that wait for it in :func:`hear`; nothing happens where there are none."""
-    _broadcast(word)
+def send_command(command: str | None) -> None:
+    """Send a command to the processes that wait in :func:`receive_command`."""
+    _broadcast_object(command)
 
 
 def receive_command() -> str | None:
-    """Wait for a word of process 0."""
-    return _broadcast(None)
+    """Wait for a command of process 0."""
+    return _broadcast_object(None)
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Process 0 does this first, the others when it has: what it makes they find."""
+    """Run the block in process 0 first, then in the others, which find the files that it made."""
     if not is_main_process():
-        _meet()
+        _barrier()
     yield
     if is_main_process():
-        _meet()
+        _barrier()
 
 
-def all_reduce_mean_(row: Tensor) -> Tensor:
-    """Make of a tensor, in place, the mean over all processes; the same bits in each of them."""
+def all_reduce_mean_(tensor: Tensor) -> Tensor:
+    """Replace a tensor in place by its mean over all processes; bitwise equal in each of them."""
     if world_size() > 1:
-        with _reaching():
-            dist.all_reduce(row)
-        row /= world_size()
-    return row
+        with _detect_lost_process():
+            dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
 
 
-def broadcast(row: Tensor) -> Tensor:
-    """What process 0 has of this tensor, which has one axis."""
+def broadcast(tensor: Tensor) -> Tensor:
+    """Return process 0's value of a one-dimensional tensor."""
     if world_size() == 1:
-        return row
-    sent = row.cpu()
-    with _reaching():
-        # Bytes, since not every kind of number can be sent.
-        dist.broadcast(sent.view(torch.uint8), src=0, group=_words)
-    return sent.to(row.device)
+        return tensor
+    on_cpu = tensor.cpu()
+    with _detect_lost_process():
+        # As bytes, since gloo does not support every dtype.
+        dist.broadcast(on_cpu.view(torch.uint8), src=0, group=_command_group)
+    return on_cpu.to(tensor.device)
 
 
-def assert_identical(rows: Sequence[Tensor], what: str) -> None:
-    """Hold the tensors of all processes against each other, bit by bit.
+def assert_identical(tensors: Sequence[Tensor], name: str) -> None:
+    """Check that tensors are bitwise equal in all processes.
 
     Raises:
-        TrainingError: they differ; ``what`` names them.
+        TrainingError: they differ; ``name`` is in the message.
     """
     if world_size() == 1:
         return
-    digest = hashlib.sha256(b"".join(row.detach().cpu().numpy().tobytes() for row in rows)).digest()
-    mine = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64)
-    found = [torch.empty_like(mine) for _ in range(world_size())]
-    with _reaching():
-        dist.all_gather(found, mine, group=_words)
-    others = [str(number) for number, one in enumerate(found) if not torch.equal(one, found[0])]
+    digest = hashlib.sha256(b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in tensors)).digest()
+    own = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64)
+    digests = [torch.empty_like(own) for _ in range(world_size())]
+    with _detect_lost_process():
+        dist.all_gather(digests, own, group=_command_group)
+    others = [str(number) for number, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
     if others:
         raise TrainingError(
-            f"{what} differ between process 0 and {' and '.join(others)}; start all of them on machines of one kind "
-            "and with the same versions, then go on with --resume"
+            f"{name} differ between process 0 and {' and '.join(others)}; start all of them on the same kind of machine "
+            "with the same versions, then continue with --resume"
         )
 
 
-def _meet() -> None:
+def _barrier() -> None:
     if world_size() > 1:
-        with _reaching():
-            dist.barrier(group=_words)
+        with _detect_lost_process():
+            dist.barrier(group=_command_group)
 
 
-def _broadcast(word: str | None) -> str | None:
-    if world_size() == 1:
-        return word
-    words = [word]
-    with _reaching():
-        dist.broadcast_object_list(words, src=0, group=_words)
-    return words[0]
+def _broadcast_object(value: str | None) -> str | None:
+    values = [value]
+    if world_size() > 1:
+        with _detect_lost_process():
+            dist.broadcast_object_list(values, src=0, group=_command_group)
+    return values[0]
 
 
-def _started() -> bool:
+def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager
-def _reaching() -> Iterator[None]:
-    """Say in a line that another process is gone; the libraries say it in as many words as there are of them."""
+def _detect_lost_process() -> Iterator[None]:
+    """Within ``with``, convert the libraries' many errors to a LostProcessError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         if threading.current_thread() is threading.main_thread():
-            # What started the processes ends those that are left; the run folder is to be left in order first.
+            # The launcher terminates the remaining processes; update the run folder first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostProcessError(
-            f"another of the {get_int_from_env(_SIZES, 1)} processes of this run has ended or cannot be reached "
-            f"({why[:160]}); go on with --resume"
+            f"another of the {get_int_from_env(_WORLD_SIZE_VARIABLES, 1)} processes of this run has ended or cannot be "
+            f"reached ({reason[:160]}); continue with --resume"
         ) from error

@@ -1,4 +1,4 @@
-"""Where and how a run was made: versions, device, threads, commit, command line."""
+"""How a run was made: versions, device, threads, commit, command line."""
 
 from __future__ import annotations
 
@@ -18,20 +18,13 @@ _PACKAGES = ("torch", "numpy", "torch-pruning", "fvcore", "thop", "onnx", "onnxr
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """What ``environment.json`` holds."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    cuda = torch.cuda.is_available()
+    """Return the content of ``environment.json``."""
     return {
         "prunekit": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "seed": seed,
@@ -40,10 +33,17 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """The git commit of the working folder, where it is in a repository."""
+def _version(package: str) -> str | None:
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the git commit of the working folder, or None outside of a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None

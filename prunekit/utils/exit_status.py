@@ -1,4 +1,4 @@
-"""How a command ends: what is said then, and with which exit status."""
+"""The end of a command: its message and exit status."""
 
 from __future__ import annotations
 
@@ -10,68 +10,67 @@ from contextlib import contextmanager
 
 from prunekit.errors import Interrupted, PluginError, PrunekitError, RecipeError, WriteError
 from prunekit.utils import launcher
+from prunekit.utils.io import is_disk_failure, write_error
 
 INTERRUPTED = 130
 
 
 @contextmanager
 def exit_on_error(debug: bool) -> Iterator[None]:
-    """Within ``with`` a command is done; whatever it raises is said in a line, and a SystemExit.
+    """Within ``with``, report any exception in one line and exit.
 
     Args:
-        debug: show its traceback, too.
+        debug: also print the traceback.
     """
     try:
         yield
     except PrunekitError as error:
-        _fail(str(error), error.exit_status, debug, alike=isinstance(error, (RecipeError, PluginError, _Stopped)))
+        same_on_all_ranks = isinstance(error, (RecipeError, PluginError, _Stopped))
+        _fail(str(error), error.exit_status, debug, same_on_all_ranks)
     except (KeyboardInterrupt, EOFError):
-        _fail("interrupted", INTERRUPTED, debug, alike=True)
+        _fail("interrupted", INTERRUPTED, debug, same_on_all_ranks=True)
     except SystemExit as stop:
-        # Typer turns Ctrl-C into an exit without a word.
+        # Typer turns Ctrl-C into a silent exit.
         if stop.code == INTERRUPTED:
-            _fail("interrupted", INTERRUPTED, debug, alike=True)
+            _fail("interrupted", INTERRUPTED, debug, same_on_all_ranks=True)
         raise
     except BrokenPipeError:
-        # What reads our output has seen enough.
+        # The reader of our output (head, less) has finished.
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
-        # Not at the top: it needs numpy, which help does without.
-        from prunekit.utils.io import is_disk_failure, write_error
-
         if is_disk_failure(error):
             _fail(str(write_error(error, error.filename or "a file")), WriteError.exit_status, debug)
         text = " ".join(str(error).split()) or "no message"
-        _fail(f"unexpected {type(error).__name__}: {text}; run again with --debug to see where", 3, debug)
+        _fail(f"unexpected {type(error).__name__}: {text}; run again with --debug for the traceback", 3, debug)
 
 
 @contextmanager
 def suggest_resume(*command: object) -> Iterator[None]:
-    """Say by which command what is done within ``with`` goes on, where it is interrupted."""
+    """Within ``with``, let an interrupt name the command that resumes."""
     try:
         yield
-    except Interrupted as stop:
-        raise _Stopped(f"interrupted; resume with: prunekit {shlex.join(map(str, command))}") from stop
+    except Interrupted as error:
+        raise _Stopped(f"interrupted; resume with: prunekit {shlex.join(map(str, command))}") from error
 
 
 class _Stopped(PrunekitError):
-    """A run was interrupted, and here is how it goes on. (Typer keeps a KeyboardInterrupt to itself.)"""
+    """A run was interrupted. (Typer catches a KeyboardInterrupt.)"""
 
     exit_status = INTERRUPTED
 
 
-def _fail(message: str, status: int, debug: bool, alike: bool = False) -> None:
-    """End; ``alike``: where there are several processes the others end with the same, and the first says it."""
+def _fail(message: str, status: int, debug: bool, same_on_all_ranks: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    number = launcher.process_index()
-    name = f"prunekit, process {number}" if number else "prunekit"
-    for line in message.splitlines() if not (alike and number) else ():
-        print(f"{name}: {_harmless(line)}", file=sys.stderr)
+    rank = launcher.process_index()
+    name = f"prunekit, process {rank}" if rank else "prunekit"
+    if not (same_on_all_ranks and rank):
+        for line in message.splitlines():
+            print(f"{name}: {_escape(line)}", file=sys.stderr)
     sys.exit(status)
 
 
-def _harmless(line: str) -> str:
-    """A line that a file from anywhere may be quoted in: what a terminal would obey is spelt out."""
+def _escape(line: str) -> str:
+    """Escape control characters, which a quoted untrusted file may contain."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

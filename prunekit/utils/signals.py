@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, or by the SIGTERM that clusters send before they kill."""
+"""Handling of Ctrl-C (SIGINT) and of SIGTERM, which clusters send before they kill a job."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from types import FrameType
 from prunekit.utils import launcher
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ECHO = 2.0  # seconds within which a second signal may be the launcher's copy of the first
-_HEARD = b"\nprunekit: stopping behind this step, its state is saved then; once more to stop at once\n"
+# On Ctrl-C, torchrun's processes get a signal from the terminal and one from torchrun within this many seconds.
+_ECHO_SECONDS = 2.0
+_MESSAGE = b"\nprunekit: stopping after this step and saving a checkpoint; interrupt again to stop at once\n"
 
 
 @dataclass
 class DeferredInterrupt:
-    """Whether somebody has asked."""
+    """Whether an interrupt has been requested."""
 
     requested: bool = False
 
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Within ``with``, SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt."""
-    with _handled((signal.SIGTERM,), _interrupt):
+    """Within ``with``, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    with _handle((signal.SIGTERM,), _interrupt):
         yield
 
 
 @contextlib.contextmanager
 def defer_interrupts() -> Iterator[DeferredInterrupt]:
-    """Within ``with``, the first signal only makes the :class:`Stop` say so, and the second raises KeyboardInterrupt.
-    (On Ctrl-C, what torchrun has started gets one from the terminal and one from torchrun: there they count as one.)
+    """Within ``with``, the first signal only sets ``requested``, and the second raises KeyboardInterrupt.
 
-    What has been asked for and not been done by the end raises there. A thread that is not the main one gets no
-    signals, and a signal that is ignored, as nohup does it, stays so.
+    After a first signal, the end of the block raises KeyboardInterrupt. Threads other than the main one get no signals,
+    and ignored signals (nohup) stay ignored.
     """
-    stop, first = DeferredInterrupt(), 0.0
+    interrupt, first = DeferredInterrupt(), 0.0
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if stop.requested:
-            if launcher.process_index() is not None and time.monotonic() - first < _ECHO:
+        if interrupt.requested:
+            if launcher.process_index() is not None and time.monotonic() - first < _ECHO_SECONDS:
                 return
             raise KeyboardInterrupt
-        stop.requested, first = True, time.monotonic()
-        # No print: a handler may come in the middle of one, and a stream cannot be entered twice.
+        interrupt.requested, first = True, time.monotonic()
+        # Not print(): the handler may run within a print, and streams are not reentrant.
         if not launcher.process_index():
             with contextlib.suppress(OSError):
-                os.write(2, _HEARD)
+                os.write(2, _MESSAGE)
 
-    with _handled(SIGNALS, handler):
-        yield stop
-    if stop.requested:
+    with _handle(SIGNALS, handler):
+        yield interrupt
+    if interrupt.requested:
         raise KeyboardInterrupt
 
 
@@ -65,17 +65,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def _handled(numbers: tuple[signal.Signals, ...], handler: object) -> Iterator[None]:
-    before = {}
+def _handle(signals: tuple[signal.Signals, ...], handler: object) -> Iterator[None]:
+    old_handlers = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in numbers:
-                # None: set by something that is not Python, and cannot be put back.
+            for number in signals:
+                # None: installed outside of Python, and cannot be restored.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    before[number] = signal.signal(number, handler)
+                    old_handlers[number] = signal.signal(number, handler)
         yield
     finally:
-        for number, held in before.items():
-            # Unless somebody has set another meanwhile.
+        for number, old_handler in old_handlers.items():
+            # Other code may have replaced it since.
             if signal.getsignal(number) is handler:
-                signal.signal(number, held)
+                signal.signal(number, old_handler)

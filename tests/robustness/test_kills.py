@@ -186,7 +186,7 @@ def test_a_run_that_is_asked_to_stop_says_how_it_goes_on(launcher, whole, tmp_pa
     out = tmp_path / "two words" / "run"
     answer = launcher.run("run", *TOY, "--out", out, at=8, signals=[signal.SIGINT])
     assert answer["status"] == 130 and "Traceback" not in answer["err"]
-    assert "stopping behind this step" in answer["err"]
+    assert "stopping after this step" in answer["err"]
     assert "stopped after step 3 of epoch 2; checkpoint saved" in answer["out"]
     assert (out / "checkpoints" / "train-0008.json").is_file()
     assert json.loads((out / "state.json").read_text())["status"] == "interrupted"

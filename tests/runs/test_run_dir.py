@@ -18,7 +18,7 @@ from prunekit.config.recipe import load
 from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.runs.run_dir import FORMAT, RunDir
 from prunekit.runs.stage_order import STAGES
-from prunekit.utils import io
+from prunekit.utils import io, lock
 
 RECIPE = "name: tiny\nseed: 0\ntrain:\n  lr: 1e-3\n"
 
@@ -201,7 +201,7 @@ def test_without_flock_the_process_number_decides(tmp_path, monkeypatch, run):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(io.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     with pytest.raises(RunFolderError):
         RunDir.start(run.path, RECIPE, {}, resume=True)
     (tmp_path / "dead").mkdir()

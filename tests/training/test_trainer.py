@@ -240,7 +240,7 @@ def test_first_interrupt_saves_a_checkpoint_and_second_stops_at_once(tmp_path, d
         resumed, _ = train(tmp_path / number, data, build=Tiny, resume=True)
         assert same(whole, resumed) and rows_of(tmp_path / number) == rows_of(tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) is before and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert "once more to stop at once" in capfd.readouterr().err
+    assert "interrupt again to stop at once" in capfd.readouterr().err
 
 
 def test_interrupt_after_the_last_step_interrupts_the_run(tmp_path, data, monkeypatch):

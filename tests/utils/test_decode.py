@@ -1,5 +1,3 @@
-"""Bytes from anywhere: a value, or ValueError; and never more memory than the bytes are worth."""
-
 import io
 import json
 import pickle
@@ -17,7 +15,7 @@ from safetensors.numpy import save
 
 from prunekit.utils.decode import decode_arrays, decode_json, decode_tensors
 
-ROOM = 512 << 20  # bytes of address space that a hostile file may take
+MEMORY = 512 << 20  # bytes of address space that a hostile file may take
 
 
 def archive(members, **options):
@@ -39,27 +37,27 @@ def header(text, data=b""):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(body)) + body + data
 
 
-def tensors(told, data=b"", length=None):
-    body = told.encode()
+def tensors(header, data=b"", length=None):
+    body = header.encode()
     return struct.pack("<Q", len(body) if length is None else length) + body + data
 
 
 HOSTILE_ARRAYS = {
-    "a pickle": (archive({"a.npy": array(np.array([{}], object))}), "not of numbers"),
+    "a pickle": (archive({"a.npy": array(np.array([{}], object))}), "not numeric"),
     "a bomb": (archive({"a.npy": bytes(1 << 22)}, compression=zipfile.ZIP_DEFLATED), "compressed"),
     "a giant shape": (
         archive({"a.npy": header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,)}")}),
         "claims the shape",
     ),
-    "no bytes a number": (
+    "an itemsize of zero": (
         archive({"a.npy": header("{'descr': '|S0', 'fortran_order': False, 'shape': (1000000000000,)}")}),
         ".",
     ),
     "a negative shape": (
         archive({"a.npy": header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1, -1)}")}),
-        "strange",
+        "invalid shape",
     ),
-    "records": (archive({"a.npy": array(np.zeros(2, [("x", "f4")]))}), "not of numbers"),
+    "records": (archive({"a.npy": array(np.zeros(2, [("x", "f4")]))}), "not numeric"),
     "nested": (archive({"a.npy": header("(" * 9000)}), "."),
     "a call": (archive({"a.npy": header("__import__('os').system('false')")}), "."),
     "no archive": (b"PK\x03\x04nothing", "BadZipFile"),
@@ -68,13 +66,13 @@ HOSTILE_ARRAYS = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE_ARRAYS)
-def test_arrays_from_strangers(kind):
+def test_hostile_arrays(kind):
     data, words = HOSTILE_ARRAYS[kind]
     with pytest.raises(ValueError, match=words):
         decode_arrays(data)
 
 
-def test_members_that_lie_over_each_other_are_refused():
+def test_overlapping_members():
     data = bytearray(archive({"a.npy": array(np.zeros(1 << 16))}))
     # A second entry of the directory for the same member.
     end = data.rindex(b"PK\x05\x06")
@@ -87,15 +85,15 @@ def test_members_that_lie_over_each_other_are_refused():
         decode_arrays(bytes(forged))
 
 
-NUMBERS = st.sampled_from([np.float32, np.float64, np.int64, np.uint8, np.bool_, np.complex64])
+DTYPES = st.sampled_from([np.float32, np.float64, np.int64, np.uint8, np.bool_, np.complex64])
 
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0\\"), min_size=1, max_size=9)
-ARRAYS = nps.arrays(NUMBERS, nps.array_shapes(min_dims=0, min_side=0))
+ARRAYS = nps.arrays(DTYPES, nps.array_shapes(min_dims=0, min_side=0))
 
 
 @given(st.dictionaries(NAMES, ARRAYS, max_size=3))
-def test_arrays_come_back(arrays):
+def test_arrays_round_trip(arrays):
     arrays = {name.replace(".npy", ""): value for name, value in arrays.items()}
     back = decode_arrays(archive({f"{name}.npy": array(value) for name, value in arrays.items()}))
     assert back.keys() == arrays.keys()
@@ -119,26 +117,26 @@ HOSTILE_TENSORS = {
     "no JSON": tensors("{" * 50),
     "nested": tensors('{"__metadata__":' + "[" * 100_000),
     "a pickle": pickle.dumps([1]),
-    "numbers of a strange kind": tensors('{"a":{"dtype":"F9","shape":[1],"data_offsets":[0,1]}}', b"1"),
+    "an unknown dtype": tensors('{"a":{"dtype":"F9","shape":[1],"data_offsets":[0,1]}}', b"1"),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE_TENSORS)
-def test_tensors_from_strangers(kind):
+def test_hostile_tensors(kind):
     with pytest.raises(ValueError, match=r"."):
         decode_tensors(HOSTILE_TENSORS[kind])
 
 
-def test_tensors_come_back():
-    held = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3)}
-    back = decode_tensors(save(held))
-    assert all(np.array_equal(back[name], value) for name, value in held.items())
+def test_tensors_round_trip():
+    expected = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3)}
+    back = decode_tensors(save(expected))
+    assert all(np.array_equal(back[name], value) for name, value in expected.items())
 
 
 HOSTILE_JSON = {
     "deep lists": b"[" * 100_000,
     "deep mappings": b'{"a":' * 50_000,
-    "half a character": b'"\\ud800"',
+    "half a surrogate pair": b'"\\ud800"',
     "half a key": b'{"\\uDfff": 1}',
     "half in bytes": b'"\xed\xa0\x80"',
     "many digits": b"1" * 5000,
@@ -149,21 +147,19 @@ HOSTILE_JSON = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE_JSON)
-def test_json_from_strangers(kind):
+def test_hostile_json(kind):
     with pytest.raises(ValueError, match=r"."):
         decode_json(HOSTILE_JSON[kind])
 
 
-def test_json_comes_back_with_whole_characters():
+def test_json_round_trip():
     value = {"a": [1, 2.5, None, True, "\U0001f600 \\ud800"]}
     assert decode_json(json.dumps(value)) == decode_json(json.dumps(value, ensure_ascii=False).encode()) == value
     with pytest.raises(ValueError, match="MiB of JSON"):
         decode_json(b" " * ((1 << 26) + 1))
 
 
-def test_no_hostile_file_takes_room():
-    """Each of them, in a process that may take half a gigabyte more than it has."""
-
+def test_hostile_files_take_little_memory():
     def read():
         for data, _ in HOSTILE_ARRAYS.values():
             refused(decode_arrays, data)
@@ -177,5 +173,5 @@ def test_no_hostile_file_takes_room():
             return
         raise AssertionError("read")
 
-    assert in_a_child(read, memory=ROOM, seconds=20) < 300 << 20
+    assert in_a_child(read, memory=MEMORY, seconds=20) < 300 << 20
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY

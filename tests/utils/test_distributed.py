@@ -1,4 +1,4 @@
-"""Two processes on one machine: what they train, what they print, and what becomes of them when one dies."""
+"""Runs of two processes on one machine."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from prunekit.utils import distributed
 
 TESTS = Path(__file__).parents[1]
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
-# They take longer than all else.
+# The report takes longest.
 WITHOUT_FIGURES = """
 from prunekit import cli, pipeline
 pipeline.report = lambda *_: None
@@ -48,7 +48,7 @@ TOY = [
 
 
 def start(*command, count=2):
-    """So many processes of one command, as torchrun starts them, but for torchrun itself."""
+    """Start processes of one command as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +67,7 @@ def start(*command, count=2):
 
 
 def ended(started, seconds=120):
-    """What each has printed, and its exit status."""
+    """Wait for processes; return the output and exit status of each."""
     try:
         said = [one.communicate(timeout=seconds) for one in started]
     finally:
@@ -78,13 +78,13 @@ def ended(started, seconds=120):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """What two processes have left, and what each has printed and ended with."""
+    """The folder of two processes, and their output and exit status."""
     folder = tmp_path_factory.mktemp("pair")
     return folder, ended(start(TESTS / "helpers" / "rank.py", folder))
 
 
 @pytest.mark.parametrize("name", rank.RUNS)
-def test_two_processes_train_as_one_that_accumulates(pair, tmp_path, name):
+def test_two_processes_equal_one_that_accumulates_two_batches(pair, tmp_path, name):
     with RunDir.start(tmp_path / "run", "name: test\n", {}) as run:
         alone, _ = rank.train(run, accumulate=2, **rank.RUNS[name])
     pair, said = pair
@@ -103,7 +103,7 @@ def test_two_processes_train_as_one_that_accumulates(pair, tmp_path, name):
             assert one[key] == pytest.approx(other[key], abs=1e-5)
 
 
-def test_what_two_have_begun_one_goes_on_with_and_three_do_not(pair, tmp_path, monkeypatch):
+def test_resume_with_another_number_of_processes(pair, tmp_path, monkeypatch):
     with RunDir.start(pair[0] / "many", "name: test\n", {}, resume=True) as run:
         _, said = rank.train(run, epochs=4)
         assert said == ["train: started with 2 batches a step; accumulating 2 in each process"]
@@ -115,17 +115,17 @@ def test_what_two_have_begun_one_goes_on_with_and_three_do_not(pair, tmp_path, m
             rank.train(run, epochs=5)
 
 
-def test_more_batches_than_images_are_refused(tmp_path):
+def test_more_batches_than_images(tmp_path):
     few = pytest.raises(TrainingError, match="24 images are too few for the 25 batches of a step")
     with RunDir.start(tmp_path / "run", "name: test\n", {}) as run, few:
         rank.train(run, epochs=1, accumulate=25)
 
 
-def test_the_death_of_a_process_ends_the_run_in_a_line(pair):
+def test_death_of_a_process_ends_the_run_with_one_line(pair):
     folder, ((out, _, status), (_, _, killed)) = pair
     assert (status, killed) == (3, -signal.SIGKILL)
     assert out.startswith("another of the 2 processes of this run has ended or cannot be reached (")
-    assert out.endswith("; go on with --resume\n") and out.count("\n") == 1
+    assert out.endswith("; continue with --resume\n") and out.count("\n") == 1
     run = RunDir.open(folder / "death")
     assert run.status == "failed" and run.latest_checkpoint("train") is not None
 
@@ -134,7 +134,7 @@ def run_by_two(out, *more):
     return start("-c", WITHOUT_FIGURES, "run", *TOY, "--out", out, *more)
 
 
-def test_a_whole_run(tmp_path):
+def test_complete_run_of_two_processes(tmp_path):
     out = tmp_path / "toy"
     (text, err, status), (other, silence, second) = ended(run_by_two(out))
     assert (status, second) == (0, 0), err + silence
@@ -148,8 +148,8 @@ def test_a_whole_run(tmp_path):
 
 
 @pytest.mark.skipif(not SOAK, reason="make soak")
-def test_runs_that_lose_processes_end_as_one_that_does_not(tmp_path):
-    """Each process dies at a moment of chance, again and again, until the run is through."""
+def test_runs_with_killed_processes_end_with_the_same_weights(tmp_path):
+    """Kill a random process at random times until the run completes."""
     chance, took = random.Random(0), []
     ended(run_by_two(tmp_path / "whole"))
     for trial in range(3 * SOAK):
@@ -165,16 +165,18 @@ def test_runs_that_lose_processes_end_as_one_that_does_not(tmp_path):
             if victim.returncode == -signal.SIGKILL:
                 took.append(time.monotonic() - began)
                 other = said[started.index(victim) - 1]
-                # Process 0 may have nothing left to do with the others, and goes on alone to the end.
+                # Process 0 may no longer need the others and completes alone.
                 assert other[2] == 3 or (victim is started[1] and other[2] == 0), said
                 assert other[1].count("prunekit") == (other[2] == 3), said
         for name in ("dense", "finetuned"):
             files = [(tmp_path / run / name / "model.safetensors").read_bytes() for run in ("whole", out.name)]
             assert files[0] == files[1], (trial, name)
-    print(f"{len(took)} processes killed; the others ended within {max(took):.1f} s; all runs came to the same bits")
+    print(
+        f"{len(took)} processes killed; the others ended within {max(took):.1f} s; all runs ended with the same weights"
+    )
 
 
-def test_norms_over_all_processes_are_those_of_torch_and_refused_on_a_cpu(monkeypatch):
+def test_sync_norms_use_sync_batch_norm_and_need_a_gpu(monkeypatch):
     with pytest.raises(RecipeError, match=r"train\.sync_norms: norms over several processes .* on GPUs alone"):
         RunContext(load("digits_resnet", ["train.sync_norms=true"]), rank.Silent()).rehearse(load=False)
     model, seen = rank.Small(), []

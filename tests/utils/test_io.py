@@ -1,5 +1,3 @@
-"""Writing: what reaches the disk, and in which order."""
-
 import os
 from pathlib import Path
 
@@ -11,26 +9,26 @@ from prunekit.utils.io import write_atomic
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls that decide what a power cut leaves, each with the files and their sizes at that moment."""
-    made = []
+    """Record fsync and rename calls with their files and sizes."""
+    recorded = []
     fsync, replace = os.fsync, os.replace
 
     def synced(handle):
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        made.append(("fsync", path, None if path.is_dir() else path.stat().st_size))
+        recorded.append(("fsync", path, None if path.is_dir() else path.stat().st_size))
         fsync(handle)
 
     def replaced(source, target):
-        made.append(("replace", Path(source), Path(target)))
+        recorded.append(("replace", Path(source), Path(target)))
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
-    return made
+    return recorded
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_data_are_on_the_disk_before_they_get_their_name_and_the_name_is_behind_it(tmp_path, calls, before):
+def test_write_atomic_syncs_data_then_renames_then_syncs_folder(tmp_path, calls, before):
     path = tmp_path / "file"
     if before is not None:
         path.write_bytes(before)
@@ -41,13 +39,13 @@ def test_data_are_on_the_disk_before_they_get_their_name_and_the_name_is_behind_
     assert path.read_bytes() == b"x" * 100_000
 
 
-def test_new_folders_are_on_the_disk_too(tmp_path, calls):
+def test_new_folders_are_synced(tmp_path, calls):
     write_atomic(tmp_path / "a" / "b" / "file", b"x")
     folders = [path for kind, path, size in calls if kind == "fsync" and size is None]
     assert set(folders) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} and folders[-1] == tmp_path / "a" / "b"
 
 
-def test_a_line_of_the_metrics_and_its_file(tmp_path, calls):
+def test_append_metrics_is_synced(tmp_path, calls):
     with RunDir.start(tmp_path / "run", "name: x\n", {}) as run:
         for number in (1, 2):
             calls.clear()
@@ -58,12 +56,12 @@ def test_a_line_of_the_metrics_and_its_file(tmp_path, calls):
                 assert calls[1] == ("fsync", run.path, None)
 
 
-def test_the_tensors_of_a_training_state_are_on_the_disk_before_what_vouches_for_them(tmp_path, calls):
+def test_checkpoint_tensors_are_synced_before_their_checksum(tmp_path, calls):
     with RunDir.start(tmp_path / "run", "name: x\n", {}) as run:
         calls.clear()
         run.save_checkpoint("train", 1, {}, {}, keep=1)
         folder = run.path / "checkpoints"
-        places = [path.name for kind, _, path in calls if kind == "replace"]
-        assert places == ["train-0001.safetensors", "train-0001.json"]
+        names = [path.name for kind, _, path in calls if kind == "replace"]
+        assert names == ["train-0001.safetensors", "train-0001.json"]
         between = calls[[call[-1] for call in calls].index(folder / "train-0001.safetensors") + 1]
         assert between == ("fsync", folder, None)

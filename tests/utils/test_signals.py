@@ -1,5 +1,3 @@
-"""Being asked to stop."""
-
 import os
 import signal
 import subprocess
@@ -23,27 +21,27 @@ def test_the_first_signal_is_deferred_and_the_second_is_not(number, capfd):
         signal.raise_signal(number)
         assert stop.requested
         signal.raise_signal(number)
-        pytest.fail("the second one was held back too")
+        pytest.fail("the second signal was deferred too")
     assert handlers() == before
-    assert "once more to stop at once" in capfd.readouterr().err
+    assert "interrupt again to stop at once" in capfd.readouterr().err
 
 
-def test_what_nobody_has_heeded_is_raised_in_the_end():
+def test_unhandled_interrupt_is_raised_at_the_end():
     with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(ValueError, match="first"), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
-        raise ValueError("what went wrong first")
+        raise ValueError("the first error")
 
 
-def test_sigterm_is_a_ctrl_c():
+def test_sigterm_raises_keyboard_interrupt():
     before = handlers()
     with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
         signal.raise_signal(signal.SIGTERM)
     assert handlers() == before
 
 
-def test_what_is_ignored_stays_so():
+def test_ignored_signals_stay_ignored():
     held = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with defer_interrupts() as stop:
@@ -53,7 +51,7 @@ def test_what_is_ignored_stays_so():
         signal.signal(signal.SIGINT, held)
 
 
-def test_another_thread_gets_no_signals():
+def test_other_threads_get_no_signals():
     found = []
 
     def work():
@@ -66,15 +64,14 @@ def test_another_thread_gets_no_signals():
     assert found == [False]
 
 
-def test_a_process_that_is_asked_in_the_middle_of_a_print():
-    """A handler that printed would enter the stream a second time, which raises."""
+def test_signal_during_a_print():
     code = (
         "import signal, sys\nfrom prunekit.utils.signals import defer_interrupts\n"
         "with defer_interrupts() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.requested:\n"
         "        sys.stderr.write('x')\n"
-        "    print('heard', flush=True)\n"
+        "    print('stopped', flush=True)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
@@ -82,17 +79,17 @@ def test_a_process_that_is_asked_in_the_middle_of_a_print():
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=30)
-    assert out == b"heard\n" and b"reentrant" not in error
+    assert out == b"stopped\n" and b"reentrant" not in error
     assert process.returncode != 0 and b"KeyboardInterrupt" in error
 
 
-def test_what_a_launcher_sends_on_is_no_second_one(monkeypatch):
+def test_signal_repeated_by_the_launcher_counts_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(KeyboardInterrupt), defer_interrupts() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
-        monkeypatch.setattr("prunekit.utils.signals._ECHO", 0.0)
+        monkeypatch.setattr("prunekit.utils.signals._ECHO_SECONDS", 0.0)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError

@@ -1,5 +1,3 @@
-"""Links that a run folder from somebody else may hold: nothing is read or written through them."""
-
 import json
 import os
 
@@ -26,7 +24,7 @@ def outside(tmp_path):
     return folder
 
 
-PLACES = (
+PATHS = (
     "model.onnx",
     "lock",
     "metrics.jsonl",
@@ -37,13 +35,13 @@ PLACES = (
 )
 
 
-@pytest.mark.parametrize("place", [*PLACES, "report", "exports", "checkpoints", "report/deep/er"])
+@pytest.mark.parametrize("name", [*PATHS, "report", "exports", "checkpoints", "report/deep/er"])
 @pytest.mark.parametrize("kind", ["absolute", "relative", "dangling", "through another"])
-def test_a_link_that_leads_out_is_refused_by_name(run, outside, place, kind):
-    path = run / place
+def test_links_out_of_the_folder_are_rejected(run, outside, name, kind):
+    path = run / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    target = outside if place in ("report", "exports", "checkpoints") else outside / "file"
+    target = outside if name in ("report", "exports", "checkpoints") else outside / "file"
     if kind == "relative":
         target = os.path.relpath(target, path.parent)
     elif kind == "dangling":
@@ -68,7 +66,7 @@ def test_a_link_that_leads_out_is_refused_by_name(run, outside, place, kind):
     assert (outside / "file").read_text() == "not yours"
 
 
-def test_commands_write_nothing_through_it(run, outside, capsys):
+def test_commands_do_not_write_through_links(run, outside, capsys):
     (run / "report").symlink_to(outside)
     for command in (
         ["report"],
@@ -83,7 +81,7 @@ def test_commands_write_nothing_through_it(run, outside, capsys):
     assert [entry.name for entry in outside.iterdir()] == ["file"]
 
 
-def test_overwrite_takes_the_links_away_and_truncates_nothing(run, outside):
+def test_overwrite_removes_links_and_not_their_targets(run, outside):
     (run / "lock").symlink_to(outside / "file")
     with pytest.raises(RunFolderError, match="cannot lock"):
         RunDir.start(run, "name: one\n", {}, overwrite=True)
@@ -94,20 +92,20 @@ def test_overwrite_takes_the_links_away_and_truncates_nothing(run, outside):
     assert (outside / "file").read_text() == "not yours" and not (run / "metrics.jsonl").is_symlink()
 
 
-def test_a_pipe_is_refused_and_not_waited_for(run):
+def test_pipes_are_rejected(run):
     os.mkfifo(run / "eval.json")
     with pytest.raises(RunFolderError, match=r"eval\.json is neither a file nor a folder"):
         RunDir.open(run)
 
 
-def test_links_that_stay_within_and_a_link_to_the_folder_are_fine(run, tmp_path):
+def test_links_within_the_folder_and_to_it_are_allowed(run, tmp_path):
     (run / "latest.json").symlink_to("summary.json")
     (tmp_path / "link").symlink_to(run)
     check_no_external_links(tmp_path / "link")
     assert RunDir.open(tmp_path / "link").read_json("latest.json")["status"] == "complete"
 
 
-def test_a_name_cannot_play_tricks_on_a_terminal(run, outside):
+def test_control_characters_in_names_are_not_printed(run, outside):
     (run / "a\x1b[2J\nb").symlink_to(outside)
     with pytest.raises(RunFolderError) as error:
         RunDir.open(run)
@@ -115,15 +113,14 @@ def test_a_name_cannot_play_tricks_on_a_terminal(run, outside):
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x"])
-def test_names_that_lead_out_are_no_files_of_a_run(run, name):
+def test_file_names_must_stay_within_the_run(run, name):
     with RunDir.open(run, write=True) as held:
         for act in (held.read_bytes, held.has, lambda n: held.write_bytes(n, b"")):
             with pytest.raises(ValueError, match="no path inside"):
                 act(name)
 
 
-def test_an_index_names_no_pictures(run):
-    """Pictures are found by number, so an index cannot point anywhere."""
+def test_gallery_index_cannot_name_files_elsewhere(run):
     index = run / "gallery" / "index.json"
     entry = {"index": 0, "name": "../../../etc/passwd", "image": "/etc/passwd", "files": {"image": "../x"}}
     index.write_text(json.dumps([entry]))
