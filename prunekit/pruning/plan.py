@@ -1,10 +1,4 @@
-"""Groups and plans: what can be cut together, and what is kept. Both are JSON, and neither needs torch.
-
-A plan holds, for each group, the channels kept, not a mask of weights: with the dense builder it says how to rebuild
-the slim model, and no pickle is needed. (Two other forms were weighed. A list of channel counts is smaller but cannot
-say which channels of the dense model live on, so nothing could be proved. A slim architecture of its own would need
-every backbone to understand widths.)
-"""
+"""Groups and plans: which channels can only be pruned together, and which are kept. Both are JSON and need no torch."""
 
 from __future__ import annotations
 
@@ -27,11 +21,14 @@ class _Schema(BaseModel):
 
 
 class Member(_Schema):
-    """An axis of a tensor that a group cuts: channel k stands at offset + k·stride … offset + (k+1)·stride − 1.
+    """An axis of a tensor from which a group's channels are removed.
 
-    ``reads`` is true where the axis takes the channels in, false where it makes them or hands them on. Along the input
-    axis of a convolution with groups, places are counted over all of its input channels. ``into`` names the norm behind
-    a reader, where whatever is added to the reader's output can be taken from that norm's running mean instead.
+    Attributes:
+        tensor: name of the parameter or buffer.
+        axis: of that tensor. The input axis of a grouped convolution counts the channels of all its groups.
+        offset, stride: channel k has the entries offset + k·stride … offset + (k+1)·stride − 1.
+        reads: whether the axis takes the channels as input; otherwise it produces them or passes them on.
+        next_norm: the norm after a reader, whose running mean can absorb a shift of the reader's output.
     """
 
     tensor: str
@@ -39,13 +36,16 @@ class Member(_Schema):
     offset: int = Field(0, ge=0)
     stride: int = Field(1, ge=1)
     reads: bool = False
-    into: str | None = None
+    next_norm: str | None = None
 
 
 class Gate(_Schema):
-    """The γ of a BatchNorm that scale a group's channels: ``slice`` is [start, stop) in that norm.
+    """The weights γ of a BatchNorm that scale a group's channels.
 
-    ``activation`` is what follows the norm: the name of a PReLU module, of a function such as "relu", or None.
+    Attributes:
+        norm: name of the BatchNorm.
+        slice: [start, stop) of the channels in it.
+        activation: what follows the norm: the name of a PReLU module, of a function such as "relu", or None.
     """
 
     norm: str
@@ -54,17 +54,17 @@ class Gate(_Schema):
 
 
 class Group(_Schema):
-    """Channels that can only be cut together.
+    """Channels that can only be pruned together.
 
     Attributes:
-        id: made from the name of the first parameter; the same in every process.
-        channels: how many there are.
-        members: the axes that lose an entry with a channel.
-        gates: the norms' γ that decide.
-        combine: how: an index into ``gates``, or {"serial": [...]} (one dead gate kills a channel), or {"parallel":
-            [...]} (all must be dead), nested; None where nothing decides.
-        params, macs: what one channel costs, in parameters and in multiply-adds at the example's size.
-        reason: why the group cannot be cut; None where it can.
+        id: derived from the name of the first parameter; the same in every process.
+        channels: number of channels.
+        members: the axes that lose an entry with each channel.
+        gates: the gates that decide whether a channel is dead.
+        combine: the gate expression: an index into ``gates``, {"serial": [...]} (dead if any part is) or
+            {"parallel": [...]} (dead if all parts are), nested; None without gates.
+        params, macs: cost of one channel, in parameters and in multiply-adds at the example's size.
+        reason: why the group cannot be pruned; None where it can.
     """
 
     id: str
@@ -78,12 +78,12 @@ class Group(_Schema):
 
     @property
     def producers(self) -> list[str]:
-        """The modules whose output channels are this group's."""
+        """The modules that output the group's channels."""
         return [m.tensor.removesuffix(".weight") for m in self.members if not m.reads and m.tensor.endswith(".weight")]
 
     @property
     def readers(self) -> list[Member]:
-        """The input axes that read this group's channels."""
+        """The input axes that read the group's channels."""
         return [m for m in self.members if m.reads]
 
 
@@ -96,15 +96,15 @@ class Builder(_Schema):
 
 
 class Plan(_Schema):
-    """What is kept of a dense model.
+    """What to keep of a dense model.
 
     Attributes:
-        groups: for each group's id the channels kept, ascending; a number n stands for the first n.
-        removed: modules that are gone, because nothing is left of what they compute or read.
-        added_bias: convolutions that got a bias from constants folded into them.
-        carriers: for each group's id the kept channels that carry only a constant.
-        splits: for each multi-scale layer the channels kept in each branch.
-        notes: what is not as it was asked for (nothing cut, a tie, a layer left whole), a sentence each.
+        groups: for each group's id the kept channels, ascending; a number n means the first n.
+        removed: modules that are removed because they have no inputs or no outputs left.
+        added_bias: convolutions that get a bias, from constants folded into them.
+        carriers: for each group's id the kept channels that only carry a constant.
+        splits: for each multi-scale layer the number of channels kept in each branch.
+        notes: where the plan differs from what was requested, a sentence each.
     """
 
     format: int = FORMAT
@@ -120,10 +120,10 @@ class Plan(_Schema):
     notes: list[str] = []
 
     def kept(self, group: Group) -> list[int]:
-        """The channels of this group that stay; all of them where the plan does not name it.
+        """Return the kept channels of a group; all of them where the plan does not name it.
 
         Raises:
-            PlanError: channels that the group does not have.
+            PlanError: the plan names channels that the group does not have.
         """
         kept = self.groups.get(group.id, group.channels)
         kept = list(range(kept)) if isinstance(kept, int) else kept
@@ -135,12 +135,12 @@ class Plan(_Schema):
         return kept
 
     def check(self, groups: list[Group]) -> None:
-        """See that the plan speaks of these groups.
+        """Check that the plan fits these groups.
 
         Raises:
-            PlanError: it names a group that is not there, or cuts one that cannot be cut.
+            PlanError: it names a group that does not exist, or prunes one that cannot be pruned.
         """
-        known = {group.id: group for group in groups}
+        known = {group.id for group in groups}
         for name in self.groups:
             if name not in known:
                 raise PlanError(
@@ -155,24 +155,24 @@ class Plan(_Schema):
 
     @classmethod
     def from_json(cls, data: Any, name: str = "plan.json") -> Plan:
-        """Read a plan.
+        """Parse a plan; ``name`` is its name in messages.
 
         Raises:
-            PlanError: it is none, or of a newer format.
+            PlanError: it is not a plan, or of a newer format.
         """
-        held = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
-        if (fault := format_problem(held, FORMAT)) is not None:
-            mend = "pip install --upgrade prunekit" if is_newer(held, FORMAT) else "extract it again"
-            raise PlanError(f"{name} {fault}; {mend}")
+        version = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
+        if (fault := format_problem(version, FORMAT)) is not None:
+            fix = "pip install --upgrade prunekit" if is_newer(version, FORMAT) else "extract it again"
+            raise PlanError(f"{name} {fault}; {fix}")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = format_path(first["loc"]) or "the top level"
-            raise PlanError(f"{name} is no plan: {where}: {first['msg']}; extract it again") from None
+            raise PlanError(f"{name} is not a plan: {where}: {first['msg']}; extract it again") from None
 
 
 def digest(data: Any) -> str:
-    """A short stable hash of something that JSON can hold."""
+    """Return a short stable hash of JSON data."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

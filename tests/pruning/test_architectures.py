@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning
 # What cannot be cut, and why: a part of the reason of each such group.
 REASONS = {
     "efficientnet": {"no gate"},
-    "googlenet_aux": {"way to the output", "in training alone"},
+    "googlenet_aux": {"path to the output", "in training alone"},
     "mobilenet_v3": {"no gate"},
     "resnet_option_a": {"ConstantPadNd"},
     "resnet_se": {"no gate"},

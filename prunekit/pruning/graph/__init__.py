@@ -1,1 +1,1 @@
-"""The graph of a model, how channels pass through it, and the groups that are pruned together."""
+"""The graph of a model, how channels propagate through it, and the groups that are pruned together."""

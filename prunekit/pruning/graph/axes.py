@@ -1,23 +1,25 @@
-"""The axes of a module's tensors on which channels stand."""
+"""The axes of a module's tensors that carry channels."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.layers import DepthwiseModules
-from prunekit.pruning.graph.trace import CONVS, TRANSPOSED
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def conv_groups(model: nn.Module, name: str) -> int:
-    """In how many groups a convolution connects its channels; 1 for what connects all, and for a depthwise one, which
-    connects none."""
+    """Return the number of groups of a grouped convolution; 1 for depthwise convolutions and all other modules."""
     module = model.get_submodule(name)
     groups = getattr(module, "groups", 1) if isinstance(module, CONVS + TRANSPOSED) else 1
     return 1 if groups == 1 or is_channelwise(model, name) else groups
 
 
 def is_channelwise(model: nn.Module, name: str) -> bool:
-    """Whether a module hands its channels on one by one (a norm, a PReLU, a depthwise convolution), and makes none."""
+    """Return whether a module maps each channel to itself: a norm, a PReLU or a depthwise convolution."""
     module = model.get_submodule(name)
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() < 2:
@@ -28,12 +30,18 @@ def is_channelwise(model: nn.Module, name: str) -> bool:
 
 
 def axis_length(module: nn.Module, tensor: str, axis: int) -> int:
-    """How many entries an axis has; along the input axis of a convolution with groups, those of all groups."""
+    """Return the length of an axis; for the input axis of a grouped convolution, the total over its groups."""
     length = getattr(module, tensor).shape[axis]
     grouped = tensor == "weight" and axis == 1 and isinstance(module, CONVS)
     return length * module.groups if grouped else length
 
 
 def output_axis(module: nn.Module) -> int:
-    """The axis of a weight along which the output's channels stand."""
+    """Return the axis of a module's weight that carries its output channels."""
     return 1 if isinstance(module, TRANSPOSED) else 0
+
+
+def channel_tensors(module: nn.Module) -> list[str]:
+    """Return the names of the tensors that have an entry for each output channel of a module."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return [name for name in names if isinstance(getattr(module, name, None), Tensor)]

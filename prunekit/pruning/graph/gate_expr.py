@@ -1,88 +1,100 @@
-"""How gates combine along the way of a channel.
+"""Gate expressions: which gates make a channel zero, and the score of a channel.
 
-A *life* says which gates can end a channel. It is a tree over norms: gates in a row (``serial``), any of which ends
-it when it is zero; and side by side (``parallel``), all of which must be. A channel that no gate can end is ``ALIVE``.
+A gate expression is a tree over gates. ``serial``: the channel passes one gate after another and is dead when any of
+them is zero. ``parallel``: several channels are added, or several readers see different gates; the channel is dead
+only when all of them are zero. A channel that passes no gate is ``UNGATED``.
 
-The score of a channel says how much of it is left, in units that can be compared between layers: the *effective gate*
-of the last norm of a row, |γ|·√(v/(v+ε)) with v the running variance, since the next norm rescales whatever the gates
-before it shrink; zero if any gate of the row is zero. The score of a sum is the largest of its sides.
+The score of a serial expression is the effective gate |γ|·√(v/(v+ε)) of its last norm (v: the running variance),
+because the next norm rescales what earlier gates shrink; it is 0 if any gate is zero. The score of a parallel
+expression is the largest of its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
 
 from prunekit.pruning.plan import Gate, Group
 
-GateExpr = tuple  # ("alive",) | ("gate", norm, offset) | ("serial", Life, …) | ("parallel", Life, …)
+GateExpr = tuple  # ("ungated",) | ("gate", norm, offset) | ("serial", GateExpr, …) | ("parallel", GateExpr, …)
+T = TypeVar("T")
 
-ALIVE: GateExpr = ("alive",)
+UNGATED: GateExpr = ("ungated",)
 
 
-def append_gate(past: GateExpr, norm: str, offset: int) -> GateExpr:
-    """The life of channels that have passed one more norm, standing in it from ``offset`` on."""
+def append_gate(expr: GateExpr, norm: str, offset: int) -> GateExpr:
+    """Return the expression of channels that pass one more norm, in which they start at ``offset``."""
     gate = ("gate", norm, offset)
-    if past == ALIVE:
+    if expr == UNGATED:
         return gate
-    return (*past, gate) if past[0] == "serial" else ("serial", past, gate)
+    return (*expr, gate) if expr[0] == "serial" else ("serial", expr, gate)
 
 
-def parallel(lives: list[GateExpr]) -> GateExpr:
-    """The life of a sum, or of channels that several readers see differently: over only when all are."""
-    sides: dict[GateExpr, None] = {}
-    for one in lives:
-        sides.update(dict.fromkeys(one[1:] if one[0] == "parallel" else (one,)))
-    if ALIVE in sides:
-        return ALIVE
-    sides = dict.fromkeys(_shorter(one, sides) for one in sides)
-    return next(iter(sides)) if len(sides) == 1 else ("parallel", *sides)
+def parallel(exprs: Iterable[GateExpr]) -> GateExpr:
+    """Return the expression of a sum, or of channels that several readers see through different gates."""
+    parts: dict[GateExpr, None] = {}
+    for expr in exprs:
+        parts.update(dict.fromkeys(expr[1:] if expr[0] == "parallel" else (expr,)))
+    if UNGATED in parts:
+        return UNGATED
+    parts = dict.fromkeys(_absorb(part, parts) for part in parts)
+    return next(iter(parts)) if len(parts) == 1 else ("parallel", *parts)
 
 
-def _shorter(one: GateExpr, sides: dict[GateExpr, None]) -> GateExpr:
-    """A row that begins with a sum of nothing but sides beside it, as in x + f(x), is over with them, whichever of them
-    it remembers; without this a tower of such sums doubles the tree at each floor."""
-    if one[0] == "serial" and one[1][0] == "parallel" and all(side in sides for side in one[1][1:]):
-        return ("serial", one[1][1], *one[2:])
-    return one
+def _absorb(expr: GateExpr, siblings: dict[GateExpr, None]) -> GateExpr:
+    """Shorten the residual branch in x + f(x): where all terms of x are siblings, one of them represents x.
+
+    The branch is then dead in the same cases. Without this, the tree doubles with each residual block.
+    """
+    if expr[0] == "serial" and expr[1][0] == "parallel" and all(part in siblings for part in expr[1][1:]):
+        return ("serial", expr[1][1], *expr[2:])
+    return expr
 
 
-def product(a: GateExpr, b: GateExpr) -> GateExpr:
-    """The life of a product: over when either side is. A side that no gate can end does not save the other."""
-    if ALIVE in (a, b):
-        return b if a == ALIVE else a
+def serial(a: GateExpr, b: GateExpr) -> GateExpr:
+    """Return the expression of a product, which is zero when either factor is."""
+    if UNGATED in (a, b):
+        return b if a == UNGATED else a
     return a if a == b else ("serial", a, b)
 
 
-def shift(one: GateExpr, by: int) -> GateExpr:
-    """The same life for channels that begin ``by`` further on."""
-    if by == 0 or one == ALIVE:
-        return one
-    if one[0] == "gate":
-        return ("gate", one[1], one[2] + by)
-    return (one[0], *(shift(part, by) for part in one[1:]))
+def shift(expr: GateExpr, offset: int) -> GateExpr:
+    """Return the expression of the channels from ``offset`` on."""
+    if offset == 0 or expr == UNGATED:
+        return expr
+    if expr[0] == "gate":
+        return ("gate", expr[1], expr[2] + offset)
+    return (expr[0], *(shift(part, offset) for part in expr[1:]))
 
 
-def resolve(one: GateExpr, channels: int) -> tuple[list[Gate], Any]:
-    """The gates of a life and the tree over their indices, as a Group holds them; ([], None) where it is ALIVE."""
+def resolve(expr: GateExpr, channels: int) -> tuple[list[Gate], Any]:
+    """Return the gates of an expression and its tree of gate indices, as in ``Group``; ([], None) for ``UNGATED``."""
     gates: dict[tuple[str, int], int] = {}
 
-    def walk(part: GateExpr) -> Any:
+    def to_tree(part: GateExpr) -> Any:
         if part[0] == "gate":
             return gates.setdefault((part[1], part[2]), len(gates))
-        return {part[0]: [walk(p) for p in part[1:]]}
+        return {part[0]: [to_tree(p) for p in part[1:]]}
 
-    if one == ALIVE:
+    if expr == UNGATED:
         return [], None
-    tree = walk(one)
+    tree = to_tree(expr)
     return [Gate(norm=norm, slice=(start, start + channels)) for norm, start in gates], tree
 
 
+def _fold(tree: Any, leaf: Callable[[int], T], combine: Callable[[str, list[T]], T]) -> T:
+    """Evaluate the tree of a group bottom-up; ``combine`` gets "serial" or "parallel" and the values of the parts."""
+    if isinstance(tree, int):
+        return leaf(tree)
+    ((kind, parts),) = tree.items()
+    return combine(kind, [_fold(part, leaf, combine) for part in parts])
+
+
 def effective_gates(norm: nn.Module) -> np.ndarray:
-    """|γ|·√(v/(v+ε)) of each channel of a BatchNorm, (C,) float64: the deviation of its output over the data."""
+    """Return |γ|·√(v/(v+ε)) of a BatchNorm, (C,) float64: the standard deviation of its output over the data."""
     gamma = norm.weight.detach().double().abs()
     if norm.running_var is None:
         return gamma.cpu().numpy()
@@ -90,74 +102,61 @@ def effective_gates(norm: nn.Module) -> np.ndarray:
     return (gamma * (variance / (variance + norm.eps)).sqrt()).cpu().numpy()
 
 
+def _zero_gates(model: nn.Module, group: Group) -> list[np.ndarray]:
+    return [(model.get_submodule(g.norm).weight.detach() == 0).cpu().numpy()[slice(*g.slice)] for g in group.gates]
+
+
 def gate_scores(model: nn.Module, group: Group) -> np.ndarray:
-    """How much of each channel of the group is left, (channels,) float64; 0 is dead, ∞ where no gate decides."""
+    """Return the score of each channel of a group, (channels,) float64: 0 is dead, ∞ means that it passes no gate."""
     if group.combine is None:
         return np.full(group.channels, np.inf)
-    norms = [model.get_submodule(gate.norm) for gate in group.gates]
-    cut = [slice(*gate.slice) for gate in group.gates]
-    effective = [effective_gates(norm)[part] for norm, part in zip(norms, cut, strict=True)]
-    dead = [(norm.weight.detach() == 0).cpu().numpy()[part] for norm, part in zip(norms, cut, strict=True)]
+    effective = [effective_gates(model.get_submodule(gate.norm))[slice(*gate.slice)] for gate in group.gates]
+    leaves = list(zip(effective, _zero_gates(model, group), strict=True))
 
-    def walk(part: Any) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(part, int):
-            return effective[part], dead[part]
-        kind, parts = next(iter(part.items()))
-        values, ends = zip(*map(walk, parts), strict=True)
-        if kind == "serial":
-            over = np.logical_or.reduce(ends)
-            return np.where(over, 0.0, values[-1]), over
-        over = np.logical_and.reduce(ends)
-        return np.maximum.reduce(values), over
+    def combine(kind: str, parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        scores, dead = zip(*parts, strict=True)
+        if kind == "parallel":
+            return np.maximum.reduce(scores), np.logical_and.reduce(dead)
+        any_dead = np.logical_or.reduce(dead)
+        return np.where(any_dead, 0.0, scores[-1]), any_dead
 
-    values, over = walk(group.combine)
-    return np.where(over, 0.0, values)
+    return _fold(group.combine, leaves.__getitem__, combine)[0]
 
 
 def zeroing_masks(model: nn.Module, group: Group, dead: Iterable[int]) -> list[np.ndarray]:
-    """For each gate of the group, which of its channels must be set to zero for the dead ones to be dead.
+    """Return which gates to set to zero so that the given channels are dead.
 
-    A row in which a gate is zero is closed already, and its other gates are left as they are; else the last one is
-    closed.
+    In a serial expression only the last gate is set, and none where one is zero already.
 
     Returns:
-        a mask (channels,) for each of ``group.gates``.
+        for each of ``group.gates`` a mask (channels,).
     """
     wanted = np.zeros(group.channels, bool)
     wanted[list(dead)] = True
-    zero = [
-        (model.get_submodule(gate.norm).weight.detach() == 0).cpu().numpy()[slice(*gate.slice)] for gate in group.gates
-    ]
+    zero = _zero_gates(model, group)
     masks = [np.zeros(group.channels, bool) for _ in group.gates]
 
-    def over(part: Any) -> np.ndarray:
-        if isinstance(part, int):
-            return zero[part]
-        kind, parts = next(iter(part.items()))
-        return (np.logical_or if kind == "serial" else np.logical_and).reduce([over(p) for p in parts])
+    def is_dead(kind: str, parts: list[np.ndarray]) -> np.ndarray:
+        return (np.logical_or if kind == "serial" else np.logical_and).reduce(parts)
 
-    def close(part: Any, need: np.ndarray) -> None:
-        if isinstance(part, int):
-            masks[part] |= need
+    def mark(tree: Any, channels: np.ndarray) -> None:
+        if isinstance(tree, int):
+            masks[tree] |= channels
             return
-        kind, parts = next(iter(part.items()))
-        need = need & ~over(part)
-        for p in parts[-1:] if kind == "serial" else parts:
-            close(p, need)
+        ((kind, parts),) = tree.items()
+        channels = channels & ~_fold(tree, zero.__getitem__, is_dead)
+        for part in parts[-1:] if kind == "serial" else parts:
+            mark(part, channels)
 
     if group.combine is not None:
-        close(group.combine, wanted)
+        mark(group.combine, wanted)
     return masks
 
 
 def last_gates(group: Group) -> list[int]:
-    """The gates of the group, as indices into ``group.gates``, behind which no other stands in its row: nothing norms
-    again what they let through."""
+    """Return the indices into ``group.gates`` of the gates that no later gate of the expression follows."""
 
-    def walk(part: Any) -> list[int]:
-        if isinstance(part, int):
-            return [part]
-        kind, parts = next(iter(part.items()))
-        return [index for p in (parts[-1:] if kind == "serial" else parts) for index in walk(p)]
+    def last(kind: str, parts: list[set[int]]) -> set[int]:
+        return parts[-1] if kind == "serial" else set().union(*parts)
 
-    return [] if group.combine is None else sorted(set(walk(group.combine)))
+    return [] if group.combine is None else sorted(_fold(group.combine, lambda index: {index}, last))

@@ -1,18 +1,14 @@
-"""Groups: which channels can only be cut together, which gates decide, and what a channel costs.
+"""Groups: channels that can only be pruned together, their gates, and what a channel costs.
 
-One pass over the graph in order of computation carries, for every tensor, the identity of each of its channels. A
-convolution makes new ones; a norm, an activation or a depthwise convolution hands them on; a sum makes its inputs'
-channels the same; a concatenation puts them side by side. Channels that turn out to be the same everywhere are a
-group. The work is linear in the channels that pass each operation.
-
-With the identities goes the *life* of the channels: which gates they have passed, and how those combine (see
-``scores``).
+Channels that propagation has found to be identical everywhere form a group. The work is linear in the number of
+channels that pass through the operations.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,201 +17,194 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from prunekit.pruning.graph import gate_expr
-from prunekit.pruning.graph.axes import axis_length, output_axis
-from prunekit.pruning.graph.propagation import ACTIVATIONS, Propagation, Use, propagate, tensors
-from prunekit.pruning.graph.trace import CONVS, LINEAR_OPS, TRANSPOSED, Graph, Node, follow, trace
+from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, channel_tensors, output_axis
+from prunekit.pruning.graph.propagation import ACTIVATIONS, Propagation, Use, propagate
+from prunekit.pruning.graph.trace import LINEAR_OPS, Node, follow_chain, trace
 from prunekit.pruning.plan import Group, Member
 
 
 def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
-    """Every set of channels of ``model`` that can be cut together, in the order of computation.
+    """Find all groups of channels of a model.
 
     Args:
-        model: any module whose input is one tensor; its mode and parameters are left as they are.
+        model: any module whose input is one tensor; its mode and parameters are left unchanged.
         example: an input batch, (N, C, H, W) or (N, C).
 
     Returns:
-        The groups. One that cannot be cut has a ``reason``.
+        The groups in order of computation. One that cannot be pruned has a ``reason``.
 
     Raises:
         PlanError: the model fails on the example.
     """
-    graph = trace(model, example)
-    walk = propagate(graph, example.shape[1])
-    _lock_computed(model, walk, graph.elsewhere)
-    return _assemble(model, graph, walk)
+    propagation = propagate(trace(model, example), example.shape[1])
+    _lock_shared_weights(model, propagation)
+    return _build_groups(model, propagation)
 
 
-@dataclass
-class _Part:
-    """What a group needs to know of a module.
-
-    Attributes:
-        tensors: for each the name, and how many trained numbers go with an entry of axis 0 and of axis 1.
-        into: the norm behind it (see ``Member``).
-        macs: multiply-adds that go with an entry of axis 0 and of axis 1.
-    """
-
-    tensors: list[tuple[str, tuple[int, int]]]
-    into: str | None
-    macs: tuple[int, int]
-
-
-def _parts(model: nn.Module, graph: Graph, walk: Propagation) -> dict[str, _Part]:
-    nodes = graph.by_name()
-    found = {}
-    for name in dict.fromkeys(use.module for use in walk.uses):
-        module, node = model.get_submodule(name), nodes[name]
-        # A transposed convolution spreads each input element, the others gather for each output element.
-        shape = node.in_shape if node.op == "transposed" else node.shape
-        counted = node.op in ("conv", "depthwise", "linear", "transposed") and shape
-        positions = math.prod(shape[2:]) if counted else 0
-        held = tensors(module)
-        own = _per_entry(module, held[0])
-        found[name] = _Part(
-            [(key, _per_entry(module, key) if key in module._parameters else (0, 0)) for key in held],
-            _norm_behind(node, graph),
-            (positions * own[0], positions * own[1]),
-        )
-    return found
-
-
-def _per_entry(module: nn.Module, name: str) -> tuple[int, int]:
-    """Numbers that an entry of axis 0, and of axis 1, takes along."""
-    tensor = getattr(module, name)
-    return tuple(
-        tensor.numel() // max(axis_length(module, name, axis), 1) if axis < tensor.dim() else 0 for axis in (0, 1)
-    )
-
-
-def _lock_computed(model: nn.Module, walk: Propagation, elsewhere: set[str]) -> None:
-    """Lock the channels of weights that cannot be cut in their place: computed ones, and those of several modules."""
+def _lock_shared_weights(model: nn.Module, propagation: Propagation) -> None:
+    """Lock the channels of weights that cannot be sliced in place: computed ones and those of several modules."""
     owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
     reasons: dict[str, str | None] = {}
-    for use in walk.uses:
+    for use in propagation.uses:
         if use.module not in reasons:
             module, reasons[use.module] = model.get_submodule(use.module), None
-            if use.module in elsewhere:
+            if use.module in propagation.graph.used_elsewhere:
                 reasons[use.module] = f"a parameter of {use.module} is used outside of it"
-            for name in tensors(module):
+            for name in channel_tensors(module):
                 if name not in module._parameters and name not in module._buffers:
                     reasons[use.module] = f"the {name} of {use.module} is computed from others (a parametrization)"
                 elif owners[id(getattr(module, name))] > 1:
                     reasons[use.module] = f"the {name} of {use.module} is another module's too"
         reason = reasons[use.module]
         if reason is not None:
-            walk.locked.append((use.ids, reason))
+            propagation.locked.append((use.ids, reason))
 
 
-def _assemble(model: nn.Module, graph: Graph, walk: Propagation) -> list[Group]:
-    """Put the channels that are the same everywhere into groups."""
-    parts = _parts(model, graph, walk)
-    ties = np.concatenate([np.stack(pair) for pair in walk.same], 1) if walk.same else np.zeros((2, 0), int)
-    matrix = coo_matrix((np.ones(ties.shape[1]), (ties[0], ties[1])), (walk.total, walk.total))
+def _build_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
+    """Merge identical channels and split all uses where their neighbors differ."""
+    pairs = (
+        np.concatenate([np.stack(pair) for pair in propagation.same], 1) if propagation.same else np.zeros((2, 0), int)
+    )
+    matrix = coo_matrix((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), (propagation.total, propagation.total))
     _, label = connected_components(matrix, directed=False)
-    # Runs of channels that always appear together, in the same order, are one group: cut every use at the others'
-    # bounds.
+    # Consecutive channels that appear together in every use are one group.
     starts = np.zeros(label.max(initial=-1) + 2, bool)
-    spans = [label[use.ids] for use in walk.uses] + [label[ids] for ids, _ in walk.locked]
-    for span in spans:
-        starts[span[0]] = True
-        breaks = np.flatnonzero(np.diff(span) != 1) + 1
-        starts[span[breaks]] = True
-        ends = np.append(span[breaks - 1], span[-1]) + 1
-        starts[ends] = True
+    for ids in [*(use.ids for use in propagation.uses), *(ids for ids, _ in propagation.locked)]:
+        labels = label[ids]
+        breaks = np.flatnonzero(np.diff(labels) != 1) + 1
+        starts[labels[0]] = True
+        starts[labels[breaks]] = True
+        starts[np.append(labels[breaks - 1], labels[-1]) + 1] = True
     group_of = np.cumsum(starts[:-1]) - 1
-    first = np.flatnonzero(starts)
+    bounds = np.flatnonzero(starts)
     reasons: dict[int, str] = {}
-    for ids, reason in walk.locked:
+    for ids, reason in propagation.locked:
         for g in np.unique(group_of[label[ids]]):
             reasons.setdefault(int(g), reason)
     uses: dict[int, list[tuple[Use, int]]] = defaultdict(list)
-    # In the model's own order, so that names and order do not depend on how the tracer walked.
-    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
-    for use in sorted(walk.uses, key=lambda use: (use.reads, order[use.module], use.offset)):
-        span = label[use.ids]
-        for at in np.flatnonzero(starts[span]):
-            uses[int(group_of[span[at]])].append((use, int(at)))
-    nodes = graph.by_name()
-    made = [_group(nodes, parts, found, int(first[g + 1] - first[g]), reasons.get(g)) for g, found in uses.items()]
-    return made + _unseen(model, walk, graph)
+    # In the model's order, so that names and order do not depend on the tracer.
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    for use in sorted(propagation.uses, key=lambda use: (use.reads, order[use.module], use.offset)):
+        labels = label[use.ids]
+        for start in np.flatnonzero(starts[labels]):
+            uses[int(group_of[labels[start]])].append((use, int(start)))
+    build = _GroupBuilder(model, propagation)
+    groups = [build(uses[g], int(bounds[g + 1] - bounds[g]), reasons.get(g)) for g in uses]
+    return groups + _untraced_groups(model, propagation)
 
 
-def _unseen(model: nn.Module, walk: Propagation, graph: Graph) -> list[Group]:
-    """The layers that no other group names, lest they be passed over in silence."""
-    seen = {use.module for use in walk.uses} | graph.reused
+def _untraced_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
+    """Return a group that cannot be pruned for each layer that the trace does not contain."""
+    traced = {use.module for use in propagation.uses} | propagation.graph.reused
     return [
         Group(
             id=name,
             channels=module.weight.shape[output_axis(module)],
             members=[Member(tensor=f"{name}.weight", axis=output_axis(module))],
-            reason="not on the way from input to output (it is called in training alone, under no_grad, or never)",
+            reason="not on the path from input to output (it is called in training alone, under no_grad, or never)",
         )
         for name, module in model.named_modules()
-        if isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)) and name not in seen
+        if isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)) and name not in traced
     ]
 
 
-def _group(
-    nodes: dict[str, Node],
-    parts: dict[str, _Part],
-    found: list[tuple[Use, int]],
-    channels: int,
-    reason: str | None,
-) -> Group:
-    members, params, macs, lives = [], 0, 0, []
-    for use, at in found:
-        part = parts[use.module]
-        # Channels that are cut from the output take their bias, their statistics and so on along.
-        offset = use.offset + at * use.stride
-        for name, size in part.tensors[:1] if use.reads else part.tensors:
-            axis = use.axis if name == "weight" else 0
-            # Thousands of them in a dense network, and nothing in them from outside: not validated.
-            members.append(
-                Member.model_construct(
-                    tensor=f"{use.module}.{name}",
-                    axis=axis,
-                    offset=offset,
-                    stride=use.stride,
-                    reads=use.reads,
-                    into=part.into if use.reads else None,
+@dataclass
+class _ModuleCosts:
+    """Costs of a module per entry of axis 0 and of axis 1.
+
+    Attributes:
+        params: trained parameters, for each tensor.
+        macs: multiply-adds.
+        next_norm: see ``Member``.
+    """
+
+    params: dict[str, tuple[int, int]]
+    macs: tuple[int, int]
+    next_norm: str | None
+
+
+class _GroupBuilder:
+    """Builds the groups of one model from their uses."""
+
+    def __init__(self, model: nn.Module, propagation: Propagation):
+        self.reused = propagation.graph.reused
+        self.nodes = propagation.graph.by_name()
+        names = dict.fromkeys(use.module for use in propagation.uses)
+        self.costs = {name: self._costs(model.get_submodule(name), self.nodes[name]) for name in names}
+
+    def __call__(self, uses: Sequence[tuple[Use, int]], channels: int, reason: str | None) -> Group:
+        """Build a group.
+
+        Args:
+            uses: each with the index of the group's first channel in it.
+        """
+        members, params, macs, exprs = [], 0, 0, []
+        for use, start in uses:
+            costs = self.costs[use.module]
+            # Output channels take their bias and statistics along.
+            for name in list(costs.params)[:1] if use.reads else costs.params:
+                axis = use.axis if name == "weight" else 0
+                # Not validated: a dense network has thousands, all of them from here.
+                members.append(
+                    Member.model_construct(
+                        tensor=f"{use.module}.{name}",
+                        axis=axis,
+                        offset=use.offset + start * use.stride,
+                        stride=use.stride,
+                        reads=use.reads,
+                        next_norm=costs.next_norm if use.reads else None,
+                    )
                 )
-            )
-            params += size[axis] * use.stride
-        macs += part.macs[use.axis] * use.stride
-        if use.gate_expr is not None:
-            lives.append(gate_expr.shift(use.gate_expr, at))
-    gates, combine = gate_expr.resolve(gate_expr.parallel(lives) if lives else gate_expr.ALIVE, channels)
-    for gate in gates:
-        gate.activation = _activation(nodes[gate.norm], nodes)
-    if reason is None and combine is None:
-        reason = "no gate: " + ("nothing reads it" if not lives else "it reaches a reader without passing a norm")
-    name = "input" if members[0].reads else members[0].tensor.rpartition(".")[0]
-    offset = members[0].offset
-    return Group(
-        id=f"{name}@{offset}" if offset else name,
-        channels=channels,
-        members=members,
-        gates=gates,
-        combine=combine,
-        params=params,
-        macs=macs,
-        reason=reason,
+                params += costs.params[name][axis] * use.stride
+            macs += costs.macs[use.axis] * use.stride
+            if use.gate_expr is not None:
+                exprs.append(gate_expr.shift(use.gate_expr, start))
+        gates, combine = gate_expr.resolve(gate_expr.parallel(exprs) if exprs else gate_expr.UNGATED, channels)
+        for gate in gates:
+            gate.activation = self._activation(self.nodes[gate.norm])
+        if reason is None and combine is None:
+            reason = "no gate: " + ("it reaches a reader without passing a norm" if exprs else "nothing reads it")
+        first = members[0]
+        name = "input" if first.reads else first.tensor.rpartition(".")[0]
+        return Group(
+            id=f"{name}@{first.offset}" if first.offset else name,
+            channels=channels,
+            members=members,
+            gates=gates,
+            combine=combine,
+            params=params,
+            macs=macs,
+            reason=reason,
+        )
+
+    def _costs(self, module: nn.Module, node: Node) -> _ModuleCosts:
+        # A transposed convolution multiplies once for each input position, the others for each output position.
+        shape = node.inputs[0].out_shape if node.op == "transposed" else node.out_shape
+        counted = node.op in ("conv", "depthwise", "linear", "transposed") and shape
+        positions = math.prod(shape[2:]) if counted else 0
+        tensors = channel_tensors(module)
+        weight = _numbers_per_entry(module, tensors[0])
+        params = {name: _numbers_per_entry(module, name) if name in module._parameters else (0, 0) for name in tensors}
+        return _ModuleCosts(params, (positions * weight[0], positions * weight[1]), self._next_norm(node))
+
+    def _next_norm(self, reader: Node) -> str | None:
+        norm = follow_chain(reader, LINEAR_OPS)
+        if norm is None or norm.op != "norm" or norm.name in self.reused or norm.module.running_mean is None:
+            return None
+        return norm.name
+
+    def _activation(self, norm: Node) -> str | None:
+        after = follow_chain(norm, ())
+        if after is None:
+            return None
+        name = after.name if after.op == "prelu" else ACTIVATIONS.get(after.op)
+        # A function with the name of a PReLU module could not be told from that module.
+        return None if after.op != "prelu" and name in self.nodes else name
+
+
+def _numbers_per_entry(module: nn.Module, name: str) -> tuple[int, int]:
+    """Return how many numbers of a tensor belong to an entry of axis 0 and of axis 1."""
+    tensor = getattr(module, name)
+    return tuple(
+        tensor.numel() // max(axis_length(module, name, axis), 1) if axis < tensor.dim() else 0 for axis in (0, 1)
     )
-
-
-def _norm_behind(reader: Node, graph: Graph) -> str | None:
-    """The norm that takes what this module puts out, and nothing else, up to sums and up-sampling."""
-    norm = follow(reader, LINEAR_OPS)
-    if norm is None or norm.op != "norm" or norm.name in graph.reused or norm.module.running_mean is None:
-        return None
-    return norm.name
-
-
-def _activation(norm: Node, nodes: dict[str, Node]) -> str | None:
-    after = follow(norm, ())
-    if after is None:
-        return None
-    name = after.name if after.op == "prelu" else ACTIVATIONS.get(after.op)
-    # A function of which a PReLU has the name could not be told from it.
-    return None if after.op != "prelu" and name in nodes else name

@@ -1,4 +1,4 @@
-"""What of a model is kept, whatever its channels score."""
+"""Which groups must keep channels because the model needs them, and which have lost all of theirs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from prunekit.utils.text import plural
 
 
 def describe_unprunable(groups: Sequence[Group]) -> str | None:
-    """A sentence on the groups that cannot be cut, or None where all can."""
+    """Return a sentence on the groups that cannot be pruned and the most common reasons; None where all can be."""
     reasons = Counter(group.reason for group in groups if group.reason is not None)
     if not reasons:
         return None
-    common = [f"{n} {reason}" for reason, n in reasons.most_common(3)]
-    rest = sum(reasons.values()) - sum(n for _, n in reasons.most_common(3))
-    return f"{plural(sum(reasons.values()), 'group')} cannot be cut: {'; '.join(common)}" + (
-        f"; {rest} other" if rest else ""
-    )
+    common = reasons.most_common(3)
+    parts = [f"{count} {reason}" for reason, count in common]
+    if len(reasons) > len(common):
+        parts.append(f"{reasons.total() - sum(count for _, count in common)} other")
+    return f"{plural(reasons.total(), 'group')} cannot be cut: {'; '.join(parts)}"
 
 
 def removable(model: nn.Module, group: Group) -> bool:
-    """Whether the group may lose all of its channels: every module of it may be absent, or has others to read."""
+    """Return whether a group may lose all channels: each of its modules is optional, or reads other groups too."""
     for member in group.members:
         module, _, name = member.tensor.rpartition(".")
         if isinstance(model.get_submodule(module.rpartition(".")[0]), OptionalModules):
@@ -40,38 +40,37 @@ def removable(model: nn.Module, group: Group) -> bool:
 
 
 def group_by_layer(groups: Sequence[Group]) -> list[list[Group]]:
-    """The groups of each layer: those whose last norms stand in one container are its branches."""
-    found: dict[str, list[Group]] = defaultdict(list)
+    """Collect the branches of each layer: groups whose last norms are in one container."""
+    layers: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
         if group.gates:
-            found[group.gates[-1].norm.rpartition(".")[0]].append(group)
-    return list(found.values())
+            layers[group.gates[-1].norm.rpartition(".")[0]].append(group)
+    return list(layers.values())
 
 
 def essential_groups(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
-    """The sets of groups of which a channel each must live: all branches of a layer together, and each group that
-    cannot be taken out."""
-    free = [group for group in groups if group.reason is None]
-    may_go = {group.id: removable(model, group) for group in free}
-    layers = [layer for layer in group_by_layer(free) if all(may_go[group.id] for group in layer)]
-    return layers + [[group] for group in free if not may_go[group.id]]
+    """Return the sets of groups of which at least one channel must stay: all branches of a layer together, and each
+    group that cannot be removed."""
+    prunable = [group for group in groups if group.reason is None]
+    may_go = {group.id: removable(model, group) for group in prunable}
+    layers = [layer for layer in group_by_layer(prunable) if all(may_go[group.id] for group in layer)]
+    return layers + [[group] for group in prunable if not may_go[group.id]]
 
 
 def below_threshold(
-    sets: Sequence[Sequence[Group]], threshold: float, values: Callable[[Group], np.ndarray]
+    sets: Sequence[Sequence[Group]], threshold: float, scores: Callable[[Group], np.ndarray]
 ) -> dict[str, float]:
-    """Those of these sets of groups of which no channel has a score above the threshold: their names, and the best
-    score in each.
+    """Return the sets of groups in which no score is above the threshold: their names, and the best score of each.
 
     Args:
-        sets: from ``vital``.
-        threshold: of the score.
-        values: the scores of a group, (channels,).
+        sets: from ``essential_groups``.
+        threshold: of the scores.
+        scores: returns the scores of a group, (channels,).
     """
-    best = {" + ".join(group.id for group in one): max(float(values(g).max()) for g in one) for one in sets}
+    best = {" + ".join(g.id for g in groups): max(float(scores(g).max()) for g in groups) for groups in sets}
     return {name: score for name, score in best.items() if score <= threshold}
 
 
 def dead_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
-    """What a model cannot do without and whose gates are all zero."""
+    """Return the essential groups of which every channel is dead."""
     return list(below_threshold(essential_groups(model, groups), 0.0, lambda group: gate_scores(model, group)))

@@ -1,4 +1,4 @@
-"""What each channel owns: the slices of weights that would go with it."""
+"""The weight slices that belong to each channel."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from prunekit.pruning.plan import Group
 
 
 class ParameterSlices:
-    """The weights of convolutions, linear layers and norms, seen channel by channel.
+    """The weights of convolutions, linear layers and norms, per channel.
 
-    The channels of all groups stand in one row, each group's from ``start[group.id]`` on; so that a figure for each of
-    them takes a few operations for each weight, and none for each channel. Biases and the slopes of PReLUs are left
-    out: how large they are does not say how much a channel does.
+    The channels of all groups are numbered consecutively, so that a statistic of each of them takes a few operations
+    per weight instead of per channel. Biases and PReLU slopes are left out, because their size says little about the
+    importance of a channel.
 
     Args:
-        model: the model that the groups are of.
-        groups: those to look at.
-        norms: whether the norms' weights count.
+        model: the model of the groups.
+        groups: those to consider.
+        norms: whether to include the weights of norms.
 
     Attributes:
-        start: where each group's channels begin.
-        total: how many channels there are.
+        start: number of the first channel of each group.
+        total: number of channels.
         tensors: the weights, each once.
-        members: for each channel, how many slices it owns, (total,).
-        sizes: for each channel, how many numbers they hold, (total,).
+        members: number of slices of each channel, (total,).
+        sizes: number of weights in the slices of each channel, (total,).
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], norms: bool = True):
@@ -38,57 +38,58 @@ class ParameterSlices:
             self.start[group.id] = self.total
             self.total += group.channels
         self.tensors: list[nn.Parameter] = []
-        self._axes: list[tuple[int, int, int, Tensor]] = []
         self.members = torch.zeros(self.total, dtype=torch.float64)
         self.sizes = torch.zeros(self.total, dtype=torch.float64)
-        place: dict[str, int] = {}
+        tensor_index: dict[str, int] = {}
         owners: dict[tuple[str, int], Tensor] = {}
+        axes: list[tuple[int, int, int, Tensor]] = []
         for group in groups:
             channels = torch.arange(group.channels) + self.start[group.id]
             for member in group.members:
-                module, _, name = member.tensor.rpartition(".")
-                module = model.get_submodule(module)
+                module_name, _, name = member.tensor.rpartition(".")
+                module = model.get_submodule(module_name)
                 weight = getattr(module, name)
                 norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
                 if name != "weight" or isinstance(module, nn.PReLU) or (norm and not norms):
                     continue
                 key = member.tensor, member.axis
                 length = axis_length(module, name, member.axis)
-                if member.tensor not in place:
-                    place[member.tensor] = len(self.tensors)
+                if member.tensor not in tensor_index:
+                    tensor_index[member.tensor] = len(self.tensors)
                     self.tensors.append(weight)
                 if key not in owners:
-                    # Entries of no group in sight are counted on one channel too many.
+                    # Entries of other groups are attributed to an extra channel.
                     owners[key] = torch.full((length,), self.total)
-                    blocks = length // weight.shape[member.axis]
-                    self._axes.append((place[member.tensor], member.axis, blocks, owners[key]))
+                    axes.append(
+                        (tensor_index[member.tensor], member.axis, length // weight.shape[member.axis], owners[key])
+                    )
                 stop = member.offset + group.channels * member.stride
                 owners[key][member.offset : stop] = channels.repeat_interleave(member.stride)
                 self.members[channels] += 1
                 self.sizes[channels] += member.stride * weight.numel() / length
-        # Moved once: a penalty asks at every step.
-        self._axes = [(*axis, owner.to(self.tensors[axis[0]].device)) for *axis, owner in self._axes]
+        # On the device once, because a penalty is computed at every step.
+        self._axes = [(*axis, owner.to(self.tensors[axis[0]].device)) for *axis, owner in axes]
         self._owners = torch.cat([owner for *_, owner in self._axes]) if self._axes else torch.zeros(0, dtype=int)
 
-    def part(self, figures: Tensor, group: Group) -> Tensor:
-        """Of a figure for each channel, those of one group."""
-        return figures[self.start[group.id] :][: group.channels]
+    def part(self, values: Tensor, group: Group) -> Tensor:
+        """Select the channels of a group from one value for each channel."""
+        return values[self.start[group.id] :][: group.channels]
 
-    def sums(self, values: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each axis of each weight: ``values`` of the weight summed over all other axes, (entries,), and the
-        channel of each entry, (entries,); ``total`` where it belongs to none."""
-        held: dict[int, Tensor] = {}
-        for place, axis, blocks, owner in self._axes:
-            if place not in held:
-                held[place] = values(self.tensors[place])
-            value = held[place]
+    def sums(self, fn: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each axis of each weight, ``fn`` of the weight summed over all other axes, (entries,), and the
+        channel of each entry, (entries,), which is ``total`` for entries of other groups."""
+        computed: dict[int, Tensor] = {}
+        for index, axis, blocks, owner in self._axes:
+            if index not in computed:
+                computed[index] = fn(self.tensors[index])
+            value = computed[index]
             if blocks > 1:
-                # The input axis of a convolution with groups: each block of outputs reads channels of its own.
+                # The input axis of a grouped convolution: each block of outputs reads its own channels.
                 value = value.unflatten(0, (blocks, -1)).transpose(0, 1).flatten(1, 2)
             others = [d for d in range(value.dim()) if d != axis]
             yield value.sum(others) if others else value, owner
 
-    def sum(self, values: Callable[[Tensor], Tensor]) -> Tensor:
-        """``values`` of all weights, summed over all that each channel owns, (total,)."""
-        entries = torch.cat([part for part, _ in self.sums(values)])
+    def sum(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``fn`` of all weights, summed over the slices of each channel, (total,)."""
+        entries = torch.cat([part for part, _ in self.sums(fn)])
         return entries.new_zeros(self.total + 1).index_add(0, self._owners.to(entries.device), entries)[: self.total]

@@ -1,1 +1,1 @@
-"""From a plan to a slim model: slicing tensors, folding constants, the equivalence check."""
+"""From a plan to a slim model: slicing of tensors, constant folding and the equivalence check."""

@@ -1,7 +1,8 @@
-"""Cutting channels out of a model: tensors are sliced, and modules of which nothing is left are taken out."""
+"""Removal of channels from a model: tensors are sliced, and modules without inputs or outputs are removed."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -13,20 +14,23 @@ from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.axes import axis_length, conv_groups, is_channelwise, output_axis
 from prunekit.pruning.plan import Group, Member
 
-# Rounds in which what starves and what is given back have to agree.
-ROUNDS = 100
+MAX_ROUNDS = 100
 
-
-Axis = tuple[str, int]  # a tensor's name and an axis of it
+Axis = tuple[str, int]  # the name of a tensor and an axis of it
 
 
 class Cutter:
-    """Knows, for one model and its groups, what goes when channels go.
+    """Computes what is removed with channels, and removes it.
 
     Args:
         model: the dense model.
         groups: of that model.
-        scores: for each group those of its channels: those given back are the best. Without, the first.
+        scores: for each group the scores of its channels: the best are given back first. By default the first are.
+
+    Attributes:
+        members: for each axis the groups that it carries.
+        lengths: of each axis.
+        blocks: for each axis of a grouped convolution its number of groups, which must stay of equal size.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], scores: Mapping[str, np.ndarray] | None = None):
@@ -35,7 +39,7 @@ class Cutter:
         self.groups = groups
         self.lengths: dict[Axis, int] = {}
         self.blocks: dict[Axis, int] = {}
-        self.members: dict[Axis, list[tuple[Group, Member]]] = {}
+        self.members: dict[Axis, list[tuple[Group, Member]]] = defaultdict(list)
         modules = dict(model.named_modules())
         for group in groups:
             for member in group.members:
@@ -45,124 +49,110 @@ class Cutter:
                     module = modules[owner]
                     self.lengths[key] = axis_length(module, name, member.axis)
                     grouped = name == "weight" and getattr(module, "groups", 1) > 1
-                    blocks = conv_groups(model, owner) if grouped else 1
-                    if blocks > 1:
+                    if grouped and (blocks := conv_groups(model, owner)) > 1:
                         self.blocks[key] = blocks
-                self.members.setdefault(key, []).append((group, member))
+                self.members[key].append((group, member))
 
     def masks(self, dead: Mapping[str, Iterable[int]]) -> dict[Axis, np.ndarray]:
-        """For each axis that loses something, which of its entries stay."""
-        masks: dict[Axis, np.ndarray] = {}
-        for group in self.groups:
-            gone = indices(dead.get(group.id, ()))
-            for member in group.members if len(gone) else ():
-                key = member.tensor, member.axis
-                if key not in masks:
-                    masks[key] = np.ones(self.lengths[key], bool)
-                masks[key][entries(member, gone)] = False
-        return masks
+        """Return the mask of kept entries for each axis that loses some."""
+        dead = {name: channel_index(channels) for name, channels in dead.items()}
+        return {axis: mask for axis in self.members if (mask := self._mask(axis, dead)) is not None}
+
+    def _mask(self, axis: Axis, dead: Mapping[str, Iterable[int]]) -> np.ndarray | None:
+        mask = None
+        for group, member in self.members[axis]:
+            if len(channels := dead.get(group.id, ())):
+                mask = np.ones(self.lengths[axis], bool) if mask is None else mask
+                mask[entries(member, channel_index(channels))] = False
+        return mask
 
     def complete(self, dead: Mapping[str, Iterable[int]]) -> tuple[dict[str, set[int]], list[str]]:
-        """Add what cannot live without the dead: channels that nothing makes or nothing reads any more. And give back
-        what a convolution with groups cannot be without: all of its groups have to stay of one size.
+        """Add the channels that nothing produces or nothing reads any more, and give channels back where the groups of
+        a convolution would differ in size.
 
         Returns:
-            all dead channels by group, and the modules of which nothing is left.
+            all dead channels of each group, and the modules to remove.
 
         Raises:
-            PlanError: the two do not agree.
+            PlanError: no set of channels satisfies both.
         """
         dead = {name: set(channels) for name, channels in dead.items()}
-        for _ in range(ROUNDS):
-            removed = self._starve(dead)
-            uneven = self._level(dead)
+        for _ in range(MAX_ROUNDS):
+            removed = self._remove_orphans(dead)
+            uneven = self._balance(dead)
             if uneven is None:
                 return dead, sorted(removed)
         raise PlanError(
-            f"the groups of {uneven} cannot be kept of one size, since nothing is left to make or read some of them; "
-            "keep a channel of each (slim.ignored_layers)"
+            f"the groups of {uneven} cannot be kept of equal size, since nothing is left to produce or read some of "
+            "them; keep a channel of each (slim.ignored_layers)"
         )
 
-    def _starve(self, dead: dict[str, set[int]]) -> set[str]:
-        """Kill, in place, the groups that have lost all makers or all readers; the modules of which nothing is left."""
+    def _remove_orphans(self, dead: dict[str, set[int]]) -> set[str]:
+        """Add, in place, the groups that have lost all producers or all readers; return the modules to remove."""
         while True:
             removed = self._emptied(dead)
-            more = False
+            changed = False
             for group in self.groups if removed else ():
                 if group.reason is not None or len(dead.get(group.id, ())) == group.channels:
                     continue
-                makers = [name for name in group.producers if not is_channelwise(self.model, name)]
+                producers = [name for name in group.producers if not is_channelwise(self.model, name)]
                 readers = [m.tensor.removesuffix(".weight") for m in group.readers]
-                if (makers and removed.issuperset(makers)) or (readers and removed.issuperset(readers)):
+                if (producers and removed.issuperset(producers)) or (readers and removed.issuperset(readers)):
                     dead[group.id] = set(range(group.channels))
-                    more = True
-            if not more:
+                    changed = True
+            if not changed:
                 return removed
 
     def _emptied(self, dead: Mapping[str, set[int]]) -> set[str]:
-        """The modules of which an axis has nothing left."""
-        left: dict[Axis, int] = {}
-        for group in self.groups:
-            # Only what loses all channels of some group can be empty.
-            if len(dead.get(group.id, ())) == group.channels:
-                for member in group.members:
-                    left.setdefault((member.tensor, member.axis), self.lengths[member.tensor, member.axis])
-        for key in left:
-            for group, member in self.members[key]:
-                left[key] -= len(dead.get(group.id, ())) * member.stride
-        return {name.rpartition(".")[0] for (name, _), count in left.items() if not count}
+        """Return the modules with an axis of which nothing is left."""
+        # Only axes that carry a group without channels can be empty.
+        dead_groups = [group for group in self.groups if len(dead.get(group.id, ())) == group.channels]
+        axes = {(member.tensor, member.axis) for group in dead_groups for member in group.members}
+        return {
+            axis[0].rpartition(".")[0]
+            for axis in axes
+            if self.lengths[axis] == sum(len(dead.get(g.id, ())) * member.stride for g, member in self.members[axis])
+        }
 
-    def _level(self, dead: dict[str, set[int]]) -> str | None:
-        """Give channels back, in place, until no group of a convolution has fewer than another; the convolution for
-        which that was needed."""
-        found = None
-        for key, blocks in self.blocks.items():
-            mask = self._mask(key, dead)
+    def _balance(self, dead: dict[str, set[int]]) -> str | None:
+        """Give channels back, in place, until the groups of each convolution have equal size.
+
+        Returns:
+            a convolution that needed it.
+        """
+        unbalanced = None
+        for axis, blocks in self.blocks.items():
+            mask = self._mask(axis, dead)
             if mask is None:
                 continue
             counts = mask.reshape(blocks, -1).sum(1)
-            wanted = max(int(counts.max()), self._least(key, dead)) if counts.any() else 0
-            short = (wanted - counts).tolist()
+            target = max(int(counts.max()), self._minimum(axis, dead)) if counts.any() else 0
+            missing = (target - counts).tolist()
             size = len(mask) // blocks
-            for group, member in self.members[key] if any(short) else ():
+            for group, member in self.members[axis] if any(missing) else ():
                 for channel in self._best_first(group, dead):
                     block = (member.offset + channel) // size
-                    if short[block]:
-                        short[block] -= 1
+                    if missing[block]:
+                        missing[block] -= 1
                         dead[group.id].discard(channel)
-                        found = key[0].removesuffix(".weight")
-        return found
+                        unbalanced = axis[0].removesuffix(".weight")
+        return unbalanced
 
     def _best_first(self, group: Group, dead: Mapping[str, set[int]]) -> list[int]:
         channels = sorted(dead.get(group.id, ()))
         scores = self.scores.get(group.id)
         return channels if scores is None else sorted(channels, key=lambda channel: -scores[channel])
 
-    def _least(self, key: Axis, dead: Mapping[str, Iterable[int]]) -> int:
-        """How many inputs each group of a convolution keeps at least: with one input and one output each, it would be a
-        depthwise convolution, whose inputs are its outputs."""
-        tensor, axis = key
-        made = self._mask((tensor, 0), dead) if axis == 1 and (tensor, 0) in self.blocks else None
-        return 2 if made is not None and made.reshape(self.blocks[key], -1).sum(1).max() == 1 else 1
-
-    def _mask(self, key: Axis, dead: Mapping[str, Iterable[int]]) -> np.ndarray | None:
-        """Which entries of this axis stay; None where all do."""
-        mask = None
-        for group, member in self.members[key]:
-            gone = dead.get(group.id)
-            if gone:
-                if mask is None:
-                    mask = np.ones(self.lengths[key], bool)
-                mask[entries(member, indices(gone))] = False
-        return mask
+    def _minimum(self, axis: Axis, dead: Mapping[str, Iterable[int]]) -> int:
+        """Return the least size of each group: with one input and one output each, a convolution would be depthwise."""
+        tensor, number = axis
+        outputs = self._mask((tensor, 0), dead) if number == 1 and (tensor, 0) in self.blocks else None
+        return 2 if outputs is not None and outputs.reshape(self.blocks[axis], -1).sum(1).max() == 1 else 1
 
     def essential_modules(self, removed: Sequence[str]) -> list[str]:
-        """Of the modules of which nothing is left, those that the model cannot do without."""
-        return [
-            name
-            for name in removed
-            if not isinstance(self.model.get_submodule(name.rpartition(".")[0]), OptionalModules)
-        ]
+        """Return those of the modules to remove that the model cannot do without."""
+        parents = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in removed}
+        return [name for name, parent in parents.items() if not isinstance(parent, OptionalModules)]
 
     def cut(
         self,
@@ -171,35 +161,34 @@ class Cutter:
         removed: Sequence[str],
         biases: Mapping[str, torch.Tensor] | None = None,
     ) -> list[str]:
-        """Cut, in place; ``dead`` and ``removed`` as ``settle`` gives them.
+        """Remove channels and modules in place.
 
         Args:
             model: this cutter's model, or a copy of it.
-            biases: for convolutions that have none, one to add, of all their output channels as they were.
+            dead, removed: from ``complete``.
+            biases: biases to add to convolutions without one, for all their output channels before the cut.
 
         Returns:
             the convolutions that got a bias.
 
         Raises:
-            PlanError: a module would go that the model cannot do without.
+            PlanError: a module would be removed that the model cannot do without.
         """
-        vital = self.essential_modules(removed)
-        if vital:
+        if essential := self.essential_modules(removed):
             raise PlanError(
-                f"nothing would be left of {vital[0]}, and the model cannot do without it; keep a channel of it"
+                f"nothing would be left of {essential[0]}, and the model cannot do without it; keep a channel of it"
             )
-        axes: dict[str, dict[tuple[str, int], np.ndarray]] = {}
         masks = self.masks(dead)
+        by_module: dict[str, dict[str, dict[int, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
         for (tensor, axis), mask in masks.items():
             module, _, name = tensor.rpartition(".")
-            axes.setdefault(module, {})[name, axis] = mask
-        gone = set(removed)
-        for name, cuts in axes.items():
-            if name not in gone:
-                _slice(model.get_submodule(name), cuts)
+            by_module[module][name][axis] = mask
+        for name, cuts in by_module.items():
+            if name not in removed:
+                _slice_module(model.get_submodule(name), cuts)
         for name in removed:
-            remove(model, name)
-        added = [name for name in biases or {} if name not in gone]
+            _remove_module(model, name)
+        added = [name for name in biases or {} if name not in removed]
         for name in added:
             module = model.get_submodule(name)
             mask = masks.get((f"{name}.weight", output_axis(module)))
@@ -207,51 +196,49 @@ class Cutter:
         return added
 
 
-def indices(channels: Iterable[int]) -> np.ndarray:
-    """Channels in ascending order, as an index."""
-    return np.array(sorted(channels), np.int64)
+def channel_index(channels: Iterable[int] | np.ndarray) -> np.ndarray:
+    """Return channels in ascending order, as an index array."""
+    return channels if isinstance(channels, np.ndarray) else np.array(sorted(channels), np.int64)
 
 
 def entries(member: Member, channels: np.ndarray) -> np.ndarray:
-    """Where these channels stand along the member's axis."""
+    """Return the entries of channels along a member's axis."""
     first = member.offset + channels * member.stride
     return first if member.stride == 1 else (first[:, None] + np.arange(member.stride)).ravel()
 
 
-def remove(model: nn.Module, name: str) -> None:
-    """Take a module out of its OptionalModules, and that out of its own where it is empty then."""
-    parent, _, key = name.rpartition(".")
-    container = model.get_submodule(parent)
-    del container[key]
-    above, _, _ = parent.rpartition(".")
-    if not len(container) and isinstance(model.get_submodule(above), OptionalModules):
-        remove(model, parent)
-
-
-def sliced(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:
-    """A tensor of the shape of this tensor of the module's, with what the masks keep along each axis."""
+def slice_tensor(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:
+    """Return the kept entries of a tensor that has the shape of the module's tensor ``name``; a mask for each axis."""
     groups = getattr(module, "groups", 1)
-    if name == "weight" and groups > 1 and not _depthwise(module):
-        return _slice_groups(tensor, groups, masks.get(1), masks.get(0))
+    if name == "weight" and groups > 1 and not _is_depthwise(module):
+        # Each group reads its own channels, and keeps as many as the others.
+        weights = tensor.chunk(groups)
+        for axis, mask in masks.items():
+            kept = mask.reshape(groups, -1)
+            weights = [_select(weight, axis, kept[g]) for g, weight in enumerate(weights)]
+        return torch.cat(weights)
     for axis, mask in masks.items():
-        tensor = tensor.index_select(axis, _kept(mask, tensor.device))
+        tensor = _select(tensor, axis, mask)
     return tensor
 
 
-def _depthwise(module: nn.Module) -> bool:
+def _select(tensor: torch.Tensor, axis: int, mask: np.ndarray) -> torch.Tensor:
+    return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(mask)).to(tensor.device))
+
+
+def _is_depthwise(module: nn.Module) -> bool:
     return module.groups == module.in_channels == module.out_channels
 
 
-def _slice(module: nn.Module, masks: dict[tuple[str, int], np.ndarray]) -> None:
-    depthwise = getattr(module, "groups", 1) > 1 and _depthwise(module)
-    cuts: dict[str, dict[int, np.ndarray]] = {}
-    for (name, axis), mask in masks.items():
-        cuts.setdefault(name, {})[axis] = mask
-    for name, axes in cuts.items():
-        _replace(module, name, sliced(module, name, getattr(module, name).detach(), axes))
+def _slice_module(module: nn.Module, masks: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+    depthwise = getattr(module, "groups", 1) > 1 and _is_depthwise(module)
+    for name, axes in masks.items():
+        tensor = getattr(module, name)
+        kept = slice_tensor(module, name, tensor.detach(), axes)
+        setattr(module, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         # One without affine parameters has statistics alone.
-        module.num_features = len(getattr(module, next(iter(cuts))))
+        module.num_features = len(getattr(module, next(iter(masks))))
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.Linear):
@@ -263,24 +250,10 @@ def _slice(module: nn.Module, masks: dict[tuple[str, int], np.ndarray]) -> None:
         module.out_channels, module.in_channels = module.weight.shape[out], module.weight.shape[1 - out] * module.groups
 
 
-def _kept(mask: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.flatnonzero(mask)).to(device)
-
-
-def _slice_groups(weight: torch.Tensor, groups: int, read: np.ndarray | None, made: np.ndarray | None) -> torch.Tensor:
-    """The weight of a convolution with groups, without some inputs and outputs; as many stay in each group."""
-    parts = []
-    for g, rows in enumerate(weight.chunk(groups)):
-        if made is not None:
-            rows = rows.index_select(0, _kept(made.reshape(groups, -1)[g], weight.device))
-        if read is not None:
-            rows = rows.index_select(1, _kept(read.reshape(groups, -1)[g], weight.device))
-        parts.append(rows)
-    return torch.cat(parts)
-
-
-def _replace(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    held = getattr(module, name)
-    if isinstance(held, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=held.requires_grad)
-    setattr(module, name, value)
+def _remove_module(model: nn.Module, name: str) -> None:
+    """Remove a module from its container, and the container from its own where it is empty then."""
+    parent, _, key = name.rpartition(".")
+    container = model.get_submodule(parent)
+    del container[key]
+    if not len(container) and isinstance(model.get_submodule(parent.rpartition(".")[0]), OptionalModules):
+        _remove_module(model, parent)

@@ -1,9 +1,7 @@
-"""The equivalence check: that a slim model computes what the dense one does with its dead gates at zero.
+"""The equivalence check: a slim model is compared with the dense model whose dead gates are zero.
 
-In float64 on the CPU, on data, at two sizes: max|a − b| ≤ 1e-6 · max(1, max|a|); the same on noise, with a scale of its
-own. In float32 the two differ by rounding alone, which is measured beside it. A network that is dead agrees with
-everything, so an output that is not finite, or that differs from input to input by no more than the two models may,
-proves nothing and fails. (Not to the bit: the images of a batch are not all computed in the same order.)
+Both run in float64 on the CPU, on data at two sizes and on noise; they pass if max|a − b| ≤ 1e-6 · max(1, max|a|). An
+output that is not finite, or that hardly changes from input to input, fails, because the comparison says nothing.
 """
 
 from __future__ import annotations
@@ -32,16 +30,16 @@ class EquivalenceReport:
 
     Attributes:
         max_abs_diff: in float64, over all inputs and outputs.
-        tolerance: what it may be, 1e-6 · max(1, max|dense|).
+        tolerance: its limit, 1e-6 · max(1, max|dense|).
         inputs: shapes of the inputs.
         float32_diff: the same difference in float32.
-        passed: whether the equivalence check passes; ``reason`` says why not.
-        given_back: dead channels that had to be kept, because cutting them changes the output.
-        folded: dead channels whose constants were folded.
+        passed: whether the check passes; ``reason`` says why not.
+        given_back: dead channels that are kept because cutting them changes the output.
+        folded: dead channels whose constants are folded.
         carriers: dead channels kept as constants.
-        inexact: for each module at which cutting would lose something (and channels were given back for that, or
-            constants dropped), the most that its output would move by it.
-        plan: the plan that held.
+        inexact: for each module whose constants cannot be replaced (channels are given back for that, or constants
+            dropped), how far its output would move.
+        plan: the plan of the slim model.
     """
 
     max_abs_diff: float
@@ -63,8 +61,7 @@ class EquivalenceReport:
 
 
 def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> nn.Module:
-    """A copy of the model, in eval mode, with the gates of these channels at zero: in a row of gates the last one,
-    where none is zero already (so that a model whose dead gates are zero is its own copy)."""
+    """Return a copy of a model in eval mode whose dead channels have a gate of zero (see ``zeroing_masks``)."""
     copied = copy.deepcopy(model).eval()
     with torch.no_grad():
         for group in groups:
@@ -77,86 +74,92 @@ def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str
 
 
 def check_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tensor]:
-    """Two batches in float64 on the CPU: of the data, and of another size with odd sides where the model takes one."""
+    """Return two batches in float64 on the CPU: the data, and the data at another, odd size if the model accepts it."""
     data = example.detach()[:limit].double().cpu()
     if len(data) == 1:
-        # Something to vary against.
+        # A second, different input.
         data = torch.cat([data, 0.5 * data.flip(-1)])
-    inputs = [data]
-    if data.dim() == 4:
-        other = F.interpolate(
-            data, size=[side + side // 4 + 1 - side // 4 % 2 for side in data.shape[2:]], mode="bilinear"
-        )
-        try:
-            with torch.inference_mode():
-                model(other.to(next(model.parameters()).dtype))
-            inputs.append(other)
-        except Exception:
-            pass  # A model of one size only: the shapes in the equivalence check say so.
-    return inputs
+    if data.dim() != 4:
+        return [data]
+    size = [side + side // 4 + 1 - side // 4 % 2 for side in data.shape[2:]]
+    resized = F.interpolate(data, size=size, mode="bilinear")
+    try:
+        with torch.inference_mode():
+            model(resized.to(next(model.parameters()).dtype))
+    except Exception:
+        return [data]  # A model of one size only; the shapes in the report show it.
+    return [data, resized]
 
 
 def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64) -> Tensor | None:
-    """Noise, from much weaker to much louder than a batch: what is so on the data alone (attention that is shut on all
-    of them, maps too small to have an inside) shows on it. ``count`` images of 64×64, or of the batch's size where the
-    model takes no other; None where it makes nothing finite of them."""
+    """Return noise of 0.1 to 30 times the amplitude of a batch, so that what holds on the data by chance is found.
+
+    Args:
+        model: in eval mode.
+        batch: of data, (N, C, …).
+        count: number of images.
+        side: their size; that of the batch where the model accepts no other.
+
+    Returns:
+        (count, C, …); None where the model's output on it is not finite.
+    """
     generator = torch.Generator().manual_seed(0)
     ones = [1] * (batch.dim() - 2)
-    loud = torch.logspace(-1, 1.5, count, dtype=torch.float64).view(-1, 1, *ones) * float(batch.double().std())
-    for places in dict.fromkeys([(side,) * len(ones), tuple(batch.shape[2:])]):
-        noise = torch.randn(count, batch.shape[1], *places, generator=generator, dtype=torch.float64)
+    amplitude = torch.logspace(-1, 1.5, count, dtype=torch.float64).view(-1, 1, *ones) * float(batch.double().std())
+    for size in dict.fromkeys([(side,) * len(ones), tuple(batch.shape[2:])]):
+        noise = torch.randn(count, batch.shape[1], *size, generator=generator, dtype=torch.float64)
         noise += torch.randn(count, batch.shape[1], *ones, generator=generator, dtype=torch.float64)
-        noise = (noise * loud).to(batch)
+        noise = (noise * amplitude).to(batch)
         try:
             with torch.inference_mode():
                 finite = all(torch.isfinite(tensor).all() for tensor in _outputs(model, noise))
         except Exception:
-            continue  # A model of one size only.
+            continue
         return noise if finite else None
     return None
 
 
 @torch.inference_mode()
 def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor]) -> EquivalenceReport:
-    """Compare two models in float64 (both must be in it) and eval mode.
+    """Compare two models in float64 and eval mode.
 
-    Each output of a model with several has a tolerance of its own; the equivalence check tells of the one that comes closest to it.
+    Each output of a model with several has its own tolerance; the report describes the one closest to it.
     """
-    # Of each output: how far the two lie apart, how large it is, and how much it changes from input to input.
-    gaps: dict[int, tuple[float, float, float]] = {}
+    report = EquivalenceReport(float("inf"), TOLERANCE, [list(batch.shape) for batch in inputs])
+    # For each output: the largest difference, the largest value, and the largest change from input to input.
+    stats: dict[int, tuple[float, float, float]] = {}
     finite = True
     for batch in inputs:
         dense = _outputs(gated, batch)
         try:
-            made = _outputs(slim, batch)
+            outputs = _outputs(slim, batch)
         except Exception as error:
-            why = f"it fails on an input of shape {tuple(batch.shape)}: {first_line(error)}"
-            return EquivalenceReport(float("inf"), TOLERANCE, _shapes(inputs), reason=why)
-        for place, (a, b) in enumerate(zip(dense, made, strict=True)):
-            worst, scale, spread = gaps.get(place, (0.0, 1.0, 0.0))
-            finite &= bool(torch.isfinite(a).all() and torch.isfinite(b).all())
+            report.reason = f"it fails on an input of shape {tuple(batch.shape)}: {first_line(error)}"
+            return report
+        for index, (a, b) in enumerate(zip(dense, outputs, strict=True)):
             if a.shape != b.shape:
-                return EquivalenceReport(
-                    float("inf"), TOLERANCE, _shapes(inputs), reason=f"output {tuple(b.shape)}, not {tuple(a.shape)}"
-                )
+                report.reason = f"output {tuple(b.shape)}, not {tuple(a.shape)}"
+                return report
+            gap, scale, spread = stats.get(index, (0.0, 1.0, 0.0))
+            finite &= bool(torch.isfinite(a).all() and torch.isfinite(b).all())
             if a.dim() > 0 and len(a) > 1:
                 spread = max(spread, float((a[1:] - a[:1]).abs().max()))
-            gaps[place] = max(worst, float((a - b).abs().max())), max(scale, float(a.abs().max())), spread
-    worst, scale, _ = max(gaps.values(), key=lambda gap: gap[0] / gap[1])
-    equivalence = EquivalenceReport(worst, TOLERANCE * scale, _shapes(inputs))
+            stats[index] = max(gap, float((a - b).abs().max())), max(scale, float(a.abs().max())), spread
+    gap, scale, _ = max(stats.values(), key=lambda stat: stat[0] / stat[1])
+    report.max_abs_diff, report.tolerance = gap, TOLERANCE * scale
     if not finite:
-        equivalence.reason = "an output is not finite"
-    elif not any(spread > TOLERANCE * scale for _, scale, spread in gaps.values()):
-        equivalence.reason = DEAD
-    elif not worst <= equivalence.tolerance:
-        equivalence.reason = f"the outputs differ by {worst:.2g}, more than {equivalence.tolerance:.2g}"
-    equivalence.passed = equivalence.reason is None
-    return equivalence
+        report.reason = "an output is not finite"
+    elif not any(spread > TOLERANCE * scale for _, scale, spread in stats.values()):
+        report.reason = DEAD
+    elif not gap <= report.tolerance:
+        report.reason = f"the outputs differ by {gap:.2g}, more than {report.tolerance:.2g}"
+    report.passed = report.reason is None
+    return report
 
 
 @torch.inference_mode()
 def output_difference(a: nn.Module, b: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, float]:
-    """Largest and mean absolute difference between two models' outputs, in their own precision."""
+    """Return the largest and the mean absolute difference between two models' outputs, in their own precision."""
     largest, total, count = 0.0, 0.0, 0
     for batch in inputs:
         for x, y in zip(_outputs(a, batch), _outputs(b, batch), strict=True):
@@ -167,9 +170,5 @@ def output_difference(a: nn.Module, b: nn.Module, inputs: Sequence[Tensor]) -> t
 
 def _outputs(model: nn.Module, batch: Tensor) -> list[Tensor]:
     first = next(model.parameters())
-    found = tensors_in(model(batch.to(first.device, first.dtype)))
-    return [tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in found if tensor.numel()]
-
-
-def _shapes(inputs: Sequence[Tensor]) -> list[list[int]]:
-    return [list(batch.shape) for batch in inputs]
+    outputs = tensors_in(model(batch.to(first.device, first.dtype)))
+    return [tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in outputs if tensor.numel()]

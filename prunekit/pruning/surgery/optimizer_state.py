@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.errors import PlanError
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.surgery.cutter import Cutter, sliced
+from prunekit.pruning.surgery.cutter import Cutter, slice_tensor
 from prunekit.pruning.surgery.make_plan import dead_channels
 
 
@@ -79,7 +79,7 @@ def _cut(
     state: Mapping[str, Any], parameter: Tensor, module: nn.Module, name: str, masks: Mapping[int, np.ndarray]
 ) -> dict[str, Any]:
     return {
-        key: sliced(module, name, value, masks).clone() if _alike(value, parameter) else copy.deepcopy(value)
+        key: slice_tensor(module, name, value, masks).clone() if _alike(value, parameter) else copy.deepcopy(value)
         for key, value in state.items()
     }
 

@@ -1,4 +1,4 @@
-"""Dense model + plan → slim model, with an equivalence check."""
+"""Rebuilding a dense model with the channels that a plan keeps, and checking that the result is equivalent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.liveness import dead_layers
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.provenance import record_plan
-from prunekit.pruning.surgery.constant_folding import ConstantFolder, FoldingReport
+from prunekit.pruning.surgery.constant_folding import (
+    Constants,
+    Folding,
+    apply_folding,
+    measure_constants,
+    plan_folding,
+    zero_inputs,
+)
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import (
     DEAD,
@@ -41,58 +48,72 @@ def slim(
     constants: str = "carrier",
     noise: int = 16,
 ) -> tuple[nn.Module, EquivalenceReport]:
-    """Rebuild a model with just the channels that a plan keeps, and prove that nothing else has changed.
+    """Rebuild a model with only the channels that a plan keeps, and check that it computes the same.
 
     Args:
-        model: the dense model; it is left as it is.
+        model: the dense model; it is left unchanged.
         plan: from ``extract``.
-        example: a batch of data, (N, C, H, W); the equivalence check runs on it.
-        groups: of the model, where they are known already.
-        constants: what becomes of the constants that dead channels emit. "carrier": they are folded into what reads
-            them, and where that pads with zeros one dead channel of a group is kept to carry them; "fold": they are
-            folded as if nothing padded; "keep": a channel that emits anything but zero is kept. Where the equivalence check does
-            not hold then, channels are given back, largest constant first, until it does. "drop": they are cut with
-            their channels, as other tools do; the equivalence check says what that has changed and need not hold.
-        noise: how many images of noise the equivalence check looks at beside the data, at least 2.
+        example: a batch of data, (N, C, H, W), for the equivalence check.
+        groups: of the model, if already known.
+        constants: how to handle the constants that dead channels emit.
+            "carrier": fold them into the modules that read them; where such a module pads with zeros, keep one dead
+            channel of the group to carry them. "fold": fold them as if nothing padded. "keep": keep dead channels
+            that emit a nonzero constant. With these three, dead channels are given back, largest constant first,
+            until the check passes. "drop": cut them with their channels; the check reports the difference and may
+            fail.
+        noise: number of noise images in the check besides the data, at least 2.
 
     Returns:
-        the slim model, in the dense one's precision, on its device and in its mode; and the equivalence check, whose ``plan`` is
-        the plan that held. An optimiser of the dense model knows nothing of it: make a new one of its parameters.
+        The slim model, in the dense model's precision, device and mode, and the report of the equivalence check,
+        whose ``plan`` is the plan of the slim model. An optimizer of the dense model does not train it; see
+        ``slim_optimizer``.
 
     Raises:
         PlanError: the plan does not fit the model, or the equivalence check fails.
     """
     if constants not in CONSTANTS:
-        raise PlanError(f"constants is {constants!r}; there are {', '.join(CONSTANTS)}")
+        raise PlanError(f"constants={constants!r}: must be one of {', '.join(CONSTANTS)}")
     groups = find_groups(model, example) if groups is None else groups
     plan.check(list(groups))
-    try:
-        reference = copy.deepcopy(model).double().cpu().eval()
-    except RuntimeError as error:
-        raise PlanError(
-            f"the model cannot be copied ({first_line(error)}); does it hold on to what it computed, as the old "
-            "spectral_norm does? Take that out first (torch.nn.utils.remove_spectral_norm)"
-        ) from error
+    reference = _float64_copy(model)
     inputs = check_inputs(reference, example)
     attempt = _Attempt(reference, groups, inputs, _noise(reference, inputs, noise), constants)
-    dead = attempt.start(dead_channels(groups, plan))
-    rebuilt, equivalence = attempt.run(dead)
-    if not equivalence.passed and constants != "drop":
-        rebuilt, equivalence = attempt.give_back(dead)
-    if not equivalence.passed and not (constants == "drop" and math.isfinite(equivalence.max_abs_diff)):
-        where = ""
-        if equivalence.reason == DEAD:
-            layers = dead_layers(model, groups)
-            where = (
-                f", every gate of {join_names(layers)} is zero; train with a lower decay.weight"
-                if layers
-                else "; lower slim.threshold, or train with a lower rate or decay.weight"
-            )
-        raise PlanError(f"the slim model is not the dense one with its dead gates at zero: {equivalence.reason}{where}")
-    equivalence.plan.notes = [*plan.notes, *_given(equivalence)]
-    slim_model = _deliver(rebuilt, model, attempt, equivalence)
-    record_plan(slim_model, model, equivalence.plan, example.shape[1:])
-    return slim_model, equivalence
+    slimmed, report = attempt.run(dead_channels(groups, plan))
+    if not report.passed and not (constants == "drop" and math.isfinite(report.max_abs_diff)):
+        raise PlanError(
+            f"the slim model is not equivalent to the dense model with its dead gates at zero: {report.reason}"
+            + (_dead_network_hint(model, groups) if report.reason == DEAD else "")
+        )
+    report.float32_diff, _ = output_difference(
+        attempt.gated.float(), copy.deepcopy(slimmed).float(), [batch.float() for batch in inputs]
+    )
+    report.plan.notes = [*plan.notes, *_inexact_note(report)]
+    slimmed = _restore_types(slimmed, model)
+    record_plan(slimmed, model, report.plan, example.shape[1:])
+    return slimmed, report
+
+
+def _float64_copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).double().cpu().eval()
+    except RuntimeError as error:
+        raise PlanError(
+            f"the model cannot be copied ({first_line(error)}); if it keeps computed tensors, as the old spectral_norm "
+            "does, remove that first (torch.nn.utils.remove_spectral_norm)"
+        ) from error
+
+
+def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
+    try:
+        with torch.inference_mode():
+            model(inputs[0])
+    except Exception as error:
+        raise PlanError(
+            f"the equivalence check runs a copy of the model in float64 on the CPU, and that fails: "
+            f"{first_line(error)}; if the model creates tensors of a fixed dtype or device, take both from its input"
+        ) from error
+    noise = noise_batch(model, inputs[0], count)
+    return [] if noise is None else [noise]
 
 
 def rebuild(
@@ -101,82 +122,40 @@ def rebuild(
     dead: Mapping[str, set[int]],
     inputs: Sequence[Tensor],
     constants: str = "carrier",
-) -> tuple[Plan, FoldingReport]:
-    """Cut dead channels out of a model in place, their constants replaced, without an equivalence check.
+) -> tuple[Plan, Folding]:
+    """Cut dead channels in place and replace their constants, without an equivalence check.
 
     Args:
-        gated: in eval mode, the gates of the dead channels at zero (``gate_off``); it becomes the slim model.
-        groups: of it.
+        gated: in eval mode, with the gates of the dead channels at zero (``zero_dead_gates``); becomes the slim model.
+        groups: of that model.
         dead: by group, from ``Cutter.complete``.
-        inputs: batches on which the constants are measured, in the model's precision. What is the same in all of them
-            counts as constant, so their maps should have a border and an inside, and their images should differ.
+        inputs: batches in the model's precision on which the constants are measured. What does not vary over them
+            counts as constant, so they should differ, and their maps should have a border and an interior.
         constants: "carrier", "fold" or "drop", as for ``slim``.
 
     Raises:
         PlanError: nothing would be left of a module that the model cannot do without.
     """
-    measured, cutter = ConstantFolder(gated, groups, dead, inputs), Cutter(gated, groups)
+    measured, cutter = measure_constants(gated, groups, dead, inputs), Cutter(gated, groups)
     if constants == "drop":
-        report = FoldingReport(inexact=measured.losses(carried=False, dropped=True))
+        folding = Folding(inexact=measured.output_shifts(carried=False, dropped=True))
     else:
-        report = measured.fold(constants == "carrier")
-    cut = {name: set(channels) - set(report.carriers.get(name, ())) for name, channels in dead.items()}
-    # A carrier keeps its group alive, but not what would have died of the group's death, nor the balance of groups.
-    settled, removed = cutter.complete(cut)
+        folding = plan_folding(measured, constants == "carrier")
+    biases = apply_folding(gated, folding)
+    cut = {name: set(channels) - set(folding.carriers.get(name, ())) for name, channels in dead.items()}
+    # A carrier keeps its group, but not what depends on the group, nor the balance of grouped convolutions.
+    completed, removed = cutter.complete(cut)
     if constants != "drop":
-        measured.silence({name: channels - settled[name] for name, channels in cut.items()})
-    plan = plan_from_dead(gated, groups, settled, removed)
-    plan.added_bias = cutter.cut(gated, settled, removed, report.biases)
-    report.lost = set(report.biases) - set(plan.added_bias)
-    plan.carriers = report.carriers
-    return plan, report
-
-
-def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
-    """Give a dense model the shape that the plan says, in place: for weights that are loaded next.
-
-    Raises:
-        PlanError: the plan does not fit the model.
-    """
-    groups = find_groups(model, example)
-    plan.check(groups)
-    cutter = Cutter(model, groups)
-    dead, removed = cutter.complete(dead_channels(groups, plan))
-    if set(removed) != set(plan.removed):
-        odd = sorted(set(removed) ^ set(plan.removed))[0]
-        raise PlanError(f"the plan's channels and its removed modules disagree about {odd}; extract it again")
-    cutter.cut(model, dead, removed)
-    for name in plan.added_bias:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise PlanError(f"the plan adds a bias to {name!r}, which is not there; extract it again") from None
-        if not isinstance(getattr(module, "weight", None), Tensor):
-            raise PlanError(f"the plan adds a bias to {name!r}, which has no weight; extract it again")
-        module.bias = nn.Parameter(module.weight.detach().new_zeros(module.weight.shape[output_axis(module)]))
-    return model
-
-
-def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
-    """A batch beyond the data, where the model makes something finite of it.
-
-    Raises:
-        PlanError: a copy of the model in float64 on the CPU fails on the data.
-    """
-    try:
-        with torch.inference_mode():
-            model(inputs[0])
-    except Exception as error:
-        raise PlanError(
-            f"the equivalence check runs a copy of the model in float64 on the CPU, and that fails: {first_line(error)}; does "
-            "it make tensors of a fixed dtype or device, or call itself by another name? Take both from its input"
-        ) from error
-    noise = noise_batch(model, inputs[0], count)
-    return [] if noise is None else [noise]
+        zero_inputs(gated, groups, {name: channels - completed[name] for name, channels in cut.items()})
+    plan = plan_from_dead(gated, groups, completed, removed)
+    plan.added_bias = cutter.cut(gated, completed, removed, biases)
+    plan.carriers = folding.carriers
+    folding.lost = set(biases) - set(plan.added_bias)
+    return plan, folding
 
 
 class _Attempt:
-    """One model, slimmed by one set of dead channels after another."""
+    """Slims one model with different sets of dead channels until the equivalence check passes."""
 
     def __init__(
         self,
@@ -191,91 +170,117 @@ class _Attempt:
         self.inputs = inputs
         self.noise = noise
         self.constants = constants
-        self.carry = constants == "carrier"
-        self.gated = model
-        self.kept = 0
+        self.cutter = Cutter(model, groups)
+        self.gated = model  # the reference of the last check
         self.lost: set[str] = set()
 
-    def start(self, dead: Mapping[str, set[int]]) -> dict[str, set[int]]:
-        """The channels to cut first: the dead ones, but (with "keep") those that emit something."""
-        dead, _ = Cutter(self.model, self.groups).complete(dead)
-        if self.constants == "keep":
-            speaking = self._measured(dead).speaking()
-            self.kept = len(speaking)
-            dead = _without(dead, speaking)
-        return dead
-
     def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
-        dead, _ = Cutter(self.model, self.groups).complete(dead)
-        self.gated = zero_dead_gates(self.model, self.groups, dead)
-        rebuilt = copy.deepcopy(self.gated)
-        plan, report = rebuild(rebuilt, self.groups, dead, [*self.inputs, *self.noise], self.constants)
-        self.lost |= report.lost
-        equivalence = check_equivalence(self.gated, rebuilt, self.inputs)
-        for batch in self.noise if equivalence.passed else ():
-            # With a tolerance of its own: its outputs may be louder than those of any data.
-            other = check_equivalence(self.gated, rebuilt, [batch])
-            if not other.max_abs_diff <= other.tolerance:
-                equivalence.passed, equivalence.reason = False, f"on noise {other.reason}"
-        equivalence.folded, equivalence.carriers = report.folded, sum(map(len, report.carriers.values()))
-        equivalence.inexact, equivalence.given_back = report.inexact, self.kept
-        equivalence.plan = plan
-        return rebuilt, equivalence
+        """Slim with all dead channels that can be cut."""
+        kept = []
+        if self.constants == "keep":
+            kept = self._measure(dead).nonzero()
+            dead = _without(self.cutter.complete(dead)[0], kept)
+        slimmed, report = self._slim(dead)
+        if not report.passed and self.constants != "drop":
+            slimmed, report = self._give_back(dead)
+        report.given_back += len(kept)
+        return slimmed, report
 
-    def give_back(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
-        """Keep dead channels that cannot be replaced, largest constant first, until the equivalence check passes or none is left."""
-        measured = self._measured(dead)
-        loose = measured.inexact(self.carry, self.lost)
-        # A channel given back lives as it was trained, so more of them can only bring the two closer: search by halves.
-        low, high = 0, len(loose)
+    def _give_back(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
+        """Keep as few dead channels that cannot be replaced as the check needs, largest constant first."""
+        measured = self._measure(dead)
+        carried = self.constants == "carrier"
+        dead = self.cutter.complete(dead)[0]
+        inexact = measured.inexact(carried, self.lost)
+        # Each channel given back brings the models closer, so bisection finds the number.
+        low, high = 0, len(inexact)
         while low < high:
             middle = (low + high) // 2
-            holds = self.run(_without(dead, loose[:middle]))[1].passed
-            low, high = (low, middle) if holds else (middle + 1, high)
-        rebuilt, equivalence = self.run(_without(dead, loose[:low]))
-        equivalence.given_back += low
-        equivalence.inexact = measured.losses(self.carry)
-        return rebuilt, equivalence
+            passed = self._slim(_without(dead, inexact[:middle]))[1].passed
+            low, high = (low, middle) if passed else (middle + 1, high)
+        slimmed, report = self._slim(_without(dead, inexact[:low]))
+        report.given_back = low
+        report.inexact = measured.output_shifts(carried)
+        return slimmed, report
 
-    def _measured(self, dead: Mapping[str, set[int]]) -> ConstantFolder:
-        dead, _ = Cutter(self.model, self.groups).complete(dead)
-        return ConstantFolder(
-            zero_dead_gates(self.model, self.groups, dead), self.groups, dead, [*self.inputs, *self.noise]
-        )
+    def _slim(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
+        dead = self.cutter.complete(dead)[0]
+        self.gated = zero_dead_gates(self.model, self.groups, dead)
+        slimmed = copy.deepcopy(self.gated)
+        plan, folding = rebuild(slimmed, self.groups, dead, [*self.inputs, *self.noise], self.constants)
+        self.lost |= folding.lost
+        report = check_equivalence(self.gated, slimmed, self.inputs)
+        for batch in self.noise if report.passed else ():
+            # Checked apart, because its outputs may be larger and allow a larger tolerance.
+            other = check_equivalence(self.gated, slimmed, [batch])
+            if not other.max_abs_diff <= other.tolerance:
+                report.passed, report.reason = False, f"on noise {other.reason}"
+        report.folded, report.carriers = folding.folded, sum(map(len, folding.carriers.values()))
+        report.inexact, report.plan = folding.inexact, plan
+        return slimmed, report
+
+    def _measure(self, dead: Mapping[str, set[int]]) -> Constants:
+        dead = self.cutter.complete(dead)[0]
+        gated = zero_dead_gates(self.model, self.groups, dead)
+        return measure_constants(gated, self.groups, dead, [*self.inputs, *self.noise])
 
 
-def _given(equivalence: EquivalenceReport) -> list[str]:
-    """What the equivalence check has to say of channels that were to go and stay, or went and are missed."""
-    if not equivalence.inexact and not equivalence.given_back:
+def _without(dead: Mapping[str, set[int]], kept: Sequence[tuple[float, str, int]]) -> dict[str, set[int]]:
+    kept = {(name, channel) for _, name, channel in kept}
+    return {name: {k for k in channels if (name, k) not in kept} for name, channels in dead.items()}
+
+
+def _dead_network_hint(model: nn.Module, groups: Sequence[Group]) -> str:
+    if layers := dead_layers(model, groups):
+        return f", every gate of {join_names(layers)} is zero; train with a lower decay.weight"
+    return "; lower slim.threshold, or train with a lower rate or decay.weight"
+
+
+def _inexact_note(report: EquivalenceReport) -> list[str]:
+    """Describe channels that are kept, or constants that are dropped, because they cannot be replaced."""
+    if not report.inexact and not report.given_back:
         return []
-    worst = sorted(equivalence.inexact.items(), key=lambda item: -item[1])
-    named = ", ".join(f"{name} by up to {size:.2g}" for name, size in worst[:3])
-    more = f" and {len(worst) - 3} more" if len(worst) > 3 else ""
-    lost = f"; their constants would move {named}{more}" if worst else ""
-    if equivalence.given_back:
-        return [f"{equivalence.given_back} dead channels stay, since cutting them would change the output{lost}"]
-    return [f"constants are dropped, which moves {named}{more}"]
+    largest = sorted(report.inexact.items(), key=lambda item: -item[1])
+    names = ", ".join(f"{name} by up to {size:.2g}" for name, size in largest[:3])
+    more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
+    if not report.given_back:
+        return [f"constants are dropped, which moves {names}{more}"]
+    shifts = f"; their constants would move {names}{more}" if largest else ""
+    return [f"{report.given_back} dead channels stay, since cutting them would change the output{shifts}"]
 
 
-def _without(dead: Mapping[str, set[int]], given: Sequence[tuple[float, str, int]]) -> dict[str, set[int]]:
-    left = {name: set(channels) for name, channels in dead.items()}
-    for _, name, channel in given:
-        left[name].discard(channel)
-    return left
-
-
-def _deliver(rebuilt: nn.Module, model: nn.Module, attempt: _Attempt, equivalence: EquivalenceReport) -> nn.Module:
-    """To the dense model's precision, device and modes, with the difference that the rounding makes."""
+def _restore_types(slimmed: nn.Module, model: nn.Module) -> nn.Module:
+    """Give a slim model the precision, device and modes of the dense one."""
     first = next(model.parameters())
-    single = copy.deepcopy(rebuilt).float()
-    equivalence.float32_diff, _ = output_difference(
-        attempt.gated.float(), single, [batch.float() for batch in attempt.inputs]
-    )
-    rebuilt = rebuilt.to(first.device)
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in (*rebuilt.named_parameters(), *rebuilt.named_buffers()):
-        tensor.data = tensor.data.to(held[name].dtype if name in held else first.dtype)
+    slimmed = slimmed.to(first.device)
+    dense = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in (*slimmed.named_parameters(), *slimmed.named_buffers()):
+        tensor.data = tensor.data.to(dense[name].dtype if name in dense else first.dtype)
     modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in rebuilt.named_modules():
+    for name, module in slimmed.named_modules():
         module.training = modes[name]
-    return rebuilt
+    return slimmed
+
+
+def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
+    """Give a dense model the shape of a plan, in place, to load the slim model's weights next.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    groups = find_groups(model, example)
+    plan.check(groups)
+    cutter = Cutter(model, groups)
+    dead, removed = cutter.complete(dead_channels(groups, plan))
+    if differing := sorted(set(removed) ^ set(plan.removed)):
+        raise PlanError(f"the plan's channels and its removed modules disagree about {differing[0]}; extract it again")
+    cutter.cut(model, dead, removed)
+    for name in plan.added_bias:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise PlanError(f"the plan adds a bias to {name!r}, which does not exist; extract it again") from None
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            raise PlanError(f"the plan adds a bias to {name!r}, which has no weight; extract it again")
+        module.bias = nn.Parameter(module.weight.detach().new_zeros(module.weight.shape[output_axis(module)]))
+    return model

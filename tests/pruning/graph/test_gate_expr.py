@@ -48,11 +48,11 @@ def test_effective_gate_counts_what_the_variance_leaves():
 
 
 def test_lives_of_a_graph():
-    a = gate_expr.append_gate(gate_expr.ALIVE, "a", 0)
+    a = gate_expr.append_gate(gate_expr.UNGATED, "a", 0)
     assert gate_expr.append_gate(a, "b", 2) == ("serial", a, ("gate", "b", 2))
-    both = gate_expr.parallel([a, gate_expr.append_gate(gate_expr.ALIVE, "b", 0)])
+    both = gate_expr.parallel([a, gate_expr.append_gate(gate_expr.UNGATED, "b", 0)])
     assert both == gate_expr.parallel([both, a])
-    assert gate_expr.parallel([a, gate_expr.ALIVE]) == gate_expr.ALIVE
+    assert gate_expr.parallel([a, gate_expr.UNGATED]) == gate_expr.UNGATED
     assert gate_expr.shift(both, 3) == ("parallel", ("gate", "a", 3), ("gate", "b", 3))
     gates, tree = gate_expr.resolve(gate_expr.shift(both, 3), 2)
     assert [tuple(g.slice) for g in gates] == [(3, 5), (3, 5)] and tree == {"parallel": [0, 1]}

@@ -175,5 +175,5 @@ def test_they_are_the_same_whether_numbers_are_computed_or_not(name, monkeypatch
     def refuse(_):
         raise RuntimeError("wants to see numbers")
 
-    monkeypatch.setattr(trace, "_weightless", refuse)
+    monkeypatch.setattr(trace, "_to_meta", refuse)
     assert find_groups(model, example) == without

@@ -14,7 +14,7 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.budget import Budget
 from prunekit.pruning.sparsity.decay import DynamicWeightDecay
 from prunekit.pruning.sparsity.progressive import ProgressivePruning, height
-from prunekit.pruning.surgery.cutter import Cutter, sliced
+from prunekit.pruning.surgery.cutter import Cutter, slice_tensor
 from prunekit.pruning.surgery.make_plan import dead_channels
 from prunekit.pruning.surgery.optimizer_state import slim_optimizer
 from prunekit.pruning.surgery.slim import apply_plan
@@ -100,7 +100,7 @@ def cutting(model, groups, plan):
     def cut_like(name, value):
         owner, _, own = name.rpartition(".")
         axes = {axis: mask for (tensor, axis), mask in masks.items() if tensor == name}
-        return sliced(model.get_submodule(owner), own, value, axes)
+        return slice_tensor(model.get_submodule(owner), own, value, axes)
 
     return cut_like
 
