@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -21,6 +23,11 @@ API = {
     "Plugins": [],
     "Errors": ["PrunekitError", "PrunekitWarning"],
 }
+
+RECIPE_INTRODUCTION = """\
+A recipe is a YAML file with these keys. Each can also be set on the command line, as in
+`prunekit run csnet train.epochs=20 data.root=~/photos`. `recipe.yaml` in a run folder has every key with its value.
+`prunekit list` shows the names that `backbone`, `data`, `task` and the other components can have, with their options."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -61,7 +68,7 @@ def recipe_page() -> str:
     """Every key of a recipe with its type, default and meaning."""
     from prunekit.config.reference import render
 
-    return "# Recipe keys\n\n" + render()
+    return f"# Recipe keys\n\n{RECIPE_INTRODUCTION}\n\n{render()}"
 
 
 def api_page() -> str:
@@ -79,7 +86,7 @@ def api_page() -> str:
         if exported:
             lines += ["", f"## {heading}"]
         for name in exported:
-            where = f"{getattr(prunekit, name).__module__}.{name}"
+            where = _definition(prunekit, name)
             lines += [
                 "",
                 f"::: {where}",
@@ -88,3 +95,12 @@ def api_page() -> str:
                 f'      toc_label: "{name}"',
             ]
     return "\n".join(lines) + "\n"
+
+
+def _definition(package: object, name: str) -> str:
+    """The dotted path at which a name exported by the package is defined."""
+    value = getattr(package, name)
+    if inspect.ismodule(value):
+        return value.__name__
+    module = sys.modules[value.__module__]
+    return f"{module.__name__}.{name if hasattr(module, name) else value.__name__}"

@@ -1,4 +1,4 @@
-"""Prune a model that prunekit has never seen: `python examples/your_model.py`."""
+"""Prune your own model: `python examples/your_model.py`."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ import prunekit
 
 
 class Net(nn.Module):
-    """A residual network as anybody would write it; nothing in it knows of prunekit.
+    """A residual network; nothing in it depends on prunekit.
 
     Shape:
         input: (N, 3, H, W); output: logits (N, 4).
@@ -36,11 +36,11 @@ optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
 images, labels = torch.randn(64, 3, 16, 16), torch.arange(64) % 4
 images += labels[:, None, None, None] * 0.5
 
-groups = prunekit.find_groups(model, images[:2])  # what can be cut together
+groups = prunekit.find_groups(model, images[:2])  # which channels can only be pruned together
 with prunekit.DynamicWeightDecay(model, groups, weight=1) as decay:
     for _ in range(300):
         optimizer.zero_grad()
-        (loss(model(images), labels) + decay.penalty()).backward()  # your loop, and one term more
+        (loss(model(images), labels) + decay.penalty()).backward()  # your loop, and one more term
         optimizer.step()
 plan = prunekit.extract(model, groups, threshold=5e-2)
 slim, equivalence = prunekit.slim(model, plan, images[:8])
