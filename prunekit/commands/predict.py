@@ -50,7 +50,7 @@ def predict(
     recipe = read_recipe(run)
     task, classes = read_task(run, recipe)
     sources = _list_images(images)
-    if task.pictures:
+    if task.predicts_images:
         _check_stems(sources)
     network = load_model(run, name, recipe)
     reporter = Reporter(console or Console())
@@ -67,8 +67,8 @@ def predict(
             except DataError as error:
                 errors.append(str(error))
             else:
-                result = task.show(task.predict(network, image, recipe.data.size), classes)
-                if task.pictures:
+                result = task.render(task.predict(network, image, recipe.data.size), classes)
+                if task.predicts_images:
                     written.append(out / f"{source.stem}.png")
                     write_map(written[-1], result)
                 else:
@@ -80,7 +80,7 @@ def predict(
         write_atomic(out / TABLE, _to_csv(rows))
         written.append(out / TABLE)
         reporter.info(f"{name} model: predictions of {plural(len(rows), 'image')} saved to {out / TABLE}")
-    elif task.pictures:
+    elif task.predicts_images:
         reporter.info(f"{name} model: {plural(len(written), 'map')} saved to {out}")
     if errors:
         raise DataError("\n".join(errors))

@@ -170,7 +170,7 @@ class RunContext:
             self.tensors(split)
         if self.recipe.finetune.distill.weight:
             nothing = torch.zeros(1, 1, 1, 1)
-            self.task.distance(nothing, nothing, 1.0)
+            self.task.distillation_loss(nothing, nothing, 1.0)
         for stage in ("train", "finetune"):
             section: Training = getattr(self.recipe, stage)
             tries: list[tuple[str, Callable[[], Any]]] = [
@@ -223,9 +223,9 @@ class RunContext:
         recipe, size = self.recipe, self.recipe.data.size
         train, val = self.pairs("train"), self.pairs("val")
         for images in (train, val):
-            if not isinstance(images, self.task.data):
+            if not isinstance(images, self.task.dataset_type):
                 raise RecipeError(
-                    f"task {recipe.task} learns from {self.task.data.targets}, and the data set {recipe.data.name} has "
+                    f"task {recipe.task} learns from {self.task.dataset_type.targets}, and the data set {recipe.data.name} has "
                     f"{images.targets}; name another task or another data set (see: prunekit list)"
                 )
         if train.classes != val.classes:
@@ -239,7 +239,7 @@ class RunContext:
                 f"backbone {recipe.backbone.name} cannot take an image of {size}×{size} ({reason}); "
                 "set another data.size"
             ) from error
-        fault = self.task.fault(output, size, train)
+        fault = self.task.check_output(output, size, train)
         if fault is not None:
             raise RecipeError(f"task {recipe.task} with backbone {recipe.backbone.name}: {fault}")
 

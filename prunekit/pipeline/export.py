@@ -198,7 +198,7 @@ class Exporter:
         if is_newest and variant == Variant(variant.form):
             self._note({"path": path, "max_abs_diff": gap, "deployed": self.records[_RUNTIMES[variant.form]]})
         size = sum(map(len, files.values())) / 1000
-        unit = " levels" if variant.preprocess and self.work.task.pictures else ""
+        unit = " levels" if variant.preprocess and self.work.task.predicts_images else ""
         self._say(
             f"{self.run.path / path}: {self.name} model, {'plain' if variant.plain else 'deployed'}, {size:.0f} kB; "
             f"differs by at most {gap:.1e}{unit} on {self.source}"

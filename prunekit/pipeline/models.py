@@ -115,7 +115,7 @@ def read_task(run: RunDir, recipe: Recipe) -> tuple[Task, list[str]]:
         CheckpointError: the task tells classes apart, and nothing says what they are called.
     """
     task, classes = registry.tasks.get(recipe.task)(), read_classes(run)
-    if issubclass(task.data, LabelDataset) and not classes:
+    if issubclass(task.dataset_type, LabelDataset) and not classes:
         raise CheckpointError(f"{run.path / CLASSES} is missing; write the names of the classes into it as a JSON list")
     return task, classes
 

@@ -74,7 +74,7 @@ def evaluate_stage(work: RunContext, run: RunDir) -> None:
         errors = result.errors
         work.reporter.info(f"evaluate: {name:9} " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
     run.write_json("curves.json", curves)
-    found = work.task.reference(pairs)
+    found = work.task.trivial_scores(pairs)
     if found:
         run.update_summary("reference", found)
         best, main = work.task.best(found), work.task.metric_names[0]
@@ -122,9 +122,9 @@ def _recalibrate(work: RunContext, run: RunDir, model: nn.Module) -> None:
     train, val = work.tensors("train"), work.tensors("val")
     order = torch.randperm(len(train), generator=seeded_generator(work.recipe.seed, "recalibrate", 0))
     rows = [batch for batch in order.split(size)[: work.recipe.slim.recalibrate] if len(batch) == min(size, len(order))]
-    before = work.task.quick(model, val, 4 * size)
+    before = work.task.validate(model, val, 4 * size)
     batches = recalibrate(model, (normalize(train.images[batch].to(work.device)) for batch in rows))
-    after = work.task.quick(model, val, 4 * size)
+    after = work.task.validate(model, val, 4 * size)
     run.update_summary("recalibrated", {"batches": batches, "before": before, "after": after})
     change = "  ".join(f"{key} {value:.4f} → {after[key]:.4f}" for key, value in before.items())
     work.reporter.info(f"finetune: norms recalibrated on {batches} batches: {change}")
@@ -139,7 +139,7 @@ def _gallery(work: RunContext, run: RunDir, models: dict[str, nn.Module], by_err
         image, target = pairs.pair(index)
         shown = {"image": image, "truth": pairs.display_target(target)}
         for name, model in models.items():
-            shown[name] = work.task.show(work.task.predict(model, image, work.recipe.data.size), pairs.classes)
+            shown[name] = work.task.render(work.task.predict(model, image, work.recipe.data.size), pairs.classes)
         entry = {"index": index, "name": pairs.names[index], "fixed": index in fixed, "kind": kinds.get(index)}
         for name, value in shown.items():
             if isinstance(value, np.ndarray):

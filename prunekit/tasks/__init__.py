@@ -1,1 +1,1 @@
-"""Tasks: what a model is trained for: its loss, its metrics and how it is applied to an image."""
+"""Tasks: what a model is trained for, with its loss, metrics and predictions. May import data and config."""

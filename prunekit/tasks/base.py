@@ -1,7 +1,7 @@
-"""What every task gives, and what tasks share: passes over a set, and a model's outputs by the published protocol.
+"""The base class of tasks, and the evaluation protocol that they share.
 
-Protocol (Gao et al., ECCV 2020): the RGB image in 0 … 1 is resized (half-pixel bilinear, no anti-aliasing), and
-ImageNet's mean and deviation are taken out.
+Protocol (Gao et al., ECCV 2020): an RGB image is resized bilinearly without anti-aliasing, scaled to 0 … 1, and
+normalized with ImageNet's mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -14,177 +14,263 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.data.datasets import ImageDataset, Tensors, image_tensor, normalize, read_pair, resize
 from prunekit.errors import DataError, RecipeError, TrainingError
 
-# At its own size an image's sides are rounded up to what a network with four halvings divides evenly.
-OWN_SIZE_MULTIPLE = 16
-# Pixels in one forward pass on a CPU. Larger ones spend as much time on fetching memory as on computing: CSNet ×2 at
-# 224×224 on one core takes 383 ms an image in batches of 16, and 215 ms in batches of 4.
+OWN_SIZE_MULTIPLE = 16  # a network with four halvings divides such sides evenly
+# Pixels per forward on a CPU: smaller batches stay in its cache and take about half the time (docs/design/training.md).
 _CPU_PIXELS = 4 * 224 * 224
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # (images done, all images)
 
 
 @dataclass(frozen=True)
-class Result:
-    """What an evaluation found.
+class EvaluationResult:
+    """Metrics of a data set.
 
     Attributes:
-        metrics: the task's figures of the whole set.
-        curves: what can be drawn of it; plain values, for ``curves.json``.
-        errors: one value for each image, in the set's order; the larger, the worse.
-        names: the set's names, in the same order.
-        maps: saliency: uint8 [H, W] maps of the indices asked for.
+        metrics: name → value.
+        curves: plain values for ``curves.json``.
+        errors: one value per image in the order of the data set; larger is worse.
+        names: of the images.
     """
 
     metrics: dict[str, float]
     curves: dict[str, Any]
     errors: list[float]
     names: list[str] = field(default_factory=list)
-    maps: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+class Metrics(ABC):
+    """Accumulates the metrics of a data set image by image.
+
+    Attributes:
+        errors: one value per image, larger is worse; :meth:`update` appends it.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[float] = []
+
+    @abstractmethod
+    def update(self, prediction: np.ndarray, target: Any) -> None:
+        """Add one image.
+
+        Args:
+            prediction: from :meth:`Task.postprocess`.
+            target: as the data set returns it.
+        """
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Return the metrics of at least one image: finite numbers by name."""
+
+    def curves(self) -> dict[str, Any]:
+        """Return what can be plotted, as lists and numbers for JSON."""
+        return {}
 
 
 class Task(ABC):
-    """What a model is trained for.
+    """What a model is trained for: its loss, metrics and predictions.
+
+    A subclass defines the three attributes, :meth:`loss` and :meth:`make_metrics`, and overrides what differs from the
+    defaults; ``@register_task(name)`` makes it available to recipes. It takes no arguments. Below, B is the batch size,
+    S the side of the training images, and (H, W) the size of an image in its file.
 
     Attributes:
-        metric_names: what :meth:`evaluate` measures; the first is the figure that models are compared by.
-        lower_is_better: those of them of which less is better.
-        data: the kind of set that it learns from.
-        pictures: whether :meth:`show` gives pictures.
+        metric_names: keys of the metrics; models are compared by the first.
+        lower_is_better: those of them for which lower is better.
+        dataset_type: the class of data sets for the task.
+        predicts_images: whether :meth:`render` returns images.
     """
 
     metric_names: tuple[str, ...]
     lower_is_better: frozenset[str] = frozenset()
-    data: type[ImageDataset]
-    pictures: bool
+    dataset_type: type[ImageDataset]
+    predicts_images: bool = False
 
     @abstractmethod
-    def fault(self, output: Any, size: int, images: ImageDataset) -> str | None:
-        """What is wrong with a model's output for one image [1, 3, size, size] of this set, and the mend; None where it
-        is as it should be."""
-
-    @abstractmethod
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a batch: a scalar with a gradient.
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar with gradient.
 
         Args:
-            logits: the model's output.
-            targets: of these images, as :class:`prunekit.data.datasets.Tensors` holds them (masks may be float).
+            logits: output of the model, [B, …]; bfloat16 with ``precision: bf16``.
+            targets: as ``empty_targets`` and ``encode_target`` of the data set define them, [B, …].
         """
 
-    def distance(self, logits: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
-        """How far logits are from a teacher's, for ``finetune.distill``: a scalar with a gradient, of the size of
-        :meth:`loss` at every temperature.
+    @abstractmethod
+    def make_metrics(self, classes: Sequence[str] = (), quick: bool = False) -> Metrics:
+        """Return empty metrics.
 
         Args:
-            logits: the model's output.
-            taught: the teacher's for the same images.
-            temperature: divides both.
+            classes: names of the data set's classes; empty for validation during training.
+            quick: for validation after each epoch, which may leave out slow metrics.
+        """
+
+    def check_output(self, output: Any, size: int, images: ImageDataset) -> str | None:
+        """Return the problem and its fix if the model's output for an input [1, 3, size, size] is wrong, else None."""
+        return None if isinstance(output, Tensor) else f"the model must return a tensor, not {type(output).__name__}"
+
+    def activation(self, logits: Tensor) -> Tensor:
+        """Return scores of the same shape from float32 logits [B, …], such as probabilities."""
+        return logits
+
+    def postprocess(self, scores: Tensor, size: tuple[int, int]) -> np.ndarray:
+        """Return the prediction for one image from its scores […] on the CPU, where ``size`` is its (H, W)."""
+        return scores.numpy()
+
+    def decode_target(self, target: Tensor) -> Any:
+        """Return a row of the training targets as a target of the data set; for validation at S × S."""
+        return target.numpy()
+
+    def render(self, prediction: np.ndarray, classes: Sequence[str]) -> np.ndarray | dict[str, Any]:
+        """Return a prediction for display: an image, uint8 [H, W], or columns of a table."""
+        return prediction if self.predicts_images else {"prediction": prediction.tolist()}
+
+    def distillation_loss(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+        """Return the distance to a teacher's logits, a scalar with gradient, for ``finetune.distill``.
+
+        Args:
+            logits: output of the model, [B, …].
+            teacher_logits: of the teacher, of the same shape.
+            temperature: divides both; the size of the gradient should not depend on it.
 
         Raises:
-            RecipeError: the task cannot say it.
+            RecipeError: the task does not define it.
         """
-        raise RecipeError(
-            "the task has no measure of how far a model is from its teacher; set finetune.distill.weight=0"
-        )
+        raise RecipeError("the task defines no distillation loss; set finetune.distill.weight=0")
 
-    @abstractmethod
-    def quick(self, model: nn.Module, tensors: Tensors, batch_size: int) -> dict[str, float]:
-        """Some figures, fast, for a look after each epoch; none where the model's output is not finite, as that of a
-        model whose norms have seen little yet may be.
-
-        Raises:
-            DataError: the set is empty.
-        """
-
-    @abstractmethod
-    def evaluate(
-        self, model: nn.Module, pairs: ImageDataset, size: int | None, batch_size: int, progress: Progress | None = None
-    ) -> Result:
-        """All figures of a set.
-
-        Args:
-            model: takes [B, 3, h, w].
-            pairs: the set; if tolerant, it loses what cannot be read.
-            size: side of the square that the model sees; None: each image's own size (:func:`own_size`), one at a time.
-            batch_size: images in hand at once, and the most in one forward pass.
-            progress: called with (images done, images in all) after each batch.
-
-        Raises:
-            DataError: the set is empty, or something cannot be read and the set is not tolerant.
-        """
-
-    @abstractmethod
-    def predict(self, model: nn.Module, image: np.ndarray, size: int | None) -> np.ndarray:
-        """What the model says of one image.
-
-        Args:
-            image: uint8 [H, W, 3], RGB.
-            size: as for :meth:`evaluate`.
-        """
-
-    @abstractmethod
-    def show(self, prediction: np.ndarray, classes: Sequence[str]) -> np.ndarray | dict[str, Any]:
-        """A prediction as people look at it: a picture, uint8 [H, W], or a row of a table."""
-
-    @abstractmethod
     def read_folder(self, folder: str, on_error: Literal["raise", "skip"], classes: Sequence[str]) -> ImageDataset:
-        """A whole folder as a set of the task's kind.
+        """Return a folder as a data set, for ``prunekit evaluate``.
 
         Args:
-            classes: those that the model tells apart, where it tells any.
+            classes: of the model, if it has any.
 
         Raises:
             DataError: the folder cannot be used.
         """
+        raise DataError(f"the task {type(self).__name__} reads no folders; define its read_folder")
 
-    def reference(self, pairs: ImageDataset) -> dict[str, dict[str, float]]:
-        """What trivial predictors reach on a set: name → metrics. None, where a task has no such predictor.
-
-        Raises:
-            DataError: as for :meth:`evaluate`.
-        """
+    def trivial_scores(self, images: ImageDataset) -> dict[str, dict[str, float]]:
+        """Return the metrics of predictors that need no training, by name; for comparison. May raise DataError."""
         return {}
 
-    def best(self, found: dict[str, dict[str, float]]) -> str:
-        """The name whose metrics are best, by the first of :attr:`metric_names`."""
-        main = self.metric_names[0]
-        return (min if main in self.lower_is_better else max)(found, key=lambda name: found[name][main])
+    def best(self, scores: dict[str, dict[str, float]]) -> str:
+        """Return the name with the best metrics, by the first of :attr:`metric_names`."""
+        name = self.metric_names[0]
+        return (min if name in self.lower_is_better else max)(scores, key=lambda key: scores[key][name])
+
+    def validate(self, model: nn.Module, tensors: Tensors, batch_size: int) -> dict[str, float]:
+        """Return quick metrics of a data set in memory, at S × S; none if an output of the model is not finite, which
+        is possible in the first epochs.
+
+        Raises:
+            DataError: the data set is empty.
+        """
+        metrics, size = self.make_metrics(quick=True), tuple(tensors.images.shape[-2:])
+        with inference(model) as device:
+            for images, targets in zip(
+                tensors.images.split(batch_size), tensors.targets.split(batch_size), strict=True
+            ):
+                logits = model(normalize(images.to(device))).float()
+                if not torch.isfinite(logits).all():
+                    return {}
+                for scores, target in zip(self.activation(logits).cpu(), targets.cpu(), strict=True):
+                    metrics.update(self.postprocess(scores, size), self.decode_target(target))
+        return compute_metrics(metrics)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        images: ImageDataset,
+        size: int | None,
+        batch_size: int,
+        progress: Progress | None = None,
+    ) -> EvaluationResult:
+        """Return all metrics of a data set.
+
+        Args:
+            model: takes [B, 3, h, w].
+            images: with ``skip_errors``, unreadable images are dropped.
+            size: height and width of the model's input; None for each image's own size (:func:`own_size`).
+            batch_size: images in memory at once, and at most in one forward.
+            progress: called after each batch.
+
+        Raises:
+            DataError: the data set is empty, or an image is unreadable.
+            TrainingError: an output of the model is not finite.
+        """
+        metrics = self.make_metrics(images.classes)
+        with inference(model) as device:
+            for batch in iterate_batches(images, batch_size, progress):
+                predictions = self._predict(model, [image for image, _ in batch], size, device)
+                for prediction, (_, target) in zip(predictions, batch, strict=True):
+                    metrics.update(prediction, target)
+        computed = compute_metrics(metrics)
+        return EvaluationResult(computed, metrics.curves(), list(metrics.errors), list(images.names))
+
+    def predict(self, model: nn.Module, image: np.ndarray, size: int | None) -> np.ndarray:
+        """Return the prediction for one image, uint8 [H, W, 3] RGB; ``size`` as for :meth:`evaluate`."""
+        with inference(model) as device:
+            return self._predict(model, [image], size, device)[0]
+
+    def _predict(
+        self, model: nn.Module, images: Sequence[np.ndarray], size: int | None, device: torch.device
+    ) -> list[np.ndarray]:
+        if size is None:
+            inputs = [resize(image_tensor(image), own_size(*image.shape[:2])) for image in images]
+        else:
+            planes = torch.cat([resize(image_tensor(image), (size, size)) for image in images])
+            inputs = planes.split(max(1, _CPU_PIXELS // size**2) if device.type == "cpu" else len(planes))
+        scores: list[Tensor] = []
+        for batch in inputs:
+            logits = _forward(model, normalize(batch.to(device)))
+            if not torch.isfinite(logits).all():
+                # A map or class computed from it would look like any other.
+                raise TrainingError(
+                    "the model's output for an image is not finite, so it cannot be evaluated; train with a lower lr"
+                )
+            scores += self.activation(logits).cpu()
+        return [self.postprocess(one, image.shape[:2]) for one, image in zip(scores, images, strict=True)]
 
 
-def passes(
-    pairs: ImageDataset, batch_size: int, progress: Progress | None = None
+def compute_metrics(metrics: Metrics) -> dict[str, float]:
+    """Return the computed metrics; raise DataError if there is no image."""
+    if not metrics.errors:
+        raise DataError("there is no image to evaluate; check data.val_root and data.val_holdout")
+    return metrics.compute()
+
+
+def iterate_batches(
+    images: ImageDataset, batch_size: int, progress: Progress | None = None
 ) -> Iterator[list[tuple[np.ndarray, Any]]]:
-    """Go through a set: batches of (image, target). A tolerant set has lost what cannot be read at the end.
+    """Yield batches of (image, target); at the end, drop unreadable images of a data set with ``skip_errors``.
 
     Raises:
-        DataError: something cannot be read and the set is not tolerant.
+        DataError: an image is unreadable.
     """
     dropped = []
-    for start in range(0, len(pairs), batch_size):
+    for start in range(0, len(images), batch_size):
+        stop = min(start + batch_size, len(images))
         batch = []
-        for index in range(start, min(start + batch_size, len(pairs))):
+        for index in range(start, stop):
             try:
-                batch.append(read_pair(pairs, index))
+                batch.append(read_pair(images, index))
             except DataError:
-                if not pairs.skip_errors:
+                if not images.skip_errors:
                     raise
                 dropped.append(index)
         if batch:
             yield batch
         if progress is not None:
-            progress(min(start + batch_size, len(pairs)), len(pairs))
-    pairs.drop(dropped)
+            progress(stop, len(images))
+    images.drop(dropped)
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; gives the model's device, and restores the mode of every module afterwards."""
-    # Module by module: a model with some frozen norms in evaluation mode must come back as it was.
+    """Set evaluation mode without gradients, yield the model's device, and restore the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), None)
     model.eval()
@@ -197,46 +283,12 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
 
 
 def own_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width rounded up to multiples of 16, which is what a model sees of an image at its own size."""
+    """Return height and width rounded up to multiples of 16: the model's input for an image at its own size."""
     return tuple(-(-side // OWN_SIZE_MULTIPLE) * OWN_SIZE_MULTIPLE for side in (height, width))
 
 
-def outputs(
-    model: nn.Module,
-    images: Sequence[np.ndarray],
-    size: int | None,
-    device: torch.device,
-    last: Callable[[torch.Tensor], torch.Tensor],
-) -> list[torch.Tensor]:
-    """What a model gives for images by the protocol: a tensor on the CPU for each.
-
-    Args:
-        model: in evaluation mode; takes [B, 3, h, w].
-        images: uint8 [H, W, 3] each.
-        size: as for :meth:`Task.evaluate`.
-        last: makes of the logits [B, …] what is wanted, of the same shape.
-    """
-    if size is None:
-        inputs = [resize(image_tensor(image), own_size(*image.shape[:2])) for image in images]
-    else:
-        planes = torch.cat([resize(image_tensor(image), (size, size)) for image in images])
-        inputs = planes.split(max(1, _CPU_PIXELS // size**2) if device.type == "cpu" else len(planes))
-    found = []
-    for part in inputs:
-        logits = _logits(model, normalize(part.to(device)))
-        if not torch.isfinite(logits).all():
-            # As a map or a class it would look like any other.
-            raise TrainingError(
-                "the model's output for an image is not finite, so there is nothing to measure or to show; "
-                "train with a lower rate"
-            )
-        found += last(logits).cpu()
-    return found
-
-
-def _logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    # Convolutions pass this layout on, and on a CPU CSNet runs in half the time with it. A model that takes views of
-    # its features may refuse it.
+def _forward(model: nn.Module, batch: Tensor) -> Tensor:
+    # Channels-last halves the time on CPUs; models that take views of their features may refuse it.
     try:
         return model(batch.contiguous(memory_format=torch.channels_last)).float()
     except RuntimeError:

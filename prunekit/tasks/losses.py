@@ -1,8 +1,7 @@
-"""What a task may learn by, other than its own loss: for maps of one logit a pixel.
+"""Losses that a recipe may name instead of the task's own.
 
-A registered loss is a function of the task (and of its options, the recipe's); it gives the function of logits and
-targets that is called in each step. (A function of both at once was weighed: it would find out in the first step
-whether it fits the task, where this one can say so before anything is read.)
+A registered loss takes the task and the recipe's options, so it can refuse a task before data is read; it returns a
+function of logits and targets.
 """
 
 from __future__ import annotations
@@ -22,93 +21,87 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @register_loss("task")
-def of_task(task: Task) -> Loss:
-    """The task's own: binary cross-entropy for maps, cross-entropy for classes."""
+def task_loss(task: Task) -> Loss:
+    """The task's own loss: binary cross-entropy for maps, cross-entropy for classes."""
     return task.loss
 
 
 @register_loss("bce_iou")
 def bce_iou(task: Task, *, iou: float = 1.0) -> Loss:
-    """Binary cross-entropy, and 1 less the soft intersection over union of each map.
-
-    After Qin et al., CVPR 2019, section 3.3, without its third term.
+    """Binary cross-entropy plus 1 - soft IoU of each map (BASNet, Qin et al., CVPR 2019, section 3.3, without SSIM).
 
     Args:
         task: with masks as targets.
-        iou: the weight of the second term; at least 0.
+        iou: weight of the IoU term, at least 0.
 
     Returns:
-        of logits [B, 1, H, W] and masks [B, 1, H, W] of 0 … 1 the mean over the batch, a scalar.
+        a function of logits [B, 1, H, W] and masks of 0 … 1, [B, 1, H, W]: the mean over the batch.
 
     Raises:
         RecipeError: the task has no masks.
         ValueError: a negative weight.
     """
-    _needs_masks(task, "bce_iou")
+    _require_masks(task, "bce_iou")
     if iou < 0:
-        raise ValueError(f"bce_iou takes iou >= 0, not {iou}")
+        raise ValueError(f"bce_iou: iou={iou} must be at least 0")
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits, targets = logits.float(), targets.float()
-        return F.binary_cross_entropy_with_logits(logits, targets) + iou * _iou(logits, targets, None).mean()
+        ones = torch.ones_like(targets)
+        return F.binary_cross_entropy_with_logits(logits, targets) + iou * _iou_loss(logits, targets, ones).mean()
 
     return loss
 
 
 @register_loss("structure")
 def structure(task: Task, *, window: int = 31, gain: float = 5.0, size: int = 352) -> Loss:
-    """As bce_iou, with pixels near an outline weighing more.
+    """Like bce_iou, with larger weights near outlines (F³Net, Wei et al., AAAI 2020, section 3.3).
 
-    After F³Net (Wei et al., AAAI 2020, section 3.3).
-
-    A pixel weighs 1 + gain · |mean of the mask around it - mask|; outside the image the mask is 0 there.
+    The weight of a pixel is 1 + gain · |local mean of the mask - mask|, with zeros outside the image.
 
     Args:
         task: with masks as targets.
-        window: side of the square over which that mean goes, in pixels of an image of side ``size``; it shrinks with
-            the image. Odd.
+        window: odd side of the local mean in pixels of an image of side ``size``; it scales with the image.
         gain: at least 0.
-        size: side in pixels of the images that ``window`` is meant for.
+        size: see ``window``.
 
     Returns:
-        of logits [B, 1, H, W] and masks [B, 1, H, W] of 0 … 1 the mean over the batch, a scalar.
+        a function of logits [B, 1, H, W] and masks of 0 … 1, [B, 1, H, W]: the mean over the batch.
 
     Raises:
         RecipeError: the task has no masks.
-        ValueError: an even or too small window, a negative gain, no size.
+        ValueError: an option is out of range.
     """
-    _needs_masks(task, "structure")
+    _require_masks(task, "structure")
     if window < 1 or window % 2 == 0 or gain < 0 or size < 1:
         raise ValueError(
-            f"structure takes an odd window >= 1, gain >= 0 and size >= 1, not {window}, {gain} and {size}"
+            f"structure: window={window} must be odd and at least 1, gain={gain} at least 0, size={size} at least 1"
         )
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits, targets = logits.float(), targets.float()
         side = 2 * round((window * max(targets.shape[-2:]) / size - 1) / 2) + 1
         side = max(3, side) if window > 1 else 1
-        near = F.avg_pool2d(targets, side, 1, side // 2)
-        weight = 1 + gain * (near - targets).abs()
-        crossed = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        crossed = (weight * crossed).sum((2, 3)) / weight.sum((2, 3))
-        return (crossed + _iou(logits, targets, weight)).mean()
+        local_mean = F.avg_pool2d(targets, side, 1, side // 2)
+        weight = 1 + gain * (local_mean - targets).abs()
+        bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        bce = (weight * bce).sum((2, 3)) / weight.sum((2, 3))
+        return (bce + _iou_loss(logits, targets, weight)).mean()
 
     return loss
 
 
-def _iou(logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-    """1 less the soft intersection over union of each map: [B, C]. With 1 added to both, as published, so that two
-    empty maps agree."""
-    found = torch.sigmoid(logits)
-    weight = torch.ones_like(targets) if weight is None else weight
-    both = (found * targets * weight).sum((2, 3))
-    either = ((found + targets) * weight).sum((2, 3)) - both
-    return 1 - (both + 1) / (either + 1)
+def _iou_loss(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """Return 1 - soft IoU of each map, [B, C]; smoothed by 1 as published, so that two empty maps agree."""
+    scores = torch.sigmoid(logits)
+    intersection = (scores * targets * weight).sum((2, 3))
+    union = ((scores + targets) * weight).sum((2, 3)) - intersection
+    return 1 - (intersection + 1) / (union + 1)
 
 
-def _needs_masks(task: Task, name: str) -> None:
-    if not issubclass(task.data, MaskDataset):
+def _require_masks(task: Task, name: str) -> None:
+    if not issubclass(task.dataset_type, MaskDataset):
         raise RecipeError(
-            f"the loss {name} compares maps with masks, and this task learns from {task.data.targets}; "
-            "name another, such as: task"
+            f"the loss {name} compares maps with masks, and this task learns from {task.dataset_type.targets}; set "
+            "loss: task"
         )

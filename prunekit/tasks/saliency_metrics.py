@@ -1,7 +1,6 @@
-"""The figures of salient object detection, by PySODMetrics.
+"""Metrics of salient object detection by PySODMetrics, as published figures use it.
 
-It stretches each map to its own least and greatest level before it measures (a constant map stays as it is), and takes
-as object what is above 128 in the mask. The published figures come from it as it stands, so ours do.
+It stretches each map to the range 0 … 255 (a constant map stays as it is) and takes mask levels above 128 as salient.
 """
 
 from __future__ import annotations
@@ -10,58 +9,54 @@ import warnings
 
 import numpy as np
 
-from prunekit.errors import DataError
+from prunekit.tasks.base import Metrics
 
 BETA_SQUARED = 0.3
 
 
-class SaliencyMetrics:
-    """Collects maps and masks, and gives the set's figures by PySODMetrics.
+class SaliencyMetrics(Metrics):
+    """Max F, MAE, S- and E-measure of a data set; the error of an image is its MAE.
 
     Args:
-        only_quick: leave out the S- and the E-measure, which take most of the time.
+        quick: leave out the S- and E-measure, which take most of the time.
     """
 
-    def __init__(self, only_quick: bool = False):
-        # Imported here: OpenCV and scikit-image come with it, and listing the tasks needs neither.
+    def __init__(self, quick: bool = False):
+        # Imported here, since it imports OpenCV and scikit-image.
         import py_sod_metrics
 
         with warnings.catch_warnings():
-            # Fmeasure says that it will be replaced; its replacement gives no set-mean precision and recall in one go.
+            # Fmeasure is deprecated, but its replacement computes no set-mean precision and recall in one pass.
             warnings.simplefilter("ignore")
             self._f = py_sod_metrics.Fmeasure(beta=BETA_SQUARED)
         self._mae = py_sod_metrics.MAE()
-        self._s = None if only_quick else py_sod_metrics.Smeasure()
-        self._e = None if only_quick else py_sod_metrics.Emeasure()
+        self._s = None if quick else py_sod_metrics.Smeasure()
+        self._e = None if quick else py_sod_metrics.Emeasure()
 
-    def add(self, saliency: np.ndarray, mask: np.ndarray) -> None:
-        """Take in one map and its mask, both uint8 [H, W]."""
+    def update(self, prediction: np.ndarray, target: np.ndarray) -> None:
+        """Add a map and its mask, both uint8 [H, W]."""
         for measure in (self._f, self._mae, self._s, self._e):
             if measure is not None:
-                measure.step(saliency, mask)
+                measure.step(prediction, target)
 
     @property
-    def per_image_mae(self) -> list[float]:
+    def errors(self) -> list[float]:
         return [float(value) for value in self._mae.maes]
 
-    def curves(self) -> dict[str, np.ndarray]:
-        """Precision and recall averaged over the set, and the F-measure of those averages: float [256] each."""
+    def curves(self) -> dict[str, list[float]]:
+        """Return ``precision``, ``recall`` (means over the images) and their F-measure ``f``, 256 values each.
+
+        Value t is for maps binarized at level 255 - t, so recall increases.
+        """
         means = self._f.get_results()["pr"]
         precision, recall = means["p"], means["r"]
-        bottom = BETA_SQUARED * precision + recall
-        f = np.divide((1 + BETA_SQUARED) * precision * recall, bottom, out=np.zeros_like(bottom), where=bottom > 0)
-        return {"precision": precision, "recall": recall, "f": f}
+        total = BETA_SQUARED * precision + recall
+        f = np.divide((1 + BETA_SQUARED) * precision * recall, total, out=np.zeros_like(total), where=total > 0)
+        return {"precision": precision.tolist(), "recall": recall.tolist(), "f": f.tolist()}
 
-    def metrics(self) -> dict[str, float]:
-        """The set's figures.
-
-        Raises:
-            DataError: nothing was added.
-        """
-        if not self._mae.maes:
-            raise DataError("there is no image to evaluate; check data.val_root and data.val_holdout")
-        found = {"max_f": float(self.curves()["f"].max()), "mae": float(self._mae.get_results()["mae"])}
+    def compute(self) -> dict[str, float]:
+        metrics = {"max_f": max(self.curves()["f"]), "mae": float(self._mae.get_results()["mae"])}
         if self._s is not None:
-            found["s_measure"] = float(self._s.get_results()["sm"])
-            found["max_e"] = float(self._e.get_results()["em"]["curve"].max())
-        return found
+            metrics["s_measure"] = float(self._s.get_results()["sm"])
+            metrics["max_e"] = float(self._e.get_results()["em"]["curve"].max())
+        return metrics

@@ -39,5 +39,5 @@ class TrainingLoss:
         loss = self.loss(logits, targets)
         if teacher_logits is None:
             return loss
-        distillation = self.task.distance(logits, teacher_logits, self.temperature)
+        distillation = self.task.distillation_loss(logits, teacher_logits, self.temperature)
         return (1 - self.weight) * loss + self.weight * distillation

@@ -265,7 +265,7 @@ class Trainer:
         if not distributed.is_main_process():
             return {}
         model = self.model if self.ema is None else self.ema.model
-        return self.job.task.quick(model, self.job.val_data, 4 * self.batch_size)
+        return self.job.task.validate(model, self.job.val_data, 4 * self.batch_size)
 
     def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's micro-batches of one step: augmented images and targets.

@@ -125,8 +125,8 @@ def by_hand(model, size_of):
         with torch.no_grad():
             scores = torch.sigmoid(model(normalize(planes)))
         levels = F.interpolate(scores, mask.shape, mode="bilinear", align_corners=False)[0, 0].numpy() * 255
-        meter.add(levels.astype(np.uint8), mask)
-    return meter.metrics()
+        meter.update(levels.astype(np.uint8), mask)
+    return meter.compute()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from prunekit.config.registry import tasks
 from prunekit.data.datasets import LabelDataset, MaskDataset, load_tensors
 from prunekit.data.mask_folder import folder
 from prunekit.errors import DataError
-from prunekit.tasks.base import passes
+from prunekit.tasks.base import iterate_batches
 
 GOOD = 6
 
@@ -225,12 +225,12 @@ IMAGE, MASK = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
     ],
 )
 def test_invalid_pairs_of_any_data_set_raise(image, mask, words):
-    for read in (lambda pairs: load_tensors(pairs, 8), lambda pairs: list(passes(pairs, 4))):
+    for read in (lambda pairs: load_tensors(pairs, 8), lambda pairs: list(iterate_batches(pairs, 4))):
         with pytest.raises(DataError, match=words):
             read(Theirs(image, mask))
     tolerant = Theirs(image, mask)
     tolerant.skip_errors = True
-    assert list(passes(tolerant, 4)) == [] and tolerant.skipped == 1
+    assert list(iterate_batches(tolerant, 4)) == [] and tolerant.skipped == 1
 
 
 class Nothing(LabelDataset):
@@ -250,7 +250,7 @@ def test_evaluation_of_an_empty_set_raises(task):
     found = tasks.get(task)()
     for act in (
         lambda: found.evaluate(model, held, 8, 4),
-        lambda: found.reference(held),
+        lambda: found.trivial_scores(held),
         lambda: load_tensors(held, 8),
     ):
         with pytest.raises(DataError, match=r"no image|empty"):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from prunekit.config.recipe import load
 from prunekit.errors import RecipeError
 from prunekit.tasks.classification import Classification
-from prunekit.tasks.losses import bce_iou, of_task, structure
+from prunekit.tasks.losses import bce_iou, task_loss, structure
 from prunekit.tasks.saliency import Saliency
 
 MAKERS = {"bce_iou": bce_iou, "structure": structure}
@@ -23,7 +23,7 @@ def batch(seed=0, size=16, count=3):
 
 def test_the_tasks_own():
     task, (logits, masks) = Saliency(), batch()
-    assert of_task(task)(logits, masks) == task.loss(logits, masks)
+    assert task_loss(task)(logits, masks) == task.loss(logits, masks)
 
 
 def test_bce_and_iou_by_hand():
@@ -72,7 +72,7 @@ def test_the_window_shrinks_with_the_image(monkeypatch, size, side):
 @pytest.mark.parametrize("name", MAKERS)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), scale=st.sampled_from([0.1, 1.0, 30.0, 1e4]), fill=st.sampled_from([None, 0.0, 1.0]))
-def test_finite_not_negative_and_least_where_all_is_right(name, seed, scale, fill):
+def test_loss_is_finite_nonnegative_and_smallest_at_the_masks(name, seed, scale, fill):
     logits, masks = batch(seed)
     masks = masks if fill is None else torch.full_like(masks, fill)
     loss = MAKERS[name](Saliency())
@@ -84,7 +84,7 @@ def test_finite_not_negative_and_least_where_all_is_right(name, seed, scale, fil
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_task_without_masks_is_refused(name):
+def test_task_without_masks_raises(name):
     with pytest.raises(RecipeError, match=f"the loss {name} compares maps with masks, .* class labels; .*task"):
         MAKERS[name](Classification())
 
@@ -92,14 +92,14 @@ def test_a_task_without_masks_is_refused(name):
 @pytest.mark.parametrize(
     "options", [{"window": 4}, {"window": 0}, {"gain": -1.0}, {"size": 0}], ids=lambda o: next(iter(o))
 )
-def test_options_out_of_range(options):
-    with pytest.raises(ValueError, match=r"structure takes an odd window >= 1"):
+def test_options_out_of_range_raise(options):
+    with pytest.raises(ValueError, match=r"structure: window=.* must be odd"):
         structure(Saliency(), **options)
-    with pytest.raises(ValueError, match="iou >= 0"):
+    with pytest.raises(ValueError, match="iou=-1.0 must be at least 0"):
         bce_iou(Saliency(), iou=-1.0)
 
 
-def test_a_recipe_names_it_with_its_options():
+def test_recipe_sets_loss_and_options():
     recipe = load("csnet", ["train.loss=structure", "finetune.loss={name: bce_iou, options: {iou: 0.5}}"])
     assert recipe.train.loss.options == {"window": 31, "gain": 5.0, "size": 352}
     assert recipe.finetune.loss.options == {"iou": 0.5}

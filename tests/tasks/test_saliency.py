@@ -20,11 +20,11 @@ task = Saliency()
 
 
 class Pairs(MaskDataset):
-    """Pairs from arrays; a None cannot be read."""
+    """Pairs of arrays; None is an unreadable pair."""
 
-    def __init__(self, pairs, tolerant=False):
+    def __init__(self, pairs, skip_errors=False):
         super().__init__([str(i) for i in range(len(pairs))])
-        self.stored, self.skip_errors = dict(zip(self.names, pairs, strict=True)), tolerant
+        self.stored, self.skip_errors = dict(zip(self.names, pairs, strict=True)), skip_errors
 
     def image(self, index):
         return self.pair(index)[0]
@@ -39,7 +39,7 @@ class Pairs(MaskDataset):
 
 
 class Red(nn.Module):
-    """Its map is the red channel of what it is given, de-normalised."""
+    """Returns the logits of the denormalized red channel."""
 
     def __init__(self):
         super().__init__()
@@ -51,12 +51,23 @@ class Red(nn.Module):
         return torch.logit((x[:, :1] * 0.229 + 0.485).clamp(1e-6, 1 - 1e-6))
 
 
+class Recording(Saliency):
+    """Keeps the maps of an evaluation."""
+
+    def __init__(self):
+        self.maps = []
+
+    def postprocess(self, scores, size):
+        self.maps.append(super().postprocess(scores, size))
+        return self.maps[-1]
+
+
 def red(levels):
-    """An image whose red channel holds these levels."""
+    """An image with this red channel."""
     return np.stack([levels, np.full_like(levels, 90), np.full_like(levels, 30)], -1)
 
 
-def test_the_loss_is_the_mean_cross_entropy():
+def test_loss_is_mean_binary_cross_entropy():
     logits = torch.tensor([0.0, 2.0]).view(1, 1, 1, 2)
     masks = torch.tensor([1, 0], dtype=torch.uint8).view(1, 1, 1, 2)
     expected = (math.log(2) + math.log(1 + math.exp(2))) / 2
@@ -64,7 +75,7 @@ def test_the_loss_is_the_mean_cross_entropy():
     assert task.loss(logits.bfloat16(), masks).dtype == torch.float32
 
 
-def test_predict_follows_the_protocol():
+def test_predict_follows_the_published_protocol():
     levels = np.random.default_rng(0).integers(0, 256, (5, 9), dtype=np.uint8)
 
     def to(row_count, column_count, values):
@@ -82,7 +93,7 @@ def test_predict_follows_the_protocol():
     assert np.array_equal(saliency[clear], np.floor(expected)[clear].astype(np.uint8)), "truncated, not rounded"
 
 
-def test_prediction_runs_without_gradients_in_evaluation_mode_and_restores_each_module():
+def test_predict_uses_evaluation_mode_without_gradients():
     model = Red().train()
     model.norm.eval()
     task.predict(model, red(np.zeros((4, 4), np.uint8)), 8)
@@ -99,34 +110,34 @@ def square(side=16):
     return mask
 
 
-def test_a_perfect_map_scores_full_marks():
+def test_perfect_map_has_perfect_metrics():
     found = task.evaluate(Red(), Pairs([(red(square()), square())] * 3), 16, 2)
     assert set(found.metrics) == set(Saliency.metric_names)
     assert found.metrics["max_f"] == pytest.approx(1) and found.metrics["mae"] == pytest.approx(0, abs=1e-6)
     assert found.metrics["s_measure"] == pytest.approx(1, abs=0.02) and found.metrics["max_e"] > 0.99
 
 
-def test_max_f_is_taken_of_the_mean_curves_and_not_of_each_image():
-    """Two images of four pixels, worked out by hand; PySODMetrics stretches each map to 0 … 255 first."""
-    meter = SaliencyMetrics()
-    meter.add(np.array([[255, 200], [100, 0]], np.uint8), np.array([[255, 0], [0, 0]], np.uint8))
-    meter.add(np.array([[255, 200], [100, 0]], np.uint8), np.array([[0, 255], [255, 0]], np.uint8))
+def test_max_f_is_computed_from_mean_curves():
+    """Computed by hand for two images of four pixels; PySODMetrics stretches each map to 0 … 255."""
+    metrics = SaliencyMetrics()
+    metrics.update(np.array([[255, 200], [100, 0]], np.uint8), np.array([[255, 0], [0, 0]], np.uint8))
+    metrics.update(np.array([[255, 200], [100, 0]], np.uint8), np.array([[0, 255], [255, 0]], np.uint8))
     # Precision and recall of the two images when the maps are cut at 255, 200, 100 and 0.
     precision = (np.array([1, 1 / 2, 1 / 3, 1 / 4]) + np.array([0, 1 / 2, 2 / 3, 1 / 2])) / 2
     recall = (np.array([1, 1, 1, 1]) + np.array([0, 1 / 2, 1, 1])) / 2
     f = 1.3 * precision * recall / (0.3 * precision + recall)
-    curves = meter.curves()
+    curves = metrics.curves()
     for level, at in ((255, 0), (200, 1), (100, 2), (0, 3)):
         assert curves["precision"][255 - level] == pytest.approx(precision[at])
         assert curves["recall"][255 - level] == pytest.approx(recall[at])
         assert curves["f"][255 - level] == pytest.approx(f[at])
-    assert meter.metrics()["max_f"] == pytest.approx(f.max())
+    assert metrics.compute()["max_f"] == pytest.approx(f.max())
     # |map - mask|: 0, 200, 100, 0 in the first image; 255, 55, 155, 0 in the second.
-    assert meter.per_image_mae == pytest.approx([300 / 255 / 4, 465 / 255 / 4])
-    assert meter.metrics()["mae"] == pytest.approx((300 + 465) / 255 / 8)
+    assert metrics.errors == pytest.approx([300 / 255 / 4, 465 / 255 / 4])
+    assert metrics.compute()["mae"] == pytest.approx((300 + 465) / 255 / 8)
 
 
-def test_curves_have_256_points_and_recall_rises():
+def test_curves_have_256_points_and_recall_increases():
     found = task.evaluate(Red(), salient_shapes("val", size=32, val=4), 32, 3)
     assert {key: len(values) for key, values in found.curves.items()} == {"precision": 256, "recall": 256, "f": 256}
     assert np.all(np.diff(found.curves["recall"]) >= 0) and found.curves["recall"][-1] == 1
@@ -136,32 +147,34 @@ def test_curves_have_256_points_and_recall_rises():
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9))
-def test_the_batch_size_changes_nothing(first, second):
+def test_metrics_do_not_depend_on_batch_size(first, second):
     pairs = salient_shapes("val", size=24, val=5)
     one, other = (task.evaluate(Red(), pairs, 16, size) for size in (first, second))
     assert one.metrics == pytest.approx(other.metrics, abs=1e-4)
 
 
-def test_images_of_different_sizes_share_a_batch_and_keep_their_own():
+def test_maps_of_one_batch_have_the_sizes_of_their_images():
     pairs = Pairs([(red(square(16)), square(16)), (red(square(24)[:20]), square(24)[:20])])
     calls = []
     model = Red()
-    found = task.evaluate(model, pairs, 16, 8, progress=lambda *done: calls.append(done), keep=[1])
+    task = Recording()
+    found = task.evaluate(model, pairs, 16, 8, progress=lambda *done: calls.append(done))
     assert model.seen[0][0] == (2, 3, 16, 16) and calls == [(2, 2)]
-    assert list(found.maps) == [1] and found.maps[1].shape == (20, 24) and found.names == ["0", "1"]
-    assert np.array_equal(found.maps[1], task.predict(Red(), pairs.image(1), 16))
+    assert [one.shape for one in task.maps] == [(16, 16), (20, 24)] and found.names == ["0", "1"]
+    assert np.array_equal(task.maps[1], task.predict(Red(), pairs.image(1), 16))
 
 
-def test_at_its_own_size_an_image_is_seen_alone_and_rounded_up_to_multiples_of_16():
+def test_own_size_runs_images_singly_at_multiples_of_16():
     pairs = Pairs([(red(square(16)), square(16)), (red(square(24)[:20]), square(24)[:20])])
     model = Red()
-    found = task.evaluate(model, pairs, None, 8, keep=[0, 1])
+    task = Recording()
+    task.evaluate(model, pairs, None, 8)
     assert [shape for shape, *_ in model.seen] == [(1, 3, 16, 16), (1, 3, 32, 32)]
-    assert np.array_equal(found.maps[0] > 200, square(16) > 0)
-    assert np.array_equal(found.maps[1], task.predict(Red(), pairs.image(1), None))
+    assert np.array_equal(task.maps[0] > 200, square(16) > 0)
+    assert np.array_equal(task.maps[1], task.predict(Red(), pairs.image(1), None))
 
 
-def test_a_large_batch_is_taken_in_parts_on_a_cpu():
+def test_large_batches_are_split_on_a_cpu():
     model = Red()
     task.evaluate(model, Pairs([(red(square()), square())] * 6), 224, 6)
     assert [shape[0] for shape, *_ in model.seen] == [4, 2]
@@ -170,7 +183,7 @@ def test_a_large_batch_is_taken_in_parts_on_a_cpu():
     assert [shape[0] for shape, *_ in model.seen] == [6]
 
 
-def test_a_model_that_takes_views_of_its_features_is_evaluated_too():
+def test_model_that_refuses_channels_last_is_evaluated():
     class Views(Red):
         def forward(self, x):
             return super().forward(x.view(-1).view_as(x))
@@ -181,60 +194,61 @@ def test_a_model_that_takes_views_of_its_features_is_evaluated_too():
     assert np.array_equal(task.predict(model, red(square()), 16), task.predict(Red(), red(square()), 16))
 
 
-def test_quick_agrees_with_evaluate_at_the_tensors_size():
+def test_validate_equals_evaluate_at_the_same_size():
     pairs = salient_shapes("val", size=32, val=6)
-    quick = task.quick(Red(), load_tensors(pairs, 32), 4)
+    quick = task.validate(Red(), load_tensors(pairs, 32), 4)
     full = task.evaluate(Red(), pairs, 32, 4).metrics
     assert quick == pytest.approx({key: full[key] for key in ("mae", "max_f")}, abs=1e-6)
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 @pytest.mark.parametrize("fill", [0, 255])
-def test_an_empty_or_a_full_mask_gives_numbers(level, fill):
+def test_empty_and_full_masks_give_finite_metrics(level, fill):
     for levels in (np.full((8, 8), level, np.uint8), np.arange(64, dtype=np.uint8).reshape(8, 8)):
-        meter = SaliencyMetrics()
-        meter.add(levels, np.full((8, 8), fill, np.uint8))
-        assert all(math.isfinite(value) for value in meter.metrics().values())
+        metrics = SaliencyMetrics()
+        metrics.update(levels, np.full((8, 8), fill, np.uint8))
+        assert all(math.isfinite(value) for value in metrics.compute().values())
 
 
-def test_no_image_is_an_error_and_not_nan():
+def test_empty_data_set_raises():
     with pytest.raises(DataError, match="no image to evaluate"):
         task.evaluate(Red(), Pairs([]), 16, 4)
     with pytest.raises(DataError, match="no image to evaluate"):
-        task.evaluate(Red(), Pairs([None, None], tolerant=True), 16, 4)
+        task.evaluate(Red(), Pairs([None, None], skip_errors=True), 16, 4)
     tensors = load_tensors(salient_shapes("val", size=16, val=1), 16)
     with pytest.raises(DataError, match="no image to evaluate"):
-        task.quick(Red(), type(tensors)(tensors.images[:0], tensors.targets[:0], tensors.sizes[:0]), 4)
+        task.validate(Red(), type(tensors)(tensors.images[:0], tensors.targets[:0], tensors.sizes[:0]), 4)
 
 
-def test_an_unreadable_pair_raises_or_is_dropped_and_counted():
+def test_unreadable_pair_raises_or_is_dropped():
     good = (red(square()), square())
     with pytest.raises(DataError, match="1 cannot be read"):
         task.evaluate(Red(), Pairs([good, None, good]), 16, 2)
-    pairs = Pairs([None, good, None, None, good], tolerant=True)
-    found = task.evaluate(Red(), pairs, 16, 2, keep=[1])
-    assert (pairs.skipped, found.names, len(found.errors), list(found.maps)) == (3, ["1", "4"], 2, [1])
+    pairs = Pairs([None, good, None, None, good], skip_errors=True)
+    found = task.evaluate(Red(), pairs, 16, 2)
+    assert (pairs.skipped, found.names, len(found.errors)) == (3, ["1", "4"], 2)
 
 
 def test_a_small_network_learns():
-    """A few steps on eight pictures: the loss falls, and what evaluates it agrees."""
+    """The loss falls, and so does the MAE."""
     torch.manual_seed(0)
     tensors = load_tensors(salient_shapes("train", size=32, train=8), 32)
     model = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 5, padding=2))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    before = task.quick(model, tensors, 8)["mae"]
+    before = task.validate(model, tensors, 8)["mae"]
     for _ in range(30):
         loss = task.loss(model(normalize(tensors.images)), tensors.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.6 and task.quick(model, tensors, 8)["mae"] < before
+    assert loss.item() < 0.6 and task.validate(model, tensors, 8)["mae"] < before
 
 
 @pytest.mark.skipif(not (REAL / "DUTS-TR-mini").is_dir(), reason="the shared data (not in the repository) is not here")
-def test_real_photographs_are_evaluated_at_their_own_size():
+def test_maps_of_photographs_have_their_sizes():
     pairs = folder("val", root="unused", val_root=str(REAL / "DUTS-TR-mini"))
     pairs.names = pairs.names[:6]
-    found = task.evaluate(Red(), pairs, 64, 4, keep=range(6))
-    assert all(found.maps[i].shape == pairs.mask(i).shape for i in range(6))
+    task = Recording()
+    found = task.evaluate(Red(), pairs, 64, 4)
+    assert all(task.maps[i].shape == pairs.mask(i).shape for i in range(6))
     assert 0 < found.metrics["max_f"] < 1 and found.metrics["mae"] < 1

@@ -25,18 +25,18 @@ def test_distillation_loss_is_smallest_at_the_teacher(kind, temperature):
     torch.manual_seed(0)
     teacher_logits = torch.randn(SHAPES[kind])
     logits = teacher_logits.clone().requires_grad_()
-    distance = kind().distance(logits, teacher_logits, temperature)
-    distance.backward()
+    loss = kind().distillation_loss(logits, teacher_logits, temperature)
+    loss.backward()
     assert logits.grad.abs().max() < 1e-6
-    assert kind().distance(teacher_logits + torch.randn(SHAPES[kind]), teacher_logits, temperature) > distance
+    assert kind().distillation_loss(teacher_logits + torch.randn(SHAPES[kind]), teacher_logits, temperature) > loss
 
 
 def test_a_confident_teacher_gives_the_plain_loss():
     logits, masks = torch.randn(2, 1, 4, 4), (torch.rand(2, 1, 4, 4) > 0.5).float()
-    torch.testing.assert_close(Saliency().distance(logits, 200 * masks - 100, 1.0), Saliency().loss(logits, masks))
+    torch.testing.assert_close(Saliency().distillation_loss(logits, 200 * masks - 100, 1.0), Saliency().loss(logits, masks))
     scores, labels = torch.randn(5, 7), torch.arange(5)
     sure = 200 * nn.functional.one_hot(labels, 7).float()
-    torch.testing.assert_close(Classification().distance(scores, sure, 1.0), Classification().loss(scores, labels))
+    torch.testing.assert_close(Classification().distillation_loss(scores, sure, 1.0), Classification().loss(scores, labels))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -47,7 +47,7 @@ def test_gradient_size_does_not_depend_on_temperature(kind):
     sizes = []
     for temperature in (20.0, 80.0):
         leaf = logits.clone().requires_grad_()
-        kind().distance(leaf, teacher_logits, temperature).backward()
+        kind().distillation_loss(leaf, teacher_logits, temperature).backward()
         sizes.append(float(leaf.grad.norm()))
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
@@ -60,12 +60,12 @@ def test_weights_of_loss_and_distillation():
     both = TrainingLoss(task.loss, task, Twice(), weight=0.25, temperature=2.0)
     teacher_logits = both.teacher_logits(images.requires_grad_())
     assert torch.equal(teacher_logits, 2 * images) and not teacher_logits.requires_grad
-    wanted = 0.75 * task.loss(images, masks) + 0.25 * task.distance(images, teacher_logits, 2.0)
+    wanted = 0.75 * task.loss(images, masks) + 0.25 * task.distillation_loss(images, teacher_logits, 2.0)
     torch.testing.assert_close(both(images, masks, teacher_logits), wanted)
 
 
 def test_task_without_distillation_loss_raises():
-    plain = type("Plain", (Saliency,), {"distance": Task.distance})
-    with pytest.raises(RecipeError, match=r"no measure of how far .* finetune.distill.weight=0"):
-        plain().distance(torch.zeros(1), torch.zeros(1), 1.0)
-    assert math.isfinite(registry.tasks.get("saliency")().distance(torch.zeros(1), torch.zeros(1), 1.0))
+    plain = type("Plain", (Saliency,), {"distillation_loss": Task.distillation_loss})
+    with pytest.raises(RecipeError, match=r"defines no distillation loss; set finetune.distill.weight=0"):
+        plain().distillation_loss(torch.zeros(1), torch.zeros(1), 1.0)
+    assert math.isfinite(registry.tasks.get("saliency")().distillation_loss(torch.zeros(1), torch.zeros(1), 1.0))

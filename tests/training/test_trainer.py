@@ -210,7 +210,7 @@ def test_when_checkpoints_are_saved_and_which_are_kept(tmp_path, data, section, 
 def test_best_checkpoint_is_kept(tmp_path, data, monkeypatch, lower):
     task = type(registry.tasks.get("saliency")())
     figures = iter([0.5, 0.9, 0.7, 0.6, 0.8, 0.55])
-    monkeypatch.setattr(task, "quick", lambda *_: {"max_f": next(figures)})
+    monkeypatch.setattr(task, "validate", lambda *_: {"max_f": next(figures)})
     monkeypatch.setattr(task, "lower_is_better", frozenset({"max_f"} if lower else ()))
     with interrupted_after_checkpoint(global_step=12):
         train(tmp_path, data, build=Tiny, epochs=6, checkpoint={"keep": 1})

@@ -67,9 +67,9 @@ def test_errors_are_those_of_the_metrics(seed):
     random = np.random.default_rng(seed)
     saliency = random.integers(20, 200, (13, 17), np.uint8)
     mask = random.choice(np.array([0, 128, 129, 255], np.uint8), (13, 17))
-    meter = SaliencyMetrics(only_quick=True)
-    meter.add(saliency, mask)
-    assert mean_absolute_error(saliency, mask) == pytest.approx(meter.per_image_mae[0], abs=1e-12)
+    meter = SaliencyMetrics(quick=True)
+    meter.update(saliency, mask)
+    assert mean_absolute_error(saliency, mask) == pytest.approx(meter.errors[0], abs=1e-12)
 
 
 def test_the_best_stand_above_the_worst(run, tmp_path):
