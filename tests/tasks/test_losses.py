@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from prunekit.config.recipe import load
 from prunekit.errors import RecipeError
 from prunekit.tasks.classification import Classification
-from prunekit.tasks.losses import bce_iou, task_loss, structure
+from prunekit.tasks.losses import bce_iou, structure, task_loss
 from prunekit.tasks.saliency import Saliency
 
 MAKERS = {"bce_iou": bce_iou, "structure": structure}
@@ -95,7 +95,7 @@ def test_task_without_masks_raises(name):
 def test_options_out_of_range_raise(options):
     with pytest.raises(ValueError, match=r"structure: window=.* must be odd"):
         structure(Saliency(), **options)
-    with pytest.raises(ValueError, match="iou=-1.0 must be at least 0"):
+    with pytest.raises(ValueError, match=r"iou=-1\.0 must be at least 0"):
         bce_iou(Saliency(), iou=-1.0)
 
 

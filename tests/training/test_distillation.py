@@ -33,10 +33,14 @@ def test_distillation_loss_is_smallest_at_the_teacher(kind, temperature):
 
 def test_a_confident_teacher_gives_the_plain_loss():
     logits, masks = torch.randn(2, 1, 4, 4), (torch.rand(2, 1, 4, 4) > 0.5).float()
-    torch.testing.assert_close(Saliency().distillation_loss(logits, 200 * masks - 100, 1.0), Saliency().loss(logits, masks))
+    torch.testing.assert_close(
+        Saliency().distillation_loss(logits, 200 * masks - 100, 1.0), Saliency().loss(logits, masks)
+    )
     scores, labels = torch.randn(5, 7), torch.arange(5)
     sure = 200 * nn.functional.one_hot(labels, 7).float()
-    torch.testing.assert_close(Classification().distillation_loss(scores, sure, 1.0), Classification().loss(scores, labels))
+    torch.testing.assert_close(
+        Classification().distillation_loss(scores, sure, 1.0), Classification().loss(scores, labels)
+    )
 
 
 @pytest.mark.parametrize("kind", SHAPES)
