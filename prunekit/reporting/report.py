@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,29 +19,6 @@ from prunekit.reporting.table_writers import write_csv, write_table
 from prunekit.reporting.tables import ReportTable, epochs_table, report_tables, summary_table
 from prunekit.reporting.terminal_report import one_line, print_report
 from prunekit.utils.io import write_atomic
-
-
-@dataclass
-class ReportFiles:
-    """The files of a report.
-
-    Attributes:
-        folder: contains the tables and figures.
-        tables: stems of the tables that are written in all formats.
-        epochs: names of the epoch tables, which are CSV only.
-        figures: stems of the figures.
-        page: the HTML page.
-        failed: what could not be created, a line each.
-        paths: all files.
-    """
-
-    folder: Path
-    tables: list[str] = field(default_factory=list)
-    epochs: list[str] = field(default_factory=list)
-    figures: list[str] = field(default_factory=list)
-    page: Path | None = None
-    failed: list[str] = field(default_factory=list)
-    paths: list[Path] = field(default_factory=list)
 
 
 def report(
@@ -84,71 +61,50 @@ def report(
         raise RunFolderError("no run folder is given; name one, such as runs/csnet")
     # An unknown column must be reported before anything is written.
     summary = arrange_table(summary_table(runs, published), columns, sort)
-    files = None
+    paths_written: list[Path] = []
+    errors: list[str] = []
+    folder = Path(out) if out is not None else runs[0].path / "report" if len(runs) == 1 else Path("report")
     if runs or out is not None or html is not None:
-        files = ReportFiles(
-            Path(out) if out is not None else runs[0].path / "report" if len(runs) == 1 else Path("report")
-        )
         tables = report_tables(runs, published)
-        _write_tables(runs, [replace(tables[0], data=summary), *tables[1:]], files)
-        figures = list(_write_figures(runs, files))
-        _write_page(runs, figures, html, published, files)
-    print_report(runs, files, console, published=published, columns=columns, sort=sort, layers=layers)
-    return files.paths if files is not None else []
+        paths_written += _write_tables(runs, [replace(tables[0], data=summary), *tables[1:]], folder)
+        figures = list(_write_figures(runs, folder, paths_written, errors))
+        page = Path(html) if html is not None else folder / "index.html"
+        try:
+            text = render_page(runs, figures, published)
+        except Exception as error:
+            errors.append(f"the page {page} could not be created ({one_line(error)})")
+            if html is not None:
+                raise PrunekitError(errors[-1]) from error
+        else:
+            write_atomic(page, text.encode(errors="replace"))
+            paths_written.append(page)
+    options = {"published": published, "columns": columns, "sort": sort, "layers": layers}
+    print_report(runs, console, folder, paths_written, errors, **options)
+    return paths_written
 
 
-def _write_tables(runs: Sequence[Run], tables: Sequence[ReportTable], files: ReportFiles) -> None:
+def _write_tables(runs: Sequence[Run], tables: Sequence[ReportTable], folder: Path) -> Iterator[Path]:
     for table in tables:
-        files.paths += write_table(table.data, files.folder / table.stem, table.latex_columns)
-        files.tables.append(table.stem)
+        yield from write_table(table.data, folder / table.stem, table.latex_columns)
     for run in (run for run in runs if len(run.metrics)):
         name = f"{file_stem(run.name)}-epochs.csv" if len(runs) > 1 else "epochs.csv"
-        files.paths.append(write_csv(epochs_table(run), files.folder / name))
-        files.epochs.append(name)
+        yield write_csv(epochs_table(run), folder / name)
 
 
-def _write_figures(runs: Sequence[Run], files: ReportFiles) -> Iterator[EmbeddedFigure]:
+def _write_figures(runs: Sequence[Run], folder: Path, paths: list[Path], errors: list[str]) -> Iterator[EmbeddedFigure]:
     """Write each figure as PNG and SVG, and yield its form for the page."""
-    figures, last = iter(report_figures(runs, files.failed)), None
-    while True:
-        try:
-            figure = next(figures, None)
-        except Exception as error:
-            failed = f"the figures after {last}" if last else "the figures"
-            files.failed.append(f"{failed} could not be drawn ({one_line(error)})")
-            return
-        if figure is None:
-            return
-        last = figure.stem
+    for figure in report_figures(runs, errors):
         try:
             encoded = {kind: encode_figure(figure.figure, kind) for kind in ("png", "svg")}
             embedded = embed_figure(figure, encoded)
         except Exception as error:  # matplotlib may raise anything on damaged data.
-            files.failed.append(f"the figure {figure.stem} could not be drawn ({one_line(error)})")
+            errors.append(f"the figure {figure.stem} could not be drawn ({one_line(error)})")
             continue
         for kind, data in encoded.items():
-            path = files.folder / f"{figure.stem}.{kind}"
+            path = folder / f"{figure.stem}.{kind}"
             write_atomic(path, data)
-            files.paths.append(path)
-        files.figures.append(figure.stem)
+            paths.append(path)
         yield embedded
-
-
-def _write_page(
-    runs: Sequence[Run], figures: Sequence[EmbeddedFigure], html: str | Path | None, published: bool, files: ReportFiles
-) -> None:
-    path = Path(html) if html is not None else files.folder / "index.html"
-    try:
-        text = render_page(runs, figures, published)
-    except Exception as error:
-        message = f"the page {path} could not be created ({one_line(error)})"
-        if html is not None:
-            raise PrunekitError(message) from error
-        files.failed.append(message)
-        return
-    write_atomic(path, text.encode(errors="replace"))
-    files.page = path
-    files.paths.append(path)
 
 
 def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:

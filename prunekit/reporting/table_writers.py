@@ -1,4 +1,7 @@
-"""Write tables as files: raw numbers in CSV and JSON, formatted ones in Markdown and LaTeX."""
+"""Write tables as files: raw numbers in CSV and JSON, formatted ones in Markdown and LaTeX.
+
+All functions raise CheckpointError if a file cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,7 @@ def format_cells(table: pd.DataFrame) -> list[list[str]]:
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> Path:
-    """Write raw numbers in UTF-8; missing values are empty fields.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
+    """Write raw numbers in UTF-8; missing values are empty fields."""
     # Names may contain line breaks.
     plain = table.map(lambda value: _CONTROL.sub(" ", value) if isinstance(value, str) else value)
     plain.columns = [_CONTROL.sub(" ", str(column)) for column in table.columns]
@@ -62,22 +61,14 @@ def write_csv(table: pd.DataFrame, path: Path) -> Path:
 
 
 def write_json(table: pd.DataFrame, path: Path) -> Path:
-    """Write a list of rows, each a mapping from column to raw number or text; missing values are null.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
+    """Write a list of rows, each a mapping from column to raw number or text; missing values are null."""
     # Not DataFrame.to_json, which rounds to 15 digits.
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return _write(path, json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_markdown(table: pd.DataFrame, path: Path) -> Path:
-    """Write formatted numbers such as 210,985, right-aligned; missing values are dashes.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
+    """Write formatted numbers such as 210,985, right-aligned; missing values are dashes."""
     headers = [_escape_markdown(str(column)) for column in table.columns]
     rows = [list(map(_escape_markdown, row)) for row in format_cells(table)]
     align = ["right" if numeric else "left" for numeric in is_numeric(table)]
@@ -93,11 +84,7 @@ def _escape_markdown(text: str) -> str:
 def write_latex(table: pd.DataFrame, path: Path) -> Path:
     """Write a booktabs ``tabular``, or a ``longtable`` beyond a page, with numbers as in Markdown and texts escaped.
 
-    The unit or convention of a header is in a second line.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
+    The unit or convention of a header is in a second line."""
     kind = "longtable" if len(table) > PAGE_ROWS else "tabular"
     numeric = is_numeric(table)
     headers = list(zip(*(_split_header(str(column)) for column in table.columns), strict=True))
@@ -142,11 +129,7 @@ WRITERS = {"csv": write_csv, "json": write_json, "md": write_markdown, "tex": wr
 
 
 def write_table(table: pd.DataFrame, stem: Path, latex_columns: list[str] | None = None) -> list[Path]:
-    """Write ``<stem>.csv``, ``.json``, ``.md`` and ``.tex`` (with ``latex_columns`` only), and return the paths.
-
-    Raises:
-        CheckpointError: a file cannot be written.
-    """
+    """Write ``<stem>.csv``, ``.json``, ``.md`` and ``.tex`` (with ``latex_columns`` only), and return the paths."""
     return [
         write(table[latex_columns] if kind == "tex" and latex_columns else table, stem.with_name(f"{stem.name}.{kind}"))
         for kind, write in WRITERS.items()

@@ -146,17 +146,14 @@ def latency(run: Run) -> tuple[str, dict[str, float]]:
     title, latencies = LATENCY, {}
     if len(run.bench):
         own_size = format_size(run.size).strip("()")
-        settings = run.bench.groupby(["form", "batch", "size", "threads", "device"], sort=False, dropna=False)
 
-        def rank(item: tuple[tuple[Any, ...], pd.DataFrame]) -> tuple[Any, ...]:
-            (_, batch, size, threads, _), rows = item
+        def rank(item: tuple[str, pd.DataFrame]) -> tuple[Any, ...]:
+            batch, size, threads = item[1][["batch", "size", "threads"]].iloc[0]
             counts = (float("inf") if pd.isna(n) else n for n in (batch, threads))
-            return -rows["model"].nunique(), size != own_size, *counts
+            return -item[1]["model"].nunique(), size != own_size, *counts
 
-        (form, batch, size, threads, device), rows = min(settings, key=rank)
-        setting = [("", form), ("batch ", batch), ("", size), ("threads ", threads), ("", device)]
-        labels = [f"{word}{v if isinstance(v, str) else int(v)}" for word, v in setting if not pd.isna(v)]
-        title = f"{LATENCY} ({', '.join(labels)})"
+        setting, rows = min(run.bench.groupby(bench_settings(run), sort=False), key=rank)
+        title = f"{LATENCY} ({setting})"
         latencies = rows.groupby("model", sort=False)["median_ms"].last().to_dict()
     else:
         export = run.summary.get("export") or {}
@@ -169,6 +166,14 @@ def latency(run: Run) -> tuple[str, dict[str, float]]:
     if "slim" in latencies:
         latencies.setdefault("finetuned", latencies["slim"])
     return title, {model: float(value) for model, value in latencies.items() if model in MODELS}
+
+
+def bench_settings(run: Run) -> list[str]:
+    """Return the setting of each latency measurement, such as "eager, batch 1, 64×64, threads 1, cpu"."""
+    words = {"form": "", "batch": "batch ", "size": "", "threads": "threads ", "device": ""}
+    rows = run.bench[list(words)].to_dict("records") if len(run.bench) else []
+    known = [{key: value for key, value in row.items() if not pd.isna(value)} for row in rows]
+    return [", ".join(f"{words[k]}{v if isinstance(v, str) else int(v)}" for k, v in row.items()) for row in known]
 
 
 def layers_table(run: Run) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -27,8 +28,10 @@ from prunekit.reporting.terminal_tables import terminal_layers, terminal_summary
 
 def print_report(
     runs: Sequence[Run],
-    files: Any,
     console: Console,
+    folder: Path,
+    paths: Sequence[Path],
+    errors: Sequence[str],
     *,
     published: bool,
     columns: str | None,
@@ -39,8 +42,10 @@ def print_report(
 
     Args:
         runs: with distinct names.
-        files: a :class:`prunekit.reporting.report.ReportFiles`, or None.
         console: the terminal.
+        folder: the folder of the report.
+        paths: the files written.
+        errors: what could not be written.
         published, columns, sort, layers: as for :func:`prunekit.reporting.report`.
     """
     several = len(runs) > 1
@@ -66,11 +71,10 @@ def print_report(
             console.print(terminal_layers(run))
         for line in _problems(run):
             _print(console, line)
-    if files is not None:
-        for line in files.failed:
-            _print(console, line)
-        for line in _file_list(files):
-            _print(console, line, fold=line.startswith(" "))
+    for line in errors:
+        _print(console, line)
+    for line in _file_list(folder, paths):
+        _print(console, line, fold=line.startswith(" "))
 
 
 def one_line(error: BaseException) -> str:
@@ -150,12 +154,14 @@ def _problems(run: Run) -> Iterator[str]:
         yield f"{run.name} has no layers.json, so there are no tables and figures of its layers"
 
 
-def _file_list(files: Any) -> Iterator[str]:
-    yield f"report written to {files.folder}:"
-    tables = [f"{', '.join(files.tables)} (.csv .json .md .tex)"] if files.tables else []
-    if tables or files.epochs:
-        yield f"  tables   {', '.join([*tables, *files.epochs])}"
-    if files.figures:
-        yield f"  figures  {', '.join(files.figures)} (.png .svg)"
-    if files.page is not None:
-        yield f"  page     {files.page.name if files.page.parent == files.folder else files.page}"
+def _file_list(folder: Path, paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the files by format: "summary, layers (.csv .json .md .tex)"."""
+    formats: dict[Path, list[str]] = {}
+    for path in paths:
+        stem = path.with_suffix("")
+        formats.setdefault(stem.relative_to(folder) if path.parent == folder else stem, []).append(path.suffix)
+    if formats:
+        yield f"report written to {folder}:"
+    for suffixes in dict.fromkeys(map(tuple, formats.values())):
+        stems = [str(stem) for stem, own in formats.items() if tuple(own) == suffixes]
+        yield f"  {', '.join(stems)} ({' '.join(suffixes)})"

@@ -1,4 +1,4 @@
-"""A run folder with everything the report reads, and no training behind it."""
+"""A complete run folder, created without training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNITS = ("conv1", "depthwise2", "depthwise3")
 
 
 def layer_rows(seed: int, units=UNITS) -> list[dict]:
-    """Random rows shaped as those of CSNet; a fifth of the branches is gone."""
+    """Return random rows in the shape of CSNet; a fifth of the branches is pruned."""
     random = np.random.default_rng(seed)
     rows, place = [], 0
     for stage, (blocks, width) in BLOCKS.items():
@@ -54,7 +54,7 @@ def measured(rows: list[dict], when: str, quality: float) -> dict:
 
 
 def gates(rows: list[dict], epochs: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Norm → (epochs, channels) float32: a gate of what is cut falls to 0."""
+    """Return norm → float32 [epochs, channels]; gates of pruned channels decay to 0."""
     random = np.random.default_rng(seed)
     way = np.linspace(0, 1, epochs)[:, None]
     out = {}
@@ -73,7 +73,7 @@ def curves(quality: float) -> dict[str, list[float]]:
 
 
 def picture(seed: int, colour: bool = False) -> bytes:
-    """A PNG of 8×8 pixels."""
+    """Return a PNG of 8×8 pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3) if colour else (8, 8), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
@@ -136,8 +136,11 @@ def write_run(
     epochs: int = 2,
     measured_too: bool = False,
 ) -> Path:
-    """Write the run folder; with ``stop`` the run is interrupted in front of that stage, and with ``measured_too``
-    it was benchmarked and evaluated on two sets."""
+    """Write the run folder.
+
+    With ``stop``, the run is interrupted before that stage; with ``measured_too``, it was benchmarked and evaluated on
+    two datasets.
+    """
     environment = {"prunekit": "0.1.0", "python": "3.11.7", "packages": {"torch": "2.13.0"}, "command": ["prunekit"]}
     with RunDir.start(path, recipe_text(path.name, seed, epochs), environment) as run:
         rows = layer_rows(seed, units)
@@ -173,18 +176,18 @@ def write_run(
 
 
 def change_state(path: Path, **changes) -> None:
-    """Set keys of ``state.json``, as prunekit itself would have written it."""
+    """Set keys of ``state.json`` and update its checksum."""
     (path / "state.json").write_bytes(state.encode({**json.loads((path / "state.json").read_text()), **changes}))
 
 
 def without_checksum(path: Path, *names: str) -> None:
-    """Let nothing vouch for these files any more."""
+    """Remove the checksums of these files."""
     held = json.loads((path / "state.json").read_text())["checksums"]
     change_state(path, checksums={name: digest for name, digest in held.items() if name not in names})
 
 
 def append_lines(run: RunDir, lines: list[dict]) -> None:
-    """All at once: a line at a time waits for the disk at each."""
+    """Append lines with one write, as ``append_metrics`` calls fsync for each line."""
     path = run.path / "metrics.jsonl"
     before = path.read_bytes() if path.exists() else b""
     run.write_bytes("metrics.jsonl", before + b"".join(json.dumps(line).encode() + b"\n" for line in lines))

@@ -1,4 +1,4 @@
-"""What must hold of every figure: no text is cut off or stands on another, and every axis says what it shows."""
+"""Checks for every figure: no text is cut off or overlaps another, every axis is labelled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunekit.reporting.figures.style import figure_style, fix_layout
 
 
 def boxes(figure: Figure) -> list[tuple[str, np.ndarray]]:
-    """(text, [left, bottom, right, top] in pixels) of all that is written."""
+    """Return (text, [left, bottom, right, top] in pixels) of all visible texts."""
     with figure_style():
         fix_layout(figure)
         figure.draw_without_rendering()
@@ -41,7 +41,7 @@ def _out_of_view(axis: Axis) -> list[Text]:
 
 
 def assert_readable(figure: Figure) -> None:
-    """Nothing leaves the canvas, and no two texts overlap by more than a pixel."""
+    """Check that no text exceeds the canvas or overlaps another by more than a pixel."""
     written = boxes(figure)
     width, height = figure.bbox.size
     for text, (left, bottom, right, top) in written:
@@ -50,18 +50,18 @@ def assert_readable(figure: Figure) -> None:
     low, high = corners[:, :2], corners[:, 2:]
     shared = np.minimum(high[:, None], high[None]) - np.maximum(low[:, None], low[None])
     for one, other in np.argwhere(np.triu((shared > 1).all(axis=2), 1)):
-        raise AssertionError(f"{written[one][0]!r} stands on {written[other][0]!r}")
+        raise AssertionError(f"{written[one][0]!r} overlaps {written[other][0]!r}")
 
 
 def labels(figure: Figure) -> set[str]:
-    """What the axes say, and the figure for all of them."""
+    """Return the labels of all axes and of the figure."""
     said = {axes.get_xlabel() for axes in figure.axes} | {axes.get_ylabel() for axes in figure.axes}
     said |= {figure.get_supxlabel(), figure.get_supylabel()}
     return said - {""}
 
 
 def assert_labelled(figure: Figure) -> None:
-    """Each axis with ticks has a label, its own or that of one it shares its scale with, or of the whole figure."""
+    """Check that each axis with ticks has a label: its own, a shared one or that of the figure."""
     for axes in (axes for axes in figure.axes if axes.axison):
         for which, whole in (("x", figure.get_supxlabel()), ("y", figure.get_supylabel())):
             group = getattr(axes, f"get_shared_{which}_axes")().get_siblings(axes)

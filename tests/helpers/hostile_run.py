@@ -1,4 +1,4 @@
-"""A run folder in which every text tries to become markup, script or style, or to push the page out of shape."""
+"""A run folder in which every text attempts an injection of markup, script or style, or breaks the layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ATTACKS = (
 
 
 def hostile_run(folder: Path) -> Path:
-    """Write the run folder below ``folder``; its name attacks too."""
+    """Write the run folder into ``folder``; its name is an attack too."""
     path = folder / f'"><img src=x onerror=window.hit=1>\u202e<b>{"n" * 90}'
     text = " ".join(ATTACKS)
     quoted = text.replace("'", "''").replace("\0", "").replace("\a", "")

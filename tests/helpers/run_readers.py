@@ -1,4 +1,4 @@
-"""The commands that read a run folder, each with what it gives, as functions of the folder."""
+"""The commands that read a run folder, as functions that return their result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prunekit.reporting import report
 
 @dataclass
 class Bed:
-    """What the tests lie on: a finished run and one that was broken off, each with another beside it."""
+    """The test data: two complete runs and two interrupted ones."""
 
     photos: Path
     recipe: object
@@ -63,7 +63,7 @@ def _finetune(run: Path, bed: Bed) -> object:
 
 
 def _gone_on(run: Path, bed: Bed, start_from: str | None = None) -> object:
-    """What has come of the run, or what its report says of files that the run itself does not need."""
+    """Resume the run and return its outcome, or the problems that its report names."""
     console = Console(width=400, file=io.StringIO(), color_system=None)
     run_recipe(bed.recipe, run, console, resume=True, start_from=start_from)
     wrong = [one for one in console.file.getvalue().splitlines() if one.startswith(("problem in", "missing in"))]

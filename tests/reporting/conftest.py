@@ -1,4 +1,4 @@
-"""Run folders to report on."""
+"""Run folders for the tests of reports."""
 
 from __future__ import annotations
 

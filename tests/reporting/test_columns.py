@@ -1,4 +1,4 @@
-"""Which columns and which order the command line can ask for."""
+"""Column selection and sorting."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TABLE = pd.DataFrame(
         ("latency ms (onnx, batch 1),run", ["latency ms (onnx, batch 1)", "run"]),
     ],
 )
-def test_columns_by_their_names(names, columns):
+def test_find_columns_by_name(names, columns):
     table = arrange_table(TABLE, names, None)
     assert table.columns.tolist() == columns and len(table) == 3
 
@@ -45,7 +45,7 @@ def test_columns_by_their_names(names, columns):
     [("parms", "'params'"), ("mac", "'MACs'"), ("zzz", "run, params, MACs"), ("params,,run", "empty"), ("", "empty")],
 )
 @pytest.mark.parametrize("which", ["--columns", "--sort"])
-def test_an_unknown_column_is_named_with_the_nearest(option, word, which):
+def test_unknown_column_suggests_nearest(option, word, which):
     with pytest.raises(PrunekitError, match=which) as error:
         arrange_table(TABLE, *((option, None) if which == "--columns" else (None, option)))
     assert word in str(error.value) and "\n" not in str(error.value) and error.value.exit_status == 2
@@ -64,14 +64,14 @@ def test_an_unknown_column_is_named_with_the_nearest(option, word, which):
         ("-latency_ms", [10, 30, 20]),
     ],
 )
-def test_sorting_puts_what_is_missing_last_and_keeps_the_order_of_equals(sort, params):
+def test_sort_is_stable_with_missing_values_last(sort, params):
     table = arrange_table(TABLE, None, sort)
     assert table["params"].tolist() == params and table.index.tolist() == [0, 1, 2]
     assert arrange_table(TABLE, "run", sort)["run"].tolist() == table["run"].tolist()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.one_of(st.none(), st.integers(0, 3))), max_size=12), st.booleans())
-def test_sorting_is_that_of_python(rows, descending):
+def test_sort_matches_python(rows, descending):
     table = pd.DataFrame({"place": range(len(rows)), "a": [a for a, _ in rows]}).astype("Int64")
     table["b"] = pd.array([b for _, b in rows], "Int64")
     sign = -1 if descending else 1

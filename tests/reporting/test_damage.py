@@ -1,4 +1,4 @@
-"""Run folders with files that are cut short, mixed up, of another version or wrong: all is said, nothing breaks."""
+"""Run folders with truncated, swapped, newer or invalid files: problems are reported, nothing raises."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def run(model, tmp_path):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """ReportFigure is what takes the time; that what is damaged can be drawn and shown is seen below."""
+    """Skip figures and page, which take most of the time; other tests draw damaged runs."""
     monkeypatch.setitem(report.__globals__, "report_figures", lambda runs, *_: iter(()))
     monkeypatch.setitem(report.__globals__, "render_page", lambda *_: "")
 
 
-def told(path, **options):
-    """What a report of this folder says."""
+def report_output(path, **options):
+    """Return the terminal output of a report."""
     console = Console(width=80, file=io.StringIO(), color_system=None)
     report([path], path.parent / "out", console, **options)
     return console.file.getvalue()
 
 
 def the_same(found, whole):
-    """What is shown of the run is what the whole one has, or is missing."""
+    """Check that the loaded values are those of the intact run, or missing."""
     for part in MODELS:
         for key, value in found.summary.get(part, {}).items():
             if key == "metrics":
@@ -71,13 +71,13 @@ def the_same(found, whole):
 
 
 def without_checksums(path):
-    """So that the content itself has to be recognised."""
+    """Remove the checksums, so that damage must be detected from the content."""
     change_state(path, checksums={})
 
 
 @pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("checksums", [True, False])
-def test_a_file_cut_anywhere(run, whole, name, checksums, no_figures):
+def test_truncated_file_is_reported(run, whole, name, checksums, no_figures):
     draw = random.Random(name)
     data = (run / name).read_bytes()
     if not checksums and name != "state.json":
@@ -85,18 +85,18 @@ def test_a_file_cut_anywhere(run, whole, name, checksums, no_figures):
     for place in {0, 1, len(data) - 2, *(draw.randrange(len(data)) for _ in range(3))}:
         (run / name).write_bytes(data[:place])
         found = load_run(run)
-        # Without its checksum a recipe that is cut short is a recipe, and metrics up to a line's end are metrics.
+        # Without a checksum, a truncated recipe and metrics truncated at a line's end are valid.
         if name != "recipe.yaml" or checksums:
             the_same(found, whole)
             complete = name == "metrics.jsonl" and place > len(data) - 3
             assert any(line.startswith(name) for line in found.problems) or complete, (name, place)
         assert all("\n" not in line for line in found.problems)
     if checksums:
-        assert name in told(run)
+        assert name in report_output(run)
 
 
 @pytest.mark.parametrize("name", READ)
-def test_bytes_that_are_changed_anywhere(run, name):
+def test_random_byte_changes_do_not_raise(run, name):
     draw = random.Random(name)
     data = (run / name).read_bytes()
     (run / "state.json").unlink()
@@ -110,7 +110,7 @@ def test_bytes_that_are_changed_anywhere(run, name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_gone(run, whole, name, no_figures):
+def test_missing_file_is_reported(run, whole, name, no_figures):
     (run / name).unlink()
     found = load_run(run)
     the_same(found, whole)
@@ -118,11 +118,11 @@ def test_a_file_that_is_gone(run, whole, name, no_figures):
         assert "slim" not in found.gallery[1].files and "slim" in found.gallery[0].files
     else:
         assert any(line.startswith(name) for line in found.problems)
-        assert name in told(run)
+        assert name in report_output(run)
 
 
 @pytest.mark.parametrize("name", JSON)
-def test_a_file_in_the_place_of_another(run, whole, name, no_figures):
+def test_content_of_another_file_is_reported(run, whole, name, no_figures):
     without_checksums(run)
     mine = (run / name).read_text()
     others = [(run / other).read_text() for other in JSON if other != name]
@@ -131,7 +131,7 @@ def test_a_file_in_the_place_of_another(run, whole, name, no_figures):
         found = load_run(run)
         if name != "environment.json":
             the_same(found, whole)
-        # environment.json may hold anything; an empty gallery, plan's notes or curves are none.
+        # environment.json may contain anything; an empty gallery or empty curves are valid.
         harmless = name == "environment.json" or content in ("[]", "{}", '{"format": 1}')
         assert any(line.startswith(name) for line in found.problems) or harmless, content[:80]
         (run / name).write_text(mine)
@@ -141,7 +141,7 @@ VALUES = [None, True, -1, 1.5, 1e300, "x", [], {}, [1], {"a": 1}, "\u2028<b>", 1
 
 
 def places(value, path=()):
-    """The paths of everything in a document."""
+    """Yield the paths of all values in a document."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -157,7 +157,7 @@ def with_value(document, path, value):
 
 
 @pytest.mark.parametrize("name", [*JSON, "metrics.jsonl"])
-def test_values_of_a_wrong_type_inside(run, name, no_figures):
+def test_values_of_wrong_type_do_not_raise(run, name, no_figures):
     draw = random.Random(name)
     text = (run / name).read_text()
     if name != "state.json":
@@ -176,12 +176,12 @@ def test_values_of_a_wrong_type_inside(run, name, no_figures):
             continue
         assert repr(found) and found._repr_html_() and all("\n" not in line for line in found.problems)
     (run / name).write_text("\n".join([*lines, ""]) if path != ("format",) else text)
-    told(run)
+    report_output(run)
 
 
 @pytest.mark.parametrize("key", ["params", "macs", "paper_flops"])
 @pytest.mark.parametrize("value", [-1, 1.5, "x", True, [], float("nan"), float("inf"), 10**400])
-def test_wrong_sizes_are_named_and_not_shown(run, key, value, no_figures):
+def test_invalid_counts_are_reported_and_dropped(run, key, value, no_figures):
     without_checksums(run)
     summary = json.loads((run / "summary.json").read_text())
     summary["dense"][key] = value
@@ -193,29 +193,29 @@ def test_wrong_sizes_are_named_and_not_shown(run, key, value, no_figures):
         assert any(f"dense.{key}" in line for line in found.problems)
 
 
-def test_all_that_is_wrong_at_once_is_drawn_and_said(run):
+def test_report_of_run_with_every_file_damaged(run):
     for place, name in enumerate(READ):
         data = (run / name).read_bytes()
         (run / name).write_bytes(data[: len(data) * (place % 3) // 3] + b"\x00\xff")
-    text = told(run)
+    text = report_output(run)
     for name in READ:
         assert name in text
     assert "no model has been measured" in text
 
 
 @pytest.mark.parametrize("name", ["plan.json", "layers.json", "bench.json", "eval.json", "curves.json"])
-def test_a_newer_file_is_said_and_the_rest_is_read(run, whole, name, no_figures):
+def test_newer_file_format_is_reported(run, whole, name, no_figures):
     (run / "state.json").unlink()
     held = json.loads((run / name).read_text())
     (run / name).write_text(json.dumps({**held, "format": 2}))
     found = load_run(run)
     the_same(found, whole)
     assert [line for line in found.problems if line.startswith(name) and "format 2" in line and "upgrade" in line]
-    assert "format 2" in told(run)
+    assert "format 2" in report_output(run)
 
 
 @pytest.mark.parametrize("content", ['{"format": 1}', '{"format": 1, "groups": {}}', "[]"])
-def test_a_summary_that_is_none_is_said_of_a_run_that_is_not_complete_too(tmp_path, content):
+def test_invalid_summary_of_interrupted_run_is_reported(tmp_path, content):
     path = write_run(tmp_path / "run", units=("block",), stop="slim")
     without_checksums(path)
     (path / "summary.json").write_text(content)
@@ -224,7 +224,7 @@ def test_a_summary_that_is_none_is_said_of_a_run_that_is_not_complete_too(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["state.json", "summary.json"])
-def test_a_newer_run_is_one_line(run, name, capsys):
+def test_newer_run_format_fails_with_one_line(run, name, capsys):
     held = json.loads((run / name).read_text())
     (run / name).write_text(json.dumps({**held, "format": 2}))
     with pytest.raises(SystemExit) as stop:
@@ -234,7 +234,7 @@ def test_a_newer_run_is_one_line(run, name, capsys):
     assert not (run / "report").exists()
 
 
-def test_no_run_folder_is_one_line_and_writes_nothing(tmp_path, capsys):
+def test_not_a_run_folder_fails_with_one_line_and_writes_nothing(tmp_path, capsys):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(SystemExit) as stop:
             main(["report", str(path), "--out", str(tmp_path / "out")])
@@ -243,7 +243,7 @@ def test_no_run_folder_is_one_line_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_of_two_runs_in_one_folder_are_at_odds(run, tmp_path):
+def test_files_of_another_run_are_reported(run, tmp_path):
     other = write_run(tmp_path / "other", seed=1, units=("block",), epochs=5)
     (run / "state.json").unlink()
     shutil.copy(other / "layers.json", run)
@@ -258,7 +258,7 @@ def test_files_of_two_runs_in_one_folder_are_at_odds(run, tmp_path):
     assert any(line.startswith("gates.npz: 5 epochs, metrics.jsonl has 3") for line in load_run(run).problems)
 
 
-def test_epochs_that_are_not_there_are_counted(run):
+def test_missing_epochs_are_counted(run):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     without_checksum(run, "metrics.jsonl")
@@ -273,8 +273,8 @@ def test_epochs_that_are_not_there_are_counted(run):
 
 
 @pytest.mark.parametrize("held", [0, 1])
-def test_epochs_of_the_baseline_are_counted(run, held):
-    """The last of them are gone, or all."""
+def test_missing_baseline_epochs_are_counted(run, held):
+    """The last of them are missing, or all."""
     recipe = (run / "recipe.yaml").read_text() + "baseline: true\n"
     (run / "recipe.yaml").write_text(recipe)
     first = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
@@ -286,7 +286,7 @@ def test_epochs_of_the_baseline_are_counted(run, held):
     assert (f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).problems) == bool(held)
 
 
-def test_of_epochs_that_are_all_gone_the_run_knows_that_they_were(run):
+def test_missing_epochs_of_whole_stage_are_reported(run):
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text(lines[-1])
     without_checksums(run)
@@ -298,14 +298,14 @@ def test_of_epochs_that_are_all_gone_the_run_knows_that_they_were(run):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml", "environment.json", "gates.npz", "layers.json"])
-def test_a_file_is_missed_whose_checksum_nobody_holds(run, name):
+def test_missing_file_without_checksum_is_reported(run, name):
     without_checksum(run, name)
     (run / name).unlink()
     assert f"{name}: missing" in load_run(run).problems
 
 
 @pytest.mark.parametrize("name, key, needed", [("bench.json", "rows", "median_ms"), ("eval.json", "sets", "name")])
-def test_rows_without_what_they_are_about_are_left_out(run, name, key, needed):
+def test_rows_without_required_key_are_dropped(run, name, key, needed):
     without_checksums(run)
     held = json.loads((run / name).read_text())
     del held[key][1][needed]
@@ -315,12 +315,12 @@ def test_rows_without_what_they_are_about_are_left_out(run, name, key, needed):
     assert any(f"{key}[1] has no {needed}" in line for line in found.problems)
 
 
-def test_a_damaged_picture_costs_the_gallery_at_most(run, monkeypatch):
+def test_damaged_picture_is_left_out_of_gallery(run, monkeypatch):
     monkeypatch.setitem(report.__globals__, "report_figures", lambda runs, *_: gallery_figures(runs[0]))
     picture = run / "gallery" / "0001-slim.png"
     picture.write_bytes(picture.read_bytes()[:-1])
     picture.with_name("0000-dense.png").write_bytes(b"no picture")
-    text = told(run)
+    text = report_output(run)
     assert "gallery" in text and "index.html" in text
     for name in (picture.name, "0000-dense.png"):
         assert f"{name} is damaged" in text
@@ -331,7 +331,7 @@ def test_a_damaged_picture_costs_the_gallery_at_most(run, monkeypatch):
     ]
 
 
-def test_a_folder_that_is_copied_while_it_is_written_can_be_read(run):
+def test_lock_and_temporary_files_are_ignored(run):
     with RunDir.open(run, write=True) as held:
         held.update_summary("drift", {"max_abs_diff": 2.0})
         held.close()

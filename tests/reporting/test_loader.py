@@ -1,4 +1,4 @@
-"""Reading run folders: what there is of a run, whole and in part."""
+"""Loading complete and incomplete run folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def whole(tmp_path_factory):
     return load_run(write_run(tmp_path_factory.mktemp("runs") / "csnet", epochs=4, measured_too=True))
 
 
-def test_a_whole_run(whole):
+def test_load_complete_run(whole):
     run, rows = whole, layer_rows(0)
     assert (run.name, run.status, run.size, run.problems) == ("csnet", "complete", (64, 64), [])
     assert run.setting("train.lr") == 1e-4 and run.setting("train.lr.x") is None and run.setting("no") is None
@@ -36,7 +36,7 @@ def test_a_whole_run(whole):
     assert run.environment["packages"]["torch"] and run.classes == []
 
 
-def test_gates_are_epochs_by_norm_and_channel(whole):
+def test_gates_are_indexed_by_epoch_norm_and_channel(whole):
     written = gates(layer_rows(0), 4)
     assert whole.gates.index.tolist() == [1, 2, 3, 4] and whole.gates.index.name == "epoch"
     assert whole.gates.columns.names == ["norm", "channel"] and (whole.gates.dtypes == np.float32).all()
@@ -46,7 +46,7 @@ def test_gates_are_epochs_by_norm_and_channel(whole):
         assert whole.gates[name].columns.tolist() == list(range(values.shape[1]))
 
 
-def test_what_was_evaluated_and_measured(whole):
+def test_curves_gallery_bench_and_evals(whole):
     assert list(whole.curves) == ["dense", "slim", "finetuned"] and len(whole.curves["slim"]["f"]) == 256
     assert [(e.index, e.kind, e.fixed) for e in whole.gallery] == [
         (0, None, True),
@@ -61,7 +61,7 @@ def test_what_was_evaluated_and_measured(whole):
     assert whole.evals["metrics.max_f"].tolist() == [0.8] * 4
 
 
-def test_a_gallery_of_classes_has_words_for_pictures(make_run):
+def test_gallery_of_classification_has_labels(make_run):
     path = make_run()
     for picture in (path / "gallery").glob("0001-*.png"):
         if "image" not in picture.name:
@@ -76,7 +76,7 @@ def test_a_gallery_of_classes_has_words_for_pictures(make_run):
     assert run.gallery[0].labels == {"truth": "cat", "slim": {"class": "dog"}}
 
 
-def test_numbers_beyond_double_precision_stay_exact(make_run):
+def test_counts_above_2_53_stay_exact(make_run):
     path = make_run() / "layers.json"
     written = json.loads(path.read_text())
     written["layers"][0]["macs"] = {"before": 2**53 + 1, "after": None}
@@ -86,7 +86,7 @@ def test_numbers_beyond_double_precision_stay_exact(make_run):
 
 
 @pytest.mark.parametrize("stop", ["train", "extract", "slim", "finetune", "evaluate"])
-def test_an_interrupted_run_says_what_is_missing(make_run, stop):
+def test_missing_files_of_interrupted_run(make_run, stop):
     run = load_run(make_run(stop=stop))
     assert run.status == "interrupted"
     by_stage = {
@@ -101,7 +101,7 @@ def test_an_interrupted_run_says_what_is_missing(make_run, stop):
     assert isinstance(run.layers, pd.DataFrame) and isinstance(run.gates, pd.DataFrame)
 
 
-def test_the_gates_of_a_training_that_goes_on_are_those_of_its_newest_state(make_run):
+def test_gates_of_unfinished_training_come_from_newest_checkpoint(make_run):
     path = make_run(stop="train")
     tensors = {"model/a": np.zeros(2), "gates/bn": np.array([[0.5, 0.25], [0.5, 0.125]], np.float32)}
     with RunDir.open(path, write=True) as run:
@@ -115,7 +115,7 @@ def test_the_gates_of_a_training_that_goes_on_are_those_of_its_newest_state(make
     assert len(load_run(path).gates) == 1
 
 
-def test_a_run_going_on_is_said_to_run(tmp_path):
+def test_status_of_running_run(tmp_path):
     with RunDir.start(tmp_path / "run", "name: x\n", {}) as run:
         run.begin("train")
         assert load_run(tmp_path / "run").status == "running"
@@ -126,7 +126,7 @@ def test_a_run_going_on_is_said_to_run(tmp_path):
         assert len(found.metrics) == 1 and not any("metrics.jsonl" in line for line in found.problems)
 
 
-def test_a_file_that_is_replaced_while_the_folder_is_read_is_not_taken_for_damaged(make_run, monkeypatch):
+def test_file_replaced_during_load_is_not_damaged(make_run, monkeypatch):
     path, opened = make_run(), RunDir.open
 
     def open_and_be_late(folder, **options):
@@ -143,13 +143,13 @@ def test_a_file_that_is_replaced_while_the_folder_is_read_is_not_taken_for_damag
     assert run.problems == [] and run.summary["drift"] == {"max_abs_diff": 42.0}
 
 
-def test_no_run_folder(tmp_path):
+def test_not_a_run_folder(tmp_path):
     with pytest.raises(RunFolderError) as error:
         load_run(tmp_path)
     assert error.value.exit_status == 2 and "\n" not in str(error.value)
 
 
-def test_a_summary_alone_is_a_run_folder(make_run, tmp_path):
+def test_load_summary_only(make_run, tmp_path):
     path = tmp_path / "alone"
     path.mkdir()
     (path / "summary.json").write_bytes((make_run() / "summary.json").read_bytes())
@@ -158,10 +158,10 @@ def test_a_summary_alone_is_a_run_folder(make_run, tmp_path):
     assert any(line.startswith("state.json: missing") for line in run.problems)
 
 
-# ---- how it shows itself
+# ---- repr
 
 
-def test_it_shows_its_models_at_the_prompt(whole):
+def test_repr_lists_models(whole):
     lines = repr(whole).splitlines()
     assert lines[0].startswith("Run csnet: complete, saliency, csnet, ")
     assert [line.split()[0] for line in lines[1:5]] == ["model", "dense", "slim", "finetuned"]
@@ -170,7 +170,7 @@ def test_it_shows_its_models_at_the_prompt(whole):
 
 
 class Outline(HTMLParser):
-    """The texts of a fragment by the tags around them; fails where tags are not closed."""
+    """The texts of an HTML fragment with their enclosing tags; fails if a tag is not closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -190,7 +190,7 @@ class Outline(HTMLParser):
         self.texts.append(("/".join(self.open), data))
 
 
-def test_it_shows_a_table_in_a_notebook(whole):
+def test_repr_html_has_table_of_models(whole):
     outline = Outline(whole._repr_html_())
     heads = [text.strip() for tags, text in outline.texts if tags.endswith("th")]
     assert heads == ["model", "params", "MACs (64×64)", "max_f", "mae", "s_measure", "max_e"]
@@ -199,7 +199,7 @@ def test_it_shows_a_table_in_a_notebook(whole):
     assert prunekit.load_run is load_run
 
 
-def test_nothing_from_a_file_acts_in_a_notebook_or_a_terminal(whole):
+def test_repr_escapes_html_and_control_characters(whole):
     nasty = "<script>alert(1)</script>&\x1b[31m"
     summary = {**whole.summary, "dense": {**whole.summary["dense"], "metrics": {nasty: 0.5}}}
     recipe = {**whole.recipe, "task": nasty, "backbone": {"name": nasty}}
@@ -212,7 +212,7 @@ def test_nothing_from_a_file_acts_in_a_notebook_or_a_terminal(whole):
 
 
 @pytest.mark.parametrize("stop", ["train", "slim"])
-def test_an_incomplete_run_can_be_shown(make_run, stop):
+def test_repr_of_incomplete_run(make_run, stop):
     run = load_run(make_run(stop=stop))
     assert "interrupted" in repr(run) and "problem: layers.json: missing" in repr(run)
     Outline(run._repr_html_())
@@ -227,7 +227,7 @@ def test_an_incomplete_run_can_be_shown(make_run, stop):
         {"a": np.full((2, 3), np.nan, np.float32)},
     ],
 )
-def test_gates_that_are_none_are_left_out(make_run, arrays):
+def test_invalid_gates_are_dropped(make_run, arrays):
     path = make_run(units=("block",))
     with RunDir.open(path, write=True) as run:
         run.write_arrays("gates.npz", arrays)

@@ -1,4 +1,4 @@
-"""The published figures are those that the package counts, and the README shows the same."""
+"""The published numbers match the package's counts and the README."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from prunekit.reporting.published import PUBLISHED
 
 
 @pytest.mark.parametrize("name, width", [("CSNet ×1", 20), ("CSNet ×2", 40)])
-def test_the_dense_models_are_those_that_are_built(name, width):
+def test_published_dense_counts_match_built_models(name, width):
     published = next(one for one in PUBLISHED if one.name == name)
     counted = total(count_modules(csnet(width), (3, 32, 32))[0])
     assert (counted["params"], counted["paper_flops"]) == (published.params, published.paper_flops)
 
 
-def test_the_readme_has_the_same_rows():
+def test_readme_table_matches_published_models():
     text = (Path(__file__).parents[2] / "README.md").read_text()
     section = text.split("## Published models")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| CSNet")]

@@ -1,4 +1,4 @@
-"""The report: which files it writes and what it says."""
+"""Files and terminal output of a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ABOUT_A_RUN = [*files("counters", "layers"), "epochs.csv", *files("dot", kinds=(
 
 @pytest.fixture
 def quick_figures(monkeypatch):
-    """One small figure for each run: drawing is what takes the time, and tests of names do not look at them."""
+    """Draw one small figure per run, to save time."""
 
     def figures(runs, *_):
         for run in runs:
@@ -46,7 +46,7 @@ def console():
     return Console(width=80, file=io.StringIO(), color_system=None)
 
 
-def test_one_run_lies_flat_in_its_own_folder(make_run, console):
+def test_report_of_one_run_is_written_to_its_folder(make_run, console):
     path = make_run(units=UNITS, measured_too=True)
     written = report([path], None, console)
     names = {p.name for p in written}
@@ -70,7 +70,7 @@ def test_one_run_lies_flat_in_its_own_folder(make_run, console):
     assert "<svg" in page and "210,985" not in page and "MACs" in page
 
 
-def test_several_runs_lie_in_the_folder_report(make_run, console, tmp_path, monkeypatch, quick_figures):
+def test_report_of_several_runs_is_written_to_report_folder(make_run, console, tmp_path, monkeypatch, quick_figures):
     paths = [make_run("a", units=UNITS), make_run("b", seed=1, units=UNITS)]
     monkeypatch.chdir(tmp_path)
     written = report(paths, None, console)
@@ -81,7 +81,7 @@ def test_several_runs_lie_in_the_folder_report(make_run, console, tmp_path, monk
     assert "a (complete)" in console.file.getvalue() and "b (complete)" in console.file.getvalue()
 
 
-def test_runs_of_the_same_name_keep_their_files_apart(make_run, console, tmp_path, quick_figures):
+def test_runs_with_equal_names_get_distinct_files(make_run, console, tmp_path, quick_figures):
     names = ["x/run", "y/run", "z/y/run", "X-run", "RUN"]
     paths = [make_run(name, seed=i, units=UNITS) for i, name in enumerate(names)]
     written = report(paths, tmp_path / "out", console)
@@ -91,20 +91,20 @@ def test_runs_of_the_same_name_keep_their_files_apart(make_run, console, tmp_pat
     assert len(set(layers)) == len(paths)
 
 
-def test_a_name_that_fills_a_file_name_can_be_reported(make_run, console, tmp_path, quick_figures):
+def test_very_long_run_names(make_run, console, tmp_path, quick_figures):
     paths = [make_run("n" * 240, units=UNITS), make_run("n" * 239 + "m", units=UNITS, seed=1)]
     written = report(paths, tmp_path / "out", console)
     assert len({p.name for p in written if p.name.endswith("layers.csv")}) == 2
 
 
-def test_the_same_run_twice_counts_once(make_run, console, tmp_path, quick_figures):
+def test_duplicate_paths_are_ignored(make_run, console, tmp_path, quick_figures):
     path = make_run(units=UNITS)
     written = report([path, path / "." / "..", path][::2], tmp_path / "out", console)
     assert "layers.csv" in {p.name for p in written}
 
 
 @pytest.mark.parametrize("stop", ["train", "extract", "slim", "finetune"])
-def test_an_incomplete_run_is_reported_and_what_is_missing_said(make_run, console, stop, quick_figures):
+def test_report_of_incomplete_run_names_missing_files(make_run, console, stop, quick_figures):
     path = make_run(units=UNITS, stop=stop)
     names = {p.name for p in report([path], None, console)}
     text = console.file.getvalue()
@@ -114,7 +114,7 @@ def test_an_incomplete_run_is_reported_and_what_is_missing_said(make_run, consol
     assert "gallery/index.json" in text
 
 
-def test_a_run_that_goes_on_says_how_far_it_is(make_run, console, quick_figures):
+def test_progress_of_unfinished_run_is_printed(make_run, console, quick_figures):
     path = make_run(units=UNITS, stop="evaluate", epochs=5)
     lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (path / "metrics.jsonl").write_text("".join(lines[:3]))
@@ -123,14 +123,14 @@ def test_a_run_that_goes_on_says_how_far_it_is(make_run, console, quick_figures)
     assert "csnet (interrupted; train: epoch 3/5)" in console.file.getvalue()
 
 
-def test_a_damaged_file_is_said(make_run, console, quick_figures):
+def test_damaged_file_is_printed(make_run, console, quick_figures):
     path = make_run(units=UNITS)
     (path / "layers.json").write_text("{}")
     assert "layers.csv" not in {p.name for p in report([path], None, console)}
     assert "layers.json" in console.file.getvalue() and "--from slim" in console.file.getvalue()
 
 
-def test_an_equivalence_check_that_fails_is_said(make_run, console, quick_figures):
+def test_failed_equivalence_check_is_printed(make_run, console, quick_figures):
     path = make_run(units=UNITS)
     summary = json.loads((path / "summary.json").read_text())
     summary["equivalence"] |= {"passed": False, "reason": "the output does not vary"}
@@ -141,7 +141,7 @@ def test_an_equivalence_check_that_fails_is_said(make_run, console, quick_figure
 
 
 @pytest.mark.parametrize("ratio, words", [(0.9, "the slim model has"), (0.1, "above the budget")])
-def test_the_budget_is_said(make_run, console, quick_figures, ratio, words):
+def test_budget_is_printed(make_run, console, quick_figures, ratio, words):
     path = make_run(units=UNITS)
     with (path / "recipe.yaml").open("a") as file:
         file.write(f"target:\n  params: null\n  macs_ratio: {ratio}\n")
@@ -151,20 +151,20 @@ def test_the_budget_is_said(make_run, console, quick_figures, ratio, words):
     assert f"budget: macs_ratio {ratio}" in text and words in text and ("above" in text) == (ratio == 0.1)
 
 
-def test_no_run_folder(tmp_path, console):
+def test_not_a_run_folder(tmp_path, console):
     for paths in ([], [tmp_path]):
         with pytest.raises(RunFolderError):
             report(paths, None, console)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_are_no_markup(make_run, console, tmp_path, quick_figures):
+def test_run_names_are_not_console_markup(make_run, console, tmp_path, quick_figures):
     paths = [make_run("[red]a", units=UNITS), make_run("[bold]b", seed=1, units=UNITS)]
     report(paths, tmp_path / "out", console)
     assert "[red]a" in console.file.getvalue() and "[bold]b" in console.file.getvalue()
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(make_run, console, monkeypatch, quick_figures):
+def test_failed_write_keeps_previous_report(make_run, console, monkeypatch, quick_figures):
     path = make_run(units=UNITS)
     report([path], None, console)
     before = {p.name: p.read_bytes() for p in (path / "report").iterdir()}
@@ -181,7 +181,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(make_run, console, mon
 # ---- columns and order
 
 
-def test_columns_and_order_hold_for_every_format_of_the_summary(make_run, console, tmp_path, quick_figures):
+def test_columns_and_sort_apply_to_every_format(make_run, console, tmp_path, quick_figures):
     paths = [make_run(name, seed=i, units=UNITS) for i, name in enumerate("ab")]
     report(paths, tmp_path / "out", console, columns="run,model,mae,params", sort="-mae,-params")
     text = (tmp_path / "out" / "summary.csv").read_text()
@@ -203,14 +203,14 @@ def test_columns_and_order_hold_for_every_format_of_the_summary(make_run, consol
 
 
 @pytest.mark.parametrize("option", ["columns", "sort"])
-def test_an_unknown_column_is_one_line_and_nothing_is_written(make_run, console, tmp_path, option):
+def test_unknown_column_writes_nothing(make_run, console, tmp_path, option):
     path = make_run(units=UNITS)
     with pytest.raises(PrunekitError, match=r"parms: no such column, did you mean 'params'\?"):
         report([path], tmp_path / "out", console, **{option: "parms"})
     assert not (tmp_path / "out").exists() and not (path / "report").exists()
 
 
-def test_the_options_of_the_command(make_run, tmp_path, capsys, quick_figures):
+def test_command_line_options(make_run, tmp_path, capsys, quick_figures):
     path = make_run(units=UNITS)
     arguments = [
         "--out",
@@ -228,33 +228,36 @@ def test_the_options_of_the_command(make_run, tmp_path, capsys, quick_figures):
     assert (tmp_path / "pages" / "a.html").exists() and not (tmp_path / "out" / "index.html").exists()
 
 
-# ---- what fails
+# ---- failures
 
 
-def test_a_figure_that_fails_costs_none_of_the_others(make_run, console, monkeypatch):
+def test_failed_figures_are_reported_and_others_written(make_run, console, monkeypatch):
     class Broken(Figure):
         def savefig(self, *_, **__):
             raise RuntimeError("no\nink")
 
         draw_without_rendering = savefig
 
-    def figures(runs, *_):
+    def first_figures(run):
         for name, kind in (("one", Figure), ("two", Broken), ("three", Figure)):
             yield ReportFigure(name, name, "A caption.", kind(figsize=(0.5, 0.5)))
         raise ValueError("no paper")
 
-    monkeypatch.setitem(report.__globals__, "report_figures", figures)
+    def last_figures(run):
+        yield ReportFigure("four", "four", "A caption.", Figure(figsize=(0.5, 0.5)))
+
+    monkeypatch.setattr("prunekit.reporting.figures.tradeoff_figures", lambda runs: iter(()))
+    monkeypatch.setattr("prunekit.reporting.figures.RUN_FIGURES", (first_figures, last_figures))
     names = {p.name for p in report([make_run(units=UNITS)], None, console)}
-    assert {"one.png", "one.svg", "three.png", "three.svg", "index.html", "layers.csv"} <= names
+    drawn = {f"{name}.{kind}" for name in ("one", "three", "four") for kind in ("png", "svg")}
+    assert {*drawn, "index.html", "layers.csv"} <= names
     assert not {"two.png", "two.svg"} & names
     text = console.file.getvalue()
     assert "the figure two could not be drawn (RuntimeError: no ink)" in text
-    assert "the figures after three could not be drawn (ValueError: no paper)" in text
+    assert "the figures first of csnet could not be drawn (ValueError: no paper)" in " ".join(text.split())
 
 
-def test_a_page_that_fails_costs_none_of_the_rest_and_fails_where_it_was_asked_for(
-    make_run, console, monkeypatch, tmp_path, quick_figures
-):
+def test_failed_page_is_reported_and_raises_only_if_requested(make_run, console, monkeypatch, tmp_path, quick_figures):
     def page(*_):
         raise KeyError("word")
 
@@ -266,7 +269,7 @@ def test_a_page_that_fails_costs_none_of_the_rest_and_fails_where_it_was_asked_f
         report([path], None, console, html=tmp_path / "a.html")
 
 
-def test_nothing_of_torch_or_pyplot_is_needed():
+def test_import_needs_no_torch_and_no_pyplot():
     code = "import sys, prunekit.reporting; assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -274,7 +277,7 @@ def test_nothing_of_torch_or_pyplot_is_needed():
 # ---- published models
 
 
-def test_published_models_alone_are_printed_and_written_only_where_asked(console, tmp_path, monkeypatch):
+def test_published_models_without_runs(console, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report([], None, console, published=True) == [] and list(tmp_path.iterdir()) == []
     text = console.file.getvalue()
@@ -284,7 +287,7 @@ def test_published_models_alone_are_printed_and_written_only_where_asked(console
     assert '"published, ECSSD",CSNet-L ×2,140894,718394292,0.9156' in written[0].read_text()
 
 
-def test_published_models_go_into_the_files_of_a_run(make_run, console, quick_figures):
+def test_published_models_are_in_the_files_of_a_run(make_run, console, quick_figures):
     for stop in (None, "train"):
         path = make_run(str(stop), units=UNITS, stop=stop)
         report([path], None, console, published=True)

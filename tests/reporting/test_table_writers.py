@@ -1,4 +1,4 @@
-"""Tables as files: the same numbers in every format, and nothing that breaks one."""
+"""Tables as files: equal numbers in every format, everything escaped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prunekit.reporting.table_writers import (
 from prunekit.reporting.tables import report_tables
 
 
-def test_csv_and_json_are_raw_and_the_others_are_for_people(make_run, tmp_path):
+def test_csv_and_json_are_raw_markdown_and_latex_formatted(make_run, tmp_path):
     table = summary_table([load_run(make_run())])
     table.loc[0, "run"] = "a|b_c"
     table.loc[0, "params"] = 210_985
@@ -45,7 +45,7 @@ def test_csv_and_json_are_raw_and_the_others_are_for_people(make_run, tmp_path):
     assert "nan" not in text.lower() and "MACs" in text and r"(64$\times$64)" in text
 
 
-def test_every_table_of_a_run_is_whole_in_every_format(make_run, tmp_path):
+def test_all_tables_are_valid_in_every_format(make_run, tmp_path):
     for one in report_tables([load_run(make_run(baseline=True, measured_too=True))], published=True):
         for path in write_table(one.data, tmp_path / one.stem, one.latex_columns):
             check(path, one.data if path.suffix != ".tex" or one.latex_columns is None else one.data[one.latex_columns])
@@ -82,7 +82,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 @given(names, names, st.one_of(st.none(), st.floats(-1e9, 1e9)))
 @settings(deadline=None)
-def test_no_name_breaks_a_format(tmp_path_factory, head, name, number):
+def test_any_name_is_escaped_in_every_format(tmp_path_factory, head, name, number):
     table = pd.DataFrame({f"x{head}": pd.array([number, 1.0], "Float64"), "run": [name, "b"], "model": ["a", "\ud800"]})
     folder = tmp_path_factory.mktemp("formats")
     for path in write_table(table, folder / "t"):
@@ -109,16 +109,16 @@ def test_no_name_breaks_a_format(tmp_path_factory, head, name, number):
         ("[c]", "{}[c]"),
     ],
 )
-def test_latex_prints_what_is_meant(text, escaped):
+def test_escape_latex(text, escaped):
     assert escape_latex(text) == escaped
 
 
-def test_negative_numbers_have_a_minus_in_latex_and_texts_keep_their_hyphen(tmp_path):
+def test_latex_minus_and_hyphen(tmp_path):
     table = pd.DataFrame({"name": ["-a"], "value": [-0.5]})
     assert "-a & $-$0.5000" in write_latex(table, tmp_path / "t.tex").read_text()
 
 
-def test_long_tables_break_over_pages(make_run, tmp_path):
+def test_long_table_is_longtable(make_run, tmp_path):
     run = load_run(make_run())
     one = next(one for one in report_tables([run]) if one.name == "layers")
     text = write_latex(one.data, tmp_path / "t.tex").read_text()
@@ -126,7 +126,7 @@ def test_long_tables_break_over_pages(make_run, tmp_path):
     assert "longtable" in text.splitlines()[0] and "booktabs" in text.splitlines()[0]
 
 
-def test_an_empty_table_can_be_written(make_run, tmp_path):
+def test_empty_table(make_run, tmp_path):
     table = summary_table([load_run(make_run(stop="train"))])
     assert write_csv(table, tmp_path / "t.csv").read_text().startswith("run,model,params")
     assert "params" in write_markdown(table, tmp_path / "t.md").read_text()
@@ -134,7 +134,7 @@ def test_an_empty_table_can_be_written(make_run, tmp_path):
     assert r"\bottomrule" in write_latex(table, tmp_path / "t.tex").read_text()
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+def test_unwritable_folder_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError):
         write_csv(pd.DataFrame(), tmp_path / "file" / "t.csv")

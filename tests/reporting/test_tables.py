@@ -1,4 +1,4 @@
-"""Tables: their numbers and their headers."""
+"""Values and headers of the tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prunekit.reporting.tables import (
 MACS = "MACs (64×64)"
 
 
-def test_summary_has_the_numbers_of_the_folder_and_their_ratios(make_run):
+def test_summary_table_values_and_ratios(make_run):
     run = load_run(make_run(baseline=True))
     table = summary_table([run]).set_index("model")
     assert table.index.tolist() == ["baseline", "dense", "slim", "finetuned"]
@@ -39,16 +39,16 @@ def test_summary_has_the_numbers_of_the_folder_and_their_ratios(make_run):
         assert (row["params"], row[MACS], row["max_f"]) == (part["params"], part["macs"], part["metrics"]["max_f"])
         assert row["params ÷ dense"] == part["params"] / run.summary["dense"]["params"]
     assert pd.isna(table.loc["slim", "paper FLOPs (224×224)"])
-    # Extract and slim, 1.5 s each, make the slim model.
+    # The slim model is produced by extract and slim, 1.5 s each.
     assert table["seconds"].tolist()[1:] == [1.5, 3.0, 1.5] and pd.isna(table.loc["baseline", "seconds"])
 
 
-def test_parts_that_have_not_run_have_no_row(make_run):
+def test_summary_table_of_incomplete_run(make_run):
     assert summary_table([load_run(make_run(stop="finetune"))])["model"].tolist() == ["dense", "slim"]
     assert len(summary_table([load_run(make_run("b", stop="train"))])) == 0
 
 
-def test_runs_of_two_sizes_do_not_share_a_column_of_macs(make_run):
+def test_macs_have_a_column_per_image_size(make_run):
     run = load_run(make_run(stop="finetune"))
     other = replace(run, name="other", size=(32, 48))
     table = summary_table([run, other])
@@ -56,7 +56,7 @@ def test_runs_of_two_sizes_do_not_share_a_column_of_macs(make_run):
     assert table["MACs (32×48)"].isna().tolist() == [True, True, False, False]
 
 
-def test_layers_counted_at_another_size_say_their_own(make_run):
+def test_layers_have_their_own_image_size(make_run):
     path = make_run(stop="finetune")
     (path / "state.json").unlink()
     (path / "recipe.yaml").write_text((path / "recipe.yaml").read_text().replace("size: 64", "size: 32"))
@@ -65,20 +65,20 @@ def test_layers_counted_at_another_size_say_their_own(make_run):
     assert MACS in counters_table(run)["quantity"].tolist()
 
 
-def test_counts_beyond_double_precision_stay_exact_beside_missing_ones(make_run):
+def test_counts_above_2_53_stay_exact_next_to_missing_ones(make_run):
     run = load_run(make_run(stop="finetune"))
     run.summary["dense"]["paper_flops"] = 2**53 + 1
     assert summary_table([run])["paper FLOPs (224×224)"].tolist() == [2**53 + 1, pd.NA]
 
 
-def test_metrics_of_other_tasks_come_along(make_run):
+def test_unknown_metrics_are_included(make_run):
     run = load_run(make_run(stop="extract"))
     run.summary["dense"]["metrics"] = {"novel": 0.5, "top1": 0.9, "flag": True, "text": "x"}
     columns = summary_table([run]).columns.tolist()
     assert columns[5:7] == ["novel", "top1"] and len(columns) == 10
 
 
-def test_a_metric_called_as_another_column_is_does_not_replace_it(make_run):
+def test_metric_with_reserved_name_is_prefixed(make_run):
     run = load_run(make_run(stop="extract"))
     held = run.summary["dense"]
     held["metrics"] = {"params": 0.5, "seconds": 0.25, "MACs (64×64)": 0.1}
@@ -87,7 +87,7 @@ def test_a_metric_called_as_another_column_is_does_not_replace_it(make_run):
     assert row["metrics.params"] == 0.5 and row["metrics.seconds"] == 0.25 and row["metrics.MACs (64×64)"] == 0.1
 
 
-def test_layers_have_a_row_for_each_layer_and_branch(make_run):
+def test_layers_table(make_run):
     run = load_run(make_run())
     table = layers_table(run)
     assert len(table) == len(run.layers)
@@ -96,7 +96,7 @@ def test_layers_have_a_row_for_each_layer_and_branch(make_run):
     assert table["MACs after (64×64)"].sum() == run.summary["slim"]["macs"]
 
 
-def test_shares_are_those_of_the_branches_of_each_layer(make_run):
+def test_layers_table_shares(make_run):
     run = load_run(make_run())
     run.layers.loc[:1, "channels_after"] = 0
     table = layers_table(run)
@@ -109,7 +109,7 @@ def test_shares_are_those_of_the_branches_of_each_layer(make_run):
                 assert shares.tolist() == pytest.approx((channels / channels.sum()).tolist()), layer
 
 
-def test_the_share_in_a_layer_with_an_unknown_branch_is_unknown(make_run):
+def test_share_is_missing_if_a_count_is_unknown(make_run):
     run = load_run(make_run())
     layers = run.layers.copy()
     layers.loc[0, "channels_after"] = pd.NA
@@ -117,7 +117,7 @@ def test_the_share_in_a_layer_with_an_unknown_branch_is_unknown(make_run):
     assert shares[:2].isna().all() and not shares[2:].isna().all()
 
 
-def test_counters_note_just_what_differs(make_run):
+def test_counters_table_notes_differences_only(make_run):
     table = counters_table(load_run(make_run())).set_index(["model", "quantity"])
     assert table.loc[("dense", "params"), "note"] == ""
     row = table.loc[("dense", MACS)]
@@ -125,9 +125,9 @@ def test_counters_note_just_what_differs(make_run):
     assert "fvcore" not in row["note"] and pd.isna(table.loc[("slim", "params"), "torch"])
 
 
-def test_latency_is_of_one_way_of_measuring_for_all_models(make_run):
+def test_latency_uses_the_same_setting_for_all_models(make_run):
     run = load_run(make_run(measured_too=True))
-    # The slim model was measured in ONNX Runtime too, where there is no dense one to compare it with.
+    # The slim model was also measured in ONNX Runtime, but the dense one was not.
     title = "latency ms (eager, batch 1, 64×64, threads 1, cpu)"
     assert latency(run) == (title, {"dense": 20.0, "slim": 12.5, "finetuned": 12.5})
     assert summary_table([run])[title].tolist() == [20.0, 12.5, 12.5]
@@ -138,7 +138,7 @@ def test_latency_is_of_one_way_of_measuring_for_all_models(make_run):
     assert sum(c.startswith("latency ms") for c in summary_table([run, other])) == 2
 
 
-def test_latency_of_the_exported_model_where_there_is_no_bench(make_run):
+def test_latency_of_exported_model_without_bench(make_run):
     run = load_run(make_run())
     assert latency(run) == ("latency ms", {})
     run.summary["export"] = {"path": "model.onnx", "latency_ms": {"dense": 9.0, "slim": 4.0}}
@@ -147,7 +147,7 @@ def test_latency_of_the_exported_model_where_there_is_no_bench(make_run):
     assert latency(run)[1] == {"finetuned": 5.0}
 
 
-def test_a_row_for_each_measurement_and_each_set(make_run):
+def test_bench_and_evals_tables(make_run):
     runs = [load_run(make_run("a", measured_too=True)), load_run(make_run("b"))]
     bench = bench_table(runs)
     assert bench["run"].tolist() == ["a"] * 3 and bench["median ms"].tolist() == [20.0, 12.5, 4.25]
@@ -157,14 +157,14 @@ def test_a_row_for_each_measurement_and_each_set(make_run):
     assert len(bench_table(runs[1:])) == len(evals_table(runs[1:])) == 0
 
 
-def test_seconds_by_stage_and_in_all(make_run):
+def test_seconds_table(make_run):
     table = seconds_table([load_run(make_run()), load_run(make_run("b", stop="slim"))])
     assert table["total s"].tolist() == [10.5, 3.0]
     assert table.loc[1, "extract s"] == 1.5 and pd.isna(table.loc[1, "slim s"])
 
 
 @pytest.mark.parametrize("key, share", [("params", None), ("macs", None), ("params_ratio", 0.9), ("macs_ratio", 0.1)])
-def test_budgets_and_whether_they_are_kept(make_run, key, share):
+def test_budget_table(make_run, key, share):
     run = load_run(make_run())
     measure = key.removesuffix("_ratio")
     dense, slim = run.summary["dense"][measure], run.summary["slim"][measure]
@@ -177,18 +177,18 @@ def test_budgets_and_whether_they_are_kept(make_run, key, share):
     assert len(budget_table([load_run(make_run("b"))])) == 0
 
 
-def test_notes_are_those_of_the_plans(make_run):
+def test_notes_table(make_run):
     table = notes_table([load_run(make_run()), load_run(make_run("b", stop="extract"))])
     assert table["run"].tolist() == ["csnet"] and "cannot be cut" in table["note"][0]
 
 
-def test_epochs_have_the_metrics_by_their_names(make_run):
+def test_epochs_table(make_run):
     table = epochs_table(load_run(make_run(epochs=4)))
     assert table["stage"].tolist() == ["train"] * 4 + ["finetune"] and table["epoch"].tolist() == [1, 2, 3, 4, 1]
     assert {"loss", "penalty", "lambda", "alive", "mae", "max_f"} <= set(table.columns)
 
 
-def test_the_tables_of_several_runs_have_names_of_their_own(make_run):
+def test_table_stems(make_run):
     runs = [load_run(make_run(name, measured_too=True)) for name in ("a", "b")]
     names = [one.stem for one in report_tables(runs)]
     assert names == [
@@ -205,12 +205,12 @@ def test_the_tables_of_several_runs_have_names_of_their_own(make_run):
         (610_638_784, "611 M"), (999_999_999, "1 G"), (1.25e12, "1.25 T"), (pd.NA, "–"),
     ],
 )  # fmt: skip
-def test_short_numbers(value, text):
+def test_short_number(value, text):
     assert short_number(value) == text
 
 
 @given(st.integers(0, 10**15))
-def test_short_numbers_are_short_and_near(value):
+def test_short_number_is_short_and_accurate(value):
     text = short_number(value)
     assert len(text) <= 7 or value >= 10**15
     number, _, unit = text.replace(",", "").partition(" ")
@@ -218,12 +218,12 @@ def test_short_numbers_are_short_and_near(value):
 
 
 @given(st.integers(0, 10**18))
-def test_numbers_written_out_are_exact(value):
+def test_format_number_is_exact_for_counts(value):
     assert int(format_number(value).replace(",", "")) == value
 
 
 @given(st.floats(-1e6, 1e6), st.integers(1, 5))
-def test_fractions_written_out_are_near_and_never_nothing(value, digits):
+def test_format_number_never_rounds_to_zero(value, digits):
     shown = float(format_number(value, digits).replace(",", ""))
     assert shown == pytest.approx(value, abs=0.51 * 10**-digits, rel=0) and (shown != 0) == (value != 0)
 
@@ -232,11 +232,11 @@ def test_fractions_written_out_are_near_and_never_nothing(value, digits):
     "seconds, text",
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (41.2, "41 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7510, "2 h 05 min")],
 )
-def test_seconds_in_words(seconds, text):
+def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
 
 
-def test_a_run_of_unknown_size_has_its_macs(make_run):
+def test_macs_of_run_with_unknown_image_size(make_run):
     path = make_run(stop="slim")
     (path / "recipe.yaml").write_text("name: x\n")
     assert json.loads((path / "summary.json").read_text())["dense"]["macs"]
@@ -245,7 +245,7 @@ def test_a_run_of_unknown_size_has_its_macs(make_run):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_published_models_stand_below_the_runs(make_run, several):
+def test_summary_table_with_published_models(make_run, several):
     runs = [load_run(make_run(name)) for name in ("a", "b")][: 1 + several]
     table = summary_table(runs, published=True)
     own = summary_table(runs)

@@ -1,4 +1,4 @@
-"""What a terminal of 80 columns shows."""
+"""Tables in the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def printed(make, width=80):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("several", [False, True])
-def test_the_summary_fits_and_says_what_it_leaves_out(make_run, width, several):
+def test_summary_fits_and_names_left_out_columns(make_run, width, several):
     runs = [load_run(make_run(baseline=True, measured_too=True))]
     for part in ("baseline", "dense", "slim", "finetuned"):
         runs[0].summary[part]["params"] = 999_499
@@ -39,15 +39,15 @@ def test_the_summary_fits_and_says_what_it_leaves_out(make_run, width, several):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_published_models_stand_in_a_section_of_their_own(make_run, several):
+def test_published_models_have_their_own_section(make_run, several):
     runs = [load_run(make_run(name)) for name in ("a", "b")][: 1 + several]
     text = printed(lambda console: terminal_summary(runs, console, published=True))
     assert text.index("finetuned") < text.index("published,") < text.index("ECSSD") < text.index("CSNet-L ×2")
-    # The columns of sizes that the published models share with the runs stay to the last.
+    # Measures of size that the published models share with the runs are left out last.
     assert "718 M" in text and "0.916" in text
 
 
-def test_columns_and_order_are_as_asked_for(make_run):
+def test_columns_and_sort(make_run):
     runs = [load_run(make_run(name, seed=i)) for i, name in enumerate("ab")]
     text = printed(lambda console: terminal_summary(runs, console, columns="model,mae,run", sort="mae,run"))
     head, _, *rows = (line.split() for line in text.splitlines() if line.strip())
@@ -58,27 +58,27 @@ def test_columns_and_order_are_as_asked_for(make_run):
     ]  # fmt: skip
 
 
-def test_published_models_are_sorted_in_and_say_whose_they_are(make_run):
+def test_sorted_summary_labels_published_models(make_run):
     runs = [load_run(make_run())]
     text = printed(lambda console: terminal_summary(runs, console, published=True, sort="-max_f"))
     lines = [line for line in text.splitlines() if re.search(r"0\.\d", line)]
     assert "published, ECSSD" in lines[0] and "CSNet-L ×2" in lines[0] and lines[2].startswith("csnet")
 
 
-def test_small_figures_are_not_shown_as_nothing(make_run):
+def test_small_values_are_not_displayed_as_zero(make_run):
     run = load_run(make_run(stop="extract"))
     run.summary["dense"]["metrics"] = {"error": 0.00001}
     assert "1.0e-05" in printed(lambda console: terminal_summary([run], console))
 
 
-def test_other_tables_fit_too(make_run):
+def test_other_tables_fit(make_run):
     run = load_run(make_run(measured_too=True))
     for table in (evals_table([run]), bench_table([run]), counters_table(run)):
         text = printed(lambda console, table=table: terminal_table(table, False))
         assert len(text.splitlines()) >= len(table) + 2
 
 
-def test_layers_have_a_line_each_with_their_branches(make_run):
+def test_terminal_layers(make_run):
     run = load_run(make_run(units=("block",)))
     text = printed(lambda console: terminal_layers(run))
     for layer, rows in run.layers.groupby("layer"):
@@ -88,7 +88,7 @@ def test_layers_have_a_line_each_with_their_branches(make_run):
     assert "64×64" in text
 
 
-def test_control_characters_do_not_reach_the_terminal(make_run):
+def test_control_characters_are_replaced(make_run):
     run = replace(load_run(make_run()), name="a\x1b[31mb\nc")
     run.layers["layer"] = "x\x1b]0;y"
     for make in (lambda console: terminal_summary([run, run], console), lambda console: terminal_layers(run)):

@@ -29,6 +29,7 @@ from prunekit.reporting.figures.style import (
 )
 from prunekit.reporting.loader import MODELS, Run
 from prunekit.reporting.number_format import format_size, short_number
+from prunekit.reporting.tables import bench_settings
 
 COSTS = {"params": "parameters", "macs": "MACs", "latency": "latency"}
 MAX_DISTANCE = 32  # 1/72 inch between a model and the name of its run; further away it is ambiguous
@@ -82,7 +83,8 @@ def _points(runs: Sequence[Run], metric: str, cost: str, setting: str) -> list[P
     for run in runs:
         if cost == "latency":
             # The first measurement of a model counts.
-            costs = {model: ms for key, model, ms in reversed(_measurements(run)) if key == setting}
+            rows = run.bench[[own == setting for own in bench_settings(run)]][::-1]
+            costs = dict(zip(rows["model"], rows["median_ms"], strict=True)) if len(rows) else {}
         else:
             costs = {model: run.model(model).get(cost) for model in MODELS}
         for model in MODELS:
@@ -97,28 +99,11 @@ def _sizes_note(runs: Sequence[Run]) -> str:
     return format_size(*sizes) if len(sizes) == 1 else "(each at the image size of its run)"
 
 
-def _measurements(run: Run) -> list[tuple[str, str, float]]:
-    """Return (setting, model, median in ms) of each latency measurement."""
-    if "median_ms" not in run.bench:
-        return []
-    measurements = []
-    for row in run.bench.to_dict("records"):
-        parts = [("", row.get("form")), ("", row.get("size"))]
-        parts += [(f"{key} ", row.get(key)) for key in ("batch", "threads")] + [("", row.get("device"))]
-        labels = [f"{word}{v if isinstance(v, str) else f'{v:g}'}" for word, v in parts if _is_known(v)]
-        measurements.append((", ".join(labels), row["model"], row["median_ms"]))
-    return measurements
-
-
-def _is_known(value: object) -> bool:
-    return isinstance(value, str) or finite_number(value) is not None
-
-
 def _common_setting(runs: Sequence[Run]) -> str:
     """Return the setting in which most models were measured: other latencies are not comparable."""
     models: dict[str, set[tuple[str, str]]] = {}
     for run in runs:
-        for setting, model, _ in _measurements(run):
+        for setting, model in zip(bench_settings(run), run.bench.get("model", ()), strict=True):
             models.setdefault(setting, set()).add((run.name, model))
     return max(models, key=lambda setting: len(models[setting]), default="")
 

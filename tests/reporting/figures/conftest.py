@@ -1,4 +1,4 @@
-"""A run for all tests of a file: figures change nothing of it."""
+"""A run shared by the tests of a file, as figures do not modify it."""
 
 from __future__ import annotations
 

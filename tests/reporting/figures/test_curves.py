@@ -1,4 +1,4 @@
-"""Curves and confusion: the lines and cells are the numbers of the file."""
+"""Precision-recall curves and confusion matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def confusion(classes, seed=0, part="dense"):
     return {part: {"classes": [f"kind of thing {i}" for i in range(classes)], "confusion": matrix.tolist()}}
 
 
-def test_the_curves_are_those_of_each_model(run):
+def test_precision_recall_lines_match_data(run):
     figure = precision_recall_figure(run, run.curves)
     left, right = figure.axes
     whole = [[line for line in axes.lines if len(line.get_xdata()) == 256] for axes in (left, right)]
@@ -28,20 +28,20 @@ def test_the_curves_are_those_of_each_model(run):
         assert [f.get_xdata()[0], f.get_xdata()[-1]] == [255, 0]
     best = [(line.get_xdata()[0], line.get_ydata()[0]) for line in right.lines if len(line.get_xdata()) == 1]
     assert [y for _, y in best] == [max(one["f"]) for one in run.curves.values()]
-    said = [text for text, _ in boxes(figure)]
-    assert f"fine-tuned (max F {max(run.curves['finetuned']['f']):.3f})" in said
+    texts = [text for text, _ in boxes(figure)]
+    assert f"fine-tuned (max F {max(run.curves['finetuned']['f']):.3f})" in texts
     units = {"recall (0 to 1)", "precision (0 to 1)", "threshold (0 to 255)", "F-measure (0 to 1)"}
     assert labels(figure) == units
     assert_readable(figure)
 
 
-def test_models_differ_in_more_than_colour(run):
+def test_models_differ_in_marker_and_colour(run):
     lines = [line for line in precision_recall_figure(run, run.curves).axes[0].lines if len(line.get_xdata()) == 256]
     assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 3
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 12, 13, 40, 200])
-def test_a_matrix_of_any_number_of_classes_can_be_read(run, classes):
+def test_confusion_matrix_is_readable_for_any_number_of_classes(run, classes):
     held = {**confusion(classes), **confusion(classes, 1, "finetuned")}
     figure = confusion_figure(run, held)
     assert_readable(figure)
@@ -56,13 +56,13 @@ def test_a_matrix_of_any_number_of_classes_can_be_read(run, classes):
         assert f"{matrix.trace():,} of {matrix.sum():,} correct" in axes.get_title()
 
 
-def test_a_class_without_images_has_an_empty_row(run):
+def test_class_without_images_has_empty_row(run):
     held = confusion(3)
     held["dense"]["confusion"][1] = [0, 0, 0]
     assert (confusion_figure(run, held).axes[0].images[0].get_array()[1] == 0).all()
 
 
-def test_the_slim_model_stands_in_until_there_is_a_finetuned_one(run):
+def test_finetuned_model_replaces_slim_in_confusion(run):
     def panels(*parts):
         held = {part: confusion(3, part=part)[part] for part in parts}
         (drawing,) = curve_figures(replace(run, curves=held))
@@ -73,5 +73,5 @@ def test_the_slim_model_stands_in_until_there_is_a_finetuned_one(run):
 
 
 @pytest.mark.parametrize("curves", [{}, {"dense": {}}, {"dense": {"precision": [], "recall": [], "f": []}}])
-def test_without_curves_there_is_no_figure(run, curves):
+def test_no_figure_without_curves(run, curves):
     assert list(curve_figures(replace(run, curves=curves))) == []

@@ -1,4 +1,4 @@
-"""All figures of a report: which there are and what they are called, that all can be read, and the bytes."""
+"""All figures of a report: names, readability, deterministic files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def names(drawings):
     return [figure.stem for figure in drawings]
 
 
-def test_a_complete_run_has_all_figures(run):
+def test_figures_of_complete_run(run):
     drawings = list(report_figures([run]))
     assert names(drawings) == ONE
     assert all(drawing.title and drawing.caption.endswith(".") for drawing in drawings)
 
 
-def test_figures_are_made_one_at_a_time(run, monkeypatch):
+def test_figures_are_drawn_lazily(run, monkeypatch):
     first = next(report_figures([run]))
     monkeypatch.setattr("prunekit.reporting.figures.tradeoff.tradeoff_figure", None)
     assert first.name == "tradeoff_params"
@@ -38,20 +38,20 @@ def test_figures_are_made_one_at_a_time(run, monkeypatch):
         list(report_figures([run]))
 
 
-def test_several_runs_share_what_compares_and_prefix_the_rest(run):
+def test_figures_of_several_runs_have_prefixed_stems(run):
     found = names(report_figures([run, replace(run, name="other")]))
     common = ["tradeoff_params", "tradeoff_macs", "tradeoff_latency", "totals"]
     assert found == common + [f"{name}-{figure}" for name in ("csnet", "other") for figure in ONE[3:]]
 
 
 @pytest.mark.parametrize("stop, there", [("train", []), ("extract", ["gates", "alive"]), ("finetune", ["channels"])])
-def test_a_run_that_has_come_so_far_has_the_figures_of_that(make_run, stop, there):
+def test_figures_of_incomplete_run(make_run, stop, there):
     found = names(report_figures([load_run(make_run(units=("block",), stop=stop))]))
     assert set(there) <= set(found) and "gallery" not in found and "precision_recall" not in found
     assert found or stop == "train"
 
 
-def test_what_a_training_shows_while_it_goes_on(run):
+def test_figures_of_unfinished_training(run):
     going = replace(run, layers=run.layers.iloc[:0], summary={}, metrics=run.metrics.iloc[:1], gates=run.gates.iloc[:1])
     drawings = list(training_figures(going))
     assert names(drawings) == ["training", "gates", "gates_map", "alive"]
@@ -59,14 +59,14 @@ def test_what_a_training_shows_while_it_goes_on(run):
         assert_readable(drawing.figure)
 
 
-def test_every_text_can_be_read_and_every_axis_is_labelled(run):
+def test_all_texts_are_readable_and_axes_labelled(run):
     other = replace(run, name="a_run_with_a_name_that_says_everything_about_it_and_more" * 2)
     for drawing in report_figures([run, other]):
         assert_readable(drawing.figure)
         assert_labelled(drawing.figure)
 
 
-def test_names_with_dollars_and_underscores_are_shown_as_they_are(run):
+def test_names_with_mathtext_characters(run):
     odd = replace(run, name="$x_$", layers=run.layers.assign(layer=lambda t: "a$b$." + t["layer"]))
     wanted = ("totals", "$x_$-channels", "$x_$-training", "$x_$-gallery")
     for drawing in (drawing for drawing in report_figures([odd, odd]) if drawing.name in wanted):
@@ -74,7 +74,7 @@ def test_names_with_dollars_and_underscores_are_shown_as_they_are(run):
 
 
 @pytest.mark.filterwarnings("error")
-def test_names_of_letters_that_no_font_has_are_no_trouble(run):
+def test_names_with_missing_glyphs(run):
     odd = replace(run, name="\x07\x1b[0m模型", layers=run.layers.assign(layer=lambda t: "層\n" + t["layer"]))
     for drawing in (
         drawing for drawing in report_figures([odd, odd]) if drawing.name.endswith(("totals", "-channels"))
@@ -83,9 +83,9 @@ def test_names_of_letters_that_no_font_has_are_no_trouble(run):
         assert all(character.isprintable() or character.isspace() for character in svg)
 
 
-def test_the_bytes_are_the_same_each_time_and_the_edges_white(run, tmp_path):
+def test_files_are_deterministic_with_white_edges(run, tmp_path):
     for one, other in zip(report_figures([run]), report_figures([run]), strict=True):
-        # In the other order: the layout is not that of the first file. A matplotlibrc of one's own changes nothing.
+        # In the other order, as the layout must not depend on the first file.
         with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "lines.linewidth": 9}):
             files = {kind: encode_figure(other.figure, kind) for kind in ("svg", "png")}
         png, svg = write_figure(one.figure, tmp_path / one.name)
@@ -96,14 +96,14 @@ def test_the_bytes_are_the_same_each_time_and_the_edges_white(run, tmp_path):
         assert (np.concatenate(edges) == 255).all(), one.name
 
 
-def test_a_matplotlibrc_of_ones_own_changes_nothing(run):
+def test_user_matplotlibrc_is_ignored(run):
     plain = encode_figure(next(training_figures(run)).figure, "png")
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "lines.linewidth": 9}):
         assert encode_figure(next(training_figures(run)).figure, "png") == plain
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "a/b", "tab\there", "λ" * 127, "con:"])
-def test_files_have_names_that_any_file_system_takes(name, tmp_path):
+def test_file_stem_is_portable(name, tmp_path):
     stem = file_stem(name)
     path = tmp_path / f"{stem}-gallery_extremes.svg"
     path.write_bytes(b"")
@@ -111,11 +111,11 @@ def test_files_have_names_that_any_file_system_takes(name, tmp_path):
     assert stem != file_stem(f"{name}x") and stem == file_stem(name)
 
 
-def test_usual_names_stay_as_they_are():
+def test_file_stem_keeps_ordinary_names():
     assert [file_stem(name) for name in ("csnet", "a b", "λ=3,5", "run.v2")] == ["csnet", "a b", "λ=3,5", "run.v2"]
 
 
-def test_files_of_many_epochs_and_gates_stay_small(make_run):
+def test_files_of_long_trainings_are_small(make_run):
     long = load_run(make_run("long", epochs=500))
     assert long.gates.shape[0] == 500 and long.gates.shape[1] > 1000
     for drawing in training_figures(long):

@@ -1,4 +1,4 @@
-"""Galleries: each picture in its place, the errors as the metrics measure them, and no harm from damaged files."""
+"""Galleries: positions, errors, damaged files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("image", "truth", "dense", "slim", "finetuned")
 
 
 def example(folder, index, size=(40, 60), kind=None, fixed=False, names=KINDS):
-    """Pictures of one grey each, so that each can be found again."""
+    """Pictures with one distinct grey level each."""
     files = {}
     for place, name in enumerate(names):
         pixels = np.full((*size, 3) if name == "image" else size, 20 * place + 5 * index, np.uint8)
@@ -33,17 +33,17 @@ def example(folder, index, size=(40, 60), kind=None, fixed=False, names=KINDS):
     return GalleryImage(index, f"val-{index:05d}", kind, fixed, files)
 
 
-def said_example(folder, index, truth="cat", dense="cat", kind=None, fixed=True):
+def labelled_example(folder, index, truth="cat", dense="cat", kind=None, fixed=True):
     one = example(folder, index, (8, 8), kind, fixed, names=("image",))
-    said = {"truth": truth, "dense": {"class": dense, "probability": 0.75}}
-    return replace(one, labels=said)
+    texts = {"truth": truth, "dense": {"class": dense, "probability": 0.75}}
+    return replace(one, labels=texts)
 
 
 def sheet(figure):
     return figure.axes[0].images[0].get_array()
 
 
-def test_each_picture_stands_in_its_place(run, tmp_path):
+def test_pictures_are_at_their_positions(run, tmp_path):
     examples = [example(tmp_path, index, (20, 20)) for index in range(3)]
     figure = maps_figure(run, examples)
     pixels = sheet(figure)
@@ -55,13 +55,13 @@ def test_each_picture_stands_in_its_place(run, tmp_path):
             assert (cell[:TILE, left : left + TILE] == 20 * column + 5 * row).all()
             assert (cell[TILE:] == 255).all() and (cell[:, :left] == 255).all()
     assert_readable(figure)
-    said = [text for text, _ in boxes(figure)]
-    assert {"image", "truth", "dense", "slim", "fine-tuned"} <= set(said)
-    assert sum(text.startswith("MAE") for text in said) == 9
+    texts = [text for text, _ in boxes(figure)]
+    assert {"image", "truth", "dense", "slim", "fine-tuned"} <= set(texts)
+    assert sum(text.startswith("MAE") for text in texts) == 9
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_errors_are_those_of_the_metrics(seed):
+def test_mae_matches_saliency_metrics(seed):
     from prunekit.tasks.saliency_metrics import SaliencyMetrics
 
     random = np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def test_errors_are_those_of_the_metrics(seed):
     assert mean_absolute_error(saliency, mask) == pytest.approx(meter.errors[0], abs=1e-12)
 
 
-def test_the_best_stand_above_the_worst(run, tmp_path):
+def test_best_cases_are_above_worst(run, tmp_path):
     examples = [example(tmp_path, i, kind=("worst", "best")[i % 2], fixed=i == 0) for i in range(4)]
     gallery, extremes = gallery_figures(replace(run, gallery=examples))
     assert (gallery.name, extremes.name) == ("gallery", "gallery_extremes")
@@ -82,7 +82,7 @@ def test_the_best_stand_above_the_worst(run, tmp_path):
     assert not any(":" in text for text, _ in boxes(gallery.figure))
 
 
-def test_of_many_fixed_images_some_are_shown_evenly(run, tmp_path):
+def test_fixed_images_are_subsampled_evenly(run, tmp_path):
     examples = [example(tmp_path, index, (8, 8), fixed=True) for index in range(16)]
     (gallery,) = gallery_figures(replace(run, gallery=examples))
     shown = [text for text, _ in boxes(gallery.figure) if text.startswith("val")]
@@ -91,46 +91,46 @@ def test_of_many_fixed_images_some_are_shown_evenly(run, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (7, 300), (300, 7), (TILE, TILE)])
-def test_pictures_of_any_shape_fit(run, tmp_path, size):
+def test_pictures_of_any_shape(run, tmp_path, size):
     figure = maps_figure(run, [example(tmp_path, 0, size)])
     assert_readable(figure)
     assert (sheet(figure)[:, -2:] == 255).all()
 
 
-def test_a_picture_that_is_gone_or_damaged_is_said(run, tmp_path):
+def test_missing_and_damaged_pictures_are_marked(run, tmp_path):
     one = example(tmp_path, 0)
     one.files["slim"].write_bytes(b"not a picture")
     one.files["finetuned"].unlink()
-    said = [text for text, _ in boxes(maps_figure(run, [one]))]
-    assert said.count("missing") == 2 and sum(text.startswith("MAE") for text in said) == 1
+    texts = [text for text, _ in boxes(maps_figure(run, [one]))]
+    assert texts.count("missing") == 2 and sum(text.startswith("MAE") for text in texts) == 1
 
 
-def test_a_map_of_another_size_than_the_truth_has_no_error(run, tmp_path):
+def test_map_of_another_size_has_no_error(run, tmp_path):
     one = example(tmp_path, 0)
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(one.files["dense"])
     assert sum(text.startswith("MAE") for text, _ in boxes(maps_figure(run, [one]))) == 2
 
 
-def test_classes_are_told_and_wrong_ones_marked(run, tmp_path):
-    examples = [said_example(tmp_path, 0), said_example(tmp_path, 1, dense="dog"), said_example(tmp_path, 2, "$x_$")]
+def test_wrong_classes_are_marked(run, tmp_path):
+    examples = [labelled_example(tmp_path, 0), labelled_example(tmp_path, 1, dense="dog"), labelled_example(tmp_path, 2, "$x_$")]
     figure = classes_figure(run, examples)
-    said = [text for text, _ in boxes(figure)]
-    assert "dense cat 0.75" in said and "✗ dense dog 0.75" in said
+    texts = [text for text, _ in boxes(figure)]
+    assert "dense cat 0.75" in texts and "✗ dense dog 0.75" in texts
     assert_readable(figure)
     encode_figure(figure, "svg")
 
 
-def test_galleries_of_classes_say_what_is_best(run, tmp_path):
-    examples = [said_example(tmp_path, i, kind=("best", "worst")[i % 2], fixed=False) for i in range(8)]
+def test_extremes_of_classification(run, tmp_path):
+    examples = [labelled_example(tmp_path, i, kind=("best", "worst")[i % 2], fixed=False) for i in range(8)]
     (extremes,) = gallery_figures(replace(run, gallery=examples))
     assert "probability of the true class" in extremes.caption
     assert [text for text, _ in boxes(extremes.figure)].count("worst, class cat") == 4
-    long = [said_example(tmp_path, i, "a MAMMAL of the wide world", "another MAMMOTH of it", "worst") for i in range(5)]
+    long = [labelled_example(tmp_path, i, "a MAMMAL of the wide world", "another MAMMOTH of it", "worst") for i in range(5)]
     for one in long:
         one.labels.update({"slim": one.labels["dense"], "finetuned": one.labels["dense"]})
     assert_readable(classes_figure(run, long, show_kind=True))
 
 
-def test_without_pictures_there_is_no_gallery(run):
+def test_no_gallery_without_pictures(run):
     assert list(gallery_figures(replace(run, gallery=[]))) == []
     assert list(gallery_figures(replace(run, gallery=[GalleryImage(0, "a", "best", True)]))) == []

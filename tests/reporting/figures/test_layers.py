@@ -1,4 +1,4 @@
-"""Figures of layers: the bars are the counts, and names of any length and number can be read."""
+"""Figures by layer: bars match the counts, names are readable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def with_layers(run, names, branches=2):
     return replace(run, name="n" * 300, layers=pd.DataFrame(rows))
 
 
-def test_channels_are_stacked_within_the_outline(run):
+def test_channels_are_stacked(run):
     axes, lower = channels_figure(run).axes
     dense, *branches = bars(axes)
     layers = list(dict.fromkeys(run.layers["layer"]))
@@ -49,7 +49,7 @@ def test_channels_are_stacked_within_the_outline(run):
     assert len({bar.get_hatch() for container in branches for bar in container}) == 2
 
 
-def test_the_learned_split_is_drawn_and_written(run):
+def test_learned_split(run):
     _, lower = channels_figure(run).axes
     kept = run.layers.pivot(index="layer", columns="branch", values="channels_after").astype(float)
     kept = kept.loc[list(dict.fromkeys(run.layers["layer"]))]
@@ -61,14 +61,14 @@ def test_the_learned_split_is_drawn_and_written(run):
     assert np.allclose(marks[:, :, 1], 0.5) and len(marks) == len(kept)
 
 
-def test_a_layer_of_one_branch_has_no_split(run):
+def test_layer_with_one_branch_has_no_split(run):
     layers = run.layers[(run.layers["branch"] == 0) | (run.layers["layer"] != "stage0.0.block")]
     _, lower = channels_figure(replace(run, layers=layers)).axes
     assert heights(bars(lower)[0])[0] == 0
     assert len(lower.texts) == run.layers["layer"].nunique() - 1
 
 
-def test_params_and_macs_have_their_totals_and_units(run):
+def test_params_and_macs_totals_and_units(run):
     upper, lower = params_macs_figure(run).axes
     for axes, key in ((upper, "params"), (lower, "macs")):
         for container, when in zip(bars(axes), ("before", "after"), strict=True):
@@ -77,19 +77,19 @@ def test_params_and_macs_have_their_totals_and_units(run):
     assert upper.get_ylabel() == "parameters" and lower.get_ylabel() == "MACs (64×64)"
 
 
-def test_a_network_without_branches_has_no_split(run):
+def test_network_without_branches_has_no_split(run):
     single = replace(run, layers=run.layers[run.layers["branch"] == 0])
     (axes,) = channels_figure(single).axes
     assert "split" not in axes.get_ylabel() and axes.get_xlabel().startswith("layer")
 
 
-def test_unknown_counts_can_be_drawn(run, tmp_path):
+def test_unknown_counts(run, tmp_path):
     unknown = replace(run, layers=run.layers.assign(macs_before=None, params_after=None))
     write_figure(params_macs_figure(unknown), tmp_path / "plot")
 
 
 @pytest.mark.parametrize("count", [1, 2, 60, 150])
-def test_layers_of_any_number_can_be_read(run, count):
+def test_any_number_of_layers_is_readable(run, count):
     names = [f"backbone_network.stage{i // 12}.residual_block{i % 12}.depthwise_convolution" for i in range(count)]
     table = with_layers(run, names, branches=3)
     for figure in (channels_figure(table), params_macs_figure(table)):
@@ -100,14 +100,14 @@ def test_layers_of_any_number_can_be_read(run, count):
         assert (count <= 60) == ("named" not in figure.axes[-1].get_xlabel())
 
 
-def test_what_all_layers_begin_with_is_said_once(run):
+def test_common_prefix_is_in_axis_label(run):
     figure = channels_figure(with_layers(run, ["model.body.a.conv", "model.body.b.conv"]))
     lower = figure.axes[-1]
     assert [tick.get_text() for tick in lower.get_xticklabels()] == ["a.conv", "b.conv"]
     assert lower.get_xlabel().endswith("(in model.body)")
 
 
-def test_dotted_names_keep_all_their_parts():
+def test_shorten_dotted_keeps_all_parts():
     long = [f"stage{i}.residual_block{j}.depthwise_convolution" for i in range(4) for j in range(20)]
     short = [shorten_dotted(name, 28) for name in long]
     assert len(set(short)) == len(long) and max(map(len, short)) <= 28

@@ -1,4 +1,4 @@
-"""Models against each other: the front is that of the definition, and each mark stands where its numbers say."""
+"""Trade-off figures: Pareto front, positions of markers and names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ levels = st.integers(0, 6)
 
 
 def spread(run, count, seed=0):
-    """Runs whose models differ at random."""
+    """Runs with random models."""
     random = np.random.default_rng(seed)
     runs = []
     for index in range(count):
@@ -36,7 +36,7 @@ def drawn(runs, name):
 
 
 def markers(figure):
-    """(x, y) of each model's mark."""
+    """Return (x, y) of each model's marker."""
     return [
         (line.get_xdata()[0], line.get_ydata()[0])
         for line in figure.axes[0].lines
@@ -45,7 +45,7 @@ def markers(figure):
 
 
 @given(st.lists(st.tuples(levels, levels), min_size=1, max_size=12))
-def test_the_front_is_what_no_point_beats(points):
+def test_pareto_front_is_the_nondominated_set(points):
     def beats(a, b):
         return a[0] <= b[0] and a[1] >= b[1] and a != b
 
@@ -55,7 +55,7 @@ def test_the_front_is_what_no_point_beats(points):
     assert [points[i] for i in front] == sorted(points[i] for i in front)
 
 
-def test_each_model_stands_at_its_numbers(run):
+def test_markers_match_data(run):
     runs = spread(run, 5)
     figure = drawn(runs, "tradeoff_params")
     wanted = [
@@ -71,7 +71,7 @@ def test_each_model_stands_at_its_numbers(run):
     assert figure.axes[0].get_ylabel() == "max F-measure (higher is better)"
 
 
-def test_less_is_better_where_the_metric_is_an_error(run):
+def test_lower_is_better_for_errors(run):
     runs = spread(run, 6)
     for one in runs:
         for part in ("dense", "slim", "finetuned"):
@@ -84,20 +84,20 @@ def test_less_is_better_where_the_metric_is_an_error(run):
     assert "lower is better" in figure.axes[0].get_ylabel()
 
 
-def test_the_unit_of_macs_is_that_of_the_images(run):
+def test_macs_label_has_image_size(run):
     assert drawn([run], "tradeoff_macs").axes[0].get_xlabel() == "MACs (64×64)"
     both = [run, replace(run, name="other", size=(32, 32))]
     assert drawn(both, "tradeoff_macs").axes[0].get_xlabel() == "MACs (each at the image size of its run)"
 
 
-def test_latency_is_compared_within_one_way_of_measuring(run):
+def test_latency_is_compared_in_one_setting(run):
     figure = drawn([run], "tradeoff_latency")
     assert sorted(x for x, _ in markers(figure)) == [12.5, 20.0]
     label = figure.axes[0].get_xlabel()
-    assert label.startswith("latency, median of one batch (ms)\neager, 64×64, batch 1") and "cpu" in label
+    assert label.startswith("latency, median of one batch (ms)\neager, batch 1, 64×64") and "cpu" in label
 
 
-def test_runs_of_two_tasks_share_no_axis(run):
+def test_tasks_have_separate_figures(run):
     summary = {part: {**run.summary[part], "metrics": {"top1": 0.9}} for part in ("dense", "slim")}
     other = replace(run, name="digits", summary=summary)
     names = [drawing.name for drawing in tradeoff_figures([run, other])]
@@ -106,15 +106,15 @@ def test_runs_of_two_tasks_share_no_axis(run):
 
 
 @pytest.mark.parametrize("count", [1, 3, 9, 30, 70])
-def test_names_stand_apart_whatever_the_number_of_runs(run, count):
+def test_run_names_are_readable_for_any_number_of_runs(run, count):
     figure = drawn(spread(run, count, seed=count), "tradeoff_params")
     assert_readable(figure)
-    said = " ".join(text for text, _ in boxes(figure))
-    assert all(f"run-{index:02d}" in said for index in range(min(count, 60)))
-    assert (f"and {count - 60} more" in said) == (count > 60)
+    texts = " ".join(text for text, _ in boxes(figure))
+    assert all(f"run-{index:02d}" in texts for index in range(min(count, 60)))
+    assert (f"and {count - 60} more" in texts) == (count > 60)
 
 
-def test_models_without_a_number_are_left_out(run):
+def test_models_without_numbers_are_left_out(run):
     summary = deepcopy(run.summary)
     del summary["slim"]["metrics"], summary["finetuned"]["params"]
     summary["dense"]["metrics"] = {"max_f": None, "mae": 0.1}
@@ -122,7 +122,7 @@ def test_models_without_a_number_are_left_out(run):
     assert "tradeoff_params" not in names
 
 
-def test_equal_models_can_be_drawn(run):
+def test_equal_models(run):
     summary = deepcopy(run.summary)
     summary["slim"] = summary["finetuned"] = {**summary["dense"], "metrics": {"max_f": 0.5}}
     assert_readable(drawn([replace(run, summary=summary)], "tradeoff_params"))
@@ -132,7 +132,7 @@ def heights(container):
     return [bar.get_height() for bar in container]
 
 
-def test_totals_leave_a_gap_for_what_is_not_there(run, make_run):
+def test_totals_of_missing_models(run, make_run):
     other = load_run(make_run("part", stop="finetune"))
     upper, lower = totals_figure([run, other]).axes
     assert [len(c) for c in upper.containers] == [2, 2, 1]
@@ -140,5 +140,5 @@ def test_totals_leave_a_gap_for_what_is_not_there(run, make_run):
 
 
 @pytest.mark.parametrize("count", [2, 9, 10, 90])
-def test_totals_of_many_runs_can_be_read(run, count):
+def test_totals_are_readable_for_many_runs(run, count):
     assert_readable(totals_figure(spread(run, count)))

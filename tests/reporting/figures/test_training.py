@@ -1,4 +1,4 @@
-"""Figures of training: every line is the numbers of the run, and gates are counted as the threshold says."""
+"""Figures of training: lines match the data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def lines(axes):
     return {line.get_label(): line.get_ydata() for line in axes.lines}
 
 
-def test_each_panel_holds_the_numbers_of_its_stage(run):
+def test_training_lines_match_data(run):
     figure = training_figure(run)
     panels = np.array(figure.axes).reshape(4, 2)
     assert [axes.get_title() for axes in panels[0]] == ["sparse training", "fine-tuning"]
@@ -56,7 +56,7 @@ def test_each_panel_holds_the_numbers_of_its_stage(run):
     assert {axes.get_xlabel() for axes in panels[-1]} == {"epoch"}
 
 
-def test_the_size_stands_against_the_budget(run):
+def test_size_and_budget_lines(run):
     steered = run.metrics["stage"] == "train"
     table = run.metrics.assign(
         **{"size.params": np.where(steered, 9e5, np.nan), "budget.params": np.where(steered, 5e5, np.nan)}
@@ -68,7 +68,7 @@ def test_the_size_stands_against_the_budget(run):
     assert_readable(figure)
 
 
-def test_where_nothing_decays_it_is_said(run):
+def test_stage_without_decay_is_labelled(run):
     table = run.metrics.assign(penalty=np.where(run.metrics["stage"] == "train", run.metrics["penalty"] * 1e5, 0.0))
     panels = np.array(training_figure(replace(run, metrics=table)).axes).reshape(4, 2)
     assert [text.get_text() for text in panels[1, 1].texts] == ["no decay"]
@@ -76,18 +76,18 @@ def test_where_nothing_decays_it_is_said(run):
 
 
 @pytest.mark.parametrize("columns", [["stage"], ["epoch", "loss"], []])
-def test_metrics_without_what_is_needed_give_no_figure(run, columns):
+def test_no_training_figure_without_required_columns(run, columns):
     drawings = training_figures(replace(run, metrics=run.metrics[columns]))
     assert "training" not in [drawing.name for drawing in drawings]
 
 
-def test_losses_that_are_not_there_leave_a_gap(run):
+def test_missing_losses_leave_a_gap(run):
     table = run.metrics.assign(loss=[None, *run.metrics["loss"][1:]])
     assert np.isnan(lines(training_figure(replace(run, metrics=table)).axes[0])["loss"][0])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_alive_is_the_share_above_the_threshold(run, seed):
+def test_alive_is_share_above_threshold(run, seed):
     table = random_gates(run, 7, 20, 3, seed)
     axes = alive_figure(table, gate_history(table)).axes[0]
     for stage in range(3):
@@ -99,7 +99,7 @@ def test_alive_is_the_share_above_the_threshold(run, seed):
 
 
 @pytest.mark.parametrize("channels", [5, 300])
-def test_gates_are_drawn_by_stage_and_coloured_by_their_end(run, channels):
+def test_gates_are_grouped_by_stage_and_coloured_by_last_value(run, channels):
     table = random_gates(run, 6, channels, 2)
     figure = gates_figure(table, gate_history(table))
     for stage, axes in enumerate(figure.axes):
@@ -118,14 +118,14 @@ def test_gates_are_drawn_by_stage_and_coloured_by_their_end(run, channels):
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1), (40, 50, 3), (900, 400, 4)])
-def test_the_map_holds_every_gate_or_means_of_neighbours(run, shape):
+def test_gates_map_has_all_gates_or_means(run, shape):
     table = random_gates(run, *shape)
     figure = gates_map(table, gate_history(table))
     pixels = figure.axes[0].images[0].get_array()
     epochs, count = shape[0], shape[1] * shape[2]
     assert pixels.shape == (min(count, 700), min(epochs, 400))
     values = np.log10(np.clip(table.gates.to_numpy(), LIMIT / 1e3, None))
-    # Means of parts that are nearly as large as each other keep the mean of all.
+    # Means of parts of nearly equal size preserve the overall mean.
     assert pixels.mean() == pytest.approx(values.mean(), rel=0.01)
     if (count, epochs) == pixels.shape:
         assert np.allclose(np.sort(pixels[:, -1]), np.sort(values[-1]), atol=1e-5)
@@ -135,19 +135,19 @@ def test_the_map_holds_every_gate_or_means_of_neighbours(run, shape):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 0.5, LIMIT])
-def test_gates_that_are_all_alike_can_be_drawn(run, value):
+def test_equal_gates(run, value):
     table = with_gates(run, np.full((3, 4), value), ["a"] * 4)
     for draw in (gates_figure, gates_map, alive_figure):
         assert_readable(draw(table, gate_history(table)))
 
 
-def test_without_a_threshold_all_gates_are_alike(run):
+def test_gates_without_threshold(run):
     table = replace(random_gates(run, 5, 9, 2), recipe={})
     for draw in (gates_figure, gates_map, alive_figure):
         assert_readable(draw(table, gate_history(table)))
 
 
-def test_stages_are_what_names_begin_with():
+def test_group_by_stage():
     names = ["net.stem.bn", "net.stage1.0.bn", "net.stage1.1.bn", "net.head"]
     assert group_by_stage(names) == {"stem": names[:1], "stage1": names[1:3], "head": names[3:]}
     assert group_by_stage(["bn"]) == {"bn": ["bn"]}
@@ -157,7 +157,7 @@ def test_stages_are_what_names_begin_with():
     assert next(iter(merged)) == "0 … 3"
 
 
-def test_stages_of_any_number_can_be_told_apart(run):
+def test_any_number_of_stages_is_readable(run):
     for stages in (1, 7, 8, 30):
         table = random_gates(run, 4, 3, stages)
         for draw in (gates_figure, gates_map, alive_figure):

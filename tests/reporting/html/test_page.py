@@ -1,4 +1,4 @@
-"""The page: one file that holds together whatever the run folders hold."""
+"""The HTML page: structure, escaping, figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS = ("conv1",)
 
 
 class Parsed(HTMLParser):
-    """What a page is made of; fails where an element is closed that is not open."""
+    """The elements and texts of a page; fails if tags do not match."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -32,11 +32,11 @@ class Parsed(HTMLParser):
         self.script = ""
         self.feed(text)
         self.close()
-        assert not self.open, f"left open: {self.open}"
+        assert not self.open, f"unclosed: {self.open}"
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
-        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute stands twice in {tag}"
+        assert len({name for name, _ in attrs}) == len(attrs), f"duplicate attribute in {tag}"
         if tag not in VOID:
             self.open.append(tag)
 
@@ -89,7 +89,7 @@ def hostile(tmp_path_factory):
     return load_run(hostile_run(tmp_path_factory.mktemp("hostile")))
 
 
-def test_one_run(runs):
+def test_page_of_one_run(runs):
     text = render_page(runs[:1], [embed_figure(drawn())])
     parsed = Parsed(text)
     assert text.startswith("<!doctype html>")
@@ -103,7 +103,7 @@ def test_one_run(runs):
     assert [h["aria-label"] for h in parsed.all("svg")] == ["A curve"]
 
 
-def test_every_layer_and_counter_stands_in_its_table(runs):
+def test_page_has_all_layers_and_counters(runs):
     parsed = Parsed(render_page(runs[:1], []))
     for layer in runs[0].layers["layer"]:
         assert layer in parsed.words
@@ -112,7 +112,7 @@ def test_every_layer_and_counter_stands_in_its_table(runs):
         assert set(runs[0].layers[column].dropna()) <= set(values)
 
 
-def test_numbers_are_sorted_by_what_they_are_not_by_what_they_look_like(runs):
+def test_cells_have_raw_numbers_for_sorting(runs):
     parsed = Parsed(render_page(runs[:1], []))
     dense = runs[0].summary["dense"]
     assert str(dense["params"]) in parsed.values("data-v") and f"{dense['params']:,}" in parsed.words
@@ -120,7 +120,7 @@ def test_numbers_are_sorted_by_what_they_are_not_by_what_they_look_like(runs):
     assert any(abs(float(v) - ratio) < 1e-12 for v in parsed.values("data-v"))
 
 
-def test_several_runs_have_a_chapter_each_and_their_own_drawings(runs):
+def test_several_runs_have_chapters_with_their_figures(runs):
     owners = {"totals": "", "of a": "a", "of a-b": "a-b", "of c": "c", "cat": ""}
     text = render_page(runs, [embed_figure(drawn(title=f"T {title}", run=run)) for title, run in owners.items()])
     Parsed(text)
@@ -133,7 +133,7 @@ def test_several_runs_have_a_chapter_each_and_their_own_drawings(runs):
     )
 
 
-def test_ids_are_unique_and_every_reference_finds_one(runs, drawings):
+def test_ids_are_unique_and_references_resolve(runs, drawings):
     twins = [embed_figure(drawn(name)) for name in ("c-x y", "c-x-y")]
     text = render_page(runs, [*drawings, *twins])
     parsed = Parsed(text)
@@ -144,13 +144,13 @@ def test_ids_are_unique_and_every_reference_finds_one(runs, drawings):
     assert wanted and set(wanted) <= set(ids)
 
 
-def test_the_contents_lead_to_every_section(runs):
+def test_contents_link_to_every_section(runs):
     parsed = Parsed(render_page(runs, []))
     sections = {a["id"] for tag in ("section", "article") for a in parsed.all(tag)}
     assert {a["href"][1:] for a in parsed.all("a")} - {"main"} == sections
 
 
-def test_nothing_comes_from_outside(runs, drawings, hostile):
+def test_page_has_no_external_resources(runs, drawings, hostile):
     for text in (render_page(runs, drawings), render_page([hostile], [])):
         parsed = Parsed(text)
         for name in ("href", "src", "action", "data", "srcset", "poster"):
@@ -163,7 +163,7 @@ def test_nothing_comes_from_outside(runs, drawings, hostile):
         assert "'unsafe-inline'" not in policy.partition("script-src")[2].partition(";")[0]
 
 
-def test_whatever_the_files_say_stays_text(runs, hostile):
+def test_texts_from_files_are_escaped(runs, hostile):
     quiet, parsed = (
         Parsed(render_page(runs[:1], [])),
         Parsed(render_page([hostile], [embed_figure(drawn(title=ATTACKS[1]))])),
@@ -178,20 +178,20 @@ def test_whatever_the_files_say_stays_text(runs, hostile):
     assert "1337" not in parsed.words
 
 
-def test_names_that_are_no_unicode_are_written_all_the_same(hostile):
+def test_invalid_unicode_is_replaced(hostile):
     render_page([hostile], []).encode()
     odd = dataclasses.replace(hostile, name="half\udcff pair")
     assert "half\ufffd pair" in Parsed(render_page([odd], [])).words
 
 
-def test_failed_equivalence_check_comes_first(hostile):
+def test_failed_equivalence_check_is_at_the_top(hostile):
     parsed = Parsed(render_page([hostile], []))
     assert parsed.words.index("The equivalence check failed") < parsed.words.index("Problems")
     assert any(a.get("class") == "bad" for a in parsed.all("div"))
 
 
 @pytest.mark.parametrize("stop", ["train", "extract", "slim", "finetune", "evaluate"])
-def test_a_run_that_was_broken_off(tmp_path, stop):
+def test_page_of_interrupted_run(tmp_path, stop):
     run = load_run(write_run(tmp_path / "half", units=UNITS, stop=stop))
     parsed = Parsed(render_page([run], []))
     assert "not complete" in parsed.words and all(line in parsed.words for line in run.problems)
@@ -200,25 +200,25 @@ def test_a_run_that_was_broken_off(tmp_path, stop):
 
 
 @pytest.mark.parametrize("name", ["summary.json", "layers.json", "plan.json", "environment.json", "recipe.yaml"])
-def test_a_file_that_is_gone_is_named_and_the_rest_is_shown(tmp_path, name):
+def test_page_with_missing_file(tmp_path, name):
     path = write_run(tmp_path / "hole", units=UNITS)
     (path / name).unlink()
     parsed = Parsed(render_page([load_run(path)], []))
     assert "Problems" in parsed.words and f"{name}: missing" in parsed.words
 
 
-def test_a_recipe_of_megabytes_does_not_swell_the_page(tmp_path):
+def test_large_recipe_is_truncated(tmp_path):
     path = write_run(tmp_path / "long", units=UNITS)
     (path / "recipe.yaml").write_text("# " + "x" * 3_000_000)
     text = render_page([load_run(path)], [])
     assert len(text) < 1_000_000 and "The first 100,000 of 3,000,002 characters." in text
 
 
-def test_the_same_runs_give_the_same_page(runs):
+def test_page_is_deterministic(runs):
     assert render_page(runs, [embed_figure(drawn())]) == render_page(runs, [embed_figure(drawn())])
 
 
-def test_published_models_stand_below(runs):
+def test_page_with_published_models(runs):
     assert "CSNet-L ×2" in Parsed(render_page(runs[:1], [], published=True)).words
     assert "CSNet-L ×2" in Parsed(render_page([], [], published=True)).words
     assert "CSNet-L ×2" not in Parsed(render_page(runs[:1], [])).words
@@ -227,7 +227,7 @@ def test_published_models_stand_below(runs):
 # ---- figures
 
 
-def test_greys_follow_the_theme_and_colours_stay():
+def test_greys_follow_theme():
     drawing = drawn()
     axes = drawing.figure.axes[0]
     axes.plot([0, 1], [1, 0], color="#0072B2")
@@ -238,19 +238,19 @@ def test_greys_follow_the_theme_and_colours_stay():
     assert "stroke: var(--figure-blue)" in markup and "#e69f00" in markup and "#000000" not in markup
 
 
-def test_white_words_on_a_colour_stay_white():
+def test_white_text_stays_white():
     drawing = drawn()
     drawing.figure.axes[0].text(1, 1, "in a bar", color="white")
     assert "fill: #ffffff" in embed_figure(drawing).markup
 
 
-def test_figures_with_pictures_keep_a_white_ground():
+def test_figures_with_pictures_have_white_background():
     drawing = drawn()
     drawing.figure.axes[0].imshow([[0, 1], [1, 0]])
     assert embed_figure(drawing).white and not embed_figure(drawn()).white
 
 
-def test_figures_lose_script_and_foreign_elements():
+def test_script_and_foreign_elements_are_removed():
     svg = (
         b'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         b'viewBox="0 0 9 9" onload="x()">'
@@ -265,13 +265,13 @@ def test_figures_lose_script_and_foreign_elements():
     assert own[1] == own[2] and f'href="#{own[1]}m"' in markup
 
 
-def test_a_large_drawing_becomes_a_picture():
+def test_large_svg_becomes_png():
     small, large = embed_figure(drawn()), embed_figure(drawn(title='5" <b>', curves=20))
     assert small.markup.startswith("<svg") and len(small.markup) < LARGE_SVG
     image = Parsed(large.markup).all("img")[0]
     assert image["alt"] == '5" <b>' and image["src"].startswith("data:image/png;base64,") and large.white
 
 
-def test_names_that_no_svg_may_hold_do_not_stop_a_figure():
+def test_characters_not_allowed_in_xml():
     drawing = drawn(title="bell\x07")
     assert "bell" in embed_figure(drawing).markup

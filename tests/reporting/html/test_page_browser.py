@@ -1,4 +1,4 @@
-"""The page in headless Chromium: a quiet console, tables that sort, nothing that overflows, readable text."""
+"""The page in headless Chromium: no errors, sortable tables, no overflow, sufficient contrast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLAGS = (
 PAGES = ("one", "several", "half", "hostile")
 TELEPHONE, DESK = (390, 844), (1440, 900)
 
-# Elements that stick out of the window and are in no box of their own that scrolls.
+# Elements that exceed the window and are not inside a scrolling box.
 OUTSIDE = """
 const width = arguments[0], found = [];
 if (document.documentElement.scrollWidth > width) found.push(`page: ${document.documentElement.scrollWidth}`);
@@ -43,7 +43,7 @@ for (const e of document.body.querySelectorAll("*:not(svg *):not(script)")) {
 }
 return found;
 """
-# Colour of text and of the nearest ground below it, for every element that holds words, and for figures.
+# Colours of text and background, for every element with text and for figures.
 COLOURS = """
 const found = new Map();
 const ground = (e) => {
@@ -89,7 +89,7 @@ def driver(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The pages by name, drawn once."""
+    """Page name → file, rendered once."""
     folder = tmp_path_factory.mktemp("pages")
     first = load_run(write_run(folder / "first", units=("conv1",)))
     second = load_run(write_run(folder / "second", seed=1, units=("conv1",), baseline=True))
@@ -122,7 +122,7 @@ def show(driver, files):
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2, 1.4.3: of two colours such as ``rgb(0, 10, 255)``."""
+    """Return the contrast ratio (WCAG 2.2, 1.4.3) of two colours such as ``rgb(0, 10, 255)``."""
 
     def luminance(colour: str) -> float:
         shares = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
@@ -134,7 +134,7 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_loads_quietly_and_asks_the_network_for_nothing(show, name):
+def test_page_loads_without_errors_or_requests(show, name):
     driver = show(name)
     assert driver.execute_script("return document.readyState") == "complete"
     assert driver.get_log("browser") == []
@@ -146,7 +146,7 @@ def test_loads_quietly_and_asks_the_network_for_nothing(show, name):
     assert driver.execute_script("return window.hit") is None
 
 
-def test_what_is_put_in_later_does_not_run_either(show):
+def test_injected_scripts_do_not_run(show):
     driver = show("one")
     driver.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.hit = 1'; document.body.append(s);"
@@ -164,7 +164,7 @@ def test_nothing_overflows(show, name, size):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
-def test_text_is_readable(show, name, scheme):
+def test_text_has_sufficient_contrast(show, name, scheme):
     driver = show(name, scheme=scheme)
     pairs = driver.execute_script(COLOURS)
     assert len(pairs) >= 4
@@ -191,14 +191,14 @@ def table_of(driver, section: str):
     return driver.find_element(By.CSS_SELECTOR, f"#{section} table")
 
 
-def test_numbers_sort_by_value_both_ways_and_back(show):
+def test_numbers_sort_by_value(show):
     table = table_of(show("one"), "layers")
     place = next(i for i, head in enumerate(heads(table)) if head.text.startswith("params after"))
     before = column(table, 0), column(table, place)
     heads(table)[place].find_element(By.TAG_NAME, "button").click()
     up = numbers(column(table, place))
     assert up == sorted(numbers(before[1])) and up != numbers(before[1])
-    # As words, 1,600 would come before 180.
+    # As text, 1,600 would precede 180.
     assert [f"{value:,.0f}" for value in up] != sorted(f"{value:,.0f}" for value in up)
     assert heads(table)[place].get_attribute("aria-sort") == "ascending"
     heads(table)[place].find_element(By.TAG_NAME, "button").click()
@@ -209,7 +209,7 @@ def test_numbers_sort_by_value_both_ways_and_back(show):
     assert heads(table)[place].get_attribute("aria-sort") is None
 
 
-def test_what_is_missing_stays_last(show):
+def test_missing_values_sort_last(show):
     table = table_of(show("one"), "layers")
     place = next(i for i, head in enumerate(heads(table)) if head.text.startswith("paper FLOPs before"))
     button = heads(table)[place].find_element(By.TAG_NAME, "button")
@@ -220,7 +220,7 @@ def test_what_is_missing_stays_last(show):
         assert 0 < known < len(texts) and set(texts[known:]) == {"–"}
 
 
-def test_words_sort_as_people_count(show):
+def test_names_sort_naturally(show):
     table = table_of(show("one"), "layers")
     button = heads(table)[0].find_element(By.TAG_NAME, "button")
     button.click()
@@ -229,7 +229,7 @@ def test_words_sort_as_people_count(show):
 
 
 @pytest.mark.parametrize("key", [Keys.ENTER, Keys.SPACE], ids=["enter", "space"])
-def test_the_keyboard_sorts_too_and_one_column_at_a_time(show, key):
+def test_sort_by_keyboard(show, key):
     driver = show("several")
     table = table_of(driver, "summary")
     first, second = (head.find_element(By.TAG_NAME, "button") for head in heads(table)[2:4])
@@ -243,7 +243,7 @@ def test_the_keyboard_sorts_too_and_one_column_at_a_time(show, key):
     assert sorted_by == [None] * 3 + ["ascending"] + [None] * (len(sorted_by) - 4)
 
 
-def test_wide_tables_scroll_in_their_own_box_with_their_heads_in_sight(show):
+def test_wide_table_scrolls_with_sticky_headers(show):
     driver = show("one", TELEPHONE)
     box = driver.find_element(By.CSS_SELECTOR, "#layers .scroll")
     assert box.get_property("scrollWidth") > box.get_property("clientWidth")
@@ -254,7 +254,7 @@ def test_wide_tables_scroll_in_their_own_box_with_their_heads_in_sight(show):
     assert at == pytest.approx([left, top], abs=2)
 
 
-def test_the_contents_lead_to_their_sections(show):
+def test_contents_links_have_targets(show):
     driver = show("several")
     for link in driver.find_elements(By.CSS_SELECTOR, "nav a"):
         target = link.get_attribute("href").partition("#")[2]
@@ -262,7 +262,7 @@ def test_the_contents_lead_to_their_sections(show):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_paper_is_white_and_holds_all_of_it(show, scheme):
+def test_print_style(show, scheme):
     driver = show("several", (1000, 1400), scheme, "print")
     assert driver.execute_script("return getComputedStyle(document.querySelector('nav')).display") == "none"
     stuck = driver.execute_script(
@@ -279,7 +279,7 @@ def test_paper_is_white_and_holds_all_of_it(show, scheme):
     assert [p for p in pairs if contrast(p[0], "rgb(255, 255, 255)") < 4.5] == []
 
 
-def test_prints_wide_tables_across(show):
+def test_wide_tables_print_in_landscape(show):
     driver = show("one", media="print")
     pdf = b64decode(driver.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"])
     boxes = {tuple(map(float, box.split())) for box in re.findall(rb"/MediaBox \[([^\]]+)\]", pdf)}
