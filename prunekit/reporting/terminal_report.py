@@ -155,13 +155,16 @@ def _problems(run: Run) -> Iterator[str]:
 
 
 def _file_list(folder: Path, paths: Sequence[Path]) -> Iterator[str]:
-    """Yield the files by format: "summary, layers (.csv .json .md .tex)"."""
-    formats: dict[Path, list[str]] = {}
+    """Yield the files grouped by format: "summary, layers (.csv .json .md .tex)"."""
+    suffixes: dict[Path, list[str]] = {}
     for path in paths:
         stem = path.with_suffix("")
-        formats.setdefault(stem.relative_to(folder) if path.parent == folder else stem, []).append(path.suffix)
-    if formats:
+        suffixes.setdefault(stem.relative_to(folder) if path.parent == folder else stem, []).append(path.suffix)
+    if paths:
         yield f"report written to {folder}:"
-    for suffixes in dict.fromkeys(map(tuple, formats.values())):
-        stems = [str(stem) for stem, own in formats.items() if tuple(own) == suffixes]
-        yield f"  {', '.join(stems)} ({' '.join(suffixes)})"
+    for kinds in dict.fromkeys(map(tuple, suffixes.values())):
+        stems = [str(stem) for stem, own in suffixes.items() if tuple(own) == kinds]
+        if len(kinds) == 1:
+            yield f"  {', '.join(f'{stem}{kinds[0]}' for stem in stems)}"
+        else:
+            yield f"  {', '.join(stems)} ({' '.join(kinds)})"
