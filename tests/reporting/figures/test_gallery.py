@@ -112,7 +112,11 @@ def test_map_of_another_size_has_no_error(run, tmp_path):
 
 
 def test_wrong_classes_are_marked(run, tmp_path):
-    examples = [labelled_example(tmp_path, 0), labelled_example(tmp_path, 1, dense="dog"), labelled_example(tmp_path, 2, "$x_$")]
+    examples = [
+        labelled_example(tmp_path, 0),
+        labelled_example(tmp_path, 1, dense="dog"),
+        labelled_example(tmp_path, 2, "$x_$"),
+    ]
     figure = classes_figure(run, examples)
     texts = [text for text, _ in boxes(figure)]
     assert "dense cat 0.75" in texts and "✗ dense dog 0.75" in texts
@@ -125,7 +129,9 @@ def test_extremes_of_classification(run, tmp_path):
     (extremes,) = gallery_figures(replace(run, gallery=examples))
     assert "probability of the true class" in extremes.caption
     assert [text for text, _ in boxes(extremes.figure)].count("worst, class cat") == 4
-    long = [labelled_example(tmp_path, i, "a MAMMAL of the wide world", "another MAMMOTH of it", "worst") for i in range(5)]
+    long = [
+        labelled_example(tmp_path, i, "a MAMMAL of the wide world", "another MAMMOTH of it", "worst") for i in range(5)
+    ]
     for one in long:
         one.labels.update({"slim": one.labels["dense"], "finetuned": one.labels["dense"]})
     assert_readable(classes_figure(run, long, show_kind=True))
