@@ -14,12 +14,14 @@ DOCS = Path(__file__).parent
 
 # Heading → exported names. A name that is in no section appears under "Other".
 API = {
-    "Groups and plans": ["find_groups", "Group", "Plan", "extract"],
+    "Pruning": ["Pruner", "PruningReport"],
+    "Groups and plans": ["find_groups", "Group", "Plan", "extract", "importance"],
     "Sparse training": ["DynamicWeightDecay"],
-    "Budgets": ["fit_budget", "slim_to_budget"],
-    "Slimming": ["slim", "apply_plan", "EquivalenceReport", "recalibrate", "slim_optimizer"],
-    "Octave convolutions": ["octavize"],
-    "Runs": ["load_run"],
+    "Slimming": ["slim", "apply_plan", "slim_to_budget", "fit_budget", "EquivalenceReport"],
+    "After slimming": ["recalibrate", "slim_optimizer"],
+    "Saving, deployment and counting": ["save", "load", "deploy", "count", "ModelCost"],
+    "Octave convolutions": ["octavize", "GOctConv"],
+    "Recipes and runs": ["load_recipe", "run_recipe", "load_run"],
     "Plugins": [],
     "Errors": ["PrunekitError", "PrunekitWarning"],
 }

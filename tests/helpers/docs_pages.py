@@ -102,6 +102,7 @@ def _classifier() -> dict[str, Any]:
     images = torch.randn(32, 3, 8, 8) + labels[:, None, None, None] * 0.5
     return {
         "torch": torch,
+        "Net": Classifier,
         "model": model,
         "images": images,
         "labels": labels,
