@@ -31,7 +31,7 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Builder, Group, Plan, digest
 from prunekit.pruning.selection.budget import Budget, BudgetSearch
 from prunekit.pruning.selection.cost_model import SizeModel
-from prunekit.pruning.selection.extract import plan_of_choice
+from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.sparsity.decay import Decay, NoDecay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning
@@ -148,12 +148,12 @@ def _steering(
     return LambdaController(
         model,
         groups,
-        fitter.sizes,
+        fitter.size_model,
         budget.measure,
         budget.goal,
         threshold=work.recipe.slim.threshold,
         weight=decay.weight,
-        most={group.id: int(n) for group, n in zip(fitter.chooser.groups, fitter.chooser.limits, strict=True)},
+        most={group.id: int(n) for group, n in zip(fitter.selector.groups, fitter.selector.limits, strict=True)},
     )
 
 
@@ -178,10 +178,10 @@ class _Cut:
             model, groups, work.shape, criterion(model, groups, _losses(work)), **_limits(work.recipe)
         )
         threshold = work.recipe.slim.threshold
-        self.choice = self.fitter.chooser.cut(threshold=threshold) if goal is None else self.fitter.choose(goal)
+        self.choice = self.fitter.selector.select(threshold=threshold) if goal is None else self.fitter.select(goal)
 
     def plan(self) -> Plan:
-        return plan_of_choice(self.model, self.groups, self.choice)
+        return plan_from_selection(self.model, self.groups, self.choice)
 
     def slim(self, example: Tensor) -> tuple[nn.Module, EquivalenceReport]:
         constants = self.work.recipe.slim.constants
@@ -191,11 +191,11 @@ class _Cut:
 
     def outcome(self) -> str:
         of = sum(group.channels for group in self.groups if group.reason is None)
-        size = self.fitter.sizes.of(self.choice.dead)
+        size = self.fitter.size_model.size_without(self.choice.dead)
         if self.goal is None:
-            return f"{self.choice.cut} of {of} channels are dead at threshold {self.work.recipe.slim.threshold:g}"
+            return f"{self.choice.pruned} of {of} channels are dead at threshold {self.work.recipe.slim.threshold:g}"
         return (
-            f"{self.choice.cut} of {of} channels are cut for {self.goal.read(size):,} {self.goal.measure}, "
+            f"{self.choice.pruned} of {of} channels are cut for {self.goal.size(size):,} {self.goal.measure}, "
             f"budget {self.goal.goal:,}"
         )
 
@@ -222,7 +222,7 @@ def _goals(work: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[Gro
     # Of what the training began with; where it shrank, the first round goes on from what is left of that.
     first = initial_model(run, recipe)
     last = _budget(work, first, find_groups(first, work.example()))
-    full, steps = last.read(SizeModel(dense, groups, work.shape).dense), recipe.slim.steps
+    full, steps = last.size(SizeModel(dense, groups, work.shape).dense), recipe.slim.steps
     return [replace(last, goal=round(full * (last.goal / full) ** (k / steps))) for k in range(1, steps)] + [last]
 
 

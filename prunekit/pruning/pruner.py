@@ -17,7 +17,7 @@ from prunekit.flops import ModelCost, count
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import Budget, BudgetSearch
-from prunekit.pruning.selection.extract import plan_of_choice
+from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.layers import Layer, match_layers
 from prunekit.pruning.selection.selector import Scores, Selector
 from prunekit.pruning.surgery.compose import match_groups
@@ -198,15 +198,15 @@ class Pruner:
         selector = Selector(
             self._model, self._groups, scores, ignored_groups=self._ignored, ratios=ratios, **self._limits
         )
-        selection = selector.cut(share=share)
-        plan = plan_of_choice(self._model, self._groups, selection)
+        selection = selector.select(pruning_ratio=share)
+        plan = plan_from_selection(self._model, self._groups, selection)
         slim_model, check = slim(self._model, plan, self.example_inputs, groups=self._groups, constants=self._constants)
-        return slim_model, check, selection.urgent
+        return slim_model, check, selection.warnings
 
     def _slim_to_target(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         assert self._budget is not None
         search = self._search(scores, step)
-        full, goal = self._budget.read(self._dense_size), self._budget.goal
+        full, goal = self._budget.size(self._dense_size), self._budget.goal
         # Equal ratios between the sizes after each step.
         goal = round(full * (goal / full) ** (step / self.steps)) if step < self.steps else goal
         return search.slim(replace(self._budget, goal=goal), self.example_inputs, self._constants)
@@ -231,7 +231,7 @@ class Pruner:
             Selector(self._model, self._groups, zeros, **self._limits)
             return None
         search = self._search({g.id: np.zeros(g.channels) for g in self._groups if g.reason is None}, self.steps)
-        self._dense_size = search.sizes.dense
+        self._dense_size = search.size_model.dense
         return search.budget(**self._target)
 
     def _remaining_ratios(self, step: int) -> dict[str, float]:

@@ -161,7 +161,9 @@ def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
 
 
 def test_a_budget_that_cannot_be_met_is_said_before_training(tmp_path):
-    with pytest.raises(PlanError, match=r"budget of 50 params cannot be met: between [\d,]+ and [\d,]+ params"):
+    with pytest.raises(
+        PlanError, match=r"budget of 50 params cannot be met; choose one between [\d,]+ and [\d,]+ params"
+    ):
         run_it(tmp_path / "run", "target.params_ratio=null", "target.params=50")
     assert not lines(tmp_path / "run")
 

@@ -167,7 +167,7 @@ def test_the_model_given_is_not_changed(model):
         ({"per_layer_ratio": {"conv": 1.5}}, "per_layer_ratio of conv=1.5: must be from 0 to 1"),
         ({"target": {"macs": 5_000_000, "params": 10}}, "a budget is one of .*; macs and params are given"),
         ({"target": {"mac_ratio": 0.5}}, "unknown target 'mac_ratio', did you mean 'macs_ratio'"),
-        ({"target": {"macs_ratio": 1.5}}, "macs_ratio is a share of the dense model, above 0 and below 1"),
+        ({"target": {"macs_ratio": 1.5}}, "macs_ratio=1.5: must be above 0 and below 1"),
         ({"target": {"params": 10}}, "the budget of 10 params cannot be met"),
         ({"target": 0.5}, r'target=0.5: must be a dict such as {"macs_ratio": 0.5}'),
         ({"pruning_ratio": 0.5, "importance": "magnitud"}, "unknown importance 'magnitud', did you mean 'magnitude'"),
@@ -186,7 +186,7 @@ def test_the_model_given_is_not_changed(model):
         ({"pruning_ratio": 0.5, "ignored_layers": "conv"}, r"ignored_layers is a list of .*; write \['conv'\]"),
         ({"per_layer_ratio": {"conv": 0.5, "stage1.0.conv2": 0.25}}, "the ratios 0.5 and 0.25, and they can only be"),
         ({"pruning_ratio": 0.5, "steps": 0}, "steps=0: must be a whole number of at least 1"),
-        ({"pruning_ratio": 0.5, "round_to": 0}, "round_to is at least 1, got 0"),
+        ({"pruning_ratio": 0.5, "round_to": 0}, "round_to=0: must be at least 1"),
         ({"pruning_ratio": 0.5, "constants": "folded"}, "unknown constants 'folded', did you mean 'fold'"),
     ],
 )

@@ -1,8 +1,8 @@
-"""Plans that fit a budget of parameters or multiply-adds.
+"""Plans and slim models of a given size.
 
-The channels go in the order of their scores, and where the order ends is searched for: ``Sizes`` says what is left
-without building it. Afterwards a slim model may still be larger or smaller than its plan (carriers of constants, biases
-of folded ones, channels given back); so the real one is counted, and the search is done again with what it was off by.
+Channels are pruned in the order of their scores, and a binary search finds how many: :class:`SizeModel` predicts the
+size without building the model. A slim model can differ in size from its plan (carriers of constants, folded biases,
+channels given back), so it is counted, and the search is repeated with the difference.
 """
 
 from __future__ import annotations
@@ -20,82 +20,84 @@ from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
-from prunekit.pruning.selection.extract import plan_of_choice
+from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.selection.layers import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import slim
 
-TOLERANCE = 0.02  # of the budget: how far from it a slim model may be
-ATTEMPTS = 5  # to make up for what slimming adds
+TOLERANCE = 0.02  # largest accepted deviation of a slim model's size, relative to the budget
+MAX_ATTEMPTS = 5  # at compensating for what slimming adds
 
 Measure = Literal["params", "macs"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How large a slim model is to be: ``goal`` parameters or multiply-adds."""
+    """The size to reach: ``goal`` parameters or multiply-adds."""
 
     measure: Measure
     goal: int
 
     @classmethod
-    def of(cls, dense: ModelSize, **given: float | None) -> Budget:
-        """The budget that is given by one of ``params``, ``macs``, ``params_ratio`` and ``macs_ratio``.
+    def from_target(cls, dense: ModelSize, **target: float | None) -> Budget:
+        """Return the budget given by one of ``params``, ``macs``, ``params_ratio`` and ``macs_ratio``.
 
         Args:
-            dense: the size of the dense model, which ratios are relative to.
+            dense: the size of the dense model, to which ratios refer.
 
         Raises:
-            PlanError: not exactly one of the four is given, or it is no size below the dense model's.
+            PlanError: not exactly one of the four is given, or it is not below the size of the dense model.
         """
-        named = {name: value for name, value in given.items() if value is not None}
-        if len(named) != 1:
+        given = {name: value for name, value in target.items() if value is not None}
+        if len(given) != 1:
             raise PlanError(
                 "a budget is one of params, macs, params_ratio and macs_ratio; "
-                + (f"{' and '.join(named)} are given" if named else "none is given")
+                + (f"{' and '.join(given)} are given" if given else "none is given")
             )
-        ((name, value),) = named.items()
+        ((name, value),) = given.items()
         measure: Measure = "params" if name.startswith("params") else "macs"
-        full = getattr(dense, measure)
-        if name.endswith("_ratio") and not 0 < value < 1:
-            raise PlanError(f"the budget {name} is a share of the dense model, above 0 and below 1, got {value:g}")
-        if not 0 < value <= full:
-            raise PlanError(f"the budget of {value:,} {measure} is not below the {full:,} of the dense model")
-        return cls(measure, round(value * full) if name.endswith("_ratio") else int(value))
+        dense_size = getattr(dense, measure)
+        is_ratio = name.endswith("_ratio")
+        if is_ratio and not 0 < value < 1:
+            raise PlanError(f"{name}={value:g}: must be above 0 and below 1, the size relative to the dense model")
+        if not 0 < value <= dense_size:
+            raise PlanError(f"the budget of {value:,} {measure} is not below the {dense_size:,} of the dense model")
+        return cls(measure, round(value * dense_size) if is_ratio else int(value))
 
-    def met(self, size: ModelSize) -> bool:
-        return self.read(size) <= self.goal
-
-    def read(self, size: ModelSize) -> int:
-        """The size in this budget's measure."""
+    def size(self, size: ModelSize) -> int:
+        """The part of a size that the budget limits."""
         return getattr(size, self.measure)
 
-    def off(self, number: int) -> float:
-        """How far a number is from the goal, as a share of it; below 0 where it is smaller."""
-        return number / self.goal - 1
+    def is_met(self, size: ModelSize) -> bool:
+        return self.size(size) <= self.goal
 
-    def told(self, number: int) -> str:
-        """How far a number is from the goal, in words."""
-        return f"{abs(self.off(number)):.1%} {'below' if number < self.goal else 'above'} the budget of {self.goal:,}"
+    def deviation(self, size: int) -> float:
+        """The relative deviation of a size from the goal; negative below it."""
+        return size / self.goal - 1
+
+    def describe_deviation(self, size: int) -> str:
+        side = "below" if size < self.goal else "above"
+        return f"{size:,} {self.measure}, {abs(self.deviation(size)):.1%} {side} the budget of {self.goal:,}"
 
     def __str__(self) -> str:
         return f"{self.goal:,} {self.measure}"
 
 
 class BudgetSearch:
-    """Finds plans of given sizes for one model.
+    """Finds selections and slim models of given sizes for one model.
 
     Args:
         model: the dense model.
-        groups: of that model.
+        groups: its groups.
         shape: of one input without the batch, (C, H, W) or (C,).
-        scores: for each group its channels' scores, as a criterion gives them; by default the effective gates.
-        limits: ``scope``, ``min_channels``, ``round_to`` and ``ignored_layers``, as for ``extract``.
+        scores: for each group its channels' scores; by default the effective gates.
+        limits: keyword arguments of :class:`Selector`.
 
     Attributes:
-        sizes: what is left without some channels.
+        selector: selects channels by the scores.
+        size_model: predicts sizes.
         smallest: the smallest size that the limits allow.
 
     Raises:
@@ -106,134 +108,130 @@ class BudgetSearch:
         self, model: nn.Module, groups: Sequence[Group], shape: Sequence[int], scores: Scores | None, **limits: Any
     ):
         self.model, self.groups, self.shape = model, list(groups), tuple(shape)
-        if scores is None:
-            scores = gate(model, groups)
-        self.chooser = Selector(model, groups, scores, **limits)
-        self.sizes = SizeModel(model, groups, shape)
-        if self.chooser.scope == "layer":
-            widths = np.unique(self.chooser.widths)
-            self._steps = np.unique(np.concatenate([np.arange(w + 1) / w for w in widths] or [np.zeros(1)])).tolist()
+        self.selector = Selector(model, groups, gate(model, groups) if scores is None else scores, **limits)
+        self.size_model = SizeModel(model, groups, shape)
+        # The values between which the search decides: ratios at which the count of some layer changes, or counts.
+        self._values: list[Any]
+        if self.selector.scope == "layer":
+            widths = np.unique(self.selector.widths)
+            self._values = np.unique(np.concatenate([np.arange(w + 1) / w for w in widths] or [np.zeros(1)])).tolist()
         else:
-            self._steps = list(range(self.chooser.most + 1))
-        self.smallest = self.sizes.of(self._cut(len(self._steps) - 1).dead)
+            self._values = list(range(self.selector.max_count + 1))
+        self.smallest = self.size_model.size_without(self._select(len(self._values) - 1).dead)
 
-    def budget(self, **given: float | None) -> Budget:
-        """The budget of ``params``, ``macs``, ``params_ratio`` or ``macs_ratio``, where it can be met.
+    def budget(self, **target: float | None) -> Budget:
+        """Return the budget of ``params``, ``macs``, ``params_ratio`` or ``macs_ratio``.
 
         Raises:
-            PlanError: it cannot; the message says what can.
+            PlanError: it cannot be met; the message says what can.
         """
-        budget = Budget.of(self.sizes.dense, **given)
-        least = budget.read(self.smallest)
+        budget = Budget.from_target(self.size_model.dense, **target)
+        least = budget.size(self.smallest)
         if least > budget.goal:
-            limits = " with these min_channels, round_to and ignored_layers" if self._limited() else ""
+            selector = self.selector
+            limited = selector.min_channels > 1 or selector.round_to > 1 or not selector.competes.all()
             raise PlanError(
-                f"the budget of {budget} cannot be met: between {least:,} and {budget.read(self.sizes.dense):,} "
-                f"{budget.measure} can be had{limits}"
+                f"the budget of {budget} cannot be met; choose one between {least:,} and "
+                f"{budget.size(self.size_model.dense):,} {budget.measure}"
+                + (", or relax min_channels, round_to and ignored_layers" if limited else "")
             )
         return budget
 
-    def choose(self, budget: Budget) -> Selection:
-        """The channels to cut for a budget: as many as it takes in the order of their scores, to be at or below it."""
-        choice = self._search(budget)
-        now = budget.read(self.sizes.of(choice.dead))
-        if abs(budget.off(now)) > TOLERANCE:
-            choice.say(
-                f"the plan has {now:,} {budget.measure}, {budget.told(now)}: no channel is so small that it fits"
-            )
-        return choice
-
-    def _search(self, budget: Budget) -> Selection:
-        low, high = 0, len(self._steps) - 1
-        while low < high:
-            middle = (low + high) // 2
-            met = budget.met(self.sizes.of(self._cut(middle).dead))
-            low, high = (low, middle) if met else (middle + 1, high)
-        choice = self._cut(low)
-        # How many channels it takes is nobody's wish.
-        for notes in (choice.notes, choice.urgent):
-            notes[:] = [note for note in notes if note != choice.fewer]
-        if budget.off(budget.read(self.sizes.of(choice.dead))) < -TOLERANCE:
-            # One step less, and it would be too large: a branch comes back whole, say. Smaller ones may still fit.
-            self._give_back(budget, choice)
-        return choice
+    def select(self, budget: Budget) -> Selection:
+        """Select as many channels, lowest scores first, as it takes to be at or below the budget."""
+        selection = self._search(budget)
+        size = budget.size(self.size_model.size_without(selection.dead))
+        if abs(budget.deviation(size)) > TOLERANCE:
+            selection.add_note(f"the plan has {budget.describe_deviation(size)}: no single channel fits in between")
+        return selection
 
     def slim(
         self, budget: Budget, example: Tensor, constants: str = "carrier"
     ) -> tuple[nn.Module, EquivalenceReport, list[str]]:
-        """A slim model that meets a budget, everything counted that slimming adds to the plan: within 2% of it, below
-        where one is found.
+        """Build a slim model that meets the budget within 2%, and is at or below it where possible.
 
         Args:
+            budget: from :meth:`budget`.
             example: a batch of data, (N, C, H, W); the equivalence check runs on it.
             constants: as for ``prunekit.slim``.
 
         Returns:
-            the model, the equivalence check, and those of its plan's notes that tell of something else than was asked for.
+            the model, its equivalence check, and those of its plan's notes that the user should see.
 
         Raises:
             PlanError: the equivalence check fails.
         """
-        aim, seen = budget.goal, set()
+        goal, seen = budget.goal, set()
         best: tuple[tuple[bool, bool, float], int, nn.Module, EquivalenceReport, list[str]] | None = None
-        for _ in range(ATTEMPTS):
-            aim = min(max(aim, budget.read(self.smallest)), budget.read(self.sizes.dense))
-            choice = self._search(Budget(budget.measure, aim))
-            dead = frozenset((name, channel) for name, channels in choice.dead.items() for channel in channels)
+        for _ in range(MAX_ATTEMPTS):
+            goal = min(max(goal, budget.size(self.smallest)), budget.size(self.size_model.dense))
+            selection = self._search(Budget(budget.measure, goal))
+            dead = frozenset((name, channel) for name, channels in selection.dead.items() for channel in channels)
             if dead in seen:
-                # A channel is more than it was off by.
-                aim -= round(TOLERANCE / 2 * budget.goal)
+                # One channel is larger than the remaining deviation.
+                goal -= round(TOLERANCE / 2 * budget.goal)
                 continue
             seen.add(dead)
-            plan = plan_of_choice(self.model, self.groups, choice)
+            plan = plan_from_selection(self.model, self.groups, selection)
             model, equivalence = slim(self.model, plan, example, groups=self.groups, constants=constants)
-            counts, _ = count_modules(model, self.shape)
-            now = total(counts)[budget.measure]
-            off = budget.off(now)
-            # Near enough first, then rather below than above: a budget is a limit where it can be one.
-            rank = abs(off) > TOLERANCE, off > 0, abs(off)
+            size = total(count_modules(model, self.shape)[0])[budget.measure]
+            deviation = budget.deviation(size)
+            # Within the tolerance first, then below rather than above.
+            rank = abs(deviation) > TOLERANCE, deviation > 0, abs(deviation)
             if best is None or rank < best[0]:
-                best = rank, now, model, equivalence, choice.urgent
-            if -TOLERANCE <= off <= 0:
+                best = rank, size, model, equivalence, selection.warnings
+            if -TOLERANCE <= deviation <= 0:
                 break
-            aim -= now - budget.goal
-        _, now, model, equivalence, urgent = best
-        if abs(budget.off(now)) > TOLERANCE:
-            said = f"the slim model has {now:,} {budget.measure}, {budget.told(now)}: no plan is nearer"
-            equivalence.plan.notes.append(said)
-            urgent = [*urgent, said]
-        return model, equivalence, urgent
+            goal -= size - budget.goal
+        assert best is not None
+        _, size, model, equivalence, notes = best
+        if abs(budget.deviation(size)) > TOLERANCE:
+            note = f"the slim model has {budget.describe_deviation(size)}: no plan is closer"
+            assert equivalence.plan is not None
+            equivalence.plan.notes.append(note)
+            notes = [*notes, note]
+        return model, equivalence, notes
 
-    def _cut(self, step: int) -> Selection:
-        value = self._steps[step]
-        return self.chooser.cut(share=value) if self.chooser.scope == "layer" else self.chooser.cut(count=value)
+    def _search(self, budget: Budget) -> Selection:
+        low, high = 0, len(self._values) - 1
+        while low < high:
+            middle = (low + high) // 2
+            met = budget.is_met(self.size_model.size_without(self._select(middle).dead))
+            low, high = (low, middle) if met else (middle + 1, high)
+        selection = self._select(low)
+        if budget.deviation(budget.size(self.size_model.size_without(selection.dead))) < -TOLERANCE:
+            # The last step is large, such as a whole branch of a layer. Smaller ones may fit as well.
+            self._restore_channels(budget, selection)
+        return selection
 
-    def _limited(self) -> bool:
-        chooser = self.chooser
-        return chooser.min_channels > 1 or chooser.round_to > 1 or bool(chooser.fixed.any())
+    def _select(self, index: int) -> Selection:
+        if self.selector.scope == "layer":
+            return self.selector.select(pruning_ratio=self._values[index], searched=True)
+        return self.selector.select(count=self._values[index], searched=True)
 
-    def _give_back(self, budget: Budget, choice: Selection) -> None:
-        """Give channels back, the best first, as far as the budget allows; in place."""
-        chooser = self.chooser
-        waiting = sorted(
+    def _restore_channels(self, budget: Budget, selection: Selection) -> None:
+        """Restore channels, highest scores first, as far as the budget allows; in place."""
+        selector = self.selector
+        restorable = sorted(
             (
-                (chooser.values[place][channel], -place, channel)
-                for place, group in enumerate(chooser.groups)
-                for channel in choice.dead[group.id]
-                if len(choice.dead[group.id]) < group.channels and not chooser.preset[place]
+                (selector.scores[index][channel], -index, channel)
+                for index, group in enumerate(selector.groups)
+                for channel in selection.dead[group.id]
+                if len(selection.dead[group.id]) < group.channels and not selector.preset[index]
             ),
             reverse=True,
         )
-        for _, place, _ in waiting:
-            group, order, step = chooser.groups[-place], chooser.order[-place], int(chooser.step[-place])
-            dead = len(choice.dead[group.id])
+        for _, negative_index, _ in restorable:
+            index = -negative_index
+            group, multiple = selector.groups[index], int(selector.multiples[index])
+            dead = len(selection.dead[group.id])
             kept = group.channels - dead
-            # The best dead ones of the group, as many as make the next count that may be kept.
-            more = min((kept // step + 1) * step, group.channels) - kept
-            tried = {**choice.dead, group.id: set(order[: max(dead - more, 0)].tolist())}
-            if dead and budget.met(self.sizes.of(tried)):
-                choice.dead = tried
-        choice.cut = sum(map(len, choice.dead.values()))
+            # As many as make the next number that may be kept.
+            more = min((kept // multiple + 1) * multiple, group.channels) - kept
+            tried = {**selection.dead, group.id: set(selector.prune_order[index][: max(dead - more, 0)].tolist())}
+            if dead and budget.is_met(self.size_model.size_without(tried)):
+                selection.dead = tried
+        selection.pruned = sum(map(len, selection.dead.values()))
 
 
 def fit_budget(
@@ -251,30 +249,30 @@ def fit_budget(
     round_to: int = 1,
     ignored_layers: Sequence[Layer] = (),
 ) -> Plan:
-    """The plan whose slim model fits a budget: at or just below it.
+    """Return the plan whose slim model is at or just below a budget.
 
-    What slimming adds to a plan (a carrier of constants here and there) is not counted; ``slim_to_budget`` does.
+    What slimming adds to a plan (a few carriers of constants) is not counted; ``slim_to_budget`` counts it.
 
     Args:
         model: the dense model.
-        groups: of that model.
-        example: a batch of inputs; multiply-adds are counted at its size, for one input.
-        params, macs: the budget, one of them in absolute numbers …
-        params_ratio, macs_ratio: … or as a share of the dense model.
+        groups: its groups.
+        example: a batch of inputs; multiply-adds are counted for one input of its size.
+        params, macs: the budget as a number of parameters or multiply-adds …
+        params_ratio, macs_ratio: … or relative to the dense model.
         scores, scope, min_channels, round_to, ignored_layers: as for ``extract``.
 
     Raises:
         PlanError: the budget cannot be met (the message says what can), or an argument cannot be used.
     """
-    fitter = BudgetSearch(
+    search = BudgetSearch(
         model, groups, example.shape[1:], scores,
         scope=scope, min_channels=min_channels, round_to=round_to, ignored_layers=ignored_layers,
     )  # fmt: skip
-    budget = fitter.budget(params=params, macs=macs, params_ratio=params_ratio, macs_ratio=macs_ratio)
-    choice = fitter.choose(budget)
-    for note in choice.urgent:
+    budget = search.budget(params=params, macs=macs, params_ratio=params_ratio, macs_ratio=macs_ratio)
+    selection = search.select(budget)
+    for note in selection.warnings:
         warnings.warn(note, PrunekitWarning, stacklevel=2)
-    return plan_of_choice(model, groups, choice)
+    return plan_from_selection(model, groups, selection)
 
 
 def slim_to_budget(
@@ -293,17 +291,18 @@ def slim_to_budget(
     ignored_layers: Sequence[Layer] = (),
     constants: str = "carrier",
 ) -> tuple[nn.Module, EquivalenceReport]:
-    """The slim model that fits a budget within 2%, and its equivalence check: groups, plan and slimming in one call.
+    """Return the slim model that meets a budget within 2%, and its equivalence check.
 
-    Args and errors as for ``fit_budget`` and ``slim``; ``equivalence.plan.notes`` says what is not as it was asked for.
+    Args and errors as for ``fit_budget`` and ``slim``. ``equivalence.plan.notes`` says where the result differs from
+    the request.
     """
     groups = find_groups(model, example) if groups is None else groups
-    fitter = BudgetSearch(
+    search = BudgetSearch(
         model, groups, example.shape[1:], scores,
         scope=scope, min_channels=min_channels, round_to=round_to, ignored_layers=ignored_layers,
     )  # fmt: skip
-    budget = fitter.budget(params=params, macs=macs, params_ratio=params_ratio, macs_ratio=macs_ratio)
-    small, equivalence, urgent = fitter.slim(budget, example, constants)
-    for note in urgent:
+    budget = search.budget(params=params, macs=macs, params_ratio=params_ratio, macs_ratio=macs_ratio)
+    slim_model, equivalence, notes = search.slim(budget, example, constants)
+    for note in notes:
         warnings.warn(note, PrunekitWarning, stacklevel=2)
-    return small, equivalence
+    return slim_model, equivalence

@@ -1,9 +1,8 @@
-"""The size that a slim model would have, known without building it: for a search over plans, and for every few steps of
-a training.
+"""The size of a slim model, predicted without building it.
 
-A channel that goes takes an entry of each axis of its group along. So the lengths of all axes are linear in the number
-of dead channels of each group, a tensor is the product of its axes, and multiply-adds are a constant (the positions at
-which a kernel stands, which no cut changes) times the tensor. Which channels are dead does not matter, only how many.
+Pruning a channel removes an entry from each axis of its group. So the length of every axis is linear in the number of
+dead channels of each group, the size of a tensor is the product of its axes, and its multiply-adds are that size times
+the number of positions of the kernel, which pruning does not change. Which channels are dead does not matter.
 """
 
 from __future__ import annotations
@@ -34,88 +33,95 @@ class ModelSize:
 
 
 class SizeModel:
-    """What is left of a model when channels go.
+    """Predicts the size of a model without some of its channels.
 
     Args:
         model: the dense model.
-        groups: of that model.
+        groups: its groups.
         shape: of one input without the batch, (C, H, W) or (C,).
 
     Attributes:
-        dense: the size of the model as it is.
+        dense: the size of the dense model.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], shape: Sequence[int]):
         counts, _ = count_modules(model, tuple(shape))
         self._cutter = cutter = Cutter(model, groups)
         self.groups = list(groups)
-        self._free = np.array([group.reason is None for group in groups], bool)
+        self._prunable = np.array([group.reason is None for group in groups], bool)
         self._width = np.array([group.channels for group in groups], np.int64)
         rows = {axis: row for row, axis in enumerate(cutter.lengths)}
-        names = {name: place for place, name in enumerate(counts)}
-        for tensor, _ in rows:  # a norm without γ and β has no parameters, and can be the last of a module to go
-            names.setdefault(tensor.rpartition(".")[0], len(names))
+        modules = {name: index for index, name in enumerate(counts)}
+        for tensor, _ in rows:  # a norm without γ and β has no parameters, but can be the last one to be removed
+            modules.setdefault(tensor.rpartition(".")[0], len(modules))
         self._length = np.array(list(cutter.lengths.values()), np.int64)
-        self._module = np.array([names[tensor.rpartition(".")[0]] for tensor, _ in rows], np.int64)
-        self._modules = len(names)
-        taken = [(rows[m.tensor, m.axis], g, m.stride) for g, group in enumerate(groups) for m in group.members]
-        self._taken = _matrix(taken, (len(rows), len(groups)))
-        makers = {
-            (g, names[n], 1) for g, group in enumerate(groups) for n in group.producers if not is_channelwise(model, n)
+        self._module = np.array([modules[tensor.rpartition(".")[0]] for tensor, _ in rows], np.int64)
+        self._module_count = len(modules)
+        strides = [(rows[m.tensor, m.axis], g, m.stride) for g, group in enumerate(groups) for m in group.members]
+        self._strides = _matrix(strides, (len(rows), len(groups)))
+        # The modules that produce, and those that read, each group's channels.
+        producers = {
+            (g, modules[n], 1)
+            for g, group in enumerate(groups)
+            for n in group.producers
+            if not is_channelwise(model, n)
         }
-        readers = {(g, names[m.tensor.rpartition(".")[0]], 1) for g, group in enumerate(groups) for m in group.readers}
-        self._needs = [_matrix(sorted(pairs), (len(groups), len(names))) for pairs in (makers, readers)]
-        self._needed = [np.asarray(need.sum(1)).ravel() for need in self._needs]
+        readers = {
+            (g, modules[m.tensor.rpartition(".")[0]], 1) for g, group in enumerate(groups) for m in group.readers
+        }
+        self._needs = [_matrix(sorted(pairs), (len(groups), len(modules))) for pairs in (producers, readers)]
+        self._need_counts = [np.asarray(need.sum(1)).ravel() for need in self._needs]
 
-        # Each parameter: what of it no cut changes, and the rows of up to two axes that a cut does (the row behind
-        # the last stands for an axis of length 1).
-        rest, axes, shared, owner, positions = [], [], [], [], []
-        for name, place in names.items():
-            for key, tensor in model.get_submodule(name)._parameters.items():
-                if tensor is None:
+        # For each parameter: its size along the axes that are never pruned, and the rows of up to two that are (the row
+        # after the last is an axis of length 1).
+        fixed, axes, shared, owner, positions = [], [], [], [], []
+        for name, index in modules.items():
+            for key, parameter in model.get_submodule(name)._parameters.items():
+                if parameter is None:
                     continue
-                cut = [axis for axis in range(tensor.dim()) if (f"{name}.{key}", axis) in rows]
-                rest.append(math.prod(length for axis, length in enumerate(tensor.shape) if axis not in cut))
-                mine = [rows[f"{name}.{key}", axis] for axis in cut]
-                axes.append([*mine, *[len(rows)] * (2 - len(mine))])
-                # The input axis of a convolution with groups is as long as that of all its groups together.
-                shared.append(conv_groups(model, name) if key == "weight" and len(mine) == 2 else 1)
-                owner.append(place)
+                pruned = [axis for axis in range(parameter.dim()) if (f"{name}.{key}", axis) in rows]
+                fixed.append(math.prod(length for axis, length in enumerate(parameter.shape) if axis not in pruned))
+                axes.append([*(rows[f"{name}.{key}", axis] for axis in pruned), *[len(rows)] * (2 - len(pruned))])
+                # The input axis of a convolution with groups is counted over all of its groups.
+                shared.append(conv_groups(model, name) if key == "weight" and len(pruned) == 2 else 1)
+                owner.append(index)
                 macs = counts[name].macs if key == "weight" else 0
-                positions.append(macs // tensor.numel() if macs else 0)
-        self._rest = np.array(rest, np.int64)
+                positions.append(macs // parameter.numel() if macs else 0)
+        self._fixed = np.array(fixed, np.int64)
         self._axes = np.array(axes, np.int64).reshape(-1, 2)
         self._shared = np.array(shared, np.int64)
         self._owner = np.array(owner, np.int64)
         self._positions = np.array(positions, np.int64)
-        self.dense = self.of({})
+        self.dense = self.size_without({})
 
-    def of(self, dead: Mapping[str, Collection[int] | int]) -> ModelSize:
-        """The size without these channels, and without what cannot live without them.
+    def size_without(self, dead: Mapping[str, Collection[int] | int]) -> ModelSize:
+        """Return the size without some channels, and without what cannot live without them.
 
         Args:
-            dead: for a group's id its dead channels, or how many there are. (Where the model has convolutions with
-                groups, which must stay of one size, numbers are right only if they are what ``Cutter.complete`` leaves.)
+            dead: for the ids of groups their dead channels, or how many there are. With convolutions with groups,
+                numbers are exact only if they are what ``Cutter.complete`` leaves.
         """
-        if self._cutter.blocks and not any(isinstance(channels, int) for channels in dead.values()):
-            dead, _ = self._cutter.complete(dead)
-        numbers = [dead.get(group.id, 0) for group in self.groups]
-        kept, gone = self._settle(np.array([n if isinstance(n, int) else len(n) for n in numbers], np.int64))
-        one = np.append(kept, 1)
-        sizes = self._rest * one[self._axes[:, 0]] * one[self._axes[:, 1]] // self._shared
+        channels = {name: value for name, value in dead.items() if not isinstance(value, int)}
+        if self._cutter.blocks and len(channels) == len(dead):
+            channels, _ = self._cutter.complete(channels)
+            dead = channels
+        values = [dead.get(group.id, 0) for group in self.groups]
+        kept, gone = self._complete(np.array([n if isinstance(n, int) else len(n) for n in values], np.int64))
+        lengths = np.append(kept, 1)
+        sizes = self._fixed * lengths[self._axes[:, 0]] * lengths[self._axes[:, 1]] // self._shared
         sizes[gone[self._owner]] = 0
         return ModelSize(int(sizes.sum()), int(sizes @ self._positions))
 
-    def _settle(self, dead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As ``Cutter.complete``, by numbers: the length left of each axis, and the modules of which nothing is left."""
+    def _complete(self, dead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As ``Cutter.complete``, with counts: the remaining length of each axis, and the modules that are gone."""
         while True:
-            kept = self._length - self._taken @ dead
-            gone = np.zeros(self._modules, bool)
+            kept = self._length - self._strides @ dead
+            gone = np.zeros(self._module_count, bool)
             gone[self._module[kept == 0]] = True
             lost = np.zeros(len(dead), bool)
-            for need, needed in zip(self._needs, self._needed, strict=True):
-                lost |= (needed > 0) & (need @ gone.astype(np.int64) == needed)
-            lost &= self._free & (dead < self._width)
+            for need, count in zip(self._needs, self._need_counts, strict=True):
+                lost |= (count > 0) & (need @ gone.astype(np.int64) == count)
+            lost &= self._prunable & (dead < self._width)
             if not lost.any():
                 return kept, gone
             dead = np.where(lost, self._width, dead)

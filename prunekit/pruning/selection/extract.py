@@ -1,4 +1,4 @@
-"""Scores → plan: which channels training has left alive, and which of them stay."""
+"""Scores → a plan: which channels remain."""
 
 from __future__ import annotations
 
@@ -22,38 +22,37 @@ def extract(
     min_channels: int = 1,
     *,
     scores: Scores | None = None,
-    share: float | None = None,
+    pruning_ratio: float | None = None,
     scope: Scope = "global",
     round_to: int = 1,
     ignored_layers: Sequence[Layer] = (),
 ) -> Plan:
-    """Choose the channels that stay.
+    """Select the channels to keep.
 
-    Without a share, a channel is dead where its score is at most the threshold. Where a whole layer would die, its
-    best channels stay: ``min_channels`` of each group whose modules the model cannot do without, and one in all of the
-    branches of a layer. What is not as it was asked for stands in the plan's ``notes``, and a
-    :class:`PrunekitWarning` is given for it.
+    Without a ratio, a channel is pruned where its score is at most the threshold. A layer is never pruned completely:
+    ``min_channels`` of each group that the model cannot do without are kept, and one channel in all branches of a
+    layer. Where the plan differs from the request, ``plan.notes`` says so and a :class:`PrunekitWarning` is issued.
 
     Args:
         model: the trained dense model.
-        groups: of that model.
-        threshold: of the score. That of the effective gate (see ``life``) is in units of the norm's output deviation;
-            1e-3 where neither scores nor a share are given.
-        min_channels: kept in each group that survives.
-        scores: for each group its channels' scores, as a criterion gives them; by default the effective gates.
-        share: instead of a threshold: the share of the channels that can be cut which goes, 0 to 1, the least first.
-            Of equal ones no more go than asked, spread evenly over the groups.
-        scope: whether the share is of all channels together ("global") or of each group ("layer").
-        round_to: counts of kept channels are rounded up to its multiples.
-        ignored_layers: modules of the model, or patterns (as in a shell) of their names, whose channels are all kept, with
+        groups: its groups.
+        threshold: of the score. The default scores, effective gates, are in units of the standard deviation of the
+            norm's output; their default threshold is 1e-3.
+        min_channels: number of channels to keep in each group that remains.
+        scores: for each group its channels' scores, (channels,); by default the effective gates (``importance.gate``).
+        pruning_ratio: instead of a threshold, the share of the channels to prune, 0 to 1, lowest scores first. Ties are
+            spread over the groups.
+        scope: whether the ratio is of all channels together ("global") or of each group ("layer").
+        round_to: kept channels are rounded up to a multiple of this.
+        ignored_layers: modules, or patterns (as in a shell) of their names, whose channels are all kept, with those of
             all modules inside them.
 
     Raises:
         PlanError: a score that is not finite, a number out of range or missing, or a pattern that matches no module.
     """
-    if scores is not None and threshold is None and share is None:
-        raise PlanError("scores of a criterion have units of their own; give a share, such as 0.3, or a threshold")
-    chooser = Selector(
+    if scores is not None and threshold is None and pruning_ratio is None:
+        raise PlanError("these scores have units of their own; give a pruning_ratio, such as 0.3, or a threshold")
+    selector = Selector(
         model,
         groups,
         gate(model, groups) if scores is None else scores,
@@ -62,14 +61,16 @@ def extract(
         round_to=round_to,
         ignored_layers=ignored_layers,
     )
-    choice = chooser.cut(threshold=1e-3 if threshold is None and share is None else threshold, share=share)
-    for note in choice.urgent:
+    selection = selector.select(
+        threshold=1e-3 if threshold is None and pruning_ratio is None else threshold, pruning_ratio=pruning_ratio
+    )
+    for note in selection.warnings:
         warnings.warn(note, PrunekitWarning, stacklevel=2)
-    return plan_of_choice(model, groups, choice)
+    return plan_from_selection(model, groups, selection)
 
 
-def plan_of_choice(model: nn.Module, groups: Sequence[Group], choice: Selection) -> Plan:
-    """The plan that cuts what was chosen, with its notes."""
-    plan = plan_from_dead(model, groups, choice.dead, choice.removed)
-    plan.notes = list(choice.notes)
+def plan_from_selection(model: nn.Module, groups: Sequence[Group], selection: Selection) -> Plan:
+    """Return the plan that prunes the selected channels, with the notes of the selection."""
+    plan = plan_from_dead(model, groups, selection.dead, selection.removed)
+    plan.notes = list(selection.notes)
     return plan

@@ -191,4 +191,4 @@ class LambdaController:
             group.id: min(int((value <= threshold).sum()), self.most[group.id])
             for group, value in zip(self.groups, values, strict=True)
         }
-        return self.sizes.of(dead)
+        return self.sizes.size_without(dead)

@@ -35,7 +35,7 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import Budget
 from prunekit.pruning.selection.cost_model import SizeModel
-from prunekit.pruning.selection.extract import plan_of_choice
+from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.selector import Selection, Selector
 from prunekit.pruning.sparsity.decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
@@ -157,7 +157,7 @@ class ProgressivePruning:
             return None
         quiet = unresponsive_channels(model, groups, dead.dead)
         try:
-            plan = plan_of_choice(model, groups, dead)
+            plan = plan_from_selection(model, groups, dead)
             small, equivalence = slim(
                 quiet, plan, self.example, groups=groups, constants=self.constants, noise=2 * IMAGES
             )
@@ -176,7 +176,7 @@ class ProgressivePruning:
             "epoch": epoch,
             "channels": channels,
             "params": sum(parameter.numel() for parameter in small.parameters()),
-            "macs": sizes.of(dead_channels(groups, plan)).macs,
+            "macs": sizes.size_without(dead_channels(groups, plan)).macs,
             **equivalence.to_json(),
             "seconds": round(time.perf_counter() - began, 3),
         }
@@ -228,23 +228,25 @@ class ProgressivePruning:
 
     def _choose(self, model: nn.Module, groups: Sequence[Group], sizes: SizeModel) -> Selection | None:
         """What is dead and may go; None where that is not worth a cut."""
-        chooser = Selector(model, groups, self._highest, **self.limits)
-        choice = chooser.cut(threshold=self.threshold)
-        if self.goal is not None and self.goal.read(sizes.of(choice.dead)) < self.goal.goal:
-            choice = self._above_goal(chooser, sizes, choice.cut)
+        selector = Selector(model, groups, self._highest, **self.limits)
+        choice = selector.select(threshold=self.threshold)
+        if self.goal is not None and self.goal.size(sizes.size_without(choice.dead)) < self.goal.goal:
+            choice = self._above_goal(selector, sizes, choice.pruned)
         gone = {name: channels - self._staying.get(name, set()) for name, channels in choice.dead.items()}
-        spared = 1 - sizes.of(gone).macs / max(sizes.dense.macs, 1)
+        spared = 1 - sizes.size_without(gone).macs / max(sizes.dense.macs, 1)
         return choice if spared > self.worth else None
 
-    def _above_goal(self, chooser: Selector, sizes: SizeModel, most: int) -> Selection:
+    def _above_goal(self, selector: Selector, sizes: SizeModel, most: int) -> Selection:
         """The last channels that a budget asks for are chosen when the training has ended, by the recipe's criterion;
         so here as many go, the least first, as leave no less than the budget."""
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            stays = self.goal.read(sizes.of(chooser.cut(count=middle).dead)) >= self.goal.goal
+            stays = (
+                self.goal.size(sizes.size_without(selector.select(count=middle, searched=True).dead)) >= self.goal.goal
+            )
             low, high = (middle, high) if stays else (low, middle - 1)
-        return chooser.cut(count=low)
+        return selector.select(count=low, searched=True)
 
 
 def height(model: nn.Module, group: Group) -> np.ndarray:

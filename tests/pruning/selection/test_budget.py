@@ -15,7 +15,7 @@ from prunekit.backbones.resnet import resnet
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.selection.budget import ATTEMPTS, TOLERANCE, Budget, BudgetSearch, fit_budget, slim_to_budget
+from prunekit.pruning.selection.budget import MAX_ATTEMPTS, TOLERANCE, Budget, BudgetSearch, fit_budget, slim_to_budget
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
 from prunekit.pruning.surgery.make_plan import dead_channels
 from prunekit.pruning.surgery.slim import apply_plan
@@ -65,7 +65,7 @@ def real(model, example):
         *[("grouped", seed, given) for seed in range(3) for given in ("params_ratio", "macs")],
     ],
 )
-def test_a_plan_lands_just_below_its_budget(name, seed, given):
+def test_plan_is_just_below_its_budget(name, seed, given):
     model, groups, example = made(name, 0 if name == "csnet" else seed)
     measure = given.partition("_")[0]
     dense = real(model, example)[measure]
@@ -76,15 +76,15 @@ def test_a_plan_lands_just_below_its_budget(name, seed, given):
     assert size <= goal + 0.5
     if size < (1 - TOLERANCE) * goal:
         # Only where every single step from there is too large, and then it is said.
-        assert any("no channel is so small that it fits" in note for note in plan.notes)
+        assert any("no single channel fits in between" in note for note in plan.notes)
         sizes, dead = SizeModel(model, groups, example.shape[1:]), dead_channels(groups, plan)
         for group, gone in dead.items():
             for channel in gone if len(gone) < next(g.channels for g in groups if g.id == group) else ():
-                assert getattr(sizes.of({**dead, group: gone - {channel}}), measure) > goal
+                assert getattr(sizes.size_without({**dead, group: gone - {channel}}), measure) > goal
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_least_channels_go(seed):
+def test_lowest_scores_are_pruned(seed):
     model, groups, example = made("resnet", seed)
     plan = fit_budget(model, groups, example, params_ratio=0.5)
     scores = prunekit.pruning.selection.importance.gate(model, groups)
@@ -98,7 +98,7 @@ def test_the_least_channels_go(seed):
 @pytest.mark.filterwarnings("ignore::prunekit.PrunekitWarning")
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_limits_hold(name, scope):
+def test_limits_are_kept(name, scope):
     model, groups, example = made(name)
     patterns = [{"csnet": "stage1.*", "resnet": "stage2.*", "grouped": "stem"}[name]]
     plan = fit_budget(
@@ -114,7 +114,7 @@ def test_limits_hold(name, scope):
 
 
 @pytest.mark.filterwarnings("ignore::prunekit.PrunekitWarning")  # of ties
-def test_scores_of_another_criterion_decide():
+def test_given_scores_decide():
     model, groups, example = made("resnet")
     scores = {group.id: np.arange(group.channels, dtype=float) for group in groups if group.reason is None}
     plan = fit_budget(model, groups, example, params_ratio=0.5, scores=scores)
@@ -127,7 +127,7 @@ def test_scores_of_another_criterion_decide():
 @pytest.mark.parametrize(
     "name, share", [("csnet", 0.2), ("resnet", 0.6), ("resnet", 0.3), ("resnet", 0.12), ("grouped", 0.5)]
 )
-def test_what_slimming_adds_is_counted(name, share):
+def test_slim_model_is_within_the_tolerance(name, share):
     """Carriers of constants and biases of folded ones: the real model is within 2% all the same."""
     model, groups, example = made(name)
     small, equivalence = slim_to_budget(model, example, params_ratio=share, groups=groups)
@@ -141,7 +141,7 @@ def test_what_slimming_adds_is_counted(name, share):
         assert equivalence.carriers and not told
 
 
-def test_a_plan_that_grows_too_much_is_fitted_again(monkeypatch):
+def test_search_is_repeated_where_slimming_adds_too_much(monkeypatch):
     """Where slimming adds a tenth, the first plan misses the budget and the next ones do not."""
     from prunekit.pruning.selection import budget
 
@@ -155,14 +155,14 @@ def test_a_plan_that_grows_too_much_is_fitted_again(monkeypatch):
         return counts, unknown
 
     monkeypatch.setattr(budget, "count_modules", counted)
-    fitter = BudgetSearch(model, groups, example.shape[1:], None)
-    wanted = fitter.budget(params_ratio=0.5)
-    small, _, _ = fitter.slim(wanted, example)
-    assert 2 <= len(aims) <= ATTEMPTS and 1.1 * aims[0] > wanted.goal
+    search = BudgetSearch(model, groups, example.shape[1:], None)
+    wanted = search.budget(params_ratio=0.5)
+    small, _, _ = search.slim(wanted, example)
+    assert 2 <= len(aims) <= MAX_ATTEMPTS and 1.1 * aims[0] > wanted.goal
     assert -TOLERANCE <= 1.1 * real(small, example)["params"] / wanted.goal - 1 <= 0
 
 
-def test_equal_scores_are_cut_as_far_as_it_takes_and_told():
+def test_equal_scores_reach_the_budget_and_are_noted():
     model, groups, example = made("resnet")
     with torch.no_grad():
         for module in model.modules():
@@ -178,49 +178,52 @@ def test_equal_scores_are_cut_as_far_as_it_takes_and_told():
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"params": 10}, r"the budget of 10 params cannot be met: between [\d,]+ and [\d,]+ params can be had$"),
-        ({"macs_ratio": 1e-6}, r"cannot be met: between [\d,]+ and [\d,]+ macs can be had$"),
+        ({"params": 10}, r"the budget of 10 params cannot be met; choose one between [\d,]+ and [\d,]+ params$"),
+        ({"macs_ratio": 1e-6}, r"cannot be met; choose one between [\d,]+ and [\d,]+ macs$"),
         ({"params": 10**9}, r"the budget of 1,000,000,000 params is not below the [\d,]+ of the dense model"),
-        ({"params_ratio": 1.5}, "params_ratio is a share of the dense model, above 0 and below 1, got 1.5"),
+        ({"params_ratio": 1.5}, "params_ratio=1.5: must be above 0 and below 1"),
         ({"params": 100, "macs": 100}, "params and macs are given"),
         ({}, "none is given"),
-        ({"params_ratio": 0.1, "ignored_layers": ["stage*"]}, "with these min_channels, round_to and ignored_layers"),
-        ({"params_ratio": 0.1, "round_to": 64}, "can be had with these min_channels, round_to and ignored_layers"),
+        (
+            {"params_ratio": 0.1, "ignored_layers": ["stage*"]},
+            "params, or relax min_channels, round_to and ignored_layers",
+        ),
+        ({"params_ratio": 0.1, "round_to": 64}, "params, or relax min_channels, round_to and ignored_layers"),
     ],
 )
-def test_budgets_that_cannot_be_met_say_what_can(given, words):
+def test_unreachable_budgets_name_the_possible_range(given, words):
     model, groups, example = made("resnet")
     with pytest.raises(PlanError, match=words):
         fit_budget(model, groups, example, **given)
 
 
-def test_what_is_said_to_be_possible_is():
+def test_smallest_possible_budget_is_reached():
     model, groups, example = made("resnet")
-    fitter = BudgetSearch(model, groups, example.shape[1:], None)
-    least = fitter.smallest.params
-    assert fitter.sizes.of(fitter.choose(fitter.budget(params=least)).dead).params == least
+    search = BudgetSearch(model, groups, example.shape[1:], None)
+    least = search.smallest.params
+    assert search.size_model.size_without(search.select(search.budget(params=least)).dead).params == least
     with pytest.raises(PlanError, match="cannot be met"):
-        fitter.budget(params=least - 1)
+        search.budget(params=least - 1)
 
 
-def test_a_branch_that_is_too_much_is_made_up_for_elsewhere():
+def test_large_branches_are_compensated_by_other_channels():
     """The order of scores would cut or keep a branch whole; what lies between is filled with other channels."""
     for seed in range(2):
         model, groups, example = csnet_with_dead_gates(seed, share=0.5, whole=0.3)
-        fitter = BudgetSearch(model, groups, example.shape[1:], None)
-        budget = fitter.budget(params_ratio=0.3)
-        found = fitter.choose(budget)
-        assert -TOLERANCE <= budget.off(fitter.sizes.of(found.dead).params) <= 0, seed
+        search = BudgetSearch(model, groups, example.shape[1:], None)
+        budget = search.budget(params_ratio=0.3)
+        found = search.select(budget)
+        assert -TOLERANCE <= budget.deviation(search.size_model.size_without(found.dead).params) <= 0, seed
 
 
-def test_a_budget_is_read_in_its_own_measure():
-    budget = Budget.of(ModelSize(1000, 50), macs_ratio=0.5)
+def test_budget_limits_its_own_measure():
+    budget = Budget.from_target(ModelSize(1000, 50), macs_ratio=0.5)
     assert (budget.measure, budget.goal) == ("macs", 25)
-    assert budget.met(ModelSize(10**6, 25)) and not budget.met(ModelSize(1, 26))
-    assert budget.off(30) == pytest.approx(0.2)
+    assert budget.is_met(ModelSize(10**6, 25)) and not budget.is_met(ModelSize(1, 26))
+    assert budget.deviation(30) == pytest.approx(0.2)
 
 
-def test_nothing_is_warned_of_where_all_is_as_asked():
+def test_met_budgets_do_not_warn():
     model, groups, example = made("resnet")
     with warnings.catch_warnings():
         warnings.simplefilter("error", PrunekitWarning)

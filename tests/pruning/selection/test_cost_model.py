@@ -98,12 +98,12 @@ def test_csnet_with_dead_branches(seed):
     assert sizes.dense == real(model, shape)
     plan = extract(model, groups)
     made = apply_plan(csnet(10), plan, example)
-    assert sizes.of(dead_channels(groups, plan)) == real(made, shape)
+    assert sizes.size_without(dead_channels(groups, plan)) == real(made, shape)
     if seed:
-        assert sizes.of(dead_channels(groups, plan)).params < sizes.dense.params
+        assert sizes.size_without(dead_channels(groups, plan)).params < sizes.dense.params
 
 
-def test_what_cannot_live_without_the_dead_goes_too():
+def test_modules_without_producers_or_readers_are_removed():
     """Branches are killed whole, so that others are left without makers or readers."""
     torch.manual_seed(0)
     model = csnet(10)
@@ -117,8 +117,8 @@ def test_what_cannot_live_without_the_dead_goes_too():
         given |= {g.id: {0} for g in free if g.id not in given and draw.random() < 0.5}
         settled, _ = cutter.complete(given)
         starved += settled != given
-        assert sizes.of(given) == sizes.of(settled)
-        assert sizes.of({name: len(gone) for name, gone in given.items()}) == sizes.of(given)
+        assert sizes.size_without(given) == sizes.size_without(settled)
+        assert sizes.size_without({name: len(gone) for name, gone in given.items()}) == sizes.size_without(given)
     assert starved > 5
 
 
@@ -135,22 +135,22 @@ def test_other_networks(network, seed):
     sizes = SizeModel(model, groups, (3, 32, 32))
     assert sizes.dense == real(model, (3, 32, 32))
     made = apply_plan(network(), plan, example)
-    assert sizes.of(dead_channels(groups, plan)) == real(made, (3, 32, 32))
+    assert sizes.size_without(dead_channels(groups, plan)) == real(made, (3, 32, 32))
 
 
-def test_a_module_that_goes_takes_its_bias_along():
+def test_removed_module_loses_its_bias():
     model = Paths()
     groups = find_groups(model, init_norms(model))
     plan = make_plan(model, groups, {"stems.a": range(5), "joins.a": {0}})
     assert plan.removed == ["joins.a", "norms.a", "stems.a"]
-    size = SizeModel(model, groups, (3, 32, 32)).of(dead_channels(groups, plan))
+    size = SizeModel(model, groups, (3, 32, 32)).size_without(dead_channels(groups, plan))
     assert size == real(apply_plan(Paths(), plan, torch.zeros(1, 3, 32, 32)), (3, 32, 32))
 
 
-def test_units_are_those_of_the_counter():
+def test_sizes_agree_with_hand_counts():
     model = Flat()
     groups = find_groups(model, init_norms(model))
-    size = SizeModel(model, groups, (3, 32, 32)).of({"conv": [1, 4], "hidden": 3})
+    size = SizeModel(model, groups, (3, 32, 32)).size_without({"conv": [1, 4], "hidden": 3})
     # By hand: 4 of 6 channels at 15×15 positions, 4 of 7 hidden units.
     assert size.macs == 15 * 15 * 4 * 27 + 4 * 15 * 15 * 4 + 4 * 2
     assert size.params == 4 * 28 + 4 * 2 + 1 + (4 * 225 * 4 + 4) + 4 * 2 + (4 * 2 + 2)

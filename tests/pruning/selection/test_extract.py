@@ -11,7 +11,7 @@ import prunekit
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.selection.extract import extract, plan_of_choice
+from prunekit.pruning.selection.extract import extract, plan_from_selection
 from prunekit.pruning.selection.importance import gate as gate_scores
 from prunekit.pruning.selection.importance import magnitude, random, taylor
 from prunekit.pruning.selection.selector import Selector
@@ -28,7 +28,7 @@ def gate(model, norm, values):
         model.get_submodule(norm).weight[: len(values)] = torch.tensor(values)
 
 
-def test_a_row_dies_by_any_gate_and_is_scored_by_its_last():
+def test_serial_gates_prune_by_any_and_score_by_the_last():
     model = Row()
     init_norms(model)
     gate(model, "bn1", [0.0, 1e-6, 1.0])
@@ -39,7 +39,7 @@ def test_a_row_dies_by_any_gate_and_is_scored_by_its_last():
     assert dead["conv1"] == {0, 2}
 
 
-def test_a_sum_dies_only_on_both_sides():
+def test_sum_is_pruned_only_where_both_sides_are_dead():
     model = Residual()
     init_norms(model)
     gate(model, "stem_bn", [0.0, 0.0, 1.0])
@@ -48,7 +48,7 @@ def test_a_sum_dies_only_on_both_sides():
     assert dead_channels(groups, extract(model, groups))["stem"] == {0}
 
 
-def test_the_best_channel_stays_where_the_model_needs_one():
+def test_best_channel_of_an_essential_layer_is_kept():
     model = Row()
     init_norms(model)
     gate(model, "bn3", [1e-5, 1e-5, 5e-5, 1e-5, 1e-5, 1e-5])
@@ -57,7 +57,7 @@ def test_the_best_channel_stays_where_the_model_needs_one():
     assert len(extract(model, groups, min_channels=3).groups["conv2"]) == 3
 
 
-def test_a_branch_may_vanish_but_not_a_layer():
+def test_branch_may_be_removed_but_not_a_layer():
     model = csnet(10)
     example = init_norms(model)
     for branch in "01":
@@ -71,7 +71,7 @@ def test_a_branch_may_vanish_but_not_a_layer():
     assert "stage1.1.mix.paths.0to0" in plan.removed and "stage1.2.mix.paths.0to1" in plan.removed
 
 
-def test_layers_whose_living_branches_do_not_meet_are_kept_apart_from_death():
+def test_layers_whose_live_branches_do_not_meet_keep_a_common_one():
     """One layer of the head keeps its fine branch and the next its coarse one: alone, each would starve the other."""
     model = csnet(10)
     example = init_norms(model)
@@ -88,7 +88,7 @@ def test_layers_whose_living_branches_do_not_meet_are_kept_apart_from_death():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_plans_are_settled(seed):
+def test_plans_are_complete(seed):
     """Nothing that is kept reads from nothing, or is read by nothing."""
     model, groups, _ = csnet_with_dead_gates(seed, share=0.7, whole=0.4)
     plan = extract(model, groups)
@@ -98,13 +98,13 @@ def test_plans_are_settled(seed):
     assert all(any(split) for split in plan.splits.values())
 
 
-def test_what_cannot_be_read_is_refused():
+def test_unusable_arguments_and_gates_are_refused():
     model = Row()
     init_norms(model)
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
-    with pytest.raises(PlanError, match="at least 0"):
+    with pytest.raises(PlanError, match="threshold=-1: must be at least 0"):
         extract(model, groups, threshold=-1)
-    with pytest.raises(PlanError, match="at least 1"):
+    with pytest.raises(PlanError, match="min_channels=0: must be at least 1"):
         extract(model, groups, min_channels=0)
     gate(model, "bn1", [float("nan")])
     gate(model, "bn2", [float("nan")])
@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_refused():
         extract(model, groups)
 
 
-def test_a_norm_that_is_not_finite_is_named_whatever_the_criterion():
+def test_non_finite_norm_is_named_with_every_importance():
     model = Row()
     example = init_norms(model)
     groups = find_groups(model, example)
@@ -131,7 +131,7 @@ def test_a_norm_that_is_not_finite_is_named_whatever_the_criterion():
 
 # With some weights the images of a batch differ in the last bit, though nothing of them gets through.
 @pytest.mark.parametrize("gates, seed", [(0.0, 0), (0.0, 2), (1e-5, 0)])
-def test_a_layer_without_a_living_channel_is_named(gates, seed):
+def test_layer_without_a_live_channel_is_named(gates, seed):
     torch.manual_seed(seed)
     model = csnet(10)
     example = init_norms(model)
@@ -157,51 +157,53 @@ def ready(name="resnet_basic"):
     return model, find_groups(model, example), example
 
 
-def test_the_user_is_warned_of_what_is_not_as_asked_and_of_nothing_else():
+def test_warnings_are_issued_only_where_the_plan_differs_from_the_request():
     model, groups, _ = ready()
-    with pytest.warns(PrunekitWarning, match=r"nothing is cut: the smallest of 42 scores is 0\.\d+ \("):
+    with pytest.warns(PrunekitWarning, match=r"nothing is pruned: the smallest of 42 scores is 0\.\d+ \("):
         assert not any(dead_channels(groups, prunekit.extract(model, groups)).values())
     with pytest.warns(PrunekitWarning, match="kept for min_channels 1"):
-        extract(model, groups, share=1.0)
+        extract(model, groups, pruning_ratio=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan = extract(model, groups, share=0.3, ignored_layers=["conv1"])
+        plan = extract(model, groups, pruning_ratio=0.3, ignored_layers=["conv1"])
     # What is routine stands in the plan alone.
     assert [note.split(" ")[0] for note in plan.notes] == ["ignored_layers", "2"] and "cannot be cut" in plan.notes[1]
     assert prunekit.Plan.from_json(plan.to_json()).notes == plan.notes
 
 
-def test_a_choice_is_what_extract_cuts_and_warns_of_nothing():
+def test_a_selection_is_what_extract_cuts_and_warns_of_nothing():
     model, groups, _ = ready()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choice = Selector(model, groups, gate_scores(model, groups), min_channels=2).cut(share=1.0)
-    assert choice.urgent
+        selection = Selector(model, groups, gate_scores(model, groups), min_channels=2).select(pruning_ratio=1.0)
+    assert selection.warnings
     with pytest.warns(PrunekitWarning):
-        plan = extract(model, groups, share=1.0, min_channels=2)
-    assert plan_of_choice(model, groups, choice) == plan and dead_channels(groups, plan) == choice.dead
+        plan = extract(model, groups, pruning_ratio=1.0, min_channels=2)
+    assert plan_from_selection(model, groups, selection) == plan and dead_channels(groups, plan) == selection.dead
 
 
-def test_scores_of_a_criterion_need_a_share_or_a_threshold():
+def test_given_scores_need_a_ratio_or_a_threshold():
     model, groups, _ = ready()
-    with pytest.raises(PlanError, match="units of their own; give a share"):
+    with pytest.raises(PlanError, match="units of their own; give a pruning_ratio"):
         extract(model, groups, scores=magnitude(model, groups))
 
 
-def test_the_effective_gates_are_the_default_scores():
+def test_effective_gates_are_the_default_scores():
     model, groups, _ = ready()
-    assert extract(model, groups, share=0.4) == extract(model, groups, scores=gate_scores(model, groups), share=0.4)
+    assert extract(model, groups, pruning_ratio=0.4) == extract(
+        model, groups, scores=gate_scores(model, groups), pruning_ratio=0.4
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet_basic", "mobilenet_v2", "resnext", "densenet"])
-def test_every_criterion_gives_a_plan_that_slims_with_equivalence_check(name):
+def test_every_importance_gives_a_plan_that_passes_the_equivalence_check(name):
     model, groups, example = ready(name)
     for scores in (
         magnitude(model, groups),
         taylor(model, groups, lambda model: [model(example).square().mean()]),
         random(model, groups, seed=1),
     ):
-        plan = extract(model, groups, scores=scores, share=0.4, round_to=2)
+        plan = extract(model, groups, scores=scores, pruning_ratio=0.4, round_to=2)
         small, equivalence = slim(model, plan, example, groups=groups)
         assert equivalence.passed and params(small) < 0.9 * params(model)
         of = sum(group.channels for group in groups if group.reason is None)
@@ -211,11 +213,11 @@ def test_every_criterion_gives_a_plan_that_slims_with_equivalence_check(name):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_lower_score_never_survives_a_higher_one(seed):
+def test_lower_scores_are_pruned_before_higher_ones(seed):
     model, groups, _ = ready()
     scores = random(model, groups, seed=seed)
     for scope in ("global", "layer"):
-        dead = dead_channels(groups, extract(model, groups, scores=scores, share=0.5, scope=scope))
+        dead = dead_channels(groups, extract(model, groups, scores=scores, pruning_ratio=0.5, scope=scope))
         for name, gone in dead.items():
             mask = np.isin(np.arange(len(scores[name])), list(gone))
             assert not mask.any() or scores[name][mask].max() < scores[name][~mask].min()

@@ -135,4 +135,4 @@ def test_groups_that_are_kept_do_not_count():
     most = {group.id: group.channels - 1 for group in groups[1:] if group.reason is None}
     steering = LambdaController(model, groups, sizes, "macs", 1, THRESHOLD, 1.0, most)
     steering.threshold = 10.0
-    assert steering.size() == sizes.of(most)
+    assert steering.size() == sizes.size_without(most)
