@@ -292,8 +292,9 @@ def _print(result: dict[str, Any], networks: dict[str, nn.Module], console: Cons
         if previous not in (None, row["model"]):
             table.add_section()
         previous = row["model"]
-        figures = [f"{row[key]:.3g}" for key in ("median_ms", "p10_ms", "p90_ms", "images_per_s")]
-        table.add_row(row["model"], row["form"], *(str(row[key]) for key in columns), *figures, f"{row['peak_mb']:.0f}")
+        figures = (row[key] for key in ("median_ms", "p10_ms", "p90_ms", "images_per_s", "peak_mb"))
+        cells = [f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}" for figure in figures]
+        table.add_row(row["model"], row["form"], *(str(row[key]) for key in columns), *cells)
     console.print(table)
     if result["ratios"]:
         table = simple_table(["vs. dense", "form"], [*columns, "latency", "MACs", "params", "≤ MACs + 0.15"])

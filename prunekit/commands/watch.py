@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.text import Text
 
@@ -193,11 +193,16 @@ def watch(path: str | Path, console: Console, every: float = 5.0, once: bool = F
         console.print(Text(figures.update(snapshot)), soft_wrap=True)
         return
     live = Live(console=console, auto_refresh=False, vertical_overflow="crop") if console.is_interactive else None
+
+    def refresh() -> None:
+        message = Text(figures.message, no_wrap=True, overflow="crop")
+        live.update(Group(snapshot, message) if message else snapshot, refresh=True)
+
     try:
         with live or nullcontext():
             while True:
                 if live is not None:
-                    live.update(_WithNote(snapshot, figures.message), refresh=True)
+                    refresh()
                 elif shown != snapshot.version:
                     console.print(snapshot)
                 shown = snapshot.version
@@ -207,7 +212,7 @@ def watch(path: str | Path, console: Console, every: float = 5.0, once: bool = F
                 time.sleep(every)
                 snapshot = _next_snapshot(path, every)
             if live is not None:
-                live.update(_WithNote(snapshot, figures.message), refresh=True)
+                refresh()
             else:
                 console.print(Text(figures.message), soft_wrap=True)
     except KeyboardInterrupt:
@@ -261,16 +266,6 @@ class FigureWriter:
         end = time.monotonic()
         self._not_before = end + (end - start) * (1 / DRAWING_SHARE - 1)
         return self.message
-
-
-@dataclass(frozen=True)
-class _WithNote:
-    snapshot: RunSnapshot
-    note: str
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.snapshot
-        yield from wrap_parts([Text(self.note)], options.max_width)
 
 
 def _read_bytes(path: Path) -> bytes:
