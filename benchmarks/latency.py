@@ -1,11 +1,11 @@
-"""What the deployed form saves, as ratios of times taken in turns in one run.
+"""Latency of deployed models, as ratios of times that are measured in turns.
 
-    python benchmarks/latency.py runs/l-x2                     # any run folder; it is not written to
+    python benchmarks/latency.py runs/l-x2                     # any run folder; nothing is written to it
     python benchmarks/latency.py                               # a CSNet ×2 with random odd splits
-    python benchmarks/latency.py --width 10 --size 32 --seconds 0.05 --forms eager,deployed    # seconds
+    python benchmarks/latency.py --width 10 --size 32 --seconds 0.05 --forms eager,deployed    # a quick check
 
-The limit is what the arithmetic alone would take: 2 × paper FLOPs (or 2 × MACs) ÷ the rate of a 1024³ float32 matrix
-product that is timed in turns with the rest, on as many threads. No model that is timed holds a subnormal number.
+The limit is the time of the arithmetic alone: 2 × paper FLOPs (or 2 × MACs) ÷ the rate of a 1024³ float32 matrix
+product on as many threads, timed in turns with the models. Subnormal weights are set to zero.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PAIRS = (("deployed", "eager"), ("compiled", "eager"), ("ort", "ort_plain"), ("o
 
 
 def random_slim(width: int, size: int, share: float, seed: int = 0) -> tuple[Recipe, dict[str, nn.Module]]:
-    """A CSNet, and the same without a random share of its channels: a recipe, and the two."""
+    """A recipe, and two models: a dense CSNet, and the same without a random share of its channels."""
     recipe = Recipe.model_validate(
         {
             "name": f"random-x{width}",
@@ -65,8 +65,8 @@ def random_slim(width: int, size: int, share: float, seed: int = 0) -> tuple[Rec
     return recipe, {"dense": dense, "slim": small}
 
 
-def of_run(folder: Path) -> tuple[Recipe, dict[str, nn.Module]]:
-    """A run's recipe, its dense model (untrained, where it has none) and its last one."""
+def load_models(folder: Path) -> tuple[Recipe, dict[str, nn.Module]]:
+    """A run's recipe, its dense model (untrained if it has none) and its newest model."""
     run = RunDir.open(folder)
     recipe, name = read_recipe(run), newest_model(run)
     has_dense = run.has("dense/model.safetensors")
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--width", type=int, default=40)
-    parser.add_argument("--share", type=float, default=0.5, help="of the channels that are cut, on average")
+    parser.add_argument("--share", type=float, default=0.5, help="mean share of channels to prune")
     parser.add_argument("--size", type=int, default=None)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
-    recipe, models = of_run(args.run) if args.run else random_slim(args.width, args.size or 224, args.share)
+    recipe, models = load_models(args.run) if args.run else random_slim(args.width, args.size or 224, args.share)
     size = args.size or recipe.data.size
     result = compare(recipe, models, size, args)
     if args.json:
@@ -105,8 +105,8 @@ def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argpa
             files = ModelFiles(name, clean, recipe, Path(folder), reporter).make(args.forms.split(","))
             shape = (args.batch, size, args.threads)
             jobs += [
-                (name, form, BenchJob(f"{name} {form}", kind, path, *shape, precision))
-                for form, (kind, path, precision) in files.items()
+                (name, form, BenchJob(f"{name} {form}", runtime, path, *shape, precision))
+                for form, (runtime, path, precision) in files.items()
             ]
         timings, products = measure([job for *_, job in jobs], args.seconds)
     for (_, _, job), timing in zip(jobs, timings, strict=True):
@@ -119,14 +119,14 @@ def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argpa
     result = {"size": size, "batch": args.batch, "threads": args.threads, "gflops": rate, "models": {}}
     for name, model in models.items():
         sizes = total(count_modules(model, (3, size, size))[0])
-        # Paper FLOPs are those of 224×224; elsewhere they grow with the area.
+        # Paper FLOPs are counted at 224×224, and grow with the area.
         paper = sizes["paper_flops"] and sizes["paper_flops"] * size**2 / 224**2
         limits = {
             key: 2 * args.batch * value / rate / 1e6
             for key, value in (("paper FLOPs", paper), ("MACs", sizes["macs"]))
             if value
         }
-        # The limit is that of float32.
+        # The limit is for float32.
         best = min((f for f in ms[name] if not f.endswith(("bf16", "int8"))), key=ms[name].get)
         result["models"][name] = {
             **sizes,
@@ -148,17 +148,17 @@ def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argpa
 def show(result: dict) -> None:
     print(f"batch {result['batch']}, {result['size']}×{result['size']}, {result['threads']} threads, ", end="")
     print(f"matrix product {result['gflops']:.0f} GFLOP/s; medians in ms\n")
-    forms = list(dict.fromkeys(form for one in result["models"].values() for form in one["ms"]))
+    forms = list(dict.fromkeys(form for entry in result["models"].values() for form in entry["ms"]))
     print("| model | " + " | ".join(forms) + " |")
     print("|---" * (len(forms) + 1) + "|")
-    for name, one in result["models"].items():
-        print(f"| {name} | " + " | ".join(f"{one['ms'][f]:.2f}" if f in one["ms"] else "–" for f in forms) + " |")
-    for name, one in result["models"].items():
-        print(f"\n{name}: {one['params']:,} params, {one['macs']:,} MACs")
-        for words, ratio in one["faster"].items():
-            print(f"  {words}: {ratio:.2f} times faster")
-        for key, ratio in one["best_over_limit"].items():
-            print(f"  best ({one['best']}) ÷ limit from {key} ({one['limits_ms'][key]:.2f} ms): {ratio:.2f}")
+    for name, entry in result["models"].items():
+        print(f"| {name} | " + " | ".join(f"{entry['ms'][f]:.2f}" if f in entry["ms"] else "–" for f in forms) + " |")
+    for name, entry in result["models"].items():
+        print(f"\n{name}: {entry['params']:,} params, {entry['macs']:,} MACs")
+        for pair, ratio in entry["faster"].items():
+            print(f"  {pair}: {ratio:.2f} times faster")
+        for key, ratio in entry["best_over_limit"].items():
+            print(f"  best ({entry['best']}) ÷ limit from {key} ({entry['limits_ms'][key]:.2f} ms): {ratio:.2f}")
     if "slim_over_dense" in result:
         print("\nslim ÷ dense: " + ", ".join(f"{key} {ratio:.3f}" for key, ratio in result["slim_over_dense"].items()))
 

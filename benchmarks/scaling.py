@@ -1,10 +1,10 @@
-"""How the cost of a forward pass grows with width, depth, resolution and batch, each as a fitted power.
+"""How the time of a forward pass grows with width, depth, resolution and batch size, as fitted exponents.
 
     python benchmarks/scaling.py                        # CSNet and an octave ResNet, eager and deployed
     python benchmarks/scaling.py --json
     python benchmarks/scaling.py --widths 8 16 --depths 8 14 --sizes 32 48 --batches 1 2 --seconds 0.02 --size 32
 
-Beside each power stands that of the MACs: what computing alone would cost. Times are taken in turns within an axis.
+The exponent of the MACs is given for comparison. The points of an axis are timed in turns.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--depths", type=int, nargs="*", default=[8, 20, 32, 56], help="of an octave ResNet")
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 224, 320])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
-    parser.add_argument("--width", type=int, default=20, help="of CSNet, where another axis grows")
-    parser.add_argument("--size", type=int, default=128, help="where another axis grows")
+    parser.add_argument("--width", type=int, default=20, help="of CSNet, on the other axes")
+    parser.add_argument("--size", type=int, default=128, help="on the other axes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--json", action="store_true")
@@ -62,18 +62,18 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def grow(points: Sequence[tuple[int, Builder, int, int]], args: argparse.Namespace) -> dict:
-    """Milliseconds and MACs at each point of an axis, as ratios to the first, and the powers through them."""
+    """Milliseconds and MACs at each point of an axis, their ratios to the first point, and fitted exponents."""
     jobs, macs = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for place, (_, builder, size, batch) in enumerate(points):
+        for index, (_, builder, size, batch) in enumerate(points):
             model = estimate_norm_statistics(build(builder.name, builder.options)).requires_grad_(False)
             macs.append(batch * total(count_modules(model, (3, size, size))[0])["macs"])
             example = torch.randn(2, 3, size, size)
             for form in FORMS:
-                path = Path(folder) / f"{place}-{form}.safetensors"
-                chosen = None if form == "eager" else deploy(model, example)[1].config
-                pack_model(path, model, builder, chosen, (3, size, size))
-                jobs.append(BenchJob(f"{form} {place}", "torch", path, batch, size, args.threads))
+                path = Path(folder) / f"{index}-{form}.safetensors"
+                config = None if form == "eager" else deploy(model, example)[1].config
+                pack_model(path, model, builder, config, (3, size, size))
+                jobs.append(BenchJob(f"{form} {index}", "torch", path, batch, size, args.threads))
         timings, _ = measure(jobs, args.seconds)
     for job, timing in zip(jobs, timings, strict=True):
         if timing.error:
@@ -83,22 +83,22 @@ def grow(points: Sequence[tuple[int, Builder, int, int]], args: argparse.Namespa
     return {
         "values": values,
         "ms": ms,
-        "ratios": {form: [one / taken[0] for one in taken] for form, taken in {**ms, "MACs": macs}.items()},
-        "powers": {form: power(values, taken) for form, taken in {**ms, "MACs": macs}.items()},
+        "ratios": {form: [value / times[0] for value in times] for form, times in {**ms, "MACs": macs}.items()},
+        "exponents": {form: fit_exponent(values, times) for form, times in {**ms, "MACs": macs}.items()},
     }
 
 
-def power(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent p of y ∝ x^p, fitted in logarithms; NaN from less than two places."""
+def fit_exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """The exponent p of y ∝ x^p, fitted to the logarithms; NaN for fewer than two different x."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(set(x)) > 1 else float("nan")
 
 
 def show(result: dict) -> None:
-    for axis, found in result.items():
-        print(f"\n| {axis} | " + " | ".join(map(str, found["values"])) + " | grows with the power |")
-        print("|---" * (len(found["values"]) + 2) + "|")
-        for form, ratios in found["ratios"].items():
-            print(f"| {form} | " + " | ".join(f"{r:.2f}" for r in ratios) + f" | {found['powers'][form]:.2f} |")
+    for axis, entry in result.items():
+        print(f"\n| {axis} | " + " | ".join(map(str, entry["values"])) + " | exponent |")
+        print("|---" * (len(entry["values"]) + 2) + "|")
+        for form, ratios in entry["ratios"].items():
+            print(f"| {form} | " + " | ".join(f"{r:.2f}" for r in ratios) + f" | {entry['exponents'][form]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -87,4 +87,6 @@ def rewrite(
 def build_deployed(graph: InferenceGraph, config: DeployConfig) -> DeployedModel:
     """The rewritten graph as a module, with the memory format of ``config``."""
     module = graph.recompile()
-    return DeployedModel(module.to(memory_format=torch.channels_last) if config.channels_last else module, config)
+    if config.channels_last:
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return DeployedModel(module, config)

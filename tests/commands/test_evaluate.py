@@ -72,9 +72,9 @@ def call(made, tmp_path, monkeypatch, capsys):
 
 
 def sets():
-    held = json.loads(Path("run/eval.json").read_text())
-    assert held["format"] == 1
-    return held["sets"]
+    content = json.loads(Path("run/eval.json").read_text())
+    assert content["format"] == 1
+    return content["sets"]
 
 
 def test_results_are_printed_and_saved(call):

@@ -162,9 +162,9 @@ def test_process_on_another_host_is_assumed_to_run(tmp_path):
 
 def test_half_written_and_damaged_lines(tmp_path):
     with started(tmp_path / "run", "train", epochs=2) as run:
-        held = (run.path / "metrics.jsonl").read_bytes()
+        written = (run.path / "metrics.jsonl").read_bytes()
         for half in (b'{"stage": "tr', json.dumps(line("train", 3)).encode()):
-            (run.path / "metrics.jsonl").write_bytes(held + half)
+            (run.path / "metrics.jsonl").write_bytes(written + half)
             assert len(read_snapshot(run.path).lines) == 2 and "damaged" not in shown(run.path)
         bad = [
             line("train", 3, loss=None),
@@ -176,7 +176,7 @@ def test_half_written_and_damaged_lines(tmp_path):
         ]
         bad += [line("train", 3, size={"params": "x"}), line(["train"], 3), line("train", 3, seconds="long")]
         text = b"".join(json.dumps(one).encode() + b"\n" for one in bad) + b"\xff\n{\n"
-        (run.path / "metrics.jsonl").write_bytes(text + held)
+        (run.path / "metrics.jsonl").write_bytes(text + written)
         assert len(read_snapshot(run.path).lines) == 2 and f"{len(bad) + 2} damaged lines skipped" in shown(
             read_snapshot(run.path)
         )

@@ -1,4 +1,4 @@
-"""Octavized networks, slimmed too, are ordinary to counters and to ONNX."""
+"""Octavized networks, dense and slim, work with FLOP counters and ONNX export."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from prunekit.pruning.surgery.slim import slim
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 
 
-def test_counters_agree_before_and_after():
+def test_counters_agree_on_dense_and_slim():
     model = octresnet(8, 8)
     example = init_norms(model, 0, 20)
     groups = find_groups(model, example)
@@ -35,7 +35,7 @@ def test_counters_agree_before_and_after():
     }
 
 
-def test_onnx():
+def test_onnx_export():
     torch.manual_seed(1)
     model = octavize(Residual(), torch.zeros(2, 3, 20, 20))
     example = init_norms(model, 0, 20)

@@ -172,20 +172,20 @@ def test_mismatched_tensor_is_named(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda held: held.pop(3), "has 22 entries, this one 21"),
-        (lambda held: held.__setitem__(-1, [3, 4, 6, 5]), "the numbers of blocks must be"),
-        (lambda held: held.__setitem__(4, [np.array([1.0, 2.0]), held[4][1]]), "entry 4 reads"),
-        (lambda held: held.__setitem__(2, [held[2][0], np.array([1.5, 2.0])]), "not numbers of channels"),
-        (lambda held: held.__setitem__(19, held[19][:2]), "table of branches"),
-        (lambda held: held.__setitem__(20, [np.array([1.0, 2.0, 3.0]), held[20][1]]), "do not match each other"),
+        (lambda entries: entries.pop(3), "has 22 entries, this one 21"),
+        (lambda entries: entries.__setitem__(-1, [3, 4, 6, 5]), "the numbers of blocks must be"),
+        (lambda entries: entries.__setitem__(4, [np.array([1.0, 2.0]), entries[4][1]]), "entry 4 reads"),
+        (lambda entries: entries.__setitem__(2, [entries[2][0], np.array([1.5, 2.0])]), "not numbers of channels"),
+        (lambda entries: entries.__setitem__(19, entries[19][:2]), "table of branches"),
+        (lambda entries: entries.__setitem__(20, [np.array([1.0, 2.0, 3.0]), entries[20][1]]), "do not match each"),
     ],
 )
 def test_invalid_layouts(change, message):
-    held = CSNetLayout.from_model(csnet(20)).dump()
-    held = [entry if isinstance(entry[0], int) and len(entry) == 4 else list(entry) for entry in held]
-    change(held)
+    entries = CSNetLayout.from_model(csnet(20)).dump()
+    entries = [entry if isinstance(entry[0], int) and len(entry) == 4 else list(entry) for entry in entries]
+    change(entries)
     with pytest.raises(CheckpointError, match=message):
-        CSNetLayout.parse(held, "layout")
+        CSNetLayout.parse(entries, "layout")
 
 
 def test_layout_of_another_model():

@@ -98,9 +98,9 @@ def test_layout_round_trip(tmp_path_factory, layout):
     file = tmp_path_factory.mktemp("layout") / "a.bin"
     file.write_bytes(write_layout([*layout, [3, 4, 6, 4]]))
     assert b"numpy._core" not in file.read_bytes()
-    held = read_layout(file)
-    assert held[-1] == [3, 4, 6, 4]
-    for a, b in zip(held, layout, strict=False):
+    content = read_layout(file)
+    assert content[-1] == [3, 4, 6, 4]
+    for a, b in zip(content, layout, strict=False):
         for x, y in zip(a, b, strict=True):
             np.testing.assert_array_equal(x, y)
     # An ordinary unpickler reads it too.
@@ -157,10 +157,10 @@ def test_data_parallel_prefix_is_removed(tmp_path):
 def archived(state, compression=zipfile.ZIP_STORED, again=0):
     """A checkpoint with compressed members, or with its largest member listed several times."""
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(write_checkpoint(state))) as held, zipfile.ZipFile(out, "w", compression) as made:
-        for member in held.infolist():
-            made.writestr(member.filename, held.read(member))
-        made.filelist.extend([max(made.filelist, key=lambda member: member.file_size)] * again)
+    with zipfile.ZipFile(io.BytesIO(write_checkpoint(state))) as old, zipfile.ZipFile(out, "w", compression) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+        new.filelist.extend([max(new.filelist, key=lambda member: member.file_size)] * again)
     return out.getvalue()
 
 
