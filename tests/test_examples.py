@@ -1,5 +1,6 @@
 """The examples run as they say."""
 
+import json
 import os
 import re
 import shutil
@@ -79,3 +80,18 @@ def test_the_package_is_set_up_as_such_packages_are():
     assert {path.name for path in folder.iterdir() if path.name != "__pycache__"} == {
         "README.md", "mobile.yaml", "prunekit_mobile.py", "pyproject.toml", "setup.cfg"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics"), [("segmentation", ["miou", "pixel_accuracy"]), ("regression", ["mae", "rmse"])]
+)
+def test_task_example_runs_to_the_end(name, metrics, tmp_path):
+    tiny = ["train.epochs=1", "finetune.epochs=1", "data.size=16", "data.options={train: 32, val: 4}"]
+    command = [sys.executable, "-m", "prunekit.cli", "run", EXAMPLES / "tasks" / f"{name}.yaml", *tiny]
+    done = subprocess.run([*command, "--out", tmp_path / "run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for part in ("dense", "slim", "finetuned"):
+        assert list(summary[part]["metrics"]) == metrics
+    assert summary["kept"]["macs_ratio"] < 0.6
+    assert (tmp_path / "run" / "report").is_dir()

@@ -20,9 +20,6 @@ from prunekit.errors import PrunekitError, RecipeError
 
 def resolve_components(tree: ConfigTree, untrusted: bool) -> None:
     """Check names, options and data roots; fill in default names and options. Errors are added to the tree."""
-    task = tree.get(("task",)) if "task" in tree.value else schema.Recipe.model_fields["task"].default
-    if isinstance(task, str) and task not in registry.tasks:
-        tree.add_error(("task",), registry.tasks.unknown(task))
     for path, table in schema.REGISTRIES.items():
         parent = tree.value if len(path) == 1 else tree.get(path[:-1])
         section = parent.get(path[-1], {}) if isinstance(parent, dict) else None
@@ -48,6 +45,10 @@ def resolve_components(tree: ConfigTree, untrusted: bool) -> None:
         if path == ("data",):
             _check_roots(tree, name, build, section)
         parent[path[-1]] = {**section, "name": name, "options": options}
+    # Last, since a backbone's file may register the task.
+    task = tree.get(("task",)) if "task" in tree.value else schema.Recipe.model_fields["task"].default
+    if isinstance(task, str) and task not in registry.tasks:
+        tree.add_error(("task",), registry.tasks.unknown(task))
 
 
 def _resolve_file(tree: ConfigTree, section: dict[str, Any], untrusted: bool) -> dict[str, Any]:
