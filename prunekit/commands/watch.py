@@ -96,12 +96,12 @@ class RunSnapshot:
             stage=stage,
             epoch=done + 1 if running else done,
             epochs=epochs,
-            share=done / epochs if epochs else 0.0,
-            left=left,
-            run_left=left + seconds_per_epoch * later if left is not None and later else None,
+            progress=done / epochs if epochs else 0.0,
+            seconds_left=left,
+            run_seconds_left=left + seconds_per_epoch * later if left is not None and later else None,
             losses=[line["loss"] for line in lines],
             line=lines[-1],
-            courses={name: [line["metrics"].get(name, math.nan) for line in lines] for name in lines[-1]["metrics"]},
+            histories={name: [line["metrics"].get(name, math.nan) for line in lines] for name in lines[-1]["metrics"]},
         )
 
     def _status_parts(self) -> list[str]:
@@ -122,7 +122,7 @@ class RunSnapshot:
         yield from wrap_parts(parts, options.max_width)
         trainings = list(self.trainings())
         yield from trainings
-        training = bool(trainings) and trainings[-1].left is not None
+        training = bool(trainings) and trainings[-1].seconds_left is not None
         notes = []
         if not trainings and not self.finished:
             notes.append("no epoch has finished yet")

@@ -91,7 +91,7 @@ def test_training_in_progress(tmp_path):
         snapshot = read_snapshot(run.path)
         (status,) = snapshot.trainings()
         # 20 s for the two remaining epochs minus the 4 s since; then two trainings of two epochs.
-        assert status.left == pytest.approx(16, abs=1) and status.run_left == pytest.approx(56, abs=1)
+        assert status.seconds_left == pytest.approx(16, abs=1) and status.run_seconds_left == pytest.approx(56, abs=1)
         assert (status.epoch, status.epochs, status.share) == (3, 4, 0.5)
         text = shown(replace(snapshot, age=4.0))
         assert "train epoch 3/4 ━" in text and " 0:16 left\n" in text and "run ~0:56 left" in text
@@ -100,15 +100,15 @@ def test_training_in_progress(tmp_path):
 
 def test_trainings_within_the_slim_stage(tmp_path):
     with started(tmp_path / "run", "train", "slim", epochs=4) as run:
-        assert [status.left for status in read_snapshot(run.path).trainings()] == [None]
+        assert [status.seconds_left for status in read_snapshot(run.path).trainings()] == [None]
         run.append_metrics(line("step1", 1, size={"params": 1_200}, budget={"params": 1_000}))
         first, second = read_snapshot(run.path).trainings()
-        assert first.left is None and second.left > 0 and second.run_left > second.left
+        assert first.seconds_left is None and second.seconds_left > 0 and second.run_seconds_left > second.seconds_left
         text = shown(run.path)
         assert "train epoch 4/4  loss 0.500" in text and "step1 epoch 2/2 ━" in text and "params 1.2k/1k" in text
         run.begin("finetune")
         assert [status.stage for status in read_snapshot(run.path).trainings()] == ["train", "step1", "finetune"]
-        assert [status.left for status in read_snapshot(run.path).trainings()] == [None] * 3
+        assert [status.seconds_left for status in read_snapshot(run.path).trainings()] == [None] * 3
 
 
 @pytest.mark.parametrize("width", [80, 40, 20])

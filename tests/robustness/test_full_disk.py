@@ -206,7 +206,7 @@ def test_a_log_that_cannot_be_written_costs_its_lines_alone(recipe, whole, tmp_p
     console = Console(file=io.StringIO(), record=True, width=400)
     with FailingDisk(tmp_path, 3, only=lambda name: name.endswith("run.log")) as disk:
         run_recipe(recipe, tmp_path / "whole", console)
-    assert disk.failed > 3 and console.export_text().count("run.log: No space left on device; going on") == 1
+    assert disk.failed > 3 and console.export_text().count("run.log: No space left on device; continuing") == 1
     assert outcome(tmp_path / "whole") == outcome(whole[0])
 
 

@@ -1,5 +1,3 @@
-"""What a run tells while it goes on: it fits, it is plain where nobody looks, and it leaves the terminal as it was."""
-
 import io
 import itertools
 import re
@@ -38,7 +36,7 @@ HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 
 class Screen(io.TextIOWrapper):
-    """A file in an encoding, with what was written."""
+    """A text file whose content can be read back."""
 
     def __init__(self, encoding="utf-8"):
         super().__init__(io.BytesIO(), encoding=encoding, newline="")
@@ -48,7 +46,7 @@ class Screen(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)
 
     def lines(self):
-        """Without the orders to the terminal."""
+        """Return the lines without control sequences."""
         return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", self.text()).replace("\r", "").split("\n")
 
 
@@ -58,24 +56,21 @@ def terminal(width=80, encoding="utf-8"):
 
 
 @pytest.fixture
-def told():
+def plain():
     out = io.StringIO()
     return Reporter(Console(file=out, width=80)), out
 
 
 @pytest.fixture
 def now(monkeypatch):
-    """The time; to be set."""
+    """A clock that tests set."""
     clock = {"now": 100.0}
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock["now"])
     return clock
 
 
-# ---- small parts
-
-
 @given(st.lists(st.floats(-1e9, 1e9), max_size=80), st.integers(1, 40), st.booleans())
-def test_a_spark_line_has_its_width_and_its_extremes(values, width, ascii_only):
+def test_sparkline_has_width_and_extremes(values, width, ascii_only):
     drawn, blocks = sparkline(values, width, ascii_only), ASCII_BLOCKS if ascii_only else BLOCKS
     assert len(drawn) == min(len(values), width) and set(drawn) <= set(blocks)
     assert not ascii_only or drawn.isascii()
@@ -85,19 +80,19 @@ def test_a_spark_line_has_its_width_and_its_extremes(values, width, ascii_only):
         assert all(a <= b for (_, a), (_, b) in itertools.pairwise(sorted(zip(values, heights, strict=True))))
 
 
-def test_a_spark_line_goes_the_way_of_its_values():
+def test_sparkline():
     assert sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == BLOCKS and sparkline(range(800), 8) == BLOCKS
     assert sparkline([5, 5]) == "▁▁" and sparkline([]) == "" and sparkline([float("nan"), 1, float("inf"), 2]) == "▁█"
 
 
-def test_durations_and_sizes():
+def test_format_duration_and_count():
     assert [format_duration(s) for s in (-1, 0, 59.6, 3599, 3600, 200_000)] == [
         "0:00", "0:00", "1:00", "59:59", "1:00:00", "2 d 7:33:20"
     ]  # fmt: skip
     assert [format_count(n) for n in (0, 999, 1234, 145_020, 1_516_281_872)] == ["0", "999", "1.23k", "145k", "1.52G"]
 
 
-def test_the_trainings_of_a_run():
+def test_training_epochs():
     assert training_epochs(30, 8) == {"train": 30, "finetune": 8}
     assert list(training_epochs(30, 8, rounds=3).items()) == [
         ("train", 30),
@@ -107,11 +102,8 @@ def test_the_trainings_of_a_run():
     ]
 
 
-# ---- without a terminal
-
-
-def test_a_plain_line_an_epoch(told, tmp_path):
-    reporter, out = told
+def test_one_line_per_epoch_without_a_terminal(plain, tmp_path):
+    reporter, out = plain
     reporter.log_file = tmp_path / "run.log"
     with reporter.stage("train"):
         reporter.start_training("train", 300, 10, 298)
@@ -124,59 +116,58 @@ def test_a_plain_line_an_epoch(told, tmp_path):
     assert (tmp_path / "run.log").read_text().endswith(f"  {text}")
 
 
-def test_an_epoch_against_a_budget_and_without_decay():
+def test_format_epoch_with_budget_and_without_decay():
     assert format_epoch({**LINE, **BUDGET}, 300) == (
         "train 299/300 loss 0.734 pen 2.24k params 145k/100k mae 0.485 max_f 0.374 27 s"
     )
     line = {**LINE, "stage": "finetune", "epoch": 2, "penalty": 0.0, "seconds": 0.42}
     assert format_epoch(line, 12) == "finetune  2/12 loss 0.734 alive 1235/1235 mae 0.485 max_f 0.374 0.4 s"
     assert format_epoch({**line, "seconds": 754}).endswith(" 12:34")
-    # What goes up and down stands in columns.
+    # Changing numbers are aligned.
     assert "pen   0.2 alive    7/1235 mae" in format_epoch({**LINE, "penalty": 0.2, "alive": 7})
 
 
-def test_text_from_files_is_no_markup(told):
-    reporter, out = told
+def test_messages_are_not_markup(plain):
+    reporter, out = plain
     reporter.info("[red]x[/red] [/] {0}")
     assert out.getvalue() == "[red]x[/red] [/] {0}\n"
 
 
-def test_a_stage_says_how_long_its_training_took_and_what_broke_it_off(told, tmp_path, now):
-    reporter, out = told
+def test_stage_reports_duration_and_logs_errors(plain, tmp_path, now):
+    reporter, out = plain
     reporter.log_file, reporter.training_epochs = tmp_path / "run.log", training_epochs(2, 1)
     with reporter.stage("train"):
         now["now"] += 151
     with reporter.stage("extract"):
         pass
     assert out.getvalue() == "train: done in 2:31\n"
-    for error, said in ((ValueError("no\nluck"), "failed: no luck"), (KeyboardInterrupt(), "interrupted")):
+    for error, message in ((ValueError("no\nluck"), "failed: no luck"), (KeyboardInterrupt(), "interrupted")):
         with pytest.raises(type(error)), reporter.stage("slim"):
             raise error
-        assert reporter.log_file.read_text().endswith(f"  slim: {said}\n")
-    assert "slim" not in out.getvalue(), "who raised it says it"
-
-
-# ---- in a terminal
+        assert reporter.log_file.read_text().endswith(f"  slim: {message}\n")
+    assert "slim" not in out.getvalue(), "the command reports it"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 @pytest.mark.parametrize("width", [200, 80, 40, 20])
-def test_nothing_is_wider_than_the_terminal(width, encoding):
+def test_display_fits_the_terminal(width, encoding):
     console, screen = terminal(width, encoding)
-    courses = {"mae": [1, 2]}
+    histories = {"mae": [1, 2]}
     for share, left, run_left, extra in itertools.product((0.0, 0.999, 1.0), (None, 9e6), (None, 3.0), ({}, BUDGET)):
         console.print(
-            TrainingStatus("finetune", 299, 300, share, left, run_left, [3.0, 2.0, 1.0] * 9, {**LINE, **extra}, courses)
+            TrainingStatus(
+                "finetune", 299, 300, share, left, run_left, [3.0, 2.0, 1.0] * 9, {**LINE, **extra}, histories
+            )
         )
     console.print(TrainingStatus("train", 1, 9))
     assert max(map(len, screen.lines())) <= width
     assert encoding == "utf-8" or screen.text().isascii()
 
 
-def test_what_stands_in_80_and_in_40_columns():
-    figures = TrainingStatus("train", 4, 9, 0.5, 42, 131, [8.0, 4.0, 1.0], {**LINE, **BUDGET})
+def test_display_in_80_and_40_columns():
+    status = TrainingStatus("train", 4, 9, 0.5, 42, 131, [8.0, 4.0, 1.0], {**LINE, **BUDGET})
     console, screen = terminal(80)
-    console.print(figures)
+    console.print(status)
     assert [line.rstrip() for line in screen.lines()] == [
         "train epoch 4/9 ━━━━━━━━━━━━━━━━━━━━──────────────────── 0:42 left",
         "loss 0.734 █▄▁  penalty 2.24k  λ 12.5  alive 1235/1235  params 145k/100k",
@@ -184,7 +175,7 @@ def test_what_stands_in_80_and_in_40_columns():
         "",
     ]
     console, screen = terminal(40, "ascii")
-    console.print(figures)
+    console.print(status)
     assert [line.rstrip() for line in screen.lines()] == [
         "train epoch 4/9 #######....... 0:42 left",
         "loss 0.734 #~_  penalty 2.24k",
@@ -194,44 +185,44 @@ def test_what_stands_in_80_and_in_40_columns():
     ]
 
 
-def test_the_time_left_is_that_of_the_steps_left(now):
+def test_time_left(now):
     console, screen = terminal()
     reporter = Reporter(console)
     reporter.training_epochs = training_epochs(4, 3)
     reporter.start_training("train", 4, 10, 1, [2.0])
     view = reporter._training
-    assert view.figures().left is None and view.figures().epoch == 2
+    assert view.status().seconds_left is None and view.status().epoch == 2
     now["now"] += 20
     reporter.log_step(20, 1.5, 0.0, 5.0, 8, 9)
-    shown = view.figures()
-    # Ten of thirty steps took 20 s; fine-tuning has 30 more.
-    assert (shown.left, shown.run_left, shown.share, shown.epoch) == (40, 100, 0.5, 2)
+    shown = view.status()
+    # 10 of 30 steps took 20 s; fine-tuning has 30 more.
+    assert (shown.seconds_left, shown.run_seconds_left, shown.progress, shown.epoch) == (40, 100, 0.5, 2)
     assert shown.losses == [2.0, 1.5] and (shown.line["alive"], shown.line["lambda"]) == (8, 5.0)
     now["now"] += 5
-    assert view.figures().left == 35, "it counts down between two steps"
+    assert view.status().seconds_left == 35, "counts down between steps"
     reporter.log_epoch({**LINE, "epoch": 2, "loss": 1.6})
-    assert view.figures().losses == [2.0, 1.6] and "train 2/4 loss 1.600" in screen.text()
+    assert view.status().losses == [2.0, 1.6] and "train 2/4 loss 1.600" in screen.text()
     reporter.log_step(21, 1.5, 0.0, 5.0, 8, 9)
-    assert view.figures().epoch == 3
+    assert view.status().epoch == 3
     reporter.end_training()
     reporter.start_training("finetune", 3, 10, 0)
     now["now"] += 1
     reporter.log_step(10, 1.5, 0.0, 0.0, 8, 9)
-    assert reporter._training.figures().run_left is None, "nothing is trained after it"
+    assert reporter._training.status().run_seconds_left is None, "finetune is the last training"
     reporter.end_training()
 
 
-def test_the_first_epoch_draws_its_steps(now):
+def test_first_epoch_shows_step_losses(now):
     reporter = Reporter(terminal()[0])
     reporter.start_training("train", 2, 10, 0)
     for step, loss in enumerate((3.0, 2.0, 1.0), 1):
         reporter.log_step(step, loss, 0.0, 0.0, 1, 1)
-    assert reporter._training.figures().losses == [3.0, 2.0, 1.0]
+    assert reporter._training.status().losses == [3.0, 2.0, 1.0]
     reporter.end_training()
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
-def test_the_terminal_is_as_it_was(error):
+def test_terminal_is_restored(error):
     console, screen = terminal(40)
     reporter = Reporter(console)
     try:
@@ -249,16 +240,16 @@ def test_the_terminal_is_as_it_was(error):
         pass
     assert screen.text().count(HIDE) == screen.text().count(SHOW) == 1
     assert reporter._live is None and not reporter._views
-    assert console.file.text().rstrip("\r").endswith("\x1b[2K"), "the display is gone"
+    assert console.file.text().rstrip("\r").endswith("\x1b[2K"), "the display is erased"
 
 
-def test_what_cannot_say_how_long_it_takes_shows_that_it_lives(now):
+def test_spinner(now):
     console, screen = terminal()
     reporter = Reporter(console)
     with reporter.stage("slim"), reporter.spinner("reading data"):
         now["now"] += 75
         reporter._live.refresh()
-        assert "reading data 1:15" in screen.text(), "the innermost is shown"
+        assert "reading data 1:15" in screen.text(), "only the innermost view is shown"
         assert "slim" not in screen.text().rpartition("reading")[2]
     console, screen = terminal(80, "ascii")
     reporter = Reporter(console)
@@ -267,21 +258,21 @@ def test_what_cannot_say_how_long_it_takes_shows_that_it_lives(now):
     assert screen.text().isascii() and "export 0:00" in screen.text()
 
 
-def test_a_counter_has_a_bar_of_its_own(now):
+def test_progress_bar(now):
     console, screen = terminal()
     reporter = Reporter(console)
     with reporter.stage("evaluate"):
-        counter = reporter.progress_bar("[/]{x}")
+        bar = reporter.progress_bar("[/]{x}")
         now["now"] += 10
-        counter(1, 4)
+        bar(1, 4)
         reporter._live.refresh()
-        counter.close()
+        bar.close()
     assert re.search(r"\[/\]\{x\} 1/4 ━{10}─{30} 0:30 left", screen.text())
     assert reporter._live is None
 
 
-def test_nothing_is_drawn_where_nobody_looks(told, monkeypatch):
-    reporter, out = told
+def test_no_display_without_a_terminal(plain, monkeypatch):
+    reporter, out = plain
     with reporter.stage("train"):
         reporter.start_training("train", 2, 5, 0)
         reporter.log_step(5, 1.0, 3.0, 5.0, 8, 9)
