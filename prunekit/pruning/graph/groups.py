@@ -110,17 +110,11 @@ def _untraced_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
 
 @dataclass
 class _ModuleCosts:
-    """Costs of a module per entry of axis 0 and of axis 1.
+    """Costs of a module per entry of axis 0 and of axis 1."""
 
-    Attributes:
-        params: trained parameters, for each tensor.
-        macs: multiply-adds.
-        next_norm: see ``Member``.
-    """
-
-    params: dict[str, tuple[int, int]]
-    macs: tuple[int, int]
-    next_norm: str | None
+    params: dict[str, tuple[int, int]]  # trained parameters, for each tensor
+    macs: tuple[int, int]  # multiply-adds
+    next_norm: str | None  # see ``Member``
 
 
 class _GroupBuilder:

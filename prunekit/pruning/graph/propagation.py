@@ -52,17 +52,11 @@ RESHAPES |= {"SqueezeBackward2"}
 
 @dataclass
 class Segment:
-    """Consecutive channels of a tensor with one gate expression.
+    """Consecutive channels of a tensor with one gate expression."""
 
-    Attributes:
-        ids: the identities of the channels, (channels,).
-        gate_expr: the gates that they have passed, for the first of them (see ``shift``).
-        stride: entries per channel along the axis; more than 1 after a flatten.
-    """
-
-    ids: np.ndarray
-    gate_expr: GateExpr
-    stride: int = 1
+    ids: np.ndarray  # identities of the channels, (channels,)
+    gate_expr: GateExpr  # the gates that they have passed, for the first of them (see ``shift``)
+    stride: int = 1  # entries per channel; more than 1 after a flatten
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,23 +70,14 @@ Channels = list[Segment]
 
 @dataclass
 class Use:
-    """An axis of a module's tensors that carries channels.
-
-    Attributes:
-        module: name of the module.
-        axis: of its weight.
-        offset: where the channels start along the axis.
-        ids: the identities of the channels, (channels,).
-        stride: entries per channel.
-        gate_expr: the gates that the channels have passed where the module reads them; None where it outputs them.
-    """
+    """An axis of a module's weight that carries channels, from ``offset`` on."""
 
     module: str
     axis: int
     offset: int
-    ids: np.ndarray
-    stride: int = 1
-    gate_expr: GateExpr | None = None
+    ids: np.ndarray  # identities of the channels, (channels,)
+    stride: int = 1  # entries per channel
+    gate_expr: GateExpr | None = None  # the gates passed by channels that the module reads; None for its outputs
 
     @property
     def reads(self) -> bool:
@@ -101,21 +86,13 @@ class Use:
 
 @dataclass
 class Propagation:
-    """The channels of a graph.
-
-    Attributes:
-        graph: what they propagate through.
-        total: number of identities.
-        same: pairs of identities that are one channel.
-        uses: the axes that carry channels.
-        locked: identities that cannot be pruned, and why.
-    """
+    """The channels of a graph; each has an identity, an index below ``total``."""
 
     graph: Graph
     total: int = 0
-    same: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    same: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # identities that are one channel
     uses: list[Use] = field(default_factory=list)
-    locked: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    locked: list[tuple[np.ndarray, str]] = field(default_factory=list)  # identities that cannot be pruned, and why
 
     def new_ids(self, count: int) -> np.ndarray:
         self.total += count

@@ -33,36 +33,25 @@ LAYERS = (
     *(nn.Embedding, nn.MultiheadAttention, nn.LSTM),
 )
 
-# Linear operations that keep a constant channel constant, so that a shift before them can be moved to a norm after them.
+# Linear operations that keep a constant channel constant: a shift before them can be moved to a norm after them.
 LINEAR_OPS = ("AddBackward0", "UpsampleBilinear2DBackward0", "UpsampleNearest2DBackward0", "UpsampleBicubic2DBackward0")
 
 
 @dataclass
 class Node:
-    """A module call or an operation.
-
-    Attributes:
-        index: position in the graph.
-        name: the module's name; None for an operation.
-        op: "conv", "depthwise", "transposed", "linear", "norm", "prelu", "input", or the name of the operation's
-            autograd node, such as "AddBackward0".
-        out_shape: shape of the (first) output; None where autograd does not report it.
-        is_output: whether it computes an output of the model.
-        mixes_parameter: it combines a feature map with a parameter that belongs to no known layer.
-        mixes_tensor: it adds or multiplies a tensor that does not depend on the input and differs between channels.
-    """
+    """A module call or an operation."""
 
     index: int
-    name: str | None
-    op: str
+    name: str | None  # of the module; None for an operation
+    op: str  # "conv", "depthwise", "transposed", "linear", "norm", "prelu", "input", or the autograd node's name
     module: nn.Module | None
     grad_fn: Any
-    out_shape: tuple[int, ...] | None = None
-    inputs: list[Node] = field(default_factory=list)
+    out_shape: tuple[int, ...] | None  # of the first output; None where autograd does not report it
+    inputs: list[Node]
     outputs: list[Node] = field(default_factory=list)
-    is_output: bool = False
-    mixes_parameter: bool = False
-    mixes_tensor: bool = False
+    is_output: bool = False  # it computes an output of the model
+    mixes_parameter: bool = False  # it combines a feature map with a parameter that belongs to no known layer
+    mixes_tensor: bool = False  # it adds or multiplies a constant tensor that differs between channels
 
     def __repr__(self) -> str:
         return f"Node({self.index}, {self.name or self.op})"
@@ -75,18 +64,12 @@ class Node:
 
 @dataclass
 class Graph:
-    """The nodes that depend on the model's input, in topological order.
-
-    Attributes:
-        reused: names of the modules that are called more than once.
-        off_path: (module, node): a module off the path to the output reads the channels of this node.
-        used_elsewhere: modules with a parameter that something else computes with, too.
-    """
+    """The nodes that depend on the model's input, in topological order."""
 
     nodes: list[Node]
-    reused: set[str]
-    off_path: list[tuple[str, Node]] = field(default_factory=list)
-    used_elsewhere: set[str] = field(default_factory=set)
+    reused: set[str]  # modules that are called more than once
+    used_elsewhere: set[str]  # modules with a parameter that something else computes with, too
+    off_path: list[tuple[str, Node]] = field(default_factory=list)  # (module off the path to the output, what it reads)
 
     def by_name(self) -> dict[str, Node]:
         return {node.name: node for node in self.nodes if node.name}
@@ -268,7 +251,7 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
             nodes[grad_fn] = node
     reused = {names[m] for m, count in calls.items() if count > 1 and any(True for _ in m.parameters())}
     modules = {node.name: (node.module, node.op, node.grad_fn) for node in nodes.values() if node.name}
-    return Graph(list(nodes.values()), reused, used_elsewhere=used_elsewhere(outputs, modules))
+    return Graph(list(nodes.values()), reused, used_elsewhere(outputs, modules))
 
 
 def _topological(outputs: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Plans of plans: what is cut from a slim model in its channels is, in those of the builder's model, a plan again."""
+"""Composition of plans: a plan of a slim model, expressed in the channels of the dense model."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from prunekit.pruning.surgery.make_plan import make_plan
 
 
 def compose(model: nn.Module, groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group], second: Plan) -> Plan:
-    """The plan that does at once what two plans do one after the other.
+    """Return the plan that has the effect of two plans in sequence.
 
     Args:
-        model: the builder's model, and its ``groups``.
-        first: a plan of that model.
-        slim_groups: the groups of the model that ``first`` makes of it.
+        model: the dense model.
+        groups: of the dense model.
+        first: a plan of the dense model.
+        slim_groups: the groups of the slim model made with ``first``.
         second: a plan of that slim model.
 
     Raises:
-        PlanError: the slim model is not what ``first`` makes of the builder's.
+        PlanError: the slim model is not the result of ``first``.
     """
     dead = {g.id: set(range(g.channels)) - set(first.kept(g)) for g in groups if g.reason is None}
     carriers = {name: set(channels) for name, channels in first.carriers.items()}
     for group, slim_group in match_groups(groups, first, slim_groups):
         channels = first.kept(group)
-        kept = second.kept(slim_group)
-        dead[group.id] |= set(channels) - {channels[k] for k in kept}
+        dead[group.id] |= set(channels) - {channels[k] for k in second.kept(slim_group)}
         carriers.setdefault(group.id, set()).update(channels[k] for k in second.carriers.get(slim_group.id, ()))
     plan = make_plan(model, groups, dead)
-    gone = tuple(f"{name}." for name in plan.removed)
-    biases = {*first.added_bias, *second.added_bias}
-    plan.added_bias = sorted(name for name in biases if not f"{name}.".startswith(gone))
+    removed = tuple(f"{name}." for name in plan.removed)
+    plan.added_bias = sorted(n for n in {*first.added_bias, *second.added_bias} if not f"{n}.".startswith(removed))
     plan.carriers = {
         name: sorted(left) for name, channels in carriers.items() if (left := channels & set(plan.groups[name]))
     }
@@ -42,25 +41,25 @@ def compose(model: nn.Module, groups: Sequence[Group], first: Plan, slim_groups:
 
 
 def match_groups(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Each group that is left of the builder's, with the slim model's own. Their names may differ, since a group is
-    named after its first module and that may be gone; a module that makes channels is in the same group in both."""
-    places: dict[str, list[tuple[int, Group]]] = defaultdict(list)
+    """Pair each prunable group of a slim model with its group in the dense model.
+
+    Groups are matched by the position of their channels in a tensor, because ids may differ: a group is named after
+    its first module, which may be removed.
+    """
+    dense_uses: dict[str, list[tuple[int, Group]]] = defaultdict(list)
+    slim_offsets: dict[str, list[int]] = defaultdict(list)
     for group in groups:
-        if group.reason is None and first.kept(group):
-            for member in group.members:
-                if not member.reads:
-                    places[member.tensor].append((member.offset, group))
-    found = []
-    for slim_group in slim_groups:
-        if slim_group.reason is not None:
-            continue
+        for member in group.members if group.reason is None and first.kept(group) else ():
+            if not member.reads:
+                dense_uses[member.tensor].append((member.offset, group))
+    for member in (member for group in slim_groups for member in group.members if not member.reads):
+        slim_offsets[member.tensor].append(member.offset)
+    pairs = []
+    for slim_group in (group for group in slim_groups if group.reason is None):
         member = slim_group.members[0]
-        mine = sorted(
-            (m.offset, g.id) for g in slim_groups for m in g.members if m.tensor == member.tensor and not m.reads
-        )
-        theirs = sorted(places[member.tensor], key=lambda item: item[0])
-        at = mine.index((member.offset, slim_group.id))
-        if at >= len(theirs) or len(first.kept(theirs[at][1])) != slim_group.channels:
-            raise PlanError(f"the plan does not make the model that it is said to have made: {slim_group.id} differs")
-        found.append((theirs[at][1], slim_group))
-    return found
+        candidates = sorted(dense_uses[member.tensor], key=lambda use: use[0])
+        index = sorted(slim_offsets[member.tensor]).index(member.offset)
+        if index >= len(candidates) or len(first.kept(candidates[index][1])) != slim_group.channels:
+            raise PlanError(f"the plan does not make this slim model: {slim_group.id} differs; pass the plan it has")
+        pairs.append((candidates[index][1], slim_group))
+    return pairs

@@ -33,27 +33,16 @@ MIN_CARRIER_RATIO = 1e-3
 
 @dataclass
 class ConstantInput:
-    """The dead channels of a group as one reader, or one group of a grouped convolution, sees them.
+    """The dead channels of a group as one reader, or one group of a grouped convolution, sees them."""
 
-    Attributes:
-        name: of the reader.
-        module: the reader.
-        member: its input axis.
-        rows: its output channels.
-        index: which of the group's dead channels are read, (channels,).
-        offset: where each starts along the input axis of these rows, (channels,).
-        value: center of the measured range of each channel, (channels,).
-        spread: width of that range, (channels,).
-    """
-
-    name: str
-    module: nn.Module
-    member: Member
-    rows: slice
-    index: np.ndarray
-    offset: np.ndarray
-    value: np.ndarray
-    spread: np.ndarray
+    name: str  # of the reader
+    module: nn.Module  # the reader
+    member: Member  # its input axis
+    rows: slice  # its output channels
+    index: np.ndarray  # which of the group's dead channels are read, (channels,)
+    offset: np.ndarray  # where each starts along the input axis of these rows, (channels,)
+    value: np.ndarray  # center of the measured range of each channel, (channels,)
+    spread: np.ndarray  # width of that range, (channels,)
 
     @property
     def size(self) -> np.ndarray:
@@ -81,15 +70,10 @@ class ConstantInput:
 
 @dataclass
 class Constants:
-    """The measured constants of dead channels.
+    """The measured constants of dead channels, by group."""
 
-    Attributes:
-        dead: the dead channels of each group.
-        inputs: where they are read, for each group.
-    """
-
-    dead: dict[str, np.ndarray]
-    inputs: dict[str, list[ConstantInput]]
+    dead: dict[str, np.ndarray]  # the dead channels
+    inputs: dict[str, list[ConstantInput]]  # where they are read
 
     def inexact(self, carried: bool, removed: Collection[str] = ()) -> list[tuple[float, str, int]]:
         """List dead channels that neither a fold nor (with ``carried``) a carrier replaces exactly.
@@ -214,23 +198,16 @@ def _read_by(model: nn.Module, member: Member, channels: np.ndarray) -> Iterator
 
 @dataclass
 class Folding:
-    """How the constants of dead channels are replaced.
+    """How the constants of dead channels are replaced."""
 
-    Attributes:
-        carriers: the dead channels of each group that are kept as constants.
-        transfers: (input, mask of the channels to replace, index of the carrier that takes over their weights).
-        shifts: (input, mask of the channels to fold into a shift of the reader's output).
-        folded: number of dead channels in the groups that are folded.
-        inexact: for each reader whose constants are not replaced, how far its output moves.
-        lost: readers that were to get a bias but are removed.
-    """
-
-    carriers: dict[str, list[int]] = field(default_factory=dict)
+    # (input, mask of the channels to replace, index of the carrier that takes over their weights)
     transfers: list[tuple[ConstantInput, np.ndarray, int]] = field(default_factory=list)
+    # (input, mask of the channels to fold into a shift of the reader's output)
     shifts: list[tuple[ConstantInput, np.ndarray]] = field(default_factory=list)
-    folded: int = 0
-    inexact: dict[str, float] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)
+    folded: int = 0  # number of dead channels in the groups that are folded
+    carriers: dict[str, list[int]] = field(default_factory=dict)  # dead channels of each group, kept as constants
+    inexact: dict[str, float] = field(default_factory=dict)  # reader → movement of its output that is not compensated
+    lost: set[str] = field(default_factory=set)  # readers that were to get a bias but are removed
 
 
 def plan_folding(constants: Constants, carry: bool) -> Folding:

@@ -1,8 +1,8 @@
-"""Dead channels → a plan, and a plan → dead channels."""
+"""Conversion between dead channels and plans."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
@@ -13,37 +13,29 @@ from prunekit.pruning.surgery.cutter import Cutter
 
 
 def make_plan(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> Plan:
-    """The plan that cuts these channels, and what cannot live without them."""
+    """Return the plan that removes these channels and all that depends on them (see ``Cutter.complete``)."""
     return plan_from_dead(model, groups, *Cutter(model, groups).complete(dead))
 
 
 def plan_from_dead(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, set[int]], removed: list[str]) -> Plan:
-    """The plan that cuts what ``Cutter.complete`` has found."""
-    kept = {
-        group.id: [k for k in range(group.channels) if k not in dead.get(group.id, ())]
-        for group in groups
-        if group.reason is None
-    }
-    return Plan(groups=kept, removed=removed, splits=splits(model, groups, kept))
+    """Return the plan for the result of ``Cutter.complete``."""
+    kept = {g.id: [k for k in range(g.channels) if k not in dead.get(g.id, ())] for g in groups if g.reason is None}
+    return Plan(groups=kept, removed=removed, splits=_splits(model, groups, kept))
 
 
 def dead_channels(groups: Sequence[Group], plan: Plan) -> dict[str, set[int]]:
-    """What the plan cuts, by group."""
+    """Return the channels that a plan removes, by group."""
     return {group.id: set(range(group.channels)) - set(plan.kept(group)) for group in groups if group.reason is None}
 
 
-def splits(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[int]]) -> dict[str, list[int]]:
-    """For each multi-scale layer, the channels kept in each of its branches."""
-    found: dict[str, dict[int, int]] = defaultdict(dict)
+def _splits(model: nn.Module, groups: Sequence[Group], kept: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Return the number of channels kept in each branch of each multi-scale layer, in the model's order."""
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
     for group in groups:
-        count = len(kept.get(group.id, range(group.channels)))
-        # Layers whose outputs meet in a sum have one group together, and each of them has several paths to it.
-        makers = [name for name in group.producers if model.get_submodule(name).weight.dim() > 1]
-        for layer, branch in dict.fromkeys(layer_of(model, name) for name in makers):
+        # Layers that are summed share a group, and each of them may have several paths to it.
+        producers = [name for name in group.producers if model.get_submodule(name).weight.dim() > 1]
+        for layer, branch in dict.fromkeys(layer_of(model, name) for name in producers):
             if branch is not None:
-                found[layer][branch] = found[layer].get(branch, 0) + count
-    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
-    return {
-        layer: [found[layer].get(b, 0) for b in range(max(found[layer]) + 1)]
-        for layer in sorted(found, key=order.__getitem__)
-    }
+                counts[layer][branch] += len(kept.get(group.id, range(group.channels)))
+    layers = [name for name, _ in model.named_modules() if name in counts]
+    return {layer: [counts[layer][branch] for branch in range(max(counts[layer]) + 1)] for layer in layers}

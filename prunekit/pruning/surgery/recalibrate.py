@@ -1,7 +1,5 @@
-"""The norms' statistics, measured anew: after a cut that was not exact, what reaches a norm is not what it has learned.
-
-Cheap, and needs no labels; the same is done for averaged weights (Izmailov et al., UAI 2018).
-"""
+"""Recalibration of BatchNorm statistics after a cut that is not exact, as for averaged weights (Izmailov et al., UAI
+2018)."""
 
 from __future__ import annotations
 
@@ -15,26 +13,22 @@ from prunekit.errors import PlanError
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Measure the running statistics of every BatchNorm again, in place.
+    """Measure the running statistics of every BatchNorm again, in place, without labels.
 
-    Running mean and variance become the averages, each batch weighing the same, of the batches' own means and
-    (unbiased) variances. With batches of one size the mean is that of all images together; the variance lacks what the
-    batches' means differ by, as that of any training does. Norms run in train mode, all else (dropout) in eval mode;
-    modes and momenta are as before in the end.
-
-    A norm sees what those before it give by the statistics of the very batch, so one pass measures all of them. A
-    channel that carries a constant has γ = 0 and gives β whatever its statistics; constants that were folded into a
-    running mean are measured again with the rest, and cancel as before.
+    Running mean and variance become the averages of the means and unbiased variances of the batches, all with equal
+    weight. One pass measures all norms, since each normalizes with the statistics of the batch. Norms run in train
+    mode, everything else in eval mode; modes and momenta are restored. The constants of carriers and of folded
+    channels stay exact.
 
     Args:
         model: on the device of the batches.
-        batches: inputs, as the model takes them.
+        batches: inputs of the model.
 
     Returns:
-        how many batches there were; where the model has no norm with statistics, 0, and nothing is run.
+        The number of batches; 0, without running the model, where no norm has statistics.
 
     Raises:
-        PlanError: there is no batch, or a norm's statistics come out not finite; the old ones are put back.
+        PlanError: there is no batch, or a statistic is not finite; the old statistics are restored.
     """
     norms = {
         name: module
@@ -44,41 +38,33 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     if not norms:
         return 0
     modes = {module: module.training for module in model.modules()}
-    momenta = {name: norm.momentum for name, norm in norms.items()}
-    held = {name: {key: value.clone() for key, value in norm.named_buffers()} for name, norm in norms.items()}
-    done, whole = 0, False
+    saved = {name: (n.momentum, {k: v.clone() for k, v in n.named_buffers()}) for name, n in norms.items()}
+    restore = set(norms)
+    count = 0
     try:
         model.eval()
         for norm in norms.values():
             norm.reset_running_stats()
-            norm.momentum = None  # torch's sign for a plain average
+            norm.momentum = None  # a plain average
             norm.train()
-        for batch in batches:
+        for count, batch in enumerate(batches, 1):
             try:
                 model(batch)
             except ValueError as error:
-                # torch's, of a norm that sees a single value a channel.
-                raise PlanError(f"recalibrate fails on batch {done + 1} ({error}); give larger batches") from error
-            done += 1
-        if not done:
-            raise PlanError("recalibrate got no batch; give it one at least")
+                # PyTorch's, for a norm that sees a single value per channel.
+                raise PlanError(f"recalibrate fails on batch {count} ({error}); use larger batches") from error
+        if not count:
+            raise PlanError("recalibrate got no batch; pass at least one")
         for name, norm in norms.items():
             if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
-                raise PlanError(f"the statistics of {name} come out not finite; are the batches?")
-            if norm.num_batches_tracked == 0:
-                # Not on the way of these batches: what it had is better than nothing.
-                _put_back(norm, held[name])
-        whole = True
+                raise PlanError(f"the statistics of {name} are not finite; check the batches")
+        # A norm that is not called keeps its statistics.
+        restore = {name for name, norm in norms.items() if norm.num_batches_tracked == 0}
     finally:
         for name, norm in norms.items():
-            norm.momentum = momenta[name]
-            if not whole:
-                _put_back(norm, held[name])
+            norm.momentum, buffers = saved[name]
+            for key, value in buffers.items() if name in restore else ():
+                getattr(norm, key).copy_(value)
         for module, mode in modes.items():
             module.training = mode
-    return done
-
-
-def _put_back(norm: nn.Module, buffers: dict[str, Tensor]) -> None:
-    for key, value in buffers.items():
-        getattr(norm, key).copy_(value)
+    return count

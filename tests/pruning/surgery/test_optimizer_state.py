@@ -110,5 +110,5 @@ def test_an_optimiser_of_another_model_is_refused():
             torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1), model, small, groups, equivalence.plan
         )
     optimizer = stepped(model, example, OPTIMIZERS["adam"])
-    with pytest.raises(PlanError, match="not what the plan makes of it"):
+    with pytest.raises(PlanError, match="does not fit the plan"):
         slim_optimizer(optimizer, model, model, groups, equivalence.plan)

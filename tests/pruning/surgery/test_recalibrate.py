@@ -133,8 +133,8 @@ def test_what_cannot_be_measured_is_refused_and_put_back():
     good = torch.randn(3, 3, 4, 4)
     for data, message in (
         ([], "got no batch"),
-        ([good, torch.full_like(good, float("nan"))], "statistics of 2 come out not finite"),
-        ([good, good[:1]], "fails on batch 2 .*give larger batches"),
+        ([good, torch.full_like(good, float("nan"))], "statistics of 2 are not finite"),
+        ([good, good[:1]], "fails on batch 2 .*use larger batches"),
     ):
         with pytest.raises(PlanError, match=message):
             recalibrate(model, data)
