@@ -1,8 +1,8 @@
-"""ResNet and DenseNet in the sizes that torchvision made familiar, 1000 classes, without needing torchvision.
+"""ResNet and DenseNet as in torchvision, with 1000 classes, without depending on it.
 
 He et al., "Deep Residual Learning for Image Recognition", 2015 (stride on the 3×3 of a bottleneck, as torchvision has
-it); Huang et al., "Densely Connected Convolutional Networks", 2017. Names of modules and their order are torchvision's,
-so that one's weights fit the other. Input (N, 3, H, W), output (N, classes).
+it); Huang et al., "Densely Connected Convolutional Networks", 2017. Module names and order are those of torchvision, so
+that its weights can be loaded. Input (N, 3, H, W), output (N, classes).
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ NETWORKS = {
     "densenet121": partial(DenseNet, (6, 12, 24, 16)),
     "densenet201": partial(DenseNet, (6, 12, 48, 32)),
 }
-# To try a script out.
+# For trying out a script.
 TINY = {
     "tiny-resnet": partial(ResNet, BasicBlock, (1, 1), width=8, classes=10),
     "tiny-densenet": partial(DenseNet, (2, 3), growth=4, stem=8, squeeze=2, classes=10),
@@ -162,13 +162,13 @@ TINY = {
 
 
 def deep_resnet(blocks: int) -> ResNet:
-    """Four stages of ``blocks`` basic blocks each, narrow, so that depth alone costs: 8·blocks + 2 layers."""
+    """Return a narrow ResNet of four stages with ``blocks`` basic blocks each: 8·blocks + 2 layers."""
     return ResNet(BasicBlock, (blocks,) * 4, width=16, classes=10)
 
 
 def deep_densenet(layers: int) -> DenseNet:
-    """Four dense blocks of ``layers`` layers each, growth 8: 8·layers + 5 layers.
+    """Return a DenseNet of four blocks with ``layers`` layers each, growth 8: 8·layers + 5 layers.
 
-    Every layer reads all before it in its block, so the network's own size grows with the square of its depth.
+    Every layer reads all previous ones of its block, so the size grows with the square of the depth.
     """
     return DenseNet((layers,) * 4, growth=8, stem=16, classes=10)

@@ -1,20 +1,19 @@
-"""Finding groups and cutting them: prunekit beside torch-pruning's dependency graph, on the same model in one run.
+"""Finding groups and removing channels: prunekit compared with torch-pruning's dependency graph on the same models.
 
     python benchmarks/surgery.py                              # the tables of benchmarks/README.md; some minutes
     python benchmarks/surgery.py --networks tiny-resnet --depths 1 2 --repeats 1 --size 64
     python benchmarks/surgery.py --json > surgery.json
 
-What is timed, on one thread, in process time, one side after the other in turns:
+Timed on one thread, in process time, alternating between the two:
 
-- ours: ``find_groups`` and the cut with the constants of dead channels handled;
-- torch-pruning, quickest way: ``DependencyGraph().build_dependency``, then for each set of coupled channels
-  ``get_pruning_group`` with one convolution that makes them and the dead channels, and ``prune``. Which convolution
-  stands for a set is told to it from outside, for nothing;
-- torch-pruning, as its manual has it (once, to compare): all groups found by ``get_all_groups``, then as above; and
-  ``BNScalePruner(...).step()``, which chooses other channels and so is not compared in its output.
+- prunekit: ``find_groups`` and the removal of dead channels with constant folding;
+- torch-pruning, fastest use: ``DependencyGraph().build_dependency``, then ``get_pruning_group`` and ``prune`` for one
+  convolution of each set of coupled channels. Which convolution is given to it, outside of the timing;
+- torch-pruning as documented (once, for comparison): ``get_all_groups``, then as above; and
+  ``BNScalePruner(...).step()``, which chooses other channels, so that its output is not compared.
 
-Our equivalence check (both models run in float64 at two sizes) has no counterpart there: its time is a column of its own and in no
-ratio.
+The equivalence check (both models in float64 at two sizes) has no counterpart in torch-pruning. Its time is a separate
+column and not part of any ratio.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ DEEP = {"resnet": deep_resnet, "densenet": deep_densenet}
 
 @dataclass
 class Case:
-    """A model in eval mode whose dead gates are zero, and the same channels to cut for both sides."""
+    """A model in eval mode whose dead gates are zero, and the channels that both libraries remove."""
 
     model: nn.Module
     example: Tensor
@@ -62,7 +61,7 @@ class Case:
 
 
 def prepare(build: Callable[[], nn.Module], size: int, share: float, beta: float, seed: int = 0) -> Case:
-    """A network with a random share of its gates at zero, β of deviation ``beta``, and norms that have seen data."""
+    """Return a network with running statistics, a random share of zero gates and β of deviation ``beta``."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = build()
@@ -74,7 +73,7 @@ def prepare(build: Callable[[], nn.Module], size: int, share: float, beta: float
             if isinstance(module, nn.BatchNorm2d):
                 module.bias.normal_(0, beta, generator=generator)
                 module.weight.uniform_(0.5, 1.5, generator=generator)
-                module.momentum = None  # the plain mean over the batches that follow
+                module.momentum = None  # a plain average over the batches
         for group in groups:
             if group.reason is None:
                 count = min(round(share * group.channels), group.channels - 1)
@@ -94,7 +93,7 @@ def prepare(build: Callable[[], nn.Module], size: int, share: float, beta: float
 
 
 def pink(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Noise whose amplitude falls with 1/frequency, as natural images' does: (count, 3, size, size), deviation 1."""
+    """Return noise with amplitude 1/frequency, like natural images: (count, 3, size, size), deviation 1."""
     frequency = torch.fft.fftfreq(size)[:, None].hypot(torch.fft.fftfreq(size)[None]).clamp(min=1 / size)
     spectrum = torch.fft.fft2(torch.randn(count, 3, size, size, generator=generator)) / frequency
     image = torch.fft.ifft2(spectrum).real
@@ -102,20 +101,19 @@ def pink(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def cut(model: nn.Module, groups: Sequence[Group], case: Case) -> nn.Module:
-    """Our cut with the constants kept, in place, without the equivalence check."""
+    """Remove channels with prunekit, with constant folding, in place and without the equivalence check."""
     dead, _ = Cutter(model, groups).complete(dead_channels(groups, case.plan))
-    rebuild(model, groups, dead, [small(case.example)])
+    rebuild(model, groups, dead, [resize(case.example)])
     return model
 
 
-def small(example: Tensor) -> Tensor:
-    """The example at 64×64, on which constants are measured: without depthwise convolutions a dead channel says the
-    same everywhere, whatever the size. (``slim``, which meets any network, measures on all that it proves on.)"""
+def resize(example: Tensor) -> Tensor:
+    """Resize the example to 64×64 to measure constants: without depthwise convolutions they do not depend on the size."""
     size = [min(side, 64) for side in example.shape[2:]]
     return torch.nn.functional.interpolate(example, size=size, mode="bilinear")
 
 
-def theirs(model: nn.Module, case: Case, all_groups: bool = False) -> nn.Module:
+def torch_pruning_cut(model: nn.Module, case: Case, all_groups: bool = False) -> nn.Module:
     graph = tp.DependencyGraph().build_dependency(model, (case.example,), verbose=False)
     modules = {name: model.get_submodule(name) for name in case.roots}
     if all_groups:
@@ -125,7 +123,7 @@ def theirs(model: nn.Module, case: Case, all_groups: bool = False) -> nn.Module:
     return model
 
 
-def their_pruner(model: nn.Module, case: Case, share: float) -> nn.Module:
+def torch_pruning_pruner(model: nn.Module, case: Case, share: float) -> nn.Module:
     head = [module for module in model.modules() if isinstance(module, nn.Linear)]
     importance = tp.importance.BNScaleImportance()
     tp.pruner.BNScalePruner(
@@ -135,7 +133,7 @@ def their_pruner(model: nn.Module, case: Case, share: float) -> nn.Module:
 
 
 def clock(work: Callable[[], object]) -> tuple[float, object]:
-    """Process time in seconds, and the result."""
+    """Return the process time in seconds and the result."""
     gc.collect()
     start = time.process_time()
     result = work()
@@ -146,15 +144,15 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": len(seconds)}
 
 
-def turns(case: Case, repeats: int) -> tuple[dict[str, list[float]], nn.Module, nn.Module]:
-    """Both sides in turns, each on a copy of its own: the seconds of each run, and what came out."""
+def run_alternately(case: Case, repeats: int) -> tuple[dict[str, list[float]], nn.Module, nn.Module]:
+    """Run both libraries alternately on copies of the model; return the seconds of each run and both results."""
     seconds: dict[str, list[float]] = {"find": [], "cut": [], "ours": [], "theirs": []}
     mine = other = case.model
     for turn in range(repeats):
         for side in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
             model = copy.deepcopy(case.model)
             if side == "theirs":
-                taken, other = clock(lambda model=model: theirs(model, case))
+                taken, other = clock(lambda model=model: torch_pruning_cut(model, case))
             else:
                 find, groups = clock(lambda model=model: find_groups(model, case.example))
                 taken, mine = clock(lambda model=model, groups=groups: cut(model, groups, case))
@@ -167,9 +165,9 @@ def turns(case: Case, repeats: int) -> tuple[dict[str, list[float]], nn.Module, 
 
 @torch.no_grad()
 def differences(case: Case, other: nn.Module, seed: int = 1) -> dict[str, dict[str, float]]:
-    """Largest difference to the dense model with its dead gates at zero, for each side, kind of input and precision.
+    """Return the largest difference to the gated dense model for each library, kind of input and precision.
 
-    ``other`` is torch-pruning's model; ours is cut in each precision. "…_relative" is a share of the largest output.
+    ``other`` is torch-pruning's model; prunekit runs in each precision. "…_relative" is relative to the largest output.
     """
     size = case.example.shape[-1]
     generator = torch.Generator().manual_seed(seed)
@@ -182,7 +180,7 @@ def differences(case: Case, other: nn.Module, seed: int = 1) -> dict[str, dict[s
         for kind, batch in inputs.items():
             wanted = dense(batch.to(dtype))
             if not wanted.isfinite().all() or not (wanted[0] != wanted[1]).any():
-                raise RuntimeError("the dense network is dead, so nothing is shown; take another --share")
+                raise RuntimeError("the dense network is dead, so the comparison says nothing; use another --share")
             for side, model in sides.items():
                 gap = float((model(batch.to(dtype)) - wanted).abs().max())
                 found[side][f"{kind}_{tag}"] = gap
@@ -193,27 +191,27 @@ def differences(case: Case, other: nn.Module, seed: int = 1) -> dict[str, dict[s
 
 def compare(name: str, build: Callable[[], nn.Module], args: argparse.Namespace) -> dict:
     case = prepare(build, args.size, args.share, args.beta)
-    seconds, mine, other = turns(case, args.repeats)
+    seconds, mine, other = run_alternately(case, args.repeats)
     result = {"network": name, "params": count(case.model), "channels_cut": case.channels}
     result["params_ours"], result["params_theirs"] = count(mine), count(other)
     result["seconds"] = {key: spread(values) for key, values in seconds.items()}
     result["ratio"] = result["seconds"]["ours"]["median"] / result["seconds"]["theirs"]["median"]
-    proven, _ = clock(lambda: slim(case.model, case.plan, case.example, groups=case.groups))
-    result["seconds_with_equivalence"] = proven + result["seconds"]["find"]["median"]
+    checked, _ = clock(lambda: slim(case.model, case.plan, case.example, groups=case.groups))
+    result["seconds_with_equivalence"] = checked + result["seconds"]["find"]["median"]
     if not args.quick:
         copies = [copy.deepcopy(case.model) for _ in range(2)]
-        result["seconds_theirs_all_groups"], _ = clock(lambda: theirs(copies[0], case, all_groups=True))
-        result["seconds_their_pruner"], _ = clock(lambda: their_pruner(copies[1], case, args.share))
+        result["seconds_theirs_all_groups"], _ = clock(lambda: torch_pruning_cut(copies[0], case, all_groups=True))
+        result["seconds_their_pruner"], _ = clock(lambda: torch_pruning_pruner(copies[1], case, args.share))
     result["difference"] = differences(case, other)
     return result
 
 
-def against_depth(kind: str, args: argparse.Namespace) -> dict:
-    """Seconds at each depth, and the exponent of a power law through them."""
+def measure_depth(kind: str, args: argparse.Namespace) -> dict:
+    """Return the seconds at each depth and the exponent of a power law fitted to them."""
     points = []
     for depth in args.depths:
         case = prepare(lambda depth=depth: DEEP[kind](depth), args.depth_size, args.share, args.beta)
-        seconds, _, _ = turns(case, args.depth_repeats)
+        seconds, _, _ = run_alternately(case, args.depth_repeats)
         layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in case.model.modules())
         forward = min(clock(lambda case=case: case.model(case.example))[0] for _ in range(3))
         points.append(
@@ -226,7 +224,7 @@ def against_depth(kind: str, args: argparse.Namespace) -> dict:
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """The power b of the best fit y = a·x^b; NaN from one point."""
+    """Return the exponent b of the best fit y = a·x^b; NaN for a single point."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if len(x) > 1 else float("nan")
 
 
@@ -235,7 +233,7 @@ def count(model: nn.Module) -> int:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, columns aligned; the first row is the head."""
+    """Return an aligned Markdown table; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, " | ".join("-" * width for width in widths))
@@ -277,7 +275,7 @@ def show(results: dict) -> None:
             gaps.append([r["network"], kind])
             gaps[-1] += [f"{gap[side][f'{kind}_{tag}']:.1e}" for side in gap for tag in ("float64", "float32")]
             gaps[-1].append(f"{gap['theirs'][f'{kind}_relative']:.0%}")
-    print(f"{results['device']}, one thread, process time: median (least–most) of {results['repeats']} runs")
+    print(f"{results['device']}, one thread, process time: median (min–max) of {results['repeats']} runs")
     if results["networks"]:
         print(f"\nInputs of {results['size']} × {results['size']}\n\n{table(rows)}")
         print(f"\nLargest difference to the dense model with its dead gates at zero\n\n{table(gaps)}")
@@ -296,14 +294,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--depth-repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=224, help="side of the input")
     parser.add_argument("--depth-size", type=int, default=64, help="side of the input of the deep networks")
-    parser.add_argument("--share", type=float, default=0.3, help="of the gates that are exactly 0")
-    parser.add_argument("--beta", type=float, default=0.1, help="deviation of β")
-    parser.add_argument("--quick", action="store_true", help="leave torch-pruning's slower ways out")
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of tables")
+    parser.add_argument("--share", type=float, default=0.3, help="share of gates that are zero")
+    parser.add_argument("--beta", type=float, default=0.1, help="standard deviation of β")
+    parser.add_argument("--quick", action="store_true", help="skip torch-pruning's slower variants")
+    parser.add_argument("--json", action="store_true", help="print all measurements as JSON instead of tables")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="torch_pruning")
     torch.set_num_threads(1)
-    turns(prepare(TINY["tiny-resnet"], 64, args.share, args.beta), 1)  # what the first call loads is nobody's time
+    run_alternately(prepare(TINY["tiny-resnet"], 64, args.share, args.beta), 1)  # warm-up
     results = {"device": device(), "torch": torch.__version__, "torch_pruning": tp.__version__}
     results |= {"size": args.size, "repeats": args.repeats, "networks": [], "depth": []}
     for name in args.networks:
@@ -311,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         results["networks"].append(compare(name, (NETWORKS | TINY)[name], args))
     for kind in DEEP if args.depths else ():
         print(f"depth: {kind}", file=sys.stderr)
-        results["depth"].append(against_depth(kind, args))
+        results["depth"].append(measure_depth(kind, args))
     if args.json:
         print(json.dumps(results, indent=1))
     else:

@@ -1,4 +1,4 @@
-"""Small networks for tests, with norms that have seen data and gates that are dead."""
+"""Small networks for tests, with initialized norms and dead gates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prunekit.pruning.graph.groups import find_groups
 
 
 class Row(nn.Module):
-    """Convolution, norm, activation, depthwise, norm, and a reader: one row of gates."""
+    """Convolution, norm, activation, depthwise convolution, norm and a reader: gates in series."""
 
     def __init__(self, padding: int = 0):
         super().__init__()
@@ -31,7 +31,7 @@ class Row(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two norms that meet in a sum, then a flatten and a linear layer."""
+    """Two norms whose outputs are added, then a flatten and a linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Residual(nn.Module):
 
 
 class Concat(nn.Module):
-    """Two norms side by side in a concatenation, under one more norm."""
+    """Two convolutions that are concatenated and share a norm."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Shared(nn.Module):
 
 
 def init_norms(model: nn.Module, seed: int = 0, size: int = 32, beta: float = 0.1) -> torch.Tensor:
-    """Let the norms see data, give them a β, and return a batch: (4, 3, size, size)."""
+    """Give the norms running statistics, γ and β; return a batch (4, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(20):
@@ -95,9 +95,9 @@ def init_norms(model: nn.Module, seed: int = 0, size: int = 32, beta: float = 0.
 
 
 def zero_gates(model: nn.Module, groups: list, share: float, seed: int = 0, whole: float = 0.0) -> dict[str, list[int]]:
-    """Set every gate of a random share of channels to zero, and all of a coarser branch with probability ``whole``.
+    """Set all gates of a random share of channels to zero, and a whole coarser branch with probability ``whole``.
 
-    In the finest branch of a layer one channel always lives, lest the network be dead as a whole.
+    One channel of the finest branch of each layer is kept alive, so that the network is not dead.
     """
     generator = torch.Generator().manual_seed(seed)
     killed = {}
@@ -118,7 +118,7 @@ def zero_gates(model: nn.Module, groups: list, share: float, seed: int = 0, whol
 
 
 def csnet_with_dead_gates(seed: int, share: float = 0.5, whole: float = 0.1, size: int = 32):
-    """A small CSNet, its groups and a batch; a share of its gates is dead, and some branches as a whole."""
+    """A small CSNet with a share of dead gates and some dead branches, its groups and a batch."""
     torch.manual_seed(seed)
     model = csnet(width=10)
     example = init_norms(model, seed, size)

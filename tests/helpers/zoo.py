@@ -1,6 +1,6 @@
-"""Small versions of the field's image classifiers, written as people write them; (N, 3, 32, 32) → logits (N, 10).
+"""Small versions of common image classifiers, in their usual coding style: (N, 3, 32, 32) → logits (N, 10).
 
-``ZOO`` names them all, those of ``zoo_branches`` too: name → a function without arguments that builds one.
+``ZOO`` maps names to functions that build them, including those of ``zoo_branches``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def conv_bn(inp: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 
 
 
 class VGG(nn.Module):
-    """Simonyan and Zisserman, 2014, with norms: convolutions have biases, the classifier sees every position."""
+    """Simonyan and Zisserman, 2014, with norms; convolutions have biases, the classifier reads every position."""
 
     def __init__(self, plan: tuple = (8, "M", 12, "M", 16, 16, "M"), classes: int = 10):
         super().__init__()
@@ -43,7 +43,7 @@ class VGG(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """He et al., 2015: two 3×3 convolutions beside a shortcut."""
+    """He et al., 2015: two 3×3 convolutions and a shortcut."""
 
     expansion = 1
 
@@ -94,7 +94,7 @@ class Bottleneck(nn.Module):
 
 
 class OptionA(nn.Module):
-    """He et al., 2015, as for CIFAR: the shortcut drops every other pixel and fills up with channels of zeros."""
+    """He et al., 2015, as for CIFAR: the shortcut subsamples and pads with zero channels."""
 
     expansion = 1
 
@@ -112,7 +112,7 @@ class OptionA(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """He et al., 2016: norm and activation stand before the convolutions, and the stream has neither."""
+    """He et al., 2016: norm and activation precede the convolutions."""
 
     expansion = 1
 
@@ -149,11 +149,11 @@ class RepVGG(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, stages of residual blocks that halve and widen, pooling and a linear layer.
+    """A stem, stages of residual blocks, pooling and a linear layer.
 
     Args:
-        imagenet: the stem of 7×7 stride 2 and max-pooling, instead of a 3×3 one.
-        last_norm: a norm and ReLU behind the last block (pre-activation); the stem has none then.
+        imagenet: a stem of 7×7 stride 2 and max-pooling instead of 3×3.
+        last_norm: a norm and ReLU after the last block instead of in the stem (pre-activation).
     """
 
     def __init__(self, block, widths=(6, 8), blocks=2, imagenet=False, last_norm=False, classes=10, **options):
@@ -184,7 +184,7 @@ class ResNet(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Hu et al., 2018, of 1×1 convolutions."""
+    """Hu et al., 2018, with 1×1 convolutions."""
 
     def __init__(self, width: int, squeeze: int = 4, act=F.relu, gate=torch.sigmoid):
         super().__init__()
@@ -197,7 +197,7 @@ class SqueezeExcite(nn.Module):
 
 
 class LinearSqueezeExcite(nn.Module):
-    """Hu et al., 2018, of linear layers, as in many MobileNetV3s: views instead of 1×1 maps."""
+    """Hu et al., 2018, with linear layers, as in many MobileNetV3s."""
 
     def __init__(self, width: int, squeeze: int = 4, broadcast: str = "view"):
         super().__init__()
@@ -215,11 +215,11 @@ class LinearSqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Sandler et al., 2018: expansion, depthwise, projection without activation; a sum where shapes agree.
+    """Sandler et al., 2018: expansion, depthwise, projection without activation; residual where shapes agree.
 
     Args:
-        se: what stands behind the depthwise convolution, for a width (MobileNetV3, EfficientNet); None: nothing.
-        drop: probability that a block is left out in training (Huang et al., 2016).
+        se: builds the module after the depthwise convolution for a width (MobileNetV3, EfficientNet), or None.
+        drop: probability that a block is dropped in train mode (Huang et al., 2016).
     """
 
     def __init__(self, inp, out, stride, expand, act=nn.ReLU6, kernel=3, se=None, drop=0.0):

@@ -16,7 +16,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class ShuffleV1Unit(nn.Module):
-    """Zhang et al., 2018: 1×1 convolutions in groups, a shuffle between them; a sum, or beside a pooled shortcut."""
+    """Zhang et al., 2018: grouped 1×1 convolutions with a shuffle between them; a residual or a pooled shortcut."""
 
     def __init__(self, inp: int, out: int, stride: int, groups: int):
         super().__init__()
@@ -41,7 +41,7 @@ class ShuffleV1Unit(nn.Module):
 
 
 class ShuffleV2Unit(nn.Module):
-    """Ma et al., 2018: half of the channels goes straight on, the other half is worked on; then a shuffle."""
+    """Ma et al., 2018: half of the channels bypasses the unit; then a shuffle."""
 
     def __init__(self, inp: int, out: int, stride: int):
         super().__init__()
@@ -119,7 +119,7 @@ class DenseBlock(nn.ModuleDict):
 
 
 class DenseNet(nn.Module):
-    """Huang et al., 2017: each layer reads all before it; a transition halves channels and size."""
+    """Huang et al., 2017: each layer reads all previous ones; a transition halves channels and size."""
 
     def __init__(self, blocks=(3, 3), growth=4, stem=8, classes=10):
         super().__init__()
@@ -181,7 +181,7 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """Ronneberger et al., 2015: what goes up meets what went down. Sizes that two does not divide are padded."""
+    """Ronneberger et al., 2015: skip connections from encoder to decoder; odd sizes are padded."""
 
     def __init__(self, bilinear: bool, width: int = 6):
         super().__init__()
@@ -223,7 +223,7 @@ class Inception(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    """Szegedy et al., 2015: branches side by side, and a second head that is there in training alone."""
+    """Szegedy et al., 2015: parallel branches, and an auxiliary head in train mode."""
 
     def __init__(self, width: int = 4, classes: int = 10):
         super().__init__()
@@ -244,7 +244,7 @@ class GoogLeNet(nn.Module):
 
 
 class SharedHead(nn.Module):
-    """Lin et al., 2017 (feature pyramid): one head, norms and all, on two scales."""
+    """Lin et al., 2017 (feature pyramid): one head with norms on two scales."""
 
     def __init__(self, width: int = 8, classes: int = 10):
         super().__init__()
@@ -262,7 +262,7 @@ class SharedHead(nn.Module):
 
 
 class WeightTied(nn.Module):
-    """A residual block whose convolutions are called again and again, with norms of its own each time."""
+    """A residual block whose convolutions are called several times, with different norms."""
 
     def __init__(self, width: int = 8, times: int = 3, classes: int = 10):
         super().__init__()

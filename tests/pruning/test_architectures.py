@@ -1,8 +1,4 @@
-"""Every architecture of the zoo: random gates die, the slim model computes the same, and its parameters are gone.
-
-A gate that dies may stand anywhere in its row, and only so many die as it takes. So the dense model is as it is its own
-reference: nothing but zero gates is cut from it. The outputs are compared here on other inputs than the equivalence check's.
-"""
+"""Every architecture of the zoo, slimmed with random dead gates and compared on inputs other than the check's."""
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ from prunekit.pruning.surgery.slim import slim
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 
-# What cannot be cut, and why: a part of the reason of each such group.
+# Substrings of the reasons of the unprunable groups.
 REASONS = {
     "efficientnet": {"no gate"},
     "googlenet_aux": {"path to the output", "in training alone"},
@@ -30,7 +26,7 @@ REASONS = {
     "vgg": {"no gate"},
     "weight_tied": {"called more than once"},
 }
-# Convolutions whose groups have to stay of one size: not all that is dead can go.
+# Networks with grouped convolutions, in which not all dead channels can be cut.
 GROUPED = {"resnext", "shufflenet_v1"}
 
 
@@ -41,8 +37,8 @@ def prepared(name, seed):
     return model, example, find_groups(model, example)
 
 
-def die(model, group, channels, rng):
-    """Set gates to zero until these channels are dead: one of each row, both sides of each sum."""
+def zero_some_gates(model, group, channels, rng):
+    """Set as few gates to zero as these channels need to be dead, at random positions."""
 
     def close(part):
         if isinstance(part, int):
@@ -65,7 +61,7 @@ def test_random_dead_gates(name, seed):
     for group in groups:
         if group.reason is None:
             count = min(int(rng.binomial(group.channels, 0.15 + 0.15 * seed)), group.channels - 1)
-            die(model, group, np.sort(rng.permutation(group.channels)[:count]), rng)
+            zero_some_gates(model, group, np.sort(rng.permutation(group.channels)[:count]), rng)
             dead += count
     small, equivalence = slim(model, extract(model, groups), example, groups=groups)
     assert equivalence.passed and equivalence.max_abs_diff <= equivalence.tolerance
@@ -74,13 +70,13 @@ def test_random_dead_gates(name, seed):
         a, b = model.double()(other), small.double()(other)
     assert (a - b).abs().max() <= 2e-6 * max(1, a.abs().max())
     assert params(small) < params(model)
-    small.train()(other)  # heads that are used in training alone, too
+    small.train()(other)  # auxiliary heads, too
     cut = sum(group.channels - len(equivalence.plan.kept(group)) for group in groups if group.reason is None)
     assert cut + equivalence.carriers + equivalence.given_back >= dead or name in GROUPED
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
-def test_what_cannot_be_cut_is_listed(name):
+def test_unprunable_groups_have_the_expected_reasons(name):
     _, _, groups = prepared(name, 0)
     own = {"the model's input", "the model's output"}
     reasons = {group.reason for group in groups if group.reason} - own
@@ -91,8 +87,8 @@ def test_what_cannot_be_cut_is_listed(name):
 
 
 @pytest.mark.parametrize(("first", "left"), [([0, 1, 2], 8), ([0, 2, 4, 6], 4), ([0, 2, 4, 6, 7], 4)])
-def test_groups_of_a_convolution_stay_of_one_size(first, left):
-    """Of eight channels in four groups, two in each: what is cut is as many in each group as die in all of them."""
+def test_groups_of_a_convolution_stay_of_equal_size(first, left):
+    """Eight channels in four groups: as many are cut in each group as are dead in all of them."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),

@@ -1,4 +1,4 @@
-"""Networks that were slimmed wrongly once, or failed without a word that helps."""
+"""Regression tests: networks that were once slimmed incorrectly or failed with an unhelpful error."""
 
 import copy
 
@@ -31,7 +31,7 @@ def conv_bn(inp, out, kernel=1, stride=1, groups=1):
 
 
 class Shut(nn.Module):
-    """Attention that is shut on nearly all inputs, on channels that are dead but speak."""
+    """Attention that is closed for nearly all inputs, on dead channels that emit a constant."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Shut(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_constant_on_the_data_alone_is_none(seed):
+def test_constant_on_the_data_only_is_not_folded(seed):
     torch.manual_seed(seed)
     model = Shut()
     example = init_norms(model, seed, 16)
@@ -58,7 +58,7 @@ def test_what_is_constant_on_the_data_alone_is_none(seed):
         torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
 
 
-def test_maps_of_one_pixel_have_no_border_to_tell():
+def test_padding_is_found_on_one_pixel_maps():
     torch.manual_seed(0)
     model = nn.Sequential(
         *conv_bn(3, 8, 3, 2), *conv_bn(8, 8, 3, 2), *conv_bn(8, 8, 3, 2), *conv_bn(8, 12, 3, 2), *conv_bn(12, 12, 1),
@@ -71,10 +71,10 @@ def test_maps_of_one_pixel_have_no_border_to_tell():
     other = torch.randn(2, 3, 80, 64, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
-    assert equivalence.passed and equivalence.given_back == 3  # of one, nothing comes through its convolution
+    assert equivalence.passed and equivalence.given_back == 3  # one is zero after its convolution
 
 
-def test_two_rounds_through_a_convolution_with_groups():
+def test_compose_two_cuts_of_a_grouped_convolution():
     torch.manual_seed(0)
     build = lambda: nn.Sequential(*conv_bn(3, 8), *conv_bn(8, 8, 3, 1, 4), nn.Conv2d(8, 2, 1))  # noqa: E731
     model = build()
@@ -92,7 +92,7 @@ def test_two_rounds_through_a_convolution_with_groups():
         torch.testing.assert_close(made.eval()(example), smaller(example))
 
 
-def test_layers_that_the_trace_does_not_see_are_listed():
+def test_untraced_layer_is_listed():
     class Frozen(Row):
         def forward(self, x):
             with torch.no_grad():
@@ -103,7 +103,7 @@ def test_layers_that_the_trace_does_not_see_are_listed():
     assert "no_grad" in groups["conv1"].reason and groups["conv1"].channels == 8
 
 
-def test_a_weight_that_is_used_outside_of_its_layer_is_left_whole():
+def test_weight_used_outside_of_its_layer_is_unprunable():
     class Standardised(nn.Conv2d):
         def forward(self, x):
             weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -125,7 +125,7 @@ def test_a_weight_that_is_used_outside_of_its_layer_is_left_whole():
     assert slim(model, extract(model, list(groups.values())), example)[1].passed
 
 
-def test_finding_leaves_counters_and_caches_alone():
+def test_find_groups_restores_buffers_and_attributes():
     class Counts(Row):
         def __init__(self):
             super().__init__()
@@ -142,7 +142,7 @@ def test_finding_leaves_counters_and_caches_alone():
     assert model.seen == 0 and model.grid is None
 
 
-def test_a_tower_of_depthwise_residuals_does_not_double_at_each_floor():
+def test_gate_expression_grows_linearly_with_residual_blocks():
     class Tower(nn.Module):
         def __init__(self, floors=40):
             super().__init__()
@@ -162,7 +162,7 @@ def test_a_tower_of_depthwise_residuals_does_not_double_at_each_floor():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions(dtype):
+def test_precision_is_kept(dtype):
     model = Row()
     example = init_norms(model)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_other_precisions(dtype):
     assert equivalence.passed and small.conv1.weight.dtype == dtype and small.conv1.out_channels == 7
 
 
-def test_mixed_precision_stays_mixed():
+def test_mixed_precision_is_kept():
     model = Row()
     example = init_norms(model)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_mixed_precision_stays_mixed():
     assert small.conv1.weight.dtype == torch.float16 and small.bn1.weight.dtype == torch.float32
 
 
-def test_a_bias_that_a_transposed_convolution_gets():
+def test_added_bias_of_a_transposed_convolution():
     build = lambda: nn.Sequential(*conv_bn(3, 8), nn.ConvTranspose2d(8, 5, 1, bias=False))  # noqa: E731
     model = build()
     example = init_norms(model)
@@ -201,19 +201,19 @@ def test_a_bias_that_a_transposed_convolution_gets():
     ("example", "words"),
     [((torch.zeros(1, 3, 8, 8),), "wrap it"), (torch.zeros(1, 3, 8, 8).long(), "floats"), (torch.zeros(3), "floats")],
 )
-def test_an_example_that_is_no_batch(example, words):
+def test_error_for_example_that_is_not_a_batch(example, words):
     with pytest.raises(PlanError, match=words):
         find_groups(Row(), example)
 
 
-def test_a_model_of_lazy_modules_is_left_as_it_is():
+def test_error_for_lazy_modules():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU())
     with pytest.raises(PlanError, match="run it once"):
         find_groups(model, torch.zeros(1, 3, 8, 8))
     assert isinstance(model[0], nn.LazyConv2d)
 
 
-def test_a_model_that_takes_float32_alone_is_refused_with_the_reason():
+def test_error_for_model_that_needs_float32():
     class Fixed(Row):
         def forward(self, x):
             return super().forward(x) @ torch.ones(x.shape[-1] - 2, 3)
@@ -225,7 +225,7 @@ def test_a_model_that_takes_float32_alone_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize("build", [torch.optim.Adafactor, torch.optim.LBFGS])
-def test_an_optimiser_that_cannot_be_cut_is_refused(build):
+def test_error_for_optimizer_state_that_cannot_be_sliced(build):
     model = Row()
     example = init_norms(model)
     optimizer = build(model.parameters())

@@ -1,4 +1,4 @@
-"""Octavized networks go all the way: groups, decay, plan, slim with an equivalence check."""
+"""Groups, decay, plans and slimming of octavized networks."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def build(name, split):
     return octavize(NETWORKS[name](), EXAMPLE, split)
 
 
-def settled(model, seed=0):
-    """A batch, and the norms have seen others."""
+def initialized(model, seed=0):
+    """Initialize the norms and return a batch."""
     return init_norms(model, seed, 20, beta=0.2)
 
 
@@ -39,7 +39,7 @@ def test_random_dead_gates_and_branches_slim_with_equivalence_check(name, seed):
     torch.manual_seed(seed)
     split = SPLITS[(seed + list(NETWORKS).index(name)) % len(SPLITS)]
     model = build(name, split)
-    example = settled(model, seed)
+    example = initialized(model, seed)
     groups = find_groups(model, example)
     zero_gates(model, groups, 0.6 if name == "PreActivation" else 0.35, seed, whole=0.4)
     small, equivalence = slim(model, extract(model, groups), example, groups=groups)
@@ -54,7 +54,7 @@ def test_random_dead_gates_and_branches_slim_with_equivalence_check(name, seed):
 
 
 def silence(model, groups, *ids):
-    """Kill these groups whole, with nothing left of them."""
+    """Slim the model without any channel of these groups."""
     with torch.no_grad():
         for group in groups:
             for gate in group.gates if group.id in ids else ():
@@ -74,7 +74,7 @@ SIZES = ((20, 20), (9, 11), (13, 6), (2, 3), (1, 1))
 
 
 def agrees(model, small, groups_off):
-    """On inputs and sizes other than the equivalence check's."""
+    """Compare on inputs and sizes other than those of the equivalence check."""
     with torch.no_grad():
         for size in SIZES:
             x = torch.randn(2, 3, *size)
@@ -88,11 +88,11 @@ def agrees(model, small, groups_off):
         *(("stage3.0.conv1", 1), ("stage3.0.conv2", 0), ("stage3.0.conv2", 1)),
     ],
 )
-def test_any_branch_may_go_at_any_place(layer, branch):
-    """In the stem, in a block, in a stream of sums, and before the head, the finest too; sides odd or not."""
+def test_any_branch_of_any_layer_can_be_removed(layer, branch):
+    """In the stem, in a block, in a residual stream and before the head; for odd and even sizes."""
     torch.manual_seed(3)
     model = small_octresnet()
-    example = settled(model)
+    example = initialized(model)
     small, equivalence = without(model, example, f"{layer}.mix.paths.0to{branch}")
     agrees(model, small, model)
     assert equivalence.passed and equivalence.carriers == 0
@@ -108,29 +108,29 @@ def test_any_branch_may_go_at_any_place(layer, branch):
     assert equivalence.passed and params(smaller) < params(small)
 
 
-def test_a_block_may_lose_all_that_it_computes():
-    """What is left of its last norm is a constant, and is still added."""
+def test_block_can_lose_all_channels():
+    """What remains is the constant of its last norm, which is still added."""
     model = small_octresnet()
-    example = settled(model)
+    example = initialized(model)
     small, equivalence = without(model, example, "stage1.0.conv1.mix.paths.0to0", "stage1.0.conv1.mix.paths.0to1")
     assert equivalence.passed and equivalence.plan.splits["stage1.0.conv1"] == [0, 0]
     assert not len(small.get_submodule("stage1.0.conv2").mix.paths)
     agrees(model, small, model)
 
 
-def test_a_branch_with_a_stream_of_its_own_norms():
+def test_remove_a_branch_of_a_preactivation_network():
     torch.manual_seed(0)
     model = octavize(PreActivation(), EXAMPLE)
-    example = settled(model)
+    example = initialized(model)
     small, equivalence = without(model, example, "stem.mix.paths.0to1")
     agrees(model, small, model)
     assert equivalence.plan.splits == {name: [6, 0] for name in ("stem", "convs.0", "convs.1")}
     assert small.out.in_channels == 6
 
 
-def test_splits_name_each_layer_in_the_networks_order():
+def test_splits_are_in_the_order_of_the_model():
     model = small_octresnet([0.25, 0.75])
-    example = settled(model)
+    example = initialized(model)
     plan = make_plan(model, find_groups(model, example), {})
     widths = {"conv": 8, "stage1.0.conv1": 8, "stage1.0.conv2": 8}
     widths |= {f"stage2.0.{layer}": 16 for layer in ("conv1", "conv2", "shortcut.0")}
@@ -139,7 +139,7 @@ def test_splits_name_each_layer_in_the_networks_order():
     assert plan.splits == {layer: [n // 4, 3 * n // 4] for layer, n in widths.items()}
 
 
-def test_the_decay_sees_what_comes_out_of_the_activation():
+def test_decay_uses_the_output_of_the_activation():
     torch.manual_seed(0)
     model = octavize(Residual(), EXAMPLE)
     groups = find_groups(model, EXAMPLE)

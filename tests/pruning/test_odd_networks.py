@@ -1,7 +1,4 @@
-"""Networks with something in them that a tracer or a cut stumbles over: slimmed right, or refused with a reason.
-
-The outputs are compared here once more, on other inputs and sizes than the equivalence check's and without its code.
-"""
+"""Networks that are difficult to trace or slim, compared on inputs and sizes other than the check's."""
 
 import copy
 
@@ -39,7 +36,7 @@ class Net(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """A stream that several padded convolutions read, each behind a norm and a ReLU of its own."""
+    """A stream that several padded convolutions read, each after its own norm and ReLU."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +53,7 @@ class PreActivation(nn.Module):
 
 
 class Outputs(Net):
-    """What it returns is built from the output and from what comes before the last norm."""
+    """Returns a structure built from the output and the input of the last norm."""
 
     def __init__(self, build):
         super().__init__(reader=nn.Conv2d(8, 6, 1, bias=False))
@@ -68,14 +65,14 @@ class Outputs(Net):
 
 
 class Loud(Net):
-    """One output is ten million times as large as the other."""
+    """One output is ten million times larger than the other."""
 
     def forward(self, x):
         return super().forward(x), 1e7 * x
 
 
 class Weighed(Net):
-    """A sum that weighs one side; the norm behind takes both."""
+    """A sum that scales one term, followed by a norm."""
 
     def __init__(self):
         super().__init__(reader=nn.Conv2d(8, 6, 1), other=nn.Conv2d(8, 6, 1))
@@ -95,7 +92,7 @@ class SharedNorm(Net):
 
 
 class Aside(Net):
-    """No gradient goes from the output through ``aside`` to what it reads."""
+    """``aside`` reads detached channels."""
 
     def __init__(self):
         super().__init__(aside=nn.Conv2d(8, 2, 1))
@@ -162,7 +159,7 @@ def slimmed(model, seed, constants):
     return groups, *slim(model, extract(model, groups), example, groups=groups, constants=constants)
 
 
-def test_a_large_output_does_not_hide_a_small_one():
+def test_each_output_has_its_own_tolerance():
     torch.manual_seed(0)
     model = Loud()
     _, small, equivalence = slimmed(model, 0, "fold")
@@ -179,7 +176,7 @@ def first(output):
 @pytest.mark.parametrize("constants", ["carrier", "fold"])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_slim_model_computes_the_same_on_other_inputs(name, seed, constants):
+def test_slim_model_is_equivalent_on_other_inputs(name, seed, constants):
     torch.manual_seed(seed)
     model = NETWORKS[name]()
     _, small, equivalence = slimmed(model, seed, constants)
@@ -202,17 +199,17 @@ def test_the_slim_model_computes_the_same_on_other_inputs(name, seed, constants)
         ("a norm called twice", "conv2", "more than once"),
     ],
 )
-def test_what_cannot_be_cut_says_why(name, group, reason):
+def test_unprunable_groups_have_a_reason(name, group, reason):
     groups = {group.id: group for group in find_groups(NETWORKS[name](), torch.randn(2, 3, 16, 16))}
     assert reason in groups[group].reason
 
 
-def test_what_stands_beside_an_unknown_operation_keeps_its_place():
+def test_offset_beside_an_unknown_operation():
     groups = {g.id: g for g in find_groups(NETWORKS["transposed beside a skip"](), torch.randn(2, 3, 16, 16))}
     assert groups["skip"].reason is None and [m.offset for m in groups["skip"].readers] == [4]
 
 
-def test_a_weight_of_two_modules_is_left_whole():
+def test_shared_weight_is_unprunable():
     model = Net(lambda net, x: net.norm3(net.conv3(x)), conv3=nn.Conv2d(8, 8, 1), norm3=nn.BatchNorm2d(8))
     model.again, model.norm4 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
     model.again.weight = model.conv3.weight
@@ -222,20 +219,20 @@ def test_a_weight_of_two_modules_is_left_whole():
     assert reasons["conv2"] is None
 
 
-def test_a_model_that_fails_is_one_line_and_keeps_no_hook():
+def test_failing_model_gives_a_one_line_error_and_keeps_no_hook():
     model = Net(checked_size)
     with pytest.raises(PlanError, match="only 16"):
         find_groups(model, torch.randn(2, 3, 20, 20))
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_channels_that_are_read_out_of_sight_are_no_traceback():
+def test_detached_reader_gives_a_plan_error():
     with pytest.raises(PlanError, match="fails on an input of shape"):
         slimmed(Aside(), 0, "carrier")
 
 
 @pytest.mark.parametrize("name", ["prelu", "relu"])
-def test_a_prelu_may_be_named_as_a_function(name):
+def test_prelu_with_the_name_of_a_function(name):
     model = Net(lambda net, x: x)
     model.add_module(name, nn.PReLU(8))
     model.forward = lambda x: model.out(

@@ -1,4 +1,4 @@
-"""The zoo itself: its networks run, at other sizes too, and each is the architecture that it says."""
+"""The networks of the zoo run at several sizes and have the properties of their architectures."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_a_network_runs_in_both_modes_and_tells_images_apart(name):
+def test_network_runs_in_both_modes_and_its_output_varies(name):
     torch.manual_seed(0)
     model = ZOO[name]()
     example = init_norms(model)
@@ -23,12 +23,12 @@ def test_a_network_runs_in_both_modes_and_tells_images_apart(name):
 @pytest.mark.parametrize("name", ZOO)
 def test_every_parameter_takes_part_in_training(name):
     idle = set()
-    for seed in range(2):  # a squeeze of four may be born dead
+    for seed in range(2):  # a squeeze of width four may be dead at initialization
         torch.manual_seed(seed)
         model = ZOO[name]().train()
         for module in model.modules():
             if getattr(module, "drop", 0):
-                module.drop = 0.0  # a block that is left out has no gradient
+                module.drop = 0.0  # a dropped block has no gradient
         out = model(torch.randn(4, 3, 32, 32))
         sum((y * torch.randn_like(y)).sum() for y in (out if isinstance(out, tuple) else (out,))).backward()
         now = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
@@ -40,7 +40,7 @@ def modules(name, kind):
     return [m for m in ZOO[name]().modules() if isinstance(m, kind)]
 
 
-def test_groups_of_convolutions_are_what_the_papers_say():
+def test_convolution_groups_match_the_papers():
     grouped = {n: {m.groups for m in modules(n, nn.Conv2d)} for n in ZOO}
     assert grouped["resnext"] == {1, 4}
     assert {1, 2} < grouped["shufflenet_v1"]

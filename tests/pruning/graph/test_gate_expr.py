@@ -27,27 +27,27 @@ def score(combine, *weights, **options):
     )
 
 
-def test_a_row_scores_as_its_last_norm_unless_a_gate_is_zero():
+def test_serial_score_is_that_of_the_last_norm_unless_a_gate_is_zero():
     found = score({"serial": [0, 1]}, [1e-3, 0.0, 5.0], [2.0, 3.0, 0.0])
     np.testing.assert_allclose(found, [2.0, 0.0, 0.0], rtol=1e-4)
 
 
-def test_a_sum_scores_as_its_largest_side():
+def test_parallel_score_is_the_largest():
     found = score({"parallel": [0, 1]}, [1.0, 0.0, 0.0], [2.0, 3.0, 0.0])
     np.testing.assert_allclose(found, [2.0, 3.0, 0.0], rtol=1e-4)
 
 
-def test_rows_inside_a_sum():
+def test_score_of_serial_inside_parallel():
     found = score({"parallel": [{"serial": [0, 1]}, 2]}, [0.0, 1.0], [9.0, 2.0], [0.0, 1.0])
     np.testing.assert_allclose(found, [0.0, 2.0], rtol=1e-4)
 
 
-def test_effective_gate_counts_what_the_variance_leaves():
+def test_effective_gate_depends_on_running_variance():
     found = score(0, [1.0, -1.0, 1.0], variances=[[1.0, 1e-5, 0.0]])
     np.testing.assert_allclose(found, [1.0, 0.5**0.5, 0.0], rtol=1e-4)
 
 
-def test_lives_of_a_graph():
+def test_build_and_resolve_expressions():
     a = gate_expr.append_gate(gate_expr.UNGATED, "a", 0)
     assert gate_expr.append_gate(a, "b", 2) == ("serial", a, ("gate", "b", 2))
     both = gate_expr.parallel([a, gate_expr.append_gate(gate_expr.UNGATED, "b", 0)])
@@ -59,6 +59,6 @@ def test_lives_of_a_graph():
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=3, max_size=3))
-def test_a_sum_is_dead_only_if_all_sides_are(values):
+def test_parallel_is_dead_only_if_all_parts_are(values):
     assert (score({"parallel": [0, 1, 2]}, *[[v] for v in values])[0] == 0) == (not any(values))
     assert (score({"serial": [0, 1, 2]}, *[[v] for v in values])[0] == 0) == (not all(values))

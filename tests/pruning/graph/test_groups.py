@@ -20,7 +20,7 @@ def by_id(model, example=EXAMPLE):
     return {group.id: group for group in find_groups(model, example)}
 
 
-def test_a_row_has_its_gates_in_order():
+def test_serial_gates_are_in_order():
     groups = by_id(Row())
     row = groups["conv1"]
     assert row.combine == {"serial": [0, 1]} and [g.norm for g in row.gates] == ["bn1", "bn2"]
@@ -36,31 +36,31 @@ def test_a_row_has_its_gates_in_order():
     assert groups["input"].reason == "the model's input"
 
 
-def test_norms_that_meet_in_a_sum_stand_side_by_side():
+def test_norms_of_a_sum_are_parallel():
     group = by_id(Residual())["stem"]
     assert group.producers == ["stem", "stem_bn", "conv", "bn"]
     # The convolution in the branch reads the stem alone, the next layer the sum.
     assert group.combine == {"parallel": [0, 1]} and {g.norm for g in group.gates} == {"stem_bn", "bn"}
 
 
-def test_a_flatten_makes_runs_of_a_channel():
+def test_flatten_gives_channels_a_stride():
     group = by_id(Residual())["last"]
     (reader,) = group.readers
     assert (reader.tensor, reader.axis, reader.offset, reader.stride) == ("head.weight", 1, 0, 16)
 
 
-def test_a_concatenation_gives_each_part_its_place():
+def test_concatenation_gives_each_part_an_offset():
     groups = by_id(Concat())
     assert [tuple(g.slice) for g in groups["a"].gates + groups["b"].gates] == [(0, 5), (5, 8)]
     assert groups["b"].readers[0].offset == 5
 
 
-def test_a_module_that_is_called_twice_is_refused_by_name():
+def test_module_called_twice_is_unprunable():
     groups = by_id(Shared())
     assert "twice" in groups["stem"].reason and "more than once" in groups["stem"].reason
 
 
-def test_what_is_not_followed_is_said():
+def test_unknown_operation_is_named_in_the_reason():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -72,7 +72,7 @@ def test_what_is_not_followed_is_said():
     assert "not followed" in by_id(Odd())["conv"].reason
 
 
-def test_a_parameter_of_the_models_own_is_refused():
+def test_parameter_outside_of_layers_is_unprunable():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -85,12 +85,12 @@ def test_a_parameter_of_the_models_own_is_refused():
     assert "parameter that belongs to no known layer" in by_id(Scaled())["conv"].reason
 
 
-def test_without_a_norm_there_is_no_gate():
+def test_no_gate_without_a_norm():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
     assert by_id(model)["0"].reason.startswith("no gate")
 
 
-def test_csnets_groups():
+def test_csnet_groups():
     model = csnet(20)
     groups = find_groups(model, torch.randn(1, 3, 64, 64))
     cuttable = [g for g in groups if g.reason is None]
@@ -104,7 +104,7 @@ def test_csnets_groups():
     }
 
 
-def test_costs_are_what_a_channel_saves():
+def test_costs_equal_what_removing_a_channel_saves():
     model = csnet(20)
     shape = (3, 32, 32)
     group = next(g for g in find_groups(model, torch.randn(1, *shape)) if g.id == "stage2.1.mix.paths.0to1")
@@ -133,7 +133,7 @@ def test_ids_are_the_same_in_every_process():
     assert len(texts) == 1
 
 
-def test_finding_changes_nothing():
+def test_find_groups_leaves_the_model_unchanged():
     model = csnet(10).train()
     model.stage1.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -144,18 +144,18 @@ def test_finding_changes_nothing():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_frozen_models_have_groups_too():
+def test_frozen_model_has_the_same_groups():
     model = Row().requires_grad_(False)
     assert set(by_id(model)) == set(by_id(Row()))
 
 
-def test_an_example_that_does_not_fit_is_one_line():
+def test_error_for_example_of_wrong_shape():
     with pytest.raises(PlanError, match=r"fails on an input of shape \(2, 5, 16, 16\)"):
         find_groups(Row(), torch.randn(2, 5, 16, 16))
 
 
 class UpSampled(nn.Sequential):
-    """Every way to make a map larger, behind one another."""
+    """Several kinds of up-sampling in sequence."""
 
     def __init__(self):
         ways = ({"mode": "bilinear"}, {"mode": "bicubic", "align_corners": True}, {"mode": "nearest"}, {"mode": "area"})
@@ -167,7 +167,7 @@ class UpSampled(nn.Sequential):
 
 
 @pytest.mark.parametrize("name", [*ZOO, "csnet", "up-sampled"])
-def test_they_are_the_same_whether_numbers_are_computed_or_not(name, monkeypatch):
+def test_meta_device_gives_the_same_groups(name, monkeypatch):
     model = {**ZOO, "csnet": lambda: csnet(10), "up-sampled": UpSampled}[name]()
     example = init_norms(model)
     without = find_groups(model, example)

@@ -30,13 +30,13 @@ def branched():
     return model, find_groups(model, torch.randn(1, 3, 32, 32))
 
 
-def test_what_cannot_be_cut_is_counted_by_its_reason():
+def test_describe_unprunable_counts_reasons():
     groups = [Group(id=str(k), channels=1, members=[], reason=reason) for k, reason in enumerate("aabcd")]
     assert describe_unprunable(groups) == "5 groups cannot be cut: 2 a; 1 b; 1 c; 1 other"
     assert describe_unprunable([Group(id="free", channels=1, members=[])]) is None
 
 
-def test_branches_may_go_and_are_one_layer(row, branched):
+def test_branches_of_a_layer_are_removable(row, branched):
     assert not any(removable(row[0], group) for group in row[1])
     model, groups = branched
     layer = next(layer for layer in group_by_layer(groups) if any(g.id == "stage1.1.mix.paths.0to0" for g in layer))
@@ -44,8 +44,8 @@ def test_branches_may_go_and_are_one_layer(row, branched):
     assert all(removable(model, group) for group in layer)
 
 
-def test_a_branch_may_go_whose_reader_reads_others_too():
-    """The last stage's: the linear layer behind it reads the other branch still."""
+def test_branch_is_removable_if_its_reader_has_other_inputs():
+    """The classifier of an OctResNet reads both branches of the last stage."""
     model = octresnet(depth=8, width=8)
     groups = find_groups(model, torch.zeros(2, 3, 8, 8))
     last = {
@@ -57,7 +57,7 @@ def test_a_branch_may_go_whose_reader_reads_others_too():
     assert not any(removable(whole, group) for group in groups)
 
 
-def test_of_a_layer_with_branches_one_must_live_and_of_another_each_group(row, branched):
+def test_essential_groups_of_plain_and_branched_layers(row, branched):
     assert [[group.id for group in one] for one in essential_groups(*row)] == [["conv1"], ["conv2"]]
     model, groups = branched
     sets = [{group.id for group in one} for one in essential_groups(model, groups)]
@@ -65,7 +65,7 @@ def test_of_a_layer_with_branches_one_must_live_and_of_another_each_group(row, b
     assert set().union(*sets) == {group.id for group in groups if group.reason is None}
 
 
-def test_a_layer_is_lifeless_when_all_of_its_branches_are(branched):
+def test_below_threshold_needs_all_branches_below(branched):
     model, groups = branched
     fine, coarse = "stage1.1.mix.paths.0to0", "stage1.1.mix.paths.0to1"
     values = {group.id: np.full(group.channels, 0.5) for group in groups}
@@ -79,7 +79,7 @@ def test_a_layer_is_lifeless_when_all_of_its_branches_are(branched):
     assert found() == {f"{fine} + {coarse}": 1e-3}
 
 
-def test_what_has_no_gate_left_is_named():
+def test_dead_layers():
     model = Row()
     groups = find_groups(model, torch.randn(1, 3, 16, 16))
     assert dead_layers(model, groups) == []

@@ -12,7 +12,7 @@ from prunekit.pruning.surgery.slim import apply_plan, slim
 
 
 def twice(model, groups, example, seed):
-    """Slim, kill more gates, slim again; the two plans and the models on the way."""
+    """Slim twice, with more zero gates the second time; return both plans and the models."""
     small, first = slim(model, extract(model, groups), example, groups=groups)
     between = find_groups(small, example)
     zero_gates(small, between, 0.4, seed + 100)
@@ -21,7 +21,7 @@ def twice(model, groups, example, seed):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_two_plans_are_one_plan(seed):
+def test_composed_plan_equals_two_plans_in_sequence(seed):
     model, groups, example = csnet_with_dead_gates(seed, share=0.4, whole=0.4 * (seed % 2))
     first, between, second, smaller = twice(model, groups, example, seed)
     whole = compose(model, groups, first, between, second)
@@ -42,7 +42,7 @@ def test_other_networks(network):
     again.load_state_dict(smaller.state_dict())
 
 
-def test_a_plan_that_made_another_model_is_refused():
+def test_compose_rejects_plan_of_another_model():
     model, groups, example = csnet_with_dead_gates(0)
     first, between, second, _ = twice(model, groups, example, 0)
     name = next(n for n, kept in first.groups.items() if len(kept) > 2)

@@ -1,5 +1,3 @@
-"""What becomes of the constants of dead channels, in each of the four ways."""
-
 import pytest
 import torch
 from helpers.networks import Row, init_norms, params
@@ -21,7 +19,7 @@ def seeded():
 
 
 def padded():
-    """A reader that pads with zeros, and three dead channels of different constants."""
+    """A reader that pads with zeros, and three dead channels with different constants."""
     model = Row(padding=1)
     example = init_norms(model)
     with torch.no_grad():
@@ -34,7 +32,7 @@ def padded():
     ("constants", "left", "carriers", "given"),
     [("carrier", 6, 1, 0), ("fold", 7, 0, 2), ("keep", 7, 0, 2), ("drop", 5, 0, 0)],
 )
-def test_what_stays(constants, left, carriers, given):
+def test_channels_kept_for_each_option(constants, left, carriers, given):
     model, example, groups = padded()
     small, equivalence = slim(model, extract(model, groups), example, groups=groups, constants=constants)
     assert (small.conv1.out_channels, equivalence.carriers, equivalence.given_back) == (left, carriers, given)
@@ -43,7 +41,7 @@ def test_what_stays(constants, left, carriers, given):
         assert equivalence.max_abs_diff < 1e-12
 
 
-def test_dropped_constants_are_said_with_their_size():
+def test_dropped_constants_are_reported_with_their_size():
     model, example, groups = padded()
     _, equivalence = slim(model, extract(model, groups), example, groups=groups, constants="drop")
     silu = nn.functional.silu(torch.tensor([2.0, 3.0, 0.0]))
@@ -54,23 +52,23 @@ def test_dropped_constants_are_said_with_their_size():
     assert equivalence.to_json()["inexact"] == equivalence.inexact
 
 
-def test_channels_that_stay_are_said_with_what_they_would_move():
+def test_given_back_channels_are_reported_with_their_size():
     model, example, groups = padded()
     _, equivalence = slim(model, extract(model, groups), example, groups=groups, constants="fold")
     assert list(equivalence.inexact) == ["conv2"] and equivalence.inexact["conv2"] > 0.1
     assert "2 dead channels stay" in equivalence.plan.notes[-1]
 
 
-def test_an_unknown_way_is_refused():
+def test_unknown_option_is_rejected():
     model, example, groups = padded()
     with pytest.raises(PlanError, match="carrier, fold, keep, drop"):
         slim(model, extract(model, groups), example, constants="carriers")
 
 
 @pytest.mark.parametrize(("beta", "given"), [(-1.0, 0), (1.0, 1)])
-def test_a_gate_that_dies_before_a_padded_depthwise_convolution(beta, given):
-    """Behind ReLU a negative β is nothing, and what the later norm makes of nothing is a constant. A positive one comes
-    out of the depthwise convolution with a border, which only the channel itself can make."""
+def test_dead_gate_before_a_padded_depthwise_convolution(beta, given):
+    """After ReLU a negative β is zero, from which the later norm makes a constant. A positive one leaves the depthwise
+    convolution with a border, which only the channel itself can produce."""
     model = Row()
     example = init_norms(model)
     with torch.no_grad():
@@ -83,7 +81,7 @@ def test_a_gate_that_dies_before_a_padded_depthwise_convolution(beta, given):
         torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
 
 
-def test_a_transposed_convolution_is_read_by_a_carrier():
+def test_transposed_convolution_needs_a_carrier():
     model = nn.Sequential(
         nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(),
         nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, output_padding=1), nn.BatchNorm2d(4), nn.ReLU(),
@@ -98,8 +96,8 @@ def test_a_transposed_convolution_is_read_by_a_carrier():
     assert (small[3].in_channels, small[3].weight.shape[:2]) == (4, (4, 4))
 
 
-def test_a_product_lets_a_constant_through_weighed():
-    """Of a dead channel with a constant, a squeeze-excite makes something that varies: it stays."""
+def test_squeeze_excite_makes_a_constant_vary():
+    """A dead channel whose constant is scaled by a squeeze-excite varies, so it is kept."""
 
     class Excite(nn.Module):
         def __init__(self):
@@ -124,8 +122,8 @@ def test_a_product_lets_a_constant_through_weighed():
 
 
 @pytest.mark.parametrize(("constants", "left"), [("carrier", 1), ("fold", 1), ("keep", 4)])
-def test_a_constant_whose_reader_would_go_keeps_a_channel(constants, left):
-    """All of a branch dies and speaks; of its reader nothing would be left to take the constant in."""
+def test_constant_of_a_removed_reader_keeps_a_channel(constants, left):
+    """All channels of a branch are dead but emit a constant, and its reader would be removed."""
 
     class Streams(nn.Module):
         def __init__(self):
@@ -150,7 +148,7 @@ def test_a_constant_whose_reader_would_go_keeps_a_channel(constants, left):
     assert equivalence.plan.splits["b"] == [4, left]
 
 
-def test_modes_and_what_is_trained_stay_as_they_were():
+def test_modes_and_requires_grad_are_kept():
     model, example, groups = padded()
     model.train()
     model.bn1.eval()
@@ -162,7 +160,7 @@ def test_modes_and_what_is_trained_stay_as_they_were():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_model_that_looks_at_numbers_is_traced_on_its_own_device():
+def test_model_that_reads_values_is_traced_with_values():
     class Looks(Row):
         def forward(self, x):
             return super().forward(x) if x.sum().item() == x.sum().item() else x

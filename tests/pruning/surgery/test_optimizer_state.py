@@ -18,7 +18,7 @@ OPTIMIZERS = {
 
 
 def trained(name, seed=0):
-    """A network with dead gates, an optimiser that has made two steps without moving it, and the slim network."""
+    """A network with dead gates, its groups and an example."""
     if name == "csnet":
         model, groups, example = csnet_with_dead_gates(seed)
     else:
@@ -48,9 +48,8 @@ def stepped(model, example, build):
 
 @pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("name", ["csnet", "resnext", "unet_transposed", "vgg"])
-def test_what_it_remembers_is_cut_as_the_parameters_are(name, build):
-    """Told by the numbers themselves: where the memory is the parameter, it is so after the cut, but for the few
-    columns to which carriers were added."""
+def test_optimizer_state_is_sliced_like_the_parameters(name, build):
+    """State that equals the parameters must equal them after slimming."""
     model, groups, example = trained(name)
     optimizer = stepped(model, example, build)
     for parameter in model.parameters():
@@ -70,7 +69,7 @@ def test_what_it_remembers_is_cut_as_the_parameters_are(name, build):
     assert compared or build is OPTIMIZERS["plain sgd"]
 
 
-def test_it_trains_the_slim_model_and_not_the_dense_one():
+def test_slim_optimizer_trains_the_slim_model_only():
     model, groups, example = trained("csnet")
     optimizer = stepped(model, example, OPTIMIZERS["adam"])
     small, equivalence = slim(model, extract(model, groups), example, groups=groups)
@@ -85,7 +84,7 @@ def test_it_trains_the_slim_model_and_not_the_dense_one():
     assert int(next(iter(made.state.values()))["step"]) == 3
 
 
-def test_an_added_bias_stands_with_its_weight():
+def test_added_bias_joins_the_parameter_group_of_its_weight():
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 1, bias=False)
@@ -102,7 +101,7 @@ def test_an_added_bias_stands_with_its_weight():
     assert made.param_groups[1]["params"][1] is small[2].bias
 
 
-def test_an_optimiser_of_another_model_is_refused():
+def test_slim_optimizer_rejects_another_model():
     model, groups, example = trained("csnet")
     small, equivalence = slim(model, extract(model, groups), example, groups=groups)
     with pytest.raises(PlanError, match="not the dense model's"):

@@ -27,7 +27,7 @@ def batches(count=4, size=6, side=12):
     return [torch.randn(size, 3, side, side, generator=generator) * (k + 1) for k in range(count)]
 
 
-def test_statistics_are_the_averages_over_the_batches():
+def test_statistics_are_averages_over_batches():
     torch.manual_seed(0)
     model = Row()
     init_norms(model)
@@ -39,11 +39,11 @@ def test_statistics_are_the_averages_over_the_batches():
     variance = torch.stack([y.transpose(0, 1).flatten(1).var(1) for y in seen]).mean(0)
     torch.testing.assert_close(model.bn1.running_mean, mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.bn1.running_var, variance, rtol=1e-4, atol=1e-5)
-    # With batches of one size, the mean is that of all images.
+    # With batches of equal size, the mean is that of all images.
     torch.testing.assert_close(mean, torch.cat(seen).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_later_norm_sees_what_the_earlier_ones_give_in_train_mode():
+def test_earlier_norms_use_batch_statistics():
     torch.manual_seed(0)
     model = Row()
     init_norms(model)
@@ -60,7 +60,7 @@ def test_a_later_norm_sees_what_the_earlier_ones_give_in_train_mode():
     torch.testing.assert_close(model.bn3.running_var, other.bn3.running_var)
 
 
-def test_modes_momenta_gradients_and_weights_are_as_before():
+def test_modes_momenta_gradients_and_weights_are_unchanged():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.3), nn.Dropout(0.9), nn.BatchNorm2d(8))
     model.train()
     model[1].eval()
@@ -80,7 +80,7 @@ def test_dropout_is_off():
     torch.testing.assert_close(model[1].running_mean, data[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
 
 
-def test_statistics_that_were_off_are_mended():
+def test_wrong_statistics_are_corrected():
     torch.manual_seed(0)
     model = Row()
     init_norms(model)
@@ -98,8 +98,8 @@ def test_statistics_that_were_off_are_mended():
 
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_slim_model_and_its_gated_dense_one_stay_the_same(seed, padding):
-    """Constants folded into running means, and those of carriers, come out of the new measure as they went in."""
+def test_slim_and_gated_dense_model_stay_equivalent(seed, padding):
+    """Constants folded into running means and those of carriers are still exact after recalibration."""
     torch.manual_seed(seed)
     model = Row(padding)
     example = init_norms(model, seed, size=16, beta=1.0)
@@ -118,7 +118,7 @@ def test_a_slim_model_and_its_gated_dense_one_stay_the_same(seed, padding):
     torch.testing.assert_close(after[0], after[1], rtol=1e-6, atol=1e-6)
 
 
-def test_a_norm_that_is_not_on_the_way_keeps_what_it_had():
+def test_norm_that_is_not_called_keeps_its_statistics():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     model.add_module("aside", nn.BatchNorm2d(4))
     model.forward = lambda x: model[1](model[0](x))
@@ -127,7 +127,7 @@ def test_a_norm_that_is_not_on_the_way_keeps_what_it_had():
     assert (model.aside.running_mean == 7).all()
 
 
-def test_what_cannot_be_measured_is_refused_and_put_back():
+def test_statistics_are_restored_after_an_error():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4, momentum=0.3))
     model[2].running_mean.fill_(7)
     good = torch.randn(3, 3, 4, 4)
@@ -141,19 +141,19 @@ def test_what_cannot_be_measured_is_refused_and_put_back():
         assert (model[2].running_mean == 7).all() and model[2].momentum == 0.3 and model.training
 
 
-def test_a_model_without_norms_has_nothing_to_measure():
+def test_model_without_norms_is_not_run():
     assert recalibrate(nn.Conv2d(3, 4, 1), [torch.randn(1, 3, 4, 4)]) == 0
 
 
 class Toy:
-    """What a stage needs of its work: eight pictures, saliency, and a record of what was done."""
+    """A stand-in for the run context: eight images, the saliency task, and a record of the calls."""
 
     def __init__(self, recalibrate):
         self.recipe = load("csnet", ["finetune.batch_size=3", f"slim.recalibrate={recalibrate}"])
         self.task = registry.tasks.get("saliency")()
         self.device = torch.device("cpu")
-        self.said, self.means = [], []
-        self.reporter = SimpleNamespace(info=self.said.append)
+        self.messages, self.means = [], []
+        self.reporter = SimpleNamespace(info=self.messages.append)
         build = registry.datasets.get("salient_shapes")
         self.sets = {split: load_tensors(build(split, size=16, train=8, val=4), 16) for split in ("train", "val")}
         self.tensors = self.sets.get
@@ -168,7 +168,7 @@ class Toy:
 
 
 @pytest.mark.parametrize("count", [0, 2, 9])
-def test_fine_tuning_begins_with_it_and_writes_down_what_it_did(tmp_path, monkeypatch, count):
+def test_finetune_stage_recalibrates_and_records_it(tmp_path, monkeypatch, count):
     torch.manual_seed(0)
     model = Row(padding=1)
     init_norms(model, size=16)
@@ -180,14 +180,14 @@ def test_fine_tuning_begins_with_it_and_writes_down_what_it_did(tmp_path, monkey
         work = Toy(count)
         with RunDir.start(tmp_path / name, "name: toy\n", {}) as run:
             stages.finetune_stage(work, run)
-            said = run.read_json("summary.json").get("recalibrated")
+            record = run.read_json("summary.json").get("recalibrated")
             if not count:
-                assert said is None and torch.equal(work.means[0], start)
+                assert record is None and torch.equal(work.means[0], start)
                 continue
-            assert set(said) == {"batches", "before", "after"} and said["before"] != said["after"]
-            # Whole batches of three of eight pictures.
-            assert said["batches"] == 2 and set(said["before"]) == set(said["after"]) == {"max_f", "mae"}
-            assert any("norms recalibrated on 2 batches: " in line for line in work.said)
+            assert set(record) == {"batches", "before", "after"} and record["before"] != record["after"]
+            # Two whole batches of three of the eight images.
+            assert record["batches"] == 2 and set(record["before"]) == set(record["after"]) == {"max_f", "mae"}
+            assert any("norms recalibrated on 2 batches: " in line for line in work.messages)
             seen = work.means[0] if seen is None else seen
             assert torch.equal(work.means[0], seen) and not torch.equal(seen, start)
             for stage in STAGES[:4]:
@@ -196,7 +196,7 @@ def test_fine_tuning_begins_with_it_and_writes_down_what_it_did(tmp_path, monkey
             assert "recalibrated" not in run.read_json("summary.json")
 
 
-def test_a_fine_tuning_that_goes_on_is_not_measured_again(tmp_path, monkeypatch):
+def test_resumed_finetune_stage_does_not_recalibrate(tmp_path, monkeypatch):
     model = Row(padding=1)
     monkeypatch.setattr(stages, "load_model", lambda *_: copy.deepcopy(model))
     monkeypatch.setattr(stages, "save_model", lambda *_: None)

@@ -26,7 +26,7 @@ def test_csnet_with_random_dead_gates(seed, constants):
     assert params(small) < params(model)
     if constants == "carrier":
         assert equivalence.given_back == 0 and equivalence.max_abs_diff < 1e-12
-    # What is written is all that is needed to build it again.
+    # The plan is enough to build the slim model again.
     again = apply_plan(csnet(10), prunekit.Plan.from_json(equivalence.plan.to_json()), example)
     again.load_state_dict(small.state_dict())
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_other_networks(network, constants, seed):
     assert params(small) < params(model) or equivalence.given_back
 
 
-def test_a_constant_is_folded_into_the_norm_behind():
+def test_constant_is_folded_into_the_next_norm():
     model = Row()
     example = init_norms(model)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_a_constant_is_folded_into_the_norm_behind():
     assert equivalence.plan.added_bias == []
 
 
-def test_without_a_norm_behind_the_constant_becomes_a_bias():
+def test_constant_becomes_a_bias_without_next_norm():
     class Plain(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -86,7 +86,7 @@ def test_without_a_norm_behind_the_constant_becomes_a_bias():
 
 
 def padded_with_constants():
-    """A reader that pads with zeros, and three dead channels of different constants."""
+    """A reader that pads with zeros, and three dead channels with different constants."""
     model = Row(padding=1)
     example = init_norms(model)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def padded_with_constants():
     return model, example, find_groups(model, example)
 
 
-def test_a_padded_reader_gets_one_carrier_and_stays_exact():
+def test_padded_reader_gets_one_carrier():
     model, example, groups = padded_with_constants()
     small, equivalence = slim(model, extract(model, groups), example, constants="carrier")
     assert equivalence.carriers == 1 and equivalence.plan.carriers == {"conv1": [4]}
@@ -104,16 +104,16 @@ def test_a_padded_reader_gets_one_carrier_and_stays_exact():
     assert small.conv1.out_channels == 6
 
 
-def test_without_carriers_channels_are_given_back_largest_constant_first():
+def test_channels_are_given_back_without_carriers():
     model, example, groups = padded_with_constants()
     small, equivalence = slim(model, extract(model, groups), example, constants="fold")
-    # The one without a constant can go, the two others cannot.
+    # Only the channel without a constant can be cut.
     assert equivalence.given_back == 2 and equivalence.passed
     assert equivalence.plan.groups["conv1"] == [0, 1, 2, 3, 4, 5, 7]
     assert small.conv1.out_channels == 7
 
 
-def test_only_as_many_are_given_back_as_it_takes():
+def test_no_more_channels_are_given_back_than_needed():
     model, example, groups = padded_with_constants()
     with torch.no_grad():
         model.bn2.bias[1] = 1e-9  # a constant that the tolerance covers
@@ -125,7 +125,7 @@ def test_only_as_many_are_given_back_as_it_takes():
     )
 
 
-def test_a_branch_that_dies_goes_with_its_paths_norm_and_activation():
+def test_dead_branch_is_removed_with_its_paths_norm_and_activation():
     model = csnet(10)
     example = init_norms(model)
     groups = find_groups(model, example)
@@ -139,7 +139,7 @@ def test_a_branch_that_dies_goes_with_its_paths_norm_and_activation():
     assert equivalence.passed and equivalence.plan.splits["stage1.1"] == [0, 5]
 
 
-def test_the_dense_model_is_left_as_it_was_and_modes_are_kept():
+def test_dense_model_is_unchanged_and_modes_are_kept():
     model, groups, example = csnet_with_dead_gates(0)
     model.train()
     model.head.eval()
@@ -159,7 +159,7 @@ def gated_pair(seed=3):
     return gated, small.double().eval(), check_inputs(gated, example)
 
 
-def test_the_equivalence_check_fails_on_a_wrong_slim_model():
+def test_check_fails_for_a_wrong_slim_model():
     gated, small, inputs = gated_pair()
     assert check_equivalence(gated, small, inputs).passed
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_the_equivalence_check_fails_on_a_wrong_slim_model():
     assert not equivalence.passed and "differ by" in equivalence.reason
 
 
-def test_the_equivalence_check_fails_on_nan_and_on_a_dead_network():
+def test_check_fails_for_nan_and_for_a_dead_network():
     gated, small, inputs = gated_pair()
     for model in (gated, small):
         model.classifier.weight.data.zero_()
@@ -181,7 +181,7 @@ def test_the_equivalence_check_fails_on_nan_and_on_a_dead_network():
 
 
 @pytest.mark.parametrize("share", [1e-15, 1e-7, 1e-5])
-def test_what_hardly_changes_from_input_to_input_proves_nothing(share):
+def test_check_fails_if_the_output_hardly_varies(share):
     gated, small, inputs = gated_pair()
     last = torch.nn.Conv2d(1, 1, 1).double().requires_grad_(False)
     spread = max(float((maps - maps[:1]).detach().abs().max()) for maps in map(gated, inputs))
@@ -192,24 +192,24 @@ def test_what_hardly_changes_from_input_to_input_proves_nothing(share):
     assert equivalence.passed is (share > 1e-6) and (equivalence.passed or "same for every input" in equivalence.reason)
 
 
-def test_a_dead_network_of_living_gates_is_refused_with_what_may_help():
+def test_dead_network_error_suggests_a_fix():
     model, groups, example = csnet_with_dead_gates(0)
     model.classifier.weight.data.mul_(1e-12)
     with pytest.raises(PlanError, match=r"the network is dead; lower slim\.threshold, or train with a lower rate"):
         slim(model, extract(model, groups), example, groups=groups)
 
 
-def test_a_slim_model_that_is_wrong_is_a_plan_error(monkeypatch):
+def test_failed_check_raises_plan_error(monkeypatch):
     from prunekit.pruning.surgery import slim as slim_module
 
-    # Without the folds the slim model lacks what dead channels still say.
+    # Without folding, the slim model lacks the constants of the dead channels.
     monkeypatch.setattr(slim_module, "apply_folding", lambda *_: {})
     model, groups, example = csnet_with_dead_gates(2)
     with pytest.raises(PlanError, match="is not equivalent to the dense model"):
         slim(model, extract(model, groups), example, groups=groups)
 
 
-def test_a_plan_of_another_model_is_refused():
+def test_apply_plan_rejects_plan_of_another_model():
     model, groups, example = csnet_with_dead_gates(2)
     plan = extract(model, groups)
     with pytest.raises(PlanError, match="made for another model"):
@@ -227,7 +227,7 @@ def test_a_plan_of_another_model_is_refused():
         apply_plan(csnet(10), plan, example)
 
 
-def test_slimming_twice_goes_on_from_the_slim_model():
+def test_slim_a_slim_model():
     model, groups, example = csnet_with_dead_gates(4, share=0.3)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     groups = find_groups(small, example)
@@ -236,7 +236,7 @@ def test_slimming_twice_goes_on_from_the_slim_model():
     assert equivalence.passed and params(smaller) < params(small)
 
 
-def test_the_public_way():
+def test_public_api():
     model, _, example = csnet_with_dead_gates(5)
     groups = prunekit.find_groups(model, example)
     plan = prunekit.extract(model, groups, threshold=1e-3)
