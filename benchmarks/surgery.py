@@ -108,7 +108,7 @@ def cut(model: nn.Module, groups: Sequence[Group], case: Case) -> nn.Module:
 
 
 def resize(example: Tensor) -> Tensor:
-    """Resize the example to 64×64 to measure constants: without depthwise convolutions they do not depend on the size."""
+    """Resize the example to 64×64 to measure constants, which need no larger maps in these networks."""
     size = [min(side, 64) for side in example.shape[2:]]
     return torch.nn.functional.interpolate(example, size=size, mode="bilinear")
 

@@ -40,7 +40,7 @@ def test_the_tables(capsys):
 def test_both_sides_cut_the_same_channels(name):
     case = surgery.prepare(TINY[name], 64, share=0.3, beta=0.0)
     mine = surgery.cut(copy.deepcopy(case.model), case.groups, case)
-    other = surgery.theirs(copy.deepcopy(case.model), case)
+    other = surgery.torch_pruning_cut(copy.deepcopy(case.model), case)
     assert case.channels == sum(len(channels) for channels in case.roots.values()) > 0
     # Without constants (β = 0) there is nothing to carry, so they are the same model.
     assert {k: v.shape for k, v in mine.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
