@@ -38,6 +38,11 @@ class Member(_Schema):
     reads: bool = False
     next_norm: str | None = None
 
+    @property
+    def module(self) -> str:
+        """The module that owns the tensor."""
+        return self.tensor.rpartition(".")[0]
+
 
 class Gate(_Schema):
     """The weights γ of a BatchNorm that scale a group's channels.
@@ -79,7 +84,7 @@ class Group(_Schema):
     @property
     def producers(self) -> list[str]:
         """The modules that output the group's channels."""
-        return [m.tensor.removesuffix(".weight") for m in self.members if not m.reads and m.tensor.endswith(".weight")]
+        return [m.module for m in self.members if not m.reads and m.tensor.endswith(".weight")]
 
     @property
     def readers(self) -> list[Member]:

@@ -135,20 +135,13 @@ class _GroupBuilder:
         members, params, macs, exprs = [], 0, 0, []
         for use, start in uses:
             costs = self.costs[use.module]
+            shared = {"offset": use.offset + start * use.stride, "stride": use.stride, "reads": use.reads}
+            shared["next_norm"] = costs.next_norm if use.reads else None
             # Output channels take their bias and statistics along.
             for name in list(costs.params)[:1] if use.reads else costs.params:
                 axis = use.axis if name == "weight" else 0
                 # Not validated: a dense network has thousands, all of them from here.
-                members.append(
-                    Member.model_construct(
-                        tensor=f"{use.module}.{name}",
-                        axis=axis,
-                        offset=use.offset + start * use.stride,
-                        stride=use.stride,
-                        reads=use.reads,
-                        next_norm=costs.next_norm if use.reads else None,
-                    )
-                )
+                members.append(Member.model_construct(tensor=f"{use.module}.{name}", axis=axis, **shared))
                 params += costs.params[name][axis] * use.stride
             macs += costs.macs[use.axis] * use.stride
             if use.gate_expr is not None:
@@ -159,17 +152,10 @@ class _GroupBuilder:
         if reason is None and combine is None:
             reason = "no gate: " + ("it reaches a reader without passing a norm" if exprs else "nothing reads it")
         first = members[0]
-        name = "input" if first.reads else first.tensor.rpartition(".")[0]
-        return Group(
-            id=f"{name}@{first.offset}" if first.offset else name,
-            channels=channels,
-            members=members,
-            gates=gates,
-            combine=combine,
-            params=params,
-            macs=macs,
-            reason=reason,
-        )
+        name = "input" if first.reads else first.module
+        name = f"{name}@{first.offset}" if first.offset else name
+        costs = {"params": params, "macs": macs}
+        return Group(id=name, channels=channels, members=members, gates=gates, combine=combine, reason=reason, **costs)
 
     def _costs(self, module: nn.Module, node: Node) -> _ModuleCosts:
         # A transposed convolution multiplies once for each input position, the others for each output position.

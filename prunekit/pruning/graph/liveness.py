@@ -30,10 +30,9 @@ def describe_unprunable(groups: Sequence[Group]) -> str | None:
 def removable(model: nn.Module, group: Group) -> bool:
     """Return whether a group may lose all channels: each of its modules is optional, or reads other groups too."""
     for member in group.members:
-        module, _, name = member.tensor.rpartition(".")
-        if isinstance(model.get_submodule(module.rpartition(".")[0]), OptionalModules):
+        if isinstance(model.get_submodule(member.module.rpartition(".")[0]), OptionalModules):
             continue
-        length = axis_length(model.get_submodule(module), name, member.axis)
+        length = axis_length(model.get_submodule(member.module), member.tensor.rpartition(".")[2], member.axis)
         if not member.reads or group.channels * member.stride == length:
             return False
     return True

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,6 @@ MIN_CARRIER_RATIO = 1e-3
 class ConstantInput:
     """The dead channels of a group as one reader, or one group of a grouped convolution, sees them."""
 
-    name: str  # of the reader
     module: nn.Module  # the reader
     member: Member  # its input axis
     rows: slice  # its output channels
@@ -84,7 +82,7 @@ class Constants:
         Returns:
             (size of the error, group, channel), largest first.
         """
-        return self._largest(lambda c: np.where(c.inexact(carried) | (c.name in removed), c.size, 0.0), 0.0)
+        return self._largest(lambda c: np.where(c.inexact(carried) | (c.member.module in removed), c.size, 0.0), 0.0)
 
     def nonzero(self) -> list[tuple[float, str, int]]:
         """List dead channels that some reader does not see as zero, in the form of ``inexact``."""
@@ -110,7 +108,8 @@ class Constants:
             lost = constant.inexact(carried) | (dropped & (np.abs(constant.value) > NEGLIGIBLE))
             if lost.any():
                 shift = _output_shift(_weight(constant.module)[constant.rows], *constant.entries(lost))
-                shifts[constant.name] = max(shifts.get(constant.name, 0.0), float(shift.abs().max()))
+                name = constant.member.module
+                shifts[name] = max(shifts.get(name, 0.0), float(shift.abs().max()))
         return shifts
 
 
@@ -126,70 +125,56 @@ def measure_constants(
         inputs: batches to measure on.
     """
     constants = Constants({g.id: channel_index(dead[g.id]) for g in groups if dead.get(g.id)}, defaultdict(list))
-    readers: dict[str, list[tuple[Group, Member]]] = defaultdict(list)
-    for group in groups:
-        for member in group.readers if group.id in constants.dead else ():
-            readers[member.tensor.removesuffix(".weight")].append((group, member))
-    positions = {
-        name: np.concatenate([entries(member, constants.dead[group.id]) for group, member in members])
-        for name, members in readers.items()
-    }
-    ranges = _input_ranges(model, positions, inputs)
-    for name, members in readers.items():
-        low, high = ranges.get(name, np.zeros((2, len(positions[name]))))  # zeros: it was never called
-        start = 0
-        for group, member in members:
-            channels = constants.dead[group.id]
-            stop = start + len(channels) * member.stride
-            least = low[start:stop].reshape(-1, member.stride).min(1)
-            most = high[start:stop].reshape(-1, member.stride).max(1)
-            start = stop
-            value, spread = (least + most) / 2, most - least
-            constants.inputs[group.id] += [
-                ConstantInput(name, model.get_submodule(name), member, rows, index, offset, value[index], spread[index])
-                for rows, index, offset in _read_by(model, member, channels)
-            ]
+    members = [(group.id, member) for group in groups if group.id in constants.dead for member in group.readers]
+    ranges = _input_ranges(model, {member.module for _, member in members}, inputs)
+    for group, member in members:
+        channels, module = constants.dead[group], model.get_submodule(member.module)
+        if member.module in ranges:
+            low, high = (bound[entries(member, channels)].reshape(-1, member.stride) for bound in ranges[member.module])
+            low, high = low.min(1), high.max(1)
+        else:  # it is never called
+            low = high = np.zeros(len(channels))
+        value, spread = (low + high) / 2, high - low
+        constants.inputs[group] += [
+            ConstantInput(module, member, rows, index, offset, value[index], spread[index])
+            for rows, index, offset in _read_by(model, member, channels)
+        ]
     return constants
 
 
 def _input_ranges(
-    model: nn.Module, positions: Mapping[str, np.ndarray], inputs: Sequence[Tensor]
-) -> dict[str, np.ndarray]:
-    """Run a model and return the least and largest value at positions of axis 1 of modules' inputs, (2, positions)."""
+    model: nn.Module, names: Collection[str], inputs: Sequence[Tensor]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Run a model and return the least and the largest value of each entry of axis 1 at the inputs of modules."""
+    modules = {model.get_submodule(name): name for name in names}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(name: str) -> Any:
-        index = torch.from_numpy(positions[name])
+    def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        axes = [axis for axis in range(given.dim()) if axis != 1]
+        low, high = given.amin(axes), given.amax(axes)
+        before = ranges.get(modules[module], (low, high))
+        ranges[modules[module]] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
 
-        def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            given = args[0] if args else next(iter(kwargs.values()))
-            low, high = given.index_select(1, index.to(given.device)).transpose(0, 1).flatten(1).aminmax(dim=1)
-            if name in ranges:
-                low, high = torch.minimum(low, ranges[name][0]), torch.maximum(high, ranges[name][1])
-            ranges[name] = low, high
-
-        return record
-
-    hooks = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in positions]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:
         with torch.inference_mode():
             for batch in inputs:
                 model(batch)
     finally:
-        for handle in hooks:
-            handle.remove()
-    return {name: torch.stack(bounds).double().cpu().numpy() for name, bounds in ranges.items()}
+        for hook in hooks:
+            hook.remove()
+    return {name: tuple(bound.double().cpu().numpy() for bound in bounds) for name, bounds in ranges.items()}
 
 
 def _read_by(model: nn.Module, member: Member, channels: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Yield (rows, index into ``channels``, offset) for each group of a reader; a reader without groups is one."""
-    name = member.tensor.removesuffix(".weight")
-    module = model.get_submodule(name)
     offset = member.offset + channels * member.stride
-    blocks = conv_groups(model, name) if getattr(module, "groups", 1) > 1 else 1
+    blocks = conv_groups(model, member.module)
     if blocks == 1:
         yield slice(None), np.arange(len(channels)), offset
         return
+    module = model.get_submodule(member.module)
     rows, width = module.out_channels // blocks, module.in_channels // blocks
     for block in np.unique(offset // width).tolist():
         index = np.flatnonzero(offset // width == block)
@@ -221,8 +206,7 @@ def plan_folding(constants: Constants, carry: bool) -> Folding:
         shifted = False
         for constant in inputs:
             carrying = np.isin(constant.index, carriers)
-            # A carrier still emits its own constant.
-            others = ~carrying
+            others = ~carrying  # A carrier still emits its own constant.
             if not others.any():
                 continue
             if carrying.any() and constant.needs_carrier:
@@ -266,7 +250,7 @@ def apply_folding(model: nn.Module, folding: Folding) -> dict[str, Tensor]:
     # All channels of a reader at once: in a dense network it reads those of hundreds of groups.
     parts: dict[tuple[str, int], list[tuple[ConstantInput, np.ndarray]]] = defaultdict(list)
     for constant, mask in folding.shifts:
-        parts[constant.name, constant.rows.start or 0].append((constant, mask))
+        parts[constant.member.module, constant.rows.start or 0].append((constant, mask))
     shifts: dict[str, tuple[ConstantInput, Tensor]] = {}
     for (name, _), part in parts.items():
         index, value = (np.concatenate(arrays) for arrays in zip(*(c.entries(mask) for c, mask in part), strict=True))
@@ -291,7 +275,7 @@ def zero_inputs(model: nn.Module, groups: Sequence[Group], channels: Mapping[str
     for group in groups:
         kept = channel_index(channels.get(group.id, ()))
         for member in group.readers if len(kept) else ():
-            module = model.get_submodule(member.tensor.removesuffix(".weight"))
+            module = model.get_submodule(member.module)
             for rows, _, offset in _read_by(model, member, kept):
                 runs = offset[:, None] + np.arange(member.stride)
                 _weight(module)[rows][:, torch.from_numpy(runs.ravel())] = 0

@@ -45,11 +45,10 @@ class Cutter:
             for member in group.members:
                 key = member.tensor, member.axis
                 if key not in self.lengths:
-                    owner, _, name = member.tensor.rpartition(".")
-                    module = modules[owner]
+                    module, name = modules[member.module], member.tensor.rpartition(".")[2]
                     self.lengths[key] = axis_length(module, name, member.axis)
                     grouped = name == "weight" and getattr(module, "groups", 1) > 1
-                    if grouped and (blocks := conv_groups(model, owner)) > 1:
+                    if grouped and (blocks := conv_groups(model, member.module)) > 1:
                         self.blocks[key] = blocks
                 self.members[key].append((group, member))
 
@@ -96,7 +95,7 @@ class Cutter:
                 if group.reason is not None or len(dead.get(group.id, ())) == group.channels:
                     continue
                 producers = [name for name in group.producers if not is_channelwise(self.model, name)]
-                readers = [m.tensor.removesuffix(".weight") for m in group.readers]
+                readers = [member.module for member in group.readers]
                 if (producers and removed.issuperset(producers)) or (readers and removed.issuperset(readers)):
                     dead[group.id] = set(range(group.channels))
                     changed = True
@@ -130,18 +129,14 @@ class Cutter:
             missing = (target - counts).tolist()
             size = len(mask) // blocks
             for group, member in self.members[axis] if any(missing) else ():
-                for channel in self._best_first(group, dead):
+                scores = self.scores.get(group.id, np.zeros(group.channels))
+                for channel in sorted(dead.get(group.id, ()), key=lambda k, scores=scores: (-scores[k], k)):
                     block = (member.offset + channel) // size
                     if missing[block]:
                         missing[block] -= 1
                         dead[group.id].discard(channel)
                         unbalanced = axis[0].removesuffix(".weight")
         return unbalanced
-
-    def _best_first(self, group: Group, dead: Mapping[str, set[int]]) -> list[int]:
-        channels = sorted(dead.get(group.id, ()))
-        scores = self.scores.get(group.id)
-        return channels if scores is None else sorted(channels, key=lambda channel: -scores[channel])
 
     def _minimum(self, axis: Axis, dead: Mapping[str, Iterable[int]]) -> int:
         """Return the least size of each group: with one input and one output each, a convolution would be depthwise."""

@@ -92,16 +92,10 @@ def check_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tens
 
 
 def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64) -> Tensor | None:
-    """Return noise of 0.1 to 30 times the amplitude of a batch, so that what holds on the data by chance is found.
+    """Return noise of 0.1 to 30 times the amplitude of a batch, to find what holds on the data by chance.
 
-    Args:
-        model: in eval mode.
-        batch: of data, (N, C, …).
-        count: number of images.
-        side: their size; that of the batch where the model accepts no other.
-
-    Returns:
-        (count, C, …); None where the model's output on it is not finite.
+    It has ``count`` images of size ``side``, or of the batch's size where the model accepts no other. None where the
+    model's output is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     ones = [1] * (batch.dim() - 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -154,24 +155,19 @@ def rebuild(
     return plan, folding
 
 
+@dataclass
 class _Attempt:
     """Slims one model with different sets of dead channels until the equivalence check passes."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        groups: Sequence[Group],
-        inputs: Sequence[Tensor],
-        noise: Sequence[Tensor],
-        constants: str,
-    ):
-        self.model = model
-        self.groups = groups
-        self.inputs = inputs
-        self.noise = noise
-        self.constants = constants
-        self.cutter = Cutter(model, groups)
-        self.gated = model  # the reference of the last check
+    model: nn.Module
+    groups: Sequence[Group]
+    inputs: Sequence[Tensor]
+    noise: Sequence[Tensor]
+    constants: str
+
+    def __post_init__(self) -> None:
+        self.cutter = Cutter(self.model, self.groups)
+        self.gated = self.model  # the reference of the last check
         self.lost: set[str] = set()
 
     def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
@@ -275,11 +271,9 @@ def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
     if differing := sorted(set(removed) ^ set(plan.removed)):
         raise PlanError(f"the plan's channels and its removed modules disagree about {differing[0]}; extract it again")
     cutter.cut(model, dead, removed)
+    modules = dict(model.named_modules())
     for name in plan.added_bias:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise PlanError(f"the plan adds a bias to {name!r}, which does not exist; extract it again") from None
+        module = modules.get(name)
         if not isinstance(getattr(module, "weight", None), Tensor):
             raise PlanError(f"the plan adds a bias to {name!r}, which has no weight; extract it again")
         module.bias = nn.Parameter(module.weight.detach().new_zeros(module.weight.shape[output_axis(module)]))
