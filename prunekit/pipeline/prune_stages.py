@@ -113,7 +113,7 @@ def shrinking(work: RunContext, model: nn.Module, groups: Sequence[Group]) -> Pr
         return None
     goal = _budget(work, model, groups)
 
-    def equip(left: nn.Module, of: list[Group]) -> tuple[Decay, LambdaController | None]:
+    def make_decay(left: nn.Module, of: list[Group]) -> tuple[Decay, LambdaController | None]:
         decay = work.decay(left, of)
         return decay, _steering(work, left, of, decay, goal)
 
@@ -123,8 +123,8 @@ def shrinking(work: RunContext, model: nn.Module, groups: Sequence[Group]) -> Pr
         work.example(),
         every=recipe.train.prune_every,
         threshold=recipe.slim.threshold,
-        equip=equip,
-        goal=goal,
+        make_decay=make_decay,
+        budget=goal,
         constants=recipe.slim.constants,
         **{key: value for key, value in _limits(recipe).items() if key != "scope"},
     )
@@ -134,7 +134,7 @@ def keep_cuts(work: RunContext, run: RunDir, shrinking: ProgressivePruning) -> N
     """Write down what a training has cut: its plan, of the builder's model, and the record of each cut."""
     plan, first = shrinking.plan, initial_plan(run)
     if first is not None:
-        plan = compose(*work.builder(), first, shrinking.first_groups, plan)
+        plan = compose(*work.builder(), first, shrinking.initial_groups, plan)
     run.write_json(SHRUNK, plan.to_json())
     run.update_summary("shrunk", shrinking.records)
 
@@ -153,7 +153,7 @@ def _steering(
         budget.goal,
         threshold=work.recipe.slim.threshold,
         weight=decay.weight,
-        most={group.id: int(n) for group, n in zip(fitter.selector.groups, fitter.selector.limits, strict=True)},
+        limits={group.id: int(n) for group, n in zip(fitter.selector.groups, fitter.selector.limits, strict=True)},
     )
 
 

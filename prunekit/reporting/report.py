@@ -17,7 +17,7 @@ from prunekit.reporting.loader import Run, load_run
 from prunekit.reporting.number_format import file_stem
 from prunekit.reporting.table_writers import write_csv, write_table
 from prunekit.reporting.tables import ReportTable, epochs_table, report_tables, summary_table
-from prunekit.reporting.terminal_report import one_line, print_files, print_report
+from prunekit.reporting.terminal_report import one_line, print_report
 from prunekit.utils.io import write_atomic
 
 
@@ -78,8 +78,8 @@ def report(
         else:
             write_atomic(page, text.encode(errors="replace"))
             paths_written.append(page)
-    print_report(runs, console, published, columns, sort, layers)
-    print_files(console, folder, paths_written, errors)
+    options = {"published": published, "columns": columns, "sort": sort, "layers": layers}
+    print_report(runs, console, folder, paths_written, errors, **options)
     return paths_written
 
 

@@ -116,10 +116,10 @@ def summary_table(runs: Sequence[Run], published: bool = False) -> pd.DataFrame:
                     SECONDS: _seconds(run, name),
                 }
             )
-    for entry in PUBLISHED if published else ():
-        sizes = {"params": entry.params, PAPER_FLOPS: entry.paper_flops}
-        rows.append({"run": LABEL, "model": entry.name, **sizes, **entry.metrics})
-        metrics |= dict.fromkeys(entry.metrics)
+    for model in PUBLISHED if published else ():
+        counts = {"params": model.params, PAPER_FLOPS: model.paper_flops}
+        rows.append({"run": LABEL, "model": model.name, **counts, **model.metrics})
+        metrics |= dict.fromkeys(model.metrics)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     macs, latency_titles = ([c for c in columns if c.startswith(prefix)] for prefix in (MACS, LATENCY))
     counts = ["params", *macs, PAPER_FLOPS]
@@ -344,8 +344,8 @@ def _metric_title(name: str) -> str:
 
 
 def _seconds(run: Run, model: str) -> float | None:
-    epochs = run.metrics[run.metrics["stage"] == "baseline"] if "seconds" in run.metrics else pd.DataFrame()
-    baseline = float(epochs["seconds"].sum()) if len(epochs) else 0.0
+    is_baseline = run.metrics["stage"] == "baseline" if "seconds" in run.metrics else []
+    baseline = float(run.metrics.loc[is_baseline, "seconds"].sum()) if len(is_baseline) else 0.0
     if model == "baseline":
         return round(baseline, 3) or None
     by_stage = run.summary.get("seconds") or {}

@@ -27,9 +27,27 @@ from prunekit.reporting.terminal_tables import terminal_layers, terminal_summary
 
 
 def print_report(
-    runs: Sequence[Run], console: Console, published: bool, columns: str | None, sort: str | None, layers: bool
+    runs: Sequence[Run],
+    console: Console,
+    folder: Path,
+    paths: Sequence[Path],
+    errors: Sequence[str],
+    *,
+    published: bool,
+    columns: str | None,
+    sort: str | None,
+    layers: bool,
 ) -> None:
-    """Print the summary, further measurements and the problems of the runs; as :func:`prunekit.reporting.report`."""
+    """Print the summary, further measurements, the problems of the runs, and the files of the report.
+
+    Args:
+        runs: with distinct names.
+        console: the terminal.
+        folder: the folder of the report.
+        paths: the files written.
+        errors: what could not be written.
+        published, columns, sort, layers: as for :func:`prunekit.reporting.report`.
+    """
     several = len(runs) > 1
     if len(runs) == 1:
         _print(console, f"{runs[0].name} ({_progress(runs[0])})")
@@ -53,6 +71,10 @@ def print_report(
             console.print(terminal_layers(run))
         for line in _problems(run):
             _print(console, line)
+    for line in errors:
+        _print(console, line)
+    for line in _file_list(folder, paths):
+        _print(console, line, fold=line.startswith(" "))
 
 
 def one_line(error: BaseException) -> str:
@@ -132,17 +154,17 @@ def _problems(run: Run) -> Iterator[str]:
         yield f"{run.name} has no layers.json, so there are no tables and figures of its layers"
 
 
-def print_files(console: Console, folder: Path, paths: Sequence[Path], errors: Sequence[str]) -> None:
-    """Print what could not be written, and the files by format: "summary, layers (.csv .json .md .tex)"."""
-    for line in errors:
-        _print(console, line)
+def _file_list(folder: Path, paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the files grouped by format: "summary, layers (.csv .json .md .tex)"."""
     suffixes: dict[Path, list[str]] = {}
     for path in paths:
         stem = path.with_suffix("")
         suffixes.setdefault(stem.relative_to(folder) if path.parent == folder else stem, []).append(path.suffix)
     if paths:
-        _print(console, f"report written to {folder}:")
+        yield f"report written to {folder}:"
     for kinds in dict.fromkeys(map(tuple, suffixes.values())):
         stems = [str(stem) for stem, own in suffixes.items() if tuple(own) == kinds]
-        names = [f"{stem}{kinds[0]}" for stem in stems] if len(kinds) == 1 else stems
-        _print(console, f"  {', '.join(names)}" + (f" ({' '.join(kinds)})" if len(kinds) > 1 else ""), fold=True)
+        if len(kinds) == 1:
+            yield f"  {', '.join(f'{stem}{kinds[0]}' for stem in stems)}"
+        else:
+            yield f"  {', '.join(stems)} ({' '.join(kinds)})"

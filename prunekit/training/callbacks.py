@@ -64,16 +64,16 @@ class LambdaControl(Callback):
 
     def on_step_start(self, trainer: Trainer) -> None:
         controller, position = trainer.lambda_controller, trainer.position
-        if position.step % controller.every(trainer.total_steps) == 0:
+        if position.step % controller.update_interval(trainer.total_steps) == 0:
             loss, _, steps = position.sums.tolist()
             previous_loss, previous_steps = position.at_lambda_update
             mean_loss = (loss - previous_loss) / (steps - previous_steps) if steps > previous_steps else None
             position.at_lambda_update = loss, steps
             progress = float(self.lr_sums[trainer.global_step] / self.lr_sums[-1])
-            trainer.decay.weight = controller.look(progress, mean_loss)
+            trainer.decay.weight = controller.update(progress, mean_loss)
 
     def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
-        return trainer.lambda_controller.figures()
+        return trainer.lambda_controller.metrics()
 
 
 class PruneDeadChannels(Callback):
@@ -81,27 +81,27 @@ class PruneDeadChannels(Callback):
 
     def on_epoch_start(self, trainer: Trainer) -> None:
         if self._is_due(trainer) and not trainer.position.step:
-            trainer.job.progressive_pruning.begin()
+            trainer.job.progressive_pruning.reset()
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         second_half = trainer.position.step > trainer.steps_per_epoch // 2
         if trainer.is_log_step and second_half and self._is_due(trainer):
-            trainer.job.progressive_pruning.look(trainer.model, trainer.groups)
+            trainer.job.progressive_pruning.observe(trainer.model, trainer.groups)
 
     def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
         if not self._is_due(trainer):
             return {}
         with trainer.without_hooks():
             pruning = trainer.job.progressive_pruning
-            cut = pruning.cut(trainer.model, trainer.groups, trainer.decay, trainer.position.epoch + 1)
-            if cut is None:
+            pruned = pruning.prune(trainer.model, trainer.groups, trainer.decay, trainer.position.epoch + 1)
+            if pruned is None:
                 return {}
-            trainer.replace_model(cut)
-        return {"shrunk": {key: cut.record[key] for key in ("channels", "params", "macs")}}
+            trainer.replace_model(pruned)
+        return {"shrunk": {key: pruned.record[key] for key in ("channels", "params", "macs")}}
 
     @staticmethod
     def _is_due(trainer: Trainer) -> bool:
-        return trainer.job.progressive_pruning.due(trainer.position.epoch + 1, trainer.epochs)
+        return trainer.job.progressive_pruning.is_due(trainer.position.epoch + 1, trainer.epochs)
 
 
 class MetricsLogger(Callback):

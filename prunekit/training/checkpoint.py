@@ -103,7 +103,7 @@ def save_checkpoint(trainer: Trainer) -> None:
             )
     if position.step and job.progressive_pruning is not None:
         # Not checked: channels without a deciding gate have the value ∞.
-        arrays |= {f"looks/{name}": values for name, values in job.progressive_pruning.seen().items()}
+        arrays |= {f"looks/{name}": values for name, values in job.progressive_pruning.max_gates.items()}
     state = {
         "epoch": position.epoch,
         "step": position.step,
@@ -121,7 +121,7 @@ def save_checkpoint(trainer: Trainer) -> None:
         ],
     }
     parts = {"steering": trainer.lambda_controller, "shrinking": job.progressive_pruning}
-    state |= {name: part.state() for name, part in parts.items() if part is not None}
+    state |= {name: part.state_dict() for name, part in parts.items() if part is not None}
     config = job.config.checkpoint
     best = position.best[1] if config.best and position.best is not None else None
     job.run.save_checkpoint(job.stage, trainer.global_step, arrays, state, config.keep, best)
@@ -166,7 +166,7 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
         raise CheckpointError(f"{_name(job)} does not fit the model ({reason}); {_restart(job)}") from error
     trainer.gates.load(parts["gates"])
     if trainer.lambda_controller is not None and state.get("steering") is not None:
-        trainer.decay.weight = trainer.lambda_controller.load(state["steering"])
+        trainer.decay.weight = trainer.lambda_controller.load_state_dict(state["steering"])
     position = TrainingPosition(int(state["epoch"]))
     if state.get("best") is not None:
         position.best = (float(state["best"][0]), int(state["best"][1]))
@@ -175,7 +175,7 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
         position.at_lambda_update = tuple(state["told"])
         position.sums, position.rng_states = torch.tensor(state["sums"], dtype=torch.float64), parts["random"]
         if job.progressive_pruning is not None:
-            job.progressive_pruning.begin(parts["looks"])
+            job.progressive_pruning.reset(parts["looks"])
     return position
 
 

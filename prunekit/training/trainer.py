@@ -23,7 +23,7 @@ from prunekit.errors import TrainingError
 from prunekit.native.library import load
 from prunekit.pruning.plan import Group
 from prunekit.pruning.sparsity.decay import Decay
-from prunekit.pruning.sparsity.progressive import Cut
+from prunekit.pruning.sparsity.progressive import PrunedModel
 from prunekit.pruning.surgery.optimizer_state import slim_optimizer
 from prunekit.training import callbacks
 from prunekit.training.acceleration import fast_steps, flush_denormals, sync_batch_norms
@@ -158,11 +158,11 @@ class Trainer:
         yield
         self._set_hooks()
 
-    def replace_model(self, cut: Cut) -> None:
+    def replace_model(self, pruned: PrunedModel) -> None:
         """Continue with a pruned model: new decay, optimizer with the old state, and a new weight average."""
-        self._follow_pruned(cut.model, cut.groups)
-        state = slim_optimizer(self.optimizer, self.model, cut.model, self.groups, cut.plan).state
-        self.model, self.groups = cut.model, cut.groups
+        self._follow_pruned(pruned.model, pruned.groups)
+        state = slim_optimizer(self.optimizer, self.model, pruned.model, self.groups, pruned.plan).state
+        self.model, self.groups = pruned.model, pruned.groups
         # Built anew, so that its parameters are in the order in which a resumed training builds it.
         optimizer = self._build_optimizer()
         for group in optimizer.param_groups:
@@ -171,8 +171,8 @@ class Trainer:
 
     def _follow_pruned(self, model: nn.Module, groups: list[Group]) -> None:
         pruning = self.job.progressive_pruning
-        self.decay, self.lambda_controller = pruning.equipped(model, groups, self.lambda_controller)
-        self.gates.set_model(model, groups, pruning.places(self.gates.norms))
+        self.decay, self.lambda_controller = pruning.continue_decay(model, groups, self.lambda_controller)
+        self.gates.set_model(model, groups, pruning.kept_channels(self.gates.norms))
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config = self.job.config

@@ -56,12 +56,12 @@ def measured(rows: list[dict], when: str, quality: float) -> dict:
 def gates(rows: list[dict], epochs: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Return norm → float32 [epochs, channels]; gates of pruned channels decay to 0."""
     random = np.random.default_rng(seed)
-    progress = np.linspace(0, 1, epochs)[:, None]
+    way = np.linspace(0, 1, epochs)[:, None]
     out = {}
     for row in rows:
         before, after = row["channels"]["before"], row["channels"]["after"]
         start, end = random.uniform(0.5, 1, before), np.where(np.arange(before) < after, 0.4, 0.0)
-        out[f"{row['layer']}.norms.{row['branch']}"] = (start * (1 - progress) + end * progress).astype(np.float32)
+        out[f"{row['layer']}.norms.{row['branch']}"] = (start * (1 - way) + end * way).astype(np.float32)
     return out
 
 
@@ -182,8 +182,8 @@ def change_state(path: Path, **changes) -> None:
 
 def without_checksum(path: Path, *names: str) -> None:
     """Remove the checksums of these files."""
-    checksums = json.loads((path / "state.json").read_text())["checksums"]
-    change_state(path, checksums={name: digest for name, digest in checksums.items() if name not in names})
+    held = json.loads((path / "state.json").read_text())["checksums"]
+    change_state(path, checksums={name: digest for name, digest in held.items() if name not in names})
 
 
 def append_lines(run: RunDir, lines: list[dict]) -> None:

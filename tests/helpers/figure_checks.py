@@ -55,9 +55,9 @@ def assert_readable(figure: Figure) -> None:
 
 def labels(figure: Figure) -> set[str]:
     """Return the labels of all axes and of the figure."""
-    texts = {axes.get_xlabel() for axes in figure.axes} | {axes.get_ylabel() for axes in figure.axes}
-    texts |= {figure.get_supxlabel(), figure.get_supylabel()}
-    return texts - {""}
+    said = {axes.get_xlabel() for axes in figure.axes} | {axes.get_ylabel() for axes in figure.axes}
+    said |= {figure.get_supxlabel(), figure.get_supylabel()}
+    return said - {""}
 
 
 def assert_labelled(figure: Figure) -> None:
@@ -65,6 +65,6 @@ def assert_labelled(figure: Figure) -> None:
     for axes in (axes for axes in figure.axes if axes.axison):
         for which, whole in (("x", figure.get_supxlabel()), ("y", figure.get_supylabel())):
             group = getattr(axes, f"get_shared_{which}_axes")().get_siblings(axes)
-            labels = [getattr(one, f"get_{which}label")() for one in group]
+            told = [getattr(one, f"get_{which}label")() for one in group]
             ticks = [t for t in getattr(axes, f"{which}axis").get_ticklabels() if t.get_text()]
-            assert any(labels) or whole or not ticks, f"an axis {which} of {axes.get_title()!r} has no label"
+            assert any(told) or whole or not ticks, f"an axis {which} of {axes.get_title()!r} has no label"

@@ -17,7 +17,6 @@ from prunekit.reporting import load_run, report
 from prunekit.reporting.figures.gallery import gallery_figures
 from prunekit.reporting.loader import MODELS
 from prunekit.runs.run_dir import RunDir
-from prunekit.runs.state import FORMAT
 
 FILES = [
     "state.json", "recipe.yaml", "summary.json", "environment.json", "metrics.jsonl", "gates.npz", "plan.json",
@@ -207,16 +206,12 @@ def test_report_of_run_with_every_file_damaged(run):
 @pytest.mark.parametrize("name", ["plan.json", "layers.json", "bench.json", "eval.json", "curves.json"])
 def test_newer_file_format_is_reported(run, whole, name, no_figures):
     (run / "state.json").unlink()
-    content = json.loads((run / name).read_text())
-    (run / name).write_text(json.dumps({**content, "format": FORMAT + 1}))
+    held = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps({**held, "format": 2}))
     found = load_run(run)
     the_same(found, whole)
-    assert [
-        line
-        for line in found.problems
-        if line.startswith(name) and f"format {FORMAT + 1}" in line and "upgrade" in line
-    ]
-    assert f"format {FORMAT + 1}" in report_output(run)
+    assert [line for line in found.problems if line.startswith(name) and "format 2" in line and "upgrade" in line]
+    assert "format 2" in report_output(run)
 
 
 @pytest.mark.parametrize("content", ['{"format": 1}', '{"format": 1, "groups": {}}', "[]"])
@@ -230,12 +225,12 @@ def test_invalid_summary_of_interrupted_run_is_reported(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["state.json", "summary.json"])
 def test_newer_run_format_fails_with_one_line(run, name, capsys):
-    content = json.loads((run / name).read_text())
-    (run / name).write_text(json.dumps({**content, "format": FORMAT + 1}))
+    held = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps({**held, "format": 2}))
     with pytest.raises(SystemExit) as stop:
         main(["report", str(run)])
     out = capsys.readouterr()
-    assert stop.value.code == 2 and out.err.count("\n") == 1 and f"format {FORMAT + 1}" in out.err and not out.out
+    assert stop.value.code == 2 and out.err.count("\n") == 1 and "format 2" in out.err and not out.out
     assert not (run / "report").exists()
 
 
@@ -277,18 +272,18 @@ def test_missing_epochs_are_counted(run):
         assert any("epochs of train are not numbered 1, 2, 3" in line for line in found.problems)
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_missing_baseline_epochs_are_counted(run, count):
+@pytest.mark.parametrize("held", [0, 1])
+def test_missing_baseline_epochs_are_counted(run, held):
     """The last of them are missing, or all."""
     recipe = (run / "recipe.yaml").read_text() + "baseline: true\n"
     (run / "recipe.yaml").write_text(recipe)
     first = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(first.replace('"train"', '"baseline"') * count)
+        file.write(first.replace('"train"', '"baseline"') * held)
     without_checksums(run)
-    assert f"metrics.jsonl: {count} of 3 epochs of baseline" in load_run(run).problems
+    assert f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).problems
     (run / "recipe.yaml").write_text(recipe.replace("baseline: true", "baseline: false"))
-    assert (f"metrics.jsonl: {count} of 3 epochs of baseline" in load_run(run).problems) == bool(count)
+    assert (f"metrics.jsonl: {held} of 3 epochs of baseline" in load_run(run).problems) == bool(held)
 
 
 def test_missing_epochs_of_whole_stage_are_reported(run):
@@ -299,7 +294,7 @@ def test_missing_epochs_of_whole_stage_are_reported(run):
     summary = json.loads((run / "summary.json").read_text())
     del summary["seconds"]["train"]
     (run / "summary.json").write_text(json.dumps(summary))
-    assert not any("epochs of train" in line for line in load_run(run).problems), "its training is in another run"
+    assert not any("epochs of train" in line for line in load_run(run).problems), "its training stands in another run"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml", "environment.json", "gates.npz", "layers.json"])
@@ -312,11 +307,11 @@ def test_missing_file_without_checksum_is_reported(run, name):
 @pytest.mark.parametrize("name, key, needed", [("bench.json", "rows", "median_ms"), ("eval.json", "sets", "name")])
 def test_rows_without_required_key_are_dropped(run, name, key, needed):
     without_checksums(run)
-    content = json.loads((run / name).read_text())
-    del content[key][1][needed]
-    (run / name).write_text(json.dumps(content))
+    held = json.loads((run / name).read_text())
+    del held[key][1][needed]
+    (run / name).write_text(json.dumps(held))
     found = load_run(run)
-    assert len(found.bench if name == "bench.json" else found.evals) == len(content[key]) - 1
+    assert len(found.bench if name == "bench.json" else found.evals) == len(held[key]) - 1
     assert any(f"{key}[1] has no {needed}" in line for line in found.problems)
 
 
@@ -337,9 +332,9 @@ def test_damaged_picture_is_left_out_of_gallery(run, monkeypatch):
 
 
 def test_lock_and_temporary_files_are_ignored(run):
-    with RunDir.open(run, write=True) as writer:
-        writer.update_summary("drift", {"max_abs_diff": 2.0})
-        writer.close()
+    with RunDir.open(run, write=True) as held:
+        held.update_summary("drift", {"max_abs_diff": 2.0})
+        held.close()
     (run / "lock").write_text("{")
     (run / ".tmp-1").write_bytes(b"half")
     assert load_run(run).problems == []

@@ -80,10 +80,10 @@ def test_unknown_metrics_are_included(make_run):
 
 def test_metric_with_reserved_name_is_prefixed(make_run):
     run = load_run(make_run(stop="extract"))
-    dense = run.summary["dense"]
-    dense["metrics"] = {"params": 0.5, "seconds": 0.25, "MACs (64×64)": 0.1}
+    held = run.summary["dense"]
+    held["metrics"] = {"params": 0.5, "seconds": 0.25, "MACs (64×64)": 0.1}
     row = summary_table([run]).iloc[0]
-    assert (row["params"], row[MACS], row["seconds"]) == (dense["params"], dense["macs"], 1.5)
+    assert (row["params"], row[MACS], row["seconds"]) == (held["params"], held["macs"], 1.5)
     assert row["metrics.params"] == 0.5 and row["metrics.seconds"] == 0.25 and row["metrics.MACs (64×64)"] == 0.1
 
 

@@ -20,21 +20,18 @@ CPU = torch.device("cpu")
 class StatefulPart:
     """Stands in for the λ controller and for progressive pruning."""
 
-    def __init__(self, state, looks=None):
-        self.held, self.looks = state, looks
+    def __init__(self, state, max_gates=None):
+        self.held, self.max_gates = state, max_gates
 
-    def state(self):
+    def state_dict(self):
         return self.held
 
-    def load(self, state):
+    def load_state_dict(self, state):
         self.held = state
         return 0.125
 
-    def seen(self):
-        return self.looks
-
-    def begin(self, looks=None):
-        self.looks = looks
+    def reset(self, max_gates=None):
+        self.max_gates = max_gates
 
 
 def make_trainer(run, optimizer=torch.optim.SGD, position=None, controller=None, pruning=None):
@@ -80,7 +77,10 @@ def test_checkpoint_within_an_epoch_restores_everything(run, epoch, step, sums, 
     position = TrainingPosition(epoch, step, torch.tensor(sums, dtype=torch.float64), at_lambda_update, seconds, best)
     looks = {"a": np.array([0.5, np.inf]), "b.c": np.zeros(0)}
     saved = make_trainer(
-        run, position=position, controller=StatefulPart({"now": seconds}), pruning=StatefulPart({"cuts": []}, looks)
+        run,
+        position=position,
+        controller=StatefulPart({"value": seconds}),
+        pruning=StatefulPart({"records": []}, looks),
     )
     position.save_rng(generator, CPU)
     save_checkpoint(saved)
@@ -94,8 +94,8 @@ def test_checkpoint_within_an_epoch_restores_everything(run, epoch, step, sums, 
     assert (restored.epoch, restored.step, restored.seconds, restored.best) == (epoch, step, seconds, best)
     assert restored.at_lambda_update == at_lambda_update and torch.equal(restored.sums, position.sums)
     assert all(map(torch.equal, trainer.model.state_dict().values(), saved.model.state_dict().values()))
-    assert trainer.lambda_controller.held == {"now": seconds} and trainer.decay.weight == 0.125
-    restored_looks = trainer.job.progressive_pruning.looks
+    assert trainer.lambda_controller.held == {"value": seconds} and trainer.decay.weight == 0.125
+    restored_looks = trainer.job.progressive_pruning.max_gates
     assert sorted(restored_looks) == sorted(looks)
     assert all(np.array_equal(restored_looks[name], looks[name]) for name in looks)
     other = torch.Generator()

@@ -1,15 +1,4 @@
-"""λ by feedback: sparse training that is to end at a budget.
-
-What is steered is not the count of living channels: gates fall below the threshold late and many at once, so for most
-of a training a count says nothing, and an integral over it winds up. It is the *reach*: the effective gate below which
-everything would have to be cut now to meet the budget. It falls from the first step on, it goes to the threshold where
-the training is to end, and that is the way that it is given. In logarithms, since λ acts in factors: a proportional
-and an integral part of log(reach ÷ way), λ bounded, and the integral held while λ stands at a bound.
-
-The task has a say too. Where no λ brings the reach down in time, more of it only shrinks all gates alike (the next norm
-undoes that) and ruins what has been learned. So a loss that has risen above its lowest takes λ back, and the budget is
-met in the end by cutting channels that are alive.
-"""
+"""Feedback control of λ, so that sparse training ends at a budget. See docs/design/sparsity.md for the choices."""
 
 from __future__ import annotations
 
@@ -23,172 +12,170 @@ from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
 
-ARRIVAL = 0.85  # share of the way at which the reach is to be at the threshold; the rest is for those that live
-GAIN = 2.0  # λ goes with this power of reach ÷ way …
-RATE = 12.0  # … and grows by e this often within a training in which reach ÷ way stays at e
-RANGE = 30.0  # λ stays within this factor of what the recipe says
-EASE = 0.25  # the logarithm by which the loss may rise before λ goes no higher
-STRAIN = 4.0  # how strongly what it rises beyond that takes λ back
-PACE = 0.2  # the logarithm by which λ changes at most in one look
-MEMORY = 0.05  # share of the way over which losses are averaged
-FLOOR = 0.05  # of the first loss: what is below it is as good as no loss
-FAR = 2.0  # the logarithm beyond which reach ÷ way counts no more
-STATE = ("now", "start", "integral", "last", "loss", "first_loss", "least")
+SETPOINT_END = 0.85  # progress at which the setpoint reaches the threshold; the rest is for the surviving channels
+PROPORTIONAL_GAIN = 2.0  # λ is proportional to this power of gate ÷ setpoint
+INTEGRAL_RATE = 12.0  # λ grows by a factor e this often during a training in which gate ÷ setpoint stays at e
+MAX_FACTOR = 30.0  # λ stays within this factor of its initial value
+LOSS_MARGIN = 0.25  # logarithm by which the loss may rise above its minimum
+LOSS_GAIN = 4.0  # how strongly a further rise of the loss reduces λ
+MAX_LOG_STEP = 0.2  # largest change of log λ in one update
+LOSS_MEMORY = 0.05  # progress over which losses are averaged
+LOSS_FLOOR = 0.05  # of the first loss; smaller losses count as equal
+MAX_LOG_ERROR = 2.0
+_STATE = ("value", "start", "integral", "progress", "mean_loss", "first_loss", "min_loss")
 
 
 class FeedbackController:
-    """From how far a training is and how far it should be, to λ. It knows nothing of models.
+    """A proportional-integral controller in log space, without knowledge of models.
 
     Args:
-        weight: λ at the beginning.
-        threshold: where the reach is to arrive.
+        initial: λ at the beginning.
+        threshold: the gate at which the budget has to be met in the end.
     """
 
-    def __init__(self, weight: float, threshold: float):
-        self.weight = weight
+    def __init__(self, initial: float, threshold: float):
+        self.initial = initial
         self.threshold = max(threshold, 1e-12)
-        self.now = weight
+        self.value = initial
         self.start: float | None = None
         self.integral = 0.0
-        self.last = 0.0
-        self.loss: float | None = None
+        self.progress = 0.0
+        self.mean_loss: float | None = None
         self.first_loss: float | None = None
-        self.least: float | None = None
+        self.min_loss: float | None = None
 
-    def way(self, progress: float) -> float:
-        """Where the reach should be. Between the straight line on which Adam moves gates and the exponential on which
-        plain gradient descent does."""
-        left = max(0.0, 1.0 - progress / ARRIVAL)
+    def setpoint(self, progress: float) -> float:
+        """The wanted gate: between the linear decrease under Adam and the exponential one under gradient descent."""
+        left = max(0.0, 1.0 - progress / SETPOINT_END)
         return self.threshold + max(0.0, (self.start or 0.0) - self.threshold) * left**2
 
-    def update(self, progress: float, reach: float, loss: float | None = None) -> float:
-        """λ from now on.
+    def update(self, progress: float, gate: float, loss: float | None = None) -> float:
+        """Return the next λ.
 
         Args:
-            progress: of the training, 0 … 1; the share of the way that the learning rate lets parameters go, not of
-                the steps, where the rate changes.
-            reach: the effective gate below which all would have to be cut to meet the budget.
-            loss: the task's, the mean since the last call; None where there is none yet.
+            progress: of the training, 0 to 1, in the integral of the learning rate where that is scheduled.
+            gate: the effective gate at and below which channels must be pruned to meet the budget now.
+            loss: mean loss of the task since the last call, if any.
         """
         if self.start is None:
-            self.start = reach
-        # Gates that are zero have no logarithm; below the threshold, further down says little more.
-        off = math.log(max(reach, self.threshold * math.exp(-FAR)) / self.way(progress))
-        off = min(max(off, -FAR), FAR)
-        excess = self.strain(loss, progress - self.last) - EASE
+            self.start = gate
+        # Gates of zero have no logarithm; below the threshold a lower gate says little more.
+        error = math.log(max(gate, self.threshold * math.exp(-MAX_LOG_ERROR)) / self.setpoint(progress))
+        error = min(max(error, -MAX_LOG_ERROR), MAX_LOG_ERROR)
+        excess = self.loss_excess(loss, progress - self.progress) - LOSS_MARGIN
         if excess > 0:
-            off = max(min(off, 0.0) - STRAIN * excess, -FAR)
-        bound = math.log(RANGE)
-        step = RATE * off * (progress - self.last)
-        wanted = GAIN * off + self.integral + step
-        if abs(wanted) < bound or step * wanted < 0:
-            self.integral += step
-        self.last = progress
-        before = math.log(self.now / self.weight)
-        wanted = min(max(GAIN * off + self.integral, -bound), bound)
-        self.now = self.weight * math.exp(min(max(wanted, before - PACE), before + PACE))
-        return self.now
+            error = max(min(error, 0.0) - LOSS_GAIN * excess, -MAX_LOG_ERROR)
+        bound = math.log(MAX_FACTOR)
+        increment = INTEGRAL_RATE * error * (progress - self.progress)
+        wanted = PROPORTIONAL_GAIN * error + self.integral + increment
+        # No integration at a bound, except away from it.
+        if abs(wanted) < bound or increment * wanted < 0:
+            self.integral += increment
+        self.progress = progress
+        current = math.log(self.value / self.initial)
+        wanted = min(max(PROPORTIONAL_GAIN * error + self.integral, -bound), bound)
+        self.value = self.initial * math.exp(min(max(wanted, current - MAX_LOG_STEP), current + MAX_LOG_STEP))
+        return self.value
 
-    def strain(self, loss: float | None, passed: float) -> float:
-        """How far the loss, averaged, stands above its lowest, as a logarithm."""
+    def loss_excess(self, loss: float | None, elapsed: float) -> float:
+        """The logarithm by which the average loss is above its minimum."""
         if loss is not None:
             self.first_loss = loss if self.first_loss is None else self.first_loss
-            before = loss if self.loss is None else self.loss
-            self.loss = before + (1 - math.exp(-passed / MEMORY)) * (loss - before)
-            self.least = min(self.loss, self.loss if self.least is None else self.least)
-        if self.loss is None or not self.first_loss > 0:
+            before = loss if self.mean_loss is None else self.mean_loss
+            self.mean_loss = before + (1 - math.exp(-elapsed / LOSS_MEMORY)) * (loss - before)
+            self.min_loss = min(self.mean_loss, self.mean_loss if self.min_loss is None else self.min_loss)
+        if self.mean_loss is None or self.min_loss is None or not (self.first_loss or 0.0) > 0:
             return 0.0
-        floor = FLOOR * self.first_loss
-        return math.log((max(self.loss, 0.0) + floor) / (max(self.least, 0.0) + floor))
+        floor = LOSS_FLOOR * self.first_loss
+        return math.log((max(self.mean_loss, 0.0) + floor) / (max(self.min_loss, 0.0) + floor))
 
-    def state(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, float | None]:
         """All that changes, as JSON."""
-        return {key: getattr(self, key) for key in STATE}
+        return {key: getattr(self, key) for key in _STATE}
 
-    def load(self, state: dict[str, float | None]) -> float:
-        """Go on from a ``state``; λ as it was."""
-        for key in STATE:
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        for key in _STATE:
             setattr(self, key, state[key])
-        return self.now
 
 
 class LambdaController:
-    """λ of one training, from its model's gates.
+    """Controls λ of one training by the gates of its model.
 
     Args:
-        model: under training.
-        groups: of the model.
-        sizes: of the model and these groups.
+        model: the model in training.
+        groups: its groups.
+        size_model: of the model and these groups.
         measure: "params" or "macs".
         goal: the budget in this measure.
         threshold: of the effective gate.
         weight: λ at the beginning.
-        most: how many channels of each group may go; 0 where it is not named.
+        limits: for the ids of groups how many of their channels may be pruned; 0 for all others.
     """
 
     def __init__(
         self,
         model: nn.Module,
         groups: Sequence[Group],
-        sizes: SizeModel,
+        size_model: SizeModel,
         measure: str,
         goal: int,
         threshold: float,
         weight: float,
-        most: Mapping[str, int],
+        limits: Mapping[str, int],
     ):
         self.model = model
-        self.groups = [group for group in groups if most.get(group.id)]
-        self.most = most
-        self.sizes = sizes
+        self.groups = [group for group in groups if limits.get(group.id)]
+        self.limits = limits
+        self.size_model = size_model
         self.measure = measure
         self.goal = goal
         self.controller = FeedbackController(weight, threshold)
         self.threshold = threshold
 
     @staticmethod
-    def every(steps: int) -> int:
-        """How many steps lie between two looks in a training of so many."""
+    def update_interval(steps: int) -> int:
+        """Number of steps between updates in a training of so many steps."""
         return max(1, min(10, steps // 100))
 
-    def look(self, progress: float, loss: float | None = None) -> float:
-        """λ from now on; ``progress`` and ``loss`` as for :class:`Controller`."""
-        return self.controller.update(progress, self.reach(), loss)
+    def update(self, progress: float, loss: float | None = None) -> float:
+        """Return the next λ; ``progress`` and ``loss`` as for :class:`FeedbackController`."""
+        return self.controller.update(progress, self.gate_at_budget(), loss)
 
-    def figures(self) -> dict[str, dict[str, int]]:
-        """For the metrics: the size that the plan would have now, and the budget."""
+    def metrics(self) -> dict[str, dict[str, int]]:
+        """The size if all channels at or below the threshold were pruned now, and the budget."""
         return {"size": {self.measure: getattr(self.size(), self.measure)}, "budget": {self.measure: self.goal}}
 
-    def state(self) -> dict[str, float | None]:
-        return self.controller.state()
+    def state_dict(self) -> dict[str, float | None]:
+        return self.controller.state_dict()
 
-    def load(self, state: dict[str, float | None]) -> float:
-        return self.controller.load(state)
+    def load_state_dict(self, state: Mapping[str, float | None]) -> float:
+        """Continue from a state; return its λ."""
+        self.controller.load_state_dict(state)
+        return self.controller.value
 
-    def reach(self) -> float:
-        """The effective gate at and below which all would have to be cut now to meet the budget; 0 where nothing has
-        to be."""
-        if getattr(self.sizes.dense, self.measure) <= self.goal:
+    def gate_at_budget(self) -> float:
+        """The effective gate at and below which channels must be pruned to meet the budget now; 0 if it is met."""
+        if getattr(self.size_model.dense, self.measure) <= self.goal:
             return 0.0
-        values = self._values()
-        steps = np.unique(np.concatenate(values))
-        low, high = 0, len(steps) - 1
+        scores = self._scores()
+        values = np.unique(np.concatenate(scores))
+        low, high = 0, len(values) - 1
         while low < high:
             middle = (low + high) // 2
-            met = getattr(self._without(values, steps[middle]), self.measure) <= self.goal
+            met = getattr(self._size_above(values[middle], scores), self.measure) <= self.goal
             low, high = (low, middle) if met else (middle + 1, high)
-        return float(steps[low])
+        return float(values[low])
 
     def size(self) -> ModelSize:
-        """What would be left if all at and below the threshold were cut now that may be."""
-        return self._without(self._values(), self.threshold)
+        """The size if all channels at or below the threshold were pruned now, within the limits."""
+        return self._size_above(self.threshold, self._scores())
 
-    def _values(self) -> list[np.ndarray]:
+    def _scores(self) -> list[np.ndarray]:
         return [gate_scores(self.model, group) for group in self.groups]
 
-    def _without(self, values: list[np.ndarray], threshold: float) -> ModelSize:
+    def _size_above(self, threshold: float, scores: list[np.ndarray]) -> ModelSize:
         dead = {
-            group.id: min(int((value <= threshold).sum()), self.most[group.id])
-            for group, value in zip(self.groups, values, strict=True)
+            group.id: min(int((values <= threshold).sum()), self.limits[group.id])
+            for group, values in zip(self.groups, scores, strict=True)
         }
-        return self.sizes.size_without(dead)
+        return self.size_model.size_without(dead)

@@ -22,8 +22,11 @@ RUN_FIGURES = (layer_figures, training_figures, curve_figures, gallery_figures)
 def report_figures(runs: Sequence[Run], errors: list[str] | None = None) -> Iterator[ReportFigure]:
     """Yield every figure that the runs have data for, one at a time.
 
-    First those that compare the runs, then those of each run; with several runs, these name their run. ``errors``
-    receives a line for each group of figures that fails; None: raise the error.
+    First those that compare the runs, then those of each run; with several runs, these name their run.
+
+    Args:
+        runs: with distinct names.
+        errors: receives a line for each group of figures that fails; None: raise the error.
     """
     yield from _draw(tradeoff_figures, runs, "the figures of all runs", errors)
     for run in runs:

@@ -45,13 +45,12 @@ def render_page(runs: Sequence[Run], figures: Iterable[EmbeddedFigure], publishe
         title = runs[0].name
         chapters.append(("all", "", "", list(run_sections(runs[0], "", tables, figures, published))))
     else:
-        common = [table for table in tables if not table.run], [figure for figure in figures if not figure.run]
-        chapters.append(("all", "", "", list(comparison_sections(runs, *common))))
+        own = [[item for item in items if not item.run] for items in (tables, figures)]
+        chapters.append(("all", "", "", list(comparison_sections(runs, *own))))
         title = f"{len(runs)} runs" if runs else title
         for index, run in enumerate(runs, 1):
-            own_tables = [table for table in tables if table.run == run.name]
-            own_figures = [figure for figure in figures if figure.run == run.name]
-            sections = list(run_sections(run, f"run-{index}-", own_tables, own_figures, published))
+            own = [[item for item in items if item.run == run.name] for items in (tables, figures)]
+            sections = list(run_sections(run, f"run-{index}-", *own, published))
             chapters.append((f"run-{index}", run.name, lead(run), sections))
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -106,9 +106,14 @@ def comparison_sections(
 def run_sections(
     run: Run, prefix: str, tables: Sequence[ReportTable], figures: Sequence[EmbeddedFigure], published: bool
 ) -> Iterator[Section]:
-    """Yield the sections about one run, with ids that start with ``prefix``.
+    """Yield the sections about one run.
 
-    With ``published`` models in the tables, these keep the column "run".
+    Args:
+        run: the run.
+        prefix: keeps the ids distinct from those of other runs.
+        tables: tables of the run.
+        figures: figures of the run.
+        published: the tables contain the published models too, so that the column "run" is needed.
     """
     models = [
         page_table(table, () if published else ("run",), note="")
@@ -157,10 +162,12 @@ def cards(run: Run) -> list[tuple[str, str, str, str]]:
     channels, total = kept.get("channels"), kept.get("of")
     if channels is not None and total:
         out.append(("Channels kept", f"{channels:,} of {total:,}", f"{channels / total:.1%} of the prunable ones", ""))
-    for metric, reached in list(run.model_metrics(name).items())[:2]:
-        before = run.model_metrics("dense").get(metric) if name != "dense" else None
-        change = (f"{reached:.3f}", name) if before is None else (f"{before:.3f} → {reached:.3f}", f"dense → {name}")
-        out.append((metric, *change, ""))
+    for metric, value in list(run.model_metrics(name).items())[:2]:
+        before = run.model_metrics("dense").get(metric)
+        if name == "dense" or before is None:
+            out.append((metric, f"{value:.3f}", name, ""))
+        else:
+            out.append((metric, f"{before:.3f} → {value:.3f}", f"dense → {name}", ""))
     equivalence = run.summary.get("equivalence", {})
     if "passed" in equivalence:
         difference, tolerance = equivalence.get("max_abs_diff"), equivalence.get("tolerance")

@@ -51,7 +51,7 @@ def by_hand(model, batches, weight):
     return found
 
 
-def test_penalty_is_the_hand_computed_one(two):
+def test_penalty_equals_hand_computed_value(two):
     model, groups = two
     x = torch.randn(5, 3, 6, 6)
     with DynamicWeightDecay(model, groups, 0.3) as decay:
@@ -68,7 +68,7 @@ def test_responses_are_averaged_over_the_images_of_all_forwards(two):
         assert decay.penalty().item() == pytest.approx(by_hand(model, batches, 0.3), rel=1e-5)
 
 
-def test_gradient_goes_to_the_gates_alone(two):
+def test_gradient_reaches_only_the_gates(two):
     model, groups = two
     with DynamicWeightDecay(model, groups, 0.3) as decay:
         model(torch.randn(4, 3, 6, 6))
@@ -77,7 +77,7 @@ def test_gradient_goes_to_the_gates_alone(two):
     assert with_gradient == {"norm_a.weight", "norm_b.weight"}
 
 
-def test_a_penalty_without_a_forward_is_refused(two):
+def test_penalty_without_a_forward_is_refused(two):
     model, groups = two
     with DynamicWeightDecay(model, groups, 0.3) as decay:
         with pytest.raises(TrainingError, match="needs a forward"):
@@ -91,7 +91,7 @@ def test_a_penalty_without_a_forward_is_refused(two):
             decay.penalty()
 
 
-def test_hooks_live_inside_with_only(two):
+def test_hooks_exist_only_inside_with(two):
     model, groups = two
     decay = DynamicWeightDecay(model, groups, 0.3)
     assert not any(m._forward_hooks for m in model.modules())
@@ -104,7 +104,7 @@ def test_hooks_live_inside_with_only(two):
         decay.penalty()
 
 
-def test_a_copy_of_the_model_is_not_listened_to(two):
+def test_copies_of_the_model_are_ignored(two):
     model, groups = two
     x = torch.randn(2, 3, 6, 6)
     with DynamicWeightDecay(model, groups, 0.3) as decay:
@@ -115,7 +115,7 @@ def test_a_copy_of_the_model_is_not_listened_to(two):
         assert decay.penalty().item() == pytest.approx(by_hand(model, [x], 0.3), rel=1e-5)
 
 
-def test_patterns_leave_norms_out():
+def test_excluded_norms_are_not_decayed():
     model = csnet(10)
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
     assert len(DynamicWeightDecay(model, groups).norms) == 106
@@ -125,7 +125,7 @@ def test_patterns_leave_norms_out():
         DynamicWeightDecay(model, groups, exclude=["*"])
 
 
-def test_flops_weights_double_with_the_side_of_the_map():
+def test_flops_weights_double_with_the_side_length():
     torch.manual_seed(0)
     model = csnet(10).train()
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
@@ -143,7 +143,7 @@ def test_flops_weights_double_with_the_side_of_the_map():
     assert fine == pytest.approx(2 * coarse, rel=1e-4) and fine == pytest.approx(2 * later, rel=1e-4)
 
 
-def test_gates_in_a_row_and_activations_by_function():
+def test_serial_gates_and_functional_activations():
     model = Row()
     groups = find_groups(model, torch.randn(2, 3, 12, 12))
     activations = {gate.norm: gate.activation for group in groups for gate in group.gates}

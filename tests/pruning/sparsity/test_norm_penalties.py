@@ -77,13 +77,13 @@ def slices_of(model, group, k):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_l1_and_its_gradient_are_those_of_a_loop(name):
+def test_l1_and_its_gradient_equal_a_loop(name):
     model, groups = double(name)
     same(gradients(model, L1Decay(model, groups, 0.3)), gradients(model, ByHand(model, groups, 0.3, gates_of)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_group_norm_and_its_gradient_are_those_of_a_loop(name):
+def test_group_norm_and_its_gradient_equal_a_loop(name):
     model, groups = double(name)
     same(gradients(model, GroupNormDecay(model, groups, 0.3)), gradients(model, ByHand(model, groups, 0.3, slices_of)))
 
@@ -119,7 +119,7 @@ def test_group_norm_does_not_depend_on_the_order_of_channels():
     assert float(GroupNormDecay(model, groups, 1.0).penalty().detach()) != pytest.approx(before, rel=1e-6)
 
 
-def test_a_channel_of_zeros_has_no_gradient_and_no_nan():
+def test_channel_of_zeros_has_zero_gradient():
     model, groups = double("resnet_basic")
     first = next(group for group in groups if group.reason is None)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_a_channel_of_zeros_has_no_gradient_and_no_nan():
 
 
 @pytest.mark.parametrize("decay", ["l1", "group_norm"])
-def test_what_is_excluded_is_left_alone(decay):
+def test_excluded_modules_are_not_decayed(decay):
     model, groups = double("resnet_basic")
     build = registry.decays.get(decay)
     kept = build(model, groups, 0.3, exclude=["layers.0.*"])
@@ -147,7 +147,7 @@ def test_what_is_excluded_is_left_alone(decay):
 
 
 @pytest.mark.parametrize("decay", ["l1", "group_norm"])
-def test_only_channels_that_can_be_cut_are_decayed(decay):
+def test_only_prunable_channels_are_decayed(decay):
     """A norm over both: its gates of a group that cannot be cut stay as they are."""
     model = Row()
     groups = find_groups(model, torch.randn(1, 3, 16, 16))
@@ -157,7 +157,7 @@ def test_only_channels_that_can_be_cut_are_decayed(decay):
 
 
 @pytest.mark.parametrize("decay", ["l1", "group_norm"])
-def test_of_a_norm_over_two_groups_only_the_one_that_can_be_cut_is_decayed(decay):
+def test_norm_over_two_groups_decays_only_the_prunable_one(decay):
     model = Concat()
     groups = find_groups(model, torch.randn(1, 3, 16, 16))
     next(group for group in groups if group.id == "b").reason = "the test's"
@@ -167,7 +167,7 @@ def test_of_a_norm_over_two_groups_only_the_one_that_can_be_cut_is_decayed(decay
 
 
 @pytest.mark.parametrize("decay", ["l1", "group_norm"])
-def test_the_optimisers_own_decay_leaves_the_gates_to_it(decay):
+def test_optimizer_weight_decay_skips_the_gates(decay):
     model = Row()
     groups = find_groups(model, torch.randn(1, 3, 16, 16))
     penalty = registry.decays.get(decay)(model, groups, 1.0)
@@ -197,7 +197,7 @@ def trained(name, weight, steps=300):
     return loss.item(), np.concatenate([gate_scores(model, group) for group in groups if group.reason is None])
 
 
-def test_each_decay_leaves_fewer_channels_alive_and_the_task_learned():
+def test_each_decay_prunes_channels_and_learns_the_task():
     _, free = trained("none", 0.0)
     assert (free > 0.05).all()
     for name, weight in (("dynamic", 5.0), ("l1", 0.1), ("group_norm", 0.01)):

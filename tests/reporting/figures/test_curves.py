@@ -22,9 +22,9 @@ def test_precision_recall_lines_match_data(run):
     left, right = figure.axes
     whole = [[line for line in axes.lines if len(line.get_xdata()) == 256] for axes in (left, right)]
     for part, pr, f in zip(("dense", "slim", "finetuned"), *whole, strict=True):
-        curves = run.curves[part]
-        assert pr.get_xdata().tolist() == curves["recall"] and pr.get_ydata().tolist() == curves["precision"]
-        assert f.get_ydata().tolist() == curves["f"]
+        held = run.curves[part]
+        assert pr.get_xdata().tolist() == held["recall"] and pr.get_ydata().tolist() == held["precision"]
+        assert f.get_ydata().tolist() == held["f"]
         assert [f.get_xdata()[0], f.get_xdata()[-1]] == [255, 0]
     best = [(line.get_xdata()[0], line.get_ydata()[0]) for line in right.lines if len(line.get_xdata()) == 1]
     assert [y for _, y in best] == [max(one["f"]) for one in run.curves.values()]
@@ -42,11 +42,11 @@ def test_models_differ_in_marker_and_colour(run):
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 12, 13, 40, 200])
 def test_confusion_matrix_is_readable_for_any_number_of_classes(run, classes):
-    curves = {**confusion(classes), **confusion(classes, 1, "finetuned")}
-    figure = confusion_figure(run, curves)
+    held = {**confusion(classes), **confusion(classes, 1, "finetuned")}
+    figure = confusion_figure(run, held)
     assert_readable(figure)
     assert_labelled(figure)
-    for axes, one in zip(figure.axes, curves.values(), strict=False):
+    for axes, one in zip(figure.axes, held.values(), strict=False):
         matrix = np.array(one["confusion"])
         shares = 100 * matrix / matrix.sum(axis=1, keepdims=True)
         assert np.allclose(axes.images[0].get_array(), shares)
@@ -57,15 +57,15 @@ def test_confusion_matrix_is_readable_for_any_number_of_classes(run, classes):
 
 
 def test_class_without_images_has_empty_row(run):
-    curves = confusion(3)
-    curves["dense"]["confusion"][1] = [0, 0, 0]
-    assert (confusion_figure(run, curves).axes[0].images[0].get_array()[1] == 0).all()
+    held = confusion(3)
+    held["dense"]["confusion"][1] = [0, 0, 0]
+    assert (confusion_figure(run, held).axes[0].images[0].get_array()[1] == 0).all()
 
 
 def test_finetuned_model_replaces_slim_in_confusion(run):
     def panels(*parts):
-        curves = {part: confusion(3, part=part)[part] for part in parts}
-        (drawing,) = curve_figures(replace(run, curves=curves))
+        held = {part: confusion(3, part=part)[part] for part in parts}
+        (drawing,) = curve_figures(replace(run, curves=held))
         return [axes.get_title().partition(",")[0] for axes in drawing.figure.axes[:-1]]
 
     assert panels("dense", "slim") == ["dense", "slim"]

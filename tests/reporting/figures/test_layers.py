@@ -95,8 +95,8 @@ def test_any_number_of_layers_is_readable(run, count):
     for figure in (channels_figure(table), params_macs_figure(table)):
         assert_readable(figure)
         assert_labelled(figure)
-        labels = [tick.get_text() for tick in figure.axes[-1].get_xticklabels()]
-        assert len(set(labels)) == len(labels)
+        told = [tick.get_text() for tick in figure.axes[-1].get_xticklabels()]
+        assert len(set(told)) == len(told)
         assert (count <= 60) == ("named" not in figure.axes[-1].get_xlabel())
 
 

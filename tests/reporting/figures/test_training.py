@@ -153,7 +153,7 @@ def test_group_by_stage():
     assert group_by_stage(["bn"]) == {"bn": ["bn"]}
     many = [f"features.{i}.bn" for i in range(30)]
     merged = group_by_stage(many, limit=8)
-    assert len(merged) == 8 and [name for group in merged.values() for name in group] == many
+    assert len(merged) == 8 and [name for held in merged.values() for name in held] == many
     assert next(iter(merged)) == "0 … 3"
 
 
