@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     recipe = with_data(run, args.overrides)
     work = RunContext(recipe, Reporter(Console(stderr=True)))
     forms = Forms(work, without_subnormals(load_model(run, newest_model(run), recipe)).eval())
-    pairs = work.pairs("val")
+    pairs = work.dataset("val")
     found = {}
     for form in args.forms.split(","):
         found[form] = work.task.evaluate(forms.make(form), pairs, recipe.data.size, 16).metrics

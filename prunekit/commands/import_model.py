@@ -54,12 +54,11 @@ def import_run(checkpoint: Path, layout: Path | None, out: Path, console: Consol
     part = "dense" if plan is None else "slim"
     shape = input_shape(recipe)
     with RunDir.start(out, recipe.dump(), environment(recipe.seed), overwrite=overwrite) as run:
-        save_model(run, part, model)
         if plan is not None:
             plan.builder = Builder(name="csnet", options=recipe.backbone.options)
             plan.input = list(shape)
             plan.recipe_hash = digest(recipe.model_dump(mode="json"))
-            run.write_json("plan.json", plan.to_json())
+        save_model(run, part, model, plan)
         cost = total(count_modules(model, shape)[0])
         run.update_summary(part, cost)
         # A slim model is compared with its dense one, to show the learned channels of each layer.

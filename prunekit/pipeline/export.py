@@ -1,4 +1,4 @@
-"""A run's model as files that need no prunekit: what ``prunekit export`` and a run's export stage do."""
+"""Export of a run's model to files that need no prunekit: the command ``export`` and the stage export."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prunekit.flops import count_modules, total
 from prunekit.interop.csnet import export_csnet
 from prunekit.interop.pickles import write_checkpoint, write_layout
 from prunekit.pipeline.context import RunContext
-from prunekit.pipeline.models import MODELS, load_model, newest_model, plan_of, read_classes, read_recipe
+from prunekit.pipeline.models import MODELS, load_model, newest_model, read_classes, read_plan, read_recipe
 from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.progress import Reporter
@@ -43,12 +43,12 @@ _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 
 @dataclass(frozen=True)
 class Variant:
-    """What is to be written.
+    """One form in which a model is exported.
 
     Attributes:
         form: "onnx", "openvino" or "pt2".
-        plain: the model as it was trained, and not its deployed form.
-        preprocess: uint8 pictures in, and what the task makes of the logits out.
+        plain: the model as it was trained, instead of its deployed form.
+        preprocess: takes uint8 images and returns what the task makes of the logits.
         int8: quantised.
     """
 
@@ -58,15 +58,15 @@ class Variant:
     int8: bool = False
 
     def path(self, name: str, is_newest: bool) -> str:
-        """Where it lies in the run folder: ``model.onnx`` is the run's result, all others are ``exports/…``."""
+        """Return its file in the run folder: ``model.onnx`` for the result of the run, else in ``exports/``."""
         if is_newest and self == Variant("onnx"):
             return "model.onnx"
         marks = {"plain": self.plain, "image": self.preprocess, "int8": self.int8}
-        return f"exports/{'-'.join([name, *(mark for mark, given in marks.items() if given)])}{_SUFFIXES[self.form]}"
+        return f"exports/{'-'.join([name, *(mark for mark, is_set in marks.items() if is_set)])}{_SUFFIXES[self.form]}"
 
 
 def variants(wanted: Export) -> list[Variant]:
-    """What a recipe asks for: each form, and beside it the variants."""
+    """Return the variants that a recipe asks for."""
     forms = [form for form in _RUNTIMES if getattr(wanted, form)]
     images = [Variant(form, preprocess=True) for form in forms if wanted.preprocess]
     return [*map(Variant, forms), *images, *([Variant("onnx", int8=True)] if wanted.int8 else [])]
@@ -83,37 +83,25 @@ def export_run(
     int8: bool = False,
     overrides: list[str] | None = None,
 ) -> list[Path]:
-    """Write a run's model in another form, into the run folder.
+    """Export a model of a run into its folder.
 
     Args:
+        folder: the run folder.
         form: "onnx", "openvino", "pt2", or "csnet" (the published form, ``exports/csnet.pth.tar`` and ``.bin``).
+        console: for messages.
         model: "baseline", "dense", "slim" or "finetuned"; None for the last that the run has.
         plain, preprocess, int8: as for :class:`Variant`.
-        overrides: ``data.…=…``, where the run's data are elsewhere now, or where it has none.
+        overrides: ``data.…=…``, where the run's data have moved, or where it has none.
 
     Returns:
-        the files written.
+        The files written.
 
     Raises:
-        RecipeError: no such form or model, or options that do not go together.
-        ExportError: the model has no such form, or the file does not compute what the model does.
+        RecipeError: there is no such form or model, or the options exclude each other.
+        ExportError: the model cannot be exported, or the file computes something else.
     """
-    if form not in FORMATS:
-        near = closest_match(form, list(FORMATS))
-        raise RecipeError(
-            f"--format {form}: no such form" + (f", did you mean {near!r}?" if near else ";") + f" {', '.join(FORMATS)}"
-        )
-    if model is not None and model not in MODELS:
-        raise RecipeError(f"--model {model}: there are {', '.join(MODELS)}")
-    given = [name for name, on in (("plain", plain), ("preprocess", preprocess), ("int8", int8)) if on]
-    if form == "csnet" and given:
-        raise RecipeError(f"--format csnet is the published form, without --{given[0]}; leave that out")
-    if int8 and form != "onnx":
-        raise RecipeError(
-            f"--int8 is made by ONNX Runtime's tools, for --format onnx; OpenVINO reads that too ({form})"
-        )
-    if int8 and preprocess:
-        raise RecipeError("--int8 and --preprocess exclude each other; prepare the images outside, or stay in float32")
+    variant = Variant(form, plain, preprocess, int8)
+    _check_options(variant, model)
     reporter = Reporter(console)
     with RunDir.open(folder, write=True) as run:
         recipe = with_data(run, overrides or [])
@@ -125,19 +113,38 @@ def export_run(
                 run.write_bytes("exports/csnet.bin", write_layout(layout.dump())),
             ]
             for path in written:
-                reporter.info(f"{path}: the {name} model, {path.stat().st_size / 1000:.0f} kB")
+                reporter.info(f"{path}: {name} model, {path.stat().st_size / 1000:.0f} kB")
             return written
         if form == "openvino":
             import_openvino()
         with reporter.spinner("export"):
-            return Exporter(RunContext(recipe, reporter), run, name).write(Variant(form, plain, preprocess, int8))
+            return Exporter(RunContext(recipe, reporter), run, name).write(variant)
+
+
+def _check_options(variant: Variant, model: str | None) -> None:
+    form = variant.form
+    if form not in FORMATS:
+        near = closest_match(form, list(FORMATS))
+        hint = f", did you mean {near!r}?" if near else ";"
+        raise RecipeError(f"--format {form}: no such form{hint} {', '.join(FORMATS)}")
+    if model is not None and model not in MODELS:
+        raise RecipeError(f"--model {model}: there are {', '.join(MODELS)}")
+    given = [option for option in ("plain", "preprocess", "int8") if getattr(variant, option)]
+    if form == "csnet" and given:
+        raise RecipeError(f"--format csnet is the published form, without --{given[0]}; leave that out")
+    if variant.int8 and form != "onnx":
+        raise RecipeError(
+            f"--int8 needs --format onnx, not {form}: ONNX Runtime quantises, and OpenVINO reads its files"
+        )
+    if variant.int8 and variant.preprocess:
+        raise RecipeError("--int8 and --preprocess exclude each other; preprocess the images yourself, or use float32")
 
 
 def with_data(run: RunDir, overrides: list[str]) -> Recipe:
-    """The recipe of a run, with other data.
+    """Return the recipe of a run with changed data settings.
 
     Raises:
-        RecipeError: a key is not one of the data, or as ``recipe.load``.
+        RecipeError: a key is not below ``data``, or as ``recipe.load``.
     """
     if not overrides:
         return read_recipe(run)
@@ -145,34 +152,36 @@ def with_data(run: RunDir, overrides: list[str]) -> Recipe:
 
     for override in overrides:
         if not override.startswith(("data.", "data=")):
-            raise RecipeError(f"{override}: only keys of the data can be set here, such as data.root=FOLDER")
-    run.read_text(RECIPE)  # whose checksum is held against it
+            raise RecipeError(f"{override}: only keys below data can be set here, such as data.root=FOLDER")
+    run.read_text(RECIPE)  # verifies its checksum
     return load(run.path / RECIPE, overrides, untrusted=True)
 
 
 @dataclass
 class Exporter:
-    """Writes files of one model of a run; what several of them need is made once.
+    """Exports one model of a run; what several files need is made once.
 
     Args:
+        context: of the run.
+        run: receives the files.
         name: "baseline", "dense", "slim" or "finetuned".
     """
 
-    work: RunContext
+    context: RunContext
     run: RunDir
     name: str
     records: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.network = without_subnormals(load_model(self.run, self.name, self.work.recipe))
-        self.size = self.work.recipe.data.size
-        self.images, self.source = self._images()
-        self.example = self._tensors(2, (self.size, self.size))
+        self.network = without_subnormals(load_model(self.run, self.name, self.context.recipe))
+        self.size = self.context.recipe.data.size
+        self.images, self.source = self._check_images()
+        self.example = self._prepare(self.images, (self.size, self.size))
         self.form = cache(self._form)
         self.onnx = cache(self._onnx)
 
     def write(self, variant: Variant) -> list[Path]:
-        """Make one file (of OpenVINO two), hold it against the model, and only then write it.
+        """Export one variant (for OpenVINO two files), compare it with the model, and only then write it.
 
         Raises:
             ExportError: as for :func:`export_run`.
@@ -180,63 +189,62 @@ class Exporter:
         is_newest = self.name == newest_model(self.run)
         path = variant.path(self.name, is_newest)
         if variant.int8:
-            return self._int8(path)
+            return self._write_int8(path)
         model, example, inputs = self._parts(variant)
-        # What is compared with is the model as it was trained, not its deployed form.
-        wanted = add_preprocessing(self.network, self.work.task, self.size) if variant.preprocess else self.network
+        # The reference is the model as it was trained, not its deployed form.
+        reference = (
+            add_preprocessing(self.network, self.context.task, self.size) if variant.preprocess else self.network
+        )
         if variant.form == "pt2":
             files = {path: export_pt2(model, example, self._metadata(variant))}
-            gap = check_pt2(files[path], wanted, inputs, path)
+            difference = check_pt2(files[path], reference, inputs, path)
         elif variant.form == "onnx":
             files = {path: self.onnx(variant)}
-            gap = check_onnx(files[path], wanted, inputs, path)
+            difference = check_onnx(files[path], reference, inputs, path)
         else:
             xml, weights = export_openvino(self.onnx(variant), self._metadata(variant))
             files = {path: xml, path.removesuffix(".xml") + ".bin": weights}
-            gap = check_openvino(xml, weights, wanted, inputs, path)
+            difference = check_openvino(xml, weights, reference, inputs, path)
         written = [self.run.write_bytes(name, data) for name, data in files.items()]
         if is_newest and variant == Variant(variant.form):
-            self._note({"path": path, "max_abs_diff": gap, "deployed": self.records[_RUNTIMES[variant.form]]})
+            record = self.records[_RUNTIMES[variant.form]]
+            self._update_summary({"path": path, "max_abs_diff": difference, "deployed": record})
         size = sum(map(len, files.values())) / 1000
-        unit = " levels" if variant.preprocess and self.work.task.predicts_images else ""
-        self._say(
+        unit = " levels" if variant.preprocess and self.context.task.predicts_images else ""
+        self.context.reporter.info(
             f"{self.run.path / path}: {self.name} model, {'plain' if variant.plain else 'deployed'}, {size:.0f} kB; "
-            f"differs by at most {gap:.1e}{unit} on {self.source}"
+            f"largest difference {difference:.1e}{unit} on {self.source}"
         )
         return written
 
-    def _int8(self, path: str) -> list[Path]:
+    def _write_int8(self, path: str) -> list[Path]:
         try:
-            train, val = self.work.pairs("train"), self.work.pairs("val")
+            train, val = self.context.dataset("train"), self.context.dataset("val")
         except PrunekitError as error:
             raise ExportError(f"int8 is calibrated on the recipe's data: {error}") from error
-        places = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
-        batches = [self._prepared([train.image(int(i))], (self.size, self.size)).numpy() for i in places]
+        rows = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
+        batches = [self._prepare([train.image(int(row))], (self.size, self.size)).numpy() for row in rows]
         source = export_onnx(self.form("int8", False), self.example)
         file = quantize_onnx(source, batches, self._metadata(Variant("onnx", int8=True)))
-        metrics = {}
-        for title, one in (("float32", source), ("int8", file)):
-            # The float32 file, too, in ONNX Runtime: what differs is the precision alone.
-            metrics[title] = self._evaluate(onnx_function(one), val, title)
-        lost = {key: [value, metrics["int8"][key]] for key, value in metrics["float32"].items()}
+        # Both in ONNX Runtime, so that only the precision differs.
+        metrics = {"float32": self._evaluate(source, val, "float32"), "int8": self._evaluate(file, val, "int8")}
         written = self.run.write_bytes(path, file)
-        note = {"path": path, "images": len(val), "calibration": len(batches), **metrics}
-        self._note({"int8": note})
-        change = "  ".join(f"{key} {before:.4f} → {after:.4f}" for key, (before, after) in lost.items())
-        self._say(
+        self._update_summary({"int8": {"path": path, "images": len(val), "calibration": len(batches), **metrics}})
+        change = "  ".join(
+            f"{key} {value:.4f} → {metrics['int8'][key]:.4f}" for key, value in metrics["float32"].items()
+        )
+        self.context.reporter.info(
             f"{written}: {self.name} model in int8, {len(file) / 1000:.0f} kB; calibrated on {len(batches)} "
             f"training images; on {len(val)} validation images {change}"
         )
         return [written]
 
-    def _evaluate(
-        self, compute: Callable[[np.ndarray], np.ndarray], pairs: ImageDataset, title: str
-    ) -> dict[str, float]:
-        counter = self.work.reporter.progress_bar(f"evaluate {title}")
+    def _evaluate(self, file: bytes, dataset: ImageDataset, title: str) -> dict[str, float]:
+        bar = self.context.reporter.progress_bar(f"evaluate {title}")
         try:
-            return self.work.task.evaluate(Computed(compute), pairs, self.size, 16, counter).metrics
+            return self.context.task.evaluate(Computed(onnx_function(file)), dataset, self.size, 16, bar).metrics
         finally:
-            counter.close()
+            bar.close()
 
     def _form(self, runtime: str, plain: bool) -> nn.Module:
         if plain:
@@ -246,58 +254,53 @@ class Exporter:
         return model
 
     def _parts(self, variant: Variant) -> tuple[nn.Module, Tensor, list[Tensor]]:
-        """What is exported, an example for it, and what it is checked on."""
+        """Return what is exported, an example input for it, and the inputs of the comparison."""
         model = self.form(_RUNTIMES[variant.form], variant.plain)
         side = self.size
         if variant.preprocess:
-            model = add_preprocessing(model, self.work.task, side)
-            inputs = [torch.from_numpy(image)[None] for image in self.images[:2]]
-            pair = [resize(image_tensor(image), (side + 9, side - 4)).round() for image in self.images[:2]]
+            model = add_preprocessing(model, self.context.task, side)
+            inputs = [torch.from_numpy(image)[None] for image in self.images]
+            pair = [resize(image_tensor(image), (side + 9, side - 4)).round() for image in self.images]
             inputs.append(torch.cat(pair).permute(0, 2, 3, 1).to(torch.uint8))
             return model, inputs[-1], inputs
         shapes = [(1, side, side), (2, side, side), (2, side - 3, side - 5), (1, side + 13, side + 6)]
-        return model, self.example, [self._tensors(n, (h, w)) for n, h, w in shapes]
+        return model, self.example, [self._prepare(self.images[:n], (height, width)) for n, height, width in shapes]
 
     def _onnx(self, variant: Variant) -> bytes:
         model, example, _ = self._parts(variant)
         return export_onnx(model, example, self._metadata(variant) if variant.form == "onnx" else None)
 
-    def _images(self) -> tuple[list[np.ndarray], str]:
-        """Two pictures to check on, and what they are."""
+    def _check_images(self) -> tuple[list[np.ndarray], str]:
+        """Return two images for the comparison, and where they are from."""
         try:
-            pairs = self.work.pairs("val")
-            images = [pairs.image(index) for index in range(min(2, len(pairs)))]
+            dataset = self.context.dataset("val")
+            images = [dataset.image(index) for index in range(min(2, len(dataset)))]
             if not images:
                 raise DataError("the validation set is empty")
             return (images * 2)[:2], "validation images"
         except PrunekitError as error:
-            self.work.reporter.debug(f"export: checked on noise: {error}")
+            self.context.reporter.debug(f"export: checked on noise: {error}")
             noise = np.random.default_rng(0)
             shapes = [(self.size + 11, self.size, 3), (self.size, self.size + 30, 3)]
-            return [
-                noise.integers(0, 256, shape, np.uint8) for shape in shapes
-            ], "noise (the run's data cannot be read)"
-
-    def _tensors(self, count: int, size: tuple[int, int]) -> Tensor:
-        return self._prepared(self.images[:count], size)
+            images = [noise.integers(0, 256, shape, np.uint8) for shape in shapes]
+            return images, "noise (the run's data cannot be read)"
 
     @staticmethod
-    def _prepared(images: list[np.ndarray], size: tuple[int, int]) -> Tensor:
+    def _prepare(images: list[np.ndarray], size: tuple[int, int]) -> Tensor:
         return normalize(torch.cat([resize(image_tensor(image), size) for image in images]))
 
     def _metadata(self, variant: Variant) -> dict[str, str]:
-        """What a file says of itself; nothing of this machine: of paths no more than the last part is told."""
-        plan = plan_of(self.run, self.name) if self.run.has("plan.json") or self.name in ("baseline", "dense") else None
-        sizes = total(count_modules(self.network, (3, self.size, self.size))[0])
-        picture = {"type": "uint8", "shape": ["N", "H", "W", 3], "values": "RGB, 0 to 255"}
+        """Return what a file says about itself; of paths only the last part, since they describe this machine."""
+        plan = read_plan(self.run, self.name)
+        image = {"type": "uint8", "shape": ["N", "H", "W", 3], "values": "RGB, 0 to 255"}
         tensor = {"type": "float32", "shape": ["N", 3, "H", "W"], "values": "RGB, normalised as in preprocessing"}
-        said: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "prunekit": __version__,
             "model": self.name,
             "form": "plain" if variant.plain else "deployed",
             "precision": "int8" if variant.int8 else "float32",
-            "task": self.work.recipe.task,
-            "input": picture if variant.preprocess else tensor,
+            "task": self.context.recipe.task,
+            "input": image if variant.preprocess else tensor,
             "preprocessing": {
                 "inside": variant.preprocess,
                 "size": [self.size, self.size],
@@ -307,30 +310,27 @@ class Exporter:
                 "deviation": list(DEVIATION),
                 "colours": "RGB",
             },
-            **sizes,
+            **total(count_modules(self.network, (3, self.size, self.size))[0]),
             "macs_size": [self.size, self.size],
-            "recipe": without_paths(self.work.recipe.model_dump(mode="json")),
-            "plan": None if plan is None else without_paths(plan.to_json()),
+            "recipe": without_paths(self.context.recipe.model_dump(mode="json")),
+            "plan": plan and without_paths(plan.to_json()),
             "classes": read_classes(self.run) or None,
         }
         return {
             key: value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-            for key, value in said.items()
+            for key, value in metadata.items()
             if value is not None
         }
 
-    def _note(self, part: dict[str, Any]) -> None:
-        held = self.run.read_json("summary.json").get("export", {})
-        if part.get("path", held.get("path")) != held.get("path"):
-            held = {}
-        self.run.update_summary("export", {**held, **part})
-
-    def _say(self, text: str) -> None:
-        self.work.reporter.info(text)
+    def _update_summary(self, entry: dict[str, Any]) -> None:
+        export = self.run.read_json("summary.json").get("export", {})
+        if entry.get("path", export.get("path")) != export.get("path"):
+            export = {}
+        self.run.update_summary("export", {**export, **entry})
 
 
 class Computed(nn.Module):
-    """A function of arrays where a model is wanted."""
+    """A function of arrays as a module."""
 
     def __init__(self, compute: Callable[[np.ndarray], np.ndarray]):
         super().__init__()
@@ -341,7 +341,7 @@ class Computed(nn.Module):
 
 
 def without_paths(value: Any) -> Any:
-    """JSON in which a text that is a path has only its last part, and no checksum behind it."""
+    """Return JSON data in which texts that are paths have only their last part, without a checksum after it."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,8 @@
-"""Run folder → model, and model → run folder: weights from safetensors, the shape from the builder and the plan."""
+"""Models in run folders: ``<name>/model.safetensors`` and, where its shape differs from the builder's, ``plan.json``."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from prunekit.config import registry, yaml
 from prunekit.config.schema import Recipe
 from prunekit.config.user_module import UserModule
 from prunekit.data.datasets import LabelDataset
-from prunekit.errors import CheckpointError, PrunekitError
+from prunekit.errors import CheckpointError, PrunekitError, RecipeError
 from prunekit.pruning.plan import Builder, Plan
 from prunekit.pruning.provenance import Provenance, set_provenance
 from prunekit.pruning.surgery.slim import apply_plan
@@ -21,17 +23,15 @@ from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
 
-# "dense" is the model that was trained with decay: the builder's, or (with `init`) what another run ended with; where
-# the training shrank, what was left of it. "baseline" has begun as that did, and was trained without decay.
+# "dense" was trained with decay and "baseline" without; both begin as the builder's model, or as the end of another run.
 MODELS = ("baseline", "dense", "slim", "finetuned")
-# What the classes are called that the models tell apart, in the order of their outputs.
+# The names of the classes, in the order of the model's outputs.
 CLASSES = "classes.json"
-# The plan of all that is gone when a training that shrinks has ended.
-SHRUNK = "shrunk.json"
+DENSE_WEIGHTS = "dense/model.safetensors"
 
 
 def read_recipe(run: RunDir) -> Recipe:
-    """The resolved recipe of a run folder.
+    """Read the resolved recipe of a run.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -53,51 +53,8 @@ def read_recipe(run: RunDir) -> Recipe:
         raise CheckpointError(f"{path} is damaged ({key}: {first['msg']}); put a copy of it back") from error
 
 
-def build_dense(recipe: Recipe) -> nn.Module:
-    """The dense model of a recipe, its first weights drawn from the recipe's seed.
-
-    Raises:
-        PluginError: it is built by a file that the user has not vouched for.
-    """
-    if recipe.backbone.file is not None:
-        UserModule.read(recipe.backbone.file).check_trusted()
-    torch.manual_seed(recipe.seed)
-    return build(recipe.backbone.name, recipe.backbone.options, recipe.backbone.file)
-
-
-def build_with_plan(recipe: Recipe, plan: Plan | None) -> nn.Module:
-    """The dense model of a recipe in the shape of a plan, its weights not yet loaded."""
-    model, shape, backbone = build_dense(recipe), input_shape(recipe), recipe.backbone
-    if plan is not None:
-        apply_plan(model, plan, torch.zeros(1, *shape))
-    builder = Builder(name=backbone.name, options=backbone.options, file=backbone.file)
-    set_provenance(model, Provenance(builder, () if plan is None else (plan,), shape))
-    return model
-
-
-def input_shape(recipe: Recipe) -> tuple[int, int, int]:
-    """Channels, height and width of an input."""
-    return 3, recipe.data.size, recipe.data.size
-
-
-def read_plan(run: RunDir) -> Plan:
-    """The plan of a run folder.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another dense model than the one beside it.
-        PlanError: it is none.
-    """
-    plan, weights = Plan.from_json(run.read_json("plan.json"), str(run.path / "plan.json")), "dense/model.safetensors"
-    if plan.dense_hash is not None and run.has(weights) and run.checksum(weights)[:16] != plan.dense_hash:
-        raise CheckpointError(
-            f"{run.path / 'plan.json'} was not made from {run.path / weights}: one of the two is of another run; put "
-            "the old one back, or make the plan again with --from extract"
-        )
-    return plan
-
-
 def read_classes(run: RunDir) -> list[str]:
-    """What the classes are called that a run's models tell apart, in the order of their outputs; empty without any.
+    """Read the names of the classes of a run, in the order of the model's outputs; empty where it has none.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -109,10 +66,10 @@ def read_classes(run: RunDir) -> list[str]:
 
 
 def read_task(run: RunDir, recipe: Recipe) -> tuple[Task, list[str]]:
-    """The task of a run, and what :func:`read_classes` gives, whose errors it raises.
+    """Return the task of a run and the names of its classes.
 
     Raises:
-        CheckpointError: the task tells classes apart, and nothing says what they are called.
+        CheckpointError: the task needs classes and ``classes.json`` is missing or damaged.
     """
     task, classes = registry.tasks.get(recipe.task)(), read_classes(run)
     if issubclass(task.dataset_type, LabelDataset) and not classes:
@@ -120,33 +77,58 @@ def read_task(run: RunDir, recipe: Recipe) -> tuple[Task, list[str]]:
     return task, classes
 
 
-def initial_plan(run: RunDir) -> Plan | None:
-    """The plan of the model that the run began with, where that was slim already."""
-    return Plan.from_json(run.read_json("init.json"), str(run.path / "init.json")) if run.has("init.json") else None
+def read_plan(run: RunDir, name: str) -> Plan | None:
+    """Read ``<name>/plan.json``; None where there is none, since the model has the builder's shape.
+
+    Raises:
+        CheckpointError: it is damaged, or was made from another dense model than that of this run.
+        PlanError: it is not a plan.
+    """
+    file = f"{name}/plan.json"
+    if not run.has(file):
+        return None
+    plan = Plan.from_json(run.read_json(file), str(run.path / file))
+    if plan.dense_hash is not None and run.has(DENSE_WEIGHTS) and run.checksum(DENSE_WEIGHTS)[:16] != plan.dense_hash:
+        raise CheckpointError(
+            f"{run.path / file} was not made from {run.path / DENSE_WEIGHTS}: one of the two belongs to another run; "
+            "put the old one back, or make the plan again with --from extract"
+        )
+    return plan
 
 
-def initial_model(run: RunDir, recipe: Recipe) -> nn.Module:
-    """The model that sparse training began with, in its shape alone: what the sizes of "dense" are of."""
-    return build_with_plan(recipe, initial_plan(run))
+def build_dense(recipe: Recipe) -> nn.Module:
+    """Build the dense model of a recipe, its initial weights drawn from the recipe's seed.
+
+    Raises:
+        PluginError: it is built by a file that the user has not trusted.
+    """
+    backbone = recipe.backbone
+    if backbone.file is not None:
+        UserModule.read(backbone.file).check_trusted()
+    torch.manual_seed(recipe.seed)
+    return build(backbone.name, backbone.options, backbone.file)
 
 
-def trained_plan(run: RunDir) -> Plan | None:
-    """The plan of the model that sparse training ended with; None where nothing was cut of it then."""
-    return Plan.from_json(run.read_json(SHRUNK), str(run.path / SHRUNK)) if run.has(SHRUNK) else initial_plan(run)
+def build_with_plan(recipe: Recipe, plan: Plan | None) -> nn.Module:
+    """Build the dense model of a recipe and give it the shape of a plan; its weights are to be loaded next."""
+    model, shape, backbone = build_dense(recipe), input_shape(recipe), recipe.backbone
+    if plan is not None:
+        apply_plan(model, plan, torch.zeros(1, *shape))
+    builder = Builder(name=backbone.name, options=backbone.options, file=backbone.file)
+    set_provenance(model, Provenance(builder, () if plan is None else (plan,), shape))
+    return model
 
 
-def plan_of(run: RunDir, name: str) -> Plan | None:
-    """The plan, from the builder's model, of one of :data:`MODELS`; None where nothing is cut."""
-    if name == "baseline":
-        return initial_plan(run)
-    return trained_plan(run) if name == "dense" else read_plan(run)
+def input_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Return channels, height and width of an input."""
+    return 3, recipe.data.size, recipe.data.size
 
 
 def newest_model(run: RunDir) -> str:
-    """The last of :data:`MODELS` that the folder holds.
+    """Return the last of :data:`MODELS` that the run has.
 
     Raises:
-        CheckpointError: it holds none.
+        CheckpointError: it has none.
     """
     for name in reversed(MODELS):
         if run.has(f"{name}/model.safetensors"):
@@ -155,37 +137,25 @@ def newest_model(run: RunDir) -> str:
 
 
 def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Module:
-    """One of :data:`MODELS` from a run folder, in eval mode on the CPU.
+    """Load a model from a run folder, in eval mode on the CPU.
+
+    Args:
+        run: the run folder.
+        name: one of :data:`MODELS`, or "init".
+        recipe: the recipe of the run, where it is known already.
 
     Raises:
-        CheckpointError: its file is missing, damaged or of another shape.
-        PlanError: the plan does not fit the recipe's builder.
+        CheckpointError: a file is missing or damaged, or the weights do not fit.
+        PlanError: the plan does not fit the recipe's backbone.
     """
-    recipe = recipe or read_recipe(run)
     weights = run.read_tensors(f"{name}/model.safetensors")
-    model = build_with_plan(recipe, plan_of(run, name))
-    load_weights(model, weights, f"{run.path}/{name}/model.safetensors")
+    model = build_with_plan(recipe or read_recipe(run), read_plan(run, name))
+    _load_weights(model, weights, f"{run.path}/{name}/model.safetensors")
     return model.eval()
 
 
-def load_weights(model: nn.Module, weights: dict[str, np.ndarray], where: str) -> None:
-    """Load arrays into a model; raises CheckpointError, naming ``where`` and the first array that does not fit."""
-    wanted = model.state_dict()
-    for name in [*wanted, *weights]:
-        if name not in weights:
-            raise CheckpointError(f"{where} lacks {name}; it belongs to another plan or recipe")
-        if name not in wanted:
-            raise CheckpointError(f"{where} has {name}, which the model does not; it belongs to another plan or recipe")
-        if tuple(wanted[name].shape) != weights[name].shape:
-            raise CheckpointError(
-                f"{where}: {name} has shape {weights[name].shape}, the model needs {tuple(wanted[name].shape)}; "
-                "it belongs to another plan or recipe"
-            )
-    model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})
-
-
-def save_model(run: RunDir, name: str, model: nn.Module) -> str:
-    """Write a model's weights into the run folder; the hash of what was written.
+def save_model(run: RunDir, name: str, model: nn.Module, plan: Plan | None = None) -> None:
+    """Write a model into the run folder: its plan, then its weights.
 
     Raises:
         PrunekitError: a weight is not finite.
@@ -194,5 +164,57 @@ def save_model(run: RunDir, name: str, model: nn.Module) -> str:
     for key, value in arrays.items():
         if not np.isfinite(value).all():
             raise PrunekitError(f"{key} of the {name} model is not finite; train with a lower rate")
+    # Weights count as a model, so a kill must not leave them without their plan.
+    if plan is not None:
+        run.write_json(f"{name}/plan.json", plan.to_json())
     run.write_tensors(f"{name}/model.safetensors", arrays)
-    return run.checksum(f"{name}/model.safetensors")[:16]
+
+
+def create_initial_model(run: RunDir, recipe: Recipe) -> tuple[nn.Module, Plan | None]:
+    """Return the model that training begins with, and its plan.
+
+    It is the builder's, or the newest model of the run that ``init`` names. That run may be gone later, so its model
+    is copied to ``init/`` first.
+    """
+    if recipe.init is None:
+        return build_dense(recipe), None
+    if not run.has("init/model.safetensors"):
+        source = open_initial_run(recipe)
+        name = newest_model(source)
+        plan = read_plan(source, name)
+        if plan is not None:
+            plan.dense_hash = None  # of the other run
+        fresh = recipe.init_weights == "fresh"
+        save_model(run, "init", build_with_plan(recipe, plan) if fresh else load_model(source, name), plan)
+    return load_model(run, "init", recipe).train(), read_plan(run, "init")
+
+
+def open_initial_run(recipe: Recipe) -> RunDir:
+    """Open the run that ``init`` names.
+
+    Raises:
+        RecipeError: it has another backbone.
+    """
+    source = RunDir.open(Path(recipe.init).expanduser())
+    theirs, ours = read_recipe(source).backbone, recipe.backbone
+    if theirs != ours:
+        raise RecipeError(
+            f"init: {recipe.init} has the backbone {theirs.name} {theirs.options}, "
+            f"the recipe {ours.name} {ours.options}; give them the same"
+        )
+    return source
+
+
+def _load_weights(model: nn.Module, weights: dict[str, np.ndarray], path: str) -> None:
+    expected = model.state_dict()
+    for name in [*expected, *weights]:
+        if name not in weights:
+            raise CheckpointError(f"{path} lacks {name}; it belongs to another plan or recipe")
+        if name not in expected:
+            raise CheckpointError(f"{path} has {name}, which the model does not; it belongs to another plan or recipe")
+        if tuple(expected[name].shape) != weights[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {weights[name].shape}, the model needs {tuple(expected[name].shape)}; "
+                "it belongs to another plan or recipe"
+            )
+    model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})

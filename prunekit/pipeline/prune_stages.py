@@ -1,13 +1,13 @@
-"""The stages extract and slim of a run: what is cut, by a threshold or to a budget, at once or in rounds.
+"""The stages extract and slim: which channels are removed, by threshold or to meet a budget, at once or in rounds.
 
-Both choose in the same way, so that the second reproduces the plan of the first; it does not read it, since plan.json
-becomes the plan that held, and a stage that is done again must begin as it began before.
+Extract writes the plan that the recipe asks for. Slim rebuilds the model by it and writes the plan that passed the
+equivalence check. The two may differ, since channels are kept whose removal would change the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from prunekit.config import registry
 from prunekit.config.schema import Recipe
 from prunekit.data.datasets import normalize
+from prunekit.errors import CheckpointError
 from prunekit.flops import count_modules, layers_table, total
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import (
-    SHRUNK,
-    initial_model,
-    initial_plan,
+    DENSE_WEIGHTS,
+    build_dense,
+    build_with_plan,
     input_shape,
     load_model,
+    read_plan,
     save_model,
-    trained_plan,
 )
+from prunekit.pipeline.training_setup import build_decay, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Builder, Group, Plan, digest
-from prunekit.pruning.selection.budget import Budget, BudgetSearch
+from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch
 from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.sparsity.decay import Decay, NoDecay
@@ -41,233 +43,258 @@ from prunekit.pruning.surgery.slim import slim
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.trainer import bind_options, seeded_generator
 
-LOSS_BATCHES = 8  # of training data, for criteria that look at the loss
+LOSS_BATCHES = 8  # of training data, for criteria that evaluate the loss
 
 
-def extract_stage(work: RunContext, run: RunDir) -> None:
-    dense = load_model(run, "dense", work.recipe)
-    groups = find_groups(dense, work.example())
-    cut = _Cut(work, dense, groups, _goals(work, run, dense, groups)[0])
-    plan = cut.plan()
-    work.reporter.info(f"extract: {cut.outcome()}")
-    _say(work, "extract", plan.notes)
-    _write_plan(work, run, groups, plan)
-
-
-def slim_stage(work: RunContext, run: RunDir) -> None:
-    recipe, example = work.recipe, work.example()
+def extract_stage(context: RunContext, run: RunDir) -> None:
+    """Choose the channels to remove from the dense model and write ``extract/plan.json``."""
+    recipe = context.recipe
     dense = load_model(run, "dense", recipe)
-    model, groups, so_far = dense, find_groups(dense, example), trained_plan(run)
-    first = initial_model(run, recipe)
-    of = sum(group.channels for group in find_groups(first, example) if group.reason is None)
-    goals = _goals(work, run, dense, groups)
+    groups = find_groups(dense, context.example())
+    search = _channel_search(context, dense, groups)
+    of = sum(group.channels for group in groups if group.reason is None)
+    goal = _goals(context, run, dense, groups)[0]
+    if goal is None:
+        choice = search.selector.select(threshold=recipe.slim.threshold)
+        outcome = f"{choice.pruned} of {of} channels are dead at threshold {recipe.slim.threshold:g}"
+    else:
+        choice = search.select(goal)
+        size = goal.size(search.size_model.size_without(choice.dead))
+        outcome = f"{choice.pruned} of {of} channels are removed for {size:,} {goal.measure}, budget {goal.goal:,}"
+    plan = plan_from_selection(dense, groups, choice)
+    context.reporter.info(f"extract: {outcome}")
+    _print_notes(context, "extract", plan.notes)
+    plan.input = list(input_shape(recipe))
+    plan.recipe_hash = digest(recipe.model_dump(mode="json"))
+    plan.dense_hash = run.checksum(DENSE_WEIGHTS)[:16]
+    run.write_json("extract/plan.json", plan.to_json())
+
+
+@dataclass(frozen=True)
+class _Slimmed:
+    """A slim model, and how one or more rounds of slimming led to it.
+
+    Attributes:
+        model: the slim model.
+        plan: of the builder's model.
+        kept: the number of channels that it keeps, of those that can be removed.
+        rounds: size and equivalence check of each round.
+        equivalence: the check of the last round.
+    """
+
+    model: nn.Module
+    plan: Plan
+    kept: int
+    rounds: list[dict[str, Any]]
+    equivalence: EquivalenceReport
+
+
+def slim_stage(context: RunContext, run: RunDir) -> None:
+    """Rebuild the dense model with the channels that are kept, check it, and write it with its figures."""
+    dense = load_model(run, "dense", context.recipe)
+    slimmed = _slim_in_rounds(context, run, dense)
+    _write_slim_model(context, run, dense, slimmed)
+
+
+def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slimmed:
+    """Slim the dense model, fine-tuning between the rounds where there are several.
+
+    The first round follows extract's plan. Only checkpoints and metrics are written, so that a stage that is repeated
+    finds the dense model as it was.
+    """
+    recipe, example = context.recipe, context.example()
+    asked = read_plan(run, "extract")
+    if asked is None:
+        raise CheckpointError(f"{run.path / 'extract/plan.json'} is missing; make it again with --from extract")
+    model, groups, plan = dense, find_groups(dense, example), read_plan(run, "dense")
+    goals = _goals(context, run, dense, groups)
     rounds: list[dict[str, Any]] = []
-    said: list[str] = []
+    printed = asked.notes
     for number, goal in enumerate(goals, start=1):
-        cut = _Cut(work, model, groups, goal)
-        said = said or cut.plan().notes  # by the stage before
-        small, equivalence = cut.slim(example)
-        held = equivalence.plan
-        _say(work, "slim", [note for note in held.notes if note not in said])
-        said = [*said, *held.notes]
-        kept = sum(len(held.kept(group)) for group in groups if group.reason is None)
-        so_far = _write_plan(work, run, groups, held, so_far)
-        counts, _ = count_modules(small, work.shape)
-        sizes = total(counts)
+        small, equivalence = _slim_once(context, model, groups, goal, asked if number == 1 else None)
+        checked = equivalence.plan
+        _print_notes(context, "slim", [note for note in checked.notes if note not in printed])
+        printed = [*printed, *checked.notes]
+        kept = sum(len(checked.kept(group)) for group in groups if group.reason is None)
+        plan = compose_with_builder(recipe, plan, groups, checked)
+        sizes = total(count_modules(small, context.shape)[0])
         rounds.append({"params": sizes["params"], "macs": sizes["macs"], **equivalence.to_json()})
         model, groups = small, find_groups(small, example)
         if number < len(goals):
-            work.reporter.info(f"slim: step {number} of {len(goals)}: {sizes[goal.measure]:,} {goal.measure}")
-            # Its training state stays, so a stage that is done again finds the model as it was.
-            work.train(run, f"step{number}", model, groups, NoDecay(model, groups))
-    save_model(run, "slim", model)
-    work.measure(run, "slim", model)
-    steps = {"steps": rounds} if len(rounds) > 1 else {}
+            context.reporter.info(f"slim: round {number} of {len(goals)}: {sizes[goal.measure]:,} {goal.measure}")
+            train_model(context, run, f"step{number}", model, groups, NoDecay(model, groups))
+    return _Slimmed(model, plan, kept, rounds, equivalence)
+
+
+def _slim_once(
+    context: RunContext, model: nn.Module, groups: Sequence[Group], goal: Budget | None, plan: Plan | None
+) -> tuple[nn.Module, EquivalenceReport]:
+    """Slim a model by the given plan; without one, or where that misses the budget, by a search for the budget."""
+    example, constants = context.example(), context.recipe.slim.constants
+    if plan is not None:
+        small, equivalence = slim(model, plan, example, groups=groups, constants=constants)
+        if goal is None or -TOLERANCE <= goal.off(total(count_modules(small, context.shape)[0])[goal.measure]) <= 0:
+            return small, equivalence
+    return _channel_search(context, model, groups).slim(goal, example, constants)[:2]
+
+
+def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimmed: _Slimmed) -> None:
+    recipe, model, equivalence = context.recipe, slimmed.model, slimmed.equivalence
+    plan = slimmed.plan
+    plan.builder = Builder(name=recipe.backbone.name, options=recipe.backbone.options, file=recipe.backbone.file)
+    plan.input = list(input_shape(recipe))
+    plan.recipe_hash = digest(recipe.model_dump(mode="json"))
+    plan.dense_hash = run.checksum(DENSE_WEIGHTS)[:16]
+    save_model(run, "slim", model, plan)
+    context.measure(run, "slim", model)
+    steps = {"steps": slimmed.rounds} if len(slimmed.rounds) > 1 else {}
     run.update_summary("equivalence", {**equivalence.to_json(), **steps})
-    largest, mean = output_difference(dense, model, [example])
+    largest, mean = output_difference(dense, model, [context.example()])
     run.update_summary("drift", {"max_abs_diff": largest, "mean_abs_diff": mean})
+    initial = build_with_plan(recipe, read_plan(run, "init"))
+    of = sum(group.channels for group in find_groups(initial, context.example()) if group.reason is None)
     summary = run.read_json("summary.json")
     ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
-    run.update_summary("kept", {"channels": kept, "of": of, **ratios})
-    run.write_json("layers.json", layers_table(first, model, work.shape))
-    work.reporter.info(_outcome(equivalence, kept, of, largest))
+    run.update_summary("kept", {"channels": slimmed.kept, "of": of, **ratios})
+    run.write_json("layers.json", layers_table(initial, model, context.shape))
+    given_back = f", {equivalence.given_back} channels given back" if equivalence.given_back else ""
+    carriers = f", {equivalence.carriers} as carriers of constants" if equivalence.carriers else ""
+    verdict = "passed" if equivalence.passed else f"failed ({equivalence.reason})"
+    context.reporter.info(
+        f"slim: {slimmed.kept} of {of} channels kept{carriers}{given_back}; equivalence check {verdict}: largest "
+        f"difference {equivalence.max_abs_diff:.1e} (tolerance {equivalence.tolerance:.0e}); drift {largest:.3g}"
+    )
 
 
-def steering(work: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay) -> LambdaController | None:
-    """What steers λ while this model trains towards the recipe's budget; None where there is no budget or no λ.
+def compose_with_builder(recipe: Recipe, first: Plan | None, groups: Sequence[Group], second: Plan) -> Plan:
+    """Return, as a plan of the builder's model, a plan of the model that ``first`` makes of it.
+
+    Args:
+        recipe: names the builder.
+        first: None for the builder's own model.
+        groups: of the model that ``second`` was made for.
+        second: its notes are kept.
+    """
+    if first is None:
+        return second
+    builder = build_dense(recipe)
+    plan = compose(builder, find_groups(builder, torch.zeros(1, *input_shape(recipe))), first, groups, second)
+    plan.notes = second.notes
+    return plan
+
+
+def lambda_controller(
+    context: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay
+) -> LambdaController | None:
+    """Return what adjusts λ towards the recipe's budget during training; None without a budget or without λ.
 
     Raises:
         PlanError: the budget cannot be met.
     """
-    return _steering(work, model, groups, decay, _budget(work, model, groups))
+    return _controller(context, model, groups, decay, _budget(context, model, groups))
 
 
-def shrinking(work: RunContext, model: nn.Module, groups: Sequence[Group]) -> ProgressivePruning | None:
-    """What cuts dead channels while this model trains; None where the recipe does not want it.
+def progressive_pruning(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> ProgressivePruning | None:
+    """Return what removes dead channels during training; None where the recipe does not ask for it.
 
     Raises:
         PlanError: the budget cannot be met.
     """
-    recipe = work.recipe
+    recipe = context.recipe
     if recipe.train.prune_every is None:
         return None
-    goal = _budget(work, model, groups)
+    budget = _budget(context, model, groups)
 
-    def make_decay(left: nn.Module, of: list[Group]) -> tuple[Decay, LambdaController | None]:
-        decay = work.decay(left, of)
-        return decay, _steering(work, left, of, decay, goal)
+    def make_decay(pruned: nn.Module, pruned_groups: list[Group]) -> tuple[Decay, LambdaController | None]:
+        decay = build_decay(context, pruned, pruned_groups)
+        return decay, _controller(context, pruned, pruned_groups, decay, budget)
 
+    limits = _limits(recipe)
+    del limits["scope"]
     return ProgressivePruning(
         model,
         groups,
-        work.example(),
+        context.example(),
         every=recipe.train.prune_every,
         threshold=recipe.slim.threshold,
         make_decay=make_decay,
-        budget=goal,
+        budget=budget,
         constants=recipe.slim.constants,
-        **{key: value for key, value in _limits(recipe).items() if key != "scope"},
+        **limits,
     )
 
 
-def keep_cuts(work: RunContext, run: RunDir, shrinking: ProgressivePruning) -> None:
-    """Write down what a training has cut: its plan, of the builder's model, and the record of each cut."""
-    plan, first = shrinking.plan, initial_plan(run)
-    if first is not None:
-        plan = compose(*work.builder(), first, shrinking.initial_groups, plan)
-    run.write_json(SHRUNK, plan.to_json())
-    run.update_summary("shrunk", shrinking.records)
-
-
-def _steering(
-    work: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay, budget: Budget | None
+def _controller(
+    context: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay, budget: Budget | None
 ) -> LambdaController | None:
-    if budget is None or work.recipe.slim.importance.name != "gate" or not decay.weight > 0:
+    slimming = context.recipe.slim
+    if budget is None or slimming.importance.name != "gate" or not decay.weight > 0:
         return None
-    fitter = _fitter(work, model, groups)
+    search = _size_search(context, model, groups)
     return LambdaController(
         model,
         groups,
-        fitter.size_model,
+        search.size_model,
         budget.measure,
         budget.goal,
-        threshold=work.recipe.slim.threshold,
+        threshold=slimming.threshold,
         weight=decay.weight,
-        limits={group.id: int(n) for group, n in zip(fitter.selector.groups, fitter.selector.limits, strict=True)},
+        limits={group.id: int(n) for group, n in zip(search.selector.groups, search.selector.limits, strict=True)},
     )
 
 
-def _budget(work: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
-    """The recipe's budget, as an absolute number, for a run whose training starts with this model; None without."""
-    asked = _asked(work.recipe)
-    return _fitter(work, model, groups).budget(**asked) if asked else None
-
-
-def _fitter(work: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
-    # The gates, whatever the criterion: what the limits allow does not depend on scores.
-    return BudgetSearch(model, groups, work.shape, None, **_limits(work.recipe))
-
-
-class _Cut:
-    """What one round cuts from one model."""
-
-    def __init__(self, work: RunContext, model: nn.Module, groups: Sequence[Group], goal: Budget | None):
-        self.work, self.model, self.groups, self.goal = work, model, groups, goal
-        criterion = bind_options(registry.importances, work.recipe.slim.importance)
-        self.fitter = BudgetSearch(
-            model, groups, work.shape, criterion(model, groups, _losses(work)), **_limits(work.recipe)
-        )
-        threshold = work.recipe.slim.threshold
-        self.choice = self.fitter.selector.select(threshold=threshold) if goal is None else self.fitter.select(goal)
-
-    def plan(self) -> Plan:
-        return plan_from_selection(self.model, self.groups, self.choice)
-
-    def slim(self, example: Tensor) -> tuple[nn.Module, EquivalenceReport]:
-        constants = self.work.recipe.slim.constants
-        if self.goal is not None:
-            return self.fitter.slim(self.goal, example, constants)[:2]
-        return slim(self.model, self.plan(), example, groups=self.groups, constants=constants)
-
-    def outcome(self) -> str:
-        of = sum(group.channels for group in self.groups if group.reason is None)
-        size = self.fitter.size_model.size_without(self.choice.dead)
-        if self.goal is None:
-            return f"{self.choice.pruned} of {of} channels are dead at threshold {self.work.recipe.slim.threshold:g}"
-        return (
-            f"{self.choice.pruned} of {of} channels are cut for {self.goal.size(size):,} {self.goal.measure}, "
-            f"budget {self.goal.goal:,}"
-        )
-
-
-def _asked(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in recipe.target.model_dump().items() if value is not None}
-
-
-def _limits(recipe: Recipe) -> dict[str, Any]:
-    section = recipe.slim
-    return {
-        "scope": section.scope,
-        "min_channels": section.min_channels,
-        "round_to": section.round_to,
-        "ignored_layers": section.ignored_layers,
-    }
-
-
-def _goals(work: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
-    """The budget of each round: from the dense model's size to the last in equal ratios; [None] where there is none."""
-    recipe = work.recipe
-    if not _asked(recipe):
+def _goals(context: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
+    """Return the budget of each round, in equal ratios from the dense model's size to the target; [None] without one."""
+    recipe = context.recipe
+    if not _target(recipe):
         return [None]
-    # Of what the training began with; where it shrank, the first round goes on from what is left of that.
-    first = initial_model(run, recipe)
-    last = _budget(work, first, find_groups(first, work.example()))
-    full, steps = last.size(SizeModel(dense, groups, work.shape).dense), recipe.slim.steps
+    # The target is relative to the model that training began with, of which progressive pruning may have left less.
+    initial = build_with_plan(recipe, read_plan(run, "init"))
+    last = _budget(context, initial, find_groups(initial, context.example()))
+    full, steps = last.size(SizeModel(dense, groups, context.shape).dense), recipe.slim.steps
     return [replace(last, goal=round(full * (last.goal / full) ** (k / steps))) for k in range(1, steps)] + [last]
 
 
-def _losses(work: RunContext) -> Any:
-    """The loss of a model, that which it was trained by, on each of a few batches of training data, the same ones every
-    time."""
-    loss = bind_options(registry.losses, work.recipe.train.loss)(work.task)
-    train, size = work.tensors("train"), work.recipe.train.batch_size
-    order = torch.randperm(len(train), generator=seeded_generator(work.recipe.seed, "criterion", 0))
+def _budget(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
+    """Return the recipe's target in absolute numbers, for a run that begins with this model; None without one."""
+    target = _target(context.recipe)
+    return _size_search(context, model, groups).budget(**target) if target else None
+
+
+def _target(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in recipe.target.model_dump().items() if value is not None}
+
+
+def _size_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
+    """Return a search for sizes only: ranked by gates, since the limits do not depend on scores."""
+    return BudgetSearch(model, groups, context.shape, None, **_limits(context.recipe))
+
+
+def _channel_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
+    """Return a search for channels, ranked by the recipe's criterion."""
+    scores = bind_options(registry.importances, context.recipe.slim.importance)(
+        model, groups, _training_losses(context)
+    )
+    return BudgetSearch(model, groups, context.shape, scores, **_limits(context.recipe))
+
+
+def _limits(recipe: Recipe) -> dict[str, Any]:
+    return {key: getattr(recipe.slim, key) for key in ("scope", "min_channels", "round_to", "ignored_layers")}
+
+
+def _training_losses(context: RunContext) -> Any:
+    """Return a function from a model to its training losses on a few batches, the same ones at every call."""
+    recipe, train = context.recipe, context.tensors("train")
+    loss = bind_options(registry.losses, recipe.train.loss)(context.task)
+    order = torch.randperm(len(train), generator=seeded_generator(recipe.seed, "criterion", 0))
 
     def losses(model: nn.Module) -> Iterator[Tensor]:
-        for rows in order.split(size)[:LOSS_BATCHES]:
-            images = normalize(train.images[rows])
-            yield loss(model(images), train.targets[rows])
+        for rows in order.split(recipe.train.batch_size)[:LOSS_BATCHES]:
+            yield loss(model(normalize(train.images[rows])), train.targets[rows])
 
     return losses
 
 
-def _write_plan(work: RunContext, run: RunDir, groups: Sequence[Group], plan: Plan, first: Plan | None = None) -> Plan:
-    """Write a plan, composed with what was cut before; the whole."""
-    recipe = work.recipe
-    first = trained_plan(run) if first is None else first
-    notes = plan.notes
-    if first is not None:
-        plan = compose(*work.builder(), first, groups, plan)
-        plan.notes = notes
-    backbone = recipe.backbone
-    plan.builder = Builder(name=backbone.name, options=backbone.options, file=backbone.file)
-    plan.input = list(input_shape(recipe))
-    plan.recipe_hash = digest(recipe.model_dump(mode="json"))
-    plan.dense_hash = run.checksum("dense/model.safetensors")[:16]
-    run.write_json("plan.json", plan.to_json())
-    return plan
-
-
-def _say(work: RunContext, stage: str, notes: Sequence[str]) -> None:
+def _print_notes(context: RunContext, stage: str, notes: Sequence[str]) -> None:
     for note in notes:
-        work.reporter.info(f"{stage}: {note}")
-
-
-def _outcome(equivalence: EquivalenceReport, kept: int, of: int, drift: float) -> str:
-    given = f", {equivalence.given_back} channels given back" if equivalence.given_back else ""
-    carriers = f", {equivalence.carriers} as carriers of constants" if equivalence.carriers else ""
-    verdict = "equivalence check passed" if equivalence.passed else f"equivalence check failed ({equivalence.reason})"
-    return (
-        f"slim: {kept} of {of} channels kept{carriers}{given}; {verdict}: largest difference "
-        f"{equivalence.max_abs_diff:.1e} (tolerance {equivalence.tolerance:.0e}); drift {drift:.3g}"
-    )
+        context.reporter.info(f"{stage}: {note}")

@@ -1,4 +1,4 @@
-"""A run from top to bottom, and the parts of one: what the commands ``run``, ``slim`` and ``finetune`` do."""
+"""A whole run, or a part of one: what the commands ``run``, ``slim`` and ``finetune`` do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from prunekit.config import registry
 from prunekit.config.schema import Recipe
 from prunekit.errors import CheckpointError, Interrupted, PrunekitError, RecipeError, RunError, RunFolderError
 from prunekit.pipeline.context import RunContext
-from prunekit.pipeline.models import CLASSES, SHRUNK, initial_model, load_model, newest_model, read_recipe, trained_plan
+from prunekit.pipeline.models import (
+    CLASSES,
+    DENSE_WEIGHTS,
+    build_with_plan,
+    load_model,
+    newest_model,
+    read_plan,
+    read_recipe,
+)
+from prunekit.pipeline.preflight import check_classes, check_recipe
 from prunekit.pipeline.stages import STAGE_FUNCTIONS
 from prunekit.pipeline.workers import main_process_command, stage_trains
-from prunekit.pruning.plan import Plan
 from prunekit.reporting import report
 from prunekit.runs.run_dir import RunDir, is_run_folder
 from prunekit.runs.stage_order import STAGES
@@ -25,8 +33,6 @@ from prunekit.utils.environment import environment
 from prunekit.utils.io import is_disk_failure, write_error
 from prunekit.utils.logging import record_logs
 from prunekit.utils.progress import Reporter
-
-BASELINE = "baseline/model.safetensors"
 
 
 @main_process_command
@@ -39,70 +45,77 @@ def run_recipe(
     overwrite: bool = False,
     start_from: str | None = None,
 ) -> Path:
-    """Run a recipe from its first stage, or from where its folder stands, to the last.
+    """Run all stages of a recipe, or those that a run folder still lacks.
 
     Args:
         recipe: from ``recipe.load``.
         out: the run folder.
         console: for progress and the report; by default the terminal.
-        resume: go on with the run that the folder holds.
+        resume: continue the run in the folder.
         overwrite: replace it.
-        start_from: with ``resume``, do this stage and the later ones again.
+        start_from: with ``resume``, repeat this stage and the later ones.
+
+    Returns:
+        The run folder.
 
     Raises:
-        PrunekitError: what went wrong; the folder then says how far the run came.
-        Interrupted: by Ctrl-C or SIGTERM, behind the first of which a training saves its state; as a KeyboardInterrupt
-            before the folder is touched and after the run is complete.
+        PrunekitError: the run failed; the folder shows how far it came.
+        Interrupted: by Ctrl-C or SIGTERM, after the training has saved a checkpoint. Before the folder is touched and
+            after the run is complete, a KeyboardInterrupt is raised instead.
     """
     out, console = Path(out), console or Console()
     if overwrite and recipe.init is not None:
-        _elsewhere(Path(recipe.init).expanduser(), out)
-    pending = _pending(out, resume, start_from)
-    work = RunContext(recipe, Reporter(console))
-    # Before the folder is made, so that a wrong recipe or a broken image leaves nothing behind.
-    work.rehearse(
-        load=any(stage in pending for stage in ("train", "finetune")),
-        begin="train" in pending and (overwrite or not (out / "init" / "model.safetensors").is_file()),
+        _check_different(Path(recipe.init).expanduser(), out)
+    pending = _pending_stages(out, resume, start_from)
+    context = RunContext(recipe, Reporter(console))
+    # Before the folder is made, so that a wrong recipe or a damaged image leaves nothing behind.
+    check_recipe(
+        context,
+        load_data="train" in pending or "finetune" in pending,
+        load_init="train" in pending and (overwrite or not (out / "init" / "model.safetensors").is_file()),
     )
-    with _begun(work, out, resume=resume, overwrite=overwrite) as run:
-        _not_half_derived(run)
+    with _run_folder(context, out, resume=resume, overwrite=overwrite) as run:
+        _check_not_half_derived(run)
         if start_from is not None:
             run.restart_from(start_from)
-        _run_stages(work, run, STAGES)
+        _run_stages(context, run, STAGES)
     report([out], None, console)
     return out
 
 
 @main_process_command
 def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overwrite: bool = False) -> Path:
-    """Extract and slim once more from what another run has trained, with another threshold, say; no training.
+    """Repeat extract and slim on the trained model of another run, without training it again.
 
     Args:
-        source: a run folder: its dense model is taken or, where it has none (an imported slim model), its slim one.
-        recipe: the source's, with what is to be different.
+        source: a run folder. Its dense model is slimmed, or its newest where it has none (an imported slim model).
+        recipe: that of the source, with changes.
         out: the new run folder.
+        console: for progress and the report.
+        overwrite: replace the run in ``out``.
+
+    Returns:
+        The new run folder.
 
     Raises:
-        PrunekitError: as ``run_recipe``.
+        PrunekitError: as for ``run_recipe``.
     """
-    _elsewhere(source, out)
-    work = RunContext(recipe, Reporter(console))
-    work.reporter.training_epochs.pop("finetune", None)  # that one does not come
-    old = RunDir.open(source).settled("train")
-    part = "dense" if old.has("dense/model.safetensors") else newest_model(old)
-    work.rehearse(load=True)
-    work.agree(old)
-    with _begun(work, out, overwrite=overwrite) as run:
+    _check_different(source, out)
+    context = RunContext(recipe, Reporter(console))
+    context.reporter.training_epochs.pop("finetune", None)
+    old = RunDir.open(source).require_done("train")
+    part = "dense" if old.has(DENSE_WEIGHTS) else newest_model(old)
+    check_recipe(context, load_data=True)
+    check_classes(context, old)
+    with _run_folder(context, out, overwrite=overwrite) as run:
         run.begin("extract")
-        _copy(old, run, f"{part}/model.safetensors", "dense/model.safetensors")
-        for name in (CLASSES, BASELINE):
-            _copy(old, run, name, name)
-        if part == "dense":
-            _copy(old, run, SHRUNK, SHRUNK)
-        _copy(old, run, "init.json" if part == "dense" else "plan.json", "init.json")
-        _adopt(work, old, run, {part: "dense", "baseline": "baseline"})
+        _copy_model(old, run, part, "dense")
+        _copy_model(old, run, "baseline")
+        _copy(old, run, f"{'init' if part == 'dense' else part}/plan.json", "init/plan.json")
+        _copy(old, run, CLASSES)
+        _copy_figures(context, old, run, {part: "dense", "baseline": "baseline"})
         run.end("train")
-        _run_stages(work, run, ("extract", "slim"))
+        _run_stages(context, run, ("extract", "slim"))
         run.finish()
     report([out], None, console)
     return out
@@ -110,51 +123,50 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
 
 @main_process_command
 def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overwrite: bool = False) -> Path:
-    """Fine-tune the slim model of another run (or its dense one, where it has no other), evaluate and export it.
+    """Fine-tune the slim model of another run, or its dense one where it has no other; then evaluate and export it.
 
-    Args and errors as for ``slim_run``.
+    Args, return value and errors as for ``slim_run``.
     """
-    _elsewhere(source, out)
-    work = RunContext(recipe, Reporter(console))
-    old = RunDir.open(source).settled("slim")
+    _check_different(source, out)
+    context = RunContext(recipe, Reporter(console))
+    old = RunDir.open(source).require_done("slim")
     newest_model(old)
-    _has_teacher(recipe, old)
-    work.rehearse(load=True)
-    work.agree(old)
-    with _begun(work, out, overwrite=overwrite) as run:
+    _check_teacher(recipe, old)
+    check_recipe(context, load_data=True)
+    check_classes(context, old)
+    with _run_folder(context, out, overwrite=overwrite) as run:
         run.begin("finetune")
-        weights = (BASELINE, "dense/model.safetensors", "slim/model.safetensors")
-        for name in (*weights, CLASSES, "init.json", SHRUNK, "plan.json", "layers.json"):
-            _copy(old, run, name, name)
+        for name in ("baseline", "dense", "slim"):
+            _copy_model(old, run, name)
+        for name in (CLASSES, "init/plan.json", "layers.json"):
+            _copy(old, run, name)
         if not run.has("slim/model.safetensors"):
-            # Nothing more is cut from a dense model that was never slimmed.
-            _copy(run, run, "dense/model.safetensors", "slim/model.safetensors")
-            run.write_json("plan.json", (trained_plan(run) or Plan()).to_json())
-        _adopt(work, old, run, {part: part for part in ("baseline", "dense", "slim")})
+            _copy_model(run, run, "dense", "slim")
+        _copy_figures(context, old, run, {part: part for part in ("baseline", "dense", "slim")})
         summary = old.read_json("summary.json")
         for part in ("kept", "equivalence", "drift"):
             if part in summary:
                 run.update_summary(part, summary[part])
         for stage in ("train", "extract", "slim"):
             run.end(stage)
-        _run_stages(work, run, STAGES)
+        _run_stages(context, run, STAGES)
     report([out], None, console)
     return out
 
 
 @contextmanager
-def _begun(work: RunContext, out: Path, **flags: bool) -> Iterator[RunDir]:
-    """The folder of a run that is made or taken up, and whose log gets all that is said and what breaks the run off.
+def _run_folder(context: RunContext, out: Path, **flags: bool) -> Iterator[RunDir]:
+    """Start or resume a run, with its log; yields the folder.
 
     Raises:
-        PrunekitError: as ``RunDir.start``, or what the stages raise; for what they did not foresee a RunError.
+        PrunekitError: from ``RunDir.start`` or the stages; a RunError for an unexpected exception.
         Interrupted: instead of a KeyboardInterrupt.
     """
-    recipe, run = work.recipe, None
+    recipe, run = context.recipe, None
     try:
         with RunDir.start(out, recipe.dump(), environment(recipe.seed), **flags) as run:
-            work.reporter.log_file = out / "run.log"
-            with record_logs(work.reporter.write_log):
+            context.reporter.log_file = out / "run.log"
+            with record_logs(context.reporter.write_log):
                 yield run
     except PrunekitError:
         raise
@@ -165,60 +177,89 @@ def _begun(work: RunContext, out: Path, **flags: bool) -> Iterator[RunDir]:
             raise
         if is_disk_failure(error):
             raise write_error(error, error.filename or "a file") from error
-        raise RunError(_unforeseen(run, error)) from error
+        raise RunError(_unexpected(run, error)) from error
 
 
-def _unforeseen(run: RunDir, error: Exception) -> str:
+def _unexpected(run: RunDir, error: Exception) -> str:
     text = " ".join(str(error).split()) or "no message"
-    # Libraries have no type for it in common.
-    memory = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-    mend = (
-        "free memory and go on with --resume, or start again with a smaller batch_size or data.size"
-        if memory
-        else "go on with --resume when that is mended"
-    )
-    kind = type(error).__name__
-    return f"{run.stage or 'start'}: {kind}: {text[:500]}; {mend}; where it happened is in {run.path / 'run.log'}"
+    # Libraries share no exception type for this.
+    out_of_memory = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    remedy = "continue with --resume once that is fixed"
+    if out_of_memory:
+        remedy = "free memory and continue with --resume, or start again with a smaller batch_size or data.size"
+    stage, kind = run.stage or "start", type(error).__name__
+    return f"{stage}: {kind}: {text[:500]}; {remedy}; the traceback is in {run.path / 'run.log'}"
 
 
-def _run_stages(work: RunContext, run: RunDir, stages: Sequence[str]) -> None:
+def _run_stages(context: RunContext, run: RunDir, stages: Sequence[str]) -> None:
     for stage in stages:
         if run.is_done(stage):
-            work.reporter.info(f"{stage}: done before")
+            context.reporter.info(f"{stage}: already done")
             continue
         run.begin(stage)
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
-            with work.reporter.stage(stage):
-                if stage_trains(stage, work.recipe):
+            with context.reporter.stage(stage):
+                if stage_trains(stage, context.recipe):
                     distributed.send_command(stage)
-                STAGE_FUNCTIONS[stage](work, run)
+                STAGE_FUNCTIONS[stage](context, run)
         except BaseException:
-            # What went wrong first is what counts.
+            # The first error is the one to report.
             with suppress(CheckpointError):
-                run.add_seconds(stage, round(time.perf_counter() - began, 3))
+                run.add_seconds(stage, round(time.perf_counter() - start, 3))
             raise
-        run.add_seconds(stage, round(time.perf_counter() - began, 3))
+        run.add_seconds(stage, round(time.perf_counter() - start, 3))
         run.end(stage)
 
 
-def _adopt(work: RunContext, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
-    """Take over the figures of models that were copied: their sizes are measured at the new recipe's image size, their
-    metrics hold on the same data only."""
+def _pending_stages(out: Path, resume: bool, start_from: str | None) -> tuple[str, ...]:
+    if start_from is not None and start_from not in STAGES:
+        near = registry.closest_match(start_from, list(STAGES))
+        hint = f", did you mean {near!r}?" if near else ""
+        raise RecipeError(f"--from {start_from}: no such stage{hint} ({', '.join(STAGES)})")
+    if not (resume and is_run_folder(out)):
+        if start_from not in (None, STAGES[0]):
+            raise PrunekitError(f"--from {start_from} needs a run whose earlier stages are done, and {out} holds none")
+        return STAGES
+    done = RunDir.open(out).done
+    first = STAGES.index(start_from) if start_from else len(STAGES)
+    return tuple(stage for index, stage in enumerate(STAGES) if index >= first or stage not in done)
+
+
+def _copy(source: RunDir, target: RunDir, name: str, to: str | None = None) -> None:
+    """Copy a file between run folders, verified by its checksum, if the source has it."""
+    if source.has(name):
+        target.write_bytes(to or name, source.read_bytes(name))
+
+
+def _copy_model(source: RunDir, target: RunDir, name: str, to: str | None = None) -> None:
+    for file in ("plan.json", "model.safetensors"):
+        _copy(source, target, f"{name}/{file}", f"{to or name}/{file}")
+
+
+def _copy_figures(context: RunContext, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
+    """Write the sizes of copied models, at the new recipe's image size, and their metrics if the data are the same.
+
+    Args:
+        context: of the new run.
+        old: the source.
+        run: the new run.
+        parts: name of each model in the source → its name in the new run.
+    """
     summary = old.read_json("summary.json")
-    theirs, ours = (recipe.data.model_dump(exclude={"cache"}) for recipe in (read_recipe(old), work.recipe))
-    same_data = theirs == ours
-    for theirs, ours in parts.items():
-        if not run.has(f"{ours}/model.safetensors"):
+    data, old_data = (recipe.data.model_dump(exclude={"cache"}) for recipe in (context.recipe, read_recipe(old)))
+    for old_part, part in parts.items():
+        if not run.has(f"{part}/model.safetensors"):
             continue
-        work.measure(run, ours, initial_model(run, work.recipe) if ours == "dense" else load_model(run, ours))
-        metrics = summary.get(theirs, {}).get("metrics")
-        if same_data and metrics:
-            run.update_summary(ours, {**run.read_json("summary.json")[ours], "metrics": metrics})
+        initial = part == "dense"
+        model = build_with_plan(context.recipe, read_plan(run, "init")) if initial else load_model(run, part)
+        context.measure(run, part, model)
+        metrics = summary.get(old_part, {}).get("metrics")
+        if data == old_data and metrics:
+            run.update_summary(part, {**run.read_json("summary.json")[part], "metrics": metrics})
 
 
-def _has_teacher(recipe: Recipe, source: RunDir) -> None:
-    """Refuse to fine-tune by a model that the run to begin from does not have."""
+def _check_teacher(recipe: Recipe, source: RunDir) -> None:
     distill = recipe.finetune.distill
     if distill.weight and not source.has(f"{distill.teacher}/model.safetensors"):
         raise RecipeError(
@@ -226,41 +267,19 @@ def _has_teacher(recipe: Recipe, source: RunDir) -> None:
         )
 
 
-def _elsewhere(source: Path, out: Path) -> None:
-    """Refuse to replace the very run that is to be read."""
+def _check_different(source: Path, out: Path) -> None:
     if source.resolve() == out.resolve():
         raise RunFolderError(f"{out} is the run to begin from, and would be replaced; choose another --out DIR")
 
 
-def _not_half_derived(run: RunDir) -> None:
-    """Refuse to train what was to be copied: a stage has begun and one before it is not done where ``slim`` and
-    ``finetune`` were stopped before they had their models."""
+def _check_not_half_derived(run: RunDir) -> None:
+    """Refuse to train models that were to be copied.
+
+    Where ``slim`` or ``finetune`` was stopped before it had copied them, a stage has begun although an earlier one is
+    not done.
+    """
     if run.stage is not None and any(not run.is_done(stage) for stage in STAGES[: STAGES.index(run.stage)]):
         raise RunFolderError(
-            f"{run.path} was to begin with the models of another run, and was stopped before it had them; give the "
-            "command that made it again, with --overwrite"
+            f"{run.path} was to begin with the models of another run, and was stopped before they were copied; repeat "
+            "the command that made it, with --overwrite"
         )
-
-
-def _copy(source: RunDir, target: RunDir, name: str, to: str) -> None:
-    """Copy a file between run folders, its checksum held against it; nothing where it is not there."""
-    if source.has(name):
-        target.write_bytes(to, source.read_bytes(name))
-
-
-def _pending(out: Path, resume: bool, start_from: str | None) -> tuple[str, ...]:
-    """The stages that will run."""
-    if start_from is not None and start_from not in STAGES:
-        near = registry.closest_match(start_from, list(STAGES))
-        raise RecipeError(
-            f"--from {start_from}: no such stage"
-            + (f", did you mean {near!r}?" if near else "")
-            + f" ({', '.join(STAGES)})"
-        )
-    if not (resume and is_run_folder(out)):
-        if start_from not in (None, STAGES[0]):
-            raise PrunekitError(f"--from {start_from} needs a run that came so far, and {out} holds none")
-        return STAGES
-    done = RunDir.open(out).done
-    first = STAGES.index(start_from) if start_from else len(STAGES)
-    return tuple(stage for index, stage in enumerate(STAGES) if index >= first or stage not in done)

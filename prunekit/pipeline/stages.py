@@ -1,5 +1,4 @@
-"""The stages of a run, one function each, in their order. Each reads what it needs from the run folder and writes its
-result into it, so that a run can be picked up anywhere."""
+"""The stages of a run, one function each. A stage reads its input from the run folder and writes its result there."""
 
 from __future__ import annotations
 
@@ -15,85 +14,111 @@ from prunekit.data.images import encode_png
 from prunekit.errors import TrainingError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import Exporter, variants
-from prunekit.pipeline.models import MODELS, initial_model, load_model, newest_model, save_model
-from prunekit.pipeline.prune_stages import extract_stage, keep_cuts, shrinking, slim_stage, steering
+from prunekit.pipeline.models import (
+    CLASSES,
+    MODELS,
+    build_with_plan,
+    create_initial_model,
+    load_model,
+    newest_model,
+    read_plan,
+    save_model,
+)
+from prunekit.pipeline.preflight import check_classes
+from prunekit.pipeline.prune_stages import (
+    compose_with_builder,
+    extract_stage,
+    lambda_controller,
+    progressive_pruning,
+    slim_stage,
+)
+from prunekit.pipeline.training_setup import build_decay, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.decay import NoDecay
 from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.trainer import seeded_generator
 
-GALLERY = 16  # fixed validation images
-EXTREMES = 4  # best and worst ones beside them
+GALLERY = 16  # evenly spaced validation images
+EXTREMES = 4  # images with the lowest error, and as many with the highest
 
 
-def train_stage(work: RunContext, run: RunDir) -> None:
-    work.keep_classes(run)
-    model = work.start_model(run)
-    groups = find_groups(model, work.example())
-    run.update_summary("skipped", {split: work.pairs(split).skipped for split in ("train", "val")})
-    shrink = shrinking(work, model, groups)
-    decay = work.decay(model.to(work.device), groups)
-    model = work.train(run, "train", model, groups, decay, steering(work, model, groups, decay), shrink)
-    if shrink is not None and shrink.plan is not None:
-        keep_cuts(work, run, shrink)
-    save_model(run, "dense", model)
-    work.measure(run, "dense", initial_model(run, work.recipe))
-    if work.recipe.baseline:
-        _train_baseline(work, run)
+def train_stage(context: RunContext, run: RunDir) -> None:
+    """Train with decay, and without it where the recipe asks for a baseline."""
+    _record_classes(context, run)
+    model, plan = create_initial_model(run, context.recipe)
+    groups = find_groups(model, context.example())
+    _record_skipped_images(context, run)
+    pruning = progressive_pruning(context, model, groups)
+    decay = build_decay(context, model.to(context.device), groups)
+    controller = lambda_controller(context, model, groups, decay)
+    model = train_model(context, run, "train", model, groups, decay, controller, pruning)
+    trained_plan = plan
+    if pruning is not None and pruning.plan is not None:
+        trained_plan = compose_with_builder(context.recipe, plan, pruning.initial_groups, pruning.plan)
+        run.update_summary("shrunk", pruning.records)
+    save_model(run, "dense", model, trained_plan)
+    # "dense" in the summary is the size before any pruning.
+    context.measure(run, "dense", build_with_plan(context.recipe, plan))
+    if context.recipe.baseline:
+        _train_baseline(context, run)
 
 
-def finetune_stage(work: RunContext, run: RunDir) -> None:
-    model = load_model(run, "slim", work.recipe)
-    groups = find_groups(model, work.example())
-    # A stage that goes on has a training state, and its statistics stand in that.
-    if work.recipe.slim.recalibrate and run.latest_checkpoint("finetune") is None:
-        _recalibrate(work, run, model.to(work.device))
-    work.train(run, "finetune", model, groups, NoDecay(model, groups))
-    save_model(run, "finetuned", model)
-    work.measure(run, "finetuned", model)
+def finetune_stage(context: RunContext, run: RunDir) -> None:
+    """Fine-tune the slim model."""
+    model = load_model(run, "slim", context.recipe)
+    groups = find_groups(model, context.example())
+    # A checkpoint holds the recalibrated statistics already.
+    if context.recipe.slim.recalibrate and run.latest_checkpoint("finetune") is None:
+        _recalibrate(context, run, model.to(context.device))
+    train_model(context, run, "finetune", model, groups, NoDecay(model, groups))
+    save_model(run, "finetuned", model, read_plan(run, "slim"))
+    context.measure(run, "finetuned", model)
 
 
-def evaluate_stage(work: RunContext, run: RunDir) -> None:
-    work.keep_classes(run)
-    recipe, pairs = work.recipe, work.pairs("val")
-    present = [name for name in MODELS if run.has(f"{name}/model.safetensors")]
-    models = {name: load_model(run, name, recipe).to(work.device) for name in present}
+def evaluate_stage(context: RunContext, run: RunDir) -> None:
+    """Evaluate all models of the run and the trivial predictors, and write the gallery."""
+    _record_classes(context, run)
+    recipe, task, dataset = context.recipe, context.task, context.dataset("val")
+    names = [name for name in MODELS if run.has(f"{name}/model.safetensors")]
+    models = {name: load_model(run, name, recipe).to(context.device) for name in names}
     curves, errors = {}, []
     for name, model in models.items():
-        counter = work.reporter.progress_bar(f"evaluate {name}")
+        counter = context.reporter.progress_bar(f"evaluate {name}")
         try:
-            result = work.task.evaluate(model, pairs, recipe.data.size, 4 * recipe.train.batch_size, counter)
+            result = task.evaluate(model, dataset, recipe.data.size, 4 * recipe.train.batch_size, counter)
         finally:
             counter.close()
-        odd = [f"{key} is {value}" for key, value in result.metrics.items() if not math.isfinite(value)]
-        if odd:
-            raise TrainingError(f"evaluate: the {name} model's {odd[0]}, so it is not written down; see to its outputs")
+        for key, value in result.metrics.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"evaluate: {key} of the {name} model is {value}; check its outputs")
         run.update_summary(name, {**run.read_json("summary.json")[name], "metrics": result.metrics})
         curves[name] = result.curves
         errors = result.errors
-        work.reporter.info(f"evaluate: {name:9} " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
+        figures = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+        context.reporter.info(f"evaluate: {name:9} {figures}")
     run.write_json("curves.json", curves)
-    found = work.task.trivial_scores(pairs)
-    if found:
-        run.update_summary("reference", found)
-        best, main = work.task.best(found), work.task.metric_names[0]
-        work.reporter.info(f"evaluate: best trivial predictor: {best}, {main} {found[best][main]:.4f}")
-    run.update_summary("skipped", {split: work.pairs(split).skipped for split in ("train", "val")})
-    _gallery(work, run, models, np.argsort(errors, kind="stable"))
+    reference = task.trivial_scores(dataset)
+    if reference:
+        run.update_summary("reference", reference)
+        best, metric = task.best(reference), task.metric_names[0]
+        context.reporter.info(f"evaluate: best trivial predictor: {best}, {metric} {reference[best][metric]:.4f}")
+    _record_skipped_images(context, run)
+    _write_gallery(context, run, models, np.argsort(errors, kind="stable"))
 
 
-def export_stage(work: RunContext, run: RunDir) -> None:
-    wanted = variants(work.recipe.export)
+def export_stage(context: RunContext, run: RunDir) -> None:
+    """Write the newest model in the forms that the recipe asks for."""
     run.remove_summary("export")
+    wanted = variants(context.recipe.export)
     if wanted:
-        exporter = Exporter(work, run, newest_model(run))
+        exporter = Exporter(context, run, newest_model(run))
         for variant in wanted:
             exporter.write(variant)
 
 
-def report_stage(work: RunContext, run: RunDir) -> None:
-    """The report itself is printed at the end, when the run is complete."""
+def report_stage(context: RunContext, run: RunDir) -> None:
+    """Do nothing: the report is printed when the run is complete."""
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[RunContext, RunDir], None]] = {
@@ -107,41 +132,54 @@ STAGE_FUNCTIONS: dict[str, Callable[[RunContext, RunDir], None]] = {
 }
 
 
-def _train_baseline(work: RunContext, run: RunDir) -> None:
-    """Train what sparse training has begun with once more, without decay."""
-    model = work.start_model(run)
-    groups = find_groups(model, work.example())
-    model = work.train(run, "baseline", model, groups, NoDecay(model.to(work.device), groups))
-    save_model(run, "baseline", model)
-    work.measure(run, "baseline", model)
+def _train_baseline(context: RunContext, run: RunDir) -> None:
+    model, plan = create_initial_model(run, context.recipe)
+    groups = find_groups(model, context.example())
+    model = train_model(context, run, "baseline", model, groups, NoDecay(model.to(context.device), groups))
+    save_model(run, "baseline", model, plan)
+    context.measure(run, "baseline", model)
 
 
-def _recalibrate(work: RunContext, run: RunDir, model: nn.Module) -> None:
-    """Measure the norms' statistics on training data, and write down what that did to the metrics."""
-    size = work.recipe.finetune.batch_size
-    train, val = work.tensors("train"), work.tensors("val")
-    order = torch.randperm(len(train), generator=seeded_generator(work.recipe.seed, "recalibrate", 0))
-    rows = [batch for batch in order.split(size)[: work.recipe.slim.recalibrate] if len(batch) == min(size, len(order))]
-    before = work.task.validate(model, val, 4 * size)
-    batches = recalibrate(model, (normalize(train.images[batch].to(work.device)) for batch in rows))
-    after = work.task.validate(model, val, 4 * size)
-    run.update_summary("recalibrated", {"batches": batches, "before": before, "after": after})
+def _recalibrate(context: RunContext, run: RunDir, model: nn.Module) -> None:
+    """Recompute the norms' statistics on training data, and record the metrics before and after."""
+    size = context.recipe.finetune.batch_size
+    train, val = context.tensors("train"), context.tensors("val")
+    order = torch.randperm(len(train), generator=seeded_generator(context.recipe.seed, "recalibrate", 0))
+    batches = order.split(size)[: context.recipe.slim.recalibrate]
+    full = [rows for rows in batches if len(rows) == min(size, len(order))]
+    before = context.task.validate(model, val, 4 * size)
+    count = recalibrate(model, (normalize(train.images[rows].to(context.device)) for rows in full))
+    after = context.task.validate(model, val, 4 * size)
+    run.update_summary("recalibrated", {"batches": count, "before": before, "after": after})
     change = "  ".join(f"{key} {value:.4f} → {after[key]:.4f}" for key, value in before.items())
-    work.reporter.info(f"finetune: norms recalibrated on {batches} batches: {change}")
+    context.reporter.info(f"finetune: norms recalibrated on {count} batches: {change}")
 
 
-def _gallery(work: RunContext, run: RunDir, models: dict[str, nn.Module], by_error: np.ndarray) -> None:
-    pairs = work.pairs("val")
-    fixed = set(np.linspace(0, len(pairs) - 1, min(GALLERY, len(pairs))).astype(int).tolist())
+def _record_classes(context: RunContext, run: RunDir) -> None:
+    """Write the names of the classes, where there are any; raises as :func:`check_classes` does."""
+    check_classes(context, run)
+    classes = context.dataset("train").classes
+    if classes and not run.has(CLASSES):
+        run.write_json(CLASSES, list(classes))
+
+
+def _record_skipped_images(context: RunContext, run: RunDir) -> None:
+    run.update_summary("skipped", {split: context.dataset(split).skipped for split in ("train", "val")})
+
+
+def _write_gallery(context: RunContext, run: RunDir, models: dict[str, nn.Module], by_error: np.ndarray) -> None:
+    dataset = context.dataset("val")
+    fixed = set(np.linspace(0, len(dataset) - 1, min(GALLERY, len(dataset))).astype(int).tolist())
     kinds = {**{int(i): "best" for i in by_error[:EXTREMES]}, **{int(i): "worst" for i in by_error[::-1][:EXTREMES]}}
     entries = []
     for index in sorted({*fixed, *kinds}):
-        image, target = pairs.pair(index)
-        shown = {"image": image, "truth": pairs.display_target(target)}
+        image, target = dataset.pair(index)
+        pictures = {"image": image, "truth": dataset.display_target(target)}
         for name, model in models.items():
-            shown[name] = work.task.render(work.task.predict(model, image, work.recipe.data.size), pairs.classes)
-        entry = {"index": index, "name": pairs.names[index], "fixed": index in fixed, "kind": kinds.get(index)}
-        for name, value in shown.items():
+            prediction = context.task.predict(model, image, context.recipe.data.size)
+            pictures[name] = context.task.render(prediction, dataset.classes)
+        entry = {"index": index, "name": dataset.names[index], "fixed": index in fixed, "kind": kinds.get(index)}
+        for name, value in pictures.items():
             if isinstance(value, np.ndarray):
                 run.write_bytes(f"gallery/{index:04d}-{name}.png", encode_png(value))
             else:

@@ -1,9 +1,7 @@
-"""Commands that train, done by several processes: process 0 does them, the others train along.
+"""Commands that train, run by several processes: process 0 runs the command, the others join in its trainings.
 
-Of a run's stages the others do those that train, with what they find in the run folder, each for itself: what decides
-(λ, what is cut, what is slimmed in rounds) is computed from the same bits everywhere, and held against each other once
-an epoch. (Sending every model and every decision was weighed: it takes a form that can be sent, for whatever plugins
-bring, where a stage that is done by all takes none.) What they would write stays with them.
+The workers run the stages that train, each from the run folder, and compute the same decisions from the same bits;
+the models are compared after every epoch. What they write stays in memory.
 """
 
 from __future__ import annotations
@@ -27,33 +25,33 @@ from prunekit.utils.progress import Reporter
 
 
 def main_process_command(command: Callable[..., Path]) -> Callable[..., Path]:
-    """A command with arguments ``recipe`` and ``out``, done by process 0 where there are several."""
-    of = inspect.signature(command)
+    """Decorate a command with arguments ``recipe`` and ``out``: process 0 runs it, the others follow its stages."""
+    signature = inspect.signature(command)
 
     @functools.wraps(command)
-    def done(*args: Any, **kwargs: Any) -> Path:
+    def run(*args: Any, **kwargs: Any) -> Path:
         if distributed.init() == 0:
             with distributed.main_process_scope():
                 return command(*args, **kwargs)
-        given = of.bind(*args, **kwargs).arguments
-        _follow(given["recipe"], Path(given["out"]))
-        return given["out"]
+        arguments = signature.bind(*args, **kwargs).arguments
+        _follow(arguments["recipe"], Path(arguments["out"]))
+        return arguments["out"]
 
-    return done
+    return run
 
 
 def stage_trains(stage: str, recipe: Recipe) -> bool:
-    """Whether a stage of this recipe trains."""
+    """Return whether a stage of this recipe trains a model."""
     return stage in ("train", "finetune") or (stage == "slim" and recipe.slim.steps > 1)
 
 
 def _follow(recipe: Recipe, out: Path) -> None:
-    work = RunContext(recipe, Reporter(Console(file=io.StringIO())))
+    context = RunContext(recipe, Reporter(Console(file=io.StringIO())))
     while (stage := distributed.receive_command()) is not None:
         try:
-            STAGE_FUNCTIONS[stage](work, WorkerRunDir.open(out))
+            STAGE_FUNCTIONS[stage](context, WorkerRunDir.open(out))
         except distributed.LostProcessError:
             raise
         except (TrainingError, PlanError) as error:
-            # Of the same numbers, so process 0 has it too, and says it.
+            # Process 0 computes with the same numbers, so it raises the same error and reports it.
             raise SystemExit(error.exit_status) from error

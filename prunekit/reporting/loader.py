@@ -46,7 +46,7 @@ class Run:
         metrics: a row per epoch of each training: ``stage``, ``epoch``, ``step``, ``loss``, ``penalty``, ``lambda``,
             ``lr``, ``alive``, ``of``, ``seconds``; ``metrics.<name>`` for each metric of the task, and with a budget
             ``size.<measure>`` and ``budget.<measure>``.
-        plan: ``plan.json``, or None.
+        plan: ``slim/plan.json``, or before that stage ``extract/plan.json``; None without either.
         recipe: ``recipe.yaml``.
         problems: files that are missing, damaged or inconsistent, a line each.
         layers_size: as ``size``, for the MACs in ``layers`` and ``counters``.
@@ -146,7 +146,8 @@ def _load(path: Path) -> Run:
         lambda problems: run_contents.read_metrics(files.read_bytes(METRICS), problems, finished),
         pd.DataFrame(),
     )
-    plan = reader.read_json("plan.json", run_contents.read_plan, None)
+    plan_file = "slim/plan.json" if files.has("slim/plan.json") else "extract/plan.json"
+    plan = reader.read_json(plan_file, run_contents.read_plan, None)
     no_layers = run_contents.empty_layers(), run_contents.empty_counters(), None
     layers, counters, layers_size = reader.read_json(
         "layers.json", lambda value, _: run_contents.read_layers(value), no_layers
@@ -215,7 +216,7 @@ class _Reader:
         self.names.add(name)
         try:
             if not (self.files.path / name).exists():
-                if name in self.files.written() or not (optional or self._is_inherited(name)):
+                if name in self.files.recorded_files() or not (optional or self._is_inherited(name)):
                     self.problems.append(f"{name}{MISSING}")
                 return default
             value = decode(problems)
@@ -267,7 +268,7 @@ def _read_gallery(reader: _Reader, value: Any, problems: list[str]) -> list[Gall
 
 def _problems_of_other_files(reader: _Reader) -> Iterator[str]:
     """Check files that a report does not show: weights, exports."""
-    for name in reader.files.written():
+    for name in reader.files.recorded_files():
         if name in reader.names:
             continue
         try:
@@ -302,7 +303,7 @@ def _read_gates(reader: _Reader, done: list[str]) -> pd.DataFrame:
 def _gates_of_checkpoint(files: ArtifactStore) -> pd.DataFrame:
     """Return the gates of the newest readable checkpoint; one may be replaced while it is read."""
     prefix = "gates/"
-    checkpoints = files.states()
+    checkpoints = files.checkpoints()
     for step in checkpoints.steps("train"):
         try:
             tensors, _ = checkpoints.read("train", step)

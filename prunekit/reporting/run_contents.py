@@ -35,6 +35,7 @@ from prunekit.reporting.validators import (
     type_name,
     validate_mapping,
 )
+from prunekit.runs.state import FORMAT as RUN_FORMAT
 from prunekit.utils.decode import decode_json
 
 MODELS = ("baseline", "dense", "slim", "finetuned")
@@ -141,7 +142,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def read_summary(value: Any, problems: list[str]) -> dict[str, Any]:
-    summary = validate_mapping(_without_nulls(value), _SUMMARY, problems)
+    summary = validate_mapping(_without_nulls(value), _SUMMARY, problems, RUN_FORMAT)
     if not {"recipe", "status", *MODELS} & value.keys():
         raise ValueError("it is not the summary of a run")
     for model in [model for model in MODELS if model in summary]:

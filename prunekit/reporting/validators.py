@@ -79,9 +79,11 @@ def type_name(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def validate_mapping(value: Any, schema: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def validate_mapping(
+    value: Any, schema: dict[str, Any], problems: list[str], newest_format: int = FORMAT
+) -> dict[str, Any]:
     """As :func:`drop_invalid`; raise ValueError for anything but a mapping of a supported format."""
-    check_format(value)
+    check_format(value, newest_format)
     return drop_invalid(value, schema, "", problems)
 
 
@@ -97,13 +99,13 @@ def require_valid(value: Any, schema: dict[str, Any]) -> dict[str, Any]:
     return valid
 
 
-def check_format(value: Any) -> None:
+def check_format(value: Any, newest: int = FORMAT) -> None:
     """Raise ValueError for anything but a mapping whose format this version reads."""
     if not isinstance(value, dict):
         raise ValueError(f"it is {type_name(value)}, expected a mapping")
-    version = value.get("format", FORMAT)
-    if problem := format_problem(version, FORMAT):
-        raise ValueError(f"it {problem}{': pip install --upgrade prunekit' if is_newer(version, FORMAT) else ''}")
+    version = value.get("format", newest)
+    if problem := format_problem(version, newest):
+        raise ValueError(f"it {problem}{': pip install --upgrade prunekit' if is_newer(version, newest) else ''}")
 
 
 def describe_problems(problems: list[str]) -> str:

@@ -1,21 +1,19 @@
-"""The files of a run folder: written whole or not at all, and read with their checksums held against them.
+"""The files of a run folder: written atomically, and verified by a checksum when they are read.
 
-Before a file is replaced, ``state.json`` is told what it will be, and after that what it is: whenever the process is
-killed, the file is one of the two, and can be told from a damaged one. (To drop the checksum meanwhile, as it was,
-leaves a file that nothing vouches for after a kill, and a reader between the two takes the new file for damaged.)
-``metrics.jsonl`` grows by lines: its checksum is that of the lines that were written, and behind those there may be one
-line more, which a kill has left without its checksum. (A checksum in each line was the other way: it says nothing of
-lines that are gone.)
+``state.json`` records what a file will be before it is replaced, and what it is afterwards. So a process killed at any
+moment leaves one of the two, and neither is mistaken for damage. ``metrics.jsonl`` grows by lines: its checksum covers
+the lines recorded so far, and one more line may follow.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
 import zipfile
-from hashlib import sha256 as hashed
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,11 @@ from prunekit.utils.lock import FolderLock
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 _UNCHECKED = (STATE, "run.log")
-# What no stage writes again: ended between file and checksum, a process leaves them for good without the latter.
-_ONCE = (RECIPE, "classes.json", "init.json", "init/model.safetensors")
-_LOOKS = 20  # at a file that another process is replacing again and again
-# What the models of a run were measured to do holds for those models only; a user may remove it.
-_OF_MODELS = ("eval.json", "bench.json")
+# Written once and by no stage: a kill between the file and its checksum would leave them without one for good.
+_WRITTEN_ONCE = (RECIPE, "classes.json", "init/plan.json", "init/model.safetensors")
+# Measurements of the models in the folder, which become invalid with them; a user may remove these files.
+_MEASUREMENTS = ("eval.json", "bench.json")
+_MAX_READS = 20  # of a file that another process keeps replacing
 
 
 class ArtifactStore:
@@ -51,98 +49,69 @@ class ArtifactStore:
         self._state = state
         self._lock = lock
 
-    def _may_write(self) -> None:
-        if self._lock is None:
-            raise RunFolderError(f"{self.path} was opened to be read; open it with write=True")
-
-    def _write_state(self, state: dict[str, Any]) -> None:
-        self._may_write()
-        write_atomic(self.path / STATE, states.encode(state))
-        self._state = state
-
-    def _vouch(self, name: str, digest: str) -> None:
-        """Note what a file now is."""
-        replacing = {k: v for k, v in self._state.get("replacing", {}).items() if k != name}
-        state = {k: v for k, v in self._state.items() if k != "replacing"}
-        state["checksums"] = {**state["checksums"], name: digest}
-        self._write_state({**state, "replacing": replacing} if replacing else state)
-
-    def _settle(self) -> None:
-        """Note of the files that were to be replaced when a process ended what they have become."""
-        for name, digest in self._state.get("replacing", {}).items():
-            with contextlib.suppress(OSError):
-                if sha256((self.path / name).read_bytes()) == digest:
-                    self._vouch(name, digest)
-                    continue
-            self._vouch(name, self._state["checksums"][name])
-
-    def _vouch_for_beginnings(self) -> None:
-        """Note what the files are that the run begins with, where a process ended before it had done so."""
-        for name in _ONCE:
-            if name not in self._state["checksums"] and (self.path / name).is_file():
-                self._vouch(name, sha256(self.read_bytes(name)))
-
-    # ---- files
+    # ---- writing
 
     def write_bytes(self, name: str, data: bytes) -> Path:
-        """Write a file of this folder, whole or not at all, and note its checksum.
+        """Write a file atomically and record its checksum.
 
         Args:
-            name: relative path with ``/``; folders on the way are made.
-            data: the whole file.
+            name: relative path with ``/``; missing folders are created.
+            data: the content.
 
         Returns:
-            Its path.
+            The path of the file.
 
         Raises:
-            CheckpointError: the system refused; a file that was there before still is.
+            CheckpointError: the write failed; an existing file is unchanged.
         """
         path = self._inside(name)
-        self._may_write()
+        self._require_write_access()
         if name in _UNCHECKED or name.startswith("report/"):
             write_atomic(path, data)
             return path
-        new, held = sha256(data), self._state["checksums"].get(name)
-        if held not in (None, new):
+        new, old = sha256(data), self._state["checksums"].get(name)
+        if old not in (None, new):
             self._write_state({**self._state, "replacing": {**self._state.get("replacing", {}), name: new}})
         write_atomic(path, data)
-        if held != new or name in self._state.get("replacing", {}):
-            self._vouch(name, new)
+        if old != new or name in self._state.get("replacing", {}):
+            self._record_checksum(name, new)
         return path
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text in UTF-8; as :meth:`write_bytes`."""
+        """Write UTF-8 text; see :meth:`write_bytes`."""
         return self.write_bytes(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write JSON; as :meth:`write_bytes`, and a number that is not finite is refused with the path of its key."""
+        """Write JSON; see :meth:`write_bytes`. Non-finite numbers are refused, with the path of their key."""
         return self.write_bytes(name, encode_json(value, str(self.path / name)))
 
     def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> Path:
-        """Write arrays as ``.npz``, the same bytes for the same arrays; as :meth:`write_bytes`.
+        """Write arrays as ``.npz``, with the same bytes for the same arrays; see :meth:`write_bytes`.
 
         Raises:
-            ValueError: an array holds Python objects, which only a pickle could keep.
+            ValueError: an array holds Python objects, which would need a pickle.
         """
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for key, value in arrays.items():
-                # Not np.savez: it takes no array named "file", and a ZipInfo without a date keeps the bytes the same.
+                # np.savez refuses an array named "file", and stores the date, so that the bytes would differ.
                 with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
         return self.write_bytes(name, buffer.getvalue())
 
     def write_tensors(self, name: str, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> Path:
-        """Write tensors as ``.safetensors``, with at most one metadata key; as :meth:`write_bytes`."""
+        """Write tensors as ``.safetensors``, with at most one metadata key; see :meth:`write_bytes`."""
         return self.write_bytes(name, encode_tensors(tensors, metadata))
 
+    # ---- reading
+
     def read_bytes(self, name: str) -> bytes:
-        """Read a file of this folder and compare it with its checksum, where there is one.
+        """Read a file and verify its checksum, if one is recorded.
 
         Raises:
             CheckpointError: the file is missing or damaged; the message says how to make it again.
         """
-        for _ in range(_LOOKS):
+        for _ in range(_MAX_READS):
             try:
                 data = self._inside(name).read_bytes()
             except FileNotFoundError as error:
@@ -150,159 +119,94 @@ class ArtifactStore:
             except OSError as error:
                 fault, cause = f"not readable ({os_error_reason(error)})", error
             else:
-                if self._is_vouched(name, data):
+                if self._is_intact(name, data):
                     return data
-                fault, cause = "damaged (its bytes are not those that were written)", None
-            if not self._look_again():
+                fault, cause = "damaged (its checksum is wrong)", None
+            if not self._reload_state():
                 break
         raise self._damage(name, fault) from cause
 
-    def _is_vouched(self, name: str, data: bytes) -> bool:
-        """Whether these are bytes that were written; True where nothing is known of the file."""
-        sums = self._state["checksums"]
-        if name not in sums:
-            return True
-        held = {sums[name], self._state.get("replacing", {}).get(name)}
-        return _begins(data, held) if name == METRICS else sha256(data) in held
-
-    def _look_again(self) -> bool:
-        """Whether another process has written since the state was read, so that a file may be another one by now."""
-        if self._lock is not None:
-            return False
-        try:
-            state = states.read(self.path)
-        except PrunekitError:
-            return False
-        before, self._state = self._state, state
-        return before != state
-
     def read_text(self, name: str) -> str:
-        """Read a text in UTF-8; errors as for :meth:`read_bytes`."""
-        try:
-            return self.read_bytes(name).decode()
-        except UnicodeDecodeError as error:
-            raise self._damage(name, f"damaged (no UTF-8 at byte {error.start})") from error
+        """Read UTF-8 text; errors as for :meth:`read_bytes`."""
+        return self._read(name, bytes.decode)
 
     def read_json(self, name: str) -> Any:
         """Read JSON; errors as for :meth:`read_bytes`."""
-        try:
-            return decode_json(self.read_text(name))
-        except ValueError as error:
-            raise self._damage(name, f"damaged ({error})") from error
+        return self._read(name, decode_json)
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:
         """Read an ``.npz``; errors as for :meth:`read_bytes`."""
-        try:
-            return decode_arrays(self.read_bytes(name))
-        except ValueError as error:
-            raise self._damage(name, f"damaged ({error})") from error
+        return self._read(name, decode_arrays)
 
     def read_tensors(self, name: str) -> dict[str, np.ndarray]:
         """Read a ``.safetensors``; errors as for :meth:`read_bytes`."""
+        return self._read(name, decode_tensors)
+
+    def _read(self, name: str, decode: Callable[[bytes], Any]) -> Any:
         try:
-            return decode_tensors(self.read_bytes(name))
+            return decode(self.read_bytes(name))
         except ValueError as error:
             raise self._damage(name, f"damaged ({error})") from error
 
     def has(self, name: str) -> bool:
-        """Whether the folder holds this file, or should: one that was written and is gone is no less damaged than one
-        whose bytes have changed, and to read it says so. Of ``eval.json`` and ``bench.json`` only what is there
-        counts."""
-        return self._inside(name).is_file() or (name in self._state["checksums"] and name not in _OF_MODELS)
+        """Return whether the file exists or should exist.
 
-    def states(self) -> CheckpointStore:
-        """The training states of this run."""
-        return CheckpointStore(self.path / "checkpoints", self._state.get("run"))
+        A recorded file that is gone counts, so that reading it reports the loss; of ``eval.json`` and ``bench.json``
+        only existing ones count.
+        """
+        return self._inside(name).is_file() or (name in self._state["checksums"] and name not in _MEASUREMENTS)
 
-    def written(self) -> list[str]:
-        """The files that a checksum speaks for."""
+    def recorded_files(self) -> list[str]:
+        """Return the names of the files with a recorded checksum."""
         return list(self._state["checksums"])
 
     def checksum(self, name: str) -> str:
-        """The SHA-256 of a file as it was written; errors as for :meth:`read_bytes`."""
-        held = None if name in self._state.get("replacing", {}) else self._state["checksums"].get(name)
-        return held or sha256(self.read_bytes(name))
+        """Return the SHA-256 of a file as it was written; errors as for :meth:`read_bytes`."""
+        recorded = None if name in self._state.get("replacing", {}) else self._state["checksums"].get(name)
+        return recorded or sha256(self.read_bytes(name))
 
-    def _inside(self, name: str) -> Path:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{name!r} is no path inside a run folder")
-        return self.path / name
-
-    def _forget_from(self, stage: str) -> None:
-        """Remove what this stage and the later ones have written; the model that a run began with stays."""
-        first = stage_index(stage)
-        gone = [n for n, by in FILE_STAGES.items() if stage_index(by) >= first]
-        gone += _OF_MODELS if first <= stage_index("finetune") else ()
-        self._write_state(
-            {
-                key: {k: v for k, v in value.items() if k.partition("/")[0] not in gone}
-                if key in ("checksums", "replacing")
-                else value
-                for key, value in self._state.items()
-            }
-        )
-        try:
-            for name in gone:
-                path = self.path / name
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        except OSError as error:
-            raise write_error(error, path, "remove") from error
-
-    def _damage(self, name: str, what: str) -> CheckpointError:
-        if name == RECIPE and what.startswith("damaged"):
-            return CheckpointError(
-                f"{self.path / name} is not what {STATE} vouches for: one of the two was edited, damaged or taken from "
-                "another run; put the old one back, or start a run of its own with it: "
-                f"prunekit run {self.path / name} --out DIR"
-            )
-        if by := stage_that_writes(name):
-            again = f"make it again with --from {by}, or the whole run with --overwrite"
-        elif name in _OF_MODELS:
-            again = "remove it and measure again"
-        else:
-            again = "put a copy of it back, or start again with --overwrite"
-        return CheckpointError(f"{self.path / name} is {what}; {again}")
+    def checkpoints(self) -> CheckpointStore:
+        """Return the training checkpoints of this run."""
+        return CheckpointStore(self.path / "checkpoints", self._state.get("run"))
 
     # ---- metrics
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add a line to ``metrics.jsonl``.
+        """Append a line to ``metrics.jsonl``.
 
         Raises:
-            CheckpointError: the system refused, or a number is not finite; the lines before still stand.
+            CheckpointError: the write failed, the file is damaged, or a number is not finite; earlier lines are
+                unchanged.
         """
-        self._may_write()
+        self._require_write_access()
         path = self.path / METRICS
         data = encode_json(line, str(path), indent=None)
         try:
-            new = not path.exists()
-            before = b"" if new else path.read_bytes()
-            # Not to vouch from now on for what has changed meanwhile.
-            if not self._is_vouched(METRICS, before):
-                raise self._damage(METRICS, "damaged (its bytes are not those that were written)")
-            # A kill can leave half a line; without its end it would swallow this one.
-            whole = before.rfind(b"\n") + 1
+            is_new = not path.exists()
+            before = b"" if is_new else path.read_bytes()
+            # Otherwise the new checksum would cover the damage.
+            if not self._is_intact(METRICS, before):
+                raise self._damage(METRICS, "damaged (its checksum is wrong)")
+            # A kill can leave half a line, which must not swallow this one.
+            end = before.rfind(b"\n") + 1
             with open(path, "ab") as file:
                 try:
-                    file.truncate(whole)
+                    file.truncate(end)
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
                     with contextlib.suppress(OSError):
-                        os.truncate(path, whole)
+                        os.truncate(path, end)
                     raise
-            if new:
+            if is_new:
                 fsync_folder(self.path)
         except OSError as error:
             raise write_error(error, path) from error
-        self._vouch(METRICS, sha256(before[:whole] + data))
+        self._record_checksum(METRICS, sha256(before[:end] + data))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; half a line at the end, which a kill leaves, is left out.
+        """Return the lines of ``metrics.jsonl``, without an unfinished last line, which a kill can leave.
 
         Raises:
             CheckpointError: a line is damaged.
@@ -319,32 +223,135 @@ class ArtifactStore:
         return metrics
 
     def truncate_metrics(self, stage: str, epoch: int) -> None:
-        """Drop the lines of this stage after ``epoch``, and lines and states of later trainings: a resumed run writes
-        them again."""
-        first = training_position(stage)
-        for later in self.states().stages():
-            for step in self.states().steps(later) if training_position(later) > first else ():
-                self.states().discard(later, step)
-        if first == training_position(STAGES[0]) and epoch == 0:
-            # Unread, so that the run can be made again where they are damaged.
+        """Remove what a training resumed after ``epoch`` writes again.
+
+        These are the lines of this stage after that epoch, and the lines and checkpoints of later trainings.
+        """
+        position = training_position(stage)
+        self._discard_checkpoints(lambda training: training_position(training) > position)
+        if position == training_position(STAGES[0]) and epoch == 0:
+            # Without reading them, so that a run with damaged metrics can be repeated.
             if self.has(METRICS):
                 self.write_bytes(METRICS, b"")
             return
         lines = self.read_metrics()
         kept = [
-            m for m in lines if training_position(m["stage"]) < first or (m["stage"] == stage and m["epoch"] <= epoch)
+            m
+            for m in lines
+            if training_position(m["stage"]) < position or (m["stage"] == stage and m["epoch"] <= epoch)
         ]
         if len(kept) < len(lines):
             self.write_bytes(METRICS, b"".join(encode_json(line, METRICS, indent=None) for line in kept))
 
+    # ---- state and checksums
 
-def _begins(data: bytes, sums: set[str | None]) -> bool:
-    """Whether these lines begin with those of one of the checksums, with at most one whole line more behind them."""
-    digest = hashed()
+    def _require_write_access(self) -> None:
+        if self._lock is None:
+            raise RunFolderError(f"{self.path} is open for reading only; open it with write=True")
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        self._require_write_access()
+        write_atomic(self.path / STATE, states.encode(state))
+        self._state = state
+
+    def _record_checksum(self, name: str, digest: str) -> None:
+        replacing = {key: value for key, value in self._state.get("replacing", {}).items() if key != name}
+        state = {key: value for key, value in self._state.items() if key != "replacing"}
+        state["checksums"] = {**state["checksums"], name: digest}
+        self._write_state({**state, "replacing": replacing} if replacing else state)
+
+    def _resolve_replacements(self) -> None:
+        """Record which version each file has that was being replaced when a process ended."""
+        for name, digest in self._state.get("replacing", {}).items():
+            with contextlib.suppress(OSError):
+                if sha256((self.path / name).read_bytes()) == digest:
+                    self._record_checksum(name, digest)
+                    continue
+            self._record_checksum(name, self._state["checksums"][name])
+
+    def _record_files_written_once(self) -> None:
+        """Record the checksums of these files where a process ended before it did."""
+        for name in _WRITTEN_ONCE:
+            if name not in self._state["checksums"] and (self.path / name).is_file():
+                self._record_checksum(name, sha256(self.read_bytes(name)))
+
+    def _is_intact(self, name: str, data: bytes) -> bool:
+        """Return whether the content matches the recorded checksum; True where none is recorded."""
+        checksums = self._state["checksums"]
+        if name not in checksums:
+            return True
+        valid = {checksums[name], self._state.get("replacing", {}).get(name)}
+        return _are_metrics_intact(data, valid) if name == METRICS else sha256(data) in valid
+
+    def _reload_state(self) -> bool:
+        """Read the state again; True where another process has changed it, so that files may have changed too."""
+        if self._lock is not None:
+            return False
+        try:
+            state = states.read(self.path)
+        except PrunekitError:
+            return False
+        before, self._state = self._state, state
+        return before != state
+
+    def _inside(self, name: str) -> Path:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} is not a path inside a run folder")
+        return self.path / name
+
+    def _damage(self, name: str, fault: str) -> CheckpointError:
+        if name == RECIPE and fault.startswith("damaged"):
+            return CheckpointError(
+                f"{self.path / name} does not match its checksum in {STATE}: one of the two was edited, damaged or "
+                "taken from another run; put the old one back, or start a new run with it: "
+                f"prunekit run {self.path / name} --out DIR"
+            )
+        if stage := stage_that_writes(name):
+            remedy = f"make it again with --from {stage}, or the whole run with --overwrite"
+        elif name in _MEASUREMENTS:
+            remedy = "remove it and measure again"
+        else:
+            remedy = "put a copy of it back, or start again with --overwrite"
+        return CheckpointError(f"{self.path / name} is {fault}; {remedy}")
+
+    # ---- removing
+
+    def _remove_outputs_from(self, stage: str) -> None:
+        """Remove the files that this stage and the later ones write; recipe and initial model stay."""
+        first = stage_index(stage)
+        names = [name for name, writer in FILE_STAGES.items() if stage_index(writer) >= first]
+        names += _MEASUREMENTS if first <= stage_index("finetune") else ()
+        # The checksums first: a missing file with a checksum would count as damage.
+        state = dict(self._state)
+        for table in ("checksums", "replacing"):
+            if table in state:
+                state[table] = {k: v for k, v in state[table].items() if k.partition("/")[0] not in names}
+        self._write_state(state)
+        for name in names:
+            path = self.path / name
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise write_error(error, path, "remove") from error
+
+    def _discard_checkpoints(self, condition: Callable[[str], bool]) -> None:
+        """Remove the checkpoints of the trainings for which the condition holds."""
+        checkpoints = self.checkpoints()
+        for training in filter(condition, checkpoints.stages()):
+            for step in checkpoints.steps(training):
+                checkpoints.discard(training, step)
+
+
+def _are_metrics_intact(data: bytes, checksums: set[str | None]) -> bool:
+    """Return whether the lines begin with those of one of the checksums, followed by at most one more line."""
+    digest = hashlib.sha256()
     *lines, _ = data.split(b"\n")
-    held = 0 if digest.hexdigest() in sums else None
+    covered = 0 if digest.hexdigest() in checksums else None
     for number, line in enumerate(lines, 1):
         digest.update(line + b"\n")
-        if digest.hexdigest() in sums:
-            held = number
-    return held is not None and len(lines) - held <= 1
+        if digest.hexdigest() in checksums:
+            covered = number
+    return covered is not None and len(lines) - covered <= 1

@@ -1,4 +1,4 @@
-"""Training states on disk: tensors beside one JSON that makes them valid."""
+"""Training checkpoints on disk: a ``.safetensors`` file and the JSON that makes it valid."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ logger = logging.getLogger(__name__)
 
 
 def encode_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
-    """``tensors`` as a safetensors file.
+    """Encode tensors as a safetensors file.
 
     Raises:
-        ValueError: more than one metadata key, with which the bytes would differ between processes.
+        ValueError: more than one metadata key, whose order would differ between processes.
     """
     if metadata and len(metadata) > 1:
         raise ValueError(f"safetensors metadata takes one key here, not {len(metadata)}; put the rest into a JSON")
-    # order="C" rather than ascontiguousarray, which would make vectors of scalars.
+    # order="C", since ascontiguousarray would turn scalars into vectors.
     return encode_safetensors({key: np.asarray(value, order="C") for key, value in tensors.items()}, metadata)
 
 
 class CheckpointStore:
-    """The folder ``checkpoints`` of a run: ``<stage>-<step>.safetensors`` and ``.json``.
+    """The folder ``checkpoints`` of a run: ``<stage>-<steps done>.safetensors`` and ``.json``.
 
-    The number is that of the steps of the training that are done. (Epoch and step in the name were weighed: one number
-    sorts, and those of earlier prunekits, which are epochs, sort among them, being no larger than their steps.)
+    The tensors are written first. The JSON holds their checksum and the id of the run, and a checkpoint counts only
+    where both match.
 
-    The tensors are written first; the JSON holds their checksum, so that without it, or with another one, they do not
-    count. It also says which run it is of (see :func:`prunekit.runs.state.fresh`); a state of another one does not count
-    either. States of earlier prunekits do not say so.
+    Args:
+        folder: the folder, which need not exist.
+        run: the id of the run; None accepts checkpoints of any run.
     """
 
     def __init__(self, folder: Path, run: str | None = None):
@@ -47,12 +47,12 @@ class CheckpointStore:
         self.run = run
 
     def steps(self, stage: str) -> list[int]:
-        """The states of this stage with a JSON, the newest first; whether they can be read is not looked at."""
-        found = (path.stem.removeprefix(f"{stage}-") for path in self.folder.glob(f"{stage}-*.json"))
-        return sorted((int(step) for step in found if step.isdecimal()), reverse=True)
+        """Return the steps of this stage that have a JSON, newest first; the files are not read."""
+        numbers = (path.stem.removeprefix(f"{stage}-") for path in self.folder.glob(f"{stage}-*.json"))
+        return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
     def stages(self) -> set[str]:
-        """The stages of which there are states."""
+        """Return the trainings that have checkpoints."""
         return {path.stem.rpartition("-")[0] for path in self.folder.glob("*-*.json")}
 
     def save(
@@ -64,20 +64,25 @@ class CheckpointStore:
         keep: int,
         best: int | None = None,
     ) -> None:
-        """Write one state and remove all of this stage but the newest ``keep`` and the ``best``.
+        """Write a checkpoint, then remove all of this stage except the newest ``keep`` and the ``best``.
 
         Raises:
-            CheckpointError: the system refused, or the state is no JSON; the states written before still stand.
+            CheckpointError: the write failed, or the state is not valid JSON; earlier checkpoints are unchanged.
         """
-        arrays, record = self._paths(stage, step)
+        tensor_path, json_path = self._paths(stage, step)
         data = encode_tensors(tensors)
-        body = encode_json(state, record.name, indent=None)
-        # The old JSON does not speak for new tensors.
-        self._remove(record)
-        write_atomic(arrays, data)
-        sums = {"sha256": sha256(data), "state_sha256": sha256(body)}
-        written = {"format": FORMAT, "run": self.run, **sums, "state": json.loads(body)}
-        write_atomic(record, encode_json(written, record.name, indent=None))
+        body = encode_json(state, json_path.name, indent=None)
+        # A JSON left from an earlier attempt does not belong to the new tensors.
+        self._remove(json_path)
+        write_atomic(tensor_path, data)
+        record = {
+            "format": FORMAT,
+            "run": self.run,
+            "sha256": sha256(data),
+            "state_sha256": sha256(body),
+            "state": json.loads(body),
+        }
+        write_atomic(json_path, encode_json(record, json_path.name, indent=None))
         for old in self.steps(stage)[max(keep, 1) :]:
             if old != best:
                 self.discard(stage, old)
@@ -86,10 +91,10 @@ class CheckpointStore:
             self._remove(orphan)
 
     def load(self, stage: str) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-        """Step, tensors and state of the newest whole state, or None; a damaged one is logged and passed over.
+        """Return step, tensors and state of the newest intact checkpoint, or None; damaged ones are logged and skipped.
 
         Raises:
-            RunFolderError: it needs a newer prunekit.
+            RunFolderError: a checkpoint needs a newer prunekit.
         """
         for step in self.steps(stage):
             try:
@@ -99,37 +104,37 @@ class CheckpointStore:
         return None
 
     def read(self, stage: str, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Tensors and state of one step.
+        """Return tensors and state of one checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or of another run.
+            CheckpointError: it is damaged, or belongs to another run.
             RunFolderError: it needs a newer prunekit.
         """
-        arrays, record = self._paths(stage, step)
-        named = f"checkpoint {record.with_suffix('')}"
+        tensor_path, json_path = self._paths(stage, step)
+        name = f"checkpoint {json_path.with_suffix('')}"
         try:
-            written = decode_json(record.read_bytes())
-            if is_newer(written["format"], FORMAT):
+            record = decode_json(json_path.read_bytes())
+            if is_newer(record["format"], FORMAT):
                 raise RunFolderError(
-                    f"{named} {format_problem(written['format'], FORMAT)}; it was written by a newer prunekit and needs "
+                    f"{name} {format_problem(record['format'], FORMAT)}; it was written by a newer prunekit and needs "
                     "that: pip install --upgrade prunekit"
                 )
-            data = arrays.read_bytes()
-            body = encode_json(written["state"], record.name, indent=None)
-            if sha256(data) != written["sha256"] or sha256(body) != written["state_sha256"]:
-                raise ValueError("its bytes are not those written")
-            if None not in (self.run, written.get("run")) and written["run"] != self.run:
-                raise ValueError("it is of another run")
-            return decode_tensors(data), written["state"]
+            data = tensor_path.read_bytes()
+            body = encode_json(record["state"], json_path.name, indent=None)
+            if sha256(data) != record["sha256"] or sha256(body) != record["state_sha256"]:
+                raise ValueError("its checksum is wrong")
+            if self.run is not None and record["run"] != self.run:
+                raise ValueError("it belongs to another run")
+            return decode_tensors(data), record["state"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
-            why = os_error_reason(error) if isinstance(error, OSError) else error
-            raise CheckpointError(f"{named} is damaged ({why})") from error
+            reason = os_error_reason(error) if isinstance(error, OSError) else error
+            raise CheckpointError(f"{name} is damaged ({reason})") from error
 
     def discard(self, stage: str, step: int) -> None:
-        """Remove one state."""
-        arrays, record = self._paths(stage, step)
-        self._remove(record)
-        self._remove(arrays)
+        """Remove a checkpoint."""
+        tensor_path, json_path = self._paths(stage, step)
+        self._remove(json_path)
+        self._remove(tensor_path)
 
     def _paths(self, stage: str, step: int) -> tuple[Path, Path]:
         stem = f"{stage}-{step:04d}"

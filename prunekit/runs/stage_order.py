@@ -1,19 +1,18 @@
-"""The stages of a run: their order, where each training stands among them, and what each of them makes."""
+"""The stages of a run: their order, the trainings within them, and the files and summary entries that each writes."""
 
 from __future__ import annotations
 
 from prunekit.errors import RunFolderError
 
 STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report")
-# Files and folders of a run → the stage that makes them.
+# File or folder of a run → the stage that writes it.
 FILE_STAGES = {
     "metrics.jsonl": "train",
     "classes.json": "train",
     "gates.npz": "train",
-    "shrunk.json": "train",
     "dense": "train",
     "baseline": "train",
-    "plan.json": "extract",
+    "extract": "extract",
     "layers.json": "slim",
     "slim": "slim",
     "finetuned": "finetune",
@@ -22,7 +21,7 @@ FILE_STAGES = {
     "model.onnx": "export",
     "exports": "export",
 }
-# Parts of summary.json → the stage that makes them.
+# Entry of summary.json → the stage that writes it.
 SUMMARY_STAGES = {
     "baseline": "train",
     "dense": "train",
@@ -39,10 +38,10 @@ SUMMARY_STAGES = {
 
 
 def stage_index(stage: str) -> int:
-    """The place of a stage in :data:`STAGES`.
+    """Return the position of a stage in :data:`STAGES`.
 
     Raises:
-        RunFolderError: no such stage.
+        RunFolderError: there is no such stage.
     """
     if stage not in STAGES:
         raise RunFolderError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
@@ -50,8 +49,11 @@ def stage_index(stage: str) -> int:
 
 
 def training_position(name: str) -> tuple[int, int]:
-    """Where a training stands among the stages: it is one, or "baseline" behind it within the stage train, or "step1",
-    "step2" … within the stage slim; raises as :func:`stage_index` does."""
+    """Return the sort key of a training.
+
+    A training is named after its stage, except "baseline", which follows "train" within the stage train, and "step1",
+    "step2" …, which are part of the stage slim. Raises as :func:`stage_index` does.
+    """
     if name == "baseline":
         return stage_index("train"), 1
     number = name.removeprefix("step")
@@ -59,5 +61,5 @@ def training_position(name: str) -> tuple[int, int]:
 
 
 def stage_that_writes(name: str) -> str | None:
-    """The stage that makes this file, or the folder that it is in; None for what no stage makes alone."""
+    """Return the stage that writes this file or its top-level folder; None for files that no single stage writes."""
     return FILE_STAGES.get(name.partition("/")[0])

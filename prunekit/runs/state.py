@@ -1,7 +1,6 @@
-"""``state.json``: how far a run has come, and what vouches for its other files.
+"""``state.json``: which stages of a run are done, and the checksums of its other files.
 
-It holds a checksum of itself too, ``check``: a bit that is flipped in it would otherwise call another file damaged, or
-a stage done that is not.
+The file also holds its own checksum, ``check``, so that a flipped bit in it is not reported as damage elsewhere.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from prunekit.errors import CheckpointError, RunFolderError
 from prunekit.utils.decode import decode_json
 from prunekit.utils.io import encode_json, format_problem, is_newer, os_error_reason, sha256
 
-FORMAT = 1
+FORMAT = 2
 STATE, SUMMARY = "state.json", "summary.json"
+# A key that the file has in every format: other JSON in its place is damage.
+_MARKERS = {STATE: "checksums", SUMMARY: "recipe"}
 
 
-def fresh() -> dict[str, Any]:
-    """The state of a run that begins in this process.
+def new_state() -> dict[str, Any]:
+    """Return the state of a run that this process starts.
 
-    Its ``run`` is drawn, and stands in what the run writes beside its checksums, such as training states: files of two
-    runs that are mixed up are told apart by it. (A hash of the recipe would be the same for two runs of one recipe on
-    other data, and for the run that --overwrite has replaced.)
+    ``run`` is a random id. Checkpoints carry it too, so that files of two runs cannot be mixed up.
     """
     return {
         "format": FORMAT,
@@ -42,79 +41,84 @@ def fresh() -> dict[str, Any]:
 
 
 def encode(state: dict[str, Any]) -> bytes:
-    """The bytes of ``state.json``."""
-    plain = {key: value for key, value in state.items() if key != "check"}
-    return encode_json({**plain, "check": _check(plain)}, STATE)
+    """Return the content of ``state.json``, with its checksum."""
+    content = {key: value for key, value in state.items() if key != "check"}
+    return encode_json({**content, "check": _checksum(content)}, STATE)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The state of a run folder, or an empty one where there is none, as in a folder that was copied in part.
+    """Read the state of a run folder; an empty one where the file is missing, as in a partial copy.
 
     Raises:
-        RunFolderError: it needs a newer prunekit.
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged or cannot be read.
     """
-    empty = {**fresh(), "status": "unknown", "pid": None, "host": None, "run": None}
     path = folder / STATE
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return empty
+        return {**new_state(), "status": "unknown", "pid": None, "host": None, "run": None}
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {os_error_reason(error)}; mend its permissions") from error
+        raise CheckpointError(f"{path} cannot be read: {os_error_reason(error)}; fix its permissions") from error
     try:
         state = decode_json(data)
-        if isinstance(state, dict) and is_newer(state.get("format"), FORMAT):
-            raise newer(path, state)
-        _fits(state)
+        _validate(state)
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); remove it and go on with --resume, which does the stages again from the "
-            "training states that are there, or start again with --overwrite"
+            f"{path} is damaged ({error}); remove it and continue with --resume, which repeats the stages from the "
+            "checkpoints that exist, or start again with --overwrite"
         ) from error
-    return {**empty, **state}
+    return state
 
 
-def refuse_newer(folder: Path) -> None:
-    """Raise RunFolderError where state or summary are of a newer prunekit, CheckpointError where their formats are
-    none."""
-    for name in (STATE, SUMMARY):
+def check_format(folder: Path) -> None:
+    """Check the format numbers of state and summary.
+
+    Raises:
+        RunFolderError: the folder was written by a newer prunekit, or by one whose format is no longer read.
+        CheckpointError: there has never been such a format.
+    """
+    for name, marker in _MARKERS.items():
+        path = folder / name
         try:
-            held = decode_json((folder / name).read_bytes())
+            content = decode_json(path.read_bytes())
         except (OSError, ValueError, RecursionError):
-            continue  # What cannot be read here is told by whoever needs it.
-        if isinstance(held, dict) and (fault := format_problem(held.get("format", FORMAT), FORMAT)):
-            if is_newer(held.get("format"), FORMAT):
-                raise newer(folder / name, held)
-            raise CheckpointError(f"{folder / name} {fault}; start again with --overwrite")
+            continue  # reported by whoever needs the file
+        if not isinstance(content, dict):
+            continue
+        value, version = content.get("format", FORMAT), content.get("prunekit")
+        problem = format_problem(value, FORMAT)
+        writer = f"prunekit {version}" if isinstance(version, str) else "another prunekit"
+        if is_newer(value, FORMAT):
+            raise RunFolderError(
+                f"{path} {problem}; it was written by {writer} and needs that or a later one: "
+                "pip install --upgrade prunekit"
+            )
+        if problem:
+            raise CheckpointError(f"{path} {problem}; start again with --overwrite")
+        if value < FORMAT and marker in content:
+            raise RunFolderError(
+                f"{path} has format {value}, written by {writer}; this prunekit ({__version__}) reads format {FORMAT} "
+                f"only: run its recipe again (prunekit run {folder / 'recipe.yaml'} --out DIR), or use the version "
+                "that wrote it"
+            )
 
 
-def newer(path: Path, held: dict[str, Any]) -> RunFolderError:
-    """What is said of a file of a later format."""
-    by = held.get("prunekit")
-    needed = f"prunekit {by}" if isinstance(by, str) else "a newer prunekit"
-    return RunFolderError(
-        f"{path} {format_problem(held['format'], FORMAT)}; it was written by {needed} and needs that or a later one: "
-        "pip install --upgrade prunekit"
-    )
+def _checksum(content: dict[str, Any]) -> str:
+    return sha256(encode_json(content, STATE))
 
 
-def _check(plain: dict[str, Any]) -> str:
-    return sha256(encode_json(plain, STATE))
-
-
-def _fits(state: Any) -> None:
-    """Raise ValueError for what is no state; states of earlier prunekits have neither ``run`` nor ``check``."""
+def _validate(state: Any) -> None:
+    """Raise ValueError for anything that is not the state of a run."""
     if not isinstance(state, dict):
-        raise ValueError("it is no state of a run")
-    if (fault := format_problem(state.get("format"), FORMAT)) is not None:
-        raise ValueError(fault.removeprefix("is damaged (").removesuffix(")"))
-    if "check" in state and _check({k: v for k, v in state.items() if k != "check"}) != state["check"]:
-        raise ValueError("it is not what was written")
-    sums = [state.get("checksums"), state.get("replacing", {})]
-    texts = all(isinstance(one, dict) and all(isinstance(value, str) for value in one.values()) for one in sums)
-    if not (texts and isinstance(state.get("done"), list)):
-        raise ValueError("it is no state of a run")
-    for name in (name for one in sums for name in one):
+        raise ValueError("not the state of a run")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"its format is {state.get('format')!r}")
+    if _checksum({key: value for key, value in state.items() if key != "check"}) != state.get("check"):
+        raise ValueError("its checksum is wrong")
+    tables = [state.get("checksums"), state.get("replacing", {})]
+    are_texts = all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables)
+    if not are_texts or not isinstance(state.get("done"), list) or not new_state().keys() <= state.keys():
+        raise ValueError("not the state of a run")
+    for name in (name for table in tables for name in table):
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"it speaks of {name!r}, which is not in the folder")
+            raise ValueError(f"it names {name!r}, which is outside the folder")

@@ -1,4 +1,4 @@
-"""A run folder for those of several processes that train along and write nothing."""
+"""The run folder in the worker processes of distributed training, which must not write to it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from prunekit.runs.run_dir import RunDir
 
 
 class WorkerRunDir(RunDir):
-    """A run folder in the eyes of a process that does not write it: it finds there what it would have written."""
+    """A run folder whose writes stay in memory: a worker reads back what it wrote, and everything else from disk."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._mine: dict[str, bytes] = {}
+        self._written: dict[str, bytes] = {}
 
     def write_bytes(self, name: str, data: bytes) -> Path:
-        self._mine[name] = data
+        self._written[name] = data
         return self._inside(name)
 
     def read_bytes(self, name: str) -> bytes:
-        return self._mine[name] if name in self._mine else super().read_bytes(name)
+        return self._written[name] if name in self._written else super().read_bytes(name)
 
     def has(self, name: str) -> bool:
-        return name in self._mine or super().has(name)
+        return name in self._written or super().has(name)
 
     def append_metrics(self, line: dict[str, Any]) -> None: ...
 

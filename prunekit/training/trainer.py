@@ -138,7 +138,7 @@ class Trainer:
         if self.ema is not None and self.ema.steps:
             self.ema.copy_to(self.model)
             _zero_tiny_weights(self.model)
-        self.job.run.note_skipped(self.job.stage)
+        self.job.run.record_skipped_steps(self.job.stage)
         if self.job.stage == "train":
             self.job.run.write_arrays("gates.npz", self.gates.arrays())
         return self.model

@@ -153,7 +153,7 @@ def test_a_run_finds_its_file_from_anywhere_and_notices_a_change(file_recipe, tm
     assert call("run", file_recipe, *tiny, "--out", "run")[0] == 0
     run = tmp_path / "cwd" / "run"
     noted = recipe.load(run / "recipe.yaml").backbone.file
-    assert json.loads((run / "plan.json").read_text())["builder"]["file"] == noted
+    assert json.loads((run / "slim/plan.json").read_text())["builder"]["file"] == noted
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     status, said = call("slim", run, "slim.threshold=0.1", "--out", "again")

@@ -244,7 +244,7 @@ def test_damaged_eval_json(call, content):
 def test_folders_without_a_run(call):
     for folder in ("gone", "photos"):
         status, _, error = call(folder, "--data", "a=photos")
-        assert status == 2 and error.count("\n") == 1 and "no run folder" in error
+        assert status == 2 and error.count("\n") == 1 and "not a run folder" in error
     Path("run/dense/model.safetensors").unlink()
     status, _, error = call("run", "--data", "a=photos")
     assert status == 2 and error.count("\n") == 1 and "dense/model.safetensors is missing" in error

@@ -68,8 +68,7 @@ def folder(tmp_path_factory):
         save_model(run, "dense", model)
         groups = find_groups(model, images)
         rebuilt, equivalence = slim(model, extract(model, groups, 0.01), images, groups=groups)
-        save_model(run, "slim", rebuilt)
-        run.write_json("plan.json", equivalence.plan.to_json())
+        save_model(run, "slim", rebuilt, equivalence.plan)
     return folder
 
 

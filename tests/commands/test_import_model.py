@@ -96,7 +96,7 @@ def test_import_export_round_trip(folder, tmp_path):
     run("import", "csnet", folder / "exports/csnet.pth.tar", folder / "exports/csnet.bin", "--out", tmp_path / "again")
     for name in ("slim/model.safetensors", "layers.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    plans = [json.loads((path / "plan.json").read_text()) for path in (folder, tmp_path / "again")]
+    plans = [json.loads((path / "slim/plan.json").read_text()) for path in (folder, tmp_path / "again")]
     assert {**plans[0], "recipe_hash": 0} == {**plans[1], "recipe_hash": 0}
 
 

@@ -126,6 +126,12 @@ SETS = [
     for name in ("ECSSD", "PASCAL-S") for model in ("dense", "finetuned")
 ]  # fmt: skip
 
+PLAN = {
+    "format": 1,
+    "groups": {"a": [0, 2]},
+    "notes": ["2 groups cannot be cut: 1 the model's output; 1 the model's input"],
+}
+
 
 def write_run(
     path: Path,
@@ -156,9 +162,9 @@ def write_run(
                     run.update_summary("baseline", measured(rows, "before", 0.82))
                 run.update_summary("dense", measured(rows, "before", 0.81))
             elif stage == "extract":
-                notes = ["2 groups cannot be cut: 1 the model's output; 1 the model's input"]
-                run.write_json("plan.json", {"format": 1, "groups": {"a": [0, 2]}, "notes": notes})
+                run.write_json("extract/plan.json", PLAN)
             elif stage == "slim":
+                run.write_json("slim/plan.json", PLAN)
                 write_slim(run, rows)
             elif stage == "finetune":
                 append_lines(run, [metrics_line(stage, 1, 1)])

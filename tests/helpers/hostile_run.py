@@ -47,7 +47,7 @@ def hostile_run(folder: Path) -> Path:
         run.update_summary("dense", model)
         run.end("train")
         run.begin("extract")
-        run.write_json("plan.json", {"format": 1, "groups": {text: [0]}, "notes": list(ATTACKS)})
+        run.write_json("extract/plan.json", {"format": 1, "groups": {text: [0]}, "notes": list(ATTACKS)})
         run.end("extract")
         run.begin("slim")
         rows = [

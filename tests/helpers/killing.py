@@ -1,8 +1,7 @@
-"""Runs the command line over and over, each time in a process of its own, and ends that at a moment that is chosen.
+"""Runs the command line repeatedly, each time in its own process, which is killed at a chosen moment.
 
-As a program this file is the parent of those processes: it imports what a run needs, once, and forks for each request,
-a JSON on a line of stdin; the answer is a line of stdout. (A run then starts in no time. The parent itself never
-trains, since autograd cannot be forked.)
+As a program this file is a fork server: it imports what a run needs once and forks for each request. A request is a
+line of JSON on stdin, the answer a line on stdout. The server itself never trains, since autograd cannot be forked.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
-# What changes the disk. Between two of these calls, a process that dies leaves the same folder.
+# Calls that change the disk. Between two of them, a killed process leaves the same folder.
 CALLS = ("fsync", "replace", "unlink", "truncate", "rmdir")
 
 WARM = """matplotlib.pyplot onnxruntime onnxscript sklearn.datasets torch_pruning torch._dynamo fvcore.nn thop
@@ -27,7 +26,7 @@ prunekit.cli prunekit.pipeline.runner""".split()
 
 
 class Launcher:
-    """The parent, from another process."""
+    """Client of the fork server."""
 
     def __init__(self):
         settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -50,13 +49,14 @@ class Launcher:
         """Run ``prunekit ARGUMENTS``.
 
         Args:
-            how: at most one of ``call`` (die before this call of CALLS, from 1), ``step`` (die behind this step of an
-                optimizer), ``seconds`` (be killed then); or ``signals`` (send these behind the optimizer's step
-                ``at``); ``raises`` (the stage whose function raises, and what).
+            arguments: of the command line.
+            how: at most one of ``call`` (killed before this call of CALLS, from 1), ``step`` (killed after this
+                optimizer step), ``seconds`` (killed after this time), ``signals`` (raised after optimizer step ``at``)
+                and ``raises`` (a stage, and the exception that its function raises).
 
         Returns:
-            status (negative: the signal that ended it), out, err, calls: those of CALLS that there were, each with the
-            name of its file.
+            status (negative: the signal that ended it), out, err, and calls: those of CALLS that were made, each with
+            the name of its file.
         """
         self._process.stdin.write(json.dumps({"arguments": [str(a) for a in arguments], **how}) + "\n")
         self._process.stdin.flush()
@@ -84,7 +84,7 @@ def _serve() -> None:
 
 
 def _wait(child: int, seconds: float | None) -> int:
-    """How a process ends, which is killed when so many seconds have passed."""
+    """Return the exit status of a process, which is killed after this many seconds."""
     end = time.monotonic() + seconds if seconds is not None else None
     while end is not None:
         done, ended = os.waitpid(child, os.WNOHANG)
@@ -121,7 +121,7 @@ def _child(request: dict, places: dict[str, Path]) -> None:
 
 
 def _prepare(request: dict, counts: int) -> None:
-    """Put what ends the process where it belongs."""
+    """Install what kills, interrupts or fails the process."""
     done = 0
 
     def counted(name):
@@ -143,7 +143,7 @@ def _prepare(request: dict, counts: int) -> None:
         setattr(os, name, counted(name))
     from prunekit.pipeline import runner
 
-    # Read from the folder when the run is over, and it takes longer than the run.
+    # The report takes longer than the run.
     runner.report = lambda *_: None
     if "step" in request or "at" in request:
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -172,13 +172,13 @@ def _prepare(request: dict, counts: int) -> None:
 
 
 def _name(call: str, arguments: tuple) -> str:
-    """The file that is meant: of two the new one, and with the folder that it lies in."""
+    """Return the file of a call with its folder; of two files the new one."""
     path = os.readlink(f"/proc/self/fd/{arguments[0]}") if call == "fsync" else arguments[-1]
     return "/".join(Path(path).parts[-2:])
 
 
 def _tear(handle: int) -> None:
-    """Let a file be half written, as far as this can be: what was written last is not all there."""
+    """Truncate a file that is being written."""
     path = Path(os.readlink(f"/proc/self/fd/{handle}"))
     if path.is_file() and (size := path.stat().st_size) > 3:
         with path.open("r+b") as file:

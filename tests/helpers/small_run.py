@@ -1,5 +1,4 @@
-"""A run folder of a tiny classifier on the built-in digits, dense and slim, without any training; and runs without
-their export."""
+"""A run folder of a tiny untrained classifier, dense and slim; and a way to skip the export."""
 
 import torch
 
@@ -18,14 +17,14 @@ OPTIONS = {"depth": 8, "width": 4, "classes": 10}
 
 
 def skip_export(monkeypatch):
-    """Let the export stage write something else in no time."""
+    """Replace the export by something quick."""
     monkeypatch.setattr("prunekit.pipeline.export.deploy", lambda model, example, runtime: (model, NoRecord))
     monkeypatch.setattr("prunekit.pipeline.export.export_onnx", lambda *_: b"a file")
     monkeypatch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
 
 
 class NoRecord:
-    """Of a deployed form that is none."""
+    """Stands in for the record of a deployed form."""
 
     @staticmethod
     def to_json():
@@ -49,14 +48,13 @@ def small_run(path):
     groups = find_groups(dense, example)
     zero_gates(dense, groups, 0.5)
     with torch.no_grad():
-        # What sparse training leaves behind.
+        # Subnormal weights, as sparse training leaves them.
         dense.conv.weight.view(-1)[:7] = 1e-40
     small, equivalence = slim(dense, extract(dense, groups), example, groups=groups)
     with RunDir.start(path, recipe.dump(), environment(0)) as run:
-        for name, model in (("dense", dense), ("slim", small)):
-            save_model(run, name, model)
+        for name, model, plan in (("dense", dense, None), ("slim", small, equivalence.plan)):
+            save_model(run, name, model, plan)
             run.update_summary(name, total(count_modules(model, (3, 16, 16))[0]))
-        run.write_json("plan.json", equivalence.plan.to_json())
         run.write_json("classes.json", [str(digit) for digit in range(10)])
         for stage in ("train", "extract", "slim"):
             run.end(stage)

@@ -1,4 +1,4 @@
-"""Whole runs that take a second or two: sixteen pictures of two classes, which a pixel tells apart."""
+"""Complete runs that take a second or two: sixteen images of two classes, distinguished by brightness."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ def toy_recipe(photos: Path, *overrides: str) -> Recipe:
 
 
 def shorten(patch) -> None:
-    """Leave out what takes longer than all else, the export and the figures; what is exported still tells models
-    apart."""
+    """Skip export and figures, which take longest; what is exported still differs between models."""
 
     def weights(model, *_) -> bytes:
         values = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
@@ -64,7 +63,7 @@ def shorten(patch) -> None:
 
 @contextmanager
 def killed_in(epoch: int):
-    """Ctrl-C when the line of this epoch is to be written, which this expects to end what is within."""
+    """Raise KeyboardInterrupt when the metrics of this epoch are written, and expect it to leave the block."""
     append = RunDir.append_metrics
 
     def stopped(run, line):
@@ -78,16 +77,17 @@ def killed_in(epoch: int):
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """All that a run has found, without times."""
+    """Return all results of a complete run, without times."""
     state = json.loads((folder / "state.json").read_text())
     assert "replacing" not in state and state["status"] == "complete"
     run = RunDir.open(folder)
     timed = ("environment.json", "metrics.jsonl", "eval.json", "bench.json")
-    found: dict[str, object] = {name: run.read_bytes(name) for name in run.written() if name not in timed}
+    found: dict[str, object] = {name: run.read_bytes(name) for name in run.recorded_files() if name not in timed}
     found["summary.json"] = {k: v for k, v in run.read_json("summary.json").items() if k != "seconds"}
     found["metrics"] = [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
     assert not list(folder.rglob(f"{TEMP_PREFIX}*"))
-    # What a derived run does not have was never written.
-    assert [line for line in load_run(folder).problems if not line.endswith(": missing")] == []
-    assert all((folder / name).is_file() for name in run.written())
+    # Files that a derived run lacks were never written.
+    wrong = [line for line in load_run(folder).problems if not line.endswith(": missing")]
+    assert not wrong, wrong
+    assert all((folder / name).is_file() for name in run.recorded_files())
     return found

@@ -1,4 +1,4 @@
-"""Runs with a baseline, a mean of weights, a teacher, or another run's layout; at a toy size."""
+"""Runs with a baseline, EMA, distillation, or the layout of another run; tiny models."""
 
 import json
 
@@ -54,7 +54,7 @@ def weights(folder, name):
     return (folder / name / "model.safetensors").read_bytes()
 
 
-def test_the_baseline_has_the_same_schedule_and_no_decay(run_it, plain, tmp_path):
+def test_baseline_has_same_schedule_without_decay(run_it, plain, tmp_path):
     out = run_it(tmp_path / "run", "baseline=true")
     assert [weights(out, name) for name in ("dense", "slim", "finetuned")] == [
         weights(plain, name) for name in ("dense", "slim", "finetuned")
@@ -69,12 +69,12 @@ def test_the_baseline_has_the_same_schedule_and_no_decay(run_it, plain, tmp_path
 
 
 @pytest.mark.parametrize("stage", ["train", "finetune"])
-def test_a_mean_is_what_a_stage_ends_with(run_it, plain, tmp_path, stage):
+def test_stage_with_ema_ends_with_averaged_weights(run_it, plain, tmp_path, stage):
     out = run_it(tmp_path / "run", f"{stage}.ema=0.9")
     name = {"train": "dense", "finetune": "finetuned"}[stage]
     assert weights(out, name) != weights(plain, name)
     held, _ = RunDir.open(out).load_checkpoint(stage)
-    # Of the two the raw weights are what a training without the mean has.
+    # The raw weights equal those of a training without EMA.
     model = load_model(RunDir.open(plain), name).state_dict()
     if stage == "train":
         assert all((held[f"model/{key}"] == value.numpy()).all() for key, value in model.items())
@@ -82,7 +82,7 @@ def test_a_mean_is_what_a_stage_ends_with(run_it, plain, tmp_path, stage):
     assert all(abs(held[f"average/{key}"] - value.numpy()).max() < 1e-29 for key, value in mean.items())
 
 
-def test_a_teacher_has_its_share(run_it, plain, tmp_path):
+def test_teacher_changes_finetuned_weights(run_it, plain, tmp_path):
     found = {}
     for teacher in ("dense", "baseline"):
         distill = f"finetune.distill={{weight: 0.5, teacher: {teacher}}}"
@@ -100,7 +100,7 @@ def broken_off(run_it, out, stage, step, *overrides):
 @pytest.mark.parametrize(
     ("stage", "step"), [("train", 3), ("baseline", 1), ("baseline", 2), ("baseline", 4), ("finetune", 1)]
 )
-def test_broken_off_and_resumed_it_ends_as_ever(run_it, whole, tmp_path, stage, step):
+def test_resumed_run_equals_uninterrupted_run(run_it, whole, tmp_path, stage, step):
     out = tmp_path / "run"
     overrides = [*ALL, "train.checkpoint.steps=1", "finetune.checkpoint.steps=1"]
     broken_off(run_it, out, stage, step, *overrides)
@@ -108,12 +108,13 @@ def test_broken_off_and_resumed_it_ends_as_ever(run_it, whole, tmp_path, stage, 
     run_it(out, *overrides, resume=True)
     found, wanted = outcome(out), outcome(whole)
     for one in (found, wanted):
-        del one["recipe.yaml"], one["plan.json"]  # which holds the recipe's hash
+        for name in ("recipe.yaml", "extract/plan.json", "slim/plan.json", "finetuned/plan.json"):
+            del one[name]  # plans hold the recipe's hash
     assert found == wanted
 
 
-def test_where_the_sparse_training_goes_back_the_baseline_does_too(run_it, whole, tmp_path):
-    """Its newest state is damaged, so an epoch of it is done again, and whatever came behind."""
+def test_damaged_train_checkpoint_repeats_baseline_too(run_it, whole, tmp_path):
+    """Its newest checkpoint is damaged, so an epoch and everything after it are repeated."""
     out = tmp_path / "run"
     broken_off(run_it, out, "baseline", 4, *ALL)
     newest = max((out / "checkpoints").glob("train-*.json"))
@@ -122,20 +123,20 @@ def test_where_the_sparse_training_goes_back_the_baseline_does_too(run_it, whole
     assert outcome(out) == outcome(whole)
 
 
-def test_a_run_without_the_teacher_is_refused(plain, photos, tmp_path):
+def test_finetune_without_teacher_model_is_refused(plain, photos, tmp_path):
     wanted = toy_recipe(photos, *CUTTING, *ALL)
     with pytest.raises(RecipeError, match=r"finetune.distill.teacher: .* has no baseline model; set finetune.distill"):
         finetune_run(plain, wanted, tmp_path / "tuned", quiet())
     assert not (tmp_path / "tuned").exists()
 
 
-def test_done_again_from_the_start_nothing_is_left_of_it(run_it, whole, tmp_path):
+def test_restart_from_train_repeats_everything(run_it, whole, tmp_path):
     out = run_it(tmp_path / "run", *ALL)
     run_it(out, *ALL, resume=True, start_from="train")
     assert outcome(out) == outcome(whole)
 
 
-def test_the_mean_begins_anew_behind_a_cut(run_it, tmp_path):
+def test_ema_restarts_after_pruning(run_it, tmp_path):
     out = run_it(tmp_path / "run", "train.epochs=5", "train.prune_every=1", "train.ema=0.99", "baseline=true")
     assert summary(out)["shrunk"] and summary(out)["baseline"]["params"] == summary(out)["dense"]["params"]
     _, state = RunDir.open(out).load_checkpoint("train")
@@ -143,7 +144,7 @@ def test_the_mean_begins_anew_behind_a_cut(run_it, tmp_path):
     assert state["averaged"] == (5 - behind) * state["steps"]
 
 
-def test_derived_runs_take_the_baseline_along(whole, photos, tmp_path):
+def test_derived_runs_copy_the_baseline(whole, photos, tmp_path):
     slimmed = slim_run(whole, toy_recipe(photos, *CUTTING, *ALL, "slim.threshold=0.45"), tmp_path / "slim", quiet())
     tuned = finetune_run(slimmed, toy_recipe(photos, *CUTTING, *ALL, "finetune.epochs=2"), tmp_path / "tuned", quiet())
     for out in (slimmed, tuned):
@@ -154,18 +155,18 @@ def test_derived_runs_take_the_baseline_along(whole, photos, tmp_path):
     assert load_run(slimmed).problems == ["layers.json: missing"]
 
 
-def test_fresh_weights_in_the_layout_of_a_run(run_it, plain, tmp_path):
+def test_init_with_fresh_weights(run_it, plain, tmp_path):
     fresh = (f"init={plain}", "init_weights=fresh", "decay.name=none")
     out = run_it(tmp_path / "run", *fresh)
     run, source = RunDir.open(out), RunDir.open(plain)
     assert summary(out)["dense"]["params"] == summary(plain)["slim"]["params"]
-    plan = read_plan(source)
+    plan = read_plan(source, "slim")
     drawn = build_with_plan(read_recipe(run), plan).state_dict()
     begun = run.read_tensors("init/model.safetensors")
     assert all((begun[name] == value.numpy()).all() for name, value in drawn.items())
     own = load_model(source, "finetuned").state_dict()
     assert any((begun[name] != value.numpy()).any() for name, value in own.items())
-    # As the builder draws them, where nothing of the layer was cut.
+    # Layers that kept all channels have the builder's initial weights.
     dense = build_dense(read_recipe(run)).state_dict()
     assert any(value.shape == dense[name].shape and (value == dense[name]).all() for name, value in drawn.items())
 
@@ -184,7 +185,7 @@ def test_fresh_weights_in_the_layout_of_a_run(run_it, plain, tmp_path):
         (["train.distill.weight=0.5"], r"train.distill: unknown key, .*finetune.distill"),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_written(run_it, tmp_path, overrides, said):
+def test_invalid_combinations_are_refused_before_writing(run_it, tmp_path, overrides, said):
     with pytest.raises(RecipeError, match=said) as caught:
         run_it(tmp_path / "run", *overrides)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()

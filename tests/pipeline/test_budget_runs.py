@@ -1,4 +1,4 @@
-"""Runs with a budget, at a toy size: λ steered, plans that fit, rounds with fine-tuning in between."""
+"""Runs with a budget: λ control, plans that fit, rounds with fine-tuning between; tiny models."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def recipe(*overrides):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """What comes after fine-tuning is other tests' business, and takes longer than all else."""
+    """Skip the stages after fine-tuning, which take longest and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         for stage in ("evaluate", "export", "report"):
             patch.setitem(runner.STAGE_FUNCTIONS, stage, lambda *_: None)
@@ -74,15 +74,15 @@ def same_models(a, b, *names):
     return all((a / n / "model.safetensors").read_bytes() == (b / n / "model.safetensors").read_bytes() for n in names)
 
 
-def test_the_slim_model_meets_the_budget(whole):
+def test_slim_model_meets_budget(whole):
     found = summary(whole)
     assert found["kept"]["params_ratio"] == pytest.approx(0.3, rel=0.02)
     assert found["equivalence"]["passed"]
     said = log(whole)
-    assert "channels are cut for" in said and "budget" in said
+    assert "channels are removed for" in said and "budget" in said
 
 
-def test_the_course_of_λ_and_size_is_in_the_metrics(whole):
+def test_metrics_hold_lambda_and_size(whole):
     course = lines(whole, "train")
     dense = summary(whole)["dense"]["params"]
     assert [line["budget"] for line in course] == [{"params": round(0.3 * dense)}] * 3
@@ -93,7 +93,7 @@ def test_the_course_of_λ_and_size_is_in_the_metrics(whole):
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_steered_training_that_broke_off_ends_as_an_undisturbed_one(whole, tmp_path, monkeypatch, after):
+def test_resumed_training_with_budget_equals_uninterrupted_one(whole, tmp_path, monkeypatch, after):
     with interrupted_after_checkpoint(epoch=after):
         run_it(tmp_path / "run")
     run_it(tmp_path / "run", resume=True)
@@ -101,9 +101,9 @@ def test_a_steered_training_that_broke_off_ends_as_an_undisturbed_one(whole, tmp
     assert lines(tmp_path / "run") == lines(whole)
 
 
-def test_slimming_again_does_what_was_done_before(run, whole):
+def test_repeated_slimming_gives_same_result(run, whole):
     run_it(run, resume=True, start_from="extract")
-    assert (run / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
+    assert (run / "slim/plan.json").read_bytes() == (whole / "slim/plan.json").read_bytes()
     assert same_models(run, whole, "slim", "finetuned")
 
 
@@ -117,20 +117,20 @@ def test_slimming_again_does_what_was_done_before(run, whole):
         ["target.params_ratio=0.4", "slim.importance=random"],
     ],
 )
-def test_another_budget_without_training_again(whole, tmp_path, changes):
+def test_slim_run_with_another_budget(whole, tmp_path, changes):
     wanted = load(whole / "recipe.yaml", changes)
     out = slim_run(whole, wanted, tmp_path / "slim", Console(quiet=True))
     found, asked = summary(out), {k: v for k, v in wanted.target.model_dump().items() if v is not None}
     ((key, goal),) = asked.items()
     real = found["kept"][key] if "ratio" in key else found["slim"][key]
-    plan = json.loads((out / "plan.json").read_text())
+    plan = json.loads((out / "slim/plan.json").read_text())
     assert real == pytest.approx(goal, rel=0.02) or f"{'below' if real < goal else 'above'} the budget" in log(out)
     assert all(note in log(out) for note in plan["notes"])
     if wanted.slim.ignored_layers:
         assert any("ignored_layers keeps" in note for note in plan["notes"])
 
 
-def test_rounds_with_fine_tuning_in_between(whole, tmp_path):
+def test_rounds_with_finetuning_between(whole, tmp_path):
     wanted = load(whole / "recipe.yaml", STEPS)
     out = slim_run(whole, wanted, tmp_path / "steps", Console(quiet=True))
     found = summary(out)
@@ -140,12 +140,12 @@ def test_rounds_with_fine_tuning_in_between(whole, tmp_path):
     assert ratios == pytest.approx([0.25 ** (k / 3) for k in (1, 2, 3)], rel=0.025)
     assert all(one["passed"] and one["max_abs_diff"] <= one["tolerance"] for one in rounds)
     assert [line["stage"] for line in lines(out)] == ["step1", "step2"]
-    # The plan is of the dense model, and rebuilds the slim one.
+    # The plan, applied to the dense model, gives the slim one.
     assert sum(p.numel() for p in load_model(RunDir.open(out), "slim").parameters()) == found["slim"]["params"]
     assert found["drift"]["max_abs_diff"] > 0
 
 
-def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
+def test_interrupted_rounds_resume_to_same_result(tmp_path, monkeypatch):
     steps = ["slim.steps=3", "train.epochs=1", "finetune.epochs=2"]
     run_it(tmp_path / "whole", *steps)
     with interrupted_after_checkpoint("step2", epoch=1):
@@ -154,13 +154,13 @@ def test_rounds_that_broke_off_go_on(tmp_path, monkeypatch):
     assert same_models(tmp_path / "broken", tmp_path / "whole", "slim", "finetuned")
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert summary(tmp_path / "broken")["equivalence"] == summary(tmp_path / "whole")["equivalence"]
-    # Done again from the start of the stage, the rounds train again.
+    # Restarting the stage trains between the rounds again.
     run_it(tmp_path / "broken", *steps, resume=True, start_from="slim")
     assert same_models(tmp_path / "broken", tmp_path / "whole", "slim", "finetuned")
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
 
 
-def test_a_budget_that_cannot_be_met_is_said_before_training(tmp_path):
+def test_unreachable_budget_is_refused_before_training(tmp_path):
     with pytest.raises(
         PlanError, match=r"budget of 50 params cannot be met; choose one between [\d,]+ and [\d,]+ params"
     ):
@@ -168,7 +168,7 @@ def test_a_budget_that_cannot_be_met_is_said_before_training(tmp_path):
     assert not lines(tmp_path / "run")
 
 
-def test_without_λ_or_with_another_criterion_nothing_is_steered(tmp_path):
+def test_no_lambda_control_without_decay_or_with_other_importance(tmp_path):
     for number, change in enumerate(["decay.weight=0", "slim.importance=random"]):
         out = run_it(tmp_path / str(number), change, "train.epochs=1")
         (line,) = lines(out, "train")
@@ -187,7 +187,7 @@ def test_without_λ_or_with_another_criterion_nothing_is_steered(tmp_path):
         ("slim.scope=layer", r"slim\.scope: the same share of each layer needs a size"),
     ],
 )
-def test_what_needs_a_target_says_so(change, words):
+def test_settings_that_need_a_target(change, words):
     with pytest.raises(RecipeError, match=words):
         recipe("target.params_ratio=null", change)
     recipe(change)

@@ -1,4 +1,4 @@
-"""A whole run of classification at a toy size, and what can be done with its folder."""
+"""A complete classification run with a tiny model, and the commands that read its folder."""
 
 import csv
 import io
@@ -58,7 +58,7 @@ def run(whole, tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Export and figures have been seen in the whole run; they take longer than all else."""
+    """Skip export and figures, which take longest and are part of the complete run."""
     monkeypatch.setitem(report.__globals__, "figures", lambda *_: iter(()))
     skip_export(monkeypatch)
 
@@ -69,7 +69,7 @@ def read(folder, name):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Validation scans as files, in a folder for each class: three of "3", two of "8"."""
+    """Write validation images as files, in one folder per class: three of "3", two of "8"."""
     folder, val = tmp_path_factory.mktemp("photos"), digits("val")
     for digit, count in ((3, 3), (8, 2)):
         (folder / str(digit)).mkdir()
@@ -78,7 +78,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_the_folder_says_all(whole):
+def test_classification_run_summary_and_curves(whole):
     summary = read(whole, "summary.json")
     assert summary["status"] == "complete" and summary["equivalence"]["passed"] and summary["kept"]["params_ratio"] < 1
     assert summary["export"]["max_abs_diff"] < 1e-3
@@ -96,7 +96,7 @@ def test_the_folder_says_all(whole):
     )
 
 
-def test_the_gallery_is_images_and_words(whole):
+def test_gallery_of_classification(whole):
     entries, val = read(whole, "gallery/index.json"), digits("val")
     assert sum(entry["fixed"] for entry in entries) == 16
     assert [sum(entry["kind"] == kind for entry in entries) for kind in ("best", "worst")] == [4, 4]
@@ -109,7 +109,7 @@ def test_the_gallery_is_images_and_words(whole):
     assert min(one["probability"] for one in sure["best"]) > 1 / 10
 
 
-def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch):
+def test_interrupted_run_resumes_to_same_result(tmp_path, whole, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -123,11 +123,11 @@ def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_predictions_are_a_table(whole, photos, tmp_path):
+def test_predictions_table(whole, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "in")
     (tmp_path / "in" / "3" / "bad.png").write_bytes(b"no image")
     first = tmp_path / "in" / "8"
-    # In folders of their own, two files of one name are no trouble.
+    # Two files may have one name in different folders.
     shutil.copy(sorted(first.iterdir())[0], tmp_path / "in" / "3" / sorted(first.iterdir())[1].name)
     with pytest.raises(DataError, match=r"bad\.png"):
         predict(whole, [tmp_path / "in" / "3", first], tmp_path / "out", console=quiet())
@@ -139,7 +139,7 @@ def test_predictions_are_a_table(whole, photos, tmp_path):
     assert all(row["class"] in "0123456789" and 0.1 <= float(row["probability"]) <= 1 for row in rows)
 
 
-def test_predictions_agree_with_an_evaluation(run, photos, tmp_path):
+def test_predictions_agree_with_evaluation(run, photos, tmp_path):
     (table,) = predict(run, [photos / "3", photos / "8"], tmp_path / "out", console=quiet())
     rows = list(csv.DictReader(table.open()))
     right = [row["class"] == Path(row["file"]).parent.name for row in rows]
@@ -158,7 +158,7 @@ def test_predictions_agree_with_an_evaluation(run, photos, tmp_path):
             call()
 
 
-def test_classes_go_along(run, tmp_path, photos):
+def test_classes_are_copied_and_compared(run, tmp_path, photos):
     slim_run(run, recipe("slim.threshold=0.4"), tmp_path / "slim", quiet())
     assert read(tmp_path / "slim", "classes.json") == list("0123456789")
     (run / "classes.json").write_text(json.dumps(list("1023456789")))
@@ -168,7 +168,7 @@ def test_classes_go_along(run, tmp_path, photos):
         lambda: finetune_run(run, recipe(), tmp_path / "new", quiet()),
         lambda: run_recipe(recipe(f"init={run}"), tmp_path / "new", quiet()),
     ):
-        with pytest.raises(RecipeError, match=r"its classes are 0, 1, 2.* have learned 1, 0, 2.*name data"):
+        with pytest.raises(RecipeError, match=r"its classes are 0, 1, 2.* were trained on 1, 0, 2.*name data"):
             call()
     assert not (tmp_path / "new").exists()
 
@@ -187,13 +187,13 @@ def test_classes_go_along(run, tmp_path, photos):
         (["train.augment={name: shift, options: {pixels: -1}}"], r"train\.augment: shift takes pixels >= 0"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_leaves_nothing(tmp_path, overrides, said):
+def test_invalid_combinations_are_refused_in_one_line(tmp_path, overrides, said):
     with pytest.raises(RecipeError, match=said) as caught:
         run_recipe(recipe(*overrides), tmp_path / "run", quiet())
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-def test_a_backbone_that_cannot_take_the_size_is_said(tmp_path):
+def test_backbone_that_fails_on_image_size_is_reported(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from torch import nn\n"
@@ -205,7 +205,7 @@ def test_a_backbone_that_cannot_take_the_size_is_said(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_that_a_data_set_gets_wrong_are_said(tmp_path, monkeypatch):
+def test_labels_out_of_range_are_reported(tmp_path, monkeypatch):
     def wrong(split):
         images = digits(split)
         monkeypatch.setattr(images, "label", lambda index: 10)
@@ -218,7 +218,7 @@ def test_labels_that_a_data_set_gets_wrong_are_said(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_report_fits_and_stands_beside_another_task(run, tmp_path):
+def test_report_of_two_tasks(run, tmp_path):
     console = Console(width=80, file=io.StringIO(), color_system=None)
     report([run], None, console)
     text = console.file.getvalue()
@@ -237,7 +237,7 @@ def test_the_report_fits_and_stands_beside_another_task(run, tmp_path):
     assert table["max_f"].isna().tolist() == [True] * 3 + [False] * 3
 
 
-def test_the_command_line_writes_the_table(whole, photos, tmp_path, capsys):
+def test_predict_command_writes_table(whole, photos, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["predict", str(whole), str(photos / "3"), "--out", str(tmp_path / "out")])
     assert not stop.value.code and "3 images, by the finetuned model" in " ".join(capsys.readouterr().out.split())

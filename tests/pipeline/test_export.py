@@ -1,4 +1,4 @@
-"""A run's model as files that need no prunekit."""
+"""Export of a run's model."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def folder(made, tmp_path):
     return shutil.copytree(made, tmp_path / "tiny")
 
 
-def test_onnx_says_what_it_is(folder):
+def test_onnx_metadata(folder):
     assert command("export", folder, "--format", "onnx") == 0
     file = (folder / "model.onnx").read_bytes()
     said = {p.key: p.value for p in onnx.load_from_string(file).metadata_props}
@@ -49,7 +49,7 @@ def test_onnx_says_what_it_is(folder):
     assert not [line for line in load_run(folder).problems if "summary" in line]
 
 
-def test_openvino_reads_its_files_alone(folder):
+def test_openvino_files_load_without_prunekit(folder):
     assert command("export", folder, "--format", "openvino", "--model", "dense", "--plain") == 0
     model = openvino.Core().read_model(folder / "exports/dense-plain.xml")
     assert model.get_rt_info(["prunekit", "model"]).astype(str) == "dense"
@@ -62,7 +62,7 @@ def test_openvino_reads_its_files_alone(folder):
         np.testing.assert_allclose(given, network(image), atol=1e-4)
 
 
-def test_pt2_of_pictures(folder):
+def test_pt2_with_preprocessing(folder):
     assert command("export", folder, "--format", "pt2", "--preprocess") == 0
     extra = {"prunekit.json": ""}
     program = torch.export.load(folder / "exports/slim-image.pt2", extra_files=extra)
@@ -74,7 +74,7 @@ def test_pt2_of_pictures(folder):
         np.testing.assert_allclose(program.module()(torch.from_numpy(image)[None])[0], wanted, atol=1e-5)
 
 
-def test_int8_says_what_it_costs(folder, capsys):
+def test_int8_reports_metrics(folder, capsys):
     assert command("export", folder, "--format", "onnx", "--int8") == 0
     assert "top1" in capsys.readouterr().out
     note = json.loads((folder / "summary.json").read_text())["export"]["int8"]
@@ -84,7 +84,7 @@ def test_int8_says_what_it_costs(folder, capsys):
     assert onnx_function(file)(np.zeros((3, 3, 18, 16), np.float32)).shape == (3, 10)
 
 
-def test_nothing_is_written_of_what_computes_something_else(folder, monkeypatch, capsys):
+def test_file_that_computes_something_else_is_not_written(folder, monkeypatch, capsys):
     monkeypatch.setattr(
         "prunekit.pipeline.export.deploy",
         lambda model, example, runtime: (torch.nn.Sequential(model, torch.nn.ReLU()), NoRecord),
@@ -95,7 +95,7 @@ def test_nothing_is_written_of_what_computes_something_else(folder, monkeypatch,
     assert not (folder / "model.onnx").exists()
 
 
-def test_mistakes(folder, capsys):
+def test_invalid_options(folder, capsys):
     for words, *arguments in (
         (["onx", "'onnx'"], "--format", "onx"),
         (["--model thin"], "--format", "onnx", "--model", "thin"),
@@ -110,7 +110,7 @@ def test_mistakes(folder, capsys):
     assert not (folder / "exports").exists()
 
 
-def test_paths_are_cut():
+def test_without_paths_keeps_last_part():
     assert without_paths({"root": "/home/me/DUTS", "file": "/x/net.py#sha256=12", "n": [1, "timm/resnet18"]}) == {
         "root": "DUTS",
         "file": "net.py",

@@ -1,4 +1,4 @@
-"""A whole run at a toy size, and what can be done with its folder."""
+"""A complete saliency run with a tiny model, and the commands that read its folder."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def run(whole, tmp_path):
 
 @pytest.fixture
 def without_export(monkeypatch):
-    """The export has been seen in the whole run; it takes longer than all else."""
+    """Skip the export, which takes longest and is part of the complete run."""
     skip_export(monkeypatch)
 
 
@@ -60,9 +60,9 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_the_summary_says_all(whole):
+def test_summary_entries(whole):
     summary = summary_of(whole)
-    assert summary["format"] == 1 and summary["recipe"] == "csnet" and summary["status"] == "complete"
+    assert summary["format"] == 2 and summary["recipe"] == "csnet" and summary["status"] == "complete"
     for part in ("dense", "slim", "finetuned"):
         assert set(summary[part]) == {"params", "macs", "paper_flops", "metrics"}
         assert set(summary[part]["metrics"]) == {"max_f", "mae", "s_measure", "max_e"}
@@ -84,9 +84,9 @@ def test_the_summary_says_all(whole):
     assert summary["export"]["path"] == "model.onnx"
 
 
-def test_the_folder_holds_what_it_promises(whole):
+def test_folder_content(whole):
     for name in (
-        "recipe.yaml environment.json state.json metrics.jsonl gates.npz plan.json layers.json curves.json "
+        "recipe.yaml environment.json state.json metrics.jsonl gates.npz extract/plan.json slim/plan.json finetuned/plan.json layers.json curves.json "
         "model.onnx run.log dense/model.safetensors slim/model.safetensors finetuned/model.safetensors "
         "report/summary.csv report/summary.md report/layers.csv report/channels.png "
         "report/params_macs.svg gallery/index.json"
@@ -102,7 +102,7 @@ def test_the_folder_holds_what_it_promises(whole):
 
 
 def test_layers_and_plan_agree(whole):
-    plan = json.loads((whole / "plan.json").read_text())
+    plan = json.loads((whole / "slim/plan.json").read_text())
     rows = json.loads((whole / "layers.json").read_text())["layers"]
     after = {(row["layer"], row["branch"]): row["channels"]["after"] for row in rows}
     for layer, split in plan["splits"].items():
@@ -111,28 +111,31 @@ def test_layers_and_plan_agree(whole):
     assert plan["builder"] == {"name": "csnet", "options": {"width": 10, "split": [0.5, 0.5]}, "file": None}
 
 
-def test_models_come_back_from_the_folder(whole):
+def test_models_load_from_folder(whole):
     run = RunDir.open(whole)
     sizes = [sum(p.numel() for p in load_model(run, name).parameters()) for name in ("dense", "slim", "finetuned")]
     summary = summary_of(whole)
     assert sizes == [summary[name]["params"] for name in ("dense", "slim", "finetuned")]
 
 
-def test_a_finished_run_resumes_to_itself(run):
+def test_resume_of_complete_run_changes_nothing(run):
     before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
     run_recipe(load("csnet", QUICK), run, quiet(), resume=True)
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
-def test_stages_can_be_done_again_with_the_same_result(run, without_export):
-    before = {name: (run / name).read_bytes() for name in ("plan.json", "finetuned/model.safetensors")}
+def test_repeated_stages_give_same_result(run, without_export):
+    before = {
+        name: (run / name).read_bytes()
+        for name in ("extract/plan.json", "slim/plan.json", "finetuned/model.safetensors")
+    }
     metrics = summary_of(run)["finetuned"]
     run_recipe(load("csnet", QUICK), run, quiet(), resume=True, start_from="extract")
     assert {name: (run / name).read_bytes() for name in before} == before
     assert summary_of(run)["finetuned"] == metrics
 
 
-def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch, without_export):
+def test_interrupted_run_resumes_to_same_result(tmp_path, whole, monkeypatch, without_export):
     from prunekit.pipeline import runner
 
     def interrupted(*_):
@@ -151,7 +154,7 @@ def test_a_run_that_broke_off_goes_on(tmp_path, whole, monkeypatch, without_expo
 
 
 @pytest.mark.parametrize("command", [slim_run, finetune_run, None])
-def test_a_run_is_never_replaced_by_what_is_to_read_it(run, command):
+def test_source_run_is_never_overwritten(run, command):
     recipe = load(run / "recipe.yaml")
     with pytest.raises(RunFolderError, match="is the run to begin from"):
         if command is None:
@@ -161,7 +164,7 @@ def test_a_run_is_never_replaced_by_what_is_to_read_it(run, command):
     assert (run / "dense/model.safetensors").is_file()
 
 
-def test_a_run_that_is_there_is_not_touched(run):
+def test_existing_run_is_not_touched(run):
     before = (run / "summary.json").read_bytes()
     with pytest.raises(RunFolderError, match=r"--resume.*--overwrite.*--out"):
         run_recipe(load("csnet", QUICK), run, quiet())
@@ -180,13 +183,13 @@ def test_a_run_that_is_there_is_not_touched(run):
         ("data.options.train=0", "must be at least 1"),
     ],
 )
-def test_what_builders_refuse_leaves_nothing_behind(tmp_path, override, word):
+def test_invalid_options_leave_no_folder(tmp_path, override, word):
     with pytest.raises((RecipeError, DataError), match=word):
         run_recipe(load("csnet", [*QUICK, override]), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 
 
-def test_maps_have_the_images_own_size(whole, tmp_path):
+def test_predicted_maps_have_image_size(whole, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     sizes = {"a.b": (61, 40), "c": (33, 90), "grey": (32, 32)}
@@ -199,7 +202,7 @@ def test_maps_have_the_images_own_size(whole, tmp_path):
     assert all(Image.open(path).mode == "L" for path in written)
 
 
-def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(whole, tmp_path):
+def test_unreadable_image_is_named_and_others_predicted(whole, tmp_path):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     Image.new("RGB", (20, 30)).save(good)
     bad.write_bytes(b"no image")
@@ -212,7 +215,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(whole, tm
         predict(whole, [good], tmp_path / "maps", "thin", console=quiet())
 
 
-def test_report_reads_the_folder_alone(whole):
+def test_report_needs_only_the_folder(whole):
     run = load_run(whole)
     assert not run.problems and len(run.metrics) == 3 and len(run.layers) == 41
 

@@ -1,4 +1,4 @@
-"""Runs whose sparse training shrinks, at a toy size: from the cuts to the report."""
+"""Runs with pruning during training, from the first removal to the report; tiny models."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from rich.console import Console
 from prunekit.config.recipe import load
 from prunekit.errors import RecipeError
 from prunekit.pipeline import runner
-from prunekit.pipeline.models import build_dense, build_with_plan, initial_model, load_model, read_plan
+from prunekit.pipeline.models import build_dense, build_with_plan, load_model, read_plan
 from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.reporting import load_run, report
@@ -64,7 +64,7 @@ def params(model):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """What comes after fine-tuning takes longer than all else; one test does it."""
+    """Skip the stages after fine-tuning, which take longest; one test runs them."""
     held = {name: runner.STAGE_FUNCTIONS[name] for name in ("evaluate", "export", "report")}
     with pytest.MonkeyPatch.context() as patch:
         for stage in held:
@@ -78,7 +78,7 @@ def whole(tmp_path_factory, quick):
     return run_it(tmp_path_factory.mktemp("runs") / "whole")
 
 
-def test_what_is_cut_is_written_down(whole):
+def test_pruning_records(whole):
     found, run = summary(whole), RunDir.open(whole)
     dense = params(build_dense(recipe()))
     assert found["dense"]["params"] == dense and found["kept"]["of"] == lines(whole)[0]["of"]
@@ -93,19 +93,19 @@ def test_what_is_cut_is_written_down(whole):
     assert f"cut {records[0]['channels']}" in (whole / "run.log").read_text()
 
 
-def test_the_plan_is_of_the_builder_s_model(whole):
+def test_plan_is_relative_to_backbone(whole):
     run = RunDir.open(whole)
-    plan = read_plan(run)
+    plan = read_plan(run, "slim")
     for name in ("slim", "finetuned"):
         assert (
             params(load_model(run, name)) == params(build_with_plan(recipe(), plan)) == summary(whole)[name]["params"]
         )
-    groups = find_groups(initial_model(run, recipe()), torch.zeros(1, 3, recipe().data.size, recipe().data.size))
+    groups = find_groups(build_dense(recipe()), torch.zeros(1, 3, recipe().data.size, recipe().data.size))
     kept = sum(len(plan.kept(group)) for group in groups if group.reason is None)
     assert kept == summary(whole)["kept"]["channels"]
 
 
-def test_gates_keep_their_places_and_what_is_cut_stands_at_zero(whole):
+def test_gate_history_has_zeros_for_removed_channels(whole):
     gates = RunDir.open(whole).read_arrays("gates.npz")
     dense = dict(build_dense(recipe()).named_parameters())
     assert all(rows.shape == (4, len(dense[f"{norm}.weight"])) for norm, rows in gates.items())
@@ -113,40 +113,48 @@ def test_gates_keep_their_places_and_what_is_cut_stands_at_zero(whole):
     gone = (table[1:] == 0) & (table[:-1] > 0)
     assert gone.any() and (table[1:][:-1][gone[:-1]] == 0).all()
     zero = table == 0
-    assert (zero[1:] | ~zero[:-1]).all()  # nothing that was cut comes back
+    assert (zero[1:] | ~zero[:-1]).all()  # removed channels do not return
+
+
+def plan_of(folder, name):
+    return {k: v for k, v in json.loads((folder / name / "plan.json").read_text()).items() if k != "recipe_hash"}
 
 
 def resumed_equals(folder, whole):
     assert same_models(folder, whole, *NAMES)
     assert lines(folder) == lines(whole) and cuts(folder) == cuts(whole)
-    for name in ("gates.npz", "shrunk.json", "layers.json"):
+    for name in ("gates.npz", "dense/plan.json", "layers.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    for name in ("extract", "slim", "finetuned"):
+        assert plan_of(folder, name) == plan_of(whole, name)
 
 
-def test_a_run_that_broke_off_behind_a_cut_ends_as_an_undisturbed_one(whole, tmp_path):
+def test_run_interrupted_after_pruning_resumes_to_same_result(whole, tmp_path):
     with interrupted_after_checkpoint(epoch=2):
         run_it(tmp_path / "run")
     run_it(tmp_path / "run", resume=True)
     resumed_equals(tmp_path / "run", whole)
 
 
-def test_a_cut_that_came_behind_the_last_state_is_made_again(whole, tmp_path):
+def test_pruning_after_last_checkpoint_is_repeated(whole, tmp_path):
     with killed_in(4):
         run_it(tmp_path / "run", "train.checkpoint.every=2")
     run_it(tmp_path / "run", "train.checkpoint.every=2", resume=True)
     resumed_equals(tmp_path / "run", whole)
 
 
-def test_the_run_goes_on_from_any_stage(whole, tmp_path):
+def test_run_can_be_repeated_from_any_stage(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
-    before = {name: (run / name).read_bytes() for name in ("plan.json", "slim/model.safetensors")}
+    before = {
+        name: (run / name).read_bytes() for name in ("extract/plan.json", "slim/plan.json", "slim/model.safetensors")
+    }
     run_it(run, resume=True, start_from="extract")
     assert all((run / name).read_bytes() == data for name, data in before.items())
     run_it(run, resume=True, start_from="train")
     assert same_models(run, whole, *NAMES) and cuts(run) == cuts(whole)
 
 
-def test_another_threshold_without_training_again(whole, tmp_path):
+def test_slim_run_with_another_threshold(whole, tmp_path):
     out = slim_run(whole, load(whole / "recipe.yaml", ["slim.threshold=0.3"]), tmp_path / "slim", Console(quiet=True))
     found, before = summary(out), summary(whole)
     assert found["dense"]["params"] == before["dense"]["params"] and found["kept"]["of"] == before["kept"]["of"]
@@ -157,7 +165,7 @@ def test_another_threshold_without_training_again(whole, tmp_path):
     assert params(load_model(RunDir.open(tuned), "dense")) == before["shrunk"][-1]["params"]
 
 
-def test_a_run_that_begins_from_it_shrinks_on(whole, tmp_path):
+def test_run_with_init_prunes_further(whole, tmp_path):
     out = run_it(tmp_path / "run", f"init={whole}", "train.epochs=2", "decay.weight=1e-2")
     run = RunDir.open(out)
     assert summary(out)["dense"]["params"] == summary(whole)["finetuned"]["params"]
@@ -166,7 +174,7 @@ def test_a_run_that_begins_from_it_shrinks_on(whole, tmp_path):
         assert params(load_model(run, "dense")) == summary(out)["shrunk"][-1]["params"]
 
 
-def test_evaluation_export_and_report_read_it(whole, tmp_path, quick):
+def test_evaluate_export_and_report(whole, tmp_path, quick):
     run = shutil.copytree(whole, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         for stage, function in quick.items():
@@ -181,7 +189,7 @@ def test_evaluation_export_and_report_read_it(whole, tmp_path, quick):
     assert read.summary["shrunk"] == found["shrunk"]
 
 
-def test_a_budget_is_steered_through_the_cuts(tmp_path):
+def test_budget_with_pruning_during_training(tmp_path):
     options = ["target.params_ratio=0.3"]
     out = run_it(tmp_path / "run", *options)
     with interrupted_after_checkpoint(epoch=3):
@@ -195,22 +203,22 @@ def test_a_budget_is_steered_through_the_cuts(tmp_path):
     assert [line["budget"] for line in lines(out)] == [{"params": goal}] * 4
 
 
-def test_without_cuts_nothing_is_different(tmp_path):
+def test_no_dead_channels_changes_nothing(tmp_path):
     options = ["decay.weight=0", "train.epochs=2"]
     a = run_it(tmp_path / "a", *options)
     b = run_it(tmp_path / "b", *options, "train.prune_every=null")
     assert same_models(a, b, *NAMES) and lines(a) == lines(b)
-    assert "shrunk" not in summary(a) and not (a / "shrunk.json").exists()
+    assert "shrunk" not in summary(a) and not (a / "dense/plan.json").exists()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "often"])
-def test_a_wrong_value_is_said_in_one_line(value):
+def test_invalid_prune_every_is_refused(value):
     with pytest.raises(RecipeError, match=r"train\.prune_every") as error:
         recipe(f"train.prune_every={value}")
     assert "\n" not in str(error.value)
 
 
-def test_what_does_not_go_with_it_is_said():
+def test_prune_every_conflicts():
     with pytest.raises(RecipeError, match=r"finetune\.prune_every"):
         recipe("finetune.prune_every=2")
     with pytest.raises(RecipeError, match=r"train\.prune_every.*slim\.scope"):

@@ -19,7 +19,7 @@ from prunekit.reporting.loader import MODELS
 from prunekit.runs.run_dir import RunDir
 
 FILES = [
-    "state.json", "recipe.yaml", "summary.json", "environment.json", "metrics.jsonl", "gates.npz", "plan.json",
+    "state.json", "recipe.yaml", "summary.json", "environment.json", "metrics.jsonl", "gates.npz", "slim/plan.json",
     "layers.json", "curves.json", "gallery/index.json", "gallery/0001-slim.png", "bench.json", "eval.json",
 ]  # fmt: skip
 READ = [name for name in FILES if not name.endswith(".png")]
@@ -203,7 +203,7 @@ def test_report_of_run_with_every_file_damaged(run):
     assert "no model has been measured" in text
 
 
-@pytest.mark.parametrize("name", ["plan.json", "layers.json", "bench.json", "eval.json", "curves.json"])
+@pytest.mark.parametrize("name", ["slim/plan.json", "layers.json", "bench.json", "eval.json", "curves.json"])
 def test_newer_file_format_is_reported(run, whole, name, no_figures):
     (run / "state.json").unlink()
     held = json.loads((run / name).read_text())
@@ -239,7 +239,7 @@ def test_not_a_run_folder_fails_with_one_line_and_writes_nothing(tmp_path, capsy
         with pytest.raises(SystemExit) as stop:
             main(["report", str(path), "--out", str(tmp_path / "out")])
         out = capsys.readouterr()
-        assert stop.value.code == 2 and out.err.count("\n") == 1 and "no run folder" in out.err
+        assert stop.value.code == 2 and out.err.count("\n") == 1 and "not a run folder" in out.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -91,7 +91,7 @@ def test_missing_files_of_interrupted_run(make_run, stop):
     assert run.status == "interrupted"
     by_stage = {
         "train": ["metrics.jsonl", "gates.npz"],
-        "extract": ["plan.json"],
+        "extract": ["extract/plan.json"],
         "slim": ["layers.json"],
         "finetune": [],
         "evaluate": ["curves.json", "gallery/index.json"],

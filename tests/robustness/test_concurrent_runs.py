@@ -1,5 +1,4 @@
-"""A run folder that one process writes to and another wants: a second writer is told who is there, and a reader finds
-whole files, each vouched for, at any moment."""
+"""Concurrent access to a run folder: a second writer is refused, and a reader finds intact files at any moment."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ def holder(run):
     process.stdout.close()
 
 
-def test_a_second_writer_is_told_who_is_there_and_changes_nothing(run, holder, capsys):
+def test_second_writer_is_refused_and_changes_nothing(run, holder, capsys):
     before = tree(run)
     for arguments in writers(run).values():
         error = refused(arguments, capsys)
@@ -85,7 +84,7 @@ def test_a_second_writer_is_told_who_is_there_and_changes_nothing(run, holder, c
     assert tree(run) == before
 
 
-def test_a_lock_whose_process_is_gone_does_not_stand_in_the_way(run, holder):
+def test_lock_of_dead_process_is_ignored(run, holder):
     holder.kill()
     holder.wait()
     assert json.loads((run / "lock").read_text())["pid"] == holder.pid
@@ -93,7 +92,7 @@ def test_a_lock_whose_process_is_gone_does_not_stand_in_the_way(run, holder):
     assert not (run / "lock").exists()
 
 
-def test_a_lock_of_another_host_is_told_with_what_to_do(run, capsys):
+def test_lock_of_another_host_is_reported_with_remedy(run, capsys):
     (run / "lock").write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
     for arguments in writers(run).values():
         error = refused(arguments, capsys)
@@ -102,7 +101,7 @@ def test_a_lock_of_another_host_is_told_with_what_to_do(run, capsys):
     RunDir.open(run, write=True).close()
 
 
-def test_what_only_reads_does_so_while_a_run_goes_on(run, holder):
+def test_readers_work_during_a_run(run, holder):
     before = tree(run)
     assert load_run(run).problems == load_run(run).problems
     assert inspect_groups(str(run)).params and read_snapshot(run).status == "complete"
@@ -110,26 +109,26 @@ def test_what_only_reads_does_so_while_a_run_goes_on(run, holder):
 
 
 @pytest.mark.parametrize("command, stage", [("slim", "train"), ("finetune", "slim")])
-def test_what_is_still_being_made_is_not_begun_from(run, holder, tmp_path, capsys, command, stage):
+def test_unfinished_source_run_is_refused(run, holder, tmp_path, capsys, command, stage):
     done = ["train", "extract", "slim"]
     change_state(run, status="running", pid=holder.pid, host=socket.gethostname(), done=done[: done.index(stage)])
     error = refused([command, str(run), "--out", str(tmp_path / "new")], capsys)
     assert f"process {holder.pid} on {socket.gethostname()}, which has not done the stage {stage}" in error
     assert not (tmp_path / "new").exists()
-    # Once it is done, later stages do not change it.
+    # Later stages do not change it.
     change_state(run, done=done[: done.index(stage) + 1])
-    assert RunDir.open(run).settled(stage).path == run
+    assert RunDir.open(run).require_done(stage).path == run
     holder.kill()
     holder.wait()
     change_state(run, done=[])
-    assert RunDir.open(run).settled(stage).path == run, "nobody is at work on it"
+    assert RunDir.open(run).require_done(stage).path == run, "no process uses it"
 
 
 # ---- a reader at any moment
 
 
-def test_a_reader_finds_whole_files_between_any_two_writes(tmp_path, monkeypatch):
-    """Before and after each write of a run, with a state that was read now and with one that was read before."""
+def test_reader_finds_intact_files_between_any_two_writes(tmp_path, monkeypatch):
+    """Read before and after each write, with the current state and with one read earlier."""
     whole, looked, begun = artifacts.write_atomic, [], {}
 
     def watched(path: Path, data: bytes) -> None:
@@ -143,7 +142,7 @@ def test_a_reader_finds_whole_files_between_any_two_writes(tmp_path, monkeypatch
             return
         readers = [RunDir.open(folder), *begun.values()]
         for reader in readers:
-            for name in reader.written():
+            for name in reader.recorded_files():
                 reader.read_bytes(name)
         begun.update(before=readers[0])
         read_snapshot(folder)
@@ -162,21 +161,21 @@ run = RunDir.open(sys.argv[1], write=True)
 print("ready", flush=True)
 for number in range(int(sys.argv[2])):
     run.update_summary("drift", {"max_abs_diff": number, "mean_abs_diff": number})
-    run.write_json("plan.json", {"format": 1, "groups": {"a": [number]}})
+    run.write_json("slim/plan.json", {"format": 1, "groups": {"a": [number]}})
     run.write_arrays("gates.npz", {"norm": np.full((2, 50), number, np.float32)})
     run.append_metrics({"stage": "finetune", "epoch": 2 + number, "loss": 0.5, "metrics": {}})
 run.close()
 """
 
 
-def test_a_reader_beside_a_process_that_writes(tmp_path):
+def test_reader_during_concurrent_writes(tmp_path):
     run = write_run(tmp_path / "run", units=("block",))
     quiet = load_run(run).problems
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(run), "60"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     reader, looks = RunDir.open(run), 0
     while process.poll() is None:
-        for name in ("summary.json", "plan.json"):
+        for name in ("summary.json", "slim/plan.json"):
             reader.read_json(name)
         reader.read_metrics()
         assert len(np.unique(reader.read_arrays("gates.npz").get("norm", np.zeros(1)))) == 1
@@ -186,7 +185,7 @@ def test_a_reader_beside_a_process_that_writes(tmp_path):
     assert process.returncode == 0 and looks > 3
 
 
-def test_a_report_of_a_run_that_goes_on_says_so(run, holder):
+def test_report_marks_running_run(run, holder):
     from prunekit.reporting import report
 
     change_state(run, status="running", pid=holder.pid, host=socket.gethostname())
@@ -197,10 +196,10 @@ def test_a_report_of_a_run_that_goes_on_says_so(run, holder):
     assert "(running)" in console.file.getvalue() and "problem in" not in console.file.getvalue()
 
 
-def test_a_run_that_is_replaced_while_it_is_read_is_no_wrong_result(run):
+def test_run_replaced_while_open_reads_the_new_one(run):
     reader = RunDir.open(run)
     recipe = reader.read_text("recipe.yaml")
     RunDir.start(run, recipe.replace("seed: 0", "seed: 1"), {}, overwrite=True).close()
-    assert "seed: 1" in reader.read_text("recipe.yaml"), "the new one, vouched for by the new state"
-    with pytest.raises(RunFolderError, match="no run folder"):
+    assert "seed: 1" in reader.read_text("recipe.yaml"), "the new one, verified by the new state"
+    with pytest.raises(RunFolderError, match="not a run folder"):
         RunDir.open(run / "dense")

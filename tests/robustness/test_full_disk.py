@@ -57,7 +57,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
-    """The undisturbed run, and the calls by which it was written."""
+    """The uninterrupted run, and the system calls that wrote it."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     with FailingDisk(out) as disk:
         run_recipe(recipe, out, quiet())
@@ -65,7 +65,7 @@ def whole(recipe, tmp_path_factory):
 
 
 def broken_off(out: Path, recipe, at: int, error: int) -> str | None:
-    """Run with a disk that refuses its ``at``-th write, then with one that does not; what the first has said."""
+    """Run with a disk that fails at write number ``at``, then resume; return the error message of the first."""
     said = None
     with FailingDisk(out.parent, at, error) as disk:
         try:
@@ -80,10 +80,10 @@ def broken_off(out: Path, recipe, at: int, error: int) -> str | None:
 
 
 def moments(calls: list[str]) -> list[tuple[int, int]]:
-    """The writes that fail, and how."""
+    """Return the numbers of the writes that fail, and their errors."""
     if SOAK:
         both = [(place, error) for place in range(len(calls)) for error in (FULL, FAILS)]
-        # A soak of 1 takes the two ways by turns.
+        # A soak of 1 tests every third case.
         return both if SOAK > 1 else both[::3]
     told = {
         FULL: ["mkdir whole", "pwrite lock", "write checkpoints", "write metrics.jsonl", "replace dense", "report"],
@@ -97,7 +97,7 @@ def moments(calls: list[str]) -> list[tuple[int, int]]:
     return wanted
 
 
-def test_a_run_survives_a_disk_that_refuses(recipe, whole, tmp_path, capsys):
+def test_failed_write_then_resume_gives_same_result(recipe, whole, tmp_path, capsys):
     undisturbed, calls = outcome(whole[0]), whole[1]
     tried = moments(calls)
     told, wrong = 0, []
@@ -114,8 +114,8 @@ def test_a_run_survives_a_disk_that_refuses(recipe, whole, tmp_path, capsys):
     assert not wrong and told >= len(tried) // 2
 
 
-def test_every_write_can_be_refused_in_turn(recipe, whole, tmp_path):
-    """Where the disk is full again each time the run goes on, a little later."""
+def test_repeated_failures_then_resume_give_same_result(recipe, whole, tmp_path):
+    """The disk is full again after each resume, a little later."""
     out, place, step = tmp_path / "whole", 5, 1 if SOAK else 45
     for _ in range(1000):
         with FailingDisk(tmp_path, place) as disk:
@@ -131,7 +131,7 @@ def test_every_write_can_be_refused_in_turn(recipe, whole, tmp_path):
 
 @contextlib.contextmanager
 def small_disk(folder: Path, kilobytes: int):
-    """A real disk of this size."""
+    """Mount a tmpfs of this size."""
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)]
     if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
@@ -143,7 +143,7 @@ def small_disk(folder: Path, kilobytes: int):
 
 
 @pytest.mark.parametrize("kilobytes", range(8, 400, 4) if SOAK else (16, 100))
-def test_a_real_disk_that_is_full(recipe, whole, tmp_path, kilobytes):
+def test_real_full_disk(recipe, whole, tmp_path, kilobytes):
     folder = tmp_path / "disk"
     with small_disk(folder, kilobytes):
         try:
@@ -151,13 +151,13 @@ def test_a_real_disk_that_is_full(recipe, whole, tmp_path, kilobytes):
         except WriteError as error:
             assert "No space left" in str(error) and str(folder) in str(error)
         else:
-            assert SOAK, "it was to be too small"
+            assert SOAK, "the disk was meant to be too small"
         subprocess.run(["mount", "-o", "remount,size=16m", str(folder)], check=True)
         run_recipe(recipe, folder / "whole", quiet(), resume=True)
         assert outcome(folder / "whole") == outcome(whole[0])
 
 
-def test_the_command_says_it_in_one_line_and_ends_with_3(recipe, tmp_path, capsys):
+def test_full_disk_is_one_line_and_exit_status_3(recipe, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
     with FailingDisk(tmp_path, 60), pytest.raises(SystemExit) as stop:
         main(["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")])
@@ -166,7 +166,7 @@ def test_the_command_says_it_in_one_line_and_ends_with_3(recipe, tmp_path, capsy
     assert err.startswith("prunekit: cannot write ") and "No space left on device; free space" in err
 
 
-def test_what_no_one_foresaw_is_said_in_the_same_words(monkeypatch, tmp_path, capsys):
+def test_unexpected_full_disk_error_is_one_line(monkeypatch, tmp_path, capsys):
     def failing(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/scratch")
 
@@ -177,7 +177,7 @@ def test_what_no_one_foresaw_is_said_in_the_same_words(monkeypatch, tmp_path, ca
     assert stop.value.code == 3 and err.count("\n") == 1 and "/somewhere/scratch: No space left on device" in err
 
 
-def test_what_went_wrong_first_is_what_is_said(recipe, tmp_path, monkeypatch):
+def test_first_error_is_reported(recipe, tmp_path, monkeypatch):
     def interrupted(*_):
         disk.__enter__()
         raise KeyboardInterrupt
@@ -192,17 +192,17 @@ def test_what_went_wrong_first_is_what_is_said(recipe, tmp_path, monkeypatch):
     assert disk.failed > 1 and RunDir.open(tmp_path / "whole").status == "running", "it could not be written"
 
 
-def test_permissions_are_the_users_to_mend(tmp_path):
+def test_permission_error_has_exit_status_2(tmp_path):
     folder = write_run(tmp_path / "run", stop="extract")
     with FailingDisk(tmp_path, 0, errno.EACCES), pytest.raises(PrunekitError, match="permissions") as error:
         report([folder], None, quiet())
     assert error.value.exit_status == 2
 
 
-# ---- what is no vital part
+# ---- optional outputs
 
 
-def test_a_log_that_cannot_be_written_costs_its_lines_alone(recipe, whole, tmp_path):
+def test_unwritable_log_does_not_stop_the_run(recipe, whole, tmp_path):
     console = Console(file=io.StringIO(), record=True, width=400)
     with FailingDisk(tmp_path, 3, only=lambda name: name.endswith("run.log")) as disk:
         run_recipe(recipe, tmp_path / "whole", console)
@@ -211,7 +211,7 @@ def test_a_log_that_cannot_be_written_costs_its_lines_alone(recipe, whole, tmp_p
 
 
 @pytest.mark.parametrize("at", [0, 2, 6])
-def test_decoded_images_that_cannot_be_kept_are_only_said(recipe, whole, tmp_path, at):
+def test_unwritable_image_cache_is_only_reported(recipe, whole, tmp_path, at):
     cached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": str(tmp_path / "cache")})})
     console = Console(file=io.StringIO(), record=True, width=400)
     with FailingDisk(tmp_path / "cache", at) as disk:
@@ -224,7 +224,7 @@ def test_decoded_images_that_cannot_be_kept_are_only_said(recipe, whole, tmp_pat
     assert not kept.exists() or (not list(kept.glob("*.json")) and not list(kept.glob(f"{TEMP_PREFIX}*")))
 
 
-def test_kernels_that_cannot_be_kept_are_only_said(tmp_path, monkeypatch):
+def test_unwritable_kernel_cache_is_only_reported(tmp_path, monkeypatch):
     if not shutil.which("g++"):
         pytest.skip("no compiler")
     monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
@@ -236,7 +236,7 @@ def test_kernels_that_cannot_be_kept_are_only_said(tmp_path, monkeypatch):
         assert not list(tmp_path.rglob("*.so"))
 
 
-def test_kernels_that_are_damaged_are_made_again(tmp_path, monkeypatch):
+def test_damaged_kernels_are_rebuilt(tmp_path, monkeypatch):
     if not shutil.which("g++"):
         pytest.skip("no compiler")
     monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "cache"))
@@ -245,7 +245,7 @@ def test_kernels_that_are_damaged_are_made_again(tmp_path, monkeypatch):
     (path,) = tmp_path.rglob("*.so")
     good = path.read_bytes()
     for place in (len(good) // 2, len(good) - 1):
-        path.unlink()  # What this process has loaded stays as it was.
+        path.unlink()  # The library loaded by this process stays.
         path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
         assert not library._is_whole(path)
         library._load()
@@ -274,7 +274,7 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_leaves_what_was_there(small, tmp_path, name, monkeypatch):
+def test_failed_command_leaves_existing_files(small, tmp_path, name, monkeypatch):
     def measured(jobs, seconds):
         timing = Timing([1.0], 1.0, 1.0, 1.0)
         return [timing for _ in jobs], {1: 1.0}
@@ -296,9 +296,9 @@ def test_a_command_leaves_what_was_there(small, tmp_path, name, monkeypatch):
             assert not disk.failed, (at, disk.calls)
         refused += disk.failed > 0
         assert tree(tmp_path).keys() == there
-        # Each file is the old one or the new one, never half of one.
+        # Each file is the old or the new one.
         assert load_run(run).problems == load_run(small).problems
-    # How many writes there are hangs on the figures: a file that would be the same is vouched for already.
+    # The number of writes varies: a file with the same content needs no new checksum.
     assert refused > 1
     COMMANDS[name](run, tmp_path)
 
@@ -307,7 +307,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_maps_are_whole_or_not_there(tmp_path):
+def test_maps_are_written_atomically(tmp_path):
     from prunekit.data.images import write_map
 
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -317,7 +317,7 @@ def test_maps_are_whole_or_not_there(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tracker_that_cannot_write_ends_the_run_in_one_line(recipe, whole, tmp_path):
+def test_tracker_write_error_is_one_line(recipe, whole, tmp_path):
     pytest.importorskip("tensorboard")
     tracked = recipe.model_copy(update={"log": "tensorboard"})
     with FailingDisk(tmp_path, 1, only=lambda name: "tensorboard" in name), pytest.raises(WriteError) as error:

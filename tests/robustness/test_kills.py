@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened, whenever that was.
+"""A run killed at any moment resumes to the same result as an uninterrupted one.
 
 With PRUNEKIT_SOAK=N in the environment: killed at every write of a run, and N × 30 times at random moments.
 """
@@ -52,7 +52,7 @@ def launcher():
 
 @pytest.fixture(scope="module")
 def whole(launcher, tmp_path_factory):
-    """Recipe → what it does undisturbed, the folder and the calls."""
+    """Return a function from a recipe to the folder and the calls of its uninterrupted run."""
     made = {}
 
     def make(recipe):
@@ -68,14 +68,14 @@ def whole(launcher, tmp_path_factory):
 
 
 def timeless(value):
-    """Without what a clock has said, and what a clock has decided: the form that is exported."""
+    """Remove times, and the export, whose form is chosen by timing."""
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "export")}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def contents(folder):
-    """What the run has to leave, the same each time."""
+    """Return the content of a run folder that must be reproducible."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     kept = {
         n: p.read_bytes()
@@ -104,7 +104,7 @@ def outputs(folder, images):
 
 
 def killed_and_resumed(launcher, recipe, folder, *kills):
-    """Be killed in each of these ways in turn, and then go on to the end; whether all of them came in time."""
+    """Kill a run in each of these ways in turn, then resume it; return whether all kills came before its end."""
     died = [launcher.run("run", *recipe, "--out", folder, "--resume", **kill)["status"] == -9 for kill in kills]
     answer = launcher.run("run", *recipe, "--out", folder, "--resume")
     assert answer["status"] == 0, answer["err"]
@@ -112,22 +112,22 @@ def killed_and_resumed(launcher, recipe, folder, *kills):
 
 
 def first(calls, call, behind="", last=False):
-    """The number of the first of these calls, behind another; from 1."""
+    """Return the number, from 1, of the first such call after another one."""
     start = next(i for i, name in enumerate(calls) if behind in name)
     found = [i for i, name in enumerate(calls) if i >= start and call in name]
     return found[-1 if last else 0] + 1
 
 
 MOMENTS = {
-    "before there is a run": ("replace run/state.json", ""),
-    "half of a state": ("fsync checkpoints/.tmp-", "fsync run/metrics.jsonl"),
-    "a state without what vouches for it": ("replace checkpoints/train-0006.json", ""),
-    "between extract and slim": ("fsync run/.tmp-", "replace run/plan.json"),
+    "before the run exists": ("replace run/state.json", ""),
+    "half a checkpoint": ("fsync checkpoints/.tmp-", "fsync run/metrics.jsonl"),
+    "checkpoint without its JSON": ("replace checkpoints/train-0006.json", ""),
+    "between extract and slim": ("fsync run/.tmp-", "replace extract/plan.json"),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_a_moment_that_is_chosen(launcher, whole, tmp_path, moment):
+def test_kill_at_chosen_write_then_resume_gives_same_result(launcher, whole, tmp_path, moment):
     folder, calls = whole(TOY)
     number = first(calls, *MOMENTS[moment])
     assert killed_and_resumed(launcher, TOY, tmp_path / "run", {"call": number})
@@ -135,21 +135,21 @@ def test_killed_at_a_moment_that_is_chosen(launcher, whole, tmp_path, moment):
     assert not [p for p in (tmp_path / "run").rglob("*") if p.name.startswith(".tmp-") or p.name == "lock"]
 
 
-def test_killed_in_its_steps_again_and_again(launcher, whole, tmp_path):
+def test_repeated_kills_in_training_steps_then_resume(launcher, whole, tmp_path):
     folder, _ = whole(SHRINKING)
-    # From the middle of the second epoch, and of the fourth, behind a cut.
+    # From the middle of the second epoch, and of the fourth, after channels were removed.
     assert killed_and_resumed(launcher, SHRINKING, tmp_path / "run", {"step": 8}, {"step": 13})
     same(tmp_path / "run", folder)
 
 
 @pytest.mark.skipif(not SOAK, reason="takes half an hour; PRUNEKIT_SOAK=1 runs it")
 @pytest.mark.parametrize("recipe", [TOY, SHRINKING], ids=["toy", "shrinking"])
-def test_killed_at_every_write(launcher, whole, tmp_path, capsys, recipe):
+def test_kill_at_every_write(launcher, whole, tmp_path, capsys, recipe):
     folder, calls = whole(recipe)
     wrong = []
     for number, call in enumerate(calls, 1):
         if call.startswith("fsync") and not call.endswith(".jsonl") and "/.tmp-" not in call:
-            continue  # of a folder: until the next call what is left is the same
+            continue  # fsync of a folder: the files are the same until the next call
         out = tmp_path / f"{number}" / "run"
         try:
             assert killed_and_resumed(launcher, recipe, out, {"call": number})
@@ -164,7 +164,7 @@ def test_killed_at_every_write(launcher, whole, tmp_path, capsys, recipe):
 
 @pytest.mark.skipif(not SOAK, reason="takes some minutes; PRUNEKIT_SOAK=1 runs it")
 @pytest.mark.parametrize("recipe", [EXPORTING, SHRINKING], ids=["exporting", "shrinking"])
-def test_killed_at_random_moments(launcher, whole, tmp_path, capsys, recipe):
+def test_kill_at_random_times(launcher, whole, tmp_path, capsys, recipe):
     folder, _ = whole(recipe)
     seconds = json.loads((folder / "summary.json").read_text())["seconds"]
     drawn, came, wrong = random.Random(0), 0, []
@@ -181,7 +181,7 @@ def test_killed_at_random_moments(launcher, whole, tmp_path, capsys, recipe):
     assert wrong == []
 
 
-def test_a_run_that_is_asked_to_stop_says_how_it_goes_on(launcher, whole, tmp_path):
+def test_interrupted_run_prints_resume_command(launcher, whole, tmp_path):
     folder, _ = whole(TOY)
     out = tmp_path / "two words" / "run"
     answer = launcher.run("run", *TOY, "--out", out, at=8, signals=[signal.SIGINT])
@@ -196,7 +196,7 @@ def test_a_run_that_is_asked_to_stop_says_how_it_goes_on(launcher, whole, tmp_pa
     same(out, folder)
 
 
-def test_fine_tuning_that_is_asked_to_stop_says_how_it_goes_on(launcher, whole, tmp_path):
+def test_interrupted_finetune_prints_resume_command(launcher, whole, tmp_path):
     folder, _ = whole(TOY)
     answer = launcher.run("finetune", folder, "--out", tmp_path / "run", at=1, signals=[signal.SIGINT])
     assert answer["status"] == 130
@@ -206,24 +206,24 @@ def test_fine_tuning_that_is_asked_to_stop_says_how_it_goes_on(launcher, whole, 
     assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_run_that_was_killed_before_it_had_its_models_is_not_taken_for_one_that_trains(launcher, whole, tmp_path):
+def test_derived_run_killed_while_copying_is_not_resumed(launcher, whole, tmp_path):
     folder, _ = whole(TOY)
     out = tmp_path / "run"
     command = ["finetune", folder, "finetune.epochs=0", "--out"]
     number = first(launcher.run(*command, tmp_path / "whole")["calls"], "replace dense/model.safetensors")
     assert launcher.run(*command, out, call=number)["status"] == -9
     answer = launcher.run("run", out / "recipe.yaml", "--out", out, "--resume")
-    assert answer["status"] == 2 and "again, with --overwrite" in answer["err"]
+    assert answer["status"] == 2 and "that made it, with --overwrite" in answer["err"]
 
 
-def test_who_asks_twice_is_obeyed_at_once(launcher, tmp_path):
+def test_second_signal_stops_at_once(launcher, tmp_path):
     answer = launcher.run("run", *TOY, "--out", tmp_path / "run", at=8, signals=[signal.SIGTERM, signal.SIGTERM])
     assert answer["status"] == 130 and answer["err"].endswith("--resume\n")
     assert "its state is saved" not in answer["out"]
     assert not (tmp_path / "run" / "checkpoints" / "train-0008.json").is_file()
 
 
-def test_outside_of_a_training_the_first_one_stops(launcher, tmp_path):
+def test_signal_outside_training_stops_at_once(launcher, tmp_path):
     command = ["run", *TOY, "train.epochs=0", "--out", str(tmp_path / "run")]
     answer = launcher.run(*command, raises=["slim", "KeyboardInterrupt", ""])
     assert answer["status"] == 130
@@ -238,10 +238,10 @@ def test_outside_of_a_training_the_first_one_stops(launcher, tmp_path):
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to\nallocate 1 byte",
             "smaller batch_size",
         ),
-        ("OSError", "the disk has gone", "go on with --resume"),
+        ("OSError", "the disk has gone", "continue with --resume"),
     ],
 )
-def test_what_a_library_raises_is_a_line_and_its_traceback_stands_in_the_log(launcher, tmp_path, kind, text, words):
+def test_unexpected_error_is_one_line_with_traceback_in_log(launcher, tmp_path, kind, text, words):
     out = tmp_path / "run"
     quick = [*TOY, "train.epochs=0", "--out", out]
     answer = launcher.run("run", *quick, raises=["slim", kind, text])

@@ -1,4 +1,4 @@
-"""The files of a run folder: what stands after a kill, a full disk and a flipped bit."""
+"""Files of a run folder after kills, full disks and flipped bits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def readable(run: RunDir) -> None:
-    """Everything that has a checksum can be read."""
+    """Read every file that has a checksum."""
     fresh = RunDir.open(run.path)
     for name in json.loads((run.path / "state.json").read_text())["checksums"]:
         fresh.read_bytes(name)
@@ -77,7 +77,7 @@ FAILURES = [(n, call) for n in WRITES for call in ("open", "fsync", "replace") i
 
 
 @pytest.mark.parametrize(("name", "call"), FAILURES)
-def test_a_full_disk_leaves_the_old_files_and_no_temporary_ones(run, monkeypatch, name, call):
+def test_failed_write_leaves_old_files_and_no_temporary_ones(run, monkeypatch, name, call):
     write = WRITES[name]
     write(run, 1)
     before = contents(run.path)
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_old_files_and_no_temporary_ones(run, monkeypatch
     assert str(run.path) in one_line(error) and "No space left on device; free space" in one_line(error)
     assert error.value.exit_status == 3
     after = contents(run.path)
-    # Not state.json: it is told first what a file will be.
+    # Except state.json, which records what a file will be before it is written.
     assert {k: v for k, v in after.items() if k != "state.json"} == {
         k: v for k, v in before.items() if k != "state.json"
     }
@@ -103,11 +103,11 @@ def test_a_full_disk_leaves_the_old_files_and_no_temporary_ones(run, monkeypatch
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL: from its moment on, every call to the system raises it."""
+    """Simulates SIGKILL: once raised, every later system call raises it too."""
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_a_kill_between_any_two_calls_leaves_something_to_go_on_from(tmp_path, write):
+def test_kill_between_any_two_calls_leaves_readable_folder(tmp_path, write):
     for moment in range(100):
         with RunDir.start(tmp_path / str(moment), RECIPE, {}) as run:
             write(run, 1)
@@ -142,7 +142,7 @@ def test_a_kill_between_any_two_calls_leaves_something_to_go_on_from(tmp_path, w
     pytest.fail("the write never ended")
 
 
-def test_files_get_the_usual_permissions(run):
+def test_files_get_default_permissions(run):
     mask = os.umask(0o022)
     try:
         path = run.write_text("a.txt", "")
@@ -152,9 +152,9 @@ def test_files_get_the_usual_permissions(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("plan.json", "extract"), ("dense/model.safetensors", "train"), ("x", None)]
+    ("name", "stage"), [("extract/plan.json", "extract"), ("dense/model.safetensors", "train"), ("x", None)]
 )
-def test_a_flipped_bit_is_found(run, name, stage):
+def test_flipped_bit_is_reported_with_stage_to_repeat(run, name, stage):
     data = bytearray(run.write_bytes(name, b"[1, 2, 3]").read_bytes())
     data[1] ^= 1
     (run.path / name).write_bytes(data)
@@ -169,14 +169,14 @@ def test_a_flipped_bit_is_found(run, name, stage):
 
 @pytest.mark.parametrize("read", ["read_json", "read_arrays", "read_tensors"])
 @pytest.mark.parametrize("data", [b"", b"{", b"PK\x03\x04", b"\xff" * 20, b"\x93NUMPY", b"[1"])
-def test_a_damaged_file_without_a_checksum_is_named(run, read, data):
+def test_damaged_file_without_checksum_is_named(run, read, data):
     (run.path / "odd").write_bytes(data)
     with pytest.raises(CheckpointError) as error:
         getattr(run, read)("odd")
     assert "odd" in one_line(error)
 
 
-def test_no_pickle_goes_in_or_out(run):
+def test_pickles_are_neither_written_nor_read(run):
     with pytest.raises(ValueError, match=r"[Oo]bject"):
         run.write_arrays("a.npz", {"a": np.array([{}], dtype=object)})
     np.savez(run.path / "evil.npz", a=np.array([{}], dtype=object))
@@ -185,7 +185,7 @@ def test_no_pickle_goes_in_or_out(run):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array([1.0, -np.inf])])
-def test_a_number_that_is_not_finite_is_refused_with_its_place(run, value):
+def test_non_finite_number_is_refused_with_its_key(run, value):
     with pytest.raises(CheckpointError) as error:
         run.write_json("a.json", {"metrics": [{"mae": value}]})
     assert "metrics[0].mae" in one_line(error)
@@ -195,13 +195,13 @@ def test_a_number_that_is_not_finite_is_refused_with_its_place(run, value):
     assert run.read_metrics() == []
 
 
-def test_names_stay_inside(run):
+def test_names_outside_the_folder_are_refused(run):
     for name in ("../a", "/tmp/a", "a/../../b"):
         with pytest.raises(ValueError, match="inside"):
             run.write_text(name, "")
 
 
-def test_at_most_one_metadata_key(run):
+def test_more_than_one_metadata_key_is_refused(run):
     with pytest.raises(ValueError, match="one key"):
         run.write_tensors("a.safetensors", {}, {"a": "1", "b": "2"})
 
@@ -216,7 +216,7 @@ ARRAYS = st.dictionaries(
 
 @settings(max_examples=15, deadline=None)
 @given(ARRAYS)
-def test_arrays_and_tensors_come_back_as_they_were(values):
+def test_arrays_and_tensors_round_trip(values):
     with tempfile.TemporaryDirectory() as folder, RunDir.start(folder, RECIPE, {}) as run:
         for write, read in ((run.write_arrays, run.read_arrays), (run.write_tensors, run.read_tensors)):
             first = write("a", {k: v.T for k, v in values.items()}).read_bytes()
@@ -228,7 +228,7 @@ def test_arrays_and_tensors_come_back_as_they_were(values):
             assert write("a", {k: v.T for k, v in values.items()}).read_bytes() == first
 
 
-def test_a_file_whose_replacement_failed_is_vouched_for_as_before(run, monkeypatch):
+def test_failed_replacement_keeps_old_and_new_content_valid(run, monkeypatch):
     path = run.write_text("a.txt", "old")
 
     def refused(written, data):
@@ -247,7 +247,7 @@ def test_a_file_whose_replacement_failed_is_vouched_for_as_before(run, monkeypat
         for write in (False, True):
             (run.path / "state.json").write_bytes(held)
             with contextlib.closing(RunDir.open(run.path, write=write)) as opened:
-                # What takes the folder up settles which of the two it is.
+                # Opening for writing records which of the two it is.
                 assert write == ("replacing" not in json.loads((run.path / "state.json").read_text()))
                 if holds:
                     assert opened.read_text("a.txt") == text
@@ -258,7 +258,7 @@ def test_a_file_whose_replacement_failed_is_vouched_for_as_before(run, monkeypat
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS, errno.ENOTDIR])
-def test_what_the_user_cannot_mend_at_once_is_no_mistake(tmp_path, monkeypatch, number):
+def test_exit_status_of_write_errors(tmp_path, monkeypatch, number):
     def refused(*_, **__):
         raise OSError(number, os.strerror(number))
 
@@ -269,20 +269,20 @@ def test_what_the_user_cannot_mend_at_once_is_no_mistake(tmp_path, monkeypatch, 
     assert error.value.exit_status == (2 if mistake else 3) and ("permissions" in one_line(error)) == mistake
 
 
-def test_a_file_that_was_written_and_is_gone_is_missed(run):
-    run.write_text("plan.json", "{}").unlink()
-    assert run.has("plan.json") and not run.has("layers.json")
-    with pytest.raises(CheckpointError, match=r"plan\.json is missing.*--from extract"):
-        run.read_json("plan.json")
+def test_missing_recorded_file_is_reported(run):
+    run.write_text("extract/plan.json", "{}").unlink()
+    assert run.has("extract/plan.json") and not run.has("layers.json")
+    with pytest.raises(CheckpointError, match=r"extract/plan\.json is missing.*--from extract"):
+        run.read_json("extract/plan.json")
     run.write_text("eval.json", "{}").unlink()
     assert not run.has("eval.json"), "which is the user's to remove"
 
 
-# ---- the state
+# ---- state
 
 
 @pytest.mark.parametrize("place", range(0, 600, 37))
-def test_a_flipped_bit_in_the_state_is_the_states(run, place):
+def test_flipped_bit_in_state_is_reported(run, place):
     run.end("train")
     data = bytearray((run.path / "state.json").read_bytes())
     data[place % len(data)] ^= 1
@@ -292,24 +292,24 @@ def test_a_flipped_bit_in_the_state_is_the_states(run, place):
 
 
 @pytest.mark.parametrize("name", ["../other/state.json", "/etc/hostname"])
-def test_a_state_speaks_of_its_own_folder_alone(run, name):
+def test_state_naming_files_outside_the_folder_is_refused(run, name):
     held = {**json.loads((run.path / "state.json").read_text()), "checksums": {name: "0" * 64}}
     (run.path / "state.json").write_bytes(state.encode(held))
-    with pytest.raises(CheckpointError, match="which is not in the folder"):
+    with pytest.raises(CheckpointError, match="which is outside the folder"):
         RunDir.open(run.path)
 
 
 # ---- metrics
 
 
-def test_lines_are_vouched_for(run):
+def test_metrics_are_verified_by_checksum(run):
     for epoch in range(1, 4):
         run.append_metrics({"stage": "train", "epoch": epoch, "loss": 0.5})
     path = run.path / "metrics.jsonl"
     good = path.read_bytes()
     lines = good.splitlines(keepends=True)
     more = b'{"stage": "train", "epoch": 4, "loss": 0.5}\n'
-    # A kill can leave a line whose checksum was not yet written, or half of one.
+    # A kill can leave a line without its checksum, or half a line.
     for text in (good, good + more, good + more[:9], good + more + more[:9]):
         path.write_bytes(text)
         RunDir.open(run.path).read_metrics()
@@ -323,14 +323,14 @@ def test_lines_are_vouched_for(run):
         assert path.read_bytes() == text
 
 
-def test_lines_can_be_dropped_where_they_cannot_be_read(run):
+def test_truncate_works_on_damaged_metrics(run):
     run.append_metrics({"stage": "train", "epoch": 1})
     (run.path / "metrics.jsonl").write_bytes(b"{")
     run.truncate_metrics("train", 0)
     assert run.read_metrics() == []
 
 
-def test_half_a_line_is_dropped_and_does_not_swallow_the_next(run):
+def test_half_a_line_is_removed_before_the_next(run):
     run.append_metrics({"stage": "train", "epoch": 1})
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"stage": "tr')
@@ -339,7 +339,7 @@ def test_half_a_line_is_dropped_and_does_not_swallow_the_next(run):
     assert [m["epoch"] for m in run.read_metrics()] == [1, 2]
 
 
-def test_a_damaged_line_is_named(run):
+def test_damaged_line_is_named(run):
     (run.path / "metrics.jsonl").write_text('{"stage": "train"}\n{oops}\n{}\n')
     with pytest.raises(CheckpointError) as error:
         run.read_metrics()
@@ -348,7 +348,7 @@ def test_a_damaged_line_is_named(run):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(STAGES), st.integers(1, 5))), st.sampled_from(STAGES), st.integers(0, 5))
-def test_truncate_keeps_just_what_comes_before(lines, stage, epoch):
+def test_truncate_keeps_earlier_lines(lines, stage, epoch):
     with tempfile.TemporaryDirectory() as folder, RunDir.start(folder, RECIPE, {}) as run:
         for where, number in lines:
             run.append_metrics({"stage": where, "epoch": number})
@@ -361,9 +361,9 @@ def test_truncate_keeps_just_what_comes_before(lines, stage, epoch):
 # ---- summary
 
 
-def test_summary_parts(run):
+def test_update_and_remove_summary(run):
     run.update_summary("dense", {"params": np.int64(5)})
     run.update_summary("slim", {"params": 3})
     run.remove_summary("dense")
     run.remove_summary("dense")
-    assert run.read_json("summary.json") == {"format": 1, "recipe": "tiny", "status": "running", "slim": {"params": 3}}
+    assert run.read_json("summary.json") == {"format": 2, "recipe": "tiny", "status": "running", "slim": {"params": 3}}

@@ -1,4 +1,4 @@
-"""Training states: which are kept, and which one is taken up after damage."""
+"""Training checkpoints: retention and damage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def failing(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_only_the_newest_checkpoints_are_kept(run):
+def test_newest_checkpoints_are_kept(run):
     for epoch in range(1, 6):
         run.save_checkpoint("train", epoch, {"v": np.full(2, epoch)}, {"epoch": epoch}, keep=2)
     run.save_checkpoint("finetune", 1, {}, {}, keep=1)
@@ -38,7 +38,7 @@ def test_only_the_newest_checkpoints_are_kept(run):
     assert run.latest_checkpoint("train") == 6
 
 
-def test_the_best_stays_beside_the_newest(run):
+def test_best_checkpoint_is_kept(run):
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4)):
         run.save_checkpoint("train", step, {"v": np.full(2, step)}, {"epoch": step}, keep=1, best=best)
         kept = sorted({best, step})
@@ -49,7 +49,7 @@ def test_the_best_stays_beside_the_newest(run):
 
 @pytest.mark.parametrize("name", ["train-0002.safetensors", "train-0002.json"])
 @pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-9]), "flip"])
-def test_a_damaged_checkpoint_is_passed_over_and_said(run, caplog, name, harm):
+def test_damaged_checkpoint_is_skipped_with_warning(run, caplog, name, harm):
     for epoch in (1, 2):
         run.save_checkpoint("train", epoch, {"v": np.full(2, epoch)}, {"epoch": epoch, "loss": 0.1 * epoch}, keep=2)
     path = run.path / "checkpoints" / name
@@ -67,7 +67,7 @@ def test_no_checkpoint(run):
     assert run.load_checkpoint("train") is None and run.latest_checkpoint("train") is None
 
 
-def test_same_epoch_again_survives_a_kill_with_the_state_before(run, monkeypatch):
+def test_failed_rewrite_keeps_previous_checkpoint(run, monkeypatch):
     for epoch in (1, 2):
         run.save_checkpoint("train", epoch, {"v": np.full(3, epoch)}, {}, 2)
     monkeypatch.setattr(os, "replace", failing)

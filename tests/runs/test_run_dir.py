@@ -1,4 +1,4 @@
-"""The run folder: what stands after a kill, a full disk, a second process and a flipped bit."""
+"""Life cycle of a run folder: start, resume, locks, stages."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def leftovers(path: Path) -> list[Path]:
     return list(path.rglob(f"{io.TEMP_PREFIX}*"))
 
 
-# ---- starting
+# ---- start
 
 
-def test_start_writes_what_a_run_begins_with(run):
+def test_start_writes_initial_files(run):
     assert run.read_text("recipe.yaml") == RECIPE
     assert run.read_json("environment.json") == {"threads": 1}
-    assert run.read_json("summary.json") == {"format": 1, "recipe": "tiny", "status": "running"}
+    assert run.read_json("summary.json") == {"format": 2, "recipe": "tiny", "status": "running"}
     state = json.loads((run.path / "state.json").read_text())
     assert {**state, "checksums": set(state["checksums"])} == {
         "format": FORMAT,
@@ -61,7 +61,7 @@ def test_start_writes_what_a_run_begins_with(run):
     }
 
 
-def test_a_run_that_is_there_is_refused_with_the_three_ways_on(run):
+def test_existing_run_is_refused_with_three_options(run):
     run.close()
     with pytest.raises(RunFolderError) as error:
         RunDir.start(run.path, RECIPE, {})
@@ -71,7 +71,7 @@ def test_a_run_that_is_there_is_refused_with_the_three_ways_on(run):
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 @pytest.mark.parametrize("name", ["photo.jpg", "recipe.yaml"])
-def test_a_folder_of_something_else_is_never_touched(tmp_path, name, options):
+def test_folder_without_run_is_not_touched(tmp_path, name, options):
     (tmp_path / name).write_text("mine")
     with pytest.raises(RunFolderError) as error:
         RunDir.start(tmp_path, RECIPE, {}, **options)
@@ -79,14 +79,14 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, name, options):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "mine")]
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+def test_file_in_place_of_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(RunFolderError) as error:
         RunDir.start(tmp_path / "run", RECIPE, {})
     assert "--out DIR" in one_line(error)
 
 
-def test_overwrite_starts_from_nothing(run):
+def test_overwrite_removes_the_old_run(run):
     run.write_text("gallery/a.txt", "old")
     run.end("train")
     run.close()
@@ -95,7 +95,7 @@ def test_overwrite_starts_from_nothing(run):
         assert new.read_json("summary.json")["recipe"] == "other"
 
 
-def test_overwrite_follows_no_link_out_of_the_folder(run, tmp_path):
+def test_overwrite_does_not_follow_links(run, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "keep.txt").write_text("keep")
@@ -105,7 +105,7 @@ def test_overwrite_follows_no_link_out_of_the_folder(run, tmp_path):
     assert (outside / "keep.txt").read_text() == "keep" and not (run.path / "link").exists()
 
 
-def test_resume_keeps_what_is_there(run):
+def test_resume_keeps_existing_results(run):
     run.begin("train")
     run.end("train")
     run.add_seconds("train", 2.0)
@@ -119,7 +119,7 @@ def test_resume_keeps_what_is_there(run):
     assert not leftovers(run.path)
 
 
-def test_resume_with_another_recipe_shows_the_difference(run):
+def test_resume_with_another_recipe_shows_diff(run):
     run.close()
     with pytest.raises(RunFolderError) as error:
         RunDir.start(run.path, RECIPE.replace("1e-3", "1e-2"), {}, resume=True)
@@ -128,7 +128,7 @@ def test_resume_with_another_recipe_shows_the_difference(run):
     assert run.read_text("recipe.yaml") == RECIPE
 
 
-def test_a_long_difference_is_cut_short(run):
+def test_long_diff_is_truncated(run):
     run.close()
     with pytest.raises(RunFolderError) as error:
         RunDir.start(run.path, "\n".join(f"key{i}: {i}" for i in range(200)), {}, resume=True)
@@ -136,7 +136,7 @@ def test_a_long_difference_is_cut_short(run):
 
 
 @pytest.mark.parametrize("left", [[], ["state.json"], ["state.json", "environment.json", "summary.json", "lock"]])
-def test_resume_where_no_run_is_starts_one(tmp_path, left):
+def test_resume_without_run_starts_one(tmp_path, left):
     for name in left:
         (tmp_path / name).write_text("")
     with RunDir.start(tmp_path, RECIPE, {}, resume=True) as run:
@@ -148,7 +148,7 @@ def test_resume_and_overwrite_exclude_each_other(tmp_path):
         RunDir.start(tmp_path, RECIPE, {}, resume=True, overwrite=True)
 
 
-# ---- the lock
+# ---- lock
 
 HOLDER = """
 import sys, time
@@ -173,14 +173,14 @@ def holder(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
-def test_a_second_process_is_told_who_is_there(holder, tmp_path, options):
+def test_second_process_is_refused_with_owner(holder, tmp_path, options):
     with pytest.raises(RunFolderError) as error:
         RunDir.start(tmp_path / "held", RECIPE, {}, **options)
     assert str(holder.pid) in one_line(error) and socket.gethostname() in one_line(error)
     assert RunDir.open(tmp_path / "held").status == "running"
 
 
-def test_a_killed_run_counts_as_interrupted_and_its_lock_as_stale(holder, tmp_path):
+def test_killed_run_is_interrupted_and_its_lock_stale(holder, tmp_path):
     holder.kill()
     holder.wait()
     assert (tmp_path / "held" / "lock").exists()
@@ -190,14 +190,14 @@ def test_a_killed_run_counts_as_interrupted_and_its_lock_as_stale(holder, tmp_pa
     assert not (tmp_path / "held" / "lock").exists()
 
 
-def test_a_lock_of_another_host_is_not_taken_for_stale(tmp_path):
+def test_lock_of_another_host_is_not_stale(tmp_path):
     (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
     with pytest.raises(RunFolderError) as error:
         RunDir.start(tmp_path, RECIPE, {})
     assert "elsewhere" in one_line(error) and str(tmp_path / "lock") in one_line(error)
 
 
-def test_without_flock_the_process_number_decides(tmp_path, monkeypatch, run):
+def test_without_flock_the_process_id_decides(tmp_path, monkeypatch, run):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -211,25 +211,25 @@ def test_without_flock_the_process_number_decides(tmp_path, monkeypatch, run):
     RunDir.start(tmp_path / "dead", RECIPE, {}).close()
 
 
-def test_the_same_process_cannot_take_a_folder_twice(run):
+def test_same_process_cannot_lock_twice(run):
     with pytest.raises(RunFolderError):
         RunDir.open(run.path, write=True)
     run.close()
     RunDir.open(run.path, write=True).close()
 
 
-# ---- opening
+# ---- open
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])
-def test_no_run_folder(tmp_path, name):
+def test_open_without_run_is_refused(tmp_path, name):
     with pytest.raises(RunFolderError) as error:
         RunDir.open(tmp_path / name)
-    assert "no run folder" in one_line(error)
+    assert "not a run folder" in one_line(error)
 
 
 @pytest.mark.parametrize("name", ["state.json", "summary.json"])
-def test_a_newer_format_says_what_it_needs(run, name):
+def test_newer_format_is_refused_with_required_version(run, name):
     run.close()
     written = json.loads((run.path / name).read_text())
     (run.path / name).write_text(json.dumps({**written, "format": FORMAT + 1, "prunekit": "9.1"}))
@@ -239,7 +239,7 @@ def test_a_newer_format_says_what_it_needs(run, name):
         assert "9.1" in one_line(error)
 
 
-def test_a_folder_opened_to_be_read_cannot_be_written(run):
+def test_folder_open_for_reading_cannot_be_written(run):
     run.close()
     reader = RunDir.open(run.path)
     for write in (
@@ -252,7 +252,7 @@ def test_a_folder_opened_to_be_read_cannot_be_written(run):
             write()
 
 
-def test_a_damaged_state_is_named(run):
+def test_damaged_state_is_named(run):
     run.close()
     (run.path / "state.json").write_text('{"format": 1')
     with pytest.raises(CheckpointError) as error:
@@ -260,14 +260,14 @@ def test_a_damaged_state_is_named(run):
     assert "--overwrite" in one_line(error)
 
 
-# ---- leaving
+# ---- exit
 
 
 @pytest.mark.parametrize(
     ("raised", "status"),
     [(None, "interrupted"), (KeyboardInterrupt, "interrupted"), (ValueError, "failed"), (SystemExit, "failed")],
 )
-def test_leaving_sets_the_status(tmp_path, raised, status):
+def test_exit_sets_status(tmp_path, raised, status):
     def leave():
         with RunDir.start(tmp_path, RECIPE, {}):
             if raised:
@@ -283,7 +283,7 @@ def test_leaving_sets_the_status(tmp_path, raised, status):
     assert not (tmp_path / "lock").exists()
 
 
-def test_leaving_after_the_last_stage_is_complete(tmp_path):
+def test_exit_after_last_stage_sets_complete(tmp_path):
     with RunDir.start(tmp_path, RECIPE, {}) as run:
         for stage in STAGES:
             run.begin(stage)
@@ -295,7 +295,7 @@ def test_leaving_after_the_last_stage_is_complete(tmp_path):
     assert RunDir.open(tmp_path).status == "complete"
 
 
-def test_a_full_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
+def test_full_disk_does_not_hide_first_error(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), RunDir.start(tmp_path, RECIPE, {}):
         monkeypatch.setattr(io.os, "replace", failing)
         raise ZeroDivisionError
@@ -306,7 +306,7 @@ def test_a_full_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
 # ---- stages
 
 
-def test_restart_forgets_this_stage_and_the_later_ones(run):
+def test_restart_removes_this_and_later_stages(run):
     for stage in STAGES[:4]:
         run.begin(stage)
         run.end(stage)
@@ -321,7 +321,7 @@ def test_restart_forgets_this_stage_and_the_later_ones(run):
     assert run.read_json("summary.json")["seconds"] == {"train": 1.0, "extract": 1.0}
 
 
-def test_restart_needs_the_stages_before(run):
+def test_restart_requires_earlier_stages(run):
     run.end("train")
     with pytest.raises(RunFolderError) as error:
         run.restart_from("slim")
@@ -335,7 +335,7 @@ def failing(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_run_goes_on_with_the_recipe_of_an_older_prunekit_and_with_another_word_on_bad_steps(tmp_path):
+def test_resume_accepts_older_recipe_and_other_on_nonfinite(tmp_path):
     old = load("csnet").dump()
     lines = [line for line in old.splitlines(keepends=True) if "accumulate" not in line and "sync_norms" not in line]
     RunDir.start(tmp_path / "run", "".join(lines), {}).close()

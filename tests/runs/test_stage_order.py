@@ -1,4 +1,4 @@
-"""The order of the stages and of the trainings among them; who makes what."""
+"""Order of stages and trainings, and what each stage writes."""
 
 import pytest
 
@@ -13,19 +13,19 @@ from prunekit.runs.stage_order import (
 )
 
 
-def test_trainings_stand_in_the_order_in_which_they_are_done():
+def test_trainings_are_sorted_in_order_of_execution():
     done = ["train", "baseline", "extract", "slim", "step2", "step10", "finetune", "evaluate"]
     names = sorted(done)
     assert names != done and sorted(names, key=training_position) == done
 
 
 @pytest.mark.parametrize("name", ["prune", "step", "stepone", "step-1", "Train", ""])
-def test_what_is_no_stage_is_refused_with_those_that_are(name):
+def test_unknown_stage_is_refused_with_known_ones(name):
     with pytest.raises(RunFolderError, match=", ".join(STAGES)):
         training_position(name)
 
 
-def test_a_file_is_made_by_the_stage_of_its_folder():
+def test_stage_that_writes_a_file():
     assert stage_that_writes("dense/model.safetensors") == stage_that_writes("dense") == "train"
     assert stage_that_writes("exports/model.onnx") == "export" and stage_that_writes("recipe.yaml") is None
     for by in (*FILE_STAGES.values(), *SUMMARY_STAGES.values()):

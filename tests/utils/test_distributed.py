@@ -20,6 +20,7 @@ from torch import nn
 from prunekit.config.recipe import load
 from prunekit.errors import CheckpointError, RecipeError, TrainingError
 from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.preflight import check_recipe
 from prunekit.runs.run_dir import RunDir
 from prunekit.training import acceleration
 from prunekit.utils import distributed
@@ -178,7 +179,7 @@ def test_runs_with_killed_processes_end_with_the_same_weights(tmp_path):
 
 def test_sync_norms_use_sync_batch_norm_and_need_a_gpu(monkeypatch):
     with pytest.raises(RecipeError, match=r"train\.sync_norms: norms over several processes .* on GPUs alone"):
-        RunContext(load("digits_resnet", ["train.sync_norms=true"]), rank.Silent()).rehearse(load=False)
+        check_recipe(RunContext(load("digits_resnet", ["train.sync_norms=true"]), rank.Silent()), load_data=False)
     model, seen = rank.Small(), []
 
     def forward(norm, x):

@@ -199,7 +199,7 @@ def test_page_of_interrupted_run(tmp_path, stop):
     assert ("Layers" in parsed.words) == (stop not in ("train", "extract", "slim"))
 
 
-@pytest.mark.parametrize("name", ["summary.json", "layers.json", "plan.json", "environment.json", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["summary.json", "layers.json", "slim/plan.json", "environment.json", "recipe.yaml"])
 def test_page_with_missing_file(tmp_path, name):
     path = write_run(tmp_path / "hole", units=UNITS)
     (path / name).unlink()

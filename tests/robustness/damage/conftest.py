@@ -1,4 +1,4 @@
-"""Runs to be damaged, and what the commands give for them undamaged."""
+"""Runs to be damaged, and the results of the commands without damage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bed(tmp_path_factory):
     here = tmp_path_factory.mktemp("runs")
     photos = write_photos(here / "photos")
     recipe = toy_recipe(photos)
-    # Of another seed: every file fits, and is another one.
+    # With another seed: every file fits, and differs.
     others = toy_recipe(photos, "seed=1", "train.epochs=3")
     for name, one in (("whole", recipe), ("other", others)):
         run_recipe(one, here / name / "toy", quiet())
@@ -43,7 +43,7 @@ def bed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good(bed, tmp_path_factory):
-    """What each command gives for the undamaged run; made when it is asked for."""
+    """Return a function from a command to its result for the undamaged run."""
     made: dict[str, object] = {}
 
     def of(reader: str) -> object:

@@ -22,7 +22,7 @@ from prunekit.pipeline.runner import run_recipe
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 
 
-# ---- what is done to a file
+# ---- kinds of damage
 
 
 def flipped(data: bytes, place: int) -> bytes:
@@ -51,7 +51,7 @@ def damaged(folder: Path, other: Path, name: str, damage: str, to: Path) -> Path
 
 
 def files_of(folder: Path) -> list[str]:
-    """One of a kind; all files in a soak of 2 and more."""
+    """Return one file of each kind; all files in a soak of 2 or more."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "lock")
     if SOAK > 1:
         return names
@@ -60,7 +60,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def verdict(name: str, reader: str, call: Callable[[], object], wanted: object) -> str:
-    """ "the same" or "told"; all else is a wrong result."""
+    """Return "the same" or "told"; anything else is a wrong result."""
     try:
         result = call()
     except PrunekitError as error:
@@ -76,7 +76,7 @@ def verdict(name: str, reader: str, call: Callable[[], object], wanted: object) 
 
 
 def cases(names: list[str]) -> list[tuple[str, str, str]]:
-    """File, damage, command."""
+    """Return triples of file, damage and command."""
     if SOAK:
         return [(name, damage, reader) for name in names for damage in DAMAGES for reader in READERS]
     kinds, cheap = list(DAMAGES), ["report", "predict", "groups", "eval", "export"]
@@ -87,7 +87,7 @@ def cases(names: list[str]) -> list[tuple[str, str, str]]:
     return out
 
 
-def test_no_damage_makes_a_wrong_result(bed, good, tmp_path, capsys):
+def test_damaged_file_never_gives_wrong_result(bed, good, tmp_path, capsys):
     tried, wrong = cases(files_of(bed.whole)), []
     found = {"told": 0, "the same": 0}
     for number, (name, damage, reader) in enumerate(tried):
@@ -107,7 +107,7 @@ def test_no_damage_makes_a_wrong_result(bed, good, tmp_path, capsys):
 # The files that a command cannot do without, each with it.
 NEEDED = [
     ("finetuned/model.safetensors", "predict"),
-    ("plan.json", "predict"),
+    ("finetuned/plan.json", "predict"),
     ("recipe.yaml", "predict"),
     ("classes.json", "eval"),
     ("finetuned/model.safetensors", "export"),
@@ -120,7 +120,7 @@ NEEDED = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name, reader", NEEDED)
-def test_what_is_needed_is_asked_for_by_name(bed, tmp_path, name, reader, damage):
+def test_required_damaged_file_is_named(bed, tmp_path, name, reader, damage):
     run = damaged(bed.whole, bed.other, name, damage, tmp_path / "toy")
     if (run / name).is_file() and (run / name).read_bytes() == (bed.whole / name).read_bytes():
         pytest.skip("the other run has the same")
@@ -129,7 +129,7 @@ def test_what_is_needed_is_asked_for_by_name(bed, tmp_path, name, reader, damage
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_damage_to_a_run_that_was_broken_off_changes_its_end(bed, tmp_path, capsys):
+def test_resume_of_damaged_run_is_refused_or_gives_same_result(bed, tmp_path, capsys):
     wanted, names = outcome(bed.whole), files_of(bed.broken)
     kinds = list(DAMAGES)
     tried = [(n, d) for k, n in enumerate(names) for d in (kinds if SOAK else [kinds[(k + 3) % 5]])]
@@ -147,42 +147,44 @@ def test_no_damage_to_a_run_that_was_broken_off_changes_its_end(bed, tmp_path, c
 
 
 @pytest.mark.parametrize("name", ["dense/model.safetensors", "model.onnx", "finetuned/model.safetensors"])
-def test_a_report_names_what_it_does_not_show(bed, tmp_path, name):
+def test_report_names_damaged_files_it_does_not_show(bed, tmp_path, name):
     run = damaged(bed.whole, bed.other, name, "flipped", tmp_path / "toy")
     assert f"problem in /toy: {name}: " in told(run, bed)
     (run / name).unlink()
     assert f"missing in /toy: {name}\n" in told(run, bed)
 
 
-def test_a_training_state_of_another_run_is_not_gone_on_from(bed, tmp_path, caplog):
+def test_checkpoint_of_another_run_is_not_resumed(bed, tmp_path, caplog):
     run = Path(shutil.copytree(bed.broken, tmp_path / "toy"))
     for path in (run / "checkpoints").iterdir():
         shutil.copy(bed.other_broken / "checkpoints" / path.name, path)
     run_recipe(bed.recipe, run, quiet(), resume=True)
-    assert "train-0002 is damaged (it is of another run)" in caplog.text
+    assert "train-0002 is damaged (it belongs to another run)" in caplog.text
     assert outcome(run) == outcome(bed.whole)
 
 
-@pytest.mark.parametrize("name", ["finetuned/model.safetensors", "plan.json", "summary.json", "recipe.yaml"])
-def test_a_state_that_came_along_with_another_runs_file_does_not_speak_for_it(bed, tmp_path, name):
+@pytest.mark.parametrize("name", ["finetuned/model.safetensors", "finetuned/plan.json", "summary.json", "recipe.yaml"])
+def test_state_copied_from_another_run_is_detected(bed, tmp_path, name):
     run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
     for one in ("state.json", name):
         shutil.copy(bed.other / one, run / one)
-    assert "of another run" in told(run, bed) or "not those that were written" in told(run, bed)
+    assert "of another run" in told(run, bed) or "its checksum is wrong" in told(run, bed)
     for reader in ("predict", "groups", "again"):
-        with pytest.raises(PrunekitError, match=r"state\.json vouches for|is damaged|another recipe"):
+        with pytest.raises(PrunekitError, match=r"checksum in state\.json|is damaged|another recipe"):
             READERS[reader](run, bed)
 
 
-def test_a_plan_and_weights_of_two_runs_do_not_go_together(bed, tmp_path):
+def test_plan_and_weights_of_two_runs_are_refused(bed, tmp_path):
     run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
     (run / "state.json").unlink()
-    shutil.copy(bed.other / "plan.json", run)
-    with pytest.raises(PrunekitError, match=r"plan\.json was not made from .*dense/model\.safetensors.*--from extract"):
+    shutil.copy(bed.other / "finetuned/plan.json", run / "finetuned")
+    with pytest.raises(
+        PrunekitError, match=r"finetuned/plan\.json was not made from .*dense/model\.safetensors.*--from extract"
+    ):
         predicted(run, bed)
 
 
-def test_a_recipe_that_was_edited_is_not_taken_for_the_runs(bed, tmp_path):
+def test_edited_recipe_is_refused(bed, tmp_path):
     run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(text.replace("threshold: 0.5", "threshold: 0.4"))
@@ -190,10 +192,12 @@ def test_a_recipe_that_was_edited_is_not_taken_for_the_runs(bed, tmp_path):
         with pytest.raises(PrunekitError, match=r"recipe\.yaml.*edited.*put the old one back.*--out DIR") as error:
             READERS[reader](run, bed)
         assert "\n" not in str(error.value)
-    assert not [name for name in ("slim", "finetuned") if (tmp_path / name).exists()], "asked before anything is made"
+    assert not [name for name in ("slim", "finetuned") if (tmp_path / name).exists()], (
+        "checked before anything is written"
+    )
     with pytest.raises(PrunekitError, match="edited"):
         export_run(run, "onnx", quiet(), overrides=[f"data.root={bed.photos}"])
-    # Which is the way that is proposed.
+    # This is the proposed remedy.
     from prunekit.config.recipe import load
 
     assert load(run / "recipe.yaml").slim.threshold == 0.4
@@ -201,17 +205,22 @@ def test_a_recipe_that_was_edited_is_not_taken_for_the_runs(bed, tmp_path):
     predicted(run, bed)
 
 
-def test_a_run_can_be_made_again_as_the_message_says(bed, tmp_path):
+def test_proposed_remedies_work(bed, tmp_path):
     run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
-    for name, stage in (("slim/model.safetensors", "slim"), ("metrics.jsonl", "train"), ("plan.json", "extract")):
+    for name, stage in (("slim/model.safetensors", "slim"), ("metrics.jsonl", "train"), ("slim/plan.json", "slim")):
         (run / name).write_bytes(b"{")
         with pytest.raises(PrunekitError, match=f"--from {stage}"):
             run_recipe(bed.recipe, run, quiet(), resume=True, start_from="finetune")
         run_recipe(bed.recipe, run, quiet(), resume=True, start_from=stage)
         found = outcome(run)
         assert found == {k: v for k, v in outcome(bed.whole).items() if k in found}
+    (run / "extract/plan.json").write_bytes(b"{")
+    with pytest.raises(PrunekitError, match=r"extract/plan\.json is damaged.*--from extract"):
+        run_recipe(bed.recipe, run, quiet(), resume=True, start_from="slim")
+    run_recipe(bed.recipe, run, quiet(), resume=True, start_from="extract")
+    assert outcome(run) == {k: v for k, v in outcome(bed.whole).items() if k in outcome(run)}
     (run / "state.json").write_bytes(b"{")
-    with pytest.raises(PrunekitError, match=r"state\.json is damaged.*remove it and go on with --resume"):
+    with pytest.raises(PrunekitError, match=r"state\.json is damaged.*remove it and continue with --resume"):
         run_recipe(bed.recipe, run, quiet(), resume=True)
     (run / "state.json").unlink()
     run_recipe(bed.recipe, run, quiet(), resume=True)

@@ -1,0 +1,139 @@
+"""Checks before a run writes anything: everything that the recipe names is built and tried once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from prunekit.config import registry
+from prunekit.config.schema import Recipe, Training
+from prunekit.errors import PlanError, RecipeError
+from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.models import (
+    CLASSES,
+    build_dense,
+    input_shape,
+    load_model,
+    newest_model,
+    open_initial_run,
+    read_classes,
+)
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.layers import match_layers
+from prunekit.runs.run_dir import RunDir
+from prunekit.tasks.base import inference
+from prunekit.training.optimizers import param_groups
+from prunekit.training.trackers import check_tracker
+from prunekit.training.trainer import bind_options
+
+
+def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = False) -> None:
+    """Build everything that the recipe names, so that errors are raised before the run folder is made.
+
+    Args:
+        context: of the run.
+        load_data: read all images too.
+        load_init: load the model of the run that ``init`` names too.
+
+    Raises:
+        PrunekitError: something cannot be built, or the parts do not go together.
+    """
+    recipe = context.recipe
+    check_tracker(recipe)
+    _check_devices(recipe)
+    model = build_dense(recipe)
+    _check_data_and_output(context, model)
+    _check_ignored_layers(recipe, model)
+    if recipe.init is not None and load_init:
+        source = open_initial_run(recipe)
+        load_model(source, newest_model(source))
+        check_classes(context, source)
+    for split in ("train", "val") if load_data else ():
+        context.tensors(split)
+    if recipe.finetune.distill.weight:
+        nothing = torch.zeros(1, 1, 1, 1)
+        context.task.distillation_loss(nothing, nothing, 1.0)
+    _check_training_options(context, model)
+
+
+def check_classes(context: RunContext, run: RunDir) -> None:
+    """Compare the classes of the data with those of the models in a run folder.
+
+    Raises:
+        RecipeError: they differ, or their order does.
+    """
+    ours = list(context.dataset("train").classes)
+    theirs = read_classes(run) if run.has(CLASSES) else ours
+    if ours != theirs:
+        raise RecipeError(
+            f"data: its classes are {', '.join(ours)}, and the models of {run.path} were trained on "
+            f"{', '.join(theirs)}; name data with the same classes, or start a new run"
+        )
+
+
+def _check_devices(recipe: Recipe) -> None:
+    for stage in ("train", "finetune"):
+        if getattr(recipe, stage).sync_norms and PartialState().device.type == "cpu":
+            raise RecipeError(
+                f"{stage}.sync_norms: synchronised norms (SyncBatchNorm) need GPUs, and this run is on the CPU; "
+                f"set {stage}.sync_norms=false"
+            )
+
+
+def _check_data_and_output(context: RunContext, model: nn.Module) -> None:
+    """Check that data set, model and task go together."""
+    recipe, task = context.recipe, context.task
+    train, val = context.dataset("train"), context.dataset("val")
+    for dataset in (train, val):
+        if not isinstance(dataset, task.dataset_type):
+            raise RecipeError(
+                f"task {recipe.task} learns from {task.dataset_type.targets}, and the data set {recipe.data.name} has "
+                f"{dataset.targets}; name another task or another data set (see: prunekit list)"
+            )
+    if train.classes != val.classes:
+        raise RecipeError(
+            f"data set {recipe.data.name}: training and validation have different classes; give both the same"
+        )
+    size = recipe.data.size
+    try:
+        with inference(model):
+            output = model(torch.zeros(1, *context.shape))
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"backbone {recipe.backbone.name} cannot take an image of {size}×{size} ({reason}); set another data.size"
+        ) from error
+    fault = task.check_output(output, size, train)
+    if fault is not None:
+        raise RecipeError(f"task {recipe.task} with backbone {recipe.backbone.name}: {fault}")
+
+
+def _check_ignored_layers(recipe: Recipe, model: nn.Module) -> None:
+    if recipe.slim.ignored_layers:
+        try:
+            match_layers(model, find_groups(model, torch.zeros(1, *input_shape(recipe))), recipe.slim.ignored_layers)
+        except PlanError as error:
+            raise RecipeError(f"slim.{error}") from error
+
+
+def _check_training_options(context: RunContext, model: nn.Module) -> None:
+    """Call what optimizer, schedule, loss and augmentation are built from, with the recipe's options."""
+    images, sizes = torch.zeros(1, 3, 8, 8), torch.full((1, 2), 8.0)
+    targets = context.dataset("train").empty_targets(1, 8)
+    for stage in ("train", "finetune"):
+        section: Training = getattr(context.recipe, stage)
+        parameters = param_groups(model, section.lr, section.gate_lr)
+        trials: dict[str, tuple[registry.Registry, tuple[Any, ...]]] = {
+            "optimizer": (registry.optimizers, (parameters,)),
+            "schedule": (registry.schedules, (0.5,)),
+            "loss": (registry.losses, (context.task,)),
+            "augment": (registry.augmentations, (images, targets, sizes, torch.Generator().manual_seed(0))),
+        }
+        for key, (table, arguments) in trials.items():
+            try:
+                bind_options(table, getattr(section, key))(*arguments)
+            except (TypeError, ValueError) as error:
+                raise RecipeError(f"{stage}.{key}: {error}") from error

@@ -1,0 +1,87 @@
+"""From the recipe to a training: its decay, its loss and the :class:`TrainingJob` that the trainer runs."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from prunekit.config import registry
+from prunekit.config.schema import FineTuning, Training
+from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.models import load_model
+from prunekit.pruning.plan import Group
+from prunekit.pruning.sparsity.decay import Decay
+from prunekit.pruning.sparsity.lambda_controller import LambdaController
+from prunekit.pruning.sparsity.progressive import ProgressivePruning
+from prunekit.runs.run_dir import RunDir
+from prunekit.training.acceleration import channels_last
+from prunekit.training.distillation import TrainingLoss
+from prunekit.training.job import TrainingJob, no_tracker
+from prunekit.training.trackers import track
+from prunekit.training.trainer import Trainer, bind_options
+from prunekit.utils import distributed
+
+
+def build_decay(context: RunContext, model: nn.Module, groups: list[Group]) -> Decay:
+    """Build the recipe's decay for the gates of a model."""
+    section = context.recipe.decay
+    return registry.decays.get(section.name)(model, groups, section.weight, **section.options)
+
+
+def train_model(
+    context: RunContext,
+    run: RunDir,
+    training: str,
+    model: nn.Module,
+    groups: list[Group],
+    decay: Decay,
+    controller: LambdaController | None = None,
+    pruning: ProgressivePruning | None = None,
+) -> nn.Module:
+    """Train a model in place, resuming from the newest checkpoint in the run folder.
+
+    Args:
+        context: of the run.
+        run: receives metrics and checkpoints.
+        training: its name there. "train" and "baseline" follow the recipe's section train, all others finetune.
+        model: the model to train.
+        groups: of the model.
+        decay: of its gates.
+        controller: adjusts λ towards the budget.
+        pruning: removes dead channels during training.
+
+    Returns:
+        The model on the CPU in eval mode; with ``pruning``, what is left of it.
+    """
+    recipe = context.recipe
+    section = recipe.train if training in ("train", "baseline") else recipe.finetune
+    is_tracked = distributed.is_main_process()
+    job = TrainingJob(
+        stage=training,
+        config=section,
+        task=context.task,
+        loss=_training_loss(context, run, section),
+        train_data=context.tensors("train"),
+        val_data=context.tensors("val"),
+        seed=recipe.seed,
+        run=run,
+        reporter=context.reporter,
+        device=context.device,
+        threshold=recipe.slim.threshold,
+        lambda_controller=controller,
+        progressive_pruning=pruning,
+        tracker=functools.partial(track, recipe, run.path, training) if is_tracked else no_tracker,
+    )
+    return Trainer(model.to(context.device), job, groups, decay).fit().cpu().eval()
+
+
+def _training_loss(context: RunContext, run: RunDir, section: Training) -> TrainingLoss:
+    loss = bind_options(registry.losses, section.loss)(context.task)
+    if not (isinstance(section, FineTuning) and section.distill.weight):
+        return TrainingLoss(loss)
+    distill = section.distill
+    model = load_model(run, distill.teacher, context.recipe).to(context.device)
+    # Without messages: the student prints the same ones.
+    teacher = channels_last(model, model, lambda _: None)
+    return TrainingLoss(loss, context.task, teacher, distill.weight, distill.temperature)
