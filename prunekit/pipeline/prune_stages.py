@@ -133,7 +133,10 @@ def _slim_once(
     example, constants = context.example(), context.recipe.slim.constants
     if plan is not None:
         small, equivalence = slim(model, plan, example, groups=groups, constants=constants)
-        if goal is None or -TOLERANCE <= goal.off(total(count_modules(small, context.shape)[0])[goal.measure]) <= 0:
+        if (
+            goal is None
+            or -TOLERANCE <= goal.deviation(total(count_modules(small, context.shape)[0])[goal.measure]) <= 0
+        ):
             return small, equivalence
     return _channel_search(context, model, groups).slim(goal, example, constants)[:2]
 
