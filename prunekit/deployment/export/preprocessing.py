@@ -1,4 +1,4 @@
-"""Models with preprocessing and postprocessing in the exported graph: images in, maps or probabilities out."""
+"""Models with preprocessing and postprocessing in the exported graph: images in, maps or scores out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from prunekit.data.datasets import DEVIATION, MEAN
 from prunekit.errors import ExportError
 from prunekit.tasks.base import Task
-from prunekit.tasks.classification import Classification
 from prunekit.tasks.saliency import Saliency
 
 
@@ -21,54 +20,43 @@ class PreprocessedModel(nn.Module):
 
     Args:
         model: takes (N, 3, size, size) float32.
+        task: its ``activation`` is applied to the output.
         size: side of the square in pixels.
 
     Shape:
         input: (N, H, W, 3) uint8, RGB, any H and W.
+        output: for saliency (N, H, W) uint8 maps, 255 is salient; for other tasks the scores, such as (N, K)
+            probabilities.
     """
 
-    def __init__(self, model: nn.Module, size: int):
+    def __init__(self, model: nn.Module, task: Task, size: int):
         super().__init__()
-        self.model, self.size = model, size
+        self.model, self.size, self.activation = model, size, task.activation
+        self.returns_maps = isinstance(task, Saliency)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         planes = _resize(image.permute(0, 3, 1, 2).float(), (self.size, self.size))
-        return self.postprocess(self.model((planes / 255 - self.mean) / self.deviation), image)
-
-    def postprocess(self, logits: Tensor, image: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class PreprocessedSaliency(PreprocessedModel):
-    """Returns (N, H, W) uint8 maps of the images' own size; 255 is salient."""
-
-    def postprocess(self, logits: Tensor, image: Tensor) -> Tensor:
-        maps = _resize(torch.sigmoid(logits), (image.shape[1], image.shape[2]))
+        scores = self.activation(self.model((planes / 255 - self.mean) / self.deviation))
+        if not self.returns_maps:
+            return scores
+        maps = _resize(scores, (image.shape[1], image.shape[2]))
         return (maps[:, 0] * 255).clamp(0, 255).floor().to(torch.uint8)
-
-
-class PreprocessedClassification(PreprocessedModel):
-    """Returns (N, K) float32 probabilities of the classes."""
-
-    def postprocess(self, logits: Tensor, image: Tensor) -> Tensor:
-        return torch.softmax(logits, 1)
 
 
 def add_preprocessing(model: nn.Module, task: Task, size: int) -> PreprocessedModel:
     """Add the preprocessing of the run, and the postprocessing of its task.
 
     Raises:
-        ExportError: the task is neither saliency nor classification.
+        ExportError: the task has a ``postprocess`` of its own, which cannot be exported.
     """
-    for kind, wrapper in ((Saliency, PreprocessedSaliency), (Classification, PreprocessedClassification)):
-        if isinstance(task, kind):
-            return wrapper(model, size).eval()
-    raise ExportError(
-        f"--preprocess supports saliency and classification, not {type(task).__name__}; export without it, and "
-        "prepare the images yourself"
-    )
+    if type(task).postprocess not in (Task.postprocess, Saliency.postprocess):
+        raise ExportError(
+            f"--preprocess does not support {type(task).__name__}, which overrides postprocess; export without it, and "
+            "prepare the images yourself"
+        )
+    return PreprocessedModel(model, task, size).eval()
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
