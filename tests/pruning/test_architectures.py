@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning
 # Substrings of the reasons of the unprunable groups.
 REASONS = {
     "efficientnet": {"no gate"},
-    "googlenet_aux": {"path to the output", "in training alone"},
+    "googlenet_aux": {"path to the output", "in train mode only"},
     "mobilenet_v3": {"no gate"},
     "resnet_option_a": {"ConstantPadNd"},
     "resnet_se": {"no gate"},

@@ -191,8 +191,8 @@ def test_slim_model_is_equivalent_on_other_inputs(name, seed, constants):
 @pytest.mark.parametrize(
     ("name", "group", "reason"),
     [
-        ("buffer added", "conv1", "tensor that is no parameter"),
-        ("frozen parameter added", "conv1", "tensor that is no parameter"),
+        ("buffer added", "conv1", "tensor that is not a parameter"),
+        ("frozen parameter added", "conv1", "tensor that is not a parameter"),
         ("mean over channels", "conv1", "passes Mean"),
         ("halves side by side", "conv1", "passes Split"),
         ("weight norm", "conv1", "the weight of conv2 is computed"),
@@ -215,7 +215,7 @@ def test_shared_weight_is_unprunable():
     model.again.weight = model.conv3.weight
     model.middle = lambda net, x: net.norm4(net.again(net.norm3(net.conv3(x))))
     reasons = {group.id: group.reason for group in find_groups(model, torch.randn(2, 3, 16, 16))}
-    assert "another module's too" in reasons["conv1"] and "another module's too" in reasons["again"]
+    assert "shared with another module" in reasons["conv1"] and "shared with another module" in reasons["again"]
     assert reasons["conv2"] is None
 
 

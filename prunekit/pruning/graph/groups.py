@@ -52,9 +52,11 @@ def _lock_shared_weights(model: nn.Module, propagation: Propagation) -> None:
                 reasons[use.module] = f"a parameter of {use.module} is used outside of it"
             for name in channel_tensors(module):
                 if name not in module._parameters and name not in module._buffers:
-                    reasons[use.module] = f"the {name} of {use.module} is computed from others (a parametrization)"
+                    reasons[use.module] = (
+                        f"the {name} of {use.module} is computed from other tensors (a parametrization)"
+                    )
                 elif owners[id(getattr(module, name))] > 1:
-                    reasons[use.module] = f"the {name} of {use.module} is another module's too"
+                    reasons[use.module] = f"the {name} of {use.module} is shared with another module"
         reason = reasons[use.module]
         if reason is not None:
             propagation.locked.append((use.ids, reason))
@@ -101,7 +103,7 @@ def _untraced_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
             id=name,
             channels=module.weight.shape[output_axis(module)],
             members=[Member(tensor=f"{name}.weight", axis=output_axis(module))],
-            reason="not on the path from input to output (it is called in training alone, under no_grad, or never)",
+            reason="not on the path from input to output (it is called in train mode only, under no_grad, or never)",
         )
         for name, module in model.named_modules()
         if isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)) and name not in traced

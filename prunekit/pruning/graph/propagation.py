@@ -120,8 +120,8 @@ def propagate(graph: Graph, in_channels: int) -> Propagation:
         segments = _visit(node, [outputs[n.index] for n in node.inputs], state, in_channels)
         if node.width not in (None, entries(segments)):
             # An operation that changes the number of channels, such as a mean over them.
-            state.lock(segments, f"passes {_label(node)}, which is not followed")
-            segments = state.new_locked(node.width, f"made by {_label(node)}, which is not followed")
+            state.lock(segments, f"passes {_label(node)}, which is not supported")
+            segments = state.new_locked(node.width, f"produced by {_label(node)}, which is not supported")
         outputs[node.index] = segments
         if node.is_output:
             state.lock(segments, "the model's output")
@@ -144,16 +144,16 @@ def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channe
         for segments in inputs:
             state.lock(segments, f"read by {node.name}, which is called more than once")
         width = _out_channels(node) or sum(map(len, first))
-        return state.new_locked(width, f"made by {node.name}, which is called more than once")
+        return state.new_locked(width, f"produced by {node.name}, which is called more than once")
     if node.op in ("conv", "linear", "transposed"):
         return _produce(node, first, state)
     if node.op in ("depthwise", "norm", "prelu") and all(segment.stride == 1 for segment in first):
         return _pass_on(node, first, state)
     if node.mixes_parameter:
-        state.lock(first, "multiplied or added with a parameter that belongs to no known layer")
+        state.lock(first, "combined with a parameter that belongs to no known layer")
         return first
     if node.mixes_tensor:
-        state.lock(first, "added to or multiplied with a tensor that is no parameter and has a value for each channel")
+        state.lock(first, "combined with a tensor that is not a parameter and differs between channels")
         return first
     if node.op in (*SUMS, PRODUCT, "DivBackward0"):
         if len(inputs) == 1:
@@ -163,7 +163,7 @@ def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channe
     if node.op == PRODUCT and len(inputs) == 2 and 1 in map(entries, inputs):
         # One weight for all channels, such as spatial attention.
         narrow, wide = sorted(inputs, key=entries)
-        state.lock(narrow, "weighs all channels of another tensor")
+        state.lock(narrow, "scales all channels of another tensor")
         return wide
     if node.op == "CatBackward0" and _saved_axes(node, len(node.out_shape or ())) == {1}:
         return [segment for segments in inputs for segment in segments]
@@ -174,7 +174,7 @@ def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channe
         if reshaped is not None:
             return reshaped
     for segments in inputs:
-        state.lock(segments, f"passes {_label(node)}, which is not followed")
+        state.lock(segments, f"passes {_label(node)}, which is not supported")
     return first
 
 
@@ -201,11 +201,11 @@ def _produce(node: Node, segments: Channels, state: Propagation) -> Channels:
     if width != entries(segments):
         why = f"it reads {width} channels, not {entries(segments)}"
     elif groups > 1 and transposed:
-        why = f"a transposed convolution of {groups} groups"
+        why = f"a transposed convolution with {groups} groups"
     elif 1 < groups == width:
-        why = "a depthwise convolution that makes several channels of each"
+        why = "a depthwise convolution with several outputs per channel"
     if why:
-        state.lock(segments, f"read by {node.name}, which is not followed: {why}")
+        state.lock(segments, f"read by {node.name}, which is not supported: {why}")
     else:
         offset = 0
         for segment in segments:
@@ -213,7 +213,7 @@ def _produce(node: Node, segments: Channels, state: Propagation) -> Channels:
             offset += len(segment) * segment.stride
     outputs = [Segment(state.new_ids(_out_channels(node)), UNGATED)]
     if why and groups > 1:
-        state.lock(outputs, f"made by {node.name}, {why}")
+        state.lock(outputs, f"produced by {node.name}, {why}")
     state.uses.append(Use(node.name, out_axis, 0, outputs[0].ids))
     return outputs
 

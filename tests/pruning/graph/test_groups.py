@@ -69,7 +69,7 @@ def test_unknown_operation_is_named_in_the_reason():
         def forward(self, x):
             return self.out(torch.fft.fft(self.bn(self.conv(x))).real)
 
-    assert "not followed" in by_id(Odd())["conv"].reason
+    assert "not supported" in by_id(Odd())["conv"].reason
 
 
 def test_parameter_outside_of_layers_is_unprunable():
