@@ -152,7 +152,8 @@ def _load(path: Path) -> Run:
     layers, counters, layers_size = reader.read_json(
         "layers.json", lambda value, _: run_contents.read_layers(value), no_layers
     )
-    side = (recipe.get("data") or {}).get("size") if isinstance(recipe.get("data"), dict) else None
+    data = recipe.get("data")
+    side: Any = data.get("size") if isinstance(data, dict) else None
     run = Run(
         name=files.path.resolve().name,
         path=files.path,

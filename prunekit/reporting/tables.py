@@ -289,7 +289,7 @@ def budget_table(runs: Sequence[Run]) -> pd.DataFrame:
             if measure not in ("params", "macs") or not is_number(value):
                 continue
             dense, slim = (run.model(model).get(measure) for model in ("dense", "slim"))
-            budget = None if is_ratio and dense is None else round(value * dense) if is_ratio else int(value)
+            budget: Any = None if is_ratio and dense is None else round(value * dense) if is_ratio else int(value)
             rows.append(
                 {
                     "run": run.name,

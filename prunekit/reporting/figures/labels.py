@@ -29,11 +29,9 @@ def place_labels(
     Fixes the layout of the figure, as resizing would move the labels.
 
     Args:
-        axes: the axes.
-        points: in data coordinates.
-        texts: one for each point.
-        obstacles: all points that are drawn, in data coordinates.
-        line: corners of a line along the axes that no text may cover, in data coordinates.
+        axes, points, texts: where the points are, in data coordinates, and a text for each.
+        obstacles: all points that are drawn.
+        line: corners of a line along the axes that no text may cover.
         max_radius: largest distance of a text from its point, in 1/72 inch.
 
     Returns:

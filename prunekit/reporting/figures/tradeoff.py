@@ -115,7 +115,8 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
     better. Of equal points all are on the front.
     """
     order = sorted(range(len(costs)), key=lambda i: (costs[i], -qualities[i]))
-    front, best = [], -np.inf
+    front: list[int] = []
+    best = -np.inf
     for i in order:
         equal = bool(front) and (costs[i], qualities[i]) == (costs[front[-1]], qualities[front[-1]])
         if qualities[i] > best or equal:

@@ -236,23 +236,24 @@ def equivalence_text(run: Run) -> list[str]:
 def _equivalence(run: Run) -> list[tuple[str, str]]:
     equivalence, drift = run.summary.get("equivalence", {}), run.summary.get("drift", {})
     export = run.summary.get("export", {})
-    rows = [
-        ("passed", {True: "yes", False: "no"}.get(equivalence.get("passed"))),
-        ("largest difference, float64", _small(equivalence.get("max_abs_diff"))),
-        ("tolerance", _small(equivalence.get("tolerance"))),
-        ("largest difference, float32", _small(equivalence.get("float32_diff"))),
-        (
-            "inputs: images × channels × height × width",
-            ", ".join("×".join(map(str, shape)) for shape in equivalence.get("inputs", [])) or None,
-        ),
-        ("channels with folded constants", _count(equivalence.get("folded"))),
-        ("channels kept as carriers of constants", _count(equivalence.get("carriers"))),
-        ("channels restored", _count(equivalence.get("given_back"))),
-        ("drift, largest", _small(drift.get("max_abs_diff"))),
-        ("drift, mean", _small(drift.get("mean_abs_diff"))),
-        (f"{export.get('path')}, largest difference", _small(export.get("max_abs_diff")) if "path" in export else None),
-    ]
-    return [(name, value) for name, value in rows if value is not None]
+    differences = {
+        "largest difference, float64": equivalence.get("max_abs_diff"),
+        "tolerance": equivalence.get("tolerance"),
+        "largest difference, float32": equivalence.get("float32_diff"),
+        "drift, largest": drift.get("max_abs_diff"),
+        "drift, mean": drift.get("mean_abs_diff"),
+        f"{export.get('path')}, largest difference": export.get("max_abs_diff") if "path" in export else None,
+    }
+    channels = {
+        "channels with folded constants": equivalence.get("folded"),
+        "channels kept as carriers of constants": equivalence.get("carriers"),
+        "channels restored": equivalence.get("given_back"),
+    }
+    inputs = ["×".join(map(str, shape)) for shape in equivalence.get("inputs", [])]
+    rows = [("passed", "yes" if equivalence["passed"] else "no")] if "passed" in equivalence else []
+    rows += [(title, _format_difference(value)) for title, value in differences.items() if value is not None]
+    rows += [("inputs: images × channels × height × width", ", ".join(inputs))] if inputs else []
+    return rows + [(title, f"{value:,}") for title, value in channels.items() if value is not None]
 
 
 # ---- recipe, environment
@@ -285,12 +286,8 @@ def _recipe(run: Run) -> tuple[str, list[str]]:
     return text[:_MAX_RECIPE], [f"The first {_MAX_RECIPE:,} of {len(text):,} characters."]
 
 
-def _count(value: Any) -> str | None:
-    return None if value is None else f"{value:,}"
-
-
-def _small(value: Any) -> str | None:
-    return None if value is None else _power(value, 3) if 0 < abs(value) < 1e-3 else f"{value:.4g}"
+def _format_difference(value: float) -> str:
+    return _power(value, 3) if 0 < abs(value) < 1e-3 else f"{value:.4g}"
 
 
 def _power(value: float, digits: int = 2) -> str:
