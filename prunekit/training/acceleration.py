@@ -1,12 +1,6 @@
-"""The same training step in less time, for the while of a ``with``; parameters, state and gradients stay where they
-are, so that groups, decays, optimisers and checkpoints notice nothing.
+"""Faster training steps by replaced forwards, within ``with``; parameters, state and gradients stay on the modules.
 
-What a step of CSNet costs on a CPU is memory, not arithmetic. So features lie channels-last; a norm and the PReLU
-behind it, and depthwise convolutions, go through kernels of our own that touch every number as rarely as they can; and
-the memory of one step is kept for the next instead of being asked for page by page again.
-
-Forwards are set on the modules themselves and taken off at the end. In evaluation mode, for what the kernels do not
-take, and where they cannot be compiled, a module computes as ever.
+Groups, decays, optimizers and checkpoints are not affected. Why these optimizations: docs/design/training.md.
 """
 
 from __future__ import annotations
@@ -29,19 +23,20 @@ from prunekit.native.ops import depthwise, norm_act, usable
 from prunekit.pruning.plan import Group
 
 Forward = Callable[[Tensor], Tensor]
+Say = Callable[[str], None]
 
 
 @contextmanager
-def fast_steps(
-    model: nn.Module, groups: Sequence[Group], config: Training, say: Callable[[str], None]
-) -> Iterator[Forward]:
-    """Within ``with``, a forward that does what the model does, faster.
+def fast_steps(model: nn.Module, groups: Sequence[Group], config: Training, say: Say) -> Iterator[Forward]:
+    """Yield an equivalent, faster forward of a model for training.
+
+    In evaluation mode, for unsupported modules and without a C++ compiler, modules compute as usual.
 
     Args:
-        model: on the device on which it is trained.
-        groups: of the model; they tell which PReLU takes what a norm puts out, and nothing else does.
-        config: its ``fast`` and ``compile`` select what is done.
-        say: takes a line where something that would make it faster cannot be had.
+        model: on its training device.
+        groups: of the model; they name the PReLUs that are the only readers of a norm.
+        config: ``fast`` and ``compile`` select the optimizations.
+        say: receives a message for each optimization that is not available.
     """
     with ExitStack() as stack, ExitStack() as kernels:
         first = next(model.parameters(), None)
@@ -56,44 +51,46 @@ def fast_steps(
             yield model
             return
         if on_cpu:
-            stack.enter_context(_replaced(_thinned(model)))
-            why = load()
-            if isinstance(why, NoKernels):
-                say(f"training without the kernels for CPUs: {why}")
+            stack.enter_context(_replaced_forwards(_pointwise_forwards(model)))
+            library = load()
+            if isinstance(library, NoKernels):
+                say(f"training without the kernels for CPUs: {library}")
             else:
-                kernels.enter_context(_replaced(_kernels(model, groups)))
-        # What the kernels give lies channels-last too.
+                kernels.enter_context(_replaced_forwards(_kernel_forwards(model, groups)))
+        # The kernels return channels-last tensors, so a model that refuses these trains without the kernels.
         yield channels_last(model, model, say, kernels.close)
 
 
 def channels_last(
-    forward: Forward, model: nn.Module, say: Callable[[str], None], without: Callable[[], None] = lambda: None
+    forward: Forward, model: nn.Module, say: Say, on_refusal: Callable[[], None] = lambda: None
 ) -> Forward:
-    """The forward of this model, given its images in this format; convolutions pass it on. A model that takes views of
-    its features may refuse it; then ``without`` is called."""
+    """Return the forward of a model with channels-last images.
+
+    A model that takes views of its features may refuse these; then ``on_refusal`` is called and images are unchanged.
+    """
     refused: bool | None = None
 
     def run(images: Tensor) -> Tensor:
         nonlocal refused
         if refused is None:
-            refused = _refuses(model, images[:2], say)
+            refused = _refuses_channels_last(model, images[:2], say)
             if refused:
-                without()
+                on_refusal()
         return forward(images if refused else images.contiguous(memory_format=torch.channels_last))
 
     return run
 
 
 @torch.no_grad()
-def _refuses(model: nn.Module, images: Tensor, say: Callable[[str], None]) -> bool:
-    """Asked in evaluation mode: a forward in train mode that breaks off half-way has moved statistics and random
-    generators, and a training that goes on from a state would move them once more than one that was never stopped."""
+def _refuses_channels_last(model: nn.Module, images: Tensor, say: Say) -> bool:
+    # In evaluation mode: a failing forward in train mode would change statistics and random generators, and a resumed
+    # training would change them once more than an uninterrupted one.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         model(images.contiguous(memory_format=torch.channels_last))
     except RuntimeError as error:
-        # All others come again where they belong.
+        # Other errors are raised again by the training forward.
         if "view" in str(error):
             say(f"training without channels-last, which the model refuses ({str(error).splitlines()[0]})")
             return True
@@ -104,10 +101,9 @@ def _refuses(model: nn.Module, images: Tensor, say: Callable[[str], None]) -> bo
 
 
 class _Compiled:
-    """The model through ``torch.compile``; on an accelerator with CUDA graphs, since a step there is bound by the
-    launches of its hundreds of small kernels. What cannot be compiled runs as it is, with a word."""
+    """The model through ``torch.compile``, on an accelerator with CUDA graphs; uncompiled if that fails."""
 
-    def __init__(self, model: nn.Module, on_cpu: bool, say: Callable[[str], None]):
+    def __init__(self, model: nn.Module, on_cpu: bool, say: Say):
         self.model, self.say = model, say
         self.forward: Forward | None = torch.compile(model, mode="default" if on_cpu else "reduce-overhead")
 
@@ -117,81 +113,80 @@ class _Compiled:
         try:
             torch.compiler.cudagraph_mark_step_begin()
             return self.forward(images)
-        except Exception as error:  # The compiler's are of many kinds, and none of them is the model's fault.
+        except Exception as error:  # compilers raise many types
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.say(f"train.compile: the model does not compile ({said[:200]}); it trains without")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.say(f"train.compile: the model does not compile ({reason[:200]}); training without")
             self.forward = None
             return self.model(images)
 
 
-def _thinned(model: nn.Module) -> dict[nn.Module, Forward]:
-    """Forwards of the 1×1 convolutions with a stride: they take every so many-th pixel first, which is the same.
+def _pointwise_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
+    """Return forwards of strided 1×1 convolutions that subsample first, which is equivalent.
 
-    As they are, oneDNN's backward writes past its memory where features lie channels-last, channels are few (below 8)
-    and sides even (seen with PyTorch 2.13).
+    Otherwise oneDNN's backward writes out of bounds for channels-last features with fewer than 8 channels and even
+    sides (seen with PyTorch 2.13).
     """
 
-    def thinned(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
         down, across = conv.stride
         return F.conv2d(x[..., ::down, ::across], conv.weight, conv.bias, groups=conv.groups)
 
     return {
-        module: functools.partial(thinned, module)
+        module: functools.partial(forward, module)
         for module in model.modules()
         if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.padding in ((0, 0), "valid")
         if max(module.stride) > 1
     }
 
 
-def _kernels(model: nn.Module, groups: Sequence[Group]) -> dict[nn.Module, Forward]:
-    """Forwards through the kernels, for the modules that they know."""
+def _kernel_forwards(model: nn.Module, groups: Sequence[Group]) -> dict[nn.Module, Forward]:
+    """Return forwards through the kernels for the modules that they support."""
     modules = dict(model.named_modules())
-    behind = {gate.norm: modules.get(gate.activation or "") for group in groups for gate in group.gates}
-    taken: dict[nn.Module, Forward] = {}
+    activations = {gate.norm: modules.get(gate.activation or "") for group in groups for gate in group.gates}
+    forwards: dict[nn.Module, Forward] = {}
     for name, module in modules.items():
         if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats and module.momentum:
-            act = behind.get(name)
-            act = act if type(act) is nn.PReLU and act not in taken and not module._forward_hooks else None
-            pair = _Pair(module, act)
-            taken[module] = pair.normed
+            act = activations.get(name)
+            act = act if type(act) is nn.PReLU and act not in forwards and not module._forward_hooks else None
+            pair = _NormAct(module, act)
+            forwards[module] = pair.norm_forward
             if act is not None:
-                taken[act] = pair.activated
-    inside = {m for holder in modules.values() if isinstance(holder, DepthwiseModules) for m in holder.values()}
+                forwards[act] = pair.act_forward
+    paths = {m for holder in modules.values() if isinstance(holder, DepthwiseModules) for m in holder.values()}
     for module in modules.values():
-        if type(module) is nn.Conv2d and (module in inside or module.groups > 1) and _is_depthwise(module):
-            taken[module] = _Depthwise(module).forward
-    return taken
+        if type(module) is nn.Conv2d and (module in paths or module.groups > 1) and _is_depthwise(module):
+            forwards[module] = _Depthwise(module).forward
+    return forwards
 
 
 @contextmanager
-def _replaced(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
-    """Set these forwards, but for modules that somebody has changed already, and take them off again."""
-    taken = [module for module in forwards if "forward" not in vars(module)]
-    for module in taken:
+def _replaced_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+    """Set these forwards on modules whose forward nobody else has replaced; remove them at the end."""
+    modules = [module for module in forwards if "forward" not in vars(module)]
+    for module in modules:
         module.forward = forwards[module]
     try:
         yield
     finally:
-        for module in taken:
+        for module in modules:
             del module.forward
 
 
 @contextmanager
 def sync_batch_norms(model: nn.Module) -> Iterator[None]:
-    """Within ``with``, norms in train mode take mean and variance over the batches of all processes; on GPUs.
+    """Within ``with``, norms in train mode use the statistics of all processes, as ``SyncBatchNorm``; on GPUs.
 
-    Each has the forward of a ``SyncBatchNorm`` with its own parameters and statistics; the modules stay what they are,
-    so that groups, decays and whatever is saved do not know of it.
+    The modules themselves are unchanged, so that groups, decays and checkpoints are not affected.
     """
 
-    def synced(norm: nn.modules.batchnorm._BatchNorm) -> Forward:
-        over_all = nn.SyncBatchNorm.convert_sync_batchnorm(norm).train()
-        return lambda x: over_all(x) if norm.training else type(norm).forward(norm, x)
+    def synced_forward(norm: nn.modules.batchnorm._BatchNorm) -> Forward:
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(norm).train()
+        return lambda x: synced(x) if norm.training else type(norm).forward(norm, x)
 
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    with _replaced({norm: synced(norm) for norm in norms}):
+    with _replaced_forwards({norm: synced_forward(norm) for norm in norms}):
         yield
 
 
@@ -205,18 +200,18 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 @dataclass
-class _Pair:
-    """A norm and the PReLU behind it, or a norm alone."""
+class _NormAct:
+    """A norm and the PReLU that follows it, computed together in the norm's forward; or a norm alone."""
 
     norm: nn.BatchNorm2d
     act: nn.PReLU | None
     last: Tensor | None = None
 
-    def normed(self, x: Tensor) -> Tensor:
+    def norm_forward(self, x: Tensor) -> Tensor:
         norm, act = self.norm, self.act
-        alike = x.dtype == norm.weight.dtype and (act is None or act.weight.dtype == x.dtype)
-        # One number a channel has no deviation, and PyTorch says so.
-        if not norm.training or not usable(x) or not alike or x.numel() == x.shape[1]:
+        same_dtype = x.dtype == norm.weight.dtype and (act is None or act.weight.dtype == x.dtype)
+        # PyTorch raises an error for one value per channel.
+        if not norm.training or not usable(x) or not same_dtype or x.numel() == x.shape[1]:
             return nn.BatchNorm2d.forward(norm, x)
         norm.num_batches_tracked.add_(1)
         y, means = norm_act(x, norm, None if act is None else act.weight)
@@ -224,7 +219,7 @@ class _Pair:
         self.last = y
         return y
 
-    def activated(self, x: Tensor) -> Tensor:
+    def act_forward(self, x: Tensor) -> Tensor:
         last, self.last = self.last, None
         return x if x is last else nn.PReLU.forward(self.act, x)
 
@@ -239,56 +234,54 @@ class _Depthwise:
         return depthwise(x, self.conv.weight)
 
 
-# glibc's numbers for mallopt, and its own defaults.
+# Parameters of glibc's mallopt, and their defaults.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
-_KEEPING = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
+_MALLOC_DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
+_MALLOC_REUSE = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 
 
 @contextmanager
 def reuse_memory() -> Iterator[None]:
-    """Keep freed memory for the next request, which glibc hands back to the system where it is large.
+    """Within ``with``, keep freed memory for later allocations, where glibc would return it to the system.
 
-    Every feature of every step would come in pages that the system has to clear: a sum of two features takes 48 ms
-    instead of 7. Nothing happens where the C library is another.
+    Zeroing fresh pages costs more than computing on them. No effect with other C libraries.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    known = libc is not None and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
-    if known:
-        for key, value in _KEEPING.items():
+    is_glibc = libc is not None and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if is_glibc:
+        for key, value in _MALLOC_REUSE.items():
             libc.mallopt(key, value)
     try:
         yield
     finally:
-        if known:
-            for key, value in _DEFAULTS.items():
+        if is_glibc:
+            for key, value in _MALLOC_DEFAULTS.items():
                 libc.mallopt(key, value)
             libc.malloc_trim(0)
 
 
 @contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Take subnormal numbers for zero, in every thread that computes.
+    """Within ``with``, treat subnormal numbers as zero in every thread.
 
-    A processor's flag for it belongs to a thread, and PyTorch sets it for the calling one alone. New threads inherit
-    it, so the others are ended and come again when they are needed.
+    PyTorch sets the processor's flag only for the calling thread. New threads inherit it, so OpenMP's are restarted.
     """
     torch.set_flush_denormal(True)
-    _renew_threads()
+    _restart_threads()
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
-        _renew_threads()
+        _restart_threads()
 
 
-def _renew_threads() -> None:
-    """End the threads of OpenMP; the next parallel loop starts new ones. Nothing where it knows no such call."""
+def _restart_threads() -> None:
+    """End the threads of OpenMP; the next parallel loop starts new ones."""
     try:
         pause = ctypes.CDLL("libgomp.so.1" if sys.platform == "linux" else None).omp_pause_resource_all
     except (OSError, AttributeError, TypeError):
         return
-    pause(_PAUSE_HARD)
+    pause(_OMP_PAUSE_HARD)
 
 
-_PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5.0
+_OMP_PAUSE_HARD = 2  # of OpenMP 5.0

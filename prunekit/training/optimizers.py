@@ -1,7 +1,7 @@
-"""Optimisers by name, with gates and stored step scales as parameter groups of their own.
+"""Optimizers, with parameter groups for gates and for parameters that are stored scaled.
 
-A backbone may store a parameter ``s`` times as large as its model is defined with (``step_scales``). Then, for the
-model to train as if it were stored plainly, its learning rate, ε and weight decay follow from s:
+A backbone may store a parameter ``s`` times as large as it is used (``step_scales``). To train as if it were stored
+unscaled, its learning rate, ε and weight decay follow from s:
 
 =======  ==========  =====  ============
 rule     rate        ε      weight decay
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,48 +26,52 @@ from prunekit.config.registry import register_optimizer
 
 @dataclass
 class ParamGroup:
-    """Parameters that are treated alike.
+    """Parameters that share their settings.
 
     Attributes:
-        lr: learning rate of the plainly stored parameter.
-        scale: how much larger it is stored.
-        decayed: whether the optimiser's own weight decay applies.
+        lr: learning rate of the unscaled parameters.
+        scale: factor by which they are stored larger.
+        weight_decay: whether the optimizer's weight decay applies.
     """
 
     params: list[nn.Parameter]
     lr: float
     scale: float = 1.0
-    decayed: bool = True
+    weight_decay: bool = True
+
+    def settings(self, weight_decay: float, rate_power: int, decay_power: int) -> dict[str, Any]:
+        """Return the group for a torch optimizer, with rate and weight decay adapted to the scale."""
+        decay = weight_decay / self.scale**decay_power if self.weight_decay else 0.0
+        return {"params": self.params, "lr": self.lr * self.scale**rate_power, "weight_decay": decay}
 
 
 def param_groups(
     model: nn.Module, lr: float, gate_lr: float | None = None, decayed_norms: Sequence[str] = ()
 ) -> list[ParamGroup]:
-    """Divide a model's parameters.
+    """Divide the trainable parameters of a model into groups.
 
     Args:
-        model: it may offer ``step_scales() -> {parameter name: factor}``.
+        model: may define ``step_scales() -> {parameter name: scale}``.
         lr: learning rate.
-        gate_lr: of the norms' weights; None for ``lr``.
-        decayed_norms: norms whose gates a decay of their own drives; the optimiser's weight decay leaves them alone.
+        gate_lr: learning rate of the norms' weights; None for ``lr``.
+        decayed_norms: norms whose gates have a sparsity penalty; they get no other weight decay.
     """
-    offered = getattr(model, "step_scales", dict)()
-    steered = {f"{name}.weight" for name in decayed_norms}
-    norms = {
+    scales = getattr(model, "step_scales", dict)()
+    penalized = {f"{name}.weight" for name in decayed_norms}
+    gates = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
     }
-    found: dict[tuple[bool, float, bool], ParamGroup] = {}
+    groups: dict[tuple[bool, float, bool], ParamGroup] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        key = name in norms, float(offered.get(name, 1.0)), name not in steered
-        if key not in found:
-            rate = gate_lr if key[0] and gate_lr is not None else lr
-            found[key] = ParamGroup([], rate, key[1], key[2])
-        found[key].params.append(parameter)
-    return list(found.values())
+        is_gate, scale, weight_decay = name in gates, float(scales.get(name, 1.0)), name not in penalized
+        rate = gate_lr if is_gate and gate_lr is not None else lr
+        group = groups.setdefault((is_gate, scale, weight_decay), ParamGroup([], rate, scale, weight_decay))
+        group.params.append(parameter)
+    return list(groups.values())
 
 
 @register_optimizer("adam")
@@ -77,19 +82,8 @@ def adam(
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
     """Adam with L2 weight decay (Kingma & Ba, ICLR 2015)."""
-    return torch.optim.Adam(
-        [
-            {
-                "params": g.params,
-                "lr": g.lr * g.scale,
-                "eps": eps / g.scale,
-                "weight_decay": weight_decay / g.scale**2 if g.decayed else 0.0,
-            }
-            for g in groups
-        ],
-        betas=betas,
-        fused=True,
-    )
+    settings = [{**group.settings(weight_decay, 1, 2), "eps": eps / group.scale} for group in groups]
+    return torch.optim.Adam(settings, betas=betas, fused=True)
 
 
 @register_optimizer("adamw")
@@ -100,37 +94,14 @@ def adamw(
     weight_decay: float = 1e-2,
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019)."""
-    return torch.optim.AdamW(
-        [
-            {
-                "params": g.params,
-                "lr": g.lr * g.scale,
-                "eps": eps / g.scale,
-                "weight_decay": weight_decay / g.scale if g.decayed else 0.0,
-            }
-            for g in groups
-        ],
-        betas=betas,
-        fused=True,
-    )
+    settings = [{**group.settings(weight_decay, 1, 1), "eps": eps / group.scale} for group in groups]
+    return torch.optim.AdamW(settings, betas=betas, fused=True)
 
 
 @register_optimizer("sgd")
 def sgd(
     groups: Sequence[ParamGroup], momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum. Note that under it gates only shrink; Adam makes them zero."""
-    return torch.optim.SGD(
-        [
-            {
-                "params": g.params,
-                "lr": g.lr * g.scale**2,
-                "weight_decay": weight_decay / g.scale**2 if g.decayed else 0.0,
-            }
-            for g in groups
-        ],
-        momentum=momentum,
-        nesterov=nesterov,
-        lr=0.0,
-        fused=True,
-    )
+    """Stochastic gradient descent with momentum; gates shrink but rarely reach zero, unlike with Adam."""
+    settings = [group.settings(weight_decay, 2, 2) for group in groups]
+    return torch.optim.SGD(settings, momentum=momentum, nesterov=nesterov, lr=0.0, fused=True)

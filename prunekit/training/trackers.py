@@ -1,7 +1,7 @@
-"""What a run writes for others to watch it by: ``log: tensorboard``, through Accelerate's tracker.
+"""Experiment tracking with TensorBoard (``log: tensorboard``), through Accelerate's tracker.
 
-The epochs are counted over all trainings of the run, so that one number stands for one moment: of what an earlier
-process has tracked beyond the state that a run goes on from, TensorBoard drops the rest by itself.
+Epochs are counted over all trainings of a run. When a run resumes, TensorBoard purges what was logged after the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FOLDER = "tensorboard"  # in the run folder
 
 
 def check_tracker(recipe: Recipe) -> None:
-    """Raise RecipeError where ``log`` needs what is not installed."""
+    """Raise RecipeError if ``log`` needs a package that is not installed."""
     if recipe.log != "tensorboard":
         return
     try:
@@ -34,83 +34,75 @@ def check_tracker(recipe: Recipe) -> None:
 
 
 @contextmanager
-def track(recipe: Recipe, folder: Path, stage: str, first: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Track one training, as the recipe says; yields what takes the lines of ``metrics.jsonl``.
-
-    Scalars are named ``<stage>/<figure>``; their step is the epoch, counted over all trainings of the recipe.
+def track(recipe: Recipe, folder: Path, stage: str, first_epoch: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that logs a row of ``metrics.jsonl``, as ``<stage>/<name>`` at the epoch of the run.
 
     Args:
-        recipe: of the run; its keys are the hyperparameters.
+        recipe: of the run; logged as hyperparameters.
         folder: of the run.
-        stage: the training.
-        first: how many of its epochs are done; what was tracked of later ones is dropped.
+        stage: name of the training.
+        first_epoch: its finished epochs; later ones that were logged are purged.
 
     Raises:
-        CheckpointError: the system refused.
+        CheckpointError: the file system failed.
     """
     if recipe.log == "none":
-        yield lambda line: None
+        yield lambda row: None
         return
     from accelerate.tracking import TensorBoardTracker
 
-    before = _before(recipe, stage)
-    fresh = not any((folder / FOLDER).glob("events.*"))
-    with _refusals(folder):
-        tracker = TensorBoardTracker(FOLDER, logging_dir=folder, purge_step=before + first + 1)
+    epochs = training_epochs(recipe.train.epochs, recipe.finetune.epochs, recipe.slim.steps, recipe.baseline)
+    offset = sum(list(epochs.values())[: list(epochs).index(stage)])
+    is_new = not any((folder / FOLDER).glob("events.*"))
+    with _write_errors(folder):
+        tracker = TensorBoardTracker(FOLDER, logging_dir=folder, purge_step=offset + first_epoch + 1)
         tracker.start()
     try:
-        with _refusals(folder):
-            if fresh:
-                _hyperparameters(tracker, recipe)
+        with _write_errors(folder):
+            if is_new:
+                _log_hyperparameters(tracker, recipe)
 
-        def take(line: dict[str, Any]) -> None:
-            with _refusals(folder):
-                tracker.log(scalars(line), step=before + line["epoch"])
+        def log(row: dict[str, Any]) -> None:
+            with _write_errors(folder):
+                tracker.log(scalars(row), step=offset + row["epoch"])
 
-        yield take
+        yield log
     finally:
-        with _refusals(folder):
+        with _write_errors(folder):
             tracker.finish()
 
 
-def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The figures of a line of ``metrics.jsonl``: ``train/loss``, ``train/size/params``, ``train/metrics/mae`` …"""
-    kept = {key: value for key, value in line.items() if key not in ("stage", "epoch", "step", "of")}
-    return {
-        f"{line['stage']}/{name}": float(value) for name, value in flat(kept, "/").items() if not isinstance(value, str)
-    }
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row of ``metrics.jsonl``: ``train/loss``, ``train/metrics/mae`` and so on."""
+    kept = {key: value for key, value in row.items() if key not in ("stage", "epoch", "step", "of")}
+    values = flatten(kept, "/").items()
+    return {f"{row['stage']}/{name}": float(value) for name, value in values if not isinstance(value, str)}
 
 
-def flat(tree: dict[str, Any], joint: str = ".") -> dict[str, bool | int | float | str]:
-    """Nested mappings as one, lists as JSON; what is None is left out."""
-    found: dict[str, Any] = {}
+def flatten(tree: dict[str, Any], separator: str = ".") -> dict[str, bool | int | float | str]:
+    """Return nested mappings as one, with lists as JSON and without values that are None."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= {f"{key}{joint}{name}": inner for name, inner in flat(value, joint).items()}
+            flat |= {f"{key}{separator}{name}": inner for name, inner in flatten(value, separator).items()}
         elif isinstance(value, list):
-            found[key] = json.dumps(value)
+            flat[key] = json.dumps(value)
         elif value is not None:
-            found[key] = value
-    return found
+            flat[key] = value
+    return flat
 
 
-def _before(recipe: Recipe, stage: str) -> int:
-    """The epochs of the trainings before this one."""
-    epochs = training_epochs(recipe.train.epochs, recipe.finetune.epochs, recipe.slim.steps, recipe.baseline)
-    return sum(list(epochs.values())[: list(epochs).index(stage)])
-
-
-def _hyperparameters(tracker: Any, recipe: Recipe) -> None:
-    # Not the tracker's store_init_configuration: it puts them into a run of their own, beside which no metric stands.
+def _log_hyperparameters(tracker: Any, recipe: Recipe) -> None:
+    # The tracker's store_init_configuration would put them into a run without metrics.
     from torch.utils.tensorboard.summary import hparams
 
-    _, started, _ = hparams(flat(recipe.model_dump(mode="json")), {})
-    tracker.tracker.file_writer.add_summary(started)
+    _, session_start, _ = hparams(flatten(recipe.model_dump(mode="json")), {})
+    tracker.tracker.file_writer.add_summary(session_start)
     tracker.tracker.flush()
 
 
 @contextmanager
-def _refusals(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

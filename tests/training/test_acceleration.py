@@ -20,7 +20,7 @@ kernels = pytest.mark.skipif(isinstance(load(), NoKernels), reason="no compiler"
 
 
 def step(model, forward, decay, optimizer, seed):
-    """One step on images that the seed draws; the gradients of it."""
+    """Perform one step on random images; return its gradients."""
     x = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     loss = forward(x).square().mean() + decay.penalty()
     optimizer.zero_grad()
@@ -37,9 +37,9 @@ def prepared(build):
     return model, groups, torch.optim.Adam(model.parameters(), 1e-3)
 
 
-def lines():
-    said = []
-    return said, said.append
+def recorder():
+    messages = []
+    return messages, messages.append
 
 
 @kernels
@@ -48,10 +48,10 @@ def lines():
     [lambda: csnet(10), lambda: octresnet(8, 8), lambda: resnet(8, 8)],
     ids=["csnet", "octresnet", "resnet"],
 )
-def test_a_fast_step_is_a_plain_one(build):
+def test_fast_step_equals_plain_step(build):
     plain, groups, optimizer = prepared(build)
     fast, same, other = prepared(build)
-    said, say = lines()
+    messages, say = recorder()
     with (
         DynamicWeightDecay(plain, groups, 0.1) as decay,
         DynamicWeightDecay(fast, same, 0.1) as theirs,
@@ -64,11 +64,11 @@ def test_a_fast_step_is_a_plain_one(build):
                 assert (found[name] - gradient).abs().max() <= 1e-10 * max(1, float(gradient.abs().max())), name
         for (name, a), b in zip(plain.state_dict().items(), fast.state_dict().values(), strict=True):
             assert a.dtype == b.dtype and (a - b).abs().max() <= 1e-8 * max(1, float(a.abs().max())), name
-    assert not said
+    assert not messages
 
 
 @kernels
-def test_the_kernels_are_used_within_and_not_after(monkeypatch):
+def test_kernels_are_used_only_within_the_context(monkeypatch):
     model, groups, _ = prepared(lambda: csnet(10))
     calls = []
     held = acceleration.norm_act, acceleration.depthwise
@@ -90,8 +90,8 @@ def test_the_kernels_are_used_within_and_not_after(monkeypatch):
 
 
 @kernels
-def test_a_prelu_that_gets_something_else_computes(monkeypatch):
-    """The trace knows one example; what the norm has not made itself goes through the PReLU."""
+def test_prelu_with_another_input_computes(monkeypatch):
+    """The fused norm covers only its own output."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 1, 1)).double()
     groups = find_groups(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
     with fast_steps(model, groups, Training(epochs=1), print):
@@ -101,7 +101,7 @@ def test_a_prelu_that_gets_something_else_computes(monkeypatch):
 
 
 @kernels
-def test_a_norm_that_somebody_listens_to_is_left_its_own_output():
+def test_norm_with_a_hook_returns_its_own_output():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.PReLU(4), nn.Conv2d(4, 1, 1)).double()
     groups = find_groups(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
     seen = []
@@ -109,30 +109,30 @@ def test_a_norm_that_somebody_listens_to_is_left_its_own_output():
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with fast_steps(model, groups, Training(epochs=1), print) as forward:
         forward(x)
-    # The first forward is the question whether the model takes channels-last, in evaluation mode.
+    # The first forward, in evaluation mode, checks whether the model takes channels-last.
     assert seen[-1].min() < 0 and seen[-1].mean().abs() < 1e-9
 
 
-def test_without_kernels_it_says_so_and_trains(monkeypatch):
+def test_training_without_kernels_is_reported(monkeypatch):
     monkeypatch.setattr(acceleration, "load", lambda: NoKernels("there is no C++ compiler"))
     model, groups, optimizer = prepared(lambda: csnet(10))
-    said, say = lines()
+    messages, say = recorder()
     with (
         DynamicWeightDecay(model, groups) as decay,
         fast_steps(model, groups, Training(epochs=1), say) as forward,
     ):
         step(model, forward, decay, optimizer, 0)
-    assert said == ["training without the kernels for CPUs: there is no C++ compiler"]
+    assert messages == ["training without the kernels for CPUs: there is no C++ compiler"]
 
 
-def test_slow_is_the_model_itself():
+def test_fast_false_yields_the_model():
     model, groups, _ = prepared(lambda: csnet(10))
     with fast_steps(model, groups, Training(epochs=1, fast=False), print) as forward:
         assert forward is model and not any("forward" in vars(m) for m in model.modules())
 
 
 class Views(nn.Module):
-    """Takes a view of its features, which channels-last features do not give."""
+    """Takes a view of its features, which fails for channels-last features."""
 
     def __init__(self):
         super().__init__()
@@ -142,15 +142,15 @@ class Views(nn.Module):
         return self.head(self.conv(x).view(len(x), -1))
 
 
-def test_a_model_that_refuses_channels_last_trains_without():
-    model, (said, say) = Views(), lines()
+def test_model_that_refuses_channels_last_trains_without():
+    model, (messages, say) = Views(), recorder()
     x = torch.randn(2, 3, 8, 8)
     with fast_steps(model, [], Training(epochs=1), say) as forward:
         assert torch.equal(forward(x), model(x)) and torch.equal(forward(x), model(x))
-    assert len(said) == 1 and "refuses" in said[0]
+    assert len(messages) == 1 and "refuses" in messages[0]
 
 
-def test_other_errors_of_a_model_are_its_own():
+def test_other_errors_of_the_model_are_raised():
     with (
         pytest.raises(RuntimeError, match="channels"),
         fast_steps(Views(), [], Training(epochs=1), print) as forward,
@@ -158,7 +158,7 @@ def test_other_errors_of_a_model_are_its_own():
         forward(torch.zeros(2, 5, 8, 8))
 
 
-def test_what_does_not_compile_trains_without(monkeypatch):
+def test_model_that_does_not_compile_trains_without(monkeypatch):
     def broken(model, **options):
         def run(x):
             raise RuntimeError("no compiler found\nand more")
@@ -166,14 +166,14 @@ def test_what_does_not_compile_trains_without(monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
-    model, (said, say) = resnet(8, 8), lines()
+    model, (messages, say) = resnet(8, 8), recorder()
     x = torch.randn(2, 3, 8, 8)
     with fast_steps(model, [], Training(epochs=1, compile=True), say) as forward:
         assert forward(x).shape == forward(x).shape == (2, 10)
-    assert said == ["train.compile: the model does not compile (no compiler found); it trains without"]
+    assert messages == ["train.compile: the model does not compile (no compiler found); training without"]
 
 
-def test_subnormals_are_zero_in_every_thread():
+def test_subnormals_are_flushed_in_every_thread():
     torch.set_num_threads(3)
     try:
         small = torch.full((12, 1 << 16), 1e-39)
@@ -186,14 +186,14 @@ def test_subnormals_are_zero_in_every_thread():
         torch.set_num_threads(1)
 
 
-def test_memory_is_given_back_where_something_fails():
+def test_memory_settings_are_restored_after_an_error():
     with pytest.raises(ZeroDivisionError), reuse_memory():
         torch.zeros(1 << 20)
         raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("stride", [2, (1, 2), 3])
-def test_a_pointwise_convolution_with_a_stride_is_the_same(stride):
+def test_strided_pointwise_convolution_is_equivalent(stride):
     conv = nn.Conv2d(4, 6, 1, stride)
     x = torch.randn(2, 4, 8, 9)
     wanted = conv(x)

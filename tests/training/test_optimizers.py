@@ -7,7 +7,7 @@ from prunekit.training.optimizers import param_groups
 
 
 class Stored(nn.Module):
-    """y = a·(w·x), with w stored ``scale`` times as large as it is used."""
+    """y = a·tanh(w·x), with w stored ``scale`` times as large as it is used."""
 
     def __init__(self, scale):
         super().__init__()
@@ -32,7 +32,7 @@ class Stored(nn.Module):
         ("sgd", {"weight_decay": 1e-2, "nesterov": True}),
     ],
 )
-def test_a_scaled_parameter_trains_as_the_plain_one(name, options):
+def test_scaled_parameter_trains_like_the_unscaled_one(name, options):
     models = [Stored(1.0), Stored(100.0)]
     optimizers = [registry.optimizers.get(name)(param_groups(model, 1e-2), **options) for model in models]
     generator = torch.Generator().manual_seed(1)
@@ -47,7 +47,7 @@ def test_a_scaled_parameter_trains_as_the_plain_one(name, options):
     assert not torch.equal(models[0].w.detach(), Stored(1.0).w.detach())
 
 
-def test_gates_have_their_own_rate_and_no_second_decay():
+def test_gates_have_their_learning_rate_and_no_second_decay():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
     optimizer = registry.optimizers.get("adam")(param_groups(model, 1e-3, 1e-2, ["1"]), weight_decay=0.5)
     rule = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
@@ -56,7 +56,7 @@ def test_gates_have_their_own_rate_and_no_second_decay():
     assert rule[id(model[1].bias)] == rule[id(model[0].weight)] == (1e-3, 0.5)
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_excluded():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     model[0].weight.requires_grad_(False)
     assert sum(len(share.params) for share in param_groups(model, 1e-3)) == 3

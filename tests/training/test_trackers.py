@@ -1,5 +1,3 @@
-"""What TensorBoard reads of a run: the figures of metrics.jsonl, each epoch once, whatever has happened in between."""
-
 import sys
 
 import pytest
@@ -12,7 +10,7 @@ from prunekit.config.recipe import load
 from prunekit.errors import CheckpointError, RecipeError
 from prunekit.pipeline.runner import run_recipe
 from prunekit.runs.run_dir import RunDir
-from prunekit.training.trackers import FOLDER, check_tracker, flat, scalars, track
+from prunekit.training.trackers import FOLDER, check_tracker, flatten, scalars, track
 
 QUICK = [
     "backbone.options={depth: 8, width: 4}",
@@ -29,7 +27,7 @@ QUICK = [
 
 @pytest.fixture(autouse=True)
 def in_order(monkeypatch):
-    """Within one second files are told apart by a count, and read in the order of their names: 9 after 10."""
+    """Files of one second are read in the order of their names, in which 9 comes after 10."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
@@ -60,7 +58,7 @@ def series(folder, tag):
     return [(event.step, round(event.value, 4)) for event in read(folder).Scalars(tag)]
 
 
-def test_a_line_becomes_scalars():
+def test_row_becomes_scalars():
     given = line("step1", 2, size={"params": 5}, budget={"params": 4}, **{"lambda": 0.5})
     assert scalars(given) == {
         "step1/loss": 1.0,
@@ -72,11 +70,11 @@ def test_a_line_becomes_scalars():
     }
 
 
-def test_a_recipe_becomes_flat():
-    assert flat({"a": {"b": {"c": [0.5, "x"]}, "d": None}, "e": False}) == {"a.b.c": '[0.5, "x"]', "e": False}
+def test_flatten_recipe():
+    assert flatten({"a": {"b": {"c": [0.5, "x"]}, "d": None}, "e": False}) == {"a.b.c": '[0.5, "x"]', "e": False}
 
 
-def test_the_epochs_of_a_run_follow_each_other(tmp_path):
+def test_epochs_are_counted_over_all_trainings(tmp_path):
     given = recipe("slim.steps=2", "target.params_ratio=0.5")
     for stage, count in (("train", 3), ("step1", 2), ("finetune", 2)):
         with track(given, tmp_path, stage, 0) as take:
@@ -87,29 +85,29 @@ def test_the_epochs_of_a_run_follow_each_other(tmp_path):
     assert series(tmp_path, "finetune/loss") == [(6, 1.0), (7, 0.5)]
 
 
-def test_what_is_done_again_is_there_once(tmp_path):
+def test_resume_purges_repeated_epochs(tmp_path):
     with track(recipe(), tmp_path, "train", 0) as take:
         for epoch in (1, 2, 3):
             take(line("train", epoch))
     with track(recipe(), tmp_path, "finetune", 0) as take:
         take(line("finetune", 1))
-    # As after a kill: the newest state is that after the first epoch.
+    # As after a kill: the newest checkpoint is after the first epoch.
     with track(recipe(), tmp_path, "train", 1) as take:
         take(line("train", 2, loss=2.0))
     assert series(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0)]
-    assert series(tmp_path, "finetune/loss") == [], "it comes after what is done again"
+    assert series(tmp_path, "finetune/loss") == [], "it comes after the repeated epochs"
     with track(recipe(), tmp_path, "train", 2):
         pass
     assert series(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_each_line_can_be_read_at_once(tmp_path):
+def test_rows_are_flushed_at_once(tmp_path):
     with track(recipe(), tmp_path, "train", 0) as take:
         take(line("train", 1))
         assert series(tmp_path, "train/loss") == [(1, 1.0)]
 
 
-def test_the_recipe_is_the_hyperparameters(tmp_path):
+def test_recipe_is_logged_as_hyperparameters(tmp_path):
     with track(recipe(), tmp_path, "train", 0):
         pass
     (content,) = read(tmp_path).PluginTagToContent("hparams").values()
@@ -121,13 +119,13 @@ def test_the_recipe_is_the_hyperparameters(tmp_path):
     assert not [path for path in (tmp_path / FOLDER).iterdir() if path.is_dir()], "in the run itself"
 
 
-def test_nothing_is_written_unless_asked(tmp_path):
+def test_log_none_writes_nothing(tmp_path):
     with track(recipe("log=none"), tmp_path, "train", 0) as take:
         take(line("train", 1))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_system_refuses_is_said(tmp_path):
+def test_write_error_raises(tmp_path):
     (tmp_path / FOLDER).write_text("in the way")
     with (
         pytest.raises(CheckpointError, match=r"cannot write .*tensorboard: .*--resume"),
@@ -136,7 +134,7 @@ def test_what_the_system_refuses_is_said(tmp_path):
         pass
 
 
-def test_a_run_that_broke_off_is_one_series(tmp_path, monkeypatch):
+def test_interrupted_run_is_one_series(tmp_path, monkeypatch):
     from prunekit.utils.progress import Reporter
 
     out, epoch = tmp_path / "run", Reporter.log_epoch
@@ -146,7 +144,7 @@ def test_a_run_that_broke_off_is_one_series(tmp_path, monkeypatch):
         if line["epoch"] == 2:
             raise KeyboardInterrupt
 
-    # Both trainings, each after its second epoch; states are written after each.
+    # Interrupt both trainings after their second epoch.
     monkeypatch.setattr(Reporter, "log_epoch", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -163,7 +161,7 @@ def test_a_run_that_broke_off_is_one_series(tmp_path, monkeypatch):
         assert len(read(out).Scalars(f"{stage}/metrics/top1")) == len(wanted)
 
 
-def test_without_the_package_nothing_is_begun(tmp_path, monkeypatch):
+def test_missing_package_raises_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
@@ -175,6 +173,6 @@ def test_without_the_package_nothing_is_begun(tmp_path, monkeypatch):
     check_tracker(recipe("log=none"))
 
 
-def test_there_is_no_other_tracker():
+def test_unknown_tracker_raises():
     with pytest.raises(RecipeError, match=r"log"):
         recipe("log=wandb")
