@@ -1,4 +1,4 @@
-# The README's lines, for those who have make.
+# The commands of the README, and the long tests.
 .PHONY: run test soak lint clean
 
 run: .venv/installed
@@ -8,7 +8,7 @@ test: .venv/installed
 	.venv/bin/pytest
 
 soak: .venv/installed
-	PRUNEKIT_SOAK=1 OMP_NUM_THREADS=1 .venv/bin/pytest -s tests/test_full_disk.py tests/damage tests/test_kills.py tests/test_processes.py tests/fuzz
+	PRUNEKIT_SOAK=1 OMP_NUM_THREADS=1 .venv/bin/pytest -s tests/robustness tests/utils/test_distributed.py tests/fuzz
 
 lint: .venv/installed
 	.venv/bin/ruff check .

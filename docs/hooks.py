@@ -63,6 +63,8 @@ def cli_page() -> str:
 
     command = get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="prunekit")
+    # The list of commands has their help cut off; the contents beside the page list them too.
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)
     return "# Command line\n\n" + re.sub(r"^# `prunekit`\n", "", text).replace(" <list[", " <").replace("]>`", ">`")
 
 
