@@ -59,7 +59,7 @@ def folder_with(images, masks):
     "lines, words",
     [
         ({"train": "{epoch: 1, epochs: 2}"}, ["mine.yaml:4:", "train.epoch", "did you mean 'train.epochs'"]),
-        ({"train": "{epochs: many}"}, ["mine.yaml:4:", "train.epochs", "'many' is not an integer"]),
+        ({"train": "{epochs: many}"}, ["mine.yaml:4:", "train.epochs", "'many' must be a valid integer"]),
         ({"backbone": "{name: csnett}"}, ["mine.yaml:2:", "unknown backbone 'csnett'", "csnet"]),
         ({"data": "{name: folder, root: nowhere}"}, ["nowhere"]),
     ],

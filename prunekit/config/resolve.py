@@ -94,35 +94,34 @@ def _resolve_options(
         reason = f"{type(error).__name__}: {error}"
         tree.add_error(path, f"the signature of {owner} cannot be read ({reason}); fix its annotations")
         return options
+    resolved = options
     try:
-        resolved = _validate(model, options)
+        # Twice: pydantic checks a default only once it is given as a value.
+        for _ in range(2):
+            resolved = model.model_validate_json(json.dumps(resolved)).model_dump(
+                mode="json", by_alias=True, warnings=False
+            )
+        return resolved
     except pydantic.ValidationError as error:
-        for relative, items in group_by_path(error, options).items():
+        for relative, items in group_by_path(error, resolved).items():
             kind, full_path = items[0]["type"], (*path, *relative)
             if kind == "extra_forbidden":
                 known = [field.alias for field in model.model_fields.values()]
                 tree.add_error(full_path, describe_unknown_option(full_path, owner, known))
-            elif kind != "missing":
+            elif kind == "missing":
+                if tree.complete:
+                    key = format_path(full_path[-1:])
+                    tree.add_error(full_path, f"is missing; {owner} requires it, add '{key}: …'")
+            elif not relative or relative[0] in options:
                 tree.add_error(full_path, describe_value(items))
-            elif tree.complete:
-                key = format_path(full_path[-1:])
-                tree.add_error(full_path, f"is missing; {owner} requires it, add '{key}: …'")
-        return options
+            else:
+                problem = describe_value(items)
+                tree.add_error(full_path, f"the default of {owner} is wrong: {problem}; set another value")
     except ValueError as error:
         tree.add_error(
             path, f"a default of {owner} cannot be written as YAML ({error}); use plain values in its builder"
         )
-        return options
-    try:
-        # pydantic does not check defaults. Check them now, so that a dumped recipe loads to equal values.
-        return _validate(model, resolved)
-    except pydantic.ValidationError as error:
-        for relative, items in group_by_path(error, resolved).items():
-            problem, _ = describe_value(items).rsplit(";", 1)
-            tree.add_error(
-                (*path, *relative), f"the default of {owner}, {problem}; use another value, or fix its builder"
-            )
-        return options
+    return options
 
 
 def _options_model(parameters: dict[str, inspect.Parameter]) -> type[pydantic.BaseModel]:
@@ -144,11 +143,6 @@ def _options_model(parameters: dict[str, inspect.Parameter]) -> type[pydantic.Ba
 
 def _takes_any_option(parameters: dict[str, inspect.Parameter]) -> bool:
     return any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-
-
-def _validate(model: type[pydantic.BaseModel], options: dict[str, Any]) -> dict[str, Any]:
-    validated = model.model_validate_json(json.dumps(options))
-    return validated.model_dump(mode="json", by_alias=True, warnings=False)
 
 
 def _check_roots(tree: ConfigTree, name: str, build: Callable[..., Any], section: dict[str, Any]) -> None:

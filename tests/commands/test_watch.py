@@ -92,7 +92,7 @@ def test_training_in_progress(tmp_path):
         (status,) = snapshot.trainings()
         # 20 s for the two remaining epochs minus the 4 s since; then two trainings of two epochs.
         assert status.seconds_left == pytest.approx(16, abs=1) and status.run_seconds_left == pytest.approx(56, abs=1)
-        assert (status.epoch, status.epochs, status.share) == (3, 4, 0.5)
+        assert (status.epoch, status.epochs, status.progress) == (3, 4, 0.5)
         text = shown(replace(snapshot, age=4.0))
         assert "train epoch 3/4 ━" in text and " 0:16 left\n" in text and "run ~0:56 left" in text
         assert "loss 1.000 █▁  penalty 3  λ 5  alive 7/9  mae 0.100 ▁▁" in text and "last epoch 0:04 ago" in text

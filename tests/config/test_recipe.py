@@ -201,25 +201,25 @@ export: {onnx: on}
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.epochs=many", "train.epochs: 'many' is not an integer; use one"),
-        ("train.epochs=true", "train.epochs: true is not an integer"),
-        ("train.epochs=1.5", "train.epochs: 1.5 is not an integer"),
+        ("train.epochs=many", "train.epochs: 'many' must be a valid integer"),
+        ("train.epochs=true", "train.epochs: true must be a valid integer"),
+        ("train.epochs=1.5", "train.epochs: 1.5 must be a valid integer"),
         ("train.epochs=1e2", "train.epochs: 100.0 is not an integer; write 100"),
         ("train.epochs='3'", "train.epochs: '3' is a string; remove the quotes"),
-        ("train.epochs=-1", "train.epochs: -1 is too low; must be at least 0"),
-        ("train.epochs=", "train.epochs: null is not an integer"),
-        ("train.lr=fast", "train.lr: 'fast' is not a number"),
-        ("train.lr=0", "train.lr: 0 is too low; must be above 0"),
+        ("train.epochs=-1", "train.epochs: -1 must be greater than or equal to 0"),
+        ("train.epochs=", "train.epochs: null must be a valid integer"),
+        ("train.lr=fast", "train.lr: 'fast' must be a valid number"),
+        ("train.lr=0", "train.lr: 0 must be greater than 0"),
         ("train.lr=.inf", "train.lr: '.inf' is not finite"),
-        ("export.onnx=no", "export.onnx: 'no' is not a boolean; use true or false"),
-        ("name=12", "name: 12 is not a string; put it in quotes"),
+        ("export.onnx=no", "export.onnx: 'no' must be a valid boolean"),
+        ("name=12", "name: 12 must be a string; put it in quotes"),
         ("name=..", "name: '..' is not a folder name; write one"),
         ("name=''", "name: '' is not a folder name"),
         ("name=' x'", "name: ' x' has surrounding spaces"),
-        ("seed=4294967296", "seed: 4294967296 is too high"),
-        ("data.on_error=ignore", "data.on_error: 'ignore' is not allowed; use 'raise' or 'skip'"),
-        ("train=3", "train: 3 is not a mapping"),
-        ("slim=", "slim: null is not a mapping"),
+        ("seed=4294967296", "seed: 4294967296 must be less than 4294967296"),
+        ("data.on_error=ignore", "data.on_error: 'ignore' must be 'raise' or 'skip'"),
+        ("train=3", "train: 3 must be a mapping"),
+        ("slim=", "slim: null must be a mapping"),
         ("decay=l1", "decay: 'l1' is not a mapping; set decay.name instead"),
         ("train.optimizer=[a]", "train.optimizer: ['a'] is not a mapping; set train.optimizer.name instead"),
         ("train.epocs=1", "train.epocs: unknown key, did you mean 'train.epochs'?"),
@@ -237,10 +237,10 @@ export: {onnx: on}
             "decay.options.weight=1",
             "decay.options.weight: decay 'dynamic' has no such option; write it as decay.weight",
         ),
-        ("decay.options.momentum=x", "decay.options.momentum: 'x' is not a number"),
-        ("decay.options=[1]", "decay.options: [1] is not a mapping"),
-        ("backbone.options.split=[1, x]", "backbone.options.split[1]: 'x' is not a number"),
-        ("backbone.options.mode=[]", "backbone.options.mode: [] is not an integer and is not a string; use one"),
+        ("decay.options.momentum=x", "decay.options.momentum: 'x' must be a valid number"),
+        ("decay.options=[1]", "decay.options: [1] must be a mapping"),
+        ("backbone.options.split=[1, x]", "backbone.options.split[1]: 'x' must be a valid number"),
+        ("backbone.options.mode=[]", "backbone.options.mode: [] must be a valid integer or must be a string"),
         (
             "data.root=/x",
             "data.root: data set 'shapes' takes no root; remove it (data.root=null) or use a data set that reads "
@@ -250,7 +250,7 @@ export: {onnx: on}
         ("data.name=folder", "data.root: data set 'folder' reads a folder; set data.root=FOLDER"),
         (
             "decay.name=misfit",
-            "decay.options.power: the default of decay 'misfit', 'much' is not a number; use another",
+            "decay.options.power: the default of decay 'misfit' is wrong: 'much' must be a valid number; set another",
         ),
         ("decay.name=unwritable", "decay.options: a default of decay 'unwritable' cannot be written as YAML"),
         ("decay.name=unresolved", "the signature of decay 'unresolved' cannot be read (NameError"),
@@ -263,7 +263,7 @@ def test_error_names_key_problem_and_fix(write, override, words):
 
 
 def test_integer_bounds_are_written_without_decimals(write):
-    assert "override 'data.val_holdout=1': data.val_holdout: 1 is too high; must be below 1" in load_errors(
+    assert "override 'data.val_holdout=1': data.val_holdout: 1 must be less than 1" in load_errors(
         write(GOOD), ["data.val_holdout=1"]
     )
 
@@ -313,7 +313,7 @@ def test_backbone_from_a_file(write):
     r = recipe.load(write(GOOD), ["backbone.file=net.py", "backbone.name=build", "backbone.options={x: [1]}"])
     assert r.backbone.file.startswith(f"{Path('net.py').resolve()}#sha256=")
     assert (r.backbone.name, r.backbone.options) == ("build", {"x": [1], "y": 2.0})
-    assert "backbone.name: 3 is not a string" in load_error("r.yaml", ["backbone.file=net.py", "backbone.name=3"])
+    assert "backbone.name: 3 must be a string" in load_error("r.yaml", ["backbone.file=net.py", "backbone.name=3"])
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,8 @@ def test_base_is_relative_to_its_file(write):
 def test_errors_name_the_file_of_the_value(write):
     write(GOOD.replace("epochs: 2", "epochs: x\n  lr: 0"), "below.yaml")
     assert load_errors(write("base: below.yaml\nseed: x\ntrain: {lr: 1}\n")) == [
-        "r.yaml:2:1: seed: 'x' is not an integer; use one, such as 10",
-        "below.yaml:8:3: train.epochs: 'x' is not an integer; use one, such as 10",
+        "r.yaml:2:1: seed: 'x' must be a valid integer",
+        "below.yaml:8:3: train.epochs: 'x' must be a valid integer",
     ]
 
 
@@ -118,7 +118,7 @@ def test_a_missing_base_does_not_hide_other_errors(write, ship):
     ship(csnet=GOOD)
     assert load_errors(write("base: csnt\ntrain: {lr: x}\n")) == [
         "r.yaml:1:1: base: 'csnt': no such file or shipped recipe; did you mean 'csnet'? shipped recipes: csnet",
-        "r.yaml:2:9: train.lr: 'x' is not a number; use one, such as 0.1",
+        "r.yaml:2:9: train.lr: 'x' must be a valid number",
     ]
     assert "base: 3 is not a string" in load_error(write("base: 3"))
     assert "base: '\\x00'" in load_error(write('base: "\\0"'))
