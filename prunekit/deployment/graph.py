@@ -126,12 +126,7 @@ class InferenceGraph:
         return terms
 
     def insert_module(
-        self,
-        before: fx.Node,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        name: str,
-        shape: tuple[int, ...],
+        self, before: fx.Node, module: nn.Module, args: tuple[Any, ...], name: str, shape: tuple[int, ...]
     ) -> fx.Node:
         """Insert a call of a new module; ``shape`` is that of its output."""
         target = self._add_module(module, name)
@@ -218,14 +213,8 @@ class Pooling:
 def parse_pooling(node: fx.Node) -> Pooling | None:
     """The pooling that a call of one of ``POOLS`` computes; None if it uses other options."""
     options = {**dict(zip(("x", "kernel_size", "stride"), node.args, strict=False)), **node.kwargs}
-    defaults = {
-        "padding": 0,
-        "dilation": 1,
-        "return_indices": False,
-        "count_include_pad": True,
-        "divisor_override": None,
-    }
-    if len(node.args) > 3 or any(options.get(key, value) != value for key, value in defaults.items()):
+    fixed = {"padding": 0, "dilation": 1, "return_indices": False, "count_include_pad": True, "divisor_override": None}
+    if len(node.args) > 3 or any(options.get(key, value) != value for key, value in fixed.items()):
         return None
     kernel = options["kernel_size"]
     stride = kernel if options.get("stride") is None else options["stride"]

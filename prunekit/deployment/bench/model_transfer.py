@@ -19,15 +19,7 @@ from prunekit.errors import CheckpointError
 from prunekit.pruning.plan import Builder
 from prunekit.runs.checkpoints import encode_tensors
 
-COUNTS = (
-    "in_channels",
-    "out_channels",
-    "groups",
-    "num_features",
-    "num_parameters",
-    "in_features",
-    "out_features",
-)
+COUNTS = ("in_channels", "out_channels", "groups", "num_features", "num_parameters", "in_features", "out_features")
 _KEY = "model_transfer"
 
 

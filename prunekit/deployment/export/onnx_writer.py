@@ -92,16 +92,9 @@ class _Writer:
         module = self.graph.module.get_submodule(node.target)
         inputs = [self.names[value] for value in node.args]
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            self._add(
-                "Conv",
-                [*inputs, *self._weight_and_bias(node, module)],
-                node,
-                pads=list(module.padding) * 2,
-                group=module.groups,
-                kernel_shape=module.kernel_size,
-                strides=module.stride,
-                dilations=module.dilation,
-            )
+            inputs += self._weight_and_bias(node, module)
+            geometry = {"kernel_shape": module.kernel_size, "strides": module.stride, "dilations": module.dilation}
+            self._add("Conv", inputs, node, pads=list(module.padding) * 2, group=module.groups, **geometry)
         elif type(module) is nn.PReLU:
             # With as many dimensions as the feature; otherwise OpenVINO converts the memory layout.
             shape = (1, -1, *[1] * (len(self.graph.shapes[node]) - 2))

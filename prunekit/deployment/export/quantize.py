@@ -12,11 +12,7 @@ import numpy as np
 from prunekit.deployment.export.onnx import export_errors, finalize, silence
 
 
-def quantize_onnx(
-    file: bytes,
-    batches: Sequence[np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> bytes:
+def quantize_onnx(file: bytes, batches: Sequence[np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
     """Quantize a float32 ONNX file in QDQ format, with weights per channel; OpenVINO reads it too.
 
     The last convolution stays in float32.
