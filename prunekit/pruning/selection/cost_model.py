@@ -103,8 +103,7 @@ class SizeModel:
         """
         channels = {name: value for name, value in dead.items() if not isinstance(value, int)}
         if self._cutter.blocks and len(channels) == len(dead):
-            channels, _ = self._cutter.complete(channels)
-            dead = channels
+            dead, _ = self._cutter.complete(channels)
         values = [dead.get(group.id, 0) for group in self.groups]
         kept, gone = self._complete(np.array([n if isinstance(n, int) else len(n) for n in values], np.int64))
         lengths = np.append(kept, 1)

@@ -1,11 +1,11 @@
-"""How much each channel matters: scores by which channels are ranked, and the least of them cut.
+"""Importance: scores by which channels are ranked; the lowest are pruned.
 
-"magnitude" and "taylor" give the figures of torch-pruning's ``GroupMagnitudeImportance`` and ``GroupTaylorImportance``
-(a test holds them equal where both see the same groups), but read them from our groups: its own dependency graph takes
-seconds on densely connected networks, and its importances pass over depthwise kernels, and (Taylor) over norms.
+"magnitude" and "taylor" equal torch-pruning's ``GroupMagnitudeImportance`` and ``GroupTaylorImportance`` where both see
+the same groups (a test compares them), but work on prunekit's groups: torch-pruning's dependency graph takes seconds on
+densely connected networks, and its importances skip depthwise kernels and (Taylor) norms.
 
-Other than "gate" they choose channels that are alive. The equivalence check compares with the dense model that has their gates at
-zero; how far that is from the dense model as it was trained is the drift.
+All but "gate" select live channels. The equivalence check compares with the dense model with their gates at zero; the
+difference from the dense model as trained is the drift.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prunekit.pruning.graph.parameter_slices import ParameterSlices
 from prunekit.pruning.plan import Group
 from prunekit.utils.text import plural
 
-# For each batch of training data, the loss of the model that it is called with; the gradient is the caller's business.
+# Yields the loss of the model it is called with on a few batches of data, with gradients.
 Losses = Callable[[nn.Module], Iterable[Tensor]]
 Reduction = Literal["mean", "sum", "max"]
 Normalizer = Literal["mean", "sum", "max", "none"]
@@ -33,20 +33,19 @@ Normalizer = Literal["mean", "sum", "max", "none"]
 
 @register_importance("gate")
 def gate(model: nn.Module, groups: Sequence[Group], losses: Losses | None = None) -> dict[str, np.ndarray]:
-    """The effective gate: how much of a channel its norms leave.
+    """Effective gates: |γ|·√(v/(v+ε)) of the last norm of a channel, the largest of its branches.
 
     Raises:
         PlanError: a gate is not finite.
     """
-    found = {group.id: gate_scores(model, group) for group in groups if group.reason is None}
-    for name, values in found.items():
-        if not np.isfinite(values).all():
-            group = next(group for group in groups if group.id == name)
-            raise PlanError(
-                f"a gate of {name} is not finite{_at_fault(model, {gate.norm for gate in group.gates})}, so nothing "
-                "can be read from it; train with a lower rate"
-            )
-    return found
+    scores = {}
+    for group in groups:
+        if group.reason is None:
+            scores[group.id] = gate_scores(model, group)
+            if not np.isfinite(scores[group.id]).all():
+                where = _first_non_finite(model, {gate.norm for gate in group.gates})
+                raise PlanError(f"a gate of {group.id} is not finite{where}; train with a lower learning rate")
+    return scores
 
 
 @register_importance("magnitude")
@@ -59,26 +58,25 @@ def magnitude(
     normalizer: Normalizer = "mean",
     norms: bool = True,
 ) -> dict[str, np.ndarray]:
-    """The size of a channel's weights (Li et al., ICLR 2017; over groups: Fang et al., CVPR 2023): Σ|w|^p.
+    """Σ|w|^p over a channel's weights (Li et al., ICLR 2017; over groups: Fang et al., CVPR 2023).
 
     Args:
         model: the model.
         groups: from ``find_groups``.
         losses: not used.
         p: the power.
-        reduction: how the slices of a channel (what makes it, what reads it, …) are put together.
-        normalizer: what a group's scores are divided by, so that groups can be compared: their own mean, sum or
-            largest.
+        reduction: combines the slices of a channel (its producers, its readers, …).
+        normalizer: statistic of a group's scores that divides them, so that groups can be compared.
         norms: whether the norms' weights count.
 
     Raises:
         PlanError: a weight that is not finite, or an option out of range.
     """
     if not p > 0:
-        raise PlanError(f"the criterion magnitude needs a p above 0, got {p}; 1 and 2 are usual")
+        raise PlanError(f"magnitude: p={p}: must be above 0; 1 and 2 are usual")
     slices = _slices(model, groups, norms)
-    parts = slices.sums(lambda weight: weight.detach().double().abs().pow(p))
-    return _normalized(model, slices, groups, _reduced(slices, parts, reduction), normalizer)
+    sums = slices.sums(lambda weight: weight.detach().double().abs().pow(p))
+    return _normalize(model, slices, groups, _reduce(slices, sums, reduction), normalizer)
 
 
 @register_importance("taylor")
@@ -90,65 +88,54 @@ def taylor(
     normalizer: Normalizer = "mean",
     norms: bool = True,
 ) -> dict[str, np.ndarray]:
-    """What the loss would change by without a channel, to first order (Molchanov et al., CVPR 2019): Σ|w·∂L/∂w|.
+    """Σ|w·∂L/∂w|, the first-order change of the loss without a channel (Molchanov et al., CVPR 2019).
 
-    As in torch-pruning the absolute value, where the paper has the square. The mean over the batches of what each
-    gives. The model runs in eval mode; it is left in its modes, and no gradient is left in it.
+    The absolute value as in torch-pruning, where the paper squares; the mean over the batches. The model runs in eval
+    mode; its modes and gradients are left as they were.
 
     Args:
         model: the model.
         groups: from ``find_groups``.
-        losses: gives the loss for each of a few batches.
-        reduction: as for "magnitude".
-        normalizer: as for "magnitude".
-        norms: whether the norms' weights count.
+        losses: yields the loss of the model on a few batches.
+        reduction, normalizer, norms: as for "magnitude".
 
     Raises:
         PlanError: there are no losses, one is not finite, or an option is out of range.
     """
     if losses is None:
-        raise PlanError(
-            "the criterion taylor needs gradients, so give it losses: a function that gives, for a model, "
-            "its loss on each of a few batches"
-        )
+        raise PlanError("taylor needs losses: pass a function that yields the model's loss on each of a few batches")
     slices = _slices(model, groups, norms)
     modes = {module: module.training for module in model.modules()}
-    wanted = [parameter.requires_grad for parameter in slices.tensors]
-    found, batches = torch.zeros(0), 0
+    required_grad = [parameter.requires_grad for parameter in slices.tensors]
+    scores, batches = torch.zeros(slices.total, dtype=torch.float64), 0
     try:
         model.eval()
         for parameter in slices.tensors:
             parameter.requires_grad_(True)
         with torch.enable_grad():
             for batches, loss in enumerate(losses(model), 1):
-                _see(loss, batches)
-                gradients = dict(
-                    zip(
-                        map(id, slices.tensors),
-                        torch.autograd.grad(loss, slices.tensors, allow_unused=True, materialize_grads=True),
-                        strict=True,
-                    )
-                )
-                parts = slices.sums(lambda weight, g=gradients: (weight.detach() * g[id(weight)]).double().abs())
-                one = _reduced(slices, parts, reduction)
-                found = one if not len(found) else found + one
+                _check_loss(loss, batches)
+                gradients = torch.autograd.grad(loss, slices.tensors, allow_unused=True, materialize_grads=True)
+                by_id = dict(zip(map(id, slices.tensors), gradients, strict=True))
+                sums = slices.sums(lambda weight, g=by_id: (weight.detach() * g[id(weight)]).double().abs())  # type: ignore[misc]
+                scores = scores + _reduce(slices, sums, reduction)
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for parameter, flag in zip(slices.tensors, wanted, strict=True):
+        for parameter, flag in zip(slices.tensors, required_grad, strict=True):
             parameter.requires_grad_(flag)
     if not batches:
-        raise PlanError("the criterion taylor got no batch from losses; give it one at least")
-    return _normalized(model, slices, groups, found / batches, normalizer)
+        raise PlanError("taylor got no batch from losses; yield the loss of at least one")
+    return _normalize(model, slices, groups, scores / batches, normalizer)
 
 
 @register_importance("random")
 def random(
     model: nn.Module, groups: Sequence[Group], losses: Losses | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Chance: uniform in [0, 1), the same for a seed and a group in every process."""
+    """Uniform in [0, 1), the same for a seed and a group in every process."""
     if seed < 0:
-        raise PlanError(f"the criterion random needs a seed of at least 0, got {seed}")
+        raise PlanError(f"random: seed={seed}: must be at least 0")
     return {
         group.id: np.random.default_rng([seed, zlib.crc32(group.id.encode())]).random(group.channels)
         for group in groups
@@ -156,26 +143,35 @@ def random(
     }
 
 
-def _at_fault(model: nn.Module, modules: Iterable[str]) -> str:
-    """The first number of these modules that is not finite, in brackets; nothing where all are."""
+def check_finite(model: nn.Module) -> None:
+    """Raise PlanError where a parameter or a buffer has an entry that is not finite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        bad = tensor.detach()[~torch.isfinite(tensor.detach())]
+        if bad.numel():
+            raise PlanError(
+                f"{name} is {float(bad.flatten()[0])} in {plural(bad.numel(), 'place')} of {tensor.numel()}; train "
+                "with a lower learning rate, or load an earlier state"
+            )
+
+
+def _first_non_finite(model: nn.Module, modules: Iterable[str]) -> str:
+    """The first entry of these modules that is not finite, in brackets; empty where all are finite."""
     for name in sorted(modules):
-        for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
-            bad = torch.nonzero(~torch.isfinite(tensor.detach()))
-            if len(bad):
-                return f" ({name}.{key} is {float(tensor[tuple(bad[0])])})"
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            bad = tensor[~torch.isfinite(tensor)]
+            if bad.numel():
+                return f" ({name}.{key} is {float(bad[0])})"
     return ""
 
 
-def _see(loss: Tensor, batch: int) -> None:
+def _check_loss(loss: Tensor, batch: int) -> None:
     if loss.numel() != 1 or not torch.isfinite(loss).all():
         value = f"{loss.item()}" if loss.numel() == 1 else f"of shape {tuple(loss.shape)}"
-        raise PlanError(
-            f"the criterion taylor needs a loss that is one finite number; that of batch {batch} is {value}"
-        )
+        raise PlanError(f"taylor needs a loss that is one finite number; that of batch {batch} is {value}")
     if not loss.requires_grad:
         raise PlanError(
-            f"the criterion taylor needs a loss with a gradient, and that of batch {batch} has none; "
-            "give losses without torch.no_grad() and detach()"
+            f"taylor needs a loss with a gradient, and that of batch {batch} has none; compute it without "
+            "torch.no_grad() and detach()"
         )
 
 
@@ -183,42 +179,35 @@ def _slices(model: nn.Module, groups: Sequence[Group], norms: bool) -> Parameter
     return ParameterSlices(model, [group for group in groups if group.reason is None], norms)
 
 
-def _reduced(slices: ParameterSlices, parts: Iterable[tuple[Tensor, Tensor]], reduction: Reduction) -> Tensor:
-    """Each channel's slices in one figure, (total,)."""
+def _reduce(slices: ParameterSlices, sums: Iterable[tuple[Tensor, Tensor]], reduction: Reduction) -> Tensor:
+    """Combine each channel's slices into one score, (total,)."""
     if reduction not in ("mean", "sum", "max"):
-        raise PlanError(f"reduction is mean, sum or max, got {reduction!r}")
-    found = torch.zeros(slices.total + 1, dtype=torch.float64)
-    for values, owner in parts:
-        one = torch.zeros_like(found).index_add_(0, owner.cpu(), values.cpu())
-        found = torch.maximum(found, one) if reduction == "max" else found + one
-    found = found[: slices.total]
-    return found / slices.members if reduction == "mean" else found
+        raise PlanError(f"reduction={reduction!r}: must be mean, sum or max")
+    scores = torch.zeros(slices.total + 1, dtype=torch.float64)
+    for values, owner in sums:
+        of_slice = torch.zeros_like(scores).index_add_(0, owner.cpu(), values.cpu())
+        scores = torch.maximum(scores, of_slice) if reduction == "max" else scores + of_slice
+    scores = scores[: slices.total]
+    return scores / slices.members if reduction == "mean" else scores
 
 
-def _normalized(
-    model: nn.Module, slices: ParameterSlices, groups: Sequence[Group], figures: Tensor, normalizer: Normalizer
+def _normalize(
+    model: nn.Module, slices: ParameterSlices, groups: Sequence[Group], scores: Tensor, normalizer: Normalizer
 ) -> dict[str, np.ndarray]:
-    by = {"mean": np.mean, "sum": np.sum, "max": np.max, "none": lambda _: 1.0}
-    if normalizer not in by:
-        raise PlanError(f"normalizer is {', '.join(by)}, got {normalizer!r}")
-    found = {}
+    statistics: dict[str, Callable[[np.ndarray], float]] = {
+        "mean": np.mean, "sum": np.sum, "max": np.max, "none": lambda _: 1.0
+    }  # fmt: skip
+    if normalizer not in statistics:
+        raise PlanError(f"normalizer={normalizer!r}: must be one of {', '.join(statistics)}")
+    normalized = {}
     for group in groups:
         if group.reason is None:
-            values = slices.part(figures, group).numpy()
+            values = slices.part(scores, group).numpy()
             if not np.isfinite(values).all():
-                fault = _at_fault(model, {member.tensor.rpartition(".")[0] for member in group.members})
-                raise PlanError(f"a weight of {group.id} or its gradient is not finite{fault}; train with a lower rate")
-            # A group of nothing but zeros is all dead, and stays so.
-            found[group.id] = values / (by[normalizer](values) or 1.0)
-    return found
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise PlanError where a parameter or a buffer holds a number that is not finite: nothing can be read from it."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        bad = tensor.detach()[~torch.isfinite(tensor.detach())]
-        if bad.numel():
-            raise PlanError(
-                f"{name} is {float(bad.flatten()[0])} in {plural(bad.numel(), 'place')} of {tensor.numel()}, so "
-                "nothing can be read from the model; train with a lower rate, or load an earlier state"
-            )
+                where = _first_non_finite(model, {member.tensor.rpartition(".")[0] for member in group.members})
+                raise PlanError(
+                    f"a weight of {group.id} or its gradient is not finite{where}; train with a lower learning rate"
+                )
+            # The scores of a group of zeros stay zero.
+            normalized[group.id] = values / (statistics[normalizer](values) or 1.0)
+    return normalized

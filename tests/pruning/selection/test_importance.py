@@ -45,7 +45,7 @@ def theirs(model, groups, example, importance):
 # No depthwise kernels and no convolutions with groups: torch-pruning passes over the ones, and gives all blocks of the
 # others the sum over all blocks.
 @pytest.mark.parametrize("name", ["vgg", "resnet_basic", "resnet_bottleneck", "resnet_preactivation", "densenet"])
-def test_magnitude_and_taylor_are_torch_prunings(name):
+def test_magnitude_and_taylor_equal_torch_pruning(name):
     model, groups, example = settled(name)
     for importance, ours in (
         (tp.importance.GroupMagnitudeImportance(), magnitude(model, groups)),
@@ -66,7 +66,7 @@ def test_magnitude_and_taylor_are_torch_prunings(name):
             np.testing.assert_allclose(ours[group], values, rtol=1e-4, atol=1e-6)
 
 
-def test_the_largest_of_the_slices():
+def test_max_reduction_takes_the_largest_slice():
     model, groups, example = settled("resnet_basic")
     wanted = theirs(model, groups, example, tp.importance.GroupMagnitudeImportance(group_reduction="max"))
     for group, values in magnitude(model, groups, reduction="max").items():
@@ -109,7 +109,7 @@ def by_hand(model, groups, figure, norms=True):
 
 @pytest.mark.parametrize("name", ["row", "resnext", "mobilenet_v2", "unet_bilinear", "vgg"])
 @pytest.mark.parametrize("p", [1, 2])
-def test_magnitude_is_the_one_computed_channel_by_channel(name, p):
+def test_magnitude_equals_a_loop_over_channels(name, p):
     model, groups, _ = settled(name)
     wanted = by_hand(model, groups, lambda weight: weight.detach().double().abs() ** p)
     ours = magnitude(model, groups, p=p)
@@ -118,7 +118,7 @@ def test_magnitude_is_the_one_computed_channel_by_channel(name, p):
         np.testing.assert_allclose(ours[group], values, rtol=1e-9)
 
 
-def test_taylor_is_the_mean_over_batches_of_what_each_gives():
+def test_taylor_averages_over_batches():
     model, groups, example = settled("row")
     batches = [example[:2], 3 * example[2:]]
 
@@ -142,7 +142,7 @@ def test_taylor_is_the_mean_over_batches_of_what_each_gives():
         np.testing.assert_allclose(raw[0][group] / raw[0][group].mean(), one[group][0], rtol=1e-4)
 
 
-def test_taylor_leaves_the_model_as_it_was():
+def test_taylor_does_not_change_the_model():
     model, groups, example = settled("resnet_basic")
     model.train()
     model.layers[0].eval()
@@ -161,7 +161,7 @@ def test_taylor_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_taylor_leaves_the_model_as_it_was_where_it_fails():
+def test_taylor_restores_the_model_after_an_error():
     model, groups, example = settled("row")
     model.train()
     model.conv1.weight.requires_grad_(False)
@@ -179,14 +179,14 @@ def test_taylor_leaves_the_model_as_it_was_where_it_fails():
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        (None, "needs gradients, so give it losses"),
+        (None, "taylor needs losses: pass a function that yields the model's loss"),
         (lambda model: [], "got no batch"),
         (lambda model: [torch.tensor(float("nan"), requires_grad=True)], "one finite number; that of batch 1 is nan"),
         (lambda model: [torch.ones(2, requires_grad=True)], r"of batch 1 is of shape \(2,\)"),
         (lambda model: [torch.tensor(1.0)], "with a gradient, and that of batch 1 has none"),
     ],
 )
-def test_losses_that_cannot_be_used_are_refused(losses, message):
+def test_unusable_losses_are_refused(losses, message):
     model, groups, _ = settled("row")
     with pytest.raises(PlanError, match=message):
         taylor(model, groups, losses)
@@ -195,10 +195,10 @@ def test_losses_that_cannot_be_used_are_refused(losses, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, g: magnitude(m, g, p=0), "p above 0, got 0"),
-        (lambda m, g: magnitude(m, g, reduction="first"), "reduction is mean, sum or max, got 'first'"),
-        (lambda m, g: magnitude(m, g, normalizer="lamp"), "normalizer is mean, sum, max, none, got 'lamp'"),
-        (lambda m, g: random(m, g, seed=-1), "seed of at least 0, got -1"),
+        (lambda m, g: magnitude(m, g, p=0), "p=0: must be above 0"),
+        (lambda m, g: magnitude(m, g, reduction="first"), "reduction='first': must be mean, sum or max"),
+        (lambda m, g: magnitude(m, g, normalizer="lamp"), "normalizer='lamp': must be one of mean, sum, max, none"),
+        (lambda m, g: random(m, g, seed=-1), "seed=-1: must be at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused(call, message):
@@ -207,7 +207,7 @@ def test_options_out_of_range_are_refused(call, message):
         call(model, groups)
 
 
-def test_what_is_not_finite_is_refused():
+def test_non_finite_weights_and_gates_are_refused():
     model, groups, _ = settled("row")
     with torch.no_grad():
         model.conv2.weight[0, 3] = float("inf")
@@ -219,7 +219,7 @@ def test_what_is_not_finite_is_refused():
         gate(model, groups)
 
 
-def test_a_group_of_zeros_scores_zero():
+def test_group_of_zeros_scores_zero():
     model, groups, _ = settled("row")
     with torch.no_grad():
         for name in ("conv2", "bn3", "out"):
@@ -234,7 +234,7 @@ def test_gate_is_the_effective_gate():
             assert np.array_equal(gate(model, groups)[group.id], gate_scores(model, group))
 
 
-def test_chance_is_the_same_in_every_order():
+def test_random_does_not_depend_on_the_order_of_groups():
     model, groups, _ = settled("row")
     first, again = random(model, groups, seed=3), random(model, list(reversed(groups)), seed=3)
     assert all(np.array_equal(first[name], again[name]) for name in first)
@@ -243,7 +243,7 @@ def test_chance_is_the_same_in_every_order():
     assert all(((values >= 0) & (values < 1)).all() for values in first.values())
 
 
-def test_all_have_their_names():
+def test_importances_are_registered():
     assert {"gate", "magnitude", "taylor", "random"} <= set(registry.importances.names())
     assert set(registry.importances.options("magnitude")) == {"p", "reduction", "normalizer", "norms"}
 
@@ -254,5 +254,5 @@ def test_check_finite_names_the_tensor(name):
     check_finite(model)
     tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
     tensor.data.view(-1)[1:3] = float("-inf")
-    with pytest.raises(PlanError, match=rf"^{name} is -inf in 2 places of {tensor.numel()}, so nothing can be read"):
+    with pytest.raises(PlanError, match=rf"^{name} is -inf in 2 places of {tensor.numel()}; train with a lower"):
         check_finite(model)
