@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 
 from prunekit.commands.tables import simple_table
-from prunekit.data.datasets import ImageDataset
 from prunekit.errors import CheckpointError, DataError, RunFolderError
 from prunekit.pipeline.models import MODELS, load_model, newest_model, read_recipe, read_task
 from prunekit.runs.run_dir import RunDir
-from prunekit.tasks.base import Task
 from prunekit.utils.io import format_problem, is_newer
 from prunekit.utils.progress import Reporter
 from prunekit.utils.text import plural
@@ -82,16 +79,22 @@ def evaluate(
         task, classes = read_task(run, recipe)
         datasets = {}
         for key, folder in folders.items():
-            try:
+            with _errors_of(key):
                 datasets[key] = task.read_folder(folder, on_error, classes)
-            except DataError as error:
-                raise _for_command(key, error) from error
         network = load_model(run, name, recipe).to(PartialState().device)
         reporter = Reporter(console)
         entries = []
         for key, dataset in datasets.items():
-            start = time.perf_counter()
-            metrics = _measure(task, network, key, folders[key], dataset, side, batch_size, reporter)
+            start, count = time.perf_counter(), len(dataset)
+            with _errors_of(key), closing(reporter.progress_bar(key)) as progress:
+                try:
+                    metrics = task.evaluate(network, dataset, side, batch_size, progress).metrics
+                except DataError as error:
+                    if len(dataset):
+                        raise
+                    raise DataError(
+                        f"none of the {count} {dataset.unit} in {folders[key]} can be read; copy the data set again"
+                    ) from error
             entry = {
                 "name": key,
                 "folder": folders[key],
@@ -126,33 +129,14 @@ def _parse_sets(data: Sequence[str]) -> dict[str, str]:
     return folders
 
 
-def _measure(
-    task: Task,
-    network: nn.Module,
-    name: str,
-    folder: str,
-    dataset: ImageDataset,
-    side: int | None,
-    batch_size: int,
-    reporter: Reporter,
-) -> dict[str, float]:
-    progress = reporter.progress_bar(name)
-    count = len(dataset)
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Name the data set in errors, and this command's option in place of the recipe key."""
     try:
-        return task.evaluate(network, dataset, side, batch_size, progress).metrics
+        yield
     except DataError as error:
-        if not len(dataset):
-            raise DataError(
-                f"--data {name}: none of the {count} {dataset.unit} in {folder} can be read; copy the data set again"
-            ) from error
-        raise _for_command(name, error) from error
-    finally:
-        progress.close()
-
-
-def _for_command(name: str, error: DataError) -> DataError:
-    """The error with this command's option in place of the recipe key."""
-    return DataError(f"--data {name}: {error}".replace("set data.on_error=skip", "give --on-error skip"))
+        message = str(error).replace("set data.on_error=skip", "give --on-error skip")
+        raise DataError(f"--data {name}: {message}") from error
 
 
 def _read_results(run: RunDir) -> dict[tuple[str, str, str], dict[str, Any]]:

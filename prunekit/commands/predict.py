@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ def predict(
     except OSError as error:
         raise DataError(f"cannot create the folder {out}: {error.strerror}; choose another --out DIR") from error
     written, rows, errors = [], [], []
-    progress = reporter.progress_bar("predict")
-    try:
+    with closing(reporter.progress_bar("predict")) as progress:
         for done, source in enumerate(sources, start=1):
             try:
                 image = read_image(source)
@@ -74,8 +74,6 @@ def predict(
                 else:
                     rows.append({"file": str(source), **result})
             progress(done, len(sources))
-    finally:
-        progress.close()
     if rows:
         write_atomic(out / TABLE, _to_csv(rows))
         written.append(out / TABLE)
