@@ -1,3 +1,5 @@
+"""The readers are fuzzed in silence, and what comes after is not."""
+
 import logging
 
 import pytest

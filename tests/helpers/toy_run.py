@@ -57,8 +57,8 @@ def shorten(patch) -> None:
     patch.setattr("prunekit.pipeline.export.deploy", lambda model, example, runtime: (model, NoRecord))
     patch.setattr("prunekit.pipeline.export.export_onnx", weights)
     patch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
-    patch.setitem(report.__globals__, "figures", lambda *_: iter(()))
-    patch.setitem(report.__globals__, "page", lambda *_: "")
+    patch.setitem(report.__globals__, "report_figures", lambda *_: iter(()))
+    patch.setitem(report.__globals__, "render_page", lambda *_: "")
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def run(whole, tmp_path):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Skip export and figures, which take longest and are part of the complete run."""
-    monkeypatch.setitem(report.__globals__, "figures", lambda *_: iter(()))
+    monkeypatch.setitem(report.__globals__, "report_figures", lambda *_: iter(()))
     skip_export(monkeypatch)
 
 

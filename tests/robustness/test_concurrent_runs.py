@@ -191,7 +191,7 @@ def test_report_marks_running_run(run, holder):
     change_state(run, status="running", pid=holder.pid, host=socket.gethostname())
     console = Console(width=200, file=io.StringIO())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(report.__globals__, "figures", lambda *_: iter(()))
+        patch.setitem(report.__globals__, "report_figures", lambda *_: iter(()))
         report([run], None, console)
     assert "(running)" in console.file.getvalue() and "problem in" not in console.file.getvalue()
 

@@ -66,10 +66,11 @@ class Cutter:
         return mask
 
     def complete(self, dead: Mapping[str, Iterable[int]]) -> tuple[dict[str, set[int]], list[str]]:
-        """Return all dead channels of each group, and the modules to remove.
-
-        Channels that nothing produces or nothing reads any more are added. Channels are given back where the groups of
+        """Add the channels that nothing produces or nothing reads any more, and give channels back where the groups of
         a convolution would differ in size.
+
+        Returns:
+            all dead channels of each group, and the modules to remove.
 
         Raises:
             PlanError: no set of channels satisfies both.
@@ -113,8 +114,11 @@ class Cutter:
         }
 
     def _balance(self, dead: dict[str, set[int]]) -> str | None:
-        """Give channels back, in place, until the groups of each convolution are of equal size; return one that needed
-        it."""
+        """Give channels back, in place, until the groups of each convolution have equal size.
+
+        Returns:
+            a convolution that needed it.
+        """
         unbalanced = None
         for axis, blocks in self.blocks.items():
             mask = self._mask(axis, dead)
