@@ -29,7 +29,7 @@ API = {
 RECIPE_INTRODUCTION = """\
 A recipe is a YAML file with these keys. Each can also be set on the command line, as in
 `prunekit run csnet train.epochs=20 data.root=~/photos`. `recipe.yaml` in a run folder has every key with its value.
-`prunekit list` shows the names that `backbone`, `data`, `task` and the other components can have, with their options."""
+`prunekit list` shows the names that `backbone`, `data`, `task` and the other components can have, and their options."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -63,7 +63,7 @@ def cli_page() -> str:
 
     command = get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="prunekit")
-    # The list of commands has their help cut off; the contents beside the page list them too.
+    # The list of commands has their help cut off; the table of contents lists them too.
     text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)
     return "# Command line\n\n" + re.sub(r"^# `prunekit`\n", "", text).replace(" <list[", " <").replace("]>`", ">`")
 
