@@ -1,11 +1,10 @@
-"""Parameters, MACs and paper FLOPs, module by module and layer by layer; and what independent counters say.
+"""Parameters, MACs and paper FLOPs of models, modules and layers, and a comparison with other counters.
 
-* MACs: one multiply-add is 1, at the size given, batch 1; convolutions and linear layers. A bias, a norm, an
-  activation, a pooling or a sum adds nothing.
-* Paper FLOPs: the published CSNet counter's convention, always at 224×224 (Gao et al., ECCV 2020): one multiply-add 1;
-  a bias 1 an output element; average-pooling 5 an input element; max-pooling k² a pooled element, k the kernel of the
-  convolution that reads it; up-sampling 9, BatchNorm 4 and PReLU 3 an output element. Not defined for networks with
-  other layers.
+* MACs: a multiply-add is 1; only convolutions and linear layers count, for one input of the given size. Biases, norms,
+  activations, poolings and sums count 0.
+* Paper FLOPs: the convention of the published CSNet (Gao et al., ECCV 2020), always at 224×224: a multiply-add 1; per
+  output element a bias 1, upsampling 9, BatchNorm 4, PReLU 3; average pooling 5 per input element; max pooling k² per
+  pooled element, where k is the kernel size of the convolution after it. Undefined for other layers.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _NORMS = nn.modules.batchnorm._BatchNorm
 
 @dataclass
 class Count:
-    """What one module costs."""
+    """Cost of one module; ``paper_flops`` is None where they are undefined."""
 
     params: int = 0
     macs: int = 0
@@ -37,45 +36,44 @@ class Count:
 
 
 def count_modules(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], list[str]]:
-    """Count a model, module by module.
+    """Count the cost of each module.
 
     Args:
-        model: its parameters are not touched.
-        shape: of one input without the batch, (C, H, W).
+        model: not changed.
+        shape: of one input without the batch, such as (C, H, W).
 
     Returns:
-        the count of each module that has parameters of its own, by name, in the model's order; and those of them whose
-        MACs are not known (they are not counted as anything).
+        the counts of all modules with parameters of their own, by name in the model's order, and the names of those
+        whose MACs are unknown and count as 0.
     """
     leaves = {name: module for name, module in model.named_modules() if not any(True for _ in module.children())}
-    defined = _paper_defined(model, leaves)
-    # A module that holds others may have parameters of its own beside them.
-    found = {
+    defined = _has_paper_flops(model, leaves)
+    # Not only leaves: a module with children may have parameters of its own.
+    counts = {
         name: Count(sum(p.numel() for p in module.parameters(recurse=False)), 0, 0 if defined else None)
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     }
     macs, _ = _trace(model, leaves, shape)
     for name, value in macs.items():
-        found[name].macs = value
+        counts[name].macs = value
     if defined:
-        _, paper = _trace(model, leaves, (shape[0], *PAPER_SIZE))
-        for name, value in paper.items():
-            found[name].paper_flops = value
+        _, paper_flops = _trace(model, leaves, (shape[0], *PAPER_SIZE))
+        for name, value in paper_flops.items():
+            counts[name].paper_flops = value
     known = (*_CONVS, nn.ConvTranspose2d, nn.Linear, _NORMS, nn.PReLU)
-    unknown = [name for name in found if not isinstance(model.get_submodule(name), known)]
-    return found, unknown
+    return counts, [name for name in counts if not isinstance(model.get_submodule(name), known)]
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model costs for one input.
+    """Cost of a model for one input.
 
     Attributes:
         params: number of parameters.
         macs: multiply-adds (one multiply-add is 1) of convolutions and linear layers.
-        paper_flops: FLOPs by the convention of the CSNet paper, always at 224×224; None where it is not defined.
-        uncounted: modules with parameters whose MACs are not known; they count as 0.
+        paper_flops: FLOPs by the convention of the CSNet paper, always at 224×224; None if undefined.
+        uncounted: modules with parameters whose MACs are unknown; they count as 0.
     """
 
     params: int
@@ -96,69 +94,70 @@ def count(model: nn.Module, example: Tensor) -> ModelCost:
     """Count the parameters and the multiply-adds of a model.
 
     Args:
-        model: its parameters and modes are left as they are.
+        model: not changed.
         example: a batch of inputs, (N, C, H, W) or (N, C); the count is for one of them.
     """
-    counts, unknown = count_modules(model, tuple(example.shape[1:]))
-    return ModelCost(**total(counts), uncounted=tuple(unknown))
+    counts, uncounted = count_modules(model, tuple(example.shape[1:]))
+    return ModelCost(**total(counts), uncounted=tuple(uncounted))
 
 
 def _si(value: int) -> str:
-    """A number with three digits and an SI prefix: 11_689_512 → "11.7M"."""
+    """Return a number with three digits and an SI prefix: 11_689_512 → "11.7M"."""
     for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * limit:
             return f"{value / limit:.3g}{prefix}"
     return str(value)
 
 
-def total(counts: dict[str, Count]) -> dict[str, Any]:
-    """Sums over all modules; paper FLOPs are null where they are not defined."""
-    paper = [c.paper_flops for c in counts.values() if c.paper_flops is not None]
+def total(counts: dict[str, Count]) -> dict[str, int | None]:
+    """Return the sums over all modules; paper FLOPs are None if undefined."""
+    paper_flops = [one.paper_flops for one in counts.values()]
     return {
-        "params": sum(c.params for c in counts.values()),
-        "macs": sum(c.macs for c in counts.values()),
-        "paper_flops": sum(paper) if paper and len(paper) == len(counts) else None,
+        "params": sum(one.params for one in counts.values()),
+        "macs": sum(one.macs for one in counts.values()),
+        "paper_flops": None if None in paper_flops or not paper_flops else sum(paper_flops),
     }
 
 
 def counters(model: nn.Module, shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """Our totals beside those of fvcore, thop and torch, for the same input.
+    """Compare with the counters of fvcore, thop and torch.
 
     Returns:
-        "ours", "fvcore", "thop", "torch" → {"params" (but torch), "macs", "modules": {name: MACs} (but torch)}.
+        "ours", "fvcore", "thop", "torch" → {"params", "macs", "modules": {name: MACs}}; torch only has "macs".
     """
     counts, _ = count_modules(model, shape)
-    ours = total(counts)
+    sums = total(counts)
+    modules = {name: one.macs for name, one in counts.items()}
     return {
-        "ours": {
-            "params": ours["params"],
-            "macs": ours["macs"],
-            "modules": {name: c.macs for name, c in counts.items()},
-        },
-        "fvcore": _fvcore(model, shape),
-        "thop": _thop(model, shape),
-        "torch": _torch(model, shape),
+        "ours": {"params": sums["params"], "macs": sums["macs"], "modules": modules},
+        "fvcore": _count_fvcore(model, shape),
+        "thop": _count_thop(model, shape),
+        "torch": _count_torch(model, shape),
     }
 
 
 def layer_rows(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One row a layer and branch, in the network's order: channels, params, MACs, paper FLOPs, and fvcore's and
-    thop's MACs, before and after."""
-    sides = [_by_layer(dense, shape), _by_layer(slim, shape) if slim is not None else {}]
+    """Return a row for each layer and branch of the dense model, in its order.
+
+    Each row has ``layer``, ``branch`` and, each as {"before", "after"}, channels, params, MACs, paper FLOPs and the
+    MACs of fvcore and thop.
+    """
+    before = _layer_costs(dense, shape)
+    after = _layer_costs(slim, shape) if slim is not None else {}
     rows = []
-    for layer, branch in sides[0]:
+    for (layer, branch), costs in before.items():
+        removed = dict.fromkeys(costs, None if slim is None else 0)
+        slim_costs = after.get((layer, branch), removed)
         row: dict[str, Any] = {"layer": layer, "branch": branch}
-        gone = dict.fromkeys(sides[0][layer, branch], None if slim is None else 0)
-        before, after = sides[0][layer, branch], sides[1].get((layer, branch), gone)
-        for key, value in before.items():
-            row[key] = {"before": value, "after": after[key] if value is not None else None}
+        for key, value in costs.items():
+            row[key] = {"before": value, "after": slim_costs[key] if value is not None else None}
         rows.append(row)
     return rows
 
 
 def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What ``layers.json`` holds: ``layer_rows``, and the totals of all counters for each model."""
-    sides = {"dense": dense, "slim": slim}
+    """Return the content of ``layers.json``: :func:`layer_rows`, and the totals of all counters for each model."""
+    models = {"dense": dense, "slim": slim}
     return {
         "format": 1,
         "size": list(shape[1:]),
@@ -168,23 +167,26 @@ def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...
                 name: {key: value for key, value in one.items() if key != "modules"}
                 for name, one in counters(model, shape).items()
             }
-            for side, model in sides.items()
+            for side, model in models.items()
             if model is not None
         },
     }
 
 
-def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, Any]]:
+def _layer_costs(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int | None]]:
     counts, _ = count_modules(model, shape)
-    others = {"fvcore_macs": _fvcore(model, shape)["modules"], "thop_macs": _thop(model, shape)["modules"]}
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    others = {
+        "fvcore_macs": _count_fvcore(model, shape)["modules"],
+        "thop_macs": _count_thop(model, shape)["modules"],
+    }
+    rows: dict[tuple[str, int], dict[str, int | None]] = {}
     last: tuple[str, int] | None = None
     for name, one in counts.items():
         module = model.get_submodule(name)
         layer, branch = layer_of(model, name) if name else ("(model)", None)
-        maker = isinstance(module, (*_CONVS, nn.ConvTranspose2d, nn.Linear))
+        starts_layer = isinstance(module, (*_CONVS, nn.ConvTranspose2d, nn.Linear))
         # Outside of multi-scale layers, a norm or an activation belongs to the convolution before it.
-        key = (layer, branch) if branch is not None else last if last and not maker else (layer, 0)
+        key = (layer, branch) if branch is not None else last if last and not starts_layer else (layer, 0)
         last = key if branch is None else None
         row = rows.setdefault(
             key, {"channels": 0, "params": 0, "macs": 0, "paper_flops": 0, "fvcore_macs": 0, "thop_macs": 0}
@@ -196,86 +198,86 @@ def _by_layer(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int],
         )
         for counter, modules in others.items():
             row[counter] += modules.get(name, 0)
-        width = getattr(module, "num_features", None) or getattr(module, "out_channels", None)
-        row["channels"] = width or getattr(module, "out_features", None) or row["channels"]
+        channels = getattr(module, "num_features", None) or getattr(module, "out_channels", None)
+        row["channels"] = channels or getattr(module, "out_features", None) or row["channels"]
     return rows
 
 
-def _paper_defined(model: nn.Module, leaves: dict[str, nn.Module]) -> bool:
+def _has_paper_flops(model: nn.Module, leaves: dict[str, nn.Module]) -> bool:
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.PReLU, nn.Identity)
-    multi = any(isinstance(module, GOctConv) for module in model.modules())
-    empty = [m for m in model.modules() if not isinstance(m, kinds) and any(True for _ in m.parameters(recurse=False))]
+    multi_scale = any(isinstance(module, GOctConv) for module in model.modules())
+    others = [m for m in model.modules() if not isinstance(m, kinds) and any(True for _ in m.parameters(recurse=False))]
     plain = all(isinstance(m, (*kinds, nn.ModuleDict, nn.ModuleList)) for m in leaves.values())
-    return multi and plain and not empty
+    return multi_scale and plain and not others
 
 
 @torch.no_grad()
 def _trace(
     model: nn.Module, leaves: dict[str, nn.Module], shape: tuple[int, ...]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """MACs and paper FLOPs of each leaf module that is called."""
+    """Return MACs and paper FLOPs of each leaf module that a forward calls."""
     macs: dict[str, int] = {}
-    paper: dict[str, int] = {}
+    paper_flops: dict[str, int] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def leaf(module: nn.Module, _: Any, output: Tensor) -> None:
+    def count_leaf(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         name = names[module]
         if isinstance(module, (*_CONVS, nn.Linear)):
             done = output.numel() * (module.weight.numel() // module.weight.shape[0])
             macs[name] = macs.get(name, 0) + done
-            paper[name] = paper.get(name, 0) + done + (output.numel() if module.bias is not None else 0)
+            bias = output.numel() if module.bias is not None else 0
+            paper_flops[name] = paper_flops.get(name, 0) + done + bias
         elif isinstance(module, nn.ConvTranspose2d):
-            # Every input element meets the whole kernel of each output channel of its group.
-            done = _[0].numel() * module.weight.shape[1] * module.weight[0, 0].numel()
+            # Every input element is multiplied with the kernels of all output channels of its group.
+            done = inputs[0].numel() * module.weight.shape[1] * module.weight[0, 0].numel()
             macs[name] = macs.get(name, 0) + done
-        elif isinstance(module, _NORMS):
-            paper[name] = paper.get(name, 0) + 4 * output.numel()
-        elif isinstance(module, nn.PReLU):
-            paper[name] = paper.get(name, 0) + 3 * output.numel()
+        elif isinstance(module, (_NORMS, nn.PReLU)):
+            each = 4 if isinstance(module, _NORMS) else 3
+            paper_flops[name] = paper_flops.get(name, 0) + each * output.numel()
 
-    def multi(module: Any, args: tuple[Any, ...], outputs: list[Any]) -> None:
+    def count_resizing(module: GOctConv, inputs: tuple[Any, ...], outputs: list[Tensor | None]) -> None:
         pooled = set()
         for key, conv in module.paths.items():
             i, j = map(int, key.split("to"))
             name = names[conv]
             if module.downsample == "pool":
                 if module.stride > 1 and i not in pooled:
-                    paper[name] += 5 * args[0][i].numel()
+                    paper_flops[name] += 5 * inputs[0][i].numel()
                     pooled.add(i)
                 if i < j:
-                    paper[name] += conv.in_channels * outputs[j][0, 0].numel() * module.kernel_size**2
+                    paper_flops[name] += conv.in_channels * outputs[j][0, 0].numel() * module.kernel_size**2
             elif module.downsample == "mixed" and i < j:
-                pooled_size = math.prod(-(-side // 2 ** (j - i)) for side in args[0][i].shape[2:])
-                paper[name] += conv.in_channels * pooled_size * module.kernel_size**2
+                pooled_size = math.prod(-(-side // 2 ** (j - i)) for side in inputs[0][i].shape[2:])
+                paper_flops[name] += conv.in_channels * pooled_size * module.kernel_size**2
             if i > j:
-                paper[name] += 9 * conv.out_channels * outputs[j][0, 0].numel()
+                paper_flops[name] += 9 * conv.out_channels * outputs[j][0, 0].numel()
 
-    hooks = [m.register_forward_hook(leaf) for m in leaves.values()]
-    hooks += [m.register_forward_hook(multi) for m in model.modules() if isinstance(m, GOctConv)]
+    hooks = [m.register_forward_hook(count_leaf) for m in leaves.values()]
+    hooks += [m.register_forward_hook(count_resizing) for m in model.modules() if isinstance(m, GOctConv)]
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(_input(model, shape))
+        model.eval()(_zeros(model, shape))
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
-    return macs, paper
+    return macs, paper_flops
 
 
-def _input(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+def _zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     first = next(model.parameters())
     return torch.zeros(1, *shape, device=first.device, dtype=first.dtype)
 
 
-def _fvcore(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+def _count_fvcore(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     from fvcore.nn import FlopCountAnalysis
 
     model = copy.deepcopy(model).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        analysis = FlopCountAnalysis(model, _input(model, shape))
-        # Operators that it cannot count are poolings, sums and up-samplings: no multiply-adds.
+        analysis = FlopCountAnalysis(model, _zeros(model, shape))
+        # The operators that fvcore does not support (pooling, sums, upsampling) have no multiply-adds.
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         by_module = analysis.by_module_and_operator()
     kinds = ("conv", "linear", "addmm", "matmul", "bmm", "einsum")
@@ -283,41 +285,38 @@ def _fvcore(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     return {"params": sum(p.numel() for p in model.parameters()), "macs": macs.pop(""), "modules": macs}
 
 
-def _thop(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
-    # It writes into the modules that it counts.
-    model = copy.deepcopy(model).eval()
+def _count_thop(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     from thop import profile
     from thop.vision.basic_hooks import zero_ops
 
-    kept = logging.root.manager.disable
+    # thop counts norms, activations and poolings; it also adds buffers to the modules and disables logging.
+    uncounted = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU, nn.AdaptiveAvgPool2d)
+    model, logging_level = copy.deepcopy(model).eval(), logging.root.manager.disable
     try:
-        # Norms, activations and poolings are set to nothing: those are no multiply-adds.
-        free = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU, nn.AdaptiveAvgPool2d)
         macs, params, info = profile(
             model,
-            inputs=(_input(model, shape),),
-            custom_ops=dict.fromkeys(free, zero_ops),
+            inputs=(_zeros(model, shape),),
+            custom_ops=dict.fromkeys(uncounted, zero_ops),
             verbose=False,
             ret_layer_info=True,
         )
     finally:
-        logging.disable(kept)
+        logging.disable(logging_level)
     modules: dict[str, int] = {}
 
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for name, (ops, _, below) in tree.items():
+    def collect(tree: dict[str, Any], prefix: str) -> None:
+        for name, (ops, _, children) in tree.items():
             modules[prefix + name] = int(ops)
-            walk(below, f"{prefix}{name}.")
+            collect(children, f"{prefix}{name}.")
 
-    walk(info, "")
+    collect(info, "")
     return {"params": int(params), "macs": int(macs), "modules": modules}
 
 
-def _torch(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+def _count_torch(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
     model = copy.deepcopy(model).eval()
     with FlopCounterMode(display=False) as mode, torch.no_grad():
-        model(_input(model, shape))
-    # It counts a multiply-add as two operations.
-    return {"macs": int(mode.get_total_flops()) // 2}
+        model(_zeros(model, shape))
+    return {"macs": int(mode.get_total_flops()) // 2}  # torch counts a multiply-add as 2

@@ -1,5 +1,5 @@
-"""CSNet, a salient-object detector of 100k parameters (Gao et al., "Highly Efficient Salient Object Detection with 100K
-Parameters", ECCV 2020; Cheng et al., TPAMI 2021), written from the papers' facts."""
+"""CSNet, a salient object detector (Gao et al., "Highly Efficient Salient Object Detection with 100K Parameters", ECCV
+2020; Cheng et al., TPAMI 2021), implemented from the papers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prunekit.config.registry import register_backbone
 from prunekit.layers import FusionHead, InLayerBlock, branch_size, split_channels
 from prunekit.layers.blocks import STEP_SCALE
 
-# (blocks, channels as a multiple of the width) of stages 1 to 4; stage 0 is one 3×3 block of the plain width.
+# (blocks, channels ÷ width) of stages 1 to 4; stage 0 is one 3×3 block of the width.
 STAGES = ((3, 1), (4, 2), (6, 4), (4, 4))
 
 
@@ -32,7 +32,7 @@ class CSNet(nn.Module):
             stage = nn.ModuleList()
             for block in range(blocks):
                 first = index > 1 and block == 0
-                # Stages 2 to 4 end in one branch: it is the next stage's input and the head's.
+                # Stages 2 to 4 end in one branch, the input of the next stage and of the head.
                 last = index > 1 and block == blocks - 1
                 out = [width * multiple] if last else split_channels(width * multiple, split)
                 stage.append(InLayerBlock(channels, out, 3 if first else 1, stride=2 if first else 1))
@@ -45,20 +45,20 @@ class CSNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         size = image.shape[-2], image.shape[-1]
-        xs, sides, at = [image], [], size
+        xs, sides, branch0 = [image], [], size
         for index in range(len(STAGES) + 1):
             for block in getattr(self, f"stage{index}"):
-                xs = block(xs, at)
-                at = branch_size(at, 0, block.mix.stride)
+                xs = block(xs, branch0)
+                branch0 = branch_size(branch0, 0, block.mix.stride)
             if index == 2:
-                finest = at
+                finest = branch0
             if index > 1:
                 sides.append(xs[0])
         logits = self.classifier(self.head(sides, finest))
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
     def step_scales(self) -> dict[str, float]:
-        """How much larger each parameter is stored than the published model stores it (see DESIGN: the factor 100)."""
+        """Return the scale of each scaled parameter, see :mod:`prunekit.training.optimizers`."""
         return {
             f"{name}.weight": STEP_SCALE
             for name, module in self.named_modules()
@@ -68,11 +68,11 @@ class CSNet(nn.Module):
 
 @register_backbone("csnet")
 def csnet(width: int = 20, split: Sequence[float] = (0.5, 0.5)) -> nn.Module:
-    """CSNet for saliency: width 20 is the published ×1, 40 the ×2; split is the share of channels of each resolution.
+    """CSNet for saliency: width 20 is the published ×1, 40 the ×2; split is the share of channels per resolution.
 
     Raises:
-        ValueError: a width that is too small for every branch to have a channel, or shares that do not add up to 1.
+        ValueError: the width is below 8, or the shares do not add up to 1.
     """
     if width < 8:
-        raise ValueError(f"width is at least 8 (the published ones are 20 and 40), got {width}")
+        raise ValueError(f"width={width} must be at least 8 (published: 20 and 40)")
     return CSNet(width, split)

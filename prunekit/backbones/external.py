@@ -1,6 +1,6 @@
-"""Models of timm and of torchvision, by name, where these are installed: ``timm/resnet18``, ``torchvision/resnet18``.
+"""Models of timm and torchvision, if installed, by name: ``timm/resnet18``, ``torchvision/resnet18``.
 
-Their options are those of the library's own builders. No weights are downloaded unless an option asks for them.
+Options are those of the library's builders. Weights are downloaded only if an option asks for them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from prunekit.errors import PluginError, RecipeError
 
 @backbones.register_family("timm")
 def timm_model(name: str) -> Entry:
-    """Any model of timm; options: pretrained=False, num_classes=… and its others.
+    """Any model of timm; options: pretrained=False, num_classes and those of the model.
 
     Raises:
-        PluginError: timm is not installed, or does not import.
-        RecipeError: it has no model of this name.
+        PluginError: timm is not installed or fails to import.
+        RecipeError: the library has no such model.
     """
-    timm = _library("timm", "install it with: pip install timm")
-    # Behind a dot stand the weights; a name with a colon is looked up on a hub, where no list is.
+    timm = _import_library("timm", "install it with: pip install timm")
+    # NAME.WEIGHTS; names with a colon are looked up on a hub, which has no list.
     if ":" not in name:
-        _known("timm", name.partition(".")[0], timm.list_models())
+        _check_known("timm", name.partition(".")[0], timm.list_models())
 
     def build(pretrained: bool = False, **options: Any) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **options)
@@ -39,18 +39,18 @@ def timm_model(name: str) -> Entry:
 
 @backbones.register_family("torchvision")
 def torchvision_model(name: str) -> Entry:
-    """Any model of torchvision; options: weights=None, num_classes=… and its others.
+    """Any model of torchvision; options: weights=None, num_classes and those of the model.
 
     Raises:
-        PluginError: torchvision is not installed, or does not import.
-        RecipeError: it has no model of this name.
+        PluginError: torchvision is not installed or fails to import.
+        RecipeError: the library has no such model.
     """
-    build_of_torch = "install the build that belongs to your torch, from where that came (see pytorch.org)"
-    models = _library("torchvision.models", f"{build_of_torch}: pip install torchvision")
-    _known("torchvision", name, models.list_models())
+    fix = "install the build for your torch from the same source (see pytorch.org): pip install torchvision"
+    models = _import_library("torchvision.models", fix)
+    _check_known("torchvision", name, models.list_models())
 
     def build(weights: str | None = None, **options: Any) -> nn.Module:
-        # The segmentation and detection models would download their backbone's weights by default.
+        # Segmentation and detection models download the weights of their backbone by default.
         if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
             options = {"weights_backbone": None, **options}
         return models.get_model(name, weights=weights, **options)
@@ -58,19 +58,19 @@ def torchvision_model(name: str) -> Entry:
     return _entry("torchvision", name, build)
 
 
-def _library(module: str, mend: str) -> ModuleType:
+def _import_library(module: str, fix: str) -> ModuleType:
     name = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == name:
-            raise PluginError(f"{name} is not installed; {mend}") from error
-        raise PluginError(f"{name} does not import ({describe_error(error)}); {mend}") from error
-    except Exception as error:  # A build for another torch fails with whatever its operators raise.
-        raise PluginError(f"{name} does not import ({describe_error(error)}); {mend}") from error
+            raise PluginError(f"{name} is not installed; {fix}") from error
+        raise PluginError(f"{name} fails to import ({describe_error(error)}); {fix}") from error
+    except Exception as error:  # a build for another torch may raise anything
+        raise PluginError(f"{name} fails to import ({describe_error(error)}); {fix}") from error
 
 
-def _known(library: str, name: str, known: Sequence[str]) -> None:
+def _check_known(library: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         near = closest_match(name, list(known))
         hint = f", did you mean '{library}/{near}'?" if near else ";"
@@ -82,7 +82,7 @@ def _entry(library: str, name: str, build: Callable[..., nn.Module]) -> Entry:
 
 
 def version(distribution: str) -> str | None:
-    """The version of an installed distribution, else None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,4 @@
-"""ResNet for small images (see ``resnet``) with features of several resolutions: its convolutions are gOctConvs (Gao et
-al., ECCV 2020, section 3.1), so that training can learn for each layer how many channels it needs at each resolution.
-"""
+"""ResNet for small images with gOctConvs (Gao et al., ECCV 2020, section 3.1) as convolutions."""
 
 from __future__ import annotations
 
@@ -16,13 +14,12 @@ from prunekit.layers.octavize import octavize
 
 @register_backbone("octresnet")
 def octresnet(depth: int = 20, width: int = 16, classes: int = 10, split: Sequence[float] = (0.5, 0.5)) -> nn.Module:
-    """ResNet for small images on several resolutions: split is the share of channels of each, the finest first.
+    """ResNet for small images with several resolutions: split is the share of channels of each, finest first.
 
     Shape:
         input: (N, 3, H, W), any H and W; output: logits (N, classes).
 
     Raises:
-        ValueError: a depth that is not 6n + 2, a width or a number of classes that is no network, or shares that do not
-            add up to 1.
+        ValueError: depth is not 6n + 2, width or classes is below 1, or the shares do not add up to 1.
     """
     return octavize(resnet(depth, width, classes), torch.zeros(2, 3, 8, 8), split)

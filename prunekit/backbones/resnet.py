@@ -1,8 +1,7 @@
-"""ResNet for small images (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, the
-networks for CIFAR-10), written from the paper: three stages of basic blocks under one 3×3 convolution.
+"""ResNet for small images (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2).
 
-One thing differs. Where a stage begins, the paper pads the shortcut with zero channels (its option A); those have no
-gate, so nothing could be cut from the stage. Here stands its option B, a 1×1 convolution with a norm.
+Shortcuts between stages are 1×1 convolutions with norms (option B of the paper). Zero-padded shortcuts (option A) have
+no gates, so no channel of the stage could be pruned.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from prunekit.config.registry import register_backbone
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with norms beside a shortcut, which is projected where size or channels change.
+    """Two 3×3 convolutions with norms and a shortcut, which is projected if size or channels change.
 
     Shape:
         input: (N, inputs, H, W); output: (N, outputs, ⌈H/stride⌉, ⌈W/stride⌉).
@@ -38,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The stem, three stages at full, half and quarter resolution, the mean over the image, and a linear layer.
+    """Stem, three stages at full, half and quarter resolution, global average pooling and a linear layer.
 
     Shape:
         input: (N, 3, H, W), any H and W; output: logits (N, classes).
@@ -72,14 +71,14 @@ class ResNet(nn.Module):
 
 @register_backbone("resnet")
 def resnet(depth: int = 20, width: int = 16, classes: int = 10) -> nn.Module:
-    """ResNet for small images: depth is 6n + 2 (20 to 110 in the paper), width that of the first stage.
+    """ResNet for small images: depth is 6n + 2 (20 to 110 in the paper), width is that of the first stage.
 
     Raises:
-        ValueError: another depth, or a width or a number of classes that is no network.
+        ValueError: depth is not 6n + 2, or width or classes is below 1.
     """
     if depth < 8 or depth % 6 != 2:
         below = max(8, (depth - 2) // 6 * 6 + 2)
-        raise ValueError(f"depth is 6n + 2, such as 20, got {depth}; try {below} or {below + 6}")
+        raise ValueError(f"depth={depth} must be 6n + 2; set it to {below} or {below + 6}")
     if width < 1 or classes < 1:
-        raise ValueError(f"width and classes are at least 1, got {width} and {classes}")
+        raise ValueError(f"width={width} and classes={classes} must be at least 1")
     return ResNet(depth, width, classes)

@@ -1,2 +1,1 @@
-"""Kernels in C++ that are compiled where they are needed, and the operations made of them. Without a compiler
-everything works all the same, slower."""
+"""C++ kernels for CPUs, compiled on first use, and autograd operations on them. May import utils and errors."""

@@ -137,7 +137,7 @@ def test_where_it_is_not_installed(absent, name, words):
 )
 def test_where_it_does_not_import(absent, error):
     absent("torchvision", error)
-    with pytest.raises(PluginError, match=f"torchvision does not import .*{error}.*belongs to your torch"):
+    with pytest.raises(PluginError, match=f"torchvision fails to import .*{error}.*build for your torch"):
         build("torchvision/resnet18")
 
 

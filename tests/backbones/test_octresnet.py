@@ -55,5 +55,5 @@ def test_any_size_of_image(split, size):
 def test_builder_says_what_it_cannot_build():
     with pytest.raises(RecipeError, match="add up to 1"):
         build("octresnet", {"split": [0.5, 0.4]})
-    with pytest.raises(RecipeError, match="depth is 6n"):
+    with pytest.raises(RecipeError, match="must be 6n"):
         build("octresnet", {"depth": 9})

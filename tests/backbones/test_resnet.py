@@ -39,9 +39,9 @@ def test_everything_behind_the_image_can_be_cut():
     assert sorted(len(group.gates) for group in sums) == [4, 4, 4]
 
 
-def test_builder_says_what_it_cannot_build():
-    for depth, mend in ((18, "try 14 or 20"), (3, "try 8 or 14"), (21, "try 20 or 26")):
-        with pytest.raises(RecipeError, match=f"depth is 6n \\+ 2.*got {depth}; {mend}"):
+def test_invalid_options_raise():
+    for depth, fix in ((18, "set it to 14 or 20"), (3, "set it to 8 or 14"), (21, "set it to 20 or 26")):
+        with pytest.raises(RecipeError, match=f"depth={depth} must be 6n \\+ 2; {fix}"):
             build("resnet", {"depth": depth})
     with pytest.raises(RecipeError, match="at least 1"):
         build("resnet", {"width": 0})

@@ -12,20 +12,20 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_without_a_compiler_it_says_so(place, monkeypatch):
+def test_missing_compiler_raises(place, monkeypatch):
     monkeypatch.setenv("PATH", str(place))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(NoKernels, match=r"no C\+\+ compiler; install g\+\+"):
         library._load()
 
 
-def test_they_can_be_refused(place, monkeypatch):
+def test_kernels_can_be_disabled(place, monkeypatch):
     monkeypatch.setenv("PRUNEKIT_KERNELS", "0")
     with pytest.raises(NoKernels, match="PRUNEKIT_KERNELS is 0"):
         library._load()
 
 
-def test_what_a_compiler_says_is_handed_on(place, monkeypatch):
+def test_compiler_error_is_reported(place, monkeypatch):
     fake = place / "c++"
     fake.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo fake && exit\necho 'error: no such thing' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -35,7 +35,7 @@ def test_what_a_compiler_says_is_handed_on(place, monkeypatch):
     assert not list((place / "cache" / "kernels").iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_named(place, monkeypatch):
+def test_unwritable_cache_raises(place, monkeypatch):
     (place / "cache").write_text("a file")
     if not shutil.which("g++"):
         pytest.skip("no compiler")
@@ -43,7 +43,7 @@ def test_a_cache_that_cannot_be_written_is_named(place, monkeypatch):
         library._load()
 
 
-def test_a_damaged_library_is_compiled_again(place, monkeypatch):
+def test_damaged_library_is_compiled_again(place, monkeypatch):
     calls = []
     good = library._compile
 

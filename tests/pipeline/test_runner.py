@@ -176,7 +176,7 @@ def test_existing_run_is_not_touched(run):
 @pytest.mark.parametrize(
     "override, word",
     [
-        ("backbone.options.width=1", "width is at least 8"),
+        ("backbone.options.width=1", "width=1 must be at least 8"),
         ("train.augment={name: crop_flip, options: {crop: -1}}", "train.augment"),
         ("finetune.schedule={name: step, options: {factor: 7}}", "finetune.schedule"),
         ("train.optimizer={name: adam, options: {betas: [2, 3]}}", "train.optimizer"),
