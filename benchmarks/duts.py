@@ -1,14 +1,13 @@
-"""Real photographs: ways to the same size side by side, what each option brings, and the hour-long recipe with its
-dense baseline, fine-tuned too.
+"""Training on DUTS: methods compared at one model size, the effect of single options, and the one-hour CPU recipe.
 
-    python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE                    # all of it: some five hours on two cores
+    python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE                    # everything: about five hours on two cores
     python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE --only dynamic l1 --seeds 0
     python benchmarks/duts.py ~/DUTS-TR ~/DUTS-TE --side-by-side     # two runs at a time, one thread each
 
-Each run is a command of prunekit's, which is printed first. What is complete is not run again, and a run that was
-broken off goes on (one that only fine-tunes begins again). The options are judged on 500 pairs held out of DUTS-TR; the
-other figures are of the second folder. What was found is gathered in ``benchmarks/results/duts``: the summary and the
-tables of each run, no weights and no pictures; ``table.md`` there is made of those files alone.
+Each run is a prunekit command, which is printed first. Complete runs are not repeated, and interrupted ones are resumed
+(those that only fine-tune start again). The options are evaluated on 500 pairs held out of DUTS-TR, everything else on
+the second folder. The summary and the tables of each run, without weights and images, are copied to
+``benchmarks/results/duts``; ``table.md`` there is computed from these files only.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ WAYS = {
     "magnitude": ["decay.name=none", "slim.importance=magnitude"],
     "l1": ["decay.name=l1", "decay.weight=1e-3"],
     "scratch": ["decay.name=none", "target.params_ratio=null", "init_weights=fresh"],
-    # The widest that keeps to the budget, and the one of as many multiply-adds as the layout that is learned.
+    # The widest network within the budget, and one with as many multiply-adds as the learned layout.
     "narrow": ["backbone.options.width=9", *WHOLE],
     "narrow_macs": ["backbone.options.width=15", *WHOLE],
 }
-# Fine-tuned as the others, with nothing cut.
+# Fine-tuned like the others, without removing channels.
 UNCUT = {"dense": WHOLE[1:]}
-# Each beside "plain", on pairs held out of DUTS-TR. The first ones act all the way, the others while fine-tuning alone.
+# Compared with "plain" on pairs held out of DUTS-TR. OPTIONS apply to all trainings, TUNED to fine-tuning only.
 HELD_OUT = "data.val_holdout=0.04738"
 OPTIONS = {
     "plain": [],
@@ -52,25 +51,25 @@ OPTIONS = {
 TUNED = {"ema": ["finetune.ema=0.99"], "distill": ["finetune.distill.weight=0.5"]}
 LONG = {"cpu": [], "cpu_uncut": ["baseline=false", *WHOLE]}
 ALL = (*WAYS, *UNCUT, *OPTIONS, *TUNED, *LONG)
-# What needs another run's folder, and which one.
+# Run → the run whose folder it reads.
 AFTER = {"scratch": "dynamic", **dict.fromkeys(TUNED, "plain")}
 BENCH = ["--size", "224", "--threads", "1", "--forms", "eager,ort", "--model", "dense,finetuned"]
-# Run, model → what it is called in the table.
+# Run, model → its title in the table.
 ROWS = {
     ("magnitude", "dense"): "dense, no decay",
-    ("dense", "finetuned"): "dense, no decay, fine-tuned as those below",
+    ("dense", "finetuned"): "dense, no decay, fine-tuned like those below",
     ("dynamic", "finetuned"): "dynamic weight decay",
     ("l1", "finetuned"): "l1 (network slimming)",
     ("magnitude", "finetuned"): "one-shot magnitude",
     ("scratch", "finetuned"): "the layout of dynamic, from scratch",
-    ("narrow", "finetuned"): "all layers as narrow (width 9: as many parameters), from scratch",
-    ("narrow_macs", "finetuned"): "all layers as narrow (width 15: as many multiply-adds), from scratch",
+    ("narrow", "finetuned"): "uniform width 9 (same parameters), from scratch",
+    ("narrow_macs", "finetuned"): "uniform width 15 (same multiply-adds), from scratch",
 }
 TIMED = "cpu"
-# Run, model → what it is called, and the model of the timed run that has its layout.
+# Run, model → its title, and the model of the timed run with the same layout.
 LONG_ROWS = {
     ("cpu", "baseline"): ("dense, no decay", "dense"),
-    ("cpu_uncut", "finetuned"): ("dense, no decay, fine-tuned as the slim one", "dense"),
+    ("cpu_uncut", "finetuned"): ("dense, no decay, fine-tuned like the slim one", "dense"),
     ("cpu", "dense"): ("dense, dynamic weight decay", "dense"),
     ("cpu", "slim"): ("slim", "finetuned"),
     ("cpu", "finetuned"): ("slim, fine-tuned", "finetuned"),
@@ -80,7 +79,7 @@ FIGURES = ("channels.png", "params_macs.png", "training.png", "gates_map.png", "
 
 
 def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """The runs and their commands, those that others need first."""
+    """Yield names and commands of the runs, each after the run that it reads."""
     root, test = f"data.root={args.train}", f"data.val_root={args.test}"
     wanted = args.only or ALL
     for kind in (kind for kind in (*WAYS, *UNCUT, *OPTIONS, *TUNED) if kind in wanted):
@@ -104,7 +103,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
 
 
 def needed(name: str) -> str | None:
-    """The run whose folder this one reads."""
+    """Return the run whose folder this one reads, if any."""
     kind, _, seed = name.removesuffix("-slim").rpartition("-")
     if kind in UNCUT:
         return f"magnitude-{seed}" if name.endswith("-slim") else f"{name}-slim"
@@ -112,7 +111,7 @@ def needed(name: str) -> str | None:
 
 
 def depth(name: str) -> int:
-    """How many runs lie before this one."""
+    """Return the number of runs that must precede this one."""
     before = needed(name)
     return 0 if before is None else 1 + depth(before)
 
@@ -120,19 +119,19 @@ def depth(name: str) -> int:
 def run(name: str, words: list[str], runs: Path, threads: int | None) -> None:
     out = runs / name
     if words[0] != "run" and _status(out) == "complete":
-        print(f"{name}: is there", flush=True)
+        print(f"{name}: already complete", flush=True)
         return
-    # A run that is complete is resumed too: prunekit refuses it where it is of another recipe.
+    # Complete runs are resumed too, so that prunekit refuses those of another recipe.
     again = ["--resume" if words[0] == "run" else "--overwrite"] if out.exists() else []
     command = [*words, "--out", str(out), *again]
-    print(f"prunekit {shlex.join(command)}\n", end="", flush=True)  # in one piece: there may be two
+    print(f"prunekit {shlex.join(command)}\n", end="", flush=True)  # one write, since two runs may print at once
     env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     with (runs / f"{name}.log").open("a") as log:
         subprocess.run([*PRUNEKIT, *command], stdout=log, stderr=subprocess.STDOUT, env=env, check=True)
 
 
 def bench(out: Path) -> None:
-    """Time a run's models, once."""
+    """Time the models of a run, unless that is done."""
     if not (out / "bench.json").is_file():
         command = ["bench", str(out), *BENCH]
         print(f"prunekit {shlex.join(command)}", flush=True)
@@ -140,7 +139,7 @@ def bench(out: Path) -> None:
 
 
 def gather(name: str, runs: Path, results: Path) -> None:
-    """Take over a run's summary and what its report says, without weights and photographs; of an option no figures."""
+    """Copy the summary and the report of a run, without weights and images; for single options without figures."""
     out = results / name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -157,7 +156,7 @@ def gather(name: str, runs: Path, results: Path) -> None:
 
 
 def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
-    """Markdown; of several seeds the mean, and each in brackets. Times are of one image of 224×224 on one thread.
+    """Return the tables as Markdown: mean over seeds, with each seed in brackets; times per 224×224 image, one thread.
 
     Args:
         found: name of a run → its summary.
@@ -192,19 +191,19 @@ def table(found: dict[str, dict[str, Any]], times: dict[str, dict[str, Any]]) ->
 
 
 def _seeds(found: dict[str, dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
-    """Seed → summary."""
+    """Return the summaries of a kind of run by seed."""
     return {name.rpartition("-")[2]: summary for name, summary in found.items() if name.rpartition("-")[0] == kind}
 
 
 def _gain(found: dict[str, dict[str, Any]], kind: str) -> str:
-    """Mean over the seeds that both have."""
+    """Return the mean gain over "plain" on the seeds that both have."""
     own, plain = _seeds(found, kind), _seeds(found, "plain")
     both = [[s["finetuned"]["metrics"]["max_f"] for s in (own[seed], plain[seed])] for seed in own if seed in plain]
     return "" if kind == "plain" or not both else f"{statistics.fmean(a - b for a, b in both):+.4f}"
 
 
 def _ms(times: dict[str, Any] | None, model: str) -> str:
-    """Median in PyTorch and in ONNX Runtime."""
+    """Return median times in PyTorch and in ONNX Runtime."""
     rows = {row["form"]: row["median_ms"] for row in (times or {}).get("rows", ()) if row["model"] == model}
     return " | ".join(f"{rows[form]:.1f}" if form in rows else "" for form in ("eager", "ort"))
 
@@ -229,10 +228,10 @@ def _status(out: Path) -> str | None:
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("train", type=Path, help="images/ and GT/ to learn from")
-    parser.add_argument("test", type=Path, help="images/ and GT/ for the figures")
+    parser.add_argument("train", type=Path, help="images/ and GT/ for training")
+    parser.add_argument("test", type=Path, help="images/ and GT/ for evaluation")
     parser.add_argument("overrides", nargs="*", help="key=value, for every run")
-    parser.add_argument("--only", nargs="+", choices=ALL, help="some of the runs")
+    parser.add_argument("--only", nargs="+", choices=ALL, help="run only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--side-by-side", action="store_true", help="two runs at a time, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/duts"))
@@ -267,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _all(names: list[str], do: Callable[[str], None], workers: int) -> None:
-    """One after another, or several at a time; the first that fails is the last."""
+    """Process the names, several at a time; stop after the first failure."""
     with ThreadPoolExecutor(workers) as pool:
         doing = {name: pool.submit(do, name) for name in names}
         for name, future in doing.items():
@@ -275,11 +274,11 @@ def _all(names: list[str], do: Callable[[str], None], workers: int) -> None:
                 future.result()
             except subprocess.CalledProcessError:
                 pool.shutdown(cancel_futures=True)
-                sys.exit(f"{name} failed; its log in the folder of the runs, {name}.log, says why")
+                sys.exit(f"{name} failed; see {name}.log in the folder of the runs")
 
 
 def _read(results: Path, file: str) -> dict[str, dict[str, Any]]:
-    """Name of a run → what it found."""
+    """Return the content of this file by run."""
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob(f"*/{file}"))}
 
 

@@ -170,7 +170,7 @@ def test_gains_and_latencies_stand_in_the_table():
     assert "| ema | 10 | 20 | 0.6250 | 0.1000 | +0.1250 |" in text, "of the seed that both have"
     assert "| dense, no decay | 10 | 20 | 0.2500 | 0.1000 | 8.2 | 4.0 |" in text
     assert "| slim, fine-tuned | 10 | 20 | 0.2500 | 0.1000 | 2.0 |  |" in text
-    assert "| dense, no decay, fine-tuned as the slim one | 10 | 20 | 0.5000 | 0.1000 | 8.2 | 4.0 |" in text
+    assert "| dense, no decay, fine-tuned like the slim one | 10 | 20 | 0.5000 | 0.1000 | 8.2 | 4.0 |" in text
 
 
 def test_a_run_is_timed_once(tmp_path, monkeypatch):
