@@ -1,4 +1,4 @@
-"""Models in run folders: ``<name>/model.safetensors`` and, where its shape differs from the builder's, ``plan.json``."""
+"""Models in run folders: weights, and a plan where the shape differs from that of the recipe's backbone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
 
-# "dense" was trained with decay and "baseline" without; both begin as the builder's model, or as the end of another run.
+# "dense" was trained with decay, "baseline" without; both begin as the builder's model or as that of another run.
 MODELS = ("baseline", "dense", "slim", "finetuned")
 # The names of the classes, in the order of the model's outputs.
 CLASSES = "classes.json"

@@ -64,9 +64,7 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
     plan = plan_from_selection(dense, groups, choice)
     context.reporter.info(f"extract: {outcome}")
     _print_notes(context, "extract", plan.notes)
-    plan.input = list(input_shape(recipe))
-    plan.recipe_hash = digest(recipe.model_dump(mode="json"))
-    plan.dense_hash = run.checksum(DENSE_WEIGHTS)[:16]
+    _record_origin(context, run, plan)
     run.write_json("extract/plan.json", plan.to_json())
 
 
@@ -145,9 +143,7 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
     recipe, model, equivalence = context.recipe, slimmed.model, slimmed.equivalence
     plan = slimmed.plan
     plan.builder = Builder(name=recipe.backbone.name, options=recipe.backbone.options, file=recipe.backbone.file)
-    plan.input = list(input_shape(recipe))
-    plan.recipe_hash = digest(recipe.model_dump(mode="json"))
-    plan.dense_hash = run.checksum(DENSE_WEIGHTS)[:16]
+    _record_origin(context, run, plan)
     save_model(run, "slim", model, plan)
     context.measure(run, "slim", model)
     steps = {"steps": slimmed.rounds} if len(slimmed.rounds) > 1 else {}
@@ -167,6 +163,13 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
         f"slim: {slimmed.kept} of {of} channels kept{carriers}{given_back}; equivalence check {verdict}: largest "
         f"difference {equivalence.max_abs_diff:.1e} (tolerance {equivalence.tolerance:.0e}); drift {largest:.3g}"
     )
+
+
+def _record_origin(context: RunContext, run: RunDir, plan: Plan) -> None:
+    """Record in a plan what it was made from."""
+    plan.input = list(context.shape)
+    plan.recipe_hash = digest(context.recipe.model_dump(mode="json"))
+    plan.dense_hash = run.checksum(DENSE_WEIGHTS)[:16]
 
 
 def compose_with_builder(recipe: Recipe, first: Plan | None, groups: Sequence[Group], second: Plan) -> Plan:
@@ -247,7 +250,7 @@ def _controller(
 
 
 def _goals(context: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
-    """Return the budget of each round, in equal ratios from the dense model's size to the target; [None] without one."""
+    """Return the budget of each round, in equal ratios from dense size to target; [None] without a target."""
     recipe = context.recipe
     if not _target(recipe):
         return [None]

@@ -330,7 +330,7 @@ class RunDir(ArtifactStore):
         self.update_summary("seconds", {**taken, stage: taken.get(stage, 0.0) + seconds})
 
     def record_skipped_steps(self, stage: str) -> None:
-        """Write the number of steps of a training that were skipped as not finite into the summary, if it has changed."""
+        """Write the number of non-finite steps that a training skipped into the summary, if it has changed."""
         count = sum(line.get("skipped", 0) for line in self.read_metrics() if line["stage"] == stage)
         recorded = self.read_json(SUMMARY).get(SKIPPED_STEPS, {})
         if count != recorded.get(stage, 0):

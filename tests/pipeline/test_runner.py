@@ -86,7 +86,8 @@ def test_summary_entries(whole):
 
 def test_folder_content(whole):
     for name in (
-        "recipe.yaml environment.json state.json metrics.jsonl gates.npz extract/plan.json slim/plan.json finetuned/plan.json layers.json curves.json "
+        "recipe.yaml environment.json state.json metrics.jsonl gates.npz layers.json curves.json "
+        "extract/plan.json slim/plan.json finetuned/plan.json "
         "model.onnx run.log dense/model.safetensors slim/model.safetensors finetuned/model.safetensors "
         "report/summary.csv report/summary.md report/layers.csv report/channels.png "
         "report/params_macs.svg gallery/index.json"
