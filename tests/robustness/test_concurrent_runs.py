@@ -113,7 +113,7 @@ def test_unfinished_source_run_is_refused(run, holder, tmp_path, capsys, command
     done = ["train", "extract", "slim"]
     change_state(run, status="running", pid=holder.pid, host=socket.gethostname(), done=done[: done.index(stage)])
     error = refused([command, str(run), "--out", str(tmp_path / "new")], capsys)
-    assert f"process {holder.pid} on {socket.gethostname()}, which has not done the stage {stage}" in error
+    assert f"process {holder.pid} on {socket.gethostname()}, which has not finished the stage {stage}" in error
     assert not (tmp_path / "new").exists()
     # Later stages do not change it.
     change_state(run, done=done[: done.index(stage) + 1])
