@@ -1,5 +1,3 @@
-"""The readers are fuzzed in silence, and what comes after is not."""
-
 import logging
 
 import pytest

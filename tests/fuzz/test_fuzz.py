@@ -1,7 +1,7 @@
-"""Whatever stands in a file, a reader raises an error of ours or none, in bounded time and memory.
+"""For any file, a reader returns or raises a PrunekitError, in bounded time and memory.
 
-A few thousand inputs here; ``PRUNEKIT_SOAK=1`` makes it more than a million, and larger factors as many times that.
-What is found is written into a temporary folder, and goes into ``corpus/`` when it is mended.
+A few thousand inputs by default; ``PRUNEKIT_SOAK=N`` runs N times more than a million. Inputs that fail are written to
+a temporary folder; add them to ``corpus/`` once they are fixed.
 """
 
 import hashlib
@@ -26,22 +26,19 @@ def place():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_input_gets_through(place, name, capsys):
+def test_readers(place, name, capsys):
     reader = next(one for one in readers(place) if one.name == name)
     count = SOAK * reader.long or reader.short
     found = fuzz(reader, max(count, len(reader.corpus())), f"{SOAK}")
     with capsys.disabled():
         if SOAK:
             print(f"\n{found.line(name)}", end="", flush=True)
-    said = []
+    messages = []
     for fault, data in found.faults:
         kept = Path(tempfile.gettempdir()) / f"prunekit-fuzz-{name}-{hashlib.sha256(data).hexdigest()[:10]}"
         kept.write_bytes(data)
-        said.append(f"{fault}\n  the input is in {kept}")
-    assert not said, "\n".join(said)
-
-
-# ---- the engine itself
+        messages.append(f"{fault}\n  the input is in {kept}")
+    assert not messages, "\n".join(messages)
 
 
 def bad(data: bytes) -> None:
@@ -56,20 +53,20 @@ def bad(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("raise", "KeyError: 3"), ("die", "SIGABRT"), ("loop", "SIGVTALRM"), ("grow", "MemoryError")]
+    ("word", "message"), [("raise", "KeyError: 3"), ("die", "SIGABRT"), ("loop", "SIGVTALRM"), ("grow", "MemoryError")]
 )
-def test_the_engine_finds(tmp_path, monkeypatch, word, said):
+def test_engine_finds_faults(tmp_path, monkeypatch, word, message):
     monkeypatch.setattr("helpers.fuzz_engine.CORPUS", tmp_path)
     monkeypatch.setattr("helpers.fuzz_engine.SECONDS", 0.3)
     (tmp_path / "bad").mkdir()
     for number in range(8):
         (tmp_path / "bad" / f"{number}").write_bytes(word.encode() if number == 5 else b"good")
     found = fuzz(Reader("bad", bad), 8, "")
-    assert [data for _, data in found.faults] == [word.encode()] and said in found.faults[0][0]
+    assert [data for _, data in found.faults] == [word.encode()] and message in found.faults[0][0]
     assert found.inputs == 8
 
 
-def test_inputs_are_the_same_again_and_differ_among_themselves(tmp_path, monkeypatch):
+def test_inputs_are_reproducible_and_different(tmp_path, monkeypatch):
     monkeypatch.setattr("helpers.fuzz_engine.CORPUS", tmp_path)
     (tmp_path / "any").mkdir()
     (tmp_path / "any" / "a").write_bytes(b'{"a": 123}' * 9)
@@ -79,7 +76,7 @@ def test_inputs_are_the_same_again_and_differ_among_themselves(tmp_path, monkeyp
     assert len(set(first)) > 280 and list(inputs(reader, 1, 300, "y")) != first[1:]
 
 
-def test_mutations_stay_small():
+def test_mutations_are_bounded():
     chance = random.Random(0)
     data = bytes(60_000)
     for _ in range(50):
@@ -87,5 +84,5 @@ def test_mutations_stay_small():
         assert len(data) <= 1 << 16
 
 
-def test_its_line():
+def test_summary_line():
     assert Found(1000, 900, 2.0, 0.01).line("plan").split()[:4] == ["fuzz", "plan", "1,000", "inputs,"]

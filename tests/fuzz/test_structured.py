@@ -1,4 +1,4 @@
-"""Files of the right form and with any values in them: what comes out is a value that holds, or an error of ours."""
+"""Well-formed files with arbitrary values give a valid result or a PrunekitError."""
 
 import json
 
@@ -28,7 +28,7 @@ def any_of(keys, inner=VALUES):
 
 
 def section(path=()):
-    """A mapping with some of a section's keys, each with anything or with a mapping of its own."""
+    """Mappings with some keys of a section and arbitrary values."""
     model = schema.get_section(path)
     inner = {
         key: VALUES | section((*path, key)) if schema.get_section((*path, key)) else VALUES
@@ -49,7 +49,7 @@ GOOD = {
 @settings(max_examples=60, deadline=None)
 @given(section(), st.sampled_from(["", *GOOD]))
 def test_recipes(tmp_path_factory, value, kept):
-    # A file is its user's word; and all but one part are right half of the time, so that what is behind is met too.
+    # A file would be trusted and run. Half of the time all but one part are valid, so that later checks run too.
     for key in ("backbone", "base"):
         if isinstance(value.get(key), dict):
             value[key].pop("file", None)
@@ -97,7 +97,7 @@ def test_summaries(value):
         found = run_contents.read_summary(value, faults)
     except ValueError:
         return
-    # What was taken can be written; what was not is told.
+    # Accepted values can be written; rejected ones are reported.
     assert json.loads(json.dumps(found, allow_nan=False)) is not None
     assert found.keys() <= value.keys() and (faults or found.keys() == {k for k, v in value.items() if v is not None})
 
@@ -119,7 +119,7 @@ def test_json(value):
 
 
 @given(st.binary(max_size=300))
-def test_yaml_never_raises_and_what_it_read_comes_back(data):
+def test_yaml_never_raises_and_round_trips(data):
     document = yaml.parse(data)
     if not document.problems:
         assert yaml.parse(yaml.dump(document.value)).value == document.value
@@ -146,6 +146,6 @@ LONG = {
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_no_document_takes_long(kind):
+def test_large_documents_take_little_time_and_memory(kind):
     assert len(LONG[kind]) <= yaml.MAX_BYTES
     assert in_a_child(lambda: yaml.parse(LONG[kind]), memory=1 << 29, seconds=6) < 300 << 20

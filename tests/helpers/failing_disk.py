@@ -1,4 +1,4 @@
-"""A disk that refuses, in this process, from the n-th of the calls by which something is written below a folder."""
+"""Simulate a full or failing disk: from the n-th call that writes below a folder on, calls fail."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _WRITING = frozenset("wax+")
 
 
 class FailingDisk:
-    """As a context manager it counts the calls and lets some of them fail.
+    """A context manager that counts the calls that write and lets some of them fail.
 
     Args:
-        root: what lies below it is looked at; threads' calls too.
-        at: the first call that fails; None: none does.
-        error: what the system says. A full disk stays full, one that fails (EIO) does so once.
-        only: which paths, relative to ``root``, are looked at; all without it.
+        root: folder whose calls are counted, in all threads.
+        at: index of the first call that fails, or None.
+        error: the errno. A full disk stays full; an I/O error (EIO) occurs once.
+        only: selects paths relative to ``root``.
 
     Attributes:
-        calls: what was called, and on what: "write run.log", "fsync state.json", "replace state.json" …; of a
-            temporary file the folder stands for it.
-        failed: how many of them did not succeed.
+        calls: calls with their paths: "write run.log", "fsync state.json", "replace state.json" …; a temporary file is
+            named by its folder.
+        failed: number of failed calls.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FailingDisk:
             return create(path, flags, *more, **options)
 
         def failing_unlink(path, **options):
-            # There is always room to remove something.
+            # Removing a file needs no space.
             if self.error == errno.EIO and options.get("dir_fd") is None:
                 self._call("unlink", path)
             return unlink(path, **options)
@@ -95,8 +95,8 @@ class FailingDisk:
         named = Path(os.path.abspath(os.fsdecode(path))).relative_to(self.root)
         named = named.parent if named.name.startswith(".tmp-") else named
         self.calls.append(f"{what} {named.as_posix()}")
-        place = len(self.calls) - 1
-        if self.at is not None and (place == self.at or (place > self.at and self.error != errno.EIO)):
+        index = len(self.calls) - 1
+        if self.at is not None and (index == self.at or (index > self.at and self.error != errno.EIO)):
             self.failed += 1
             raise OSError(self.error, os.strerror(self.error), os.fsdecode(path))
 
@@ -110,7 +110,7 @@ class _Raw(io.FileIO):
         try:
             self._disk._call("write", self._path)
         except OSError:
-            # As it is: what still has room is written.
+            # A full disk writes as much as fits.
             super().write(bytes(data)[: len(data) // 2])
             raise
         return super().write(data)

@@ -1,4 +1,4 @@
-"""A piece of work in a process of its own that may take only so much memory and time."""
+"""Run a function in a child process with limits on memory and time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 
 
 def in_a_child(work: Callable[[], None], memory: int, seconds: int) -> int:
-    """Run it in a fork; by how many bytes its resident memory's peak has grown.
+    """Return by how many bytes the peak of resident memory grew.
 
     Args:
-        memory: bytes of address space beside what the process has already.
-        seconds: of processor time.
+        work: runs in a fork.
+        memory: additional bytes of address space.
+        seconds: CPU time.
 
     Raises:
-        AssertionError: it raised (the traceback is on stderr), took too much, or was killed.
+        AssertionError: it raised (the traceback is on stderr), exceeded a limit, or was killed.
     """
-    there, here = os.pipe()
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -33,26 +34,26 @@ def in_a_child(work: Callable[[], None], memory: int, seconds: int) -> int:
             before = _resident()
             work()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            os.write(here, str(max(0, peak - before)).encode())
+            os.write(writer, str(max(0, peak - before)).encode())
             status = 0
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
         finally:
             os._exit(status)
-    os.close(here)
+    os.close(writer)
     try:
-        told = b"".join(iter(lambda: os.read(there, 4096), b""))
+        output = b"".join(iter(lambda: os.read(reader, 4096), b""))
         _, status = os.waitpid(pid, 0)
     except BaseException:
         os.kill(pid, signal.SIGKILL)
         raise
     finally:
-        os.close(there)
+        os.close(reader)
     if os.WIFSIGNALED(status):
         raise AssertionError(f"killed by {signal.Signals(os.WTERMSIG(status)).name}: too much time or memory")
     assert os.WEXITSTATUS(status) == 0, "it raised, see above"
-    return int(told)
+    return int(output)
 
 
 def _resident() -> int:

@@ -124,12 +124,9 @@ def gate_scores(model: nn.Module, group: Group) -> np.ndarray:
 
 
 def zeroing_masks(model: nn.Module, group: Group, dead: Iterable[int]) -> list[np.ndarray]:
-    """Return which gates to set to zero so that the given channels are dead.
+    """Return a mask (channels,) for each gate of a group: which γ to set to zero so that the given channels are dead.
 
     In a serial expression only the last gate is set, and none where one is zero already.
-
-    Returns:
-        for each of ``group.gates`` a mask (channels,).
     """
     wanted = np.zeros(group.channels, bool)
     wanted[list(dead)] = True

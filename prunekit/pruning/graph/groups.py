@@ -129,11 +129,7 @@ class _GroupBuilder:
         self.costs = {name: self._costs(model.get_submodule(name), self.nodes[name]) for name in names}
 
     def __call__(self, uses: Sequence[tuple[Use, int]], channels: int, reason: str | None) -> Group:
-        """Build a group.
-
-        Args:
-            uses: each with the index of the group's first channel in it.
-        """
+        """Build a group from its uses, each with the index of the group's first channel in it."""
         members, params, macs, exprs = [], 0, 0, []
         for use, start in uses:
             costs = self.costs[use.module]

@@ -59,13 +59,7 @@ def essential_groups(model: nn.Module, groups: Sequence[Group]) -> list[list[Gro
 def below_threshold(
     sets: Sequence[Sequence[Group]], threshold: float, scores: Callable[[Group], np.ndarray]
 ) -> dict[str, float]:
-    """Return the sets of groups in which no score is above the threshold: their names, and the best score of each.
-
-    Args:
-        sets: from ``essential_groups``.
-        threshold: of the scores.
-        scores: returns the scores of a group, (channels,).
-    """
+    """Return the sets of groups in which no score is above the threshold: their names, and the best score of each."""
     best = {" + ".join(g.id for g in groups): max(float(scores(g).max()) for g in groups) for groups in sets}
     return {name: score for name, score in best.items() if score <= threshold}
 

@@ -16,10 +16,6 @@ from torch import Tensor, nn
 def off_path_readers(model: nn.Module, example: Tensor, on_path: set[str]) -> list[tuple[str, str]]:
     """Find modules that are called in eval or train mode but are not on the path from input to output.
 
-    Args:
-        model: a copy, on which forward is run.
-        on_path: names of the modules on the path.
-
     Returns:
         pairs (off-path module, the on-path module whose channels it reads).
     """
@@ -62,7 +58,7 @@ def used_elsewhere(ends: Collection[Any], modules: dict[str, tuple[nn.Module, st
 
     Args:
         ends: the autograd nodes of the model's outputs.
-        modules: name → the module, its kind of operation and the autograd node of its output.
+        modules: name → (module, kind of operation, autograd node of its output).
     """
     users: dict[int, list[Any]] = {}
     for grad_fn in _ancestors(ends):

@@ -76,11 +76,7 @@ class Graph:
 
 
 def trace(model: nn.Module, example: Tensor) -> Graph:
-    """Trace a model; its mode, hooks, buffers and gradients are left unchanged.
-
-    Args:
-        model: any module with one tensor as input.
-        example: a batch of inputs, (N, C, …).
+    """Trace a model on a batch of inputs, (N, C, …). Its mode, hooks, buffers and gradients are left unchanged.
 
     Raises:
         PlanError: the model fails on the example.

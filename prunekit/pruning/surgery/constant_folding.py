@@ -74,14 +74,8 @@ class Constants:
     inputs: dict[str, list[ConstantInput]]  # where they are read
 
     def inexact(self, carried: bool, removed: Collection[str] = ()) -> list[tuple[float, str, int]]:
-        """List dead channels that neither a fold nor (with ``carried``) a carrier replaces exactly.
-
-        Args:
-            removed: readers that will not exist, so that nothing can be folded into them.
-
-        Returns:
-            (size of the error, group, channel), largest first.
-        """
+        """List dead channels that neither a fold nor (with ``carried``) a carrier replaces exactly, or whose reader is
+        ``removed``: (size of the error, group, channel), largest first."""
         return self._largest(lambda c: np.where(c.inexact(carried) | (c.member.module in removed), c.size, 0.0), 0.0)
 
     def nonzero(self) -> list[tuple[float, str, int]]:
@@ -98,11 +92,8 @@ class Constants:
         return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
 
     def output_shifts(self, carried: bool, dropped: bool = False) -> dict[str, float]:
-        """Return how far cutting the channels would move the output of each reader, where that is not exact.
-
-        Args:
-            dropped: count all constants, because none is folded.
-        """
+        """Return how far cutting the channels would move the output of each reader, where that is not exact; with
+        ``dropped``, without any folding."""
         shifts: dict[str, float] = {}
         for constant in (c for inputs in self.inputs.values() for c in inputs):
             lost = constant.inexact(carried) | (dropped & (np.abs(constant.value) > NEGLIGIBLE))
@@ -116,14 +107,7 @@ class Constants:
 def measure_constants(
     model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Collection[int]], inputs: Sequence[Tensor]
 ) -> Constants:
-    """Measure what dead channels emit at the modules that read them.
-
-    Args:
-        model: in eval mode, its dead gates at zero; in float64 for exact constants.
-        groups: of that model.
-        dead: dead channels by group.
-        inputs: batches to measure on.
-    """
+    """Run a model, in eval mode with its dead gates at zero, and measure what dead channels emit at their readers."""
     constants = Constants({g.id: channel_index(dead[g.id]) for g in groups if dead.get(g.id)}, defaultdict(list))
     members = [(group.id, member) for group in groups if group.id in constants.dead for member in group.readers]
     ranges = _input_ranges(model, {member.module for _, member in members}, inputs)
@@ -238,10 +222,9 @@ def _choose_carriers(inputs: Sequence[ConstantInput], count: int) -> list[int]:
 
 
 def apply_folding(model: nn.Module, folding: Folding) -> dict[str, Tensor]:
-    """Change weights, biases and running means in place; the dead channels except carriers can be cut afterwards.
+    """Change weights, biases and running means in place; return the biases to add to readers that have none.
 
-    Returns:
-        biases to add to readers without one, for all output channels: (out_channels,).
+    The dead channels except carriers can be cut afterwards.
     """
     for constant, mask, carrier in folding.transfers:
         index, value = constant.entries(mask)

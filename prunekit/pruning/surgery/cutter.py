@@ -66,11 +66,10 @@ class Cutter:
         return mask
 
     def complete(self, dead: Mapping[str, Iterable[int]]) -> tuple[dict[str, set[int]], list[str]]:
-        """Add the channels that nothing produces or nothing reads any more, and give channels back where the groups of
-        a convolution would differ in size.
+        """Return all dead channels of each group, and the modules to remove.
 
-        Returns:
-            all dead channels of each group, and the modules to remove.
+        Channels that nothing produces or nothing reads any more are added. Channels are given back where the groups of
+        a convolution would differ in size.
 
         Raises:
             PlanError: no set of channels satisfies both.
@@ -114,11 +113,8 @@ class Cutter:
         }
 
     def _balance(self, dead: dict[str, set[int]]) -> str | None:
-        """Give channels back, in place, until the groups of each convolution have equal size.
-
-        Returns:
-            a convolution that needed it.
-        """
+        """Give channels back, in place, until the groups of each convolution are of equal size; return one that needed
+        it."""
         unbalanced = None
         for axis, blocks in self.blocks.items():
             mask = self._mask(axis, dead)

@@ -177,3 +177,14 @@ def test_meta_device_gives_the_same_groups(name, monkeypatch):
 
     monkeypatch.setattr(trace, "_to_meta", refuse)
     assert find_groups(model, example) == without
+
+
+def test_sum_and_product_of_a_tensor_with_itself():
+    class Doubled(Row):
+        def forward(self, x):
+            x = self.bn1(self.conv1(x))
+            return self.out(self.bn3(self.conv2(self.bn2(self.depthwise((x + x) * x)))))
+
+    groups = by_id(Doubled())
+    assert groups["conv1"].combine == {"serial": [0, 1]} and groups["conv1"].reason is None
+    assert [group.id for group in groups.values()] == [group.id for group in by_id(Row()).values()]
