@@ -19,18 +19,7 @@ from prunekit.config.sources import ConfigTree, load_tree
 from prunekit.config.yaml import format_path, quote
 from prunekit.errors import RecipeError
 
-__all__ = [
-    "Backbone",
-    "Checkpoint",
-    "Component",
-    "Data",
-    "Decay",
-    "Export",
-    "Recipe",
-    "Slim",
-    "Training",
-    "load",
-]
+__all__ = ["Backbone", "Checkpoint", "Component", "Data", "Decay", "Export", "Recipe", "Slim", "Training", "load"]
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), *, untrusted: bool = False) -> Recipe:

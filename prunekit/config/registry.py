@@ -38,7 +38,7 @@ class Entry:
     @property
     def summary(self) -> str:
         """First line of the builder's docstring."""
-        return _first_docstring_line(self.build)
+        return _summary(self.build)
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Family:
     @property
     def summary(self) -> str:
         """First line of the docstring of ``find``."""
-        return _first_docstring_line(self.find)
+        return _summary(self.find)
 
 
-def _first_docstring_line(function: Callable[..., Any]) -> str:
+def _summary(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().partition("\n")[0]
 
 

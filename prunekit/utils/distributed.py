@@ -140,7 +140,7 @@ def assert_identical(tensors: Sequence[Tensor], name: str) -> None:
     others = [str(number) for number, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
     if others:
         raise TrainingError(
-            f"{name} differ between process 0 and {' and '.join(others)}; start all of them on the same kind of machine "
+            f"{name} differ between process 0 and {' and '.join(others)}; start all on the same kind of machine "
             "with the same versions, then continue with --resume"
         )
 

@@ -17,11 +17,7 @@ INTERRUPTED = 130
 
 @contextmanager
 def exit_on_error(debug: bool) -> Iterator[None]:
-    """Within ``with``, report any exception in one line and exit.
-
-    Args:
-        debug: also print the traceback.
-    """
+    """Within ``with``, report any exception in one line and exit; with ``debug`` also print the traceback."""
     try:
         yield
     except PrunekitError as error:

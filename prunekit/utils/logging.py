@@ -11,12 +11,7 @@ from contextlib import contextmanager
 
 from prunekit.errors import PrunekitWarning
 
-LEVELS = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-}
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # For a Reporter's messages. Its level is the terminal's; it is not set when prunekit is used as a library.
 progress_logger = logging.getLogger("prunekit.progress")
 
@@ -52,7 +47,7 @@ def terminal_logging(level: int) -> Iterator[None]:
 
 @contextmanager
 def record_logs(write: Callable[[str], None]) -> Iterator[None]:
-    """Within ``with``, pass every message and warning to ``write``, and the traceback of an exception that leaves it."""
+    """Within ``with``, pass every message and warning to ``write``, and the traceback of an exception."""
 
     def show(message, category, filename, lineno, file=None, line=None) -> None:
         source = "" if issubclass(category, PrunekitWarning) else f" ({category.__name__}, {filename}:{lineno})"

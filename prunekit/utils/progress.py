@@ -272,16 +272,7 @@ class Reporter:
         self._push(self._training)
 
     def log_step(self, done: int, loss: float, penalty: float, weight: float, alive: int, total: int) -> None:
-        """Report a step.
-
-        Args:
-            done: number of steps of the training that are done.
-            loss: loss of this step.
-            penalty: penalty of this step.
-            weight: λ, the strength of the penalty.
-            alive: number of channels that are not dead.
-            total: number of channels.
-        """
+        """Report that ``done`` steps are done; ``weight`` is λ, ``alive`` of ``total`` channels are not dead."""
         if self._training is not None:
             figures = {"loss": loss, "penalty": penalty, "lambda": weight, "alive": alive, "of": total}
             self._training.step(done, figures)

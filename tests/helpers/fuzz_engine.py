@@ -1,7 +1,7 @@
-"""Fuzzing of whatever reads a file: mutations of a corpus that is kept, each input in bounded time and memory.
+"""Fuzz the readers of files: mutations of a stored corpus, each input in bounded time and memory.
 
-An engine of our own, because coverage-guided ones (atheris) need a compiler's runtime for each Python, and the readers
-sit on libraries in C and Rust that they would not see into anyway.
+Coverage-guided engines (atheris) need a build for each Python version and do not see into the C and Rust libraries that
+the readers use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prunekit.errors import PrunekitError
 
 CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus"
 LARGEST = 1 << 16  # bytes of an input
-MEMORY = 1 << 30  # bytes of address space for all inputs of a run, beside what the process has
+MEMORY = 1 << 30  # additional bytes of address space for all inputs of a run
 SECONDS = 5.0  # for one input
 MOST_FAULTS = 20
 _INTERESTING = (0, 1, -1, 2, 7, 127, 128, 255, 256, 32767, 65535, 1 << 31, (1 << 31) - 1, (1 << 32) - 1, 1 << 62)
@@ -43,16 +43,16 @@ _TOKENS = (
 
 @dataclass(frozen=True)
 class Reader:
-    """What is fuzzed.
+    """A reader to fuzz.
 
     Attributes:
-        name: of its folder of the corpus.
-        read: takes an input; may raise PrunekitError and nothing else.
-        tokens: pieces that its format is made of.
-        within: a change that leaves the form whole (checksums, brackets), so that what is behind it is met too; half of
-            the inputs are made by it.
-        short: inputs that it gets in an ordinary run of the tests.
-        long: … in a soak of factor 1.
+        name: of its corpus folder.
+        read: takes an input; may raise only PrunekitError.
+        tokens: pieces of its format.
+        within: a mutation that keeps the input well-formed (checksums, brackets), so that later checks run; makes half
+            of the inputs.
+        short: number of inputs in an ordinary test run.
+        long: number of inputs in a soak of factor 1.
     """
 
     name: str
@@ -68,14 +68,14 @@ class Reader:
 
 @dataclass
 class Found:
-    """What came of it.
+    """The result of fuzzing a reader.
 
     Attributes:
-        inputs: how many were read.
-        refused: how many of them with an error of ours.
-        seconds: of processor time, for all of them.
-        slowest: seconds of the slowest.
-        faults: what went wrong, with its input.
+        inputs: number of inputs.
+        refused: number of inputs that raised a PrunekitError.
+        seconds: total CPU time.
+        slowest: seconds of the slowest input.
+        faults: faults with their inputs.
     """
 
     inputs: int = 0
@@ -93,7 +93,7 @@ class Found:
 
 
 def mutate(chance: random.Random, data: bytes, corpus: Sequence[bytes], tokens: Sequence[bytes]) -> bytes:
-    """A few changes of some of the kinds that damage and malice are made of."""
+    """Return the input with a few random changes."""
     out = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 3, 5, 10))):
         place = chance.randrange(len(out) + 1)
@@ -131,7 +131,7 @@ def mutate(chance: random.Random, data: bytes, corpus: Sequence[bytes], tokens: 
 
 
 def _number(chance: random.Random, out: bytearray, place: int) -> None:
-    """Another number in the place of the next one that is written in digits."""
+    """Replace the next number that is written in digits."""
     start = next((i for i in range(place, min(len(out), place + 200)) if 48 <= out[i] < 58), None)
     if start is not None:
         end = start
@@ -141,7 +141,7 @@ def _number(chance: random.Random, out: bytearray, place: int) -> None:
 
 
 def reshape(chance: random.Random, value: Any) -> Any:
-    """A JSON value with a few of its parts replaced, moved, doubled or taken away."""
+    """Return a JSON value with a few parts replaced, moved, duplicated or removed."""
     for _ in range(chance.choice((1, 1, 2, 4))):
         places = list(_places(value))
         holder, key = chance.choice(places) if places else (None, None)
@@ -154,7 +154,7 @@ def reshape(chance: random.Random, value: Any) -> Any:
             del holder[key]
         elif kind == 4:
             other, there = chance.choice(places)
-            # A copy: a value that holds itself could not be written.
+            # A copy: a cyclic value could not be encoded.
             holder[key] = json.loads(json.dumps(other[there]))
         elif isinstance(holder, dict):
             holder[chance.choice(("", "format", "a" * 300, "../x", "\0", key))] = holder.pop(key)
@@ -205,7 +205,7 @@ def zip_within(chance: random.Random, data: bytes) -> bytes:
 
 
 def png_within(chance: random.Random, data: bytes) -> bytes:
-    """For PNGs: something is changed, and the checksums of the chunks fit; what is packed is packed again."""
+    """Mutate a PNG and keep its chunks' checksums and compression valid."""
     if not data.startswith(b"\x89PNG"):
         return mutate(chance, data, [data], _TOKENS)
     parts, place = [], 8
@@ -223,7 +223,7 @@ def png_within(chance: random.Random, data: bytes) -> bytes:
 
 
 def fuzz(reader: Reader, count: int, seed: str) -> Found:
-    """Read the corpus and ``count`` inputs in all, in a fork; one that kills or stops the fork is a fault too."""
+    """Read the corpus and mutations, ``count`` inputs in total, in a fork; an input that ends the fork is a fault."""
     found = Found()
     shared = _Shared()
     while found.inputs < count and len(found.faults) < MOST_FAULTS:
@@ -253,7 +253,7 @@ def fuzz(reader: Reader, count: int, seed: str) -> Found:
 
 
 class _Shared:
-    """What a fork was at when it ended: its counts, and the input."""
+    """Return a fork's counts and current input when it ended."""
 
     _HEAD = "<QQddI"
 
@@ -271,7 +271,7 @@ class _Shared:
 
 
 def inputs(reader: Reader, start: int, count: int, seed: str) -> Sequence[bytes]:
-    """The inputs from ``start`` to ``count``; the same for the same seed, wherever one begins."""
+    """Yield the inputs from ``start`` to ``count``; they depend only on the seed."""
     corpus = reader.corpus()
     tokens = (*_TOKENS, *reader.tokens)
     for number in range(start, count):
@@ -290,9 +290,9 @@ def _child(reader: Reader, start: int, count: int, seed: str, shared: _Shared, p
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
     faulthandler.disable()
-    # Libraries in C tell what they think of a file.
+    # C libraries print warnings about a file.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    # Its default action ends the process, also where C code would not let Python see it.
+    # The default action ends the process even within C code.
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
     refused, seconds, slowest = 0, 0.0, 0.0
     for done, data in enumerate(inputs(reader, start, count, seed), start=1):

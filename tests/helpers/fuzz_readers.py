@@ -1,4 +1,4 @@
-"""What is fuzzed: every reader of a file that may come from somebody else."""
+"""The readers to fuzz: every one that reads untrusted files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ RECIPE_KEYS = (b"backbone:", b"data:", b"train:", b"slim:", b"target:", b"option
 
 
 class Place:
-    """A folder in memory, where the system has one, for inputs that have to be files."""
+    """A folder, in memory if possible, for inputs that must be files."""
 
     def __init__(self) -> None:
         shm = Path("/dev/shm")
@@ -73,7 +73,7 @@ def readers(place: Place) -> list[Reader]:
     files = ArtifactStore(place.path, {"checksums": {}}, None)
 
     def of_report(name: str, check: Callable[[Any, list[str]], Any]) -> Callable[[bytes], object]:
-        """As the report reads it, which leaves out what it does not take, and as commands do."""
+        """Read a file as the report does, which drops invalid values, and as commands do."""
 
         def read(data: bytes) -> None:
             place.put(name, data)
@@ -85,7 +85,7 @@ def readers(place: Place) -> list[Reader]:
     def yaml(data: bytes) -> None:
         document = yaml12.parse(data)
         if not document.problems:
-            # What was read can be written, and comes back.
+            # A loaded recipe can be dumped and loaded again.
             assert yaml12.parse(yaml12.dump(document.value)).value == document.value
 
     def a_recipe(data: bytes) -> None:
@@ -97,12 +97,12 @@ def readers(place: Place) -> list[Reader]:
 
     def overrides(data: bytes) -> None:
         texts = data.decode(errors="surrogateescape").split("\n")
-        if not any("file" in text for text in texts):  # That is its user's word.
+        if not any("file" in text for text in texts):  # It would be trusted and run.
             recipe.load("csnet", texts)
 
     def state(data: bytes) -> None:
         with contextlib.suppress(ValueError, PrunekitError, RecursionError, AttributeError):
-            # Whoever forges a state forges its checksum.
+            # An attacker can forge the checksum.
             data = states.encode(decode_json(data))
         place.put("run/recipe.yaml", b"name: a\n")
         place.put("run/state.json", data)
@@ -128,7 +128,7 @@ def readers(place: Place) -> list[Reader]:
     def checkpoint(data: bytes) -> None:
         told, _, arrays = data.partition(SPLIT)
         try:
-            # Whoever forges a state forges its checksums.
+            # An attacker can forge the checksums.
             body = encode_json(decode_json(told), "state", indent=None)
             sums = {"format": 1, "sha256": sha256(arrays), "state_sha256": sha256(body), "state": decode_json(told)}
             told = encode_json(sums, "state", indent=None)
