@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from prunekit.runs.state import FORMAT
 from prunekit.utils.io import format_problem, is_newer
 
+FORMAT = 1  # of the files other than the summary
 MAX_PROBLEMS = 3  # described per file
 INVALID = object()
 ANY_KEY = "*"  # the schema of the keys that a dict schema does not name

@@ -17,6 +17,7 @@ from prunekit.reporting import load_run, report
 from prunekit.reporting.figures.gallery import gallery_figures
 from prunekit.reporting.loader import MODELS
 from prunekit.runs.run_dir import RunDir
+from prunekit.runs.state import FORMAT
 
 FILES = [
     "state.json", "recipe.yaml", "summary.json", "environment.json", "metrics.jsonl", "gates.npz", "slim/plan.json",
@@ -206,8 +207,8 @@ def test_report_of_run_with_every_file_damaged(run):
 @pytest.mark.parametrize("name", ["slim/plan.json", "layers.json", "bench.json", "eval.json", "curves.json"])
 def test_newer_file_format_is_reported(run, whole, name, no_figures):
     (run / "state.json").unlink()
-    held = json.loads((run / name).read_text())
-    (run / name).write_text(json.dumps({**held, "format": 2}))
+    content = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps({**content, "format": 2}))
     found = load_run(run)
     the_same(found, whole)
     assert [line for line in found.problems if line.startswith(name) and "format 2" in line and "upgrade" in line]
@@ -225,12 +226,12 @@ def test_invalid_summary_of_interrupted_run_is_reported(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["state.json", "summary.json"])
 def test_newer_run_format_fails_with_one_line(run, name, capsys):
-    held = json.loads((run / name).read_text())
-    (run / name).write_text(json.dumps({**held, "format": 2}))
+    content = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps({**content, "format": FORMAT + 1}))
     with pytest.raises(SystemExit) as stop:
         main(["report", str(run)])
     out = capsys.readouterr()
-    assert stop.value.code == 2 and out.err.count("\n") == 1 and "format 2" in out.err and not out.out
+    assert stop.value.code == 2 and out.err.count("\n") == 1 and f"format {FORMAT + 1}" in out.err and not out.out
     assert not (run / "report").exists()
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.run_readers import READERS, Bed
+from helpers.run_readers import READERS, RunSet
 from helpers.toy_run import killed_in, quiet, shorten, toy_recipe, write_photos
 
 from prunekit.commands import bench
@@ -25,7 +25,7 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def bed(tmp_path_factory):
+def run_set(tmp_path_factory):
     here = tmp_path_factory.mktemp("runs")
     photos = write_photos(here / "photos")
     recipe = toy_recipe(photos)
@@ -38,18 +38,18 @@ def bed(tmp_path_factory):
     for name, one in (("broken", recipe), ("other_broken", others)):
         with killed_in(2):
             run_recipe(one, here / name / "toy", quiet())
-    return Bed(photos, recipe, *(here / name / "toy" for name in ("whole", "other", "broken", "other_broken")))
+    return RunSet(photos, recipe, *(here / name / "toy" for name in ("whole", "other", "broken", "other_broken")))
 
 
 @pytest.fixture(scope="module")
-def good(bed, tmp_path_factory):
+def good(run_set, tmp_path_factory):
     """Return a function from a command to its result for the undamaged run."""
     made: dict[str, object] = {}
 
     def of(reader: str) -> object:
         if reader not in made:
             run = tmp_path_factory.mktemp(reader) / "toy"
-            made[reader] = READERS[reader](Path(shutil.copytree(bed.whole, run)), bed)
+            made[reader] = READERS[reader](Path(shutil.copytree(run_set.whole, run)), run_set)
         return made[reader]
 
     return of

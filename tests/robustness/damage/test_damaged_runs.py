@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.run_readers import READERS, predicted, told
+from helpers.run_readers import READERS, predicted, printed_report
 from helpers.toy_run import outcome, quiet
 
 from prunekit.errors import PrunekitError
@@ -87,14 +87,14 @@ def cases(names: list[str]) -> list[tuple[str, str, str]]:
     return out
 
 
-def test_damaged_file_never_gives_wrong_result(bed, good, tmp_path, capsys):
-    tried, wrong = cases(files_of(bed.whole)), []
+def test_damaged_file_never_gives_wrong_result(run_set, good, tmp_path, capsys):
+    tried, wrong = cases(files_of(run_set.whole)), []
     found = {"told": 0, "the same": 0}
     for number, (name, damage, reader) in enumerate(tried):
         here = tmp_path / str(number)
-        run = damaged(bed.whole, bed.other, name, damage, here / "toy")
+        run = damaged(run_set.whole, run_set.other, name, damage, here / "toy")
         try:
-            found[verdict(name, reader, lambda: READERS[reader](run, bed), good(reader))] += 1  # noqa: B023
+            found[verdict(name, reader, lambda: READERS[reader](run, run_set), good(reader))] += 1  # noqa: B023
         except Exception as error:
             wrong.append((name, damage, reader, f"{type(error).__name__}: {error}"[:300]))
         shutil.rmtree(here)
@@ -120,23 +120,23 @@ NEEDED = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name, reader", NEEDED)
-def test_required_damaged_file_is_named(bed, tmp_path, name, reader, damage):
-    run = damaged(bed.whole, bed.other, name, damage, tmp_path / "toy")
-    if (run / name).is_file() and (run / name).read_bytes() == (bed.whole / name).read_bytes():
+def test_required_damaged_file_is_named(run_set, tmp_path, name, reader, damage):
+    run = damaged(run_set.whole, run_set.other, name, damage, tmp_path / "toy")
+    if (run / name).is_file() and (run / name).read_bytes() == (run_set.whole / name).read_bytes():
         pytest.skip("the other run has the same")
     with pytest.raises(PrunekitError) as error:
-        READERS[reader](run, bed)
+        READERS[reader](run, run_set)
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_resume_of_damaged_run_is_refused_or_gives_same_result(bed, tmp_path, capsys):
-    wanted, names = outcome(bed.whole), files_of(bed.broken)
+def test_resume_of_damaged_run_is_refused_or_gives_same_result(run_set, tmp_path, capsys):
+    wanted, names = outcome(run_set.whole), files_of(run_set.broken)
     kinds = list(DAMAGES)
     tried = [(n, d) for k, n in enumerate(names) for d in (kinds if SOAK else [kinds[(k + 3) % 5]])]
     found = {"told": 0, "the same": 0}
     for number, (name, damage) in enumerate(tried):
-        run = damaged(bed.broken, bed.other_broken, name, damage, tmp_path / str(number) / "toy")
-        found[verdict(name, "resume", lambda: READERS["resume"](run, bed), wanted)] += 1  # noqa: B023
+        run = damaged(run_set.broken, run_set.other_broken, name, damage, tmp_path / str(number) / "toy")
+        found[verdict(name, "resume", lambda: READERS["resume"](run, run_set), wanted)] += 1  # noqa: B023
         shutil.rmtree(run.parent)
     if SOAK:
         with capsys.disabled():
@@ -147,82 +147,82 @@ def test_resume_of_damaged_run_is_refused_or_gives_same_result(bed, tmp_path, ca
 
 
 @pytest.mark.parametrize("name", ["dense/model.safetensors", "model.onnx", "finetuned/model.safetensors"])
-def test_report_names_damaged_files_it_does_not_show(bed, tmp_path, name):
-    run = damaged(bed.whole, bed.other, name, "flipped", tmp_path / "toy")
-    assert f"problem in /toy: {name}: " in told(run, bed)
+def test_report_names_damaged_files_it_does_not_show(run_set, tmp_path, name):
+    run = damaged(run_set.whole, run_set.other, name, "flipped", tmp_path / "toy")
+    assert f"problem in /toy: {name}: " in printed_report(run, run_set)
     (run / name).unlink()
-    assert f"missing in /toy: {name}\n" in told(run, bed)
+    assert f"missing in /toy: {name}\n" in printed_report(run, run_set)
 
 
-def test_checkpoint_of_another_run_is_not_resumed(bed, tmp_path, caplog):
-    run = Path(shutil.copytree(bed.broken, tmp_path / "toy"))
+def test_checkpoint_of_another_run_is_not_resumed(run_set, tmp_path, caplog):
+    run = Path(shutil.copytree(run_set.broken, tmp_path / "toy"))
     for path in (run / "checkpoints").iterdir():
-        shutil.copy(bed.other_broken / "checkpoints" / path.name, path)
-    run_recipe(bed.recipe, run, quiet(), resume=True)
+        shutil.copy(run_set.other_broken / "checkpoints" / path.name, path)
+    run_recipe(run_set.recipe, run, quiet(), resume=True)
     assert "train-0002 is damaged (it belongs to another run)" in caplog.text
-    assert outcome(run) == outcome(bed.whole)
+    assert outcome(run) == outcome(run_set.whole)
 
 
 @pytest.mark.parametrize("name", ["finetuned/model.safetensors", "finetuned/plan.json", "summary.json", "recipe.yaml"])
-def test_state_copied_from_another_run_is_detected(bed, tmp_path, name):
-    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+def test_state_copied_from_another_run_is_detected(run_set, tmp_path, name):
+    run = Path(shutil.copytree(run_set.whole, tmp_path / "toy"))
     for one in ("state.json", name):
-        shutil.copy(bed.other / one, run / one)
-    assert "of another run" in told(run, bed) or "its checksum is wrong" in told(run, bed)
+        shutil.copy(run_set.other / one, run / one)
+    assert "of another run" in printed_report(run, run_set) or "its checksum is wrong" in printed_report(run, run_set)
     for reader in ("predict", "groups", "again"):
         with pytest.raises(PrunekitError, match=r"checksum in state\.json|is damaged|another recipe"):
-            READERS[reader](run, bed)
+            READERS[reader](run, run_set)
 
 
-def test_plan_and_weights_of_two_runs_are_refused(bed, tmp_path):
-    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+def test_plan_and_weights_of_two_runs_are_refused(run_set, tmp_path):
+    run = Path(shutil.copytree(run_set.whole, tmp_path / "toy"))
     (run / "state.json").unlink()
-    shutil.copy(bed.other / "finetuned/plan.json", run / "finetuned")
+    shutil.copy(run_set.other / "finetuned/plan.json", run / "finetuned")
     with pytest.raises(
         PrunekitError, match=r"finetuned/plan\.json was not made from .*dense/model\.safetensors.*--from extract"
     ):
-        predicted(run, bed)
+        predicted(run, run_set)
 
 
-def test_edited_recipe_is_refused(bed, tmp_path):
-    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+def test_edited_recipe_is_refused(run_set, tmp_path):
+    run = Path(shutil.copytree(run_set.whole, tmp_path / "toy"))
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(text.replace("threshold: 0.5", "threshold: 0.4"))
     for reader in ("predict", "groups", "slim", "finetune", "resume", "export"):
         with pytest.raises(PrunekitError, match=r"recipe\.yaml.*edited.*put the old one back.*--out DIR") as error:
-            READERS[reader](run, bed)
+            READERS[reader](run, run_set)
         assert "\n" not in str(error.value)
     assert not [name for name in ("slim", "finetuned") if (tmp_path / name).exists()], (
         "checked before anything is written"
     )
     with pytest.raises(PrunekitError, match="edited"):
-        export_run(run, "onnx", quiet(), overrides=[f"data.root={bed.photos}"])
+        export_run(run, "onnx", quiet(), overrides=[f"data.root={run_set.photos}"])
     # This is the proposed remedy.
     from prunekit.config.recipe import load
 
     assert load(run / "recipe.yaml").slim.threshold == 0.4
     (run / "recipe.yaml").write_text(text)
-    predicted(run, bed)
+    predicted(run, run_set)
 
 
-def test_proposed_remedies_work(bed, tmp_path):
-    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+def test_proposed_remedies_work(run_set, tmp_path):
+    run = Path(shutil.copytree(run_set.whole, tmp_path / "toy"))
     for name, stage in (("slim/model.safetensors", "slim"), ("metrics.jsonl", "train"), ("slim/plan.json", "slim")):
         (run / name).write_bytes(b"{")
         with pytest.raises(PrunekitError, match=f"--from {stage}"):
-            run_recipe(bed.recipe, run, quiet(), resume=True, start_from="finetune")
-        run_recipe(bed.recipe, run, quiet(), resume=True, start_from=stage)
+            run_recipe(run_set.recipe, run, quiet(), resume=True, start_from="finetune")
+        run_recipe(run_set.recipe, run, quiet(), resume=True, start_from=stage)
         found = outcome(run)
-        assert found == {k: v for k, v in outcome(bed.whole).items() if k in found}
+        assert found == {k: v for k, v in outcome(run_set.whole).items() if k in found}
     (run / "extract/plan.json").write_bytes(b"{")
     with pytest.raises(PrunekitError, match=r"extract/plan\.json is damaged.*--from extract"):
-        run_recipe(bed.recipe, run, quiet(), resume=True, start_from="slim")
-    run_recipe(bed.recipe, run, quiet(), resume=True, start_from="extract")
-    assert outcome(run) == {k: v for k, v in outcome(bed.whole).items() if k in outcome(run)}
+        run_recipe(run_set.recipe, run, quiet(), resume=True, start_from="slim")
+    run_recipe(run_set.recipe, run, quiet(), resume=True, start_from="extract")
+    assert outcome(run) == {k: v for k, v in outcome(run_set.whole).items() if k in outcome(run)}
     (run / "state.json").write_bytes(b"{")
     with pytest.raises(PrunekitError, match=r"state\.json is damaged.*remove it and continue with --resume"):
-        run_recipe(bed.recipe, run, quiet(), resume=True)
+        run_recipe(run_set.recipe, run, quiet(), resume=True)
     (run / "state.json").unlink()
-    run_recipe(bed.recipe, run, quiet(), resume=True)
+    run_recipe(run_set.recipe, run, quiet(), resume=True)
     found = outcome(run)
-    assert found["finetuned/model.safetensors"] == outcome(bed.whole)["finetuned/model.safetensors"]
+    assert found["finetuned/model.safetensors"] == outcome(run_set.whole)["finetuned/model.safetensors"]

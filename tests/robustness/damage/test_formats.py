@@ -20,8 +20,8 @@ SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("missing", [None, "state.json"])
-def test_format_1_is_refused_with_remedy(bed, tmp_path, reader, missing):
-    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+def test_format_1_is_refused_with_remedy(run_set, tmp_path, reader, missing):
+    run = Path(shutil.copytree(run_set.whole, tmp_path / "toy"))
     for name in ("state.json", "summary.json"):
         with_format(run, name, 1)
     if missing is not None:
@@ -30,7 +30,7 @@ def test_format_1_is_refused_with_remedy(bed, tmp_path, reader, missing):
     with pytest.raises(
         RunFolderError, match=r"has format 1, written by .*prunekit.*prunekit run .*recipe\.yaml --out"
     ) as error:
-        READERS[reader](run, bed)
+        READERS[reader](run, run_set)
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -63,13 +63,13 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_newer_format_is_refused_with_required_version(bed, tmp_path, name):
-    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+def test_newer_format_is_refused_with_required_version(run_set, tmp_path, name):
+    run = Path(shutil.copytree(run_set.whole, tmp_path / "toy"))
     newest, readers = FORMATS[name]
     with_format(run, name, newest + 1)
     for reader in readers:
         try:
-            text = READERS[reader](run, bed)
+            text = READERS[reader](run, run_set)
         except PrunekitError as error:
             text = str(error)
             assert "\n" not in text
@@ -79,31 +79,31 @@ def test_newer_format_is_refused_with_required_version(bed, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_impossible_format_is_damage(bed, tmp_path, name):
-    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+def test_impossible_format_is_damage(run_set, tmp_path, name):
+    run = Path(shutil.copytree(run_set.whole, tmp_path / "toy"))
     for value in ABSURD:
         with_format(run, name, value)
         for reader in FORMATS[name][1][: None if SOAK else 2]:
             try:
-                text = READERS[reader](run, bed)
+                text = READERS[reader](run, run_set)
             except PrunekitError as error:
                 text = str(error)
                 assert "\n" not in text
             assert name in text, (value, reader, text)
 
 
-def test_newer_checkpoint_is_refused(bed, tmp_path):
-    run = Path(shutil.copytree(bed.broken, tmp_path / "toy"))
+def test_newer_checkpoint_is_refused(run_set, tmp_path):
+    run = Path(shutil.copytree(run_set.broken, tmp_path / "toy"))
     with_format(run, "checkpoints/train-0002.json", 2)
     with pytest.raises(PrunekitError, match=r"train-0002 has format 2.*pip install --upgrade") as error:
-        run_recipe(bed.recipe, run, quiet(), resume=True)
+        run_recipe(run_set.recipe, run, quiet(), resume=True)
     assert "\n" not in str(error.value)
 
 
-def test_key_of_newer_recipe_is_reported(bed, tmp_path):
-    run = Path(shutil.copytree(bed.whole, tmp_path / "toy"))
+def test_key_of_newer_recipe_is_reported(run_set, tmp_path):
+    run = Path(shutil.copytree(run_set.whole, tmp_path / "toy"))
     (run / "recipe.yaml").write_text("novelty: 3\n" + (run / "recipe.yaml").read_text())
     sums = json.loads((run / "state.json").read_text())["checksums"]
     change_state(run, checksums={k: v for k, v in sums.items() if k != "recipe.yaml"}, prunekit="9.1")
     with pytest.raises(PrunekitError, match=r"does not know the key novelty.*written by prunekit 9\.1"):
-        predicted(run, bed)
+        predicted(run, run_set)
