@@ -92,7 +92,7 @@ def test_its_options_pass_through_a_recipe(timm, tmp_path):
     assert first.backbone.options == {"pretrained": False, "num_classes": 10, "drop_rate": 0.1}
     path.write_text(first.dump())
     assert recipe.load(path) == first
-    with pytest.raises(RecipeError, match=r"backbone\.options\.pretrained: 3 is not true or false"):
+    with pytest.raises(RecipeError, match=r"backbone\.options\.pretrained: 3 must be a valid boolean"):
         recipe.load(path, ["backbone.options.pretrained=3"])
     with pytest.raises(RecipeError, match=r"backbone\.name: unknown backbone 'timm/resnet81', did you mean"):
         recipe.load(path, ["backbone.name=timm/resnet81"])
@@ -122,7 +122,7 @@ def test_a_model_of_torchvision_downloads_nothing_by_itself(torchvision):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("timm", ["pip install timm"]), ("torchvision", ["belongs to your torch", "pip install torchvision"])],
+    [("timm", ["pip install timm"]), ("torchvision", ["build for your torch", "pip install torchvision"])],
 )
 def test_where_it_is_not_installed(absent, name, words):
     absent(name, ModuleNotFoundError(f"No module named {name!r}", name=name))
