@@ -173,4 +173,4 @@ def test_a_run_finds_its_file_from_anywhere_and_notices_a_change(file_recipe, tm
     assert status == 2 and "was started with another recipe" in said.err and f"-  file: {noted}" in said.err
     net.unlink()
     status, said = call("groups", run)
-    assert status == 2 and f"{net} is not there" in said.err
+    assert status == 2 and f"{net} does not exist" in said.err

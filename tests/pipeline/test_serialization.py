@@ -152,7 +152,7 @@ def saved(folder):
         ("resnet", {"depth": nn.Identity}, "options cannot be written as JSON"),
         ("no_such_package:build", {}, "the builder no_such_package:build cannot be imported .ModuleNotFoundError"),
         ("prunekit:__version__", {}, "is not a function"),
-        ("no_such_file.py:build", {}, "no_such_file.py is not there"),
+        ("no_such_file.py:build", {}, "no_such_file.py does not exist"),
         (lambda: resnet(8), {}, "a lambda or a local function; define it at the top of a module"),
     ],
 )
@@ -174,7 +174,7 @@ def test_file_of_a_user_runs_only_with_trust(tmp_path, user_file):
     exec(file.read_text(), namespace)
     slim = prune(namespace["build"](6))
     prunekit.save(slim, tmp_path / "slim", builder=f"{file}:build", options={"width": 6})
-    serialization.UserModule.read(str(file))._module()
+    serialization.UserModule.read(str(file))._load_module()
     marker.unlink()
     _forget_imports()
     with pytest.raises(PluginError, match=r"builds its model with code: build in .*my_net.py; pass trust=True if"):
