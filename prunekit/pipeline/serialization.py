@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,9 @@ def save(
         path: the file to write, such as ``slim.prunekit``.
         builder: builds the dense model. One of: a registered backbone (``"csnet"``), a model of timm or torchvision
             (``"timm/resnet18"``), a function in a Python file (``"my_net.py:build"``, noted with the file's SHA-256), a
-            function in a package (``"package.module:function"``), or the function or class itself, from a module that
-            can be imported. Not needed where the model came from ``load``.
+            function in a package (``"package.module:function"``), or the function or class itself; if that cannot be
+            imported, because it is defined in a script, a notebook or a function, ``load`` needs it as ``builder``
+            again. Not needed where the model came from ``load``.
         options: keyword arguments of the builder: numbers, strings, booleans, None, lists and dicts.
 
     Raises:
@@ -83,7 +85,7 @@ def save(
     provenance = get_provenance(model)
     if builder is not None:
         described = _describe_builder(builder, options)
-    elif provenance.builder is None:
+    elif provenance.builder is None or not _can_be_imported(provenance.builder):
         raise CheckpointError(
             "save needs to know how to build the dense model; pass builder='timm/resnet18', 'my_net.py:build' or "
             "'package.module:build', and its arguments as options={…}"
@@ -137,6 +139,11 @@ def load(path: str | Path, *, trust: bool = False, builder: Build | None = None)
             return load_model(run, newest_model(run))
     metadata, weights = _read(path)
     if builder is None:
+        if not _can_be_imported(metadata.builder):
+            raise PluginError(
+                f"{path} was saved with a builder that cannot be imported ({metadata.builder.name}); pass it as "
+                "builder=…"
+            )
         if not trust:
             _check_harmless(metadata.builder, path)
         builder = _builder_function(metadata.builder)
@@ -248,15 +255,17 @@ def _describe_builder(builder: str | Build, options: Mapping[str, Any] | None) -
 
 
 def _import_path(function: Build) -> str:
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not module or not name or "<" in name:
-        raise CheckpointError("the builder is a lambda or a local function; define it at the top of a module")
-    if module == "__main__":
-        raise CheckpointError(
-            f"the builder {name} is defined in the running script, which load would have to run; move it to a module "
-            "of its own and import it"
-        )
-    return f"{module}:{name}"
+    """Where a function can be imported from; in the module ``__main__`` where it cannot."""
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__name__)
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return f"{module if found == function else '__main__'}:{name}"
+
+
+def _can_be_imported(builder: Builder) -> bool:
+    """Whether the builder is not from a script or a notebook, nor a lambda or a local function."""
+    return not builder.name.startswith("__main__:")
 
 
 def _builder_function(builder: Builder) -> Build:
