@@ -109,13 +109,13 @@ def _si(value: int) -> str:
     return str(value)
 
 
-def total(counts: dict[str, Count]) -> dict[str, int | None]:
+def total(counts: dict[str, Count]) -> dict[str, Any]:
     """Return the sums over all modules; paper FLOPs are None if undefined."""
     paper_flops = [one.paper_flops for one in counts.values()]
     return {
         "params": sum(one.params for one in counts.values()),
         "macs": sum(one.macs for one in counts.values()),
-        "paper_flops": None if None in paper_flops or not paper_flops else sum(paper_flops),
+        "paper_flops": sum(filter(None, paper_flops)) if paper_flops and None not in paper_flops else None,
     }
 
 
@@ -179,7 +179,7 @@ def _layer_costs(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, in
         "fvcore_macs": _count_fvcore(model, shape)["modules"],
         "thop_macs": _count_thop(model, shape)["modules"],
     }
-    rows: dict[tuple[str, int], dict[str, int | None]] = {}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     last: tuple[str, int] | None = None
     for name, one in counts.items():
         module = model.get_submodule(name)
@@ -235,8 +235,9 @@ def _trace(
             each = 4 if isinstance(module, _NORMS) else 3
             paper_flops[name] = paper_flops.get(name, 0) + each * output.numel()
 
-    def count_resizing(module: GOctConv, inputs: tuple[Any, ...], outputs: list[Tensor | None]) -> None:
+    def count_resizing(module: GOctConv, inputs: tuple[Any, ...], outputs: list[Any]) -> None:
         pooled = set()
+        conv: Any
         for key, conv in module.paths.items():
             i, j = map(int, key.split("to"))
             name = names[conv]

@@ -1,7 +1,6 @@
-// What a network of few channels computes at inference, on channels-last float32 whose channels fill whole vectors: pixels in
-// a row, the channels of each side by side, padded to a multiple of LANES. Such a network is bound by memory, so what
-// follows an operation element by element (a sum, a PReLU) is done before its result is written. Rows are shared out among
-// the threads; each number is summed in one order, whatever their count.
+// Inference kernels for networks with few channels, on channels-last float32 with channels padded to a multiple of LANES.
+// Such networks are memory-bound, so elementwise operations that follow (a sum, a PReLU) are fused. Threads share the
+// rows; the order of summation does not depend on their number.
 
 #include <algorithm>
 #include <cstdint>
@@ -18,10 +17,10 @@ typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4))
 inline vec load(const float* from) { return *reinterpret_cast<const vec*>(from); }
 inline void store(float* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
 
-// PReLU; with slopes of 1 it is nothing, with 0 a ReLU.
+// PReLU; slope 1 is the identity, slope 0 a ReLU.
 inline vec bend(vec value, const float* slope) { return value > 0 ? value : value * load(slope); }
 
-// As PyTorch has it, what is no number stays none.
+// NaN propagates, as in PyTorch.
 inline vec larger(vec a, vec b) { return (a > b) | (a != a) ? a : b; }
 
 struct Conv {
@@ -30,7 +29,7 @@ struct Conv {
     const int32_t *channels, *rows, *columns;
 };
 
-// PIXELS pixels of a row from `at` on, BLOCKS vectors of output channels from `block` on.
+// PIXELS pixels of a row starting at `at`, BLOCKS vectors of output channels starting at `block`.
 template <int PIXELS, int BLOCKS>
 inline void tile(const Conv& c, int64_t image, int64_t row, int64_t at, int64_t block, const float* zeros,
                  const float* add, float* y) {
@@ -81,16 +80,16 @@ inline void strip(const Conv& c, int64_t image, int64_t row, int64_t block, cons
                   float* y) {
     int64_t at = 0;
     for (; at + PIXELS <= c.width; at += PIXELS) tile<PIXELS, BLOCKS>(c, image, row, at, block, zeros, add, y);
-    // One pixel at a time would wait for each sum before the next.
+    // Several pixels at once hide the latency of the sums.
     for (; at + 2 <= c.width; at += 2) tile<2, BLOCKS>(c, image, row, at, block, zeros, add, y);
     for (; at < c.width; ++at) tile<1, BLOCKS>(c, image, row, at, block, zeros, add, y);
 }
 
-// A row of the convolution; `add` is a row too, or null.
+// One row of the convolution; `add` is a row or null.
 void conv_row(const Conv& c, int64_t image, int64_t row, const float* zeros, const float* add, float* y) {
     const int64_t blocks = c.out / LANES;
     int64_t block = 0;
-    // Twelve sums fit into the registers beside what they are made of.
+    // Twelve accumulators and their operands fit into the registers.
     for (; block + 3 <= blocks && blocks - block != 4; block += 3) strip<4, 3>(c, image, row, block, zeros, add, y);
     for (; block + 2 <= blocks; block += 2) strip<6, 2>(c, image, row, block, zeros, add, y);
     for (; block < blocks; ++block) strip<8, 1>(c, image, row, block, zeros, add, y);
@@ -100,7 +99,7 @@ struct Depthwise {
     const float *weight, *bias, *slope;
 };
 
-// A row of a depthwise 3×3 convolution from the rows above, at and below it.
+// One row of a depthwise 3×3 convolution from the rows above, at and below it.
 void depthwise_row(const Depthwise& d, const float* above, const float* at, const float* below, float* y, int64_t width,
                    int64_t channels) {
     for (int64_t c = 0; c < channels; c += LANES) {
@@ -119,7 +118,7 @@ void depthwise_row(const Depthwise& d, const float* above, const float* at, cons
     }
 }
 
-// Where each of a line's values lies between two of another line, half-pixel centres (align_corners false).
+// Source indices and weights of bilinear interpolation along one axis, half-pixel centers (align_corners=false).
 struct Between {
     std::vector<int64_t> low, high;
     std::vector<float> share;
@@ -142,7 +141,7 @@ struct Coarse {
         : x(x), height(height), width(width), channels(channels), down(height, to_height), along(width, to_width) {}
 };
 
-// A row of the up-sampled map; `add` is a row too, or null.
+// One row of the upsampled map; `add` is a row or null.
 void upsample_row(const Coarse& u, int64_t image, int64_t row, const float* slope, const float* add, float* y) {
     const float* top = u.x + (image * u.height + u.down.low[row]) * u.width * u.channels;
     const float* bottom = u.x + (image * u.height + u.down.high[row]) * u.width * u.channels;
@@ -165,10 +164,10 @@ void upsample_row(const Coarse& u, int64_t image, int64_t row, const float* slop
 
 extern "C" {
 
-// y = act(Σ over taps of x shifted · weight + bias + add + coarse up-sampled), then, where `units` is 2, two depthwise 3×3
-// convolutions with activations of their own, all of it row by row, so that what lies between them never leaves the cache.
-// `weight` is (taps, used, out); `channels` are those of x that are read; a tap is a shift by rows and columns, beyond the
-// border all is zero. `add` and `coarse` may be null.
+// y = act(Σ over taps of shifted x · weight + bias + add + upsampled coarse); if `units` is 2, followed by two depthwise
+// 3×3 convolutions with their activations, row by row, so that intermediate rows stay in the cache. `weight` is (taps,
+// used, out); `channels` are the channels of x that are read; a tap is a shift by rows and columns with zero padding.
+// `add` and `coarse` may be null.
 void infer_conv(const float* x, const float* weight, const float* bias, const float* slope, const float* add,
                 const float* coarse, const float* weight1, const float* bias1, const float* slope1, const float* weight2,
                 const float* bias2, const float* slope2, float* y, const int32_t* channels, const int32_t* rows,
@@ -199,7 +198,7 @@ void infer_conv(const float* x, const float* weight, const float* bias, const fl
         if (units != 2)
             for (int64_t line = from; line < to; ++line) mixed(line / height, line % height, y + line * stride);
         for (int64_t line = from; units == 2 && line < to;) {
-            // The rows of one image that are this thread's; two rows beyond them are made again.
+            // The rows of one image for this thread; two rows beyond them are recomputed.
             const int64_t image = line / height, begin = line % height, end = std::min(height, begin + to - line);
             float *one = ring.data(), *two = ring.data() + 3 * stride;
             const auto in_ring = [&](float* held, int64_t row, int64_t low, int64_t high) {
@@ -235,7 +234,7 @@ void infer_depthwise(const float* x, const float* weight, const float* bias, con
     }
 }
 
-// y = act(add + x up-sampled bilinearly); `add` may be null.
+// y = act(add + bilinearly upsampled x); `add` may be null.
 void infer_upsample(const float* x, const float* slope, const float* add, float* y, int64_t images, int64_t height,
                     int64_t width, int64_t to_height, int64_t to_width, int64_t channels, int threads) {
     const Coarse u(x, height, width, channels, to_height, to_width);
@@ -246,7 +245,7 @@ void infer_upsample(const float* x, const float* slope, const float* add, float*
                      y + line * stride);
 }
 
-// Pooling 2×2, sides rounded up; the maximum, or the mean of those that are there.
+// Pooling 2×2, sizes rounded up: the maximum, or the mean of the pixels inside.
 void infer_pool(const float* x, float* y, int64_t images, int64_t height, int64_t width, int64_t channels, int mean,
                 int threads) {
     const int64_t rows = (height + 1) / 2, columns = (width + 1) / 2;

@@ -1,9 +1,9 @@
-// What PyTorch has no fast CPU kernel for when it trains small channel counts: BatchNorm with a PReLU in one, and the
-// depthwise 3×3 convolution. All tensors are channels-last: pixels in a row, the channels of each side by side.
+// Training kernels for small channel counts on a CPU: BatchNorm fused with PReLU, and depthwise 3×3 convolution.
+// All tensors are channels-last.
 //
-// Such a step is bound by memory, so each kernel reads and writes every element as rarely as it can. Coefficients are
-// repeated over a tile of pixels whose length in numbers is a multiple of the vector's, so that any channel count fills
-// the vectors. Sums are taken chunk by chunk, the chunks' in their order: the result does not depend on the threads.
+// Training is memory-bound, so each kernel reads and writes every element as few times as possible. Coefficients are
+// repeated over a tile of pixels whose length is a multiple of the vector width, so that any channel count fills the
+// vectors. Sums are computed per chunk and added in chunk order, so that the result does not depend on the threads.
 
 #include <algorithm>
 #include <cmath>
@@ -14,9 +14,9 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;  // numbers of the widest vector
-constexpr int64_t SHORT = 256;  // numbers in a tile at least: what starting a loop costs is shared by as many
-constexpr int64_t CHUNK = 1 << 17;  // numbers after which single-precision sums go into a double
+constexpr int64_t LANES = 16;  // floats in the widest vector
+constexpr int64_t SHORT = 256;  // minimum number of floats in a tile, to amortize the loop overhead
+constexpr int64_t CHUNK = 1 << 17;  // floats after which single-precision sums are added to a double
 
 int64_t tile_pixels(int64_t channels) {
     int64_t pixels = LANES / std::gcd(channels, LANES);
@@ -30,7 +30,7 @@ std::vector<T> tiled(const T* values, int64_t channels, int64_t pixels) {
     return tile;
 }
 
-// Sums over tiles: `kinds` rows of one number for each place in the tile, folded into doubles for each channel.
+// Sums over tiles: `kinds` rows with one number per tile position, reduced to a double per channel.
 template <class T>
 struct Sums {
     int64_t kinds, channels, width;
@@ -47,7 +47,7 @@ struct Sums {
     }
 };
 
-// Runs body(begin, count, sums) over the tiles of one image, folding after each chunk; count is in numbers.
+// Runs body(begin, count, sums) over the tiles of one image and reduces after each chunk; count is in floats.
 template <class T, class Body>
 void over_tiles(int64_t numbers, Sums<T>& sums, Body body) {
     const int64_t stretch = std::max(sums.width, CHUNK / sums.width * sums.width);
@@ -62,7 +62,7 @@ template <class T>
 void norm_stats(const T* x, int64_t images, int64_t pixels, int64_t channels, double* mean, double* variance,
                 int threads) {
     const int64_t tile = tile_pixels(channels), width = tile * channels, numbers = pixels * channels;
-    // Moments about a value near the mean, or they would cancel where the mean is large.
+    // Moments around a value near the mean avoid cancellation.
     std::vector<T> near(channels, T(0));
     const int64_t some = std::min<int64_t>(pixels, 64);
     for (int64_t c = 0; c < channels; ++c) {
@@ -102,7 +102,7 @@ void norm_stats(const T* x, int64_t images, int64_t pixels, int64_t channels, do
     }
 }
 
-// y = act(x · scale + shift), act(u) = u above zero and slope · u below; means: of y for each image and channel.
+// y = act(x · scale + shift), act(u) = u if u > 0, else slope · u; `means`: mean of y per image and channel.
 template <class T>
 void apply(const T* x, const T* scale, const T* shift, const T* slope, T* y, T* means, int64_t images, int64_t pixels,
            int64_t channels, int threads) {
@@ -128,9 +128,9 @@ void apply(const T* x, const T* scale, const T* shift, const T* slope, T* y, T* 
     }
 }
 
-// A norm by the batch's statistics, and the PReLU behind it. `held` (5, channels) keeps what the backward needs: scale,
-// shift, slope, mean, 1/√(v+ε). `running` and `running_var` move as PyTorch moves them. A null slope is no activation;
-// `one_slope` says that it is a single number.
+// BatchNorm with batch statistics, followed by PReLU. `held` (5, channels) stores what the backward pass needs: scale,
+// shift, slope, mean, 1/√(v+ε). The running statistics are updated as in PyTorch. A null slope means no activation;
+// `one_slope` means one slope for all channels.
 template <class T>
 void norm_act(const T* x, const T* gamma, const T* beta, const T* slope, int one_slope, double eps, double momentum,
               T* running, T* running_var, T* held, T* y, T* means, int64_t images, int64_t pixels, int64_t channels,
@@ -151,7 +151,7 @@ void norm_act(const T* x, const T* gamma, const T* beta, const T* slope, int one
     apply<T>(x, held, held + channels, held + 2 * channels, y, means, images, pixels, channels, threads);
 }
 
-// From the gradient to y those to x and, `found` (3, channels), to γ, β and the slope; u is computed anew.
+// Gradients with respect to x and (`found`, (3, channels)) γ, β and the slope; u is recomputed.
 template <class T>
 void norm_act_backward(const T* grad, const T* x, const T* held, T* grad_x, T* found, int64_t images, int64_t pixels,
                        int64_t channels, int threads) {
@@ -214,7 +214,7 @@ void norm_act_backward(const T* grad, const T* x, const T* held, T* grad_x, T* f
     }
 }
 
-// Three rows of an image with a column of zeros on either side.
+// Three rows of an image, padded by a column of zeros on each side.
 template <class T>
 struct Rows {
     int64_t height, width, channels, stride;
@@ -232,7 +232,7 @@ struct Rows {
     }
 };
 
-// Depthwise 3×3, padding 1. `kernel` is (3, 3, channels); turned by 180° it gives the gradient to the input.
+// Depthwise 3×3, padding 1. `kernel` is (3, 3, channels); rotated by 180°, this computes the gradient of the input.
 template <class T>
 void depthwise(const T* x, const T* kernel, T* y, int64_t images, int64_t height, int64_t width, int64_t channels,
                int threads) {
@@ -268,7 +268,7 @@ void depthwise(const T* x, const T* kernel, T* y, int64_t images, int64_t height
     }
 }
 
-// The gradient to the kernel, (3, 3, channels).
+// Gradient of the kernel, (3, 3, channels).
 template <class T>
 void depthwise_kernel(const T* grad, const T* x, T* grad_kernel, int64_t images, int64_t height, int64_t width,
                       int64_t channels, int threads) {
