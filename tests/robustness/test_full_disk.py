@@ -216,7 +216,7 @@ def test_unwritable_image_cache_is_only_reported(recipe, whole, tmp_path, at):
     console = Console(file=io.StringIO(), record=True, width=400)
     with FailingDisk(tmp_path / "cache", at) as disk:
         run_recipe(cached, tmp_path / "whole", console)
-    assert disk.failed and "decoded images cannot be kept" in console.export_text()
+    assert disk.failed and "cannot write decoded images to" in console.export_text()
     ours, theirs = outcome(tmp_path / "whole"), outcome(whole[0])
     for name in ("dense/model.safetensors", "finetuned/model.safetensors", "metrics"):
         assert ours[name] == theirs[name]
@@ -247,9 +247,9 @@ def test_damaged_kernels_are_rebuilt(tmp_path, monkeypatch):
     for place in (len(good) // 2, len(good) - 1):
         path.unlink()  # The library loaded by this process stays.
         path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
-        assert not library._is_whole(path)
+        assert not library._is_intact(path)
         library._load()
-        assert library._is_whole(path)
+        assert library._is_intact(path)
 
 
 # ---- the other commands
