@@ -1,4 +1,4 @@
-"""The examples run as they say."""
+"""The example program, plugin package and tasks run."""
 
 import json
 import os
@@ -25,9 +25,9 @@ def test_your_model():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """run(*arguments): prunekit in a new environment, which sees what this one has and the example package."""
+    """Return a function that runs prunekit in a new environment with this one's packages and the example package."""
     folder = tmp_path_factory.mktemp("plugin")
-    # A build leaves files beside its sources.
+    # A build leaves files next to its sources.
     shutil.copytree(EXAMPLES / "plugin_backbone", folder / "package")
     venv.create(folder / "env", with_pip=False, symlinks=True)
     python = folder / "env" / "bin" / "python"
@@ -52,19 +52,19 @@ def installed(tmp_path_factory):
     return lambda *arguments: call("prunekit.cli", *arguments)
 
 
-def test_the_plugin_is_listed_with_its_origin(installed):
+def test_plugin_is_listed_with_its_origin(installed):
     lines = installed("list").splitlines()
     (row,) = [line for line in lines if line.strip().startswith("mobile_saliency")]
     assert "prunekit-mobile 1.0" in row
-    below = lines[lines.index(row) :]
-    assert any("width=16, expansion=4" in line for line in below[:4])
-    (ours,) = [line for line in lines if line.strip().startswith("csnet ") and "CSNet" in line]
-    assert "prunekit 0" in ours
+    following = lines[lines.index(row) :]
+    assert any("width=16, expansion=4" in line for line in following[:4])
+    recipe, backbone = [line for line in lines if line.strip().startswith("csnet ") and "CSNet" in line]
+    assert "prunekit 0" in backbone and "prunekit 0" not in recipe
 
 
-def test_its_recipe_runs_to_the_end(installed):
+def test_plugin_recipe_runs(installed):
     tiny = ["train.epochs=1", "finetune.epochs=1", "data.size=32", "data.options={train: 32, val: 8}"]
-    # Two steps move gates from 1 a little to either side.
+    # After two steps the gates are slightly above or below 1.
     tiny += ["backbone.options.width=4", "decay.weight=0", "slim.threshold=0.99", "--out", "run"]
     out = installed("run", "package/mobile.yaml", *tiny)
     kept, of = map(int, re.search(r"slim: (\d+) of (\d+) channels kept.*equivalence check passed", out).groups())
@@ -73,7 +73,7 @@ def test_its_recipe_runs_to_the_end(installed):
     assert "8 of 10 groups can be pruned" in output and "alive (effective gate above 0.99)" in output
 
 
-def test_the_package_is_set_up_as_such_packages_are():
+def test_plugin_package_is_declared_in_setup_cfg():
     folder = EXAMPLES / "plugin_backbone"
     assert "[project]" not in (folder / "pyproject.toml").read_text()
     assert "prunekit.plugins" in (folder / "setup.cfg").read_text()

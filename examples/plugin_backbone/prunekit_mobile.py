@@ -1,6 +1,6 @@
 """A small saliency network of inverted residuals (Sandler et al., "MobileNetV2", CVPR 2018), for prunekit.
 
-All that prunekit needs is the function at the end: it builds the dense model. The model knows nothing of pruning.
+prunekit needs only the function at the end, which builds the dense model. The model does not depend on prunekit.
 """
 
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from prunekit import register_backbone
 
 
 class InvertedResidual(nn.Module):
-    """1×1 up, 3×3 depthwise, 1×1 down; a shortcut where the shape stays.
+    """1×1 up, 3×3 depthwise, 1×1 down; a shortcut where the shape does not change.
 
     Shape:
         input: (N, inputs, H, W); output: (N, outputs, ⌈H/stride⌉, ⌈W/stride⌉).
@@ -61,7 +61,7 @@ class MobileSaliency(nn.Module):
 
 @register_backbone("mobile_saliency")
 def mobile_saliency(width: int = 16, expansion: int = 4) -> nn.Module:
-    """Inverted residuals for saliency: width is that of the stem."""
+    """Inverted residuals for saliency; width is the number of channels of the stem."""
     if width < 1 or expansion < 1:
-        raise ValueError(f"width and expansion are at least 1, got {width} and {expansion}")
+        raise ValueError(f"width and expansion must be at least 1, got {width} and {expansion}")
     return MobileSaliency(width, expansion)
