@@ -29,7 +29,14 @@ def build(name: str, options: dict[str, Any] | None = None, file: str | None = N
         entry = registry.backbones.entry(name)
         function, source = entry.build, "" if entry.origin == "prunekit" else f" of {entry.origin}"
     else:
-        function, source = _load_from_file(file, name)
+        try:
+            module = UserModule.read(file)
+            function, source = module.load_function(name), f" of {module.path}"
+        except (RecipeError, PluginError) as error:
+            raise type(error)(f"backbone.file: {error}") from error
+        if module.change:
+            message = f"backbone.file: {module.change}; models trained with the earlier version may not fit"
+            warnings.warn(message, PrunekitWarning, stacklevel=2)
     options = options or {}
     try:
         inspect.signature(function).bind(**options)
@@ -51,15 +58,3 @@ def build(name: str, options: dict[str, Any] | None = None, file: str | None = N
             f"backbone {name!r}{source} returned {type(model).__name__}, not a torch.nn.Module; return the model"
         )
     return model
-
-
-def _load_from_file(path: str, name: str) -> tuple[Any, str]:
-    try:
-        module = UserModule.read(path)
-        function = module.load_function(name)
-    except (RecipeError, PluginError) as error:
-        raise type(error)(f"backbone.file: {error}") from error
-    if module.change:
-        message = f"backbone.file: {module.change}; models trained with the earlier version may not fit"
-        warnings.warn(message, PrunekitWarning, stacklevel=3)
-    return function, f" of {module.path}"

@@ -6,9 +6,8 @@ Options are those of the library's builders. Weights are downloaded only if an o
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,16 +15,12 @@ from torch import nn
 
 from prunekit.config.registry import Entry, backbones, closest_match, describe_error
 from prunekit.errors import PluginError, RecipeError
+from prunekit.utils.environment import package_version
 
 
 @backbones.register_family("timm")
 def timm_model(name: str) -> Entry:
-    """Any model of timm; options: pretrained=False, num_classes and those of the model.
-
-    Raises:
-        PluginError: timm is not installed or fails to import.
-        RecipeError: the library has no such model.
-    """
+    """Any model of timm; options: pretrained=False, num_classes and those of the model."""
     timm = _import_library("timm", "install it with: pip install timm")
     # NAME.WEIGHTS; names with a colon are looked up on a hub, which has no list.
     if ":" not in name:
@@ -34,17 +29,12 @@ def timm_model(name: str) -> Entry:
     def build(pretrained: bool = False, **options: Any) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **options)
 
-    return _entry("timm", name, build)
+    return Entry(f"timm/{name}", build, "timm", package_version("timm"))
 
 
 @backbones.register_family("torchvision")
 def torchvision_model(name: str) -> Entry:
-    """Any model of torchvision; options: weights=None, num_classes and those of the model.
-
-    Raises:
-        PluginError: torchvision is not installed or fails to import.
-        RecipeError: the library has no such model.
-    """
+    """Any model of torchvision; options: weights=None, num_classes and those of the model."""
     fix = "install the build for your torch from the same source (see pytorch.org): pip install torchvision"
     models = _import_library("torchvision.models", fix)
     _check_known("torchvision", name, models.list_models())
@@ -55,18 +45,16 @@ def torchvision_model(name: str) -> Entry:
             options = {"weights_backbone": None, **options}
         return models.get_model(name, weights=weights, **options)
 
-    return _entry("torchvision", name, build)
+    return Entry(f"torchvision/{name}", build, "torchvision", package_version("torchvision"))
 
 
 def _import_library(module: str, fix: str) -> ModuleType:
     name = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            raise PluginError(f"{name} is not installed; {fix}") from error
-        raise PluginError(f"{name} fails to import ({describe_error(error)}); {fix}") from error
     except Exception as error:  # a build for another torch may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise PluginError(f"{name} is not installed; {fix}") from error
         raise PluginError(f"{name} fails to import ({describe_error(error)}); {fix}") from error
 
 
@@ -75,15 +63,3 @@ def _check_known(library: str, name: str, known: Sequence[str]) -> None:
         near = closest_match(name, list(known))
         hint = f", did you mean '{library}/{near}'?" if near else ";"
         raise RecipeError(f"unknown backbone '{library}/{name}'{hint} {library} has {len(known)} models")
-
-
-def _entry(library: str, name: str, build: Callable[..., nn.Module]) -> Entry:
-    return Entry(f"{library}/{name}", build, library, version(library))
-
-
-def version(distribution: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -16,9 +16,6 @@ from prunekit.layers.octavize import octavize
 def octresnet(depth: int = 20, width: int = 16, classes: int = 10, split: Sequence[float] = (0.5, 0.5)) -> nn.Module:
     """ResNet for small images with several resolutions: split is the share of channels of each, finest first.
 
-    Shape:
-        input: (N, 3, H, W), any H and W; output: logits (N, classes).
-
     Raises:
         ValueError: depth is not 6n + 2, width or classes is below 1, or the shares do not add up to 1.
     """

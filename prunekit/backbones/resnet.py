@@ -15,8 +15,7 @@ from prunekit.config.registry import register_backbone
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions with norms and a shortcut, which is projected if size or channels change.
 
-    Shape:
-        input: (N, inputs, H, W); output: (N, outputs, ⌈H/stride⌉, ⌈W/stride⌉).
+    Shape: (N, inputs, H, W) to (N, outputs, ⌈H/stride⌉, ⌈W/stride⌉).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
@@ -27,9 +26,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )  # fmt: skip
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -39,8 +36,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Stem, three stages at full, half and quarter resolution, global average pooling and a linear layer.
 
-    Shape:
-        input: (N, 3, H, W), any H and W; output: logits (N, classes).
+    Shape: (N, 3, H, W), any H and W, to logits (N, classes).
     """
 
     def __init__(self, depth: int, width: int, classes: int):
@@ -50,13 +46,9 @@ class ResNet(nn.Module):
         inputs, blocks = width, (depth - 2) // 6
         for stage in range(3):
             outputs = width << stage
-            self.add_module(
-                f"stage{stage + 1}",
-                nn.Sequential(
-                    BasicBlock(inputs, outputs, stride=2 if stage else 1),
-                    *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)),
-                ),
-            )
+            first = BasicBlock(inputs, outputs, stride=2 if stage else 1)
+            rest = (BasicBlock(outputs, outputs) for _ in range(blocks - 1))
+            self.add_module(f"stage{stage + 1}", nn.Sequential(first, *rest))
             inputs = outputs
         self.classifier = nn.Linear(inputs, classes)
         for module in self.modules():

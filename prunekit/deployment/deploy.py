@@ -28,7 +28,6 @@ _PYTORCH = [
     DeployConfig(pad_multiple=8, channels_last=True),
     DeployConfig(channels_last=True),
     DeployConfig(pad_multiple=8, merge_sums=True, channels_last=True),
-    DeployConfig(pad_multiple=8, merge_inputs=True, channels_last=True),
     DeployConfig(merge_sums=True),
 ]
 # Runtime → the options that are timed; the first are the default. "pt2" is PyTorch without native kernels, which cannot
@@ -63,16 +62,13 @@ def deploy(
     BatchNorms are folded; for each runtime a few combinations of the other passes are timed, and the fastest is taken.
 
     Args:
-        model: is not changed. The deployed model is a copy in float32 on the CPU, for inputs of any size that the model
-            takes.
+        model: is not changed. The deployed model is a copy in float32 on the CPU for inputs of any size.
         example: a batch of inputs (N, C, H, W), of the size to optimize for.
         runtime: "torch", "pt2", "onnxruntime", "openvino", or "int8" for a model to be quantized.
-        measure: choose the options by timing on this machine. If False, or if the runtime is not installed, the default
-            options are used, the same on every machine.
+        measure: time the options on this machine. Otherwise, or without the runtime, the default ones are used.
 
     Returns:
-        the deployed model and the record of what was done. A model that cannot be traced is returned as a plain copy;
-        ``record.fallback_reason`` says why.
+        the deployed model (a plain copy, if it cannot be traced) and the record of what was done.
 
     Raises:
         ExportError: the runtime is unknown, or the outputs differ by more than 1e-4 · max(1, max|output|).
@@ -104,12 +100,10 @@ def _fastest(
 ) -> tuple[list[dict[str, Any]], DeployConfig]:
     """The time of each candidate, and the fastest one; the first one if fewer than two can be timed."""
     calls: dict[DeployConfig, Callable[[], Any]] = {}
-    if len(graphs) > 1:
-        image = example[:1].contiguous()
-        for config, graph in graphs.items():
-            call = _inference_call(runtime, graph, config, image)
-            if call is not None:
-                calls[config] = call
+    for config, graph in graphs.items() if len(graphs) > 1 else ():
+        call = _inference_call(runtime, graph, config, example[:1].contiguous())
+        if call is not None:
+            calls[config] = call
     if len(calls) < 2:
         return [], next(iter(graphs))
     times = dict(zip(calls, time_interleaved(list(calls.values())), strict=True))

@@ -10,32 +10,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class DeployConfig:
-    """How to rewrite a model for inference.
+    """How to rewrite a model for inference."""
 
-    Attributes:
-        pad_multiple: Pad channels with zeros to a multiple of this.
-        merge_sums: Merge convolutions whose outputs are added.
-        merge_inputs: Merge convolutions that read the same input.
-        prelu_to_relu: Rewrite PReLUs as ReLUs and sums.
-        channels_last: Store weights and features channels-last (PyTorch only).
-        native_kernels: Use prunekit's C++ kernels (PyTorch on this machine's CPU only).
-    """
-
-    pad_multiple: int = 1
-    merge_sums: bool = False
-    merge_inputs: bool = False
-    prelu_to_relu: bool = False
-    channels_last: bool = False
-    native_kernels: bool = False
+    pad_multiple: int = 1  # Pad channels with zeros to a multiple of this.
+    merge_sums: bool = False  # Merge convolutions whose outputs are added.
+    prelu_to_relu: bool = False  # Rewrite PReLUs as ReLUs and sums.
+    channels_last: bool = False  # Store weights and features channels-last (PyTorch only).
+    native_kernels: bool = False  # Use prunekit's C++ kernels (PyTorch on this machine's CPU only).
 
 
 class DeployedModel(nn.Module):
-    """A model rewritten for inference. It stays in eval mode and cannot be trained.
-
-    Args:
-        network: the rewritten model.
-        config: the options it was rewritten with.
-    """
+    """A model rewritten for inference with the options ``config``. It stays in eval mode and cannot be trained."""
 
     def __init__(self, network: nn.Module, config: DeployConfig):
         super().__init__()

@@ -23,15 +23,8 @@ PURE_FUNCTIONS = {*POOLS, F.interpolate}
 class InferenceGraph:
     """The torch.fx graph of a copy of a model, in eval mode, in float32 on the CPU.
 
-    Every module call has its own module, so a pass can change the weights of one call only.
-
-    Args:
-        model: is not changed.
-        example: a batch of inputs; the first one is used.
-
-    Attributes:
-        module: the graph as a callable module.
-        shapes: node → shape of its value on the example.
+    Every module call has its own module, so a pass can change the weights of one call only. ``module`` is the graph as
+    a callable module; ``shapes`` has the shape of each node's value on the first input of ``example``.
 
     Raises:
         ExportError: torch.fx cannot trace the model, or the traced model gives other outputs.
@@ -47,7 +40,6 @@ class InferenceGraph:
             raise ExportError(f"torch.fx cannot trace the model: {first_line(error)}") from error
         for node in self.nodes:
             node.type = None  # A graph with string annotations cannot be pickled.
-        self._unshare_modules()
         self._simplify()
         try:
             with torch.inference_mode():
@@ -91,7 +83,6 @@ class InferenceGraph:
         return module if module is not None and module.padding_mode == "zeros" else None
 
     def is_function(self, node: Any, functions: Iterable[Callable[..., Any]]) -> bool:
-        """Whether the node calls one of these functions."""
         return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
 
     def is_add(self, node: Any) -> bool:
@@ -138,7 +129,6 @@ class InferenceGraph:
     def insert_function(
         self, before: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], shape: tuple[int, ...] | None
     ) -> fx.Node:
-        """Insert a function call; ``shape`` is that of its output, None if not known yet."""
         with self.module.graph.inserting_before(before):
             node = self.module.graph.call_function(function, args)
         if shape is not None:
@@ -164,7 +154,8 @@ class InferenceGraph:
         self.module.add_submodule(target, module.eval().requires_grad_(False))
         return target
 
-    def _unshare_modules(self) -> None:
+    def _simplify(self) -> None:
+        """Copy modules that are called again, remove those without effect in eval mode, turn nn.ReLU into F.relu."""
         seen: set[str] = set()
         for node in self.nodes:
             if node.op == "call_module":
@@ -172,9 +163,6 @@ class InferenceGraph:
                     module = copy.deepcopy(self.module.get_submodule(node.target))
                     node.target = self._add_module(module, f"{node.target}_again")
                 seen.add(node.target)
-
-    def _simplify(self) -> None:
-        """Remove modules without effect in eval mode, and turn nn.ReLU into F.relu."""
         for node in self.nodes:
             if self.module_of(node, nn.Identity, nn.Dropout, nn.Dropout2d) is not None and len(node.args) == 1:
                 self.replace(node, node.args[0])
@@ -184,7 +172,6 @@ class InferenceGraph:
 
 
 def _equal(output: Any, expected: Any) -> bool:
-    """Whether two outputs are equal up to rounding."""
     # Not torch.testing: it imports 50 MB into processes whose memory is measured.
     if isinstance(expected, Tensor):
         comparable = isinstance(output, Tensor) and output.shape == expected.shape and output.dtype == expected.dtype

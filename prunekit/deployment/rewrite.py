@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunekit.deployment.deployed_model import DeployConfig, DeployedModel
 from prunekit.deployment.graph import InferenceGraph
 from prunekit.deployment.passes.fold_norms import fold_norms
-from prunekit.deployment.passes.merge_paths import merge_inputs, merge_sums, share_pooling
+from prunekit.deployment.passes.merge_paths import merge_sums, share_pooling
 from prunekit.deployment.passes.native_kernels import use_native_kernels
 from prunekit.deployment.passes.pad_channels import pad_channels
 from prunekit.deployment.passes.prelu_to_relu import prelu_to_relu
@@ -22,37 +22,21 @@ from prunekit.deployment.passes.prelu_to_relu import prelu_to_relu
 
 @dataclass
 class DeployRecord:
-    """What :func:`prunekit.deployment.deploy.deploy` did to a model.
-
-    Attributes:
-        runtime: the runtime it was rewritten for.
-        fallback_reason: why the model was left as it is; None if it was rewritten.
-        config: the options that were chosen.
-        candidates: the options that were timed, each with ``median_ms`` for one input.
-        folded_norms: names of the BatchNorms folded into convolutions.
-        kept_norms: names of the BatchNorms that could not be folded.
-        shared_pools: pooling and upsampling calls that reuse the result of another one.
-        padded_channels: number of zero channels added.
-        merged_convs: number of convolutions merged into others.
-        rewritten_prelus: number of PReLUs written as ReLUs.
-        native_ops: number of calls of native kernels.
-        native_unavailable: why the native kernels cannot be used; None if they can or were not wanted.
-        max_abs_diff: largest difference of the outputs, on the example and at a second size.
-    """
+    """What :func:`prunekit.deployment.deploy.deploy` did to a model."""
 
     runtime: str
-    fallback_reason: str | None = None
-    config: DeployConfig = field(default_factory=DeployConfig)
-    candidates: list[dict[str, Any]] = field(default_factory=list)
+    fallback_reason: str | None = None  # why the model was left as it is
+    config: DeployConfig = field(default_factory=DeployConfig)  # the options that were chosen
+    candidates: list[dict[str, Any]] = field(default_factory=list)  # timed options, with ``median_ms`` for one input
     folded_norms: list[str] = field(default_factory=list)
-    kept_norms: list[str] = field(default_factory=list)
-    shared_pools: int = 0
+    kept_norms: list[str] = field(default_factory=list)  # BatchNorms that could not be folded
+    shared_pools: int = 0  # pooling and upsampling calls that reuse the result of another one
     padded_channels: int = 0
     merged_convs: int = 0
     rewritten_prelus: int = 0
-    native_ops: int = 0
-    native_unavailable: str | None = None
-    max_abs_diff: float = 0.0
+    native_ops: int = 0  # calls of native kernels
+    native_unavailable: str | None = None  # why the native kernels cannot be used, if they were wanted
+    max_abs_diff: float = 0.0  # of the outputs, on the example and at a second size
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,9 +60,7 @@ def rewrite(
     if config.prelu_to_relu:
         record.rewritten_prelus = prelu_to_relu(graph)
     if config.merge_sums:
-        record.merged_convs += merge_sums(graph)
-    if config.merge_inputs:
-        record.merged_convs += merge_inputs(graph)
+        record.merged_convs = merge_sums(graph)
     if config.native_kernels:
         record.native_ops = use_native_kernels(graph)
     return graph

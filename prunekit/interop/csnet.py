@@ -1,8 +1,7 @@
 """Read and write the published CSNet files: a checkpoint, and a layout of the learned channels.
 
-In a published checkpoint, a multi-branch convolution is one weight (Σ out, Σ in, k, k) whose slices are the branches.
-Here it is one convolution for each path. Depthwise and dilated weights are 100 times larger here (see
-``layers.blocks``).
+There, a multi-branch convolution is one weight (Σ out, Σ in, k, k) whose slices are the branches; here it is one
+convolution for each path. Depthwise and dilated weights are 100 times larger here (see ``layers.blocks``).
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,26 +37,16 @@ Split = list[int]  # channels of each branch
 
 @dataclass
 class CSNetLayout:
-    """The channels of every multi-branch layer.
+    """The channels of every multi-branch layer: the splits of its input and output."""
 
-    Attributes:
-        blocks: (stage, index) → splits of the input and output of a block.
-        fuse: of the first layer of the head.
-        dilated: of the head's dilated convolutions, for each branch the channels of each dilation.
-        merge: of the last layer of the head.
-    """
-
-    blocks: dict[tuple[int, int], tuple[Split, Split]]
-    fuse: tuple[Split, Split]
-    dilated: list[Split]
-    merge: tuple[Split, Split]
+    blocks: dict[tuple[int, int], tuple[Split, Split]]  # by (stage, index)
+    fuse: tuple[Split, Split]  # the first layer of the head
+    dilated: list[Split]  # the head's dilated convolutions: for each branch the channels of each dilation
+    merge: tuple[Split, Split]  # the last layer of the head
 
     @classmethod
     def parse(cls, entries: list[Any], source: str) -> CSNetLayout:
-        """Parse the result of ``read_layout``.
-
-        Args:
-            source: the file, for messages.
+        """Parse the result of ``read_layout``; ``source`` is the file, for messages.
 
         Raises:
             CheckpointError: an entry is malformed, or does not match the one before.
@@ -107,10 +96,7 @@ class CSNetLayout:
 
     def dump(self) -> list[Any]:
         """The entries of a published layout file."""
-
-        def array(values: Sequence[Any]) -> np.ndarray:
-            return np.array(values, np.float64)
-
+        array = partial(np.array, dtype=np.float64)
         return [
             *([ins[0] if i == 0 else array(ins), array(outs)] for i, (ins, outs) in enumerate(self.blocks.values())),
             [array(self.fuse[0]), array(self.fuse[1])],
@@ -126,8 +112,7 @@ def import_csnet(
     """Convert a published model. Subnormal weights become zero.
 
     Args:
-        state: from ``read_checkpoint``.
-        layout: from ``CSNetLayout.parse``; None for a dense ×1 or ×2 model.
+        layout: None for a dense ×1 or ×2 model.
         source: the checkpoint file, for messages.
 
     Returns:
@@ -155,10 +140,15 @@ def import_csnet(
             _check_shape(value, region.shape, key, source)
             value = value[region.outs, region.ins]
         _check_shape(value, new_state[name].shape, key, source)
-        new_state[name] = _flush_subnormals(value, name) * scale if scale != 1 else _flush_subnormals(value, name)
+        if value.is_floating_point() and not name.endswith("running_var"):
+            value = torch.where(value.abs() < SUBNORMAL, torch.zeros_like(value), value)
+        new_state[name] = value * scale if scale != 1 else value
         used.add(key)
     for key, value in state.items():
-        if key not in used and value.numel() and not _is_unread(key, layout):
+        # No dilated convolution may read a branch of the first layer of the head.
+        match = re.match(r"oct_fuse\.fuse\.(?:bns|prelus)\.(\d+)\.", key)
+        unread = match and not sum(layout.dilated[int(match[1])])
+        if key not in used and value.numel() and not unread:
             raise CheckpointError(f"{source} has {key}, which no CSNet of this layout has")
     model.load_state_dict(new_state)
     return width, plan, model.eval()
@@ -188,8 +178,7 @@ def export_csnet(model: nn.Module) -> tuple[dict[str, Tensor], CSNetLayout]:
     return state, layout
 
 
-@dataclass
-class _Region:
+class _Region(NamedTuple):
     """The slices of a path in the one weight of its multi-branch convolution."""
 
     shape: tuple[int, ...]
@@ -206,7 +195,8 @@ def _entries(model: nn.Module, layout: CSNetLayout) -> Iterator[tuple[str, str, 
         if path:
             ins, outs, key = _multi_branch(path[1], layout)
             k = model.get_submodule(module).kernel_size[0]
-            region = _Region((sum(outs), sum(ins), k, k), _slice(outs, int(path[3])), _slice(ins, int(path[2])))
+            parts = [slice(sum(s[:b]), sum(s[: b + 1])) for s, b in ((outs, int(path[3])), (ins, int(path[2])))]
+            region = _Region((sum(outs), sum(ins), k, k), *parts)
             yield name, f"{key}.conv.weight", region, scale
         else:
             yield name, f"{_published_name(module)}.{tensor}", None, scale
@@ -222,18 +212,14 @@ def _multi_branch(layer: str, layout: CSNetLayout) -> tuple[Split, Split, str]:
     return *layout.blocks[stage, i], f"stage{stage}.{i}.conv1x1"
 
 
+# After norms are called bns and acts prelus.
 _NAMES = [
-    (r"(stage\d+\.\d+)\.mix_out\.norms\.(\d+)", r"\1.conv1x1.bns.\2"),
-    (r"(stage\d+\.\d+)\.mix_out\.acts\.(\d+)", r"\1.conv1x1.prelus.\2"),
+    (r"(stage\d+\.\d+)\.mix_out\.(bns|prelus)\.(\d+)", r"\1.conv1x1.\2.\3"),
     (r"(stage\d+\.\d+)\.depthwise(\d)\.(\d+)", r"\1.conv3x3_\2.convs.\3"),
-    (r"(stage\d+\.\d+)\.depthwise(\d)_out\.norms\.(\d+)", r"\1.conv3x3_\2.bns.\3"),
-    (r"(stage\d+\.\d+)\.depthwise(\d)_out\.acts\.(\d+)", r"\1.conv3x3_\2.prelus.\3"),
-    (r"head\.fuse\.mix_out\.norms\.(\d+)", r"oct_fuse.fuse.bns.\1"),
-    (r"head\.fuse\.mix_out\.acts\.(\d+)", r"oct_fuse.fuse.prelus.\1"),
-    (r"head\.dilated\.out\.norms\.(\d+)", r"oct_fuse.ms.convs.\1.bn"),
-    (r"head\.dilated\.out\.acts\.(\d+)", r"oct_fuse.ms.convs.\1.prelu"),
-    (r"head\.merge\.mix_out\.norms\.(\d+)", r"oct_fuse.fuse1x1.bns.\1"),
-    (r"head\.merge\.mix_out\.acts\.(\d+)", r"oct_fuse.fuse1x1.prelus.\1"),
+    (r"(stage\d+\.\d+)\.depthwise(\d)_out\.(bns|prelus)\.(\d+)", r"\1.conv3x3_\2.\3.\4"),
+    (r"head\.fuse\.mix_out\.(bns|prelus)\.(\d+)", r"oct_fuse.fuse.\1.\2"),
+    (r"head\.dilated\.out\.(bn|prelu)s\.(\d+)", r"oct_fuse.ms.convs.\2.\1"),
+    (r"head\.merge\.mix_out\.(bns|prelus)\.(\d+)", r"oct_fuse.fuse1x1.\1.\2"),
     (r"classifier", r"cls_layer"),
 ]
 
@@ -243,7 +229,7 @@ def _published_name(module: str) -> str:
     if dilated:
         return f"oct_fuse.ms.convs.{dilated[1]}.msconv.{DILATIONS.index(int(dilated[2]))}"
     for pattern, published in _NAMES:
-        match = re.fullmatch(pattern, module)
+        match = re.fullmatch(pattern, module.replace(".norms.", ".bns.").replace(".acts.", ".prelus."))
         if match:
             return match.expand(published)
     raise ExportError(f"{module} has no name in the published form")
@@ -306,12 +292,6 @@ def _check_shape(value: Tensor, shape: Sequence[int], key: str, source: str) -> 
         )
 
 
-def _flush_subnormals(value: Tensor, name: str) -> Tensor:
-    if name.endswith("running_var") or not value.is_floating_point():
-        return value
-    return torch.where(value.abs() < SUBNORMAL, torch.zeros_like(value), value)
-
-
 def _unscale(value: Tensor, scale: float) -> Tensor:
     """The float32 number that gives ``value`` when multiplied by ``scale``; the nearest if there is none."""
     quotient = value / scale
@@ -341,12 +321,6 @@ def _without_biases(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_unread(key: str, layout: CSNetLayout) -> bool:
-    """Whether the key belongs to a branch of the layout that no dilated convolution reads."""
-    match = re.match(r"oct_fuse\.fuse\.(?:bns|prelus)\.(\d+)\.", key)
-    return bool(match) and not sum(layout.dilated[int(match[1])])
-
-
 def _parse_pair(entry: Any, source: str) -> tuple[Split, Split]:
     if not isinstance(entry, list) or len(entry) < 2:
         raise CheckpointError(f"{source} is not a pair of splits")
@@ -358,11 +332,6 @@ def _parse_split(values: Any, source: str) -> Split:
     if split.ndim != 1 or not np.isfinite(split).all() or (split < 0).any() or (split != np.floor(split)).any():
         raise CheckpointError(f"{source} has {split.tolist()}, which are not numbers of channels")
     return [int(value) for value in split]
-
-
-def _slice(split: Split, branch: int) -> slice:
-    ends = list(accumulate(split))
-    return slice(ends[branch] - split[branch], ends[branch])
 
 
 def _width(norm: nn.Module | None) -> int:

@@ -1,9 +1,4 @@
-"""Read untrusted pickles without running code from them.
-
-A pickle can call any function that it names. Checkpoints are read with ``torch.load(weights_only=True)``. Layouts are
-read by a restricted unpickler that knows three names and maps them to plain records, so that NumPy gets only checked
-values.
-"""
+"""Read untrusted pickles without running code from them: published checkpoints and layouts."""
 
 from __future__ import annotations
 
@@ -60,10 +55,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} claims more numbers than it has; download it again")
     if not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{path} has tensors without names; give a file with the key 'state_dict'")
-    prefix = "module."
-    if all(name.startswith(prefix) for name in state):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return {name: value.detach() for name, value in state.items()}
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    return {name.removeprefix(prefix): value.detach() for name, value in state.items()}
 
 
 def _check_archive(data: bytes) -> None:

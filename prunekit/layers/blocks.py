@@ -27,35 +27,37 @@ class NormAct(nn.Module):
         return [None if x is None else self.acts[str(b)](self.norms[str(b)](x)) for b, x in enumerate(xs)]
 
 
-class InLayerBlock(MultiScaleLayer):
+class FuseLayer(MultiScaleLayer):
+    """A gOctConv with norm and PReLU."""
+
+    def __init__(
+        self, in_channels: Sequence[int], out_channels: Sequence[int], kernel_size: int = 1, *, stride: int = 1
+    ):
+        super().__init__()
+        self.mix = GOctConv(in_channels, out_channels, kernel_size, stride=stride)
+        self.mix_out = NormAct(out_channels)
+
+    def forward(self, xs: Sequence[Tensor | None], size: tuple[int, int] | None = None) -> Feature:
+        return self.mix_out(self.mix(xs, size))
+
+
+class InLayerBlock(FuseLayer):
     """In-layer multi-scale block: a gOctConv, then two depthwise 3×3 convolutions per branch, each with norm and PReLU.
 
     All three share one split. Branches do not exchange features after the gOctConv; there is no residual connection.
-
-    Args:
-        in_channels, out_channels: channels of each branch.
-        kernel_size, stride, downsample: of the gOctConv.
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        out_channels: Sequence[int],
-        kernel_size: int = 1,
-        *,
-        stride: int = 1,
-        downsample: str = "pool",
+        self, in_channels: Sequence[int], out_channels: Sequence[int], kernel_size: int = 1, *, stride: int = 1
     ):
-        super().__init__()
-        self.mix = GOctConv(in_channels, out_channels, kernel_size, stride=stride, downsample=downsample)
-        self.mix_out = NormAct(out_channels)
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride)
         self.depthwise1 = _depthwise(out_channels)
         self.depthwise1_out = NormAct(out_channels)
         self.depthwise2 = _depthwise(out_channels)
         self.depthwise2_out = NormAct(out_channels)
 
     def forward(self, xs: Sequence[Tensor | None], size: tuple[int, int] | None = None) -> Feature:
-        ys = self.mix_out(self.mix(xs, size))
+        ys = super().forward(xs, size)
         ys = self.depthwise1_out(_each(self.depthwise1, ys))
         return self.depthwise2_out(_each(self.depthwise2, ys))
 
@@ -74,33 +76,19 @@ class DilatedConvs(MultiScaleLayer):
                 continue
             share = n // len(dilations)
             widths = [share] * (len(dilations) - 1) + [n - share * (len(dilations) - 1)]
-            convs = OptionalModules()
-            for dilation, width in zip(dilations, widths, strict=True):
-                if width:
-                    convs[str(dilation)] = _scaled(
-                        nn.Conv2d(n, width, 3, padding=dilation, dilation=dilation, bias=False)
-                    )
-            self.branches[str(b)] = convs
+            self.branches[str(b)] = OptionalModules(
+                {
+                    str(d): _scaled(nn.Conv2d(n, width, 3, padding=d, dilation=d, bias=False))
+                    for d, width in zip(dilations, widths, strict=True)
+                    if width
+                }
+            )
         self.out = NormAct(channels)
 
     def forward(self, xs: Sequence[Tensor | None]) -> Feature:
-        ys: Feature = []
-        for b, x in enumerate(xs):
-            convs = self.branches.take(b)
-            ys.append(torch.cat([conv(x) for conv in convs.values()], 1) if convs else None)
+        convs = [self.branches.take(b) for b in range(len(xs))]
+        ys = [torch.cat([c(x) for c in cs.values()], 1) if cs else None for cs, x in zip(convs, xs, strict=True)]
         return self.out(ys)
-
-
-class FuseLayer(MultiScaleLayer):
-    """A gOctConv with norm and PReLU."""
-
-    def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int]):
-        super().__init__()
-        self.mix = GOctConv(in_channels, out_channels)
-        self.mix_out = NormAct(out_channels)
-
-    def forward(self, xs: Sequence[Tensor | None], size: tuple[int, int] | None = None) -> Feature:
-        return self.mix_out(self.mix(xs, size))
 
 
 class FusionHead(nn.Module):
@@ -109,18 +97,12 @@ class FusionHead(nn.Module):
 
     Args:
         side_channels: channels of each stage's output, finest first; each has half the size of the previous one.
-        reduction: an inner branch has ⌊side channels / reduction⌋ channels.
 
     Shape:
         output: (N, Σ⌊side/reduction⌋, H, W) at the size of the finest side output.
     """
 
-    def __init__(
-        self,
-        side_channels: Sequence[int],
-        reduction: int = 3,
-        dilations: Sequence[int] = (1, 2, 4, 8, 16),
-    ):
+    def __init__(self, side_channels: Sequence[int], reduction: int = 3, dilations: Sequence[int] = (1, 2, 4, 8, 16)):
         super().__init__()
         widths = [n // reduction for n in side_channels]
         self.out_channels = sum(widths)

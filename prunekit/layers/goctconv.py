@@ -25,8 +25,7 @@ class GOctConv(nn.Module):
     the sum of its paths. No bias, "same" zero padding. Odd sides are rounded up, so any input size works.
 
     Args:
-        in_channels: channels of each input branch; 0 for an absent one.
-        out_channels: channels of each output branch; 0 for an absent one.
+        in_channels, out_channels: channels of each branch; 0 for an absent one.
         kernel_size: odd.
         stride: 1, or 2 to halve the resolution of every branch.
         downsample: how a path reaches a coarser resolution. "pool": max pooling between branches and average pooling
@@ -64,29 +63,23 @@ class GOctConv(nn.Module):
             raise ValueError(f"downsample must be 'pool', 'stride' or 'mixed', got {downsample!r}")
         if stride < 1:
             raise ValueError(f"stride must be at least 1, got {stride}")
-        self.branches = len(out_channels)
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.downsample = downsample
+        self.branches, self.kernel_size, self.stride, self.downsample = (
+            len(out_channels),
+            kernel_size,
+            stride,
+            downsample,
+        )
         self.paths = OptionalModules()
         # The paths are slices of one weight, so the fan-in counts all input branches.
         bound = 1 / math.sqrt(sum(in_channels) * kernel_size**2)
         for i, n_in in enumerate(in_channels):
             for j, n_out in enumerate(out_channels):
                 if n_in and n_out:
-                    conv = nn.Conv2d(
-                        n_in,
-                        n_out,
-                        kernel_size,
-                        stride=self.path_stride(i, j),
-                        padding=kernel_size // 2,
-                        bias=False,
-                    )
+                    conv = nn.Conv2d(n_in, n_out, kernel_size, self.path_stride(i, j), kernel_size // 2, bias=False)
                     nn.init.uniform_(conv.weight, -bound, bound)
                     self.paths[f"{i}to{j}"] = conv
 
     def path_stride(self, i: int, j: int) -> int:
-        """Return the stride of the convolution of path i→j."""
         if self.downsample == "pool":
             return 1
         return self.stride * 2 ** max(j - i, 0) if self.downsample == "stride" else self.stride
@@ -95,14 +88,10 @@ class GOctConv(nn.Module):
         return f"branches={self.branches}, stride={self.stride}, downsample={self.downsample!r}"
 
     def forward(self, xs: Sequence[Tensor | None], size: tuple[int, int] | None = None) -> Feature:
-        """Convolve.
-
-        Args:
-            xs: the input branches.
-            size: height and width of input branch 0; needed only if that branch is absent and its sides are odd.
-        """
+        """Convolve; ``size`` of input branch 0 is needed only if that branch is absent and its sides are odd."""
         if size is None:
-            size = finest_size(xs)
+            branch, x = next((b, x) for b, x in enumerate(xs) if x is not None)
+            size = x.shape[-2] * 2**branch, x.shape[-1] * 2**branch
         if self.downsample == "pool" and self.stride > 1:
             xs = [x if x is None else F.avg_pool2d(x, self.stride, ceil_mode=True) for x in xs]
         ys: Feature = [None] * self.branches
@@ -123,12 +112,6 @@ def branch_size(size: tuple[int, int], branch: int, stride: int = 1) -> tuple[in
     """Return the height and width of ``branch``, given ``size`` of branch 0 before ``stride``."""
     step = stride * 2**branch
     return (size[0] + step - 1) // step, (size[1] + step - 1) // step
-
-
-def finest_size(xs: Sequence[Tensor | None]) -> tuple[int, int]:
-    """Return the height and width of branch 0, computed from the finest branch present."""
-    branch, x = next((b, x) for b, x in enumerate(xs) if x is not None)
-    return x.shape[-2] * 2**branch, x.shape[-1] * 2**branch
 
 
 def split_channels(channels: int, split: Sequence[float]) -> list[int]:

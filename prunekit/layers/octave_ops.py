@@ -19,17 +19,11 @@ from prunekit.layers.optional import DepthwiseModules, MultiScaleLayer, Optional
 
 
 class Branches(NamedTuple):
-    """A multi-scale feature.
+    """A multi-scale feature."""
 
-    Attributes:
-        xs: the branches, (N, C_b, ⌈H/2^b⌉, ⌈W/2^b⌉) each; None for an absent one.
-        batch: N.
-        size: (H, W) of branch 0, which cannot be computed from a coarser branch if odd.
-    """
-
-    xs: list[Tensor | None]
-    batch: int
-    size: tuple[int, int]
+    xs: list[Tensor | None]  # (N, C_b, ⌈H/2^b⌉, ⌈W/2^b⌉) each; None for an absent branch
+    batch: int  # N
+    size: tuple[int, int]  # (H, W) of branch 0, which cannot be computed from a coarser branch if odd
 
 
 def one_branch(x: Tensor) -> Branches:
@@ -58,13 +52,10 @@ def add(a: Branches, b: Branches) -> Branches:
 
 
 def pool(function: Callable[..., Tensor], feature: Branches, stride: int, floor: bool, **options: Any) -> Branches:
-    """Apply 2-D pooling to each branch.
+    """Apply ``F.max_pool2d`` or ``F.avg_pool2d`` with ``options`` to each branch.
 
-    Args:
-        function: ``F.max_pool2d`` or ``F.avg_pool2d``, called with ``options``.
-        stride: the factor by which height and width shrink.
-        floor: whether sizes are rounded down. Coarser branches then round up, so that each position has a window, and
-            are resized (by less than one pixel) to match the finest branch.
+    If sizes are rounded down (``floor``), coarser branches round up, so that each position has a window, and are
+    resized (by less than one pixel) to match the finest branch.
     """
     height, width = (side // stride if floor else (side + stride - 1) // stride for side in feature.size)
     ys: list[Tensor | None] = []
@@ -177,9 +168,6 @@ class Octavized(nn.Module):
     Attributes:
         octave_layers: names of the multi-scale layers, in order of computation.
         octave_left: layers that were not rewritten, and places where branches are merged: name → reason.
-
-    Shape:
-        as the original network.
     """
 
     def __init__(

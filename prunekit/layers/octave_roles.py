@@ -35,10 +35,9 @@ _POOLS: dict[Any, tuple[Callable[..., Any], tuple[str, ...]]] = {
     F.max_pool2d: (F.max_pool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
     torch.max_pool2d: (F.max_pool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
     F.avg_pool2d: (
-        F.avg_pool2d,
-        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+        F.avg_pool2d, ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     ),
-}
+}  # fmt: skip
 _POOL_MODULES = {nn.MaxPool2d: F.max_pool2d, nn.AvgPool2d: F.avg_pool2d}
 KEPT = "named in keep"
 _ONE_TENSOR = "it needs all channels in one tensor"
@@ -48,34 +47,24 @@ _ONE_TENSOR = "it needs all channels in one tensor"
 class Role:
     """How a call treats a multi-scale feature.
 
-    Attributes:
-        kind: "conv", "depthwise", "norm", "prelu", "each" (elementwise or channelwise), "sum", "pool", "global" (pools
-            to a fixed size), or "other".
-        reason: why the kind is "other".
-        options: for "pool": the arguments of ``octave_ops.pool``.
+    The kinds are "conv", "depthwise", "norm", "prelu", "each" (elementwise or channelwise), "sum", "pool", "global"
+    (pools to a fixed size), and "other".
     """
 
     kind: str
-    reason: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""  # why the kind is "other"
+    options: dict[str, Any] = field(default_factory=dict)  # for "pool": the arguments of ``octave_ops.pool``
 
 
 def roles(calls: Sequence[Call], modules: Mapping[str, nn.Module], keep: Sequence[str]) -> tuple[list[Role], set[int]]:
-    """Return the role of each call, and the indices of the stem.
-
-    Args:
-        modules: of the model, by name.
-        keep: patterns of modules to leave unchanged.
-    """
+    """Return the role of each call, and the indices of the stem. Modules that match ``keep`` stay unchanged."""
     classifier = _Classifier(calls, modules, keep)
     return [classifier.role(call) for call in calls], classifier.stem
 
 
 class _Classifier:
     def __init__(self, calls: Sequence[Call], modules: Mapping[str, nn.Module], keep: Sequence[str]):
-        self.calls = calls
-        self.modules = modules
-        self.keep = keep
+        self.calls, self.modules, self.keep = calls, modules, keep
         self.count = Counter(call.target for call in calls if call.kind in ("module", "attr"))
         self.owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
         self.stem = stem_of(calls, modules)
@@ -123,46 +112,38 @@ class _Classifier:
 
     def _whole(self, name: str, module: nn.Module) -> str:
         """Return why the module must stay unchanged, or "" if it need not."""
-        if kept(name, self.keep):
-            return KEPT
-        if not any(True for _ in module.parameters()):
-            return "it has hooks" if _hooked(module) else ""
-        if self.count[name] > 1:
-            return "it is called more than once"
-        if parametrize.is_parametrized(module):
-            return "its weight is computed (a parametrization)"
-        if _hooked(module):
-            return "it has hooks"
-        if any(self.owners[id(p)] > 1 for p in module.parameters()) or any(
-            self.count[f"{name}.{part}"] for part, _ in module.named_parameters()
-        ):
-            return "its weight is used elsewhere too"
-        return ""
+        parameters = dict(module.named_parameters())
+        shared = any(self.owners[id(p)] > 1 or self.count[f"{name}.{part}"] for part, p in parameters.items())
+        reasons = {
+            KEPT: kept(name, self.keep),
+            "it is called more than once": parameters and self.count[name] > 1,
+            "its weight is computed (a parametrization)": parameters and parametrize.is_parametrized(module),
+            "it has hooks": module._forward_hooks or module._forward_pre_hooks,
+            "its weight is used elsewhere too": shared,
+        }
+        return next((why for why, applies in reasons.items() if applies), "")
 
     def _convolution(self, call: Call, conv: nn.Conv2d) -> str:
         """Return why the convolution cannot become multi-scale, or "" if it can."""
         (kernel, *sides), (stride, *strides) = conv.kernel_size, conv.stride
         alone = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
-        if call.index in self.head:
-            return "the head: it computes the model's output"
-        if call.shape is None or len(call.shape) != 4:
-            return "its input is not a batch of images"
-        if conv.groups > 1 and not alone:
-            return f"it has {conv.groups} groups"
-        if kernel % 2 == 0 or [kernel] != sides or [stride] != strides:
-            return f"its kernel is {conv.kernel_size} with stride {conv.stride}, not an odd square with one stride"
-        if not alone and conv.dilation != (1, 1):
-            return f"its dilation is {conv.dilation}"
         wanted = tuple(kernel // 2 * d for d in conv.dilation)
-        if conv.padding != wanted and conv.padding != "same" and kernel * max(conv.dilation) > 1:
-            return f"its padding is {conv.padding}, but only {wanted} keeps the branch sizes consistent"
-        if kernel == 1 and conv.padding not in ((0, 0), "same", "valid"):
-            return f"its padding is {conv.padding}, but only (0, 0) keeps the branch sizes consistent"
-        if conv.padding_mode != "zeros":
-            return f"its padding mode is {conv.padding_mode!r}, not zeros"
-        if not alone and conv.bias is not None and self.following_norm(call) is None:
-            return "it has a bias and no following norm that could absorb it"
-        return ""
+        padded = conv.padding not in (wanted, "same", *(["valid"] if kernel == 1 and max(conv.dilation) == 1 else []))
+        reasons = {
+            "the head: it computes the model's output": call.index in self.head,
+            "its input is not a batch of images": len(call.shape or ()) != 4,
+            f"it has {conv.groups} groups": conv.groups > 1 and not alone,
+            f"its kernel is {conv.kernel_size} with stride {conv.stride}, not an odd square with one stride": (
+                kernel % 2 == 0 or [kernel] != sides or [stride] != strides
+            ),
+            f"its dilation is {conv.dilation}": not alone and conv.dilation != (1, 1),
+            f"its padding is {conv.padding}, but only {wanted} keeps the branch sizes consistent": padded,
+            f"its padding mode is {conv.padding_mode!r}, not zeros": conv.padding_mode != "zeros",
+            "it has a bias and no following norm that could absorb it": (
+                not alone and conv.bias is not None and self.following_norm(call) is None
+            ),
+        }
+        return next((why for why, applies in reasons.items() if applies), "")
 
     def following_norm(self, call: Call) -> Call | None:
         """Return the BatchNorm that is the only user of this call and can be rewritten."""
@@ -234,12 +215,7 @@ def head_of(calls: Sequence[Call], modules: Mapping[str, nn.Module]) -> set[int]
 
 
 def _mixes(call: Call, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether the call mixes channels by a weight."""
     return call.kind == "module" and any(p.dim() > 1 for p in modules[call.target].parameters())
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _fixed(size: Any) -> bool:

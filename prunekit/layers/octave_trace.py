@@ -22,29 +22,21 @@ ROOT = "model"
 class Call:
     """One node of the trace.
 
-    Attributes:
-        kind: "input", "module", "function", "method", "attr" or "output".
-        target: the name of a module, a method or an attribute, or a function.
-        args, kwargs: with a ``Ref`` for the value of another call, and ``Training()`` for a flag that follows the mode.
-        label: the name in reports: that of the module, or of the enclosing module and the node.
-        shape: of the value, if it is a tensor.
-        users: the calls that use the value.
-        value: for a constant tensor that the forward creates.
+    Arguments have a ``Ref`` for the value of another call, and ``Training()`` for a flag that follows the mode.
     """
 
     index: int
-    kind: str
-    target: Any
+    kind: str  # "input", "module", "function", "method", "attr" or "output"
+    target: Any  # the name of a module, a method or an attribute, or a function
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    label: str
-    shape: tuple[int, ...] | None = None
+    label: str  # the name in reports: that of the module, or of the enclosing module and the node
+    shape: tuple[int, ...] | None = None  # of the value, if it is a tensor
     users: list[int] = field(default_factory=list)
-    value: Tensor | None = None
+    value: Tensor | None = None  # a constant tensor that the forward creates
 
     @property
     def inputs(self) -> list[int]:
-        """The calls whose values this one uses."""
         return sorted(refs((self.args, self.kwargs)))
 
 

@@ -15,22 +15,9 @@ from torch import Tensor, nn
 
 from prunekit.config.registry import closest_match
 from prunekit.errors import PlanError
+from prunekit.layers import octave_ops as ops
 from prunekit.layers.goctconv import GOctConv, split_channels
-from prunekit.layers.octave_ops import (
-    Attr,
-    OctaveLayer,
-    Octavized,
-    Ref,
-    Step,
-    add,
-    call_method,
-    each,
-    identity,
-    map_leaves,
-    merge,
-    pool,
-    pool_globally,
-)
+from prunekit.layers.octave_ops import Attr, OctaveLayer, Octavized, Ref, Step
 from prunekit.layers.octave_roles import KEPT, Role, roles
 from prunekit.layers.octave_trace import Call, kept, trace
 from prunekit.layers.optional import MultiScaleLayer
@@ -47,13 +34,12 @@ def octavize(
 
     Every convolution with an odd square kernel, "same" zero padding and no dilation or groups is rewritten, with a
     norm and a PReLU per branch; its stride is kept. Depthwise convolutions, norms, PReLUs, elementwise functions,
-    dropout and pooling run per branch, and sums add branch by branch. Any other operation gets one tensor: the branches
-    upsampled to the finest and concatenated. Global average pooling is applied per branch first. The stem and the head
-    stay plain, but a stem whose channels a shortcut adds to a multi-scale feature produces the branches itself.
+    dropout, pooling and sums run per branch. Any other operation gets one tensor: the branches upsampled to the finest
+    and concatenated. The stem and the head stay plain, but a stem whose channels a shortcut adds to a multi-scale
+    feature produces the branches itself.
 
     With split [1, 0] the result computes the same as ``model``. With other splits each path and each norm gets its
-    slice of the weights, so that training can start from a trained model. ``octave_layers`` and ``octave_left`` of the
-    result list what was rewritten and what was not.
+    slice of the weights. ``octave_layers`` and ``octave_left`` of the result list what was rewritten and what was not.
 
     Args:
         model: takes one tensor; it is not modified.
@@ -109,10 +95,8 @@ class _Rewriter:
                 self._rewrite(call, self.roles[call.index])
         if not any(self.roles[i].kind == "conv" for i in self.octave):
             convs = [f"{n}: {why}" for n, why in self.left.items() if isinstance(self.modules.get(n), nn.Conv2d)]
-            raise PlanError(
-                "no convolution can become multi-scale"
-                + (f" ({'; '.join(convs[:4])}{'; …' if len(convs) > 4 else ''})" if convs else ": the model has none")
-            )
+            why = f" ({'; '.join(convs[:4])}{'; …' if len(convs) > 4 else ''})" if convs else ": the model has none"
+            raise PlanError(f"no convolution can become multi-scale{why}")
         self._list_rest()
         made = Octavized(self.steps, self.placed, self.tensors, set(self.model.state_dict()))
         for name, module in made.named_modules():
@@ -125,13 +109,8 @@ class _Rewriter:
         made._scales = {name: scales[source] for name, source in sources.items() if source in scales}
         return made
 
-    # Which calls have branches
-
     def _octave(self) -> set[int]:
-        """Return the calls whose value has branches.
-
-        A sum with a plain side is plain, unless the stem can produce branches for that side.
-        """
+        """Return the calls whose value has branches; not a sum with a plain side that no stem can produce."""
         stems = self._required_stems()
         multi_scale_stems: set[int] = set()
         while True:
@@ -166,22 +145,20 @@ class _Rewriter:
                 octave.add(call.index)
         return octave
 
-    # The new steps
-
     def _rewrite(self, call: Call, role: Role) -> None:
         if call.index in self.octave:
             source = call.inputs[0]
             if role.kind in ("conv", "depthwise", "norm", "prelu"):
                 self._layer(call, role)
             elif role.kind == "sum":
-                self._emit(call, Step(add, tuple(Ref(self.step_of[i]) for i in call.inputs)))
+                self._emit(call, Step(ops.add, tuple(Ref(self.step_of[i]) for i in call.inputs)))
             elif role.kind == "pool":
-                self._emit(call, Step(pool, kwargs={"feature": Ref(self.step_of[source]), **role.options}))
+                self._emit(call, Step(ops.pool, kwargs={"feature": Ref(self.step_of[source]), **role.options}))
             else:
-                self._each(call, each)
+                self._each(call, ops.each)
         elif role.kind == "global" and call.inputs[0] in self.octave:
             self.left[call.label] = "global pooling: applied per branch, then concatenated"
-            self._each(call, pool_globally)
+            self._each(call, ops.pool_globally)
         else:
             self._leave(call, role)
 
@@ -196,21 +173,15 @@ class _Rewriter:
                 # A sum with an absent branch returns its other side, which may have other users.
                 module.inplace = False
             self._emit(call, Step(by, (Attr(call.target), feature)))
-        elif call.kind == "method":
-            self._emit(call, Step(by, (call_method, feature, call.target, *rest), kwargs))
-        else:
-            self._emit(call, Step(by, (call.target, feature, *rest), kwargs))
+            return
+        called = (ops.call_method, feature, call.target) if call.kind == "method" else (call.target, feature)
+        self._emit(call, Step(by, (*called, *rest), kwargs))
 
     def _leave(self, call: Call, role: Role) -> None:
         """Add the call unchanged, on plain tensors."""
         joined = [i for i in call.inputs if i in self.octave]
-        why = role.reason
-        if role.kind == "sum":
-            why = "a sum with a plain tensor"
-        elif role.kind == "conv":
-            why = "the stem: it reads the model's input"
-        elif call.kind == "output":
-            why = "the model's output"
+        reasons = {"sum": "a sum with a plain tensor", "conv": "the stem: it reads the model's input"}
+        why = "the model's output" if call.kind == "output" else reasons.get(role.kind, role.reason)
         whole = call.kind == "module" and (isinstance(self.modules[call.target], nn.Conv2d) or why == KEPT)
         if joined or whole:
             self.left[call.label if call.kind != "output" else "output"] = why or "its input has no branches"
@@ -221,24 +192,24 @@ class _Rewriter:
         elif call.kind == "attr":
             home, _, name = call.target.rpartition(".")
             self.tensors[call.target] = getattr(self.modules[home], name) if call.value is None else call.value
-            step = Step(identity, (Attr(call.target),))
+            step = Step(ops.identity, (Attr(call.target),))
         elif call.kind == "method":
-            step = Step(call_method, (args[0], call.target, *args[1:]), kwargs)
+            step = Step(ops.call_method, (args[0], call.target, *args[1:]), kwargs)
         elif call.kind == "output":
-            step = Step(identity, args)
+            step = Step(ops.identity, args)
         else:
             step = Step(call.target, args, kwargs)
         self._emit(call, step)
 
     def _filled(self, item: Any) -> Any:
         """Replace references to calls by references to steps that compute plain tensors."""
-        return map_leaves(item, lambda leaf: Ref(self._plain(leaf.index)) if isinstance(leaf, Ref) else leaf)
+        return ops.map_leaves(item, lambda leaf: Ref(self._plain(leaf.index)) if isinstance(leaf, Ref) else leaf)
 
     def _plain(self, index: int) -> int:
         if index not in self.octave:
             return self.step_of[index]
         if index not in self.merge_of:
-            self.steps.append(Step(merge, (Ref(self.step_of[index]),)))
+            self.steps.append(Step(ops.merge, (Ref(self.step_of[index]),)))
             self.merge_of[index] = len(self.steps)
         return self.merge_of[index]
 
@@ -248,8 +219,6 @@ class _Rewriter:
 
     def _place(self, name: str) -> nn.Module:
         return self.placed.setdefault(name, self.modules[name])
-
-    # The new layers
 
     def _layer(self, call: Call, role: Role) -> None:
         """Add one layer for a convolution, norm and PReLU that form a chain, or for a part of such a chain."""
@@ -261,8 +230,8 @@ class _Rewriter:
                 last = chain[kind] = self.calls[after]
         name = call.target
         inputs = self.calls[call.inputs[0]]
-        ins = self._split(inputs.shape[1]) if inputs.index in self.octave else [inputs.shape[1]]
-        outs = self._split(call.shape[1])
+        ins = split_channels(inputs.shape[1], self.split) if inputs.index in self.octave else [inputs.shape[1]]
+        outs = split_channels(call.shape[1], self.split)
         conv = self.modules[name] if role.kind in ("conv", "depthwise") else None
         bias = conv.bias if role.kind == "conv" else None
         layer = OctaveLayer(
@@ -282,9 +251,6 @@ class _Rewriter:
         for fused in chain.values():
             self.step_of[fused.index] = self.step_of[call.index]
 
-    def _split(self, channels: int) -> list[int]:
-        return split_channels(channels, self.split)
-
     def _mix(self, name: str, conv: nn.Conv2d, ins: Sequence[int], outs: Sequence[int]) -> GOctConv:
         with torch.device("meta"):
             # Do not draw random numbers for weights that are replaced.
@@ -300,14 +266,10 @@ class _Rewriter:
     def _sliced(
         self, layer: str, place: str, name: str, channels: Sequence[int], bias: Tensor | None = None
     ) -> dict[str, nn.Module]:
-        """Return a copy of a module, with its slice of each tensor, for each branch with channels.
-
-        Args:
-            bias: of the convolution before a norm; it is subtracted from the running mean.
-        """
+        """Return a copy of a module, with its slice of each tensor, for each branch with channels."""
         module, found = self.modules[name], {}
         if bias is not None and module.running_mean is not None:
-            module.running_mean -= bias.detach()
+            module.running_mean -= bias.detach()  # of the convolution before the norm
         for b, count in enumerate(channels):
             if not count:
                 continue
@@ -340,6 +302,5 @@ class _Rewriter:
 
 def _part(tensor: Tensor, axis: int, channels: Sequence[int], branch: int) -> Tensor:
     """Return the slice of a tensor that belongs to a branch; a parameter if the tensor is one."""
-    start = sum(channels[:branch])
-    part = tensor.detach().narrow(axis, start, channels[branch]).clone()
+    part = tensor.detach().split(list(channels), axis)[branch].clone()
     return nn.Parameter(part, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part

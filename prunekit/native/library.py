@@ -1,7 +1,6 @@
-"""The C++ kernels as a shared library, compiled once per machine and cached.
+"""The C++ kernels as a shared library, compiled once per machine, cached, and called through ctypes.
 
-Its functions take pointers and are called through ctypes. Without PyTorch's headers it compiles in three seconds and
-works with every version of PyTorch; it links the same OpenMP and so shares PyTorch's threads.
+Without PyTorch's headers it compiles in three seconds and works with every version of PyTorch.
 """
 
 from __future__ import annotations
@@ -23,14 +22,15 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 COMPILE_TIMEOUT = 120  # seconds
 
 _POINTER, _INT64, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-TRAINING_SIGNATURES = {
+_TRAINING = {
     "norm_act": [*[_POINTER] * 4, _INT, *[_DOUBLE] * 2, *[_POINTER] * 5, *[_INT64] * 3, _INT],
     "norm_act_backward": [*[_POINTER] * 5, *[_INT64] * 3, _INT],
     "depthwise": [*[_POINTER] * 3, *[_INT64] * 4, _INT],
     "depthwise_kernel": [*[_POINTER] * 3, *[_INT64] * 4, _INT],
 }
-# Only in float32.
-INFERENCE_SIGNATURES = {
+SIGNATURES = {
+    **{f"{name}_{kind}": arguments for name, arguments in _TRAINING.items() for kind in ("float", "double")},
+    # Inference is only in float32.
     "infer_conv": [*[_POINTER] * 16, *[_INT64] * 10, _INT],
     "infer_depthwise": [*[_POINTER] * 5, *[_INT64] * 4, _INT],
     "infer_upsample": [*[_POINTER] * 4, *[_INT64] * 6, _INT],
@@ -61,31 +61,27 @@ def _load() -> ctypes.CDLL:
     sources = {name: resources.files("prunekit.native").joinpath(name).read_bytes() for name in SOURCES}
     # -march=native depends on the machine, and machines may share a home folder.
     machine = f"{platform.machine()} {_processor()}"
-    key = sha256(
-        b"\0".join(
-            [*sources.values(), " ".join(FLAGS).encode(), _compiler_version(compiler).encode(), machine.encode()]
-        )
-    )
+    try:
+        version = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_TIMEOUT
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoKernels(f"{compiler} does not start") from error
+    texts = (" ".join(FLAGS), version, machine)
+    key = sha256(b"\0".join([*sources.values(), *(text.encode() for text in texts)]))
     path = cache_folder() / "kernels" / f"{key[:32]}.so"
     for recompile in (False, True):
         if recompile or not _is_intact(path):
             _compile(compiler, sources, path)
         try:
-            return _set_signatures(ctypes.CDLL(str(path)))
+            library = ctypes.CDLL(str(path))
+            for name, arguments in SIGNATURES.items():
+                function = getattr(library, name)
+                function.argtypes, function.restype = arguments, None
+            return library
         except (OSError, AttributeError) as error:
             reason = error
     raise NoKernels(f"{path} does not load ({reason})")
-
-
-def _set_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name, arguments in TRAINING_SIGNATURES.items():
-        for kind in ("float", "double"):
-            function = getattr(library, f"{name}_{kind}")
-            function.argtypes, function.restype = arguments, None
-    for name, arguments in INFERENCE_SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    return library
 
 
 def _compile(compiler: str, sources: dict[str, bytes], path: Path) -> None:
@@ -122,16 +118,7 @@ def _is_intact(path: Path) -> bool:
     return sha256(data[:-64]).encode() == data[-64:]
 
 
-def _compiler_version(compiler: str) -> str:
-    try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoKernels(f"{compiler} does not start") from error
-    return done.stdout
-
-
 def _processor() -> str:
-    """Return the model and the features of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

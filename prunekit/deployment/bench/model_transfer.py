@@ -26,16 +26,16 @@ _KEY = "model_transfer"
 def pack_model(
     path: Path, model: nn.Module, builder: Builder, config: DeployConfig | None, shape: tuple[int, int, int]
 ) -> None:
-    """Write a model for another process on this machine.
+    """Write a model that ``builder`` builds, or a slim one of it, for another process on this machine.
 
-    Args:
-        model: a model that ``builder`` builds, or a slim one of it.
-        config: deploy the model with these options when it is read; None for the model as it is.
-        shape: of an input (C, H, W), to deploy for.
+    If ``config`` is given, the model is deployed for inputs of ``shape`` (C, H, W) when it is read.
     """
     header = {
         "builder": builder.model_dump(mode="json"),
-        "modules": {name: _counts(module) for name, module in model.named_modules()},
+        "modules": {
+            name: {key: getattr(module, key) for key in COUNTS if isinstance(getattr(module, key, None), int)}
+            for name, module in model.named_modules()
+        },
         "config": config and asdict(config),
         "shape": list(shape),
     }
@@ -67,37 +67,24 @@ def unpack_model(path: Path) -> nn.Module:
     return without_subnormals(model)
 
 
-def _counts(module: nn.Module) -> dict[str, int]:
-    return {key: getattr(module, key) for key in COUNTS if isinstance(getattr(module, key, None), int)}
-
-
 def _restore(model: nn.Module, modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
     """Remove the pruned modules, and set channel counts and tensors, in place.
 
     A plan would do the same, but tracing for it imports 100 MB, which would be measured as the model's memory.
     """
-    for name in [name for name, _ in model.named_modules() if name not in modules]:
-        parent_name, _, key = name.rpartition(".")
-        parent = _find_module(model, parent_name)
-        if parent is not None:  # Otherwise it has been removed together with its child.
-            parent._modules.pop(key, None)
+    dense = dict(model.named_modules())
+    for name in dense.keys() - modules.keys():
+        parent, _, key = name.rpartition(".")
+        dense[parent]._modules.pop(key, None)
+    present = dict(model.named_modules(remove_duplicate=False))
     for name, counts in modules.items():
-        module = _find_module(model, name)
-        if module is None:
+        if name not in present:
             raise CheckpointError(f"the builder makes no module {name!r}")
-        for key in COUNTS:
-            if key in counts:
-                setattr(module, key, int(counts[key]))
+        for key in counts.keys() & COUNTS:
+            setattr(present[name], key, int(counts[key]))
     for name, value in tensors.items():
         module_name, _, key = name.rpartition(".")
-        module = _find_module(model, module_name)
-        if module is None:
+        if module_name not in present:
             raise CheckpointError(f"the builder makes no tensor {name!r}")
+        module = present[module_name]
         setattr(module, key, value if key in module._buffers else nn.Parameter(value, requires_grad=False))
-
-
-def _find_module(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None

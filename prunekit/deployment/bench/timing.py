@@ -1,8 +1,4 @@
-"""Time models side by side: each in its own process, taking turns.
-
-Short turns, forwards and backwards in order, expose all models to the same disturbances. A float32 matrix product takes
-turns too, as a measure of the machine's speed at that time.
-"""
+"""Time models side by side: each in its own process, in short turns."""
 
 from __future__ import annotations
 
@@ -31,23 +27,15 @@ REST = 0.02  # seconds between turns, until spinning threads sleep
 
 @dataclass(frozen=True)
 class BenchJob:
-    """One model with inputs (batch, 3, size, size) on a number of threads.
-
-    Attributes:
-        name: for messages.
-        runtime: what runs it.
-        path: the file: ``.onnx``, ``.xml``, or one of :mod:`prunekit.deployment.bench.model_transfer`; None for the
-            matrix product.
-        precision: "float32" or "bf16".
-    """
+    """One model with inputs (batch, 3, size, size) on a number of threads."""
 
     name: str
     runtime: Runtime
-    path: Path | None
+    path: Path | None  # ``.onnx``, ``.xml``, or of ``bench.model_transfer``; None for the matrix product
     batch: int
     size: int
     threads: int
-    precision: str = "float32"
+    precision: str = "float32"  # or "bf16"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,21 +49,13 @@ class BenchJob:
 
 @dataclass
 class Timing:
-    """Measurements of a job.
+    """Measurements of a job; memory is in 10⁶ bytes."""
 
-    Attributes:
-        milliseconds: of each call.
-        peak_mb: peak resident memory of the process, libraries included, in 10⁶ bytes.
-        base_mb: resident memory before the first call, with the runtime imported and the model read.
-        cores: process time ÷ wall time; at most the number of threads.
-        error: why there are no measurements.
-    """
-
-    milliseconds: list[float] = field(default_factory=list)
-    peak_mb: float = 0.0
-    base_mb: float = 0.0
-    cores: float = 0.0
-    error: str | None = None
+    milliseconds: list[float] = field(default_factory=list)  # of each call
+    peak_mb: float = 0.0  # peak resident memory of the process, libraries included
+    base_mb: float = 0.0  # resident memory before the first call, with the runtime imported and the model read
+    cores: float = 0.0  # process time ÷ wall time; at most the number of threads
+    error: str | None = None  # why there are no measurements
 
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.milliseconds, q))
@@ -86,10 +66,7 @@ class Timing:
 
 
 def measure(jobs: Sequence[BenchJob], seconds: float) -> tuple[list[Timing], dict[int, float]]:
-    """Time jobs. Those with the same shape and number of threads take turns; such sets follow one another.
-
-    Args:
-        seconds: minimum total time of the timed calls of each job. Every job has at least two turns.
+    """Time jobs: each for at least ``seconds`` and two turns. Those with the same shape and threads take turns.
 
     Returns:
         the timings, in the order of the jobs; and number of threads → rate of a float32 1024³ matrix product in
@@ -151,8 +128,6 @@ class _WorkerError(Exception):
 
 
 class _Worker:
-    """A process of :mod:`prunekit.deployment.bench.worker` with the model of a job."""
-
     def __init__(self, job: BenchJob):
         # The package may be imported from a folder that is not installed.
         paths = [str(Path(prunekit.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -1,8 +1,4 @@
-"""A process that runs and times one model for :mod:`prunekit.deployment.bench.timing`.
-
-It imports one runtime only, so that its peak memory is that of a program that does nothing else. Requests and answers
-are lines of JSON on stdin and stdout.
-"""
+"""A process that runs and times one model for ``bench.timing``, with lines of JSON on stdin and stdout."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,9 +41,8 @@ def main() -> None:
 class _Worker:
     """The methods that a request can name."""
 
-    def __init__(self) -> None:
-        self.make_call: CallFactory | None = None
-        self.call: Call | None = None
+    make_call: CallFactory
+    call: Call | None = None
 
     def load(self, runtime: str, path: str | None, precision: str) -> dict[str, Any]:
         """Import the runtime and read the model."""
@@ -57,7 +53,8 @@ class _Worker:
     def prepare(self, batch: int, size: int, threads: int) -> dict[str, Any]:
         """Get ready for inputs of one shape, with a first call that may compile; the second call is timed."""
         self.call = None
-        _reset_peak()
+        with suppress(OSError):  # Resets the peak memory on Linux; elsewhere it stays that of all shapes so far.
+            Path("/proc/self/clear_refs").write_text("5")
         self.call = self.make_call(batch, size, threads)
         self.call()
         start = time.perf_counter()
@@ -107,8 +104,7 @@ def _torch(path: str, bf16: bool, compiled: bool = False) -> CallFactory:
 def _onnxruntime(path: str, bf16: bool) -> CallFactory:
     import onnxruntime
 
-    def session(options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = partial(onnxruntime.InferenceSession, path, providers=["CPUExecutionProvider"])
 
     def make_call(batch: int, size: int, threads: int) -> Call:
         options = onnxruntime.SessionOptions()
@@ -184,14 +180,6 @@ def _peak_mb() -> float:
         return peak
     # In bytes on macOS, in kilobytes elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def _reset_peak() -> None:
-    """Reset the peak memory, on Linux; elsewhere it stays the peak of all shapes so far."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 if __name__ == "__main__":

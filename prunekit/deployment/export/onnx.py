@@ -23,9 +23,7 @@ from prunekit.errors import ExportError
 
 
 def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Export a model to one ONNX file with the input ``image`` and the output ``output``.
-
-    The file has no source paths and no subnormal numbers.
+    """Export a model to one ONNX file with the input ``image`` and the output ``output``, without source paths.
 
     Args:
         model: in float32; a copy of it is exported, in eval mode, on the CPU.
@@ -43,8 +41,8 @@ def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] |
         except (UnsupportedOpError, ExportError):
             pass  # torch.onnx supports more operations.
     model, example = prepare_for_export(model, example)
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    with export_errors("ONNX", "onnx"), silence(loggers), tempfile.TemporaryDirectory() as folder:
+    quiet = silence("torch.onnx", "onnxscript", "onnx_ir")
+    with export_errors("ONNX", "onnx"), quiet, tempfile.TemporaryDirectory() as folder:
         program = torch.onnx.export(
             model,
             (example,),
@@ -93,17 +91,17 @@ def prepare_for_export(model: nn.Module, example: Tensor) -> tuple[nn.Module, Te
 
 
 @contextmanager
-def silence(loggers: Sequence[logging.Logger]) -> Iterator[None]:
-    """Let only errors through from these loggers, and no warnings."""
-    levels = [log.level for log in loggers]
+def silence(*loggers: str) -> Iterator[None]:
+    """Let only errors through from these loggers ("" is the root), and no warnings."""
+    levels = {log: log.level for log in map(logging.getLogger, loggers)}
     try:
-        for log in loggers:
+        for log in levels:
             log.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for log, level in zip(loggers, levels, strict=True):
+        for log, level in levels.items():
             log.setLevel(level)
 
 
@@ -115,7 +113,7 @@ def export_errors(title: str, key: str) -> Iterator[None]:
     except ExportError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(
             f"the model cannot be exported to {title}: {reason}; skip it with export.{key}=false"
         ) from error
@@ -164,7 +162,6 @@ def _strip(file: object) -> None:
     for graph in [file.graph, *file.functions]:
         values = [value for name in ("input", "output", "initializer") for value in getattr(graph, name, [])]
         for part in [graph, *graph.node, *graph.value_info, *values]:
-            if hasattr(part, "metadata_props"):
-                del part.metadata_props[:]
-            if hasattr(part, "doc_string"):
-                part.ClearField("doc_string")
+            for field in ("metadata_props", "doc_string"):
+                if hasattr(part, field):
+                    part.ClearField(field)

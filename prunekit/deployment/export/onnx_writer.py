@@ -81,6 +81,8 @@ class _Writer:
             self._module(node)
         elif write is not None:
             write(self, node)
+        elif self.graph.is_function(node, (F.relu, torch.relu)):
+            self._add("Relu", [self.names[node.args[0]]], node)
         elif self.graph.is_add(node):
             self._add("Add", [self.names[side] for side in node.args], node)
         elif self.graph.is_cat(node):
@@ -110,9 +112,6 @@ class _Writer:
         else:
             raise UnsupportedOpError(type(module).__name__)
 
-    def _relu(self, node: fx.Node) -> None:
-        self._add("Relu", [self.names[node.args[0]]], node)
-
     def _pool(self, node: fx.Node) -> None:
         pool = parse_pooling(node)
         if pool is None:
@@ -121,13 +120,10 @@ class _Writer:
         options = {"kernel_shape": pool.kernel, "strides": pool.stride, "ceil_mode": int(pool.ceil_mode)}
         self._add(kind, [self.names[node.args[0]]], node, **options)
 
-    def _global_pool(self, node: fx.Node, size: Any) -> None:
-        if size not in (1, (1, 1)):
+    def _global_pool(self, node: fx.Node, size: Any = None) -> None:
+        if (node.args[1] if size is None else size) not in (1, (1, 1)):
             raise UnsupportedOpError("adaptive pooling to more than 1×1")
         self._add("GlobalAveragePool", [self.names[node.args[0]]], node)
-
-    def _adaptive_pool(self, node: fx.Node) -> None:
-        self._global_pool(node, node.args[1])
 
     def _interpolate(self, node: fx.Node) -> None:
         options = {"align_corners": None, "antialias": False, "mode": "nearest", **node.kwargs}
@@ -148,11 +144,6 @@ class _Writer:
         self.nodes.append(helper.make_node("Concat", [self._number(side) for side in size], [height_width], axis=0))
         self.nodes.append(helper.make_node("Concat", [batch_channels, height_width], [shape], axis=0))
         self._add("Resize", [source, "", "", shape], node, **resize)
-
-    def _narrow(self, node: fx.Node) -> None:
-        value, axis, start, length = node.args
-        bounds = [self._constant(np.array([number])) for number in (start, start + length, axis)]
-        self._add("Slice", [self.names[value], *bounds], node)
 
     def _flatten(self, node: fx.Node) -> None:
         if (*node.args[1:], *node.kwargs.values()) != (1,):
@@ -198,11 +189,8 @@ _ARITHMETIC = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", op
 _FUNCTIONS: dict[Any, Callable[[_Writer, fx.Node], None]] = {
     F.max_pool2d: _Writer._pool,
     F.avg_pool2d: _Writer._pool,
-    F.adaptive_avg_pool2d: _Writer._adaptive_pool,
+    F.adaptive_avg_pool2d: _Writer._global_pool,
     F.interpolate: _Writer._interpolate,
-    F.relu: _Writer._relu,
-    torch.relu: _Writer._relu,
-    torch.narrow: _Writer._narrow,
     torch.flatten: _Writer._flatten,
     "flatten": _Writer._flatten,
 }

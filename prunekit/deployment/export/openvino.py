@@ -18,8 +18,7 @@ from prunekit.errors import ExportError
 def export_openvino(onnx_file: bytes, metadata: Mapping[str, str] | None = None) -> tuple[bytes, bytes]:
     """Convert an ONNX file to the ``.xml`` and the ``.bin`` of an IR, in float32 and with the same dynamic axes.
 
-    Args:
-        metadata: written into the IR's ``rt_info``, below ``prunekit``.
+    The metadata is written into the IR's ``rt_info``, below ``prunekit``.
 
     Raises:
         ExportError: OpenVINO is not installed, or cannot convert the model.
@@ -44,15 +43,10 @@ def check_openvino(
 def openvino_function(
     file: bytes, weights: bytes | None = None, precision: str = "f32"
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A model in OpenVINO on the CPU, as a function of an input.
+    """An ONNX file, or the ``.xml`` and ``.bin`` of an IR, in OpenVINO on the CPU, as a function of an input.
 
     Args:
-        file: an ONNX file, or the ``.xml`` of an IR.
-        weights: the ``.bin`` of an IR.
         precision: of the computation: "f32" or "bf16".
-
-    Raises:
-        ExportError: OpenVINO is not installed.
     """
     openvino = import_openvino()
     core = openvino.Core()

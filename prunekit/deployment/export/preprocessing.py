@@ -15,18 +15,12 @@ from prunekit.tasks.saliency import Saliency
 class PreprocessedModel(nn.Module):
     """A model that takes images as they are read from a file.
 
-    Images are resized to a square (bilinear with half-pixel centers, no antialiasing) and normalized with ImageNet's
-    mean and standard deviation.
-
-    Args:
-        model: takes (N, 3, size, size) float32.
-        task: its ``activation`` is applied to the output.
-        size: side of the square in pixels.
+    Images are resized to a square (bilinear with half-pixel centers, no antialiasing) of ``size`` pixels a side, and
+    normalized with ImageNet's mean and standard deviation. The task's ``activation`` is applied to the output.
 
     Shape:
-        input: (N, H, W, 3) uint8, RGB, any H and W.
-        output: for saliency (N, H, W) uint8 maps, 255 is salient; for other tasks the scores, such as (N, K)
-            probabilities.
+        input: (N, H, W, 3) uint8, RGB, any H and W; output: for saliency (N, H, W) uint8 maps, 255 is salient; for
+        other tasks the scores, such as (N, K) probabilities.
     """
 
     def __init__(self, model: nn.Module, task: Task, size: int):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -23,18 +22,14 @@ _SOURCE_KEYS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn",
 def export_pt2(model: nn.Module, example: Tensor, metadata: Mapping[str, str] | None = None) -> bytes:
     """Export a model to one ``.pt2`` file with dynamic batch size, height and width.
 
-    The program may reject images so small that the smallest feature has one pixel a side. The file has no source paths
-    and no subnormal numbers.
-
-    Args:
-        model, example: as for :func:`prunekit.deployment.export.onnx.export_onnx`.
-        metadata: written into the extra file ``prunekit.json``.
+    The arguments are those of :func:`prunekit.deployment.export.onnx.export_onnx`; the metadata becomes the extra file
+    ``prunekit.json``. The program may reject images so small that the smallest feature has one pixel a side.
 
     Raises:
         ExportError: an operation cannot be exported.
     """
     model, example = prepare_for_export(without_subnormals(model), example)
-    with export_errors("pt2", "pt2"), silence([logging.getLogger("torch.export"), logging.getLogger("torch._export")]):
+    with export_errors("pt2", "pt2"), silence("torch.export", "torch._export"):
         program = torch.export.export(model, (example,), dynamic_shapes=(dynamic_axes(example),))
         _strip(program)
         buffer = io.BytesIO()

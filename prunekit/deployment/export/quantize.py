@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,7 @@ def quantize_onnx(file: bytes, batches: Sequence[np.ndarray], metadata: Mapping[
     The last convolution stays in float32.
 
     Args:
-        file: from :func:`prunekit.deployment.export.onnx.export_onnx`.
         batches: inputs to calibrate on, all of one shape.
-        metadata: written into the file.
 
     Raises:
         ExportError: ONNX Runtime cannot quantize the model.
@@ -31,14 +28,12 @@ def quantize_onnx(file: bytes, batches: Sequence[np.ndarray], metadata: Mapping[
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter(batches)
+        inputs = iter([{"image": batch} for batch in batches])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"image": batch}
+            return next(self.inputs, None)
 
-    with export_errors("int8", "int8"), silence([logging.getLogger()]), tempfile.TemporaryDirectory() as folder:
+    with export_errors("int8", "int8"), silence(""), tempfile.TemporaryDirectory() as folder:
         source, inferred, target = (str(Path(folder) / f"{name}.onnx") for name in ("source", "inferred", "target"))
         Path(source).write_bytes(file)
         quant_pre_process(source, inferred, skip_symbolic_shape=True)

@@ -17,13 +17,11 @@ TOLERANCE = 1e-4  # Runtimes add in another order.
 def max_abs_difference(
     name: str, compute: Callable[[np.ndarray], np.ndarray], model: nn.Module, inputs: Sequence[Tensor]
 ) -> float:
-    """The largest difference between the outputs of a file and of its model.
+    """The largest difference between the outputs (floats, or uint8 levels) of a file and of its model.
 
     Args:
         name: the file, for messages.
         compute: runs the file.
-        model: returns floats, or uint8 levels.
-        inputs: batches, float32 or uint8.
 
     Raises:
         ExportError: the file cannot be run, its output has another dtype or shape, or floats differ by more than

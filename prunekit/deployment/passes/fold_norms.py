@@ -13,17 +13,11 @@ from prunekit.deployment.graph import InferenceGraph
 
 @dataclass(frozen=True)
 class Producer:
-    """A convolution that computes some channels of a value, alone or as a term of a sum.
-
-    Attributes:
-        node: calls the convolution.
-        start: index of its first output channel among the channels of the value.
-        takes_shift: whether a constant added to the value goes into this convolution. In a sum, only one term takes it.
-    """
+    """A convolution that computes some channels of a value, alone or as a term of a sum."""
 
     node: fx.Node
-    start: int
-    takes_shift: bool
+    start: int  # index of its first output channel among the channels of the value
+    takes_shift: bool  # whether a constant added to the value goes here; in a sum, only one term takes it
 
 
 def fold_norms(graph: InferenceGraph) -> tuple[list[str], list[str]]:
@@ -31,10 +25,7 @@ def fold_norms(graph: InferenceGraph) -> tuple[list[str], list[str]]:
 
     Between convolution and norm there may be sums, concatenations of channels, average pooling, and bilinear or nearest
     upsampling. A norm stays if anything else computes its input, if another node reads a value in between, or if it has
-    no running statistics.
-
-    Returns:
-        the names of the folded norms, and of those that stay.
+    no running statistics. Returns the names of the folded norms, and of those that stay.
     """
     folded, kept = [], []
     for node in graph.nodes:

@@ -1,8 +1,4 @@
-"""Passes: merge convolutions and pooling that share an input or an output.
-
-A gOctConv with one convolution for each path reads each input once for every output, and writes each output once for
-every input.
-"""
+"""Passes: merge convolutions whose outputs are added, and equal pooling and upsampling calls."""
 
 from __future__ import annotations
 
@@ -19,10 +15,8 @@ from prunekit.deployment.passes.fold_norms import set_weights
 def share_pooling(graph: InferenceGraph) -> int:
     """Compute equal pooling and upsampling calls once, and max-pooling by 2k from the result of max-pooling by k.
 
-    The second applies to square windows without overlap and with ``ceil_mode``.
-
-    Returns:
-        the number of calls that were removed or made smaller.
+    The second applies to square windows without overlap and with ``ceil_mode``. Returns the number of calls that were
+    removed or made smaller.
     """
     saved = _merge_equal_calls(graph)
     pools: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -62,10 +56,7 @@ def merge_sums(graph: InferenceGraph) -> int:
     """Merge convolutions whose outputs are added into one convolution of their concatenated inputs.
 
     Applies to convolutions with the same kernel size, stride, padding and dilation, without groups, whose inputs have
-    the same height and width and whose outputs have no other user.
-
-    Returns:
-        the number of convolutions removed.
+    the same height and width and whose outputs have no other user. Returns the number of convolutions removed.
     """
     merged = 0
     for node in graph.nodes:
@@ -97,45 +88,6 @@ def _merge_terms(graph: InferenceGraph, before: fx.Node, nodes: list[fx.Node]) -
     n, _, *size = graph.shapes[inputs[0]]
     joined = graph.insert_function(before, torch.cat, (inputs, 1), (n, weight.shape[1], *size))
     return graph.insert_module(before, merged, (joined,), f"{nodes[0].target}_sum", graph.shapes[nodes[0]])
-
-
-def merge_inputs(graph: InferenceGraph) -> int:
-    """Merge convolutions that read the same input into one with concatenated outputs.
-
-    Applies to convolutions with the same kernel size, stride, padding and dilation, without groups.
-
-    Returns:
-        the number of convolutions removed.
-    """
-    merged = 0
-    for node in graph.nodes:
-        mergeable: dict[Hashable, list[fx.Node]] = {}
-        for user in node.users:
-            conv = graph.conv(user)
-            if conv is not None and conv.groups == 1:
-                mergeable.setdefault(_geometry(conv), []).append(user)
-        for users in mergeable.values():
-            if len(users) > 1:
-                _merge_readers(graph, sorted(users, key=graph.nodes.index))
-                merged += len(users) - 1
-    graph.recompile()
-    return merged
-
-
-def _merge_readers(graph: InferenceGraph, nodes: list[fx.Node]) -> None:
-    first, convs = nodes[0], [graph.conv(node) for node in nodes]
-    weight = torch.cat([conv.weight for conv in convs])
-    bias = None
-    if any(conv.bias is not None for conv in convs):
-        bias = torch.cat([torch.zeros(c.out_channels) if c.bias is None else c.bias for c in convs])
-    n, _, *size = graph.shapes[first]
-    merged = _conv_like(convs[0], weight, bias)
-    whole = graph.insert_module(first, merged, first.args, f"{first.target}_both", (n, len(weight), *size))
-    start = 0
-    for node, conv in zip(nodes, convs, strict=True):
-        part = graph.insert_function(node, torch.narrow, (whole, 1, start, conv.out_channels), graph.shapes[node])
-        graph.replace(node, part)
-        start += conv.out_channels
 
 
 def _geometry(conv: nn.Conv2d) -> Hashable:

@@ -19,13 +19,8 @@ def use_native_kernels(graph: InferenceGraph) -> int:
     """Replace operations by native kernels, and fuse sums, activations and depthwise convolutions into them.
 
     Replaced are convolutions with stride 1 that keep the size, depthwise 3×3 convolutions, bilinear upsampling and 2×2
-    pooling, if their outputs have a multiple of 8 channels. Anything else stays.
-
-    Args:
-        graph: with its norms folded and its channels padded to multiples of 8.
-
-    Returns:
-        the number of operations replaced.
+    pooling, if their outputs have a multiple of 8 channels: after the folding of norms and the padding of channels.
+    Returns the number of operations replaced.
 
     Raises:
         NoKernels: the kernels are not available on this machine.
@@ -67,7 +62,7 @@ class NativeDepthwise(NativeOp):
     def forward(self, x: Tensor) -> Tensor:
         x = _check(x, len(self.bias))
         n, c, h, w = x.shape
-        y = _empty(x, c, h, w)
+        y = _empty(n, c, h, w)
         _call("infer_depthwise", x, self.weight, self.bias, self.slope, y, n, h, w, c)
         return y
 
@@ -76,13 +71,8 @@ class NativeConv(NativeOp):
     """Convolutions of one input with stride 1 and same padding, their outputs concatenated.
 
     They are computed as one convolution whose taps are shifts by rows and columns; different dilations share the middle
-    tap. Optionally two depthwise convolutions follow (``depthwise``).
-
-    Shape:
-        x: (N, C, H, W) float32.
-        add: (N, C', H, W), added to the output; C' is a multiple of 8.
-        coarse: (N, C', h, w), upsampled and added to the output.
-        output: (N, C', H, W).
+    tap. Optionally two depthwise convolutions follow (``depthwise``). (N, C, H, W) becomes (N, C', H, W), C' a multiple
+    of 8; ``add`` (N, C', H, W) and ``coarse`` (N, C', h, w), upsampled, are added to it.
     """
 
     def __init__(self, convs: Sequence[nn.Conv2d]):
@@ -111,7 +101,7 @@ class NativeConv(NativeOp):
         x = _check(x, self.in_channels)
         add, coarse = (None if value is None else _check(value, out_channels) for value in (add, coarse))
         n, c, h, w = x.shape
-        y = _empty(x, out_channels, h, w)
+        y = _empty(n, out_channels, h, w)
         depthwise = [tensor for op in self.depthwise for tensor in (op.weight, op.bias, op.slope)] or [None] * 6
         coarse_size = (0, 0) if coarse is None else coarse.shape[2:]
         sizes = n, h, w, c, out_channels, len(self.channels), self.shifts.shape[1], *coarse_size, len(self.depthwise)
@@ -127,7 +117,7 @@ class NativeUpsample(NativeOp):
         channels = len(self.slope)
         x, add = _check(x, channels), None if add is None else _check(add, channels)
         n, c, h, w = x.shape
-        y = _empty(x, c, *size)
+        y = _empty(n, c, *size)
         _call("infer_upsample", x, self.slope, add, y, n, h, w, *size, c)
         return y
 
@@ -142,7 +132,7 @@ class NativePool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = _check(x, self.channels)
         n, c, h, w = x.shape
-        y = _empty(x, c, (h + 1) // 2, (w + 1) // 2)
+        y = _empty(n, c, (h + 1) // 2, (w + 1) // 2)
         _call("infer_pool", x, y, n, h, w, c, int(self.mean))
         return y
 
@@ -161,8 +151,8 @@ def _check(x: Tensor, channels: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty((len(x), channels, height, width), memory_format=torch.channels_last)
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, memory_format=torch.channels_last)
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> None:
@@ -191,17 +181,13 @@ def _replace_sum(graph: InferenceGraph, node: fx.Node) -> int:
     if not node.users or not graph.is_outermost_sum(node) or graph.shapes[node][1] % LANES:
         return 0
     shape = graph.shapes[node]
-    others, convs, upsamples = [], [], []
-    for term in graph.terms(node):
-        if len(term.users) == 1 and _keeps_size(graph.conv(term)):
-            convs.append(term)
-        elif len(term.users) == 1 and _is_bilinear(graph, term):
-            upsamples.append(term)
-        else:
-            others.append(term)
-    if not convs and not upsamples:
-        return 0
+    terms = graph.terms(node)
+    convs = [term for term in terms if len(term.users) == 1 and _keeps_size(graph.conv(term))]
+    upsamples = [term for term in terms if len(term.users) == 1 and _is_bilinear(graph, term)]
+    others = [term for term in terms if term not in convs and term not in upsamples]
     replaced = len(convs) + len(upsamples)
+    if not replaced:
+        return 0
     total = graph.insert_sum(node, others) if others else None
     for term in convs:
         total = graph.insert_module(

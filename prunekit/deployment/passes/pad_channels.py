@@ -26,14 +26,10 @@ class _Layout:
     def contiguous(channels: int, padding: int = 0) -> _Layout:
         return _Layout(tuple(range(channels)), channels + padding)
 
-    @staticmethod
-    def concatenated(parts: list[_Layout]) -> _Layout:
-        positions: list[int] = []
-        width = 0
-        for part in parts:
-            positions += [width + position for position in part.positions]
-            width += part.width
-        return _Layout(tuple(positions), width)
+    def __add__(self, other: _Layout) -> _Layout:
+        """Concatenate two values."""
+        shifted = (self.width + position for position in other.positions)
+        return _Layout((*self.positions, *shifted), self.width + other.width)
 
     @property
     def padded(self) -> bool:
@@ -47,10 +43,7 @@ class _Layout:
 
 
 class _ConflictError(Exception):
-    """These values cannot be padded because of a node that reads them."""
-
-    def __init__(self, *values: fx.Node):
-        self.values = values
+    """The values in ``args`` cannot be padded because of a node that reads them."""
 
 
 def pad_channels(graph: InferenceGraph, multiple: int) -> int:
@@ -58,9 +51,7 @@ def pad_channels(graph: InferenceGraph, multiple: int) -> int:
 
     Concatenated convolutions are padded together. A value stays as it is if it is read by anything but convolutions,
     PReLU, ReLU, pooling, upsampling, sums and concatenations, or if the terms of a sum would have different layouts.
-
-    Returns:
-        the number of channels added.
+    Returns the number of channels added.
     """
     padding = _padding(graph, multiple)
     while True:
@@ -68,7 +59,7 @@ def pad_channels(graph: InferenceGraph, multiple: int) -> int:
             layouts = _layouts(graph, padding)
             break
         except _ConflictError as conflict:
-            for value in conflict.values:
+            for value in conflict.args:
                 for source in _sources(graph, value):
                     padding.pop(source, None)
     for node, layout in layouts.items():
@@ -110,7 +101,7 @@ def _layouts(graph: InferenceGraph, padding: dict[fx.Node, int]) -> dict[fx.Node
             if first is not None:
                 layouts[node] = first
         elif graph.is_cat(node):
-            layouts[node] = _Layout.concatenated([layouts[part] for part in node.args[0]])
+            layouts[node] = sum((layouts[part] for part in node.args[0]), start=_Layout((), 0))
         else:
             padded = [value for value in node.all_input_nodes if value in layouts and layouts[value].padded]
             if padded and not _reads_size(node):

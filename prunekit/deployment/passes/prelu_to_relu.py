@@ -20,13 +20,9 @@ def prelu_to_relu(graph: InferenceGraph) -> int:
     """Rewrite PReLUs of features (N, C, H, W).
 
     After a depthwise convolution, that convolution is computed twice, with both factors. After other convolutions, the
-    second term is computed from the first one by a depthwise 1×1 convolution with the weights a/(1 − a).
-
-    A PReLU stays if one of its slopes is above 0.95, if anything but convolutions computes its input, or if its input
-    has another user.
-
-    Returns:
-        the number of PReLUs rewritten.
+    second term is computed from the first one by a depthwise 1×1 convolution with the weights a/(1 − a). A PReLU stays
+    if one of its slopes is above 0.95, if anything but convolutions computes its input, or if its input has another
+    user. Returns the number of PReLUs rewritten.
     """
     rewritten = 0
     for node in graph.nodes:

@@ -23,7 +23,7 @@ def compute(file: onnx.ModelProto, image: torch.Tensor) -> np.ndarray:
     return session.run(None, {"image": image.numpy()})[0]
 
 
-@pytest.mark.parametrize("config", [DeployConfig(), CANDIDATES["onnxruntime"][0], DeployConfig(8, merge_inputs=True)])
+@pytest.mark.parametrize("config", [DeployConfig(), CANDIDATES["onnxruntime"][0], DeployConfig(8)])
 def test_pruned_csnet_at_any_size(config):
     model, example = pruned_model("csnet", 2, width=10)
     file = graph_to_onnx(rewrite(model, example, config))

@@ -5,7 +5,7 @@ from helpers.deployed_models import relative_difference
 from torch import nn
 
 from prunekit.deployment.graph import InferenceGraph
-from prunekit.deployment.passes.merge_paths import merge_inputs, merge_sums, share_pooling
+from prunekit.deployment.passes.merge_paths import merge_sums, share_pooling
 
 
 class Net(nn.Module):
@@ -49,24 +49,6 @@ def test_merge_sums():
 )
 def test_merge_sums_does_nothing(function, second):
     assert run_pass(merge_sums, function, second)[:2] == (0, 2)
-
-
-def test_merge_inputs():
-    count, convs, functions = run_pass(merge_inputs, lambda x, a, b: F.relu(a(x)) * b(x))
-    assert (count, convs, functions.count(torch.narrow)) == (1, 1, 2)
-
-
-@pytest.mark.parametrize(
-    ("function", "second"),
-    [
-        (lambda x, a, b: a(x) * b(x.flip(2)), None),
-        (lambda x, a, b: a(x) * b(x), nn.Conv2d(3, 4, 1)),
-        (lambda x, a, b: a(x)[:, :3] * b(x), nn.Conv2d(3, 3, 3, padding=1, groups=3)),
-    ],
-    ids=["other inputs", "other kernel size", "groups"],
-)
-def test_merge_inputs_does_nothing(function, second):
-    assert run_pass(merge_inputs, function, second)[:2] == (0, 2)
 
 
 def pool(x, kernel, **options):
