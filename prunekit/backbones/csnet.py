@@ -17,11 +17,7 @@ STAGES = ((3, 1), (4, 2), (6, 4), (4, 4))
 
 
 class CSNet(nn.Module):
-    """The extractor of five stages and the cross-stage fusion head.
-
-    Shape:
-        input: (N, 3, H, W), any H and W; output: logits (N, 1, H, W).
-    """
+    """The extractor of five stages and the fusion head: (N, 3, H, W), any H and W, to logits (N, 1, H, W)."""
 
     def __init__(self, width: int, split: Sequence[float]):
         super().__init__()
@@ -68,11 +64,7 @@ class CSNet(nn.Module):
 
 @register_backbone("csnet")
 def csnet(width: int = 20, split: Sequence[float] = (0.5, 0.5)) -> nn.Module:
-    """CSNet for saliency: width 20 is the published ×1, 40 the ×2; split is the share of channels per resolution.
-
-    Raises:
-        ValueError: the width is below 8, or the shares do not add up to 1.
-    """
+    """CSNet for saliency: width 20 is the published ×1, 40 the ×2; split is the share of channels per resolution."""
     if width < 8:
         raise ValueError(f"width={width} must be at least 8 (published: 20 and 40)")
     return CSNet(width, split)

@@ -1,7 +1,4 @@
-"""Models of timm and torchvision, if installed, by name: ``timm/resnet18``, ``torchvision/resnet18``.
-
-Options are those of the library's builders. Weights are downloaded only if an option asks for them.
-"""
+"""Models of timm and torchvision, if installed, by name: ``timm/resnet18``, ``torchvision/resnet18``."""
 
 from __future__ import annotations
 

@@ -14,9 +14,5 @@ from prunekit.layers.octavize import octavize
 
 @register_backbone("octresnet")
 def octresnet(depth: int = 20, width: int = 16, classes: int = 10, split: Sequence[float] = (0.5, 0.5)) -> nn.Module:
-    """ResNet for small images with several resolutions: split is the share of channels of each, finest first.
-
-    Raises:
-        ValueError: depth is not 6n + 2, width or classes is below 1, or the shares do not add up to 1.
-    """
+    """ResNet for small images with several resolutions: split is the share of channels of each, finest first."""
     return octavize(resnet(depth, width, classes), torch.zeros(2, 3, 8, 8), split)

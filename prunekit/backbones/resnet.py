@@ -1,7 +1,6 @@
 """ResNet for small images (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2).
 
-Shortcuts between stages are 1×1 convolutions with norms (option B of the paper). Zero-padded shortcuts (option A) have
-no gates, so no channel of the stage could be pruned.
+Shortcuts between stages are of option B: zero-padded ones (A) have no gates, so the stage could not be pruned.
 """
 
 from __future__ import annotations
@@ -13,10 +12,7 @@ from prunekit.config.registry import register_backbone
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with norms and a shortcut, which is projected if size or channels change.
-
-    Shape: (N, inputs, H, W) to (N, outputs, ⌈H/stride⌉, ⌈W/stride⌉).
-    """
+    """Two 3×3 convolutions with norms and a shortcut: (N, inputs, H, W) to (N, outputs, ⌈H/stride⌉, ⌈W/stride⌉)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
@@ -34,10 +30,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, three stages at full, half and quarter resolution, global average pooling and a linear layer.
-
-    Shape: (N, 3, H, W), any H and W, to logits (N, classes).
-    """
+    """Stem, three stages, global pooling and a linear layer: (N, 3, H, W), any H and W, to logits (N, classes)."""
 
     def __init__(self, depth: int, width: int, classes: int):
         super().__init__()
@@ -63,11 +56,7 @@ class ResNet(nn.Module):
 
 @register_backbone("resnet")
 def resnet(depth: int = 20, width: int = 16, classes: int = 10) -> nn.Module:
-    """ResNet for small images: depth is 6n + 2 (20 to 110 in the paper), width is that of the first stage.
-
-    Raises:
-        ValueError: depth is not 6n + 2, or width or classes is below 1.
-    """
+    """ResNet for small images: depth is 6n + 2 (20 to 110 in the paper), width is that of the first stage."""
     if depth < 8 or depth % 6 != 2:
         below = max(8, (depth - 2) // 6 * 6 + 2)
         raise ValueError(f"depth={depth} must be 6n + 2; set it to {below} or {below + 6}")

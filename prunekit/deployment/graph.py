@@ -24,10 +24,8 @@ class InferenceGraph:
     """The torch.fx graph of a copy of a model, in eval mode, in float32 on the CPU.
 
     Every module call has its own module, so a pass can change the weights of one call only. ``module`` is the graph as
-    a callable module; ``shapes`` has the shape of each node's value on the first input of ``example``.
-
-    Raises:
-        ExportError: torch.fx cannot trace the model, or the traced model gives other outputs.
+    a callable module; ``shapes`` has the shape of each node's value on the first input of ``example``. Raises
+    ExportError if torch.fx cannot trace the model, or the traced model gives other outputs.
     """
 
     def __init__(self, model: nn.Module, example: Tensor):

@@ -1,7 +1,4 @@
-"""Run the passes on a model, and record what they did.
-
-Kept apart from ``deploy``, so that a process that measures memory does not import the other runtimes.
-"""
+"""Run the passes on a model. Apart from ``deploy``, so that the memory benchmark does not import the other runtimes."""
 
 from __future__ import annotations
 
@@ -45,12 +42,7 @@ class DeployRecord:
 def rewrite(
     model: nn.Module, example: Tensor, config: DeployConfig, record: DeployRecord | None = None
 ) -> InferenceGraph:
-    """Trace a model and run the passes that ``config`` selects; ``record`` is filled in.
-
-    Raises:
-        ExportError: as for :class:`InferenceGraph`.
-        NoKernels: native kernels are selected but not available.
-    """
+    """Trace a model, run the passes of ``config``, and fill in ``record``; raise ExportError or NoKernels."""
     record = DeployRecord("") if record is None else record
     graph = InferenceGraph(model, example)
     record.folded_norms, record.kept_norms = fold_norms(graph)

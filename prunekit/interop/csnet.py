@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from prunekit.backbones.csnet import STAGES, csnet
 from prunekit.errors import CheckpointError, ExportError
-from prunekit.layers import layer_of
+from prunekit.layers import OptionalModules, layer_of
 from prunekit.layers.blocks import STEP_SCALE
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
@@ -46,11 +46,7 @@ class CSNetLayout:
 
     @classmethod
     def parse(cls, entries: list[Any], source: str) -> CSNetLayout:
-        """Parse the result of ``read_layout``; ``source`` is the file, for messages.
-
-        Raises:
-            CheckpointError: an entry is malformed, or does not match the one before.
-        """
+        """Parse the result of ``read_layout``; ``source`` is the file, for messages."""
         count = len(BLOCKS) + 4
         if len(entries) != count:
             raise CheckpointError(f"{source}: a layout has {count} entries, this one {len(entries)}")
@@ -81,18 +77,20 @@ class CSNetLayout:
         for stage, i in BLOCKS:
             norms = model.get_submodule(f"stage{stage}.{i}.depthwise2_out.norms")
             single = stage > 1 and i == DEPTHS[stage - 1] - 1
-            outs = [norms[str(b)].num_features if str(b) in norms else 0 for b in range(1 if single else branches)]
+            outs = [_width(norms.take(b)) for b in range(1 if single else branches)]
             blocks[stage, i] = ins, outs
             ins = outs
             if single:
                 sides.append(outs[0])
-        head, rows = model.head, []
+        head = model.head
         fused = [_width(head.fuse.mix_out.norms.take(b)) for b in range(len(sides))]
-        for b in range(len(sides)):
-            convs = head.dilated.branches.take(b)
-            rows.append([convs[str(d)].out_channels if convs and str(d) in convs else 0 for d in DILATIONS])
+        branch_convs = [head.dilated.branches.take(b) or OptionalModules() for b in range(len(sides))]
+        rows = [[_width(convs.take(d)) for d in DILATIONS] for convs in branch_convs]
         merge = [sum(row) for row in rows], [_width(head.merge.mix_out.norms.take(0))]
         return cls(blocks, (sides, fused), rows, merge)
+
+    def outputs(self) -> list[Split]:
+        return [*(outs for _, outs in self.blocks.values()), self.fuse[1], self.merge[1], *self.dilated]
 
     def dump(self) -> list[Any]:
         """The entries of a published layout file."""
@@ -111,15 +109,8 @@ def import_csnet(
 ) -> tuple[int, Plan | None, nn.Module]:
     """Convert a published model. Subnormal weights become zero.
 
-    Args:
-        layout: None for a dense ×1 or ×2 model.
-        source: the checkpoint file, for messages.
-
-    Returns:
-        the width of the dense builder, the plan (None for a dense model), and the model in eval mode.
-
-    Raises:
-        CheckpointError: a key is missing or unknown, or has a shape that does not match the layout.
+    The layout of a dense ×1 or ×2 model is None; ``source`` is the file, for messages. Returns the width of the dense
+    builder, the plan (None for a dense model), and the model in eval mode.
     """
     width = _builder_width(state, layout, source)
     model = csnet(width)
@@ -155,12 +146,9 @@ def import_csnet(
 
 
 def export_csnet(model: nn.Module) -> tuple[dict[str, Tensor], CSNetLayout]:
-    """Convert a CSNet to a published state dict and layout.
+    """Convert a CSNet to a published state dict and layout; raise ExportError for another model.
 
     The published form has no biases; those left by constant folding are moved into the norms after them.
-
-    Raises:
-        ExportError: the model is not a CSNet.
     """
     if type(model).__name__ != "CSNet":
         raise ExportError(f"only a CSNet can be written in the published form, not a {type(model).__name__}")
@@ -267,10 +255,7 @@ def _builder_width(state: dict[str, Tensor], layout: CSNetLayout | None, source:
     """The smallest published width that has as many channels as this model."""
     if layout is not None:
         for width in WIDTHS:
-            dense = CSNetLayout.from_model(csnet(width))
-            splits = [(layout.blocks[key][1], dense.blocks[key][1]) for key in layout.blocks]
-            splits += [(layout.fuse[1], dense.fuse[1]), (layout.merge[1], dense.merge[1])]
-            splits += list(zip(layout.dilated, dense.dilated, strict=False))
+            splits = zip(layout.outputs(), CSNetLayout.from_model(csnet(width)).outputs(), strict=False)
             if all(len(a) <= len(b) and all(x <= y for x, y in zip(a, b, strict=False)) for a, b in splits):
                 return width
         raise CheckpointError(f"{source}: the layout has more channels than the ×2 model; only ×1 and ×2 are supported")
@@ -334,5 +319,5 @@ def _parse_split(values: Any, source: str) -> Split:
     return [int(value) for value in split]
 
 
-def _width(norm: nn.Module | None) -> int:
-    return 0 if norm is None else norm.num_features
+def _width(module: nn.BatchNorm2d | nn.Conv2d | None) -> int:
+    return 0 if module is None else len(module.weight)

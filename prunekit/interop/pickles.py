@@ -24,11 +24,7 @@ _DTYPES = ("f4", "f8", "i4", "i8")
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a published checkpoint.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, names a function, or has no state dict.
-    """
+    """Read the state dict of a published checkpoint; raise CheckpointError if damaged or naming a function."""
     data = _read_bytes(path, MAX_CHECKPOINT_BYTES)
     try:
         _check_archive(data)
@@ -79,11 +75,7 @@ def write_checkpoint(state: dict[str, Tensor]) -> bytes:
 
 
 def read_layout(path: Path) -> list[Any]:
-    """Read a layout file: nested lists of numbers and numeric arrays.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or names a function.
-    """
+    """Read a layout, nested lists of numbers and arrays; raise CheckpointError if damaged or naming a function."""
     data = _read_bytes(path, MAX_LAYOUT_BYTES)
     if not data.endswith(pickle.STOP):
         raise CheckpointError(f"{path} is not a layout or is cut off; download it again")

@@ -93,13 +93,8 @@ class DilatedConvs(MultiScaleLayer):
 
 class FusionHead(nn.Module):
     """Cross-stage fusion: the stage outputs, as branches of one feature, pass a gOctConv, dilated convolutions, and a
-    gOctConv into one branch.
-
-    Args:
-        side_channels: channels of each stage's output, finest first; each has half the size of the previous one.
-
-    Shape:
-        output: (N, Σ⌊side/reduction⌋, H, W) at the size of the finest side output.
+    gOctConv into one branch, (N, Σ⌊side/reduction⌋, H, W), at the size of the finest. ``side_channels`` are those of
+    each stage's output, finest first.
     """
 
     def __init__(self, side_channels: Sequence[int], reduction: int = 3, dilations: Sequence[int] = (1, 2, 4, 8, 16)):

@@ -33,11 +33,7 @@ class GOctConv(nn.Module):
             branches and a strided convolution for ``stride``, so that path i→i equals the ordinary convolution.
 
     Shape:
-        input: list of (N, in_channels[i], ⌈H/2^i⌉, ⌈W/2^i⌉); output: list of
-        (N, out_channels[j], ⌈H/(stride·2^j)⌉, ⌈W/(stride·2^j)⌉).
-
-    Raises:
-        ValueError: no input or no output channel at all, an even kernel, an unknown ``downsample`` or a stride below 1.
+        lists of (N, in_channels[i], ⌈H/2^i⌉, ⌈W/2^i⌉) to (N, out_channels[j], ⌈H/(stride·2^j)⌉, ⌈W/(stride·2^j)⌉).
     """
 
     def __init__(
@@ -115,11 +111,7 @@ def branch_size(size: tuple[int, int], branch: int, stride: int = 1) -> tuple[in
 
 
 def split_channels(channels: int, split: Sequence[float]) -> list[int]:
-    """Divide ``channels`` among branches; the remainder goes to the last branch with a nonzero share.
-
-    Raises:
-        ValueError: a share is negative, or the shares do not add up to 1.
-    """
+    """Divide ``channels`` by shares that add up to 1; the remainder goes to the last branch with a nonzero share."""
     if not split or min(split) < 0 or not math.isclose(sum(split), 1.0, abs_tol=1e-6):
         raise ValueError(f"split must be non-negative shares that add up to 1, got {list(split)}; try [0.5, 0.5]")
     parts = [int(channels * share + 1e-9) for share in split]

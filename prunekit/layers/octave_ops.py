@@ -1,7 +1,6 @@
 """Layers and functions on multi-scale features, and the module that runs an octavized network.
 
-A feature is a :class:`Branches`; branch ``b`` has 1/2^b of the height and width of branch 0, rounded up. A branch that
-pruning removed is None, its modules are missing, and every operation skips it.
+A branch that pruning removed is None, its modules are missing, and every operation skips it.
 """
 
 from __future__ import annotations
@@ -84,12 +83,9 @@ def call_method(value: Any, name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 class OctaveLayer(MultiScaleLayer):
-    """An optional convolution of all branches, then an optional norm and PReLU per branch.
+    """An optional gOctConv ``mix``, or a depthwise convolution per branch, with ``stride``; then norms and PReLUs.
 
-    Args:
-        mix: a gOctConv; or
-        convs: a depthwise convolution per branch, with ``stride``.
-        norms, acts: modules by branch; a branch without an entry passes through unchanged.
+    A branch without an entry in ``norms`` or ``acts`` passes through unchanged.
     """
 
     def __init__(
@@ -108,7 +104,6 @@ class OctaveLayer(MultiScaleLayer):
         self.stride = stride if mix is None else mix.stride
 
     def forward(self, feature: Branches | Tensor) -> Branches:
-        """Accept a feature, or a tensor as a feature with one branch."""
         # Not `isinstance(feature, Tensor)`: under torch.fx the argument is a Proxy of a tensor.
         if not isinstance(feature, Branches):
             feature = one_branch(feature)
@@ -206,8 +201,6 @@ class Octavized(nn.Module):
         return {name: scale for name, scale in self._scales.items() if name in present}
 
     def _fill(self, item: Any, values: Mapping[int, Any]) -> Any:
-        """Replace the markers in arguments by their values."""
-
         def fill(leaf: Any) -> Any:
             if isinstance(leaf, Ref):
                 return values[leaf.index]
@@ -240,7 +233,6 @@ def refs(item: Any) -> set[int]:
 
 
 def _with_last(steps: Sequence[Step]) -> list[Step]:
-    """Fill in ``last`` of each step."""
     needed, out = {len(steps)}, []
     for index, step in reversed(list(enumerate(steps, start=1))):
         used = refs((step.target, step.args, step.kwargs)) | {index}

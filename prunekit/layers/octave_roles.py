@@ -45,12 +45,9 @@ _ONE_TENSOR = "it needs all channels in one tensor"
 
 @dataclass
 class Role:
-    """How a call treats a multi-scale feature.
+    """How a call treats a multi-scale feature."""
 
-    The kinds are "conv", "depthwise", "norm", "prelu", "each" (elementwise or channelwise), "sum", "pool", "global"
-    (pools to a fixed size), and "other".
-    """
-
+    # "conv", "depthwise", "norm", "prelu", "each" (elementwise or channelwise), "sum", "pool", "global" or "other"
     kind: str
     reason: str = ""  # why the kind is "other"
     options: dict[str, Any] = field(default_factory=dict)  # for "pool": the arguments of ``octave_ops.pool``

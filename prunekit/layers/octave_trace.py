@@ -66,11 +66,7 @@ def kept(name: str, keep: Sequence[str]) -> bool:
 
 
 def trace(model: nn.Module, example: Tensor, keep: Sequence[str]) -> list[Call]:
-    """Return the calls of ``model`` on ``example`` in order; the first is the input, the last the output.
-
-    Raises:
-        PlanError: torch.fx cannot trace the model, or the traced graph computes something else.
-    """
+    """Return the calls of ``model`` on ``example`` in order: first the input, last the output. Raises PlanError."""
     model = copy.deepcopy(model)
     _, trained = _graph(model.train(), keep)
     root, evaluated = _graph(model.eval(), keep)

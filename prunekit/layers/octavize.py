@@ -1,7 +1,5 @@
-"""Converts a CNN into a network with multi-scale features.
-
-The convolutions between stem and head become gOctConvs (Gao et al., ECCV 2020, section 3.1; for two resolutions: Chen
-et al., "Drop an Octave", ICCV 2019), so that sparse training learns the channels per resolution for each layer.
+"""Converts a CNN into one of gOctConvs (Gao et al., ECCV 2020, section 3.1; for two resolutions: Chen et al., "Drop an
+Octave", ICCV 2019), so that sparse training learns the channels per resolution for each layer.
 """
 
 from __future__ import annotations
@@ -179,11 +177,10 @@ class _Rewriter:
 
     def _leave(self, call: Call, role: Role) -> None:
         """Add the call unchanged, on plain tensors."""
-        joined = [i for i in call.inputs if i in self.octave]
         reasons = {"sum": "a sum with a plain tensor", "conv": "the stem: it reads the model's input"}
         why = "the model's output" if call.kind == "output" else reasons.get(role.kind, role.reason)
         whole = call.kind == "module" and (isinstance(self.modules[call.target], nn.Conv2d) or why == KEPT)
-        if joined or whole:
+        if whole or self.octave.intersection(call.inputs):
             self.left[call.label if call.kind != "output" else "output"] = why or "its input has no branches"
         args, kwargs = self._filled(call.args), self._filled(call.kwargs)
         if call.kind == "module":
@@ -241,10 +238,9 @@ class _Rewriter:
             norms=self._sliced(name, "norms", chain["norm"].target, outs, bias) if "norm" in chain else None,
             acts=self._sliced(name, "acts", chain["prelu"].target, outs) if "prelu" in chain else None,
         )
-        layer.training = self.modules[name].training
-        for container in (layer.mix, layer.convs, layer.norms, layer.acts):
+        for container in (layer, layer.mix, layer.convs, layer.norms, layer.acts):
             if container is not None:
-                container.training = layer.training
+                container.training = self.modules[name].training
         self.placed[name] = layer
         self.layers.append(name)
         self._emit(call, Step(Attr(name), (Ref(self.step_of[inputs.index]),)))

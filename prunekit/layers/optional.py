@@ -1,7 +1,6 @@
-"""Containers whose entries may be absent.
+"""Containers whose entries may be absent, since PyTorch's convolutions and norms fail on zero channels.
 
-PyTorch's convolutions and norms fail on zero channels, so a branch without channels is a missing entry. Pruning may
-delete entries of these containers and of no others.
+Pruning may delete entries of these containers and of no others.
 """
 
 from __future__ import annotations
@@ -22,7 +21,4 @@ class MultiScaleLayer(nn.Module):
 
 
 class DepthwiseModules(OptionalModules):
-    """Depthwise convolutions, one per branch.
-
-    The container marks them: with one channel left, a depthwise convolution has the attributes of an ordinary one.
-    """
+    """Depthwise convolutions, one per branch; with one channel left they have the attributes of ordinary ones."""

@@ -1,7 +1,4 @@
-"""The C++ kernels as a shared library, compiled once per machine, cached, and called through ctypes.
-
-Without PyTorch's headers it compiles in three seconds and works with every version of PyTorch.
-"""
+"""The C++ kernels as a shared library, compiled once per machine, cached, and called through ctypes."""
 
 from __future__ import annotations
 

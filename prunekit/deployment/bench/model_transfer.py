@@ -26,10 +26,7 @@ _KEY = "model_transfer"
 def pack_model(
     path: Path, model: nn.Module, builder: Builder, config: DeployConfig | None, shape: tuple[int, int, int]
 ) -> None:
-    """Write a model that ``builder`` builds, or a slim one of it, for another process on this machine.
-
-    If ``config`` is given, the model is deployed for inputs of ``shape`` (C, H, W) when it is read.
-    """
+    """Write a model of ``builder``, dense or slim; with ``config``, to be deployed for ``shape`` (C, H, W)."""
     header = {
         "builder": builder.model_dump(mode="json"),
         "modules": {
@@ -44,12 +41,7 @@ def pack_model(
 
 
 def unpack_model(path: Path) -> nn.Module:
-    """Read a packed model: in eval mode, in float32 on the CPU, without subnormal numbers.
-
-    Raises:
-        CheckpointError: the file is not a packed model, or has modules that the builder does not build.
-        PrunekitError: the builder fails, or the model cannot be deployed here.
-    """
+    """Read a packed model: in eval mode, in float32, without subnormals. Raises CheckpointError for another file."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[_KEY])
@@ -68,10 +60,7 @@ def unpack_model(path: Path) -> nn.Module:
 
 
 def _restore(model: nn.Module, modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
-    """Remove the pruned modules, and set channel counts and tensors, in place.
-
-    A plan would do the same, but tracing for it imports 100 MB, which would be measured as the model's memory.
-    """
+    """Do what a plan does, without a trace, which imports 100 MB that would be measured as the model's memory."""
     dense = dict(model.named_modules())
     for name in dense.keys() - modules.keys():
         parent, _, key = name.rpartition(".")

@@ -41,11 +41,6 @@ class BenchJob:
     def shape(self) -> tuple[int, int, int]:
         return self.batch, self.size, self.threads
 
-    @property
-    def worker_key(self) -> tuple[Any, ...]:
-        """Jobs with the same key share a process."""
-        return self.runtime, self.path, self.precision
-
 
 @dataclass
 class Timing:
@@ -68,9 +63,7 @@ class Timing:
 def measure(jobs: Sequence[BenchJob], seconds: float) -> tuple[list[Timing], dict[int, float]]:
     """Time jobs: each for at least ``seconds`` and two turns. Those with the same shape and threads take turns.
 
-    Returns:
-        the timings, in the order of the jobs; and number of threads → rate of a float32 1024³ matrix product in
-        GFLOP/s, timed in turns with the jobs.
+    The second value is number of threads → GFLOP/s of a float32 1024³ matrix product, timed in turns with the jobs.
     """
     timings = [Timing() for _ in jobs]
     workers: dict[tuple[Any, ...], _Worker] = {}
@@ -97,9 +90,8 @@ def _take_turns(
 ) -> None:
     ready: list[tuple[Timing, _Worker, int]] = []
     for job, timing in jobs:
-        if job.worker_key not in workers:
-            workers[job.worker_key] = _Worker(job)
-        worker = workers[job.worker_key]
+        key = job.runtime, job.path, job.precision
+        worker = workers[key] = workers.get(key) or _Worker(job)
         try:
             took = worker.request("prepare", batch=job.batch, size=job.size, threads=job.threads)["seconds"]
         except _WorkerError as error:

@@ -126,7 +126,7 @@ def finalize(file: object, metadata: Mapping[str, str]) -> bytes:
     _strip(file)
     for key, value in metadata.items():
         file.metadata_props.add(key=key, value=value)
-    for tensor in _tensors(file):
+    for tensor in tensors(file):
         values = onnx.numpy_helper.to_array(tensor)
         if subnormal_count(values):
             tensor.CopyFrom(onnx.numpy_helper.from_array(flush_subnormals(values), tensor.name))
@@ -134,14 +134,7 @@ def finalize(file: object, metadata: Mapping[str, str]) -> bytes:
     return file.SerializeToString(deterministic=True)
 
 
-def count_subnormals(file: bytes) -> int:
-    """The number of subnormal numbers in an ONNX file."""
-    import onnx
-
-    return sum(subnormal_count(onnx.numpy_helper.to_array(tensor)) for tensor in _tensors(onnx.load_from_string(file)))
-
-
-def _tensors(file: object) -> Iterator[object]:
+def tensors(file: object) -> Iterator[object]:
     """All weights and constants, including those of subgraphs."""
     import onnx
 

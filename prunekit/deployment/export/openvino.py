@@ -16,13 +16,7 @@ from prunekit.errors import ExportError
 
 
 def export_openvino(onnx_file: bytes, metadata: Mapping[str, str] | None = None) -> tuple[bytes, bytes]:
-    """Convert an ONNX file to the ``.xml`` and the ``.bin`` of an IR, in float32 and with the same dynamic axes.
-
-    The metadata is written into the IR's ``rt_info``, below ``prunekit``.
-
-    Raises:
-        ExportError: OpenVINO is not installed, or cannot convert the model.
-    """
+    """Convert an ONNX file to the ``.xml`` and ``.bin`` of an IR in float32, with the metadata as ``rt_info``."""
     openvino = import_openvino()
     with export_errors("OpenVINO", "openvino"), tempfile.TemporaryDirectory() as folder:
         model = openvino.Core().read_model(onnx_file)
@@ -43,11 +37,7 @@ def check_openvino(
 def openvino_function(
     file: bytes, weights: bytes | None = None, precision: str = "f32"
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """An ONNX file, or the ``.xml`` and ``.bin`` of an IR, in OpenVINO on the CPU, as a function of an input.
-
-    Args:
-        precision: of the computation: "f32" or "bf16".
-    """
+    """An ONNX file, or the ``.xml`` and ``.bin`` of an IR, computed in "f32" or "bf16" on the CPU."""
     openvino = import_openvino()
     core = openvino.Core()
     parts = [file] if weights is None else [file, openvino.Tensor(np.frombuffer(weights, np.uint8))]

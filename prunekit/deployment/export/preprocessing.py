@@ -40,11 +40,7 @@ class PreprocessedModel(nn.Module):
 
 
 def add_preprocessing(model: nn.Module, task: Task, size: int) -> PreprocessedModel:
-    """Add the preprocessing of the run, and the postprocessing of its task.
-
-    Raises:
-        ExportError: the task has a ``postprocess`` of its own, which cannot be exported.
-    """
+    """Add the preprocessing of the run; raise ExportError if the task has a ``postprocess`` of its own."""
     if type(task).postprocess not in (Task.postprocess, Saliency.postprocess):
         raise ExportError(
             f"--preprocess does not support {type(task).__name__}, which overrides postprocess; export without it, and "

@@ -20,13 +20,10 @@ _SOURCE_KEYS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn",
 
 
 def export_pt2(model: nn.Module, example: Tensor, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Export a model to one ``.pt2`` file with dynamic batch size, height and width.
+    """Export a model to one ``.pt2`` file with dynamic sizes, as :func:`.onnx.export_onnx` does.
 
-    The arguments are those of :func:`prunekit.deployment.export.onnx.export_onnx`; the metadata becomes the extra file
-    ``prunekit.json``. The program may reject images so small that the smallest feature has one pixel a side.
-
-    Raises:
-        ExportError: an operation cannot be exported.
+    The metadata becomes the extra file ``prunekit.json``. The program may reject images whose smallest feature has
+    one pixel a side.
     """
     model, example = prepare_for_export(without_subnormals(model), example)
     with export_errors("pt2", "pt2"), silence("torch.export", "torch._export"):

@@ -14,13 +14,7 @@ from prunekit.deployment.export.onnx import export_errors, finalize, silence
 def quantize_onnx(file: bytes, batches: Sequence[np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
     """Quantize a float32 ONNX file in QDQ format, with weights per channel; OpenVINO reads it too.
 
-    The last convolution stays in float32.
-
-    Args:
-        batches: inputs to calibrate on, all of one shape.
-
-    Raises:
-        ExportError: ONNX Runtime cannot quantize the model.
+    The last convolution stays in float32. ``batches`` are inputs to calibrate on, all of one shape.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static

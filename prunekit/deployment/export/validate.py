@@ -17,11 +17,7 @@ TOLERANCE = 1e-4  # Runtimes add in another order.
 def max_abs_difference(
     name: str, compute: Callable[[np.ndarray], np.ndarray], model: nn.Module, inputs: Sequence[Tensor]
 ) -> float:
-    """The largest difference between the outputs (floats, or uint8 levels) of a file and of its model.
-
-    Args:
-        name: the file, for messages.
-        compute: runs the file.
+    """The largest difference between the outputs (floats, or uint8 levels) of the file ``name`` and of its model.
 
     Raises:
         ExportError: the file cannot be run, its output has another dtype or shape, or floats differ by more than

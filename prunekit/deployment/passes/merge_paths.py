@@ -6,17 +6,16 @@ from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from prunekit.deployment.graph import PURE_FUNCTIONS, InferenceGraph, parse_pooling
 from prunekit.deployment.passes.fold_norms import set_weights
 
 
 def share_pooling(graph: InferenceGraph) -> int:
-    """Compute equal pooling and upsampling calls once, and max-pooling by 2k from the result of max-pooling by k.
+    """Compute equal pooling and upsampling once, and max-pooling by 2k from that by k.
 
-    The second applies to square windows without overlap and with ``ceil_mode``. Returns the number of calls that were
-    removed or made smaller.
+    The second: square windows, no overlap, ``ceil_mode``. Returns the number of calls removed or made smaller.
     """
     saved = _merge_equal_calls(graph)
     pools: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -67,7 +66,8 @@ def merge_sums(graph: InferenceGraph) -> int:
         for term in terms:
             conv = graph.conv(term)
             if conv is not None and conv.groups == 1 and len(term.users) == 1:
-                mergeable.setdefault((_geometry(conv), graph.shapes[term.args[0]][2:]), []).append(term)
+                key = conv.kernel_size, conv.stride, conv.padding, conv.dilation, graph.shapes[term.args[0]][2:]
+                mergeable.setdefault(key, []).append(term)
         new_terms = list(terms)
         for convs in mergeable.values():
             if len(convs) > 1:
@@ -81,20 +81,11 @@ def merge_sums(graph: InferenceGraph) -> int:
 
 def _merge_terms(graph: InferenceGraph, before: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     convs = [graph.conv(node) for node in nodes]
-    weight = torch.cat([conv.weight for conv in convs], 1)
+    first, weight = convs[0], torch.cat([conv.weight for conv in convs], 1)
     biases = [conv.bias for conv in convs if conv.bias is not None]
-    merged = _conv_like(convs[0], weight, torch.stack(biases).sum(0) if biases else None)
+    merged = nn.Conv2d(1, 1, first.kernel_size, first.stride, first.padding, first.dilation, bias=False)
+    set_weights(merged, weight, torch.stack(biases).sum(0) if biases else None)
     inputs = [node.args[0] for node in nodes]
     n, _, *size = graph.shapes[inputs[0]]
     joined = graph.insert_function(before, torch.cat, (inputs, 1), (n, weight.shape[1], *size))
     return graph.insert_module(before, merged, (joined,), f"{nodes[0].target}_sum", graph.shapes[nodes[0]])
-
-
-def _geometry(conv: nn.Conv2d) -> Hashable:
-    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-
-
-def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    new = nn.Conv2d(1, 1, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False)
-    set_weights(new, weight, bias)
-    return new

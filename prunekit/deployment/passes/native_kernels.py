@@ -20,10 +20,7 @@ def use_native_kernels(graph: InferenceGraph) -> int:
 
     Replaced are convolutions with stride 1 that keep the size, depthwise 3×3 convolutions, bilinear upsampling and 2×2
     pooling, if their outputs have a multiple of 8 channels: after the folding of norms and the padding of channels.
-    Returns the number of operations replaced.
-
-    Raises:
-        NoKernels: the kernels are not available on this machine.
+    Returns the number of operations replaced; raises NoKernels if the kernels are not available on this machine.
     """
     if isinstance(load(), NoKernels):
         raise load()
@@ -44,11 +41,6 @@ class NativeOp(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.register_buffer("slope", torch.ones(channels))
-
-    def fuse_activation(self, prelu: nn.PReLU | None) -> None:
-        """Apply a PReLU to the output, or a ReLU if None."""
-        slope = torch.zeros(1) if prelu is None else prelu.weight.detach()
-        self.slope = slope.expand(len(self.slope)).contiguous()
 
 
 class NativeDepthwise(NativeOp):
@@ -161,7 +153,6 @@ def _call(name: str, *arguments: Tensor | int | None) -> None:
 
 
 def _replace_concatenations(graph: InferenceGraph) -> int:
-    """Replace convolutions of one input whose outputs are concatenated by one kernel."""
     replaced = 0
     for node in graph.nodes:
         if not graph.is_cat(node) or len(node.args[0]) < 2 or graph.shapes[node][1] % LANES:
@@ -278,7 +269,8 @@ def _take_over(graph: InferenceGraph, node: fx.Node, call: fx.Node) -> None:
         user = next(iter(node.users))
         prelu = graph.module_of(user, nn.PReLU)
         if prelu is not None or graph.is_function(user, [F.relu, torch.relu]):
-            kernel.fuse_activation(prelu)
+            slope = torch.zeros(1) if prelu is None else prelu.weight.detach()
+            kernel.slope = slope.expand(len(kernel.slope)).contiguous()
             graph.replace(user, call)
             graph.module.graph.erase_node(node)
             return

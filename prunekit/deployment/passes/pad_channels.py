@@ -1,7 +1,4 @@
-"""Pass: pad channels with zeros to a multiple of the processor's vector width.
-
-A padded channel is zero: the weights and biases that compute it are zero, and so are the weights that read it.
-"""
+"""Pass: pad channels with zeros to a multiple of the processor's vector width."""
 
 from __future__ import annotations
 
@@ -27,7 +24,6 @@ class _Layout:
         return _Layout(tuple(range(channels)), channels + padding)
 
     def __add__(self, other: _Layout) -> _Layout:
-        """Concatenate two values."""
         shifted = (self.width + position for position in other.positions)
         return _Layout((*self.positions, *shifted), self.width + other.width)
 
@@ -47,11 +43,10 @@ class _ConflictError(Exception):
 
 
 def pad_channels(graph: InferenceGraph, multiple: int) -> int:
-    """Pad the output channels of convolutions to multiples of ``multiple``.
+    """Pad the output channels of convolutions to multiples of ``multiple``; concatenated convolutions together.
 
-    Concatenated convolutions are padded together. A value stays as it is if it is read by anything but convolutions,
-    PReLU, ReLU, pooling, upsampling, sums and concatenations, or if the terms of a sum would have different layouts.
-    Returns the number of channels added.
+    A value stays as it is if it is read by anything but convolutions, PReLU, ReLU, pooling, upsampling, sums and
+    concatenations, or if the terms of a sum would have different layouts. Returns the number of channels added.
     """
     padding = _padding(graph, multiple)
     while True:

@@ -1,7 +1,4 @@
-"""Pass: rewrite PReLUs as ReLUs and sums, which ONNX Runtime fuses into convolutions.
-
-For slopes a ≤ 1, PReLU(y) = relu((1 − a)·y) + a·y. Both factors go into the weights that compute y.
-"""
+"""Pass: rewrite PReLUs as ReLUs and sums, which ONNX Runtime fuses into convolutions."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ MAX_SLOPE = 0.95  # Closer to 1, too little precision is left in 1 − a.
 
 
 def prelu_to_relu(graph: InferenceGraph) -> int:
-    """Rewrite PReLUs of features (N, C, H, W).
+    """Rewrite PReLUs of features (N, C, H, W): for slopes a ≤ 1, PReLU(y) = relu((1 − a)·y) + a·y.
 
-    After a depthwise convolution, that convolution is computed twice, with both factors. After other convolutions, the
-    second term is computed from the first one by a depthwise 1×1 convolution with the weights a/(1 − a). A PReLU stays
-    if one of its slopes is above 0.95, if anything but convolutions computes its input, or if its input has another
-    user. Returns the number of PReLUs rewritten.
+    The factors go into the weights that compute y. A depthwise convolution is computed twice, with both factors; after
+    other convolutions, a depthwise 1×1 convolution with the weights a/(1 − a) computes the second term from the first.
+    A PReLU stays if one of its slopes is above 0.95, if anything but convolutions computes its input, or if its input
+    has another user. Returns the number of PReLUs rewritten.
     """
     rewritten = 0
     for node in graph.nodes:
