@@ -34,6 +34,9 @@ class GOctConv(nn.Module):
 
     Shape:
         lists of (N, in_channels[i], ⌈H/2^i⌉, ⌈W/2^i⌉) to (N, out_channels[j], ⌈H/(stride·2^j)⌉, ⌈W/(stride·2^j)⌉).
+
+    Raises:
+        ValueError: no input or no output channel at all, an even kernel, an unknown ``downsample`` or a stride below 1.
     """
 
     def __init__(
@@ -59,12 +62,8 @@ class GOctConv(nn.Module):
             raise ValueError(f"downsample must be 'pool', 'stride' or 'mixed', got {downsample!r}")
         if stride < 1:
             raise ValueError(f"stride must be at least 1, got {stride}")
-        self.branches, self.kernel_size, self.stride, self.downsample = (
-            len(out_channels),
-            kernel_size,
-            stride,
-            downsample,
-        )
+        self.branches = len(out_channels)
+        self.kernel_size, self.stride, self.downsample = kernel_size, stride, downsample
         self.paths = OptionalModules()
         # The paths are slices of one weight, so the fan-in counts all input branches.
         bound = 1 / math.sqrt(sum(in_channels) * kernel_size**2)

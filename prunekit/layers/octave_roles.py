@@ -125,7 +125,7 @@ class _Classifier:
         (kernel, *sides), (stride, *strides) = conv.kernel_size, conv.stride
         alone = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
         wanted = tuple(kernel // 2 * d for d in conv.dilation)
-        padded = conv.padding not in (wanted, "same", *(["valid"] if kernel == 1 and max(conv.dilation) == 1 else []))
+        fitting = (wanted, "same", "valid") if kernel * max(conv.dilation) == 1 else (wanted, "same")
         reasons = {
             "the head: it computes the model's output": call.index in self.head,
             "its input is not a batch of images": len(call.shape or ()) != 4,
@@ -134,7 +134,9 @@ class _Classifier:
                 kernel % 2 == 0 or [kernel] != sides or [stride] != strides
             ),
             f"its dilation is {conv.dilation}": not alone and conv.dilation != (1, 1),
-            f"its padding is {conv.padding}, but only {wanted} keeps the branch sizes consistent": padded,
+            f"its padding is {conv.padding}, but only {wanted} keeps the branch sizes consistent": (
+                conv.padding not in fitting
+            ),
             f"its padding mode is {conv.padding_mode!r}, not zeros": conv.padding_mode != "zeros",
             "it has a bias and no following norm that could absorb it": (
                 not alone and conv.bias is not None and self.following_norm(call) is None
