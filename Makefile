@@ -1,5 +1,5 @@
 # The commands of the README, and the long tests.
-.PHONY: run test soak lint clean
+.PHONY: run test slow soak lint clean
 
 run: .venv/installed
 	.venv/bin/prunekit run recipes/csnet.yaml
@@ -7,8 +7,11 @@ run: .venv/installed
 test: .venv/installed
 	.venv/bin/pytest
 
+slow: .venv/installed
+	.venv/bin/pytest -m slow
+
 soak: .venv/installed
-	PRUNEKIT_SOAK=1 OMP_NUM_THREADS=1 .venv/bin/pytest -s tests/robustness tests/utils/test_distributed.py tests/fuzz
+	PRUNEKIT_SOAK=1 OMP_NUM_THREADS=1 .venv/bin/pytest -s -m "slow or not slow" tests/robustness tests/utils/test_distributed.py tests/fuzz
 
 lint: .venv/installed
 	.venv/bin/ruff check .

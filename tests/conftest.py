@@ -1,4 +1,4 @@
-"""One thread a test process: the networks are small, and tests run side by side. Each begins from a seed of its own."""
+"""Shared set-up: one thread per test process, a seed per test, and reproducible Hypothesis examples."""
 
 import os
 import signal
@@ -8,17 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# A shell ignores it for what it starts in the background, and a program keeps to that; what Ctrl-C does is tested.
+# Plain pytest draws the same examples every time and never fails for being slow; the long forms explore.
+settings.register_profile("plain", deadline=None, derandomize=True)
+settings.register_profile("soak", deadline=None)
+settings.load_profile("soak" if os.environ.get("PRUNEKIT_SOAK") else "plain")
+
+# Shells ignore SIGINT for background processes, but Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Not the user's own; the same for all processes and runs, so that the kernels are compiled once.
+# Not the cache of the user; shared by all processes and runs, so that the kernels are compiled once.
 os.environ["PRUNEKIT_CACHE"] = str(Path(tempfile.gettempdir()) / f"prunekit-tests-{os.getuid()}")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Before the fixtures: which tests a process has run already is different each time."""
+    """Seed each test by its name, since the tests that ran before it in the same process vary."""
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))

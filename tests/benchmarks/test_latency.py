@@ -8,6 +8,7 @@ import pytest
 import scaling
 
 
+@pytest.mark.slow
 def test_latency_of_a_random_slim_network(capsys):
     given = "--width 10 --size 32 --seconds 0.01 --threads 1 --forms eager,deployed --json".split()
     result = latency.main(given)
@@ -21,6 +22,7 @@ def test_latency_of_a_random_slim_network(capsys):
     assert len({line.count("|") for line in rows}) == 1
 
 
+@pytest.mark.slow
 def test_scaling(capsys):
     given = "--widths 8 16 --depths --sizes 32 48 --batches --width 8 --size 32 --seconds 0.01 --threads 1".split()
     result = scaling.main(given)

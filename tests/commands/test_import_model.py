@@ -138,6 +138,7 @@ def test_finetune_without_slim(folder):
     assert "dense" not in tuned and "metrics" in tuned["slim"]
 
 
+@pytest.mark.slow
 def test_run_from_an_imported_model(folder):
     keys = [*QUICK, "train.epochs=1", "train.batch_size=8", "backbone.options.width=20", "slim.threshold=0.9"]
     run("run", "csnet", "init=published", *keys, "--out", "on")

@@ -40,7 +40,7 @@ def test_flips_are_exact(options, axes):
     assert torch.equal(targets, masks.float().flip(axes))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     crop=st.integers(0, 60),
@@ -108,7 +108,7 @@ def test_crop_flip_raises_for_invalid_options(options):
         crop_flip(*batch(), seeded(), **options)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), area=st.floats(0.05, 1), aspect=st.floats(1, 3))
 def test_resized_crop_has_the_given_area_and_aspect(seed, area, aspect):
     """Two ramps say where the part begins and ends; the outermost pixels' centres lie half a pixel inside."""
@@ -202,7 +202,7 @@ def test_labels_are_unchanged_and_images_as_with_masks(augment):
     assert out.dtype == torch.float32 and torch.equal(out, augment(images, masks, sizes, seeded())[0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**31),
     pixels=st.integers(0, 20),

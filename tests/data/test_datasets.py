@@ -51,7 +51,7 @@ def by_hand(row, size):
     return np.interp(centres, np.arange(len(row)), row)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=12), st.integers(1, 16))
 def test_resize_is_half_pixel_bilinear_without_antialiasing(row, size):
     levels = torch.tensor(row, dtype=torch.float64).view(1, 1, 1, -1)

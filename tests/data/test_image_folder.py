@@ -57,7 +57,7 @@ def test_images_become_three_channel_tensors(tmp_path):
     assert tensors.images[:, :, 0, 0].tolist() == [[0] * 3, [10] * 3] * 2 and tensors.sizes[0].tolist() == [4, 6]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     counts=st.lists(st.integers(2, 12), min_size=1, max_size=4),
     share=st.floats(0.01, 0.99),

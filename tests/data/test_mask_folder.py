@@ -162,7 +162,7 @@ def test_mask_without_exif_orientation_is_rotated_with_the_photo(tmp_path, orien
     assert image.shape == (9, 6, 3) and np.array_equal(image[..., 0], mask)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(count=st.integers(2, 40), share=st.floats(0.01, 0.99), seed=st.integers(-5, 2**40))
 def test_holdout_splits_the_folder(tmp_path_factory, count, share, seed):
     root = tmp_path_factory.mktemp("set")

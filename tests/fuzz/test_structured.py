@@ -46,7 +46,7 @@ GOOD = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(section(), st.sampled_from(["", *GOOD]))
 def test_recipes(tmp_path_factory, value, kept):
     # A file would be trusted and run. Half of the time all but one part are valid, so that later checks run too.
@@ -64,7 +64,7 @@ def test_recipes(tmp_path_factory, value, kept):
         assert Recipe.model_validate(yaml.parse(loaded.dump()).value) == loaded
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(any_of(Plan.model_fields) | VALUES)
 def test_plans(value):
     try:
@@ -89,7 +89,7 @@ SUMMARY = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(any_of(SUMMARY, VALUES | any_of(["params", "macs", "metrics", "passed", "steps", "path"])))
 def test_summaries(value):
     faults = []
@@ -102,7 +102,7 @@ def test_summaries(value):
     assert found.keys() <= value.keys() and (faults or found.keys() == {k for k, v in value.items() if v is not None})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(any_of(["stage", "epoch", "step", "loss", "lambda", "metrics", "size"]), max_size=4))
 def test_metrics(lines):
     faults = []

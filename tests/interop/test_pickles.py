@@ -107,7 +107,7 @@ def test_layout_round_trip(tmp_path_factory, layout):
     assert len(pickle.loads(file.read_bytes())) == len(layout) + 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_checkpoint_errors(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("fuzz") / "a"

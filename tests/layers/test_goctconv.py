@@ -11,7 +11,7 @@ def feature(channels, size, batch=2):
     return [torch.randn(batch, n, *branch_size(size, b)) if n else None for b, n in enumerate(channels)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n_in=st.integers(1, 5),
     n_out=st.integers(1, 5),
@@ -65,7 +65,7 @@ def test_mixed_downsampling_pools_between_branches_and_strides_within():
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ins=st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any),
     outs=st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any),

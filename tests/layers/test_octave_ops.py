@@ -38,7 +38,7 @@ def in_step(found, channels):
     return shapes == [(found.batch, n, *branch_size(found.size, b)) if n else None for b, n in enumerate(channels)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=sides,
     window=st.sampled_from([(1, 2, 0, False), (3, 1, 1, False), (3, 2, 1, False), (2, 2, 0, True), (2, 2, 0, False)]),
@@ -69,7 +69,7 @@ def test_pooling_with_floor_equals_plain_pooling_on_divisible_sizes():
         torch.testing.assert_close(y, F.max_pool2d(x, 2))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(size=sides, channels=st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any))
 def test_merge_concatenates_branches_in_order_at_the_finest_size(size, channels):
     given_ = feature(channels, size)
@@ -98,7 +98,7 @@ def test_operations_skip_absent_branches():
     assert made.xs[1] is None and torch.equal(made.xs[2], F.leaky_relu(a.xs[2], 0.5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     ins=st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(any),
     outs=st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(any),

@@ -39,7 +39,7 @@ def test_split_in_the_finest_branch_equals_the_original(name, split):
     assert params(model) - params(made) == (18 if name == "Plain" else 0)
     assert not any("to1" in key for key in made.state_dict())
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(size=st.tuples(*[st.integers(LEAST.get(name, 1), 25)] * 2), seed=st.integers(0, 99))
     def holds(size, seed):
         x = images(size, seed)
@@ -55,7 +55,7 @@ def test_any_split_accepts_the_sizes_of_the_original(name, split):
     model = settled(NETWORKS[name])
     made = octavize(model, EXAMPLE, split)
 
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=6)
     @given(size=st.tuples(*[st.integers(LEAST.get(name, 1), 25)] * 2))
     def holds(size):
         with torch.no_grad():

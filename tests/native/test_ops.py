@@ -35,7 +35,7 @@ def close(found, wanted, tolerance=1e-10):
             assert (one - other).abs().max() <= tolerance * max(1, float(other.abs().max()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes, slopes=st.sampled_from(["none", "one", "each"]), seed=st.integers(0, 2**31), last=st.booleans())
 def test_norm_and_prelu_are_those_of_pytorch(shape, slopes, seed, last):
     n, c, h, w = shape
@@ -62,7 +62,7 @@ def test_norm_and_prelu_are_those_of_pytorch(shape, slopes, seed, last):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=shapes, seed=st.integers(0, 2**31))
 def test_depthwise_is_that_of_pytorch(shape, seed):
     generator = torch.Generator().manual_seed(seed)

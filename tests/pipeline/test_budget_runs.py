@@ -101,6 +101,7 @@ def test_resumed_training_with_budget_equals_uninterrupted_one(whole, tmp_path, 
     assert lines(tmp_path / "run") == lines(whole)
 
 
+@pytest.mark.slow
 def test_repeated_slimming_gives_same_result(run, whole):
     run_it(run, resume=True, start_from="extract")
     assert (run / "slim/plan.json").read_bytes() == (whole / "slim/plan.json").read_bytes()

@@ -125,6 +125,7 @@ def test_resume_of_complete_run_changes_nothing(run):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+@pytest.mark.slow
 def test_repeated_stages_give_same_result(run, without_export):
     before = {
         name: (run / name).read_bytes()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.marks import seeds
 from helpers.networks import init_norms, params
 from helpers.zoo import ZOO
 
@@ -53,7 +54,7 @@ def zero_some_gates(model, group, channels, rng):
         close(group.combine)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_random_dead_gates(name, seed):
     model, example, groups = prepared(name, seed)

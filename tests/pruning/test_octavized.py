@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.marks import seeds
 from helpers.networks import init_norms, params, zero_gates
 from helpers.octave_networks import NETWORKS, PreActivation, Residual
 
@@ -33,7 +34,7 @@ def initialized(model, seed=0):
     return init_norms(model, seed, 20, beta=0.2)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_random_dead_gates_and_branches_slim_with_equivalence_check(name, seed):
     torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import re
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prunekit.errors import CheckpointError
@@ -81,7 +81,6 @@ names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @given(names, names, st.one_of(st.none(), st.floats(-1e9, 1e9)))
-@settings(deadline=None)
 def test_any_name_is_escaped_in_every_format(tmp_path_factory, head, name, number):
     table = pd.DataFrame({f"x{head}": pd.array([number, 1.0], "Float64"), "run": [name, "b"], "model": ["a", "\ud800"]})
     folder = tmp_path_factory.mktemp("formats")

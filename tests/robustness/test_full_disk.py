@@ -114,6 +114,7 @@ def test_failed_write_then_resume_gives_same_result(recipe, whole, tmp_path, cap
     assert not wrong and told >= len(tried) // 2
 
 
+@pytest.mark.slow
 def test_repeated_failures_then_resume_give_same_result(recipe, whole, tmp_path):
     """The disk is full again after each resume, a little later."""
     out, place, step = tmp_path / "whole", 5, 1 if SOAK else 45

@@ -135,6 +135,7 @@ def test_kill_at_chosen_write_then_resume_gives_same_result(launcher, whole, tmp
     assert not [p for p in (tmp_path / "run").rglob("*") if p.name.startswith(".tmp-") or p.name == "lock"]
 
 
+@pytest.mark.slow
 def test_repeated_kills_in_training_steps_then_resume(launcher, whole, tmp_path):
     folder, _ = whole(SHRINKING)
     # From the middle of the second epoch, and of the fourth, after channels were removed.

@@ -214,7 +214,7 @@ ARRAYS = st.dictionaries(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(ARRAYS)
 def test_arrays_and_tensors_round_trip(values):
     with tempfile.TemporaryDirectory() as folder, RunDir.start(folder, RECIPE, {}) as run:
@@ -346,7 +346,7 @@ def test_damaged_line_is_named(run):
     assert "line 2" in one_line(error)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from(STAGES), st.integers(1, 5))), st.sampled_from(STAGES), st.integers(0, 5))
 def test_truncate_keeps_earlier_lines(lines, stage, epoch):
     with tempfile.TemporaryDirectory() as folder, RunDir.start(folder, RECIPE, {}) as run:

@@ -62,7 +62,7 @@ def test_metrics_of_a_small_example():
     assert task.validate(Quarters(), load_tensors(Gray(LEVELS, LABELS), 8), 4) == found.metrics
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 3)), min_size=1, max_size=20), st.integers(1, 7))
 def test_confusion_matrix_counts_every_image_for_any_batch_size(pairs, batch):
     levels, labels = zip(*pairs, strict=True)

@@ -70,7 +70,7 @@ def test_the_window_shrinks_with_the_image(monkeypatch, size, side):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), scale=st.sampled_from([0.1, 1.0, 30.0, 1e4]), fill=st.sampled_from([None, 0.0, 1.0]))
 def test_loss_is_finite_nonnegative_and_smallest_at_the_masks(name, seed, scale, fill):
     logits, masks = batch(seed)

@@ -145,7 +145,7 @@ def test_curves_have_256_points_and_recall_increases():
     assert np.mean(found.errors) == pytest.approx(found.metrics["mae"])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_metrics_do_not_depend_on_batch_size(first, second):
     pairs = salient_shapes("val", size=24, val=5)

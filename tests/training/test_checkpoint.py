@@ -60,7 +60,7 @@ def run(tmp_path_factory):
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     epoch=st.integers(0, 9),
     step=st.integers(1, 99),

@@ -23,7 +23,7 @@ def moved(net, generator):
                 tensor.add_(1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(decay=st.floats(0.01, 0.999), steps=st.integers(1, 40), seed=st.integers(0, 99))
 def test_average_equals_its_definition(decay, steps, seed):
     net, generator = model(), torch.Generator().manual_seed(seed)

@@ -349,6 +349,7 @@ def test_tiny_weights_are_set_to_zero(tmp_path, data):
         assert not len(small) or small.min() >= TINY
 
 
+@pytest.mark.slow
 def test_sparse_training_lowers_gates_below_the_threshold(tmp_path, data):
     _, lines = train(tmp_path / "run", data, epochs=30, weight=50.0, gate_lr=5e-2)
     # A gate below the threshold may rise above it an epoch later.

@@ -55,7 +55,7 @@ def test_outputs_do_not_depend_on_the_number_of_threads():
 
 @compiled
 @given(st.integers(1, 3), st.integers(1, 11), st.integers(1, 13), st.integers(1, 5), st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_fused_convolution_sum_upsampling_and_depthwise_pair(images, height, width, blocks, seed):
     torch.manual_seed(seed)
     channels = 8 * blocks
@@ -80,7 +80,7 @@ def test_fused_convolution_sum_upsampling_and_depthwise_pair(images, height, wid
 
 @compiled
 @given(st.integers(1, 9), st.integers(1, 9), st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_native_pooling(height, width, mean):
     x = torch.randn(2, 8, height, width)
     wanted = (F.avg_pool2d if mean else F.max_pool2d)(x, 2, ceil_mode=True)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.marks import seeds
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, zero_gates
 from torch import nn
 
@@ -90,7 +91,7 @@ def real(model, shape):
     return ModelSize(found["params"], found["macs"])
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(8, plain=3))
 def test_csnet_with_dead_branches(seed):
     model, groups, example = csnet_with_dead_gates(seed, share=0.1 * seed, whole=0.1 * (seed % 4))
     shape = tuple(example.shape[1:])
@@ -124,7 +125,7 @@ def test_modules_without_producers_or_readers_are_removed():
 
 @pytest.mark.filterwarnings("ignore::prunekit.PrunekitWarning")
 @pytest.mark.parametrize("network", [Row, Residual, Concat, lambda: Row(padding=1), Flat, Dense, Up])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seeds(5, plain=2))
 def test_other_networks(network, seed):
     torch.manual_seed(seed)
     model = network()

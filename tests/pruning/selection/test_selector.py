@@ -55,7 +55,7 @@ def border_scores(scores, dead):
     ties=st.booleans(),
     least=st.integers(1, 4),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_ratio_prunes_the_exact_number_of_channels(net, seed, share, ties, least):
     model, groups = NETS[net]
     scores = random_scores(groups, seed, ties)
@@ -76,7 +76,7 @@ def test_ratio_prunes_the_exact_number_of_channels(net, seed, share, ties, least
 
 
 @given(seed=st.integers(0, 50), first=st.floats(0, 1), second=st.floats(0, 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_larger_count_prunes_a_superset(seed, first, second):
     model, groups = NETS["residual"]
     selector = Selector(model, groups, random_scores(groups, seed, ties=True))
@@ -87,7 +87,7 @@ def test_larger_count_prunes_a_superset(seed, first, second):
 @given(
     seed=st.integers(0, 30), share=st.floats(0, 0.9), step=st.integers(1, 8), scope=st.sampled_from(["global", "layer"])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_kept_counts_are_multiples_or_the_whole_group(seed, share, step, scope):
     model, groups = NETS["row"]
     scores = random_scores(groups, seed)
@@ -103,7 +103,7 @@ def test_kept_counts_are_multiples_or_the_whole_group(seed, share, step, scope):
 
 
 @given(seed=st.integers(0, 30), share=st.floats(0, 1), ties=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_layer_scope_prunes_the_ratio_of_each_group(seed, share, ties):
     model, groups = NETS["residual"]
     scores = random_scores(groups, seed, ties)
@@ -129,7 +129,7 @@ def test_every_layer_of_a_branched_network_keeps_a_channel(seed, share):
 
 
 @given(seed=st.integers(0, 50), share=st.floats(0, 1), ties=st.booleans(), step=st.sampled_from([1, 2, 3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_groups_of_a_convolution_stay_equally_wide(seed, share, ties, step):
     model, groups = GROUPED
     scores = random_scores(groups, seed, ties)
@@ -200,8 +200,8 @@ def test_pruning_less_than_requested_is_noted_with_numbers():
     selection = Selector(model, groups, scores, round_to=4).select(pruning_ratio=0.6)
     assert selection.requested == 8 and selection.pruned < 8
     assert (
-        f"{selection.pruned} channels pruned where pruning_ratio 0.6 asks for 8: {8 - selection.pruned} kept for round_to 4"
-        in selection.warnings
+        f"{selection.pruned} channels pruned where pruning_ratio 0.6 asks for 8: "
+        f"{8 - selection.pruned} kept for round_to 4" in selection.warnings
     )
     low = {name: np.full(len(values), 1e-9) for name, values in scores.items()}
     selection = Selector(model, groups, low).select(threshold=1e-3)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.marks import seeds
 from helpers.networks import Concat, Row, init_norms
 from helpers.zoo import ZOO
 from torch import nn
@@ -89,7 +90,7 @@ def test_group_norm_and_its_gradient_equal_a_loop(name):
 
 
 @pytest.mark.parametrize("decay", ["l1", "group_norm"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_both_are_norms(decay, seed):
     """Of degree one in the weights, indifferent to signs, and linear in λ, also where λ is changed on the way."""
     model, groups = double("resnet_basic", seed)
@@ -197,6 +198,7 @@ def trained(name, weight, steps=300):
     return loss.item(), np.concatenate([gate_scores(model, group) for group in groups if group.reason is None])
 
 
+@pytest.mark.slow
 def test_each_decay_prunes_channels_and_learns_the_task():
     _, free = trained("none", 0.0)
     assert (free > 0.05).all()

@@ -193,6 +193,7 @@ def test_row_ended_by_an_earlier_gate_is_not_dead():
     assert (max_effective_gate(model, group) > 0.5).all()
 
 
+@pytest.mark.slow
 def test_repeated_pruning_composes_a_plan_of_the_initial_model():
     first, groups, example = network("csnet", 0)
     pruning = observed_pruning(first, groups, example)

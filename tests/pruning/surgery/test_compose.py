@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.marks import seeds
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, zero_gates
 
 from prunekit.backbones.csnet import csnet
@@ -20,7 +21,7 @@ def twice(model, groups, example, seed):
     return first.plan, between, second.plan, smaller
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(6, plain=2))
 def test_composed_plan_equals_two_plans_in_sequence(seed):
     model, groups, example = csnet_with_dead_gates(seed, share=0.4, whole=0.4 * (seed % 2))
     first, between, second, smaller = twice(model, groups, example, seed)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from helpers.marks import seeds
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, params, zero_gates
 
 import prunekit
@@ -15,7 +16,7 @@ from prunekit.pruning.surgery.slim import apply_plan, slim
 
 
 @pytest.mark.parametrize("constants", ["carrier", "fold"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(6))
 def test_csnet_with_random_dead_gates(seed, constants):
     model, groups, example = csnet_with_dead_gates(seed, share=0.2 + 0.1 * seed, whole=0.3 * (seed % 2))
     plan = extract(model, groups)
