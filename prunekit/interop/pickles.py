@@ -123,11 +123,6 @@ class _Array:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.state = state
 
-    @property
-    def size(self) -> int:
-        """An upper bound of the number of elements."""
-        return max(1, len(self.state[-1]))
-
     def array(self) -> np.ndarray:
         _, shape, dtype, fortran, data = self.state
         if not isinstance(dtype, _Dtype) or dtype.kind not in _DTYPES or not isinstance(data, bytes):
@@ -180,7 +175,8 @@ def _to_plain(value: Any, remaining: list[int], depth: int = 0) -> Any:
     """Convert records to arrays; raise ValueError for other types, and for more than ``remaining`` numbers."""
     if depth > 4:
         raise ValueError("lists nested too deeply")
-    remaining[0] -= value.size if isinstance(value, _Array) else 1
+    # The number of bytes is an upper bound of the number of elements.
+    remaining[0] -= max(1, len(value.state[-1])) if isinstance(value, _Array) else 1
     if remaining[0] < 0:
         raise ValueError(f"more than {MAX_NUMBERS} numbers")
     if isinstance(value, _Array):
