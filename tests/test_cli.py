@@ -133,7 +133,7 @@ def test_folders_that_are_not_runs(call):
     Path("photos").mkdir()
     for arguments in (("report", "photos"), ("report", "gone"), ("predict", "gone", "photos", "--out", "maps")):
         status, _, error = call(*arguments)
-        assert status == 2 and one_line(error) and "no run folder" in error, arguments
+        assert status == 2 and one_line(error) and "not a run folder" in error, arguments
     Path("runs").mkdir()
     Path("runs/test").write_text("a file")
     status, _, error = call("run", recipe())

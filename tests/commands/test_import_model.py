@@ -166,7 +166,7 @@ def test_errors(folder, published, capsys, tmp_path):
         (["--resume", "--overwrite"], "import", "csnet", published / "dense.pth.tar", "--out", folder),
         (["data.root"], "finetune", folder),
         (["slim.treshold", "threshold"], "slim", folder, *QUICK, "slim.treshold=3"),
-        (["no run folder"], "slim", tmp_path, *QUICK),
+        (["not a run folder"], "slim", tmp_path, *QUICK),
         (["init", "same"], "run", "csnet", "init=published", "backbone.options.width=40", *QUICK, "--out", "x"),
     ):
         status, error = fails(capsys, *arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prunekit.backbones import build
-from prunekit.config import registry
+from prunekit.config import registry, user_module
 from prunekit.config.recipe import load
 from prunekit.config.sources import shipped_recipes
 
@@ -18,8 +18,10 @@ RECIPES = sorted(path for folder in ("recipes", "examples") for path in (ROOT / 
 def example_plugins():
     """Register the builders of the example packages."""
     with pytest.MonkeyPatch.context() as patch:
-        registry.backbones.names()
-        patch.setattr(registry.backbones, "_entries", dict(registry.backbones._entries))
+        for table in (value for value in vars(registry).values() if isinstance(value, registry.Registry)):
+            table.names()  # loads the plugins
+            patch.setattr(table, "_entries", dict(table._entries))
+        patch.setattr(user_module, "_modules", dict(user_module._modules))
         for setup in (ROOT / "examples").glob("*/setup.cfg"):
             for file in setup.parent.glob("*.py"):
                 runpy.run_path(str(file), run_name=file.stem)

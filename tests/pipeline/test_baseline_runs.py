@@ -181,7 +181,7 @@ def test_init_with_fresh_weights(run_it, plain, tmp_path):
         ),
         (["train.loss=structure"], r"the loss structure compares maps with masks, .* class labels"),
         (["finetune.loss={name: bce_iou, options: {iou: -1.0}}"], r"the loss bce_iou compares maps"),
-        (["train.ema=1"], r"train.ema: 1 is too high; must be below 1"),
+        (["train.ema=1"], r"train.ema: 1 must be less than 1"),
         (["train.distill.weight=0.5"], r"train.distill: unknown key here; use finetune.distill"),
     ],
 )

@@ -184,8 +184,8 @@ def test_no_lambda_control_without_decay_or_with_other_importance(tmp_path):
             "slim.importance=magnitude",
             r"slim\.importance: .*'magnitude' ranks channels .* add target\.params",
         ),
-        ("slim.steps=2", r"slim\.steps: 2 steps need a size to go to; add target\.params"),
-        ("slim.scope=layer", r"slim\.scope: the same share of each layer needs a size"),
+        ("slim.steps=2", r"slim\.steps: 2 steps need a target; add target\.params"),
+        ("slim.scope=layer", r"slim\.scope: pruning the same share of each layer needs a target"),
     ],
 )
 def test_settings_that_need_a_target(change, words):

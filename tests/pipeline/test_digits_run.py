@@ -147,7 +147,7 @@ def test_predictions_agree_with_evaluation(run, photos, tmp_path):
     assert (entry["images"], entry["metrics"]) == (5, {"top1": sum(right) / 5})
     shutil.copytree(photos, tmp_path / "more")
     shutil.copytree(photos / "3", tmp_path / "more" / "x")
-    with pytest.raises(DataError, match=r"--data mine: .* has the class x, which the model has not learned"):
+    with pytest.raises(DataError, match=r"--data mine: .* has the class x, which the model does not know"):
         evaluate(run, [f"mine={tmp_path / 'more'}"], quiet())
     assert evaluate(run, [f"own={photos}"], quiet(), size=8)[0]["metrics"] == entry["metrics"]
     with pytest.raises(DataError, match="--size 7: give 8 or more"):
@@ -178,13 +178,13 @@ def test_classes_are_copied_and_compared(run, tmp_path, photos):
     [
         (["task=saliency"], "task saliency learns from masks, and the data set digits has class labels"),
         (["data.name=salient_shapes", "data.size=16"], "classification learns from class labels, .* has masks"),
-        (["backbone.options.classes=7"], r"10 classes, and the model gives 7 outputs; .*classes=10"),
-        (["backbone={name: csnet}"], r"a logit for each class, \(1, 10\) .* gives \(1, 1, 8, 8\)"),
+        (["backbone.options.classes=7"], r"10 classes, and the model has 7 outputs; .*classes=10"),
+        (["backbone={name: csnet}"], r"logits of shape \(1, 10\) for one image, not \(1, 1, 8, 8\)"),
         (
             ["task=saliency", "data.name=salient_shapes", "data.size=16"],
-            r"task saliency with backbone resnet: it needs one map .* gives \(1, 10\)",
+            r"task saliency with backbone resnet: the model must return a map .* not \(1, 10\)",
         ),
-        (["train.augment={name: shift, options: {pixels: -1}}"], r"train\.augment: shift takes pixels >= 0"),
+        (["train.augment={name: shift, options: {pixels: -1}}"], r"train\.augment: shift needs pixels >= 0"),
     ],
 )
 def test_invalid_combinations_are_refused_in_one_line(tmp_path, overrides, said):
@@ -240,4 +240,6 @@ def test_report_of_two_tasks(run, tmp_path):
 def test_predict_command_writes_table(whole, photos, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["predict", str(whole), str(photos / "3"), "--out", str(tmp_path / "out")])
-    assert not stop.value.code and "3 images, by the finetuned model" in " ".join(capsys.readouterr().out.split())
+    assert not stop.value.code and "finetuned model: predictions of 3 images saved to" in " ".join(
+        capsys.readouterr().out.split()
+    )

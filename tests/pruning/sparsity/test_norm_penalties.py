@@ -175,7 +175,7 @@ def test_optimizer_weight_decay_skips_the_gates(decay):
     assert set(penalty.norms) == {"bn1", "bn2", "bn3"}
     for share in param_groups(model, 1e-3, None, penalty.norms):
         gates = [any(p is model.get_submodule(name).weight for name in penalty.norms) for p in share.params]
-        assert all(gates) != share.decayed and all(gates) == any(gates)
+        assert all(gates) != share.weight_decay and all(gates) == any(gates)
 
 
 def trained(name, weight, steps=300):
