@@ -150,7 +150,7 @@ def test_predictions_agree_with_evaluation(run, photos, tmp_path):
     with pytest.raises(DataError, match=r"--data mine: .* has the class x, which the model does not know"):
         evaluate(run, [f"mine={tmp_path / 'more'}"], quiet())
     assert evaluate(run, [f"own={photos}"], quiet(), size=8)[0]["metrics"] == entry["metrics"]
-    with pytest.raises(DataError, match="--size 7: give 8 or more"):
+    with pytest.raises(DataError, match="--size 7: must be at least 8"):
         evaluate(run, [f"own={photos}"], quiet(), size=7)
     (run / "classes.json").unlink()
     for call in (lambda: evaluate(run, [f"a={photos}"], quiet()), lambda: predict(run, [photos / "3"], tmp_path / "o")):
