@@ -153,7 +153,7 @@ class Plan(_Schema):
                 )
         for group in groups:
             if len(self.kept(group)) < group.channels and group.reason:
-                raise PlanError(f"the plan cuts {group.id}, which cannot be cut: {group.reason}")
+                raise PlanError(f"the plan prunes {group.id}, which cannot be pruned: {group.reason}")
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -129,7 +129,7 @@ SETS = [
 PLAN = {
     "format": 1,
     "groups": {"a": [0, 2]},
-    "notes": ["2 groups cannot be cut: 1 the model's output; 1 the model's input"],
+    "notes": ["2 groups cannot be pruned: 1 the model's output; 1 the model's input"],
 }
 
 

@@ -179,7 +179,7 @@ def test_budget_table(make_run, key, share):
 
 def test_notes_table(make_run):
     table = notes_table([load_run(make_run()), load_run(make_run("b", stop="extract"))])
-    assert table["run"].tolist() == ["csnet"] and "cannot be cut" in table["note"][0]
+    assert table["run"].tolist() == ["csnet"] and "cannot be pruned" in table["note"][0]
 
 
 def test_epochs_table(make_run):

@@ -24,7 +24,7 @@ def describe_unprunable(groups: Sequence[Group]) -> str | None:
     parts = [f"{count} {reason}" for reason, count in common]
     if len(reasons) > len(common):
         parts.append(f"{reasons.total() - sum(count for _, count in common)} other")
-    return f"{plural(reasons.total(), 'group')} cannot be cut: {'; '.join(parts)}"
+    return f"{plural(reasons.total(), 'group')} cannot be pruned: {'; '.join(parts)}"
 
 
 def removable(model: nn.Module, group: Group) -> bool:

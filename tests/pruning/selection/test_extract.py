@@ -168,7 +168,9 @@ def test_warnings_are_issued_only_where_the_plan_differs_from_the_request():
         warnings.simplefilter("error")
         plan = extract(model, groups, pruning_ratio=0.3, ignored_layers=["conv1"])
     # What is routine stands in the plan alone.
-    assert [note.split(" ")[0] for note in plan.notes] == ["ignored_layers", "2"] and "cannot be cut" in plan.notes[1]
+    assert [note.split(" ")[0] for note in plan.notes] == ["ignored_layers", "2"] and "cannot be pruned" in plan.notes[
+        1
+    ]
     assert prunekit.Plan.from_json(plan.to_json()).notes == plan.notes
 
 

@@ -242,7 +242,7 @@ def test_pruning_nothing_is_noted_with_the_smallest_score():
 def test_unprunable_groups_are_noted():
     model, groups = NETS["row"]
     selection = Selector(model, groups, random_scores(groups, 0)).select(pruning_ratio=0.5)
-    assert "2 groups cannot be cut: 1 the model's output; 1 the model's input" in selection.notes
+    assert "2 groups cannot be pruned: 1 the model's output; 1 the model's input" in selection.notes
     assert selection.warnings == []
 
 

@@ -149,7 +149,7 @@ def test_excluded_modules_are_not_decayed(decay):
 
 @pytest.mark.parametrize("decay", ["l1", "group_norm"])
 def test_only_prunable_channels_are_decayed(decay):
-    """A norm over both: its gates of a group that cannot be cut stay as they are."""
+    """A norm over both: its gates of a group that cannot be pruned stay as they are."""
     model = Row()
     groups = find_groups(model, torch.randn(1, 3, 16, 16))
     next(group for group in groups if group.id == "conv2").reason = "the test's"

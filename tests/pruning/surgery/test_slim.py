@@ -216,7 +216,7 @@ def test_apply_plan_rejects_plan_of_another_model():
     with pytest.raises(PlanError, match="made for another model"):
         apply_plan(Row(), plan, example)
     plan.groups["classifier"] = []
-    with pytest.raises(PlanError, match="cannot be cut: the model's output"):
+    with pytest.raises(PlanError, match="cannot be pruned: the model's output"):
         apply_plan(csnet(10), plan, example)
     plan = extract(model, groups)
     plan.groups["stage1.0.mix.paths.0to0"] = [0, 99]
