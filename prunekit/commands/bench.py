@@ -65,7 +65,7 @@ def bench_run(
     models: str | None = None,
     seconds: float = 2.0,
 ) -> dict[str, Any]:
-    """Time a run's models in several forms, print tables and write ``bench.json``.
+    """Time a run's models in several forms, print tables, write ``bench.json`` and return its content.
 
     The dense model of a run without one (an imported slim model) is built from its recipe, untrained.
 
@@ -74,9 +74,6 @@ def bench_run(
         forms: keys of ``_FORMS``; None for :data:`FORMS`.
         models: of "baseline", "dense", "slim" and "finetuned"; None for "dense" and the slim or newest model.
         seconds: minimum total time of the timed calls of each row.
-
-    Returns:
-        the content of ``bench.json``.
 
     Raises:
         RecipeError: an argument is wrong.
@@ -134,12 +131,7 @@ def bench_run(
 
 
 class ModelFiles:
-    """Write the files of one model that the timed processes read.
-
-    Args:
-        name: of the model.
-        folder: for the files.
-    """
+    """Write the files of one model that the timed processes read into a folder."""
 
     def __init__(self, name: str, network: nn.Module, recipe: Recipe, folder: Path, reporter: Reporter):
         self.name, self.network, self.recipe = name, network, recipe
@@ -191,17 +183,12 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         dense = dense_rows.get(tuple(row[key] for key in keys))
         if row["model"] == "dense" or dense is None:
             continue
-        latency, macs, params = (row[key] / dense[key] for key in ("median_ms", "macs", "params"))
-        out.append(
-            {
-                "model": row["model"],
-                **{key: row[key] for key in keys},
-                "latency_ratio": latency,
-                "macs_ratio": macs,
-                "params_ratio": params,
-                "within": latency <= macs + SLACK,
-            }
-        )
+        ratio = {
+            f"{name}_ratio": row[key] / dense[key]
+            for name, key in (("latency", "median_ms"), ("macs", "macs"), ("params", "params"))
+        }
+        within = ratio["latency_ratio"] <= ratio["macs_ratio"] + SLACK
+        out.append({"model": row["model"], **{key: row[key] for key in keys}, **ratio, "within": within})
     return out
 
 
@@ -249,9 +236,7 @@ def _row(model: str, form: str, job: BenchJob, timing: Timing, cost: dict[str, A
     return {
         "model": model,
         "form": form,
-        "batch": job.batch,
-        "size": job.size,
-        "threads": job.threads,
+        **{key: getattr(job, key) for key in _SHAPE_KEYS},
         "median_ms": round(timing.median, 4),
         "p10_ms": round(timing.percentile(10), 4),
         "p90_ms": round(timing.percentile(90), 4),

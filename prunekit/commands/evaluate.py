@@ -42,10 +42,8 @@ def evaluate(
     recipe's size are added there.
 
     Args:
-        path: the run folder.
         data: ``NAME=FOLDER`` for each set. For saliency, the folder holds images/ and GT/; for classification, one
             folder of images for each class.
-        console: for the table.
         model: "baseline", "dense", "slim" or "finetuned"; None for the run's newest.
         size: side of the square that images are resized to; None for that of the recipe.
         own_size: use each image's own size instead, rounded up to a multiple of 16.
@@ -115,7 +113,6 @@ def evaluate(
 
 
 def _parse_sets(data: Sequence[str]) -> dict[str, str]:
-    """Name → folder, as given."""
     folders: dict[str, str] = {}
     for item in data:
         name, equals, folder = item.partition("=")
@@ -140,7 +137,6 @@ def _errors_of(name: str) -> Iterator[None]:
 
 
 def _read_results(run: RunDir) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The entries of ``eval.json`` by their keys."""
     if not run.has(EVAL):
         return {}
     try:

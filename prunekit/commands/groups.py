@@ -129,10 +129,7 @@ def _choose_model(run: RunDir, name: str | None) -> str:
 
 
 def format_gates(group: Group) -> str:
-    """How the gates of a group combine: "bn1 → bn2" for a product, "a | b" for the sides of a sum.
-
-    Common parts of the names are factored out, as in "layer1.(bn1 → bn2)". Long combinations are shortened.
-    """
+    """How the gates of a group combine: "layer1.(bn1 → bn2)" for a product, "a | b" for a sum; shortened if long."""
 
     def write(tree: Any, nested: bool) -> str:
         if isinstance(tree, int):
@@ -159,11 +156,8 @@ def _factor_out(names: list[str]) -> tuple[str, list[str], str]:
     end = min(_common_length([parts[::-1] for parts in split]), shortest - start)
     different = [".".join(parts[start : len(parts) - end]) for parts in split]
     first = split[0]
-    return (
-        "".join(f"{part}." for part in first[:start]),
-        different,
-        "".join(f".{part}" for part in first[len(first) - end :]),
-    )
+    prefix = "".join(f"{part}." for part in first[:start])
+    return prefix, different, "".join(f".{part}" for part in first[len(first) - end :])
 
 
 def _common_length(lists: list[list[str]]) -> int:
@@ -195,8 +189,7 @@ def show_groups(inspected: ModelGroups, console: Console) -> None:
         )
         lines += [Text(part, "dim" if group.reason is None else "yellow") for part in wrapped]
     console.print(Text("\n").join(lines), highlight=False)
-    for line in _totals(inspected):
-        console.print(line, markup=False, highlight=False)
+    console.print("\n".join(_totals(inspected)), markup=False, highlight=False)
 
 
 def _row(group: Group, alive: dict[str, int] | None) -> list[str]:

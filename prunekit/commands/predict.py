@@ -31,9 +31,7 @@ def predict(
     ``out/predictions.csv`` with the columns file, class and probability.
 
     Args:
-        folder: a run folder.
         images: image files, and folders of images.
-        out: output folder; created if it does not exist.
         model: "baseline", "dense", "slim" or "finetuned"; None for the run's newest.
 
     Returns:
@@ -86,7 +84,6 @@ def predict(
 
 
 def _list_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files, each once."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():

@@ -40,7 +40,6 @@ class RunSnapshot:
     """The state of a run folder at one moment.
 
     Attributes:
-        path: the run folder.
         status: "running", "complete", "interrupted", "failed", "unknown", or "killed" (its process no longer exists).
         stage: the last stage that started; None before the first.
         process: process id and host.
@@ -79,8 +78,8 @@ class RunSnapshot:
         for stage in stages:
             lines = [line for line in self.lines if line["stage"] == stage]
             # The trainings "step1", … belong to the stage "slim".
-            running = stage == self.lines[-1]["stage"] and current is not None and _belongs_to(stage, current)
-            yield self._training(stage, lines, running)
+            last = stage == self.lines[-1]["stage"] and current in STAGES
+            yield self._training(stage, lines, last and training_position(stage)[0] == STAGES.index(current))
         if current in self.epochs and current not in stages:
             yield TrainingStatus(current, 1, self.epochs[current])
 
@@ -176,7 +175,6 @@ def watch(path: str | Path, console: Console, every: float = 5.0, once: bool = F
     """Show a run until it has finished, and draw the figures of its training after each epoch.
 
     Args:
-        path: the run folder.
         console: a terminal is updated in place; otherwise each change is printed.
         every: seconds between two readings.
         once: read and print once.
@@ -229,15 +227,10 @@ def _next_snapshot(path: str | Path, every: float) -> RunSnapshot:
 
 
 class FigureWriter:
-    """Draws the figures of a training into ``report/`` if there are new epochs.
-
-    Attributes:
-        message: what was drawn, or why not.
-    """
+    """Draws the figures of a training into ``report/`` if there are new epochs; ``message`` says what, or why not."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.message = ""
+        self.path, self.message = path, ""
         self._drawn: tuple[Any, ...] | None = None
         self._not_before = 0.0
 
@@ -255,8 +248,7 @@ class FigureWriter:
         from prunekit.reporting.figures import training_figures, write_figure
 
         try:
-            folder = self.path / "report"
-            names = []
+            folder, names = self.path / "report", []
             for drawing in training_figures(load_run(self.path)):
                 write_figure(drawing.figure, folder / drawing.name)
                 names.append(drawing.name)
@@ -323,7 +315,3 @@ def _last_line(data: bytes) -> str:
     lines = data.decode("utf-8", "replace").splitlines()
     text = lines[-1].partition("  ")[2] if lines else ""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
-
-
-def _belongs_to(training: str, stage: str) -> bool:
-    return stage in STAGES and training_position(training)[0] == STAGES.index(stage)
