@@ -27,7 +27,7 @@ from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import build_dense, load_model, newest_model, read_recipe
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.surgery.make_plan import make_plan
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import slim
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.progress import Reporter

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.cutter import Cutter
-from prunekit.pruning.surgery.make_plan import dead_channels, make_plan
+from prunekit.pruning.surgery.plan_builder import dead_channels, make_plan
 from prunekit.pruning.surgery.slim import rebuild, slim
 
 DEEP = {"resnet": deep_resnet, "densenet": deep_densenet}

@@ -33,7 +33,7 @@ from prunekit.data.cache import cached_tensors
 from prunekit.data.datasets import MaskDataset, normalize
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
 from prunekit.training.acceleration import fast_steps, flush_denormals
 
 WEIGHT = 1e-2

@@ -70,7 +70,7 @@ def cli_page() -> str:
 
 def recipe_page() -> str:
     """Every key of a recipe with its type, default and meaning."""
-    from prunekit.config.reference import render
+    from prunekit.config.reference_docs import render
 
     return f"# Recipe keys\n\n{RECIPE_INTRODUCTION}\n\n{render()}"
 

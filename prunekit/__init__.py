@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from prunekit.flops import ModelCost, count
     from prunekit.layers import GOctConv
     from prunekit.layers.octavize import octavize
+    from prunekit.pipeline.model_file import load, save
     from prunekit.pipeline.runner import run_recipe
-    from prunekit.pipeline.serialization import load, save
     from prunekit.pruning.graph.groups import find_groups
     from prunekit.pruning.plan import Group, Plan
     from prunekit.pruning.pruner import Pruner, PruningReport
     from prunekit.pruning.selection import importance
     from prunekit.pruning.selection.budget import fit_budget, slim_to_budget
     from prunekit.pruning.selection.extract import extract
-    from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+    from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
     from prunekit.pruning.surgery.equivalence import EquivalenceReport
     from prunekit.pruning.surgery.optimizer_state import slim_optimizer
     from prunekit.pruning.surgery.recalibrate import recalibrate
@@ -99,13 +99,13 @@ _MODULES = {
     "prunekit.layers": ("GOctConv",),
     "prunekit.layers.octavize": ("octavize",),
     "prunekit.pipeline.runner": ("run_recipe",),
-    "prunekit.pipeline.serialization": ("load", "save"),
+    "prunekit.pipeline.model_file": ("load", "save"),
     "prunekit.pruning.graph.groups": ("find_groups",),
     "prunekit.pruning.plan": ("Group", "Plan"),
     "prunekit.pruning.pruner": ("Pruner", "PruningReport"),
     "prunekit.pruning.selection.budget": ("fit_budget", "slim_to_budget"),
     "prunekit.pruning.selection.extract": ("extract",),
-    "prunekit.pruning.sparsity.decay": ("DynamicWeightDecay",),
+    "prunekit.pruning.sparsity.dynamic_decay": ("DynamicWeightDecay",),
     "prunekit.pruning.surgery.equivalence": ("EquivalenceReport",),
     "prunekit.pruning.surgery.optimizer_state": ("slim_optimizer",),
     "prunekit.pruning.surgery.recalibrate": ("recalibrate",),

@@ -23,7 +23,7 @@ from prunekit.layers import OptionalModules, layer_of
 from prunekit.layers.blocks import STEP_SCALE
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.surgery.make_plan import make_plan
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan
 
 DEPTHS = [depth for depth, _ in STAGES]

@@ -22,7 +22,7 @@ from prunekit.pipeline.models import (
     read_classes,
 )
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.selection.layers import match_layers
+from prunekit.pruning.selection.layer_matching import match_layers
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import inference
 from prunekit.training.optimizers import param_groups

@@ -34,7 +34,7 @@ from prunekit.pruning.plan import Builder, Group, Plan, digest
 from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch
 from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.extract import plan_from_selection
-from prunekit.pruning.sparsity.decay import Decay, NoDecay
+from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning
 from prunekit.pruning.surgery.compose import compose

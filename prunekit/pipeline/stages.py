@@ -34,7 +34,7 @@ from prunekit.pipeline.prune_stages import (
 )
 from prunekit.pipeline.training_setup import build_decay, train_model
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.sparsity.decay import NoDecay
+from prunekit.pruning.sparsity.dynamic_decay import NoDecay
 from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.trainer import seeded_generator

@@ -11,15 +11,15 @@ from prunekit.config.schema import FineTuning, Training
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import load_model
 from prunekit.pruning.plan import Group
-from prunekit.pruning.sparsity.decay import Decay
+from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.acceleration import channels_last
 from prunekit.training.distillation import TrainingLoss
-from prunekit.training.job import TrainingJob, no_tracker
 from prunekit.training.trackers import track
 from prunekit.training.trainer import Trainer, bind_options
+from prunekit.training.training_job import TrainingJob, no_tracker
 from prunekit.utils import distributed
 
 

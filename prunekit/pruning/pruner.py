@@ -18,7 +18,7 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import Budget, BudgetSearch
 from prunekit.pruning.selection.extract import plan_from_selection
-from prunekit.pruning.selection.layers import Layer, match_layers
+from prunekit.pruning.selection.layer_matching import Layer, match_layers
 from prunekit.pruning.selection.selector import Scores, Selector
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport

@@ -36,7 +36,7 @@ from prunekit.reporting.validators import (
     validate_mapping,
 )
 from prunekit.runs.state import FORMAT as RUN_FORMAT
-from prunekit.utils.decode import decode_json
+from prunekit.utils.safe_decode import decode_json
 
 MODELS = ("baseline", "dense", "slim", "finetuned")
 COUNTERS = ("ours", "fvcore", "thop", "torch")

@@ -21,12 +21,12 @@ import numpy as np
 
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.runs import state as states
-from prunekit.runs.checkpoints import CheckpointStore, encode_tensors
+from prunekit.runs.checkpoint_store import CheckpointStore, encode_tensors
 from prunekit.runs.stage_order import FILE_STAGES, STAGES, stage_index, stage_that_writes, training_position
 from prunekit.runs.state import STATE
-from prunekit.utils.decode import decode_arrays, decode_json, decode_tensors
 from prunekit.utils.io import encode_json, fsync_folder, os_error_reason, sha256, write_atomic, write_error
 from prunekit.utils.lock import FolderLock
+from prunekit.utils.safe_decode import decode_arrays, decode_json, decode_tensors
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 _UNCHECKED = (STATE, "run.log")

@@ -13,8 +13,8 @@ from typing import Any
 
 from prunekit import __version__
 from prunekit.errors import CheckpointError, RunFolderError
-from prunekit.utils.decode import decode_json
 from prunekit.utils.io import encode_json, format_problem, is_newer, os_error_reason, sha256
+from prunekit.utils.safe_decode import decode_json
 
 FORMAT = 2
 STATE, SUMMARY = "state.json", "summary.json"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from prunekit.errors import CheckpointError, TrainingError
 from prunekit.runs.stage_order import STAGES, training_position
-from prunekit.training.job import TrainingJob
 from prunekit.training.step import StepResult
+from prunekit.training.training_job import TrainingJob
 from prunekit.utils import distributed
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from torch._utils import _flatten_dense_tensors as flatten  # one call for hundr
 
 from prunekit.data.datasets import normalize
 from prunekit.errors import TrainingError
-from prunekit.pruning.sparsity.decay import Decay
+from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.training.acceleration import Forward
-from prunekit.training.job import TrainingJob
+from prunekit.training.training_job import TrainingJob
 from prunekit.utils import distributed
 
 MAX_CONSECUTIVE_SKIPS = 10

@@ -22,7 +22,7 @@ from prunekit.data.cache import to_device
 from prunekit.errors import TrainingError
 from prunekit.native.library import load
 from prunekit.pruning.plan import Group
-from prunekit.pruning.sparsity.decay import Decay
+from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.pruning.sparsity.progressive import PrunedModel
 from prunekit.pruning.surgery.optimizer_state import slim_optimizer
 from prunekit.training import callbacks
@@ -30,9 +30,9 @@ from prunekit.training.acceleration import fast_steps, flush_denormals, sync_bat
 from prunekit.training.checkpoint import TrainingPosition, restore_checkpoint, split_micro_batches
 from prunekit.training.ema import WeightAverage
 from prunekit.training.gate_history import GateHistory
-from prunekit.training.job import TrainingJob, no_tracker
 from prunekit.training.optimizers import param_groups
 from prunekit.training.step import TrainingStep, assert_identical_models, broadcast_model
+from prunekit.training.training_job import TrainingJob, no_tracker
 from prunekit.utils import distributed
 from prunekit.utils.signals import defer_interrupts
 

@@ -11,7 +11,7 @@ from prunekit.flops import counters, layer_rows
 from prunekit.layers.octavize import octavize
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
-from prunekit.pruning.surgery.make_plan import make_plan
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import slim
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")

@@ -12,7 +12,7 @@ from prunekit.config.schema import Recipe
 from prunekit.errors import PlanError, PrunekitError
 from prunekit.pruning.plan import Plan
 from prunekit.reporting import run_contents
-from prunekit.utils.decode import decode_json
+from prunekit.utils.safe_decode import decode_json
 
 ODD = st.sampled_from(
     [None, True, 0, -1, 1 << 63, 10**30, 0.5, 1e308, "", "x", "../x", "\0", "1e-4", "null", "~", "60k"]

@@ -24,10 +24,10 @@ from prunekit.reporting import run_contents
 from prunekit.reporting.loader import _read_recipe, _Reader
 from prunekit.runs import state as states
 from prunekit.runs.artifacts import ArtifactStore
-from prunekit.runs.checkpoints import CheckpointStore
+from prunekit.runs.checkpoint_store import CheckpointStore
 from prunekit.runs.run_dir import RunDir
-from prunekit.utils.decode import decode_json
 from prunekit.utils.io import encode_json, sha256
+from prunekit.utils.safe_decode import decode_json
 
 SPLIT = b"\n----\n"
 KEYS = (

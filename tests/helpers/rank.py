@@ -18,12 +18,12 @@ from prunekit.config import registry
 from prunekit.config.schema import SparseTraining
 from prunekit.data.datasets import load_tensors
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
 from prunekit.runs.run_dir import RunDir
 from prunekit.runs.worker_run_dir import WorkerRunDir
 from prunekit.training.distillation import TrainingLoss
-from prunekit.training.job import TrainingJob
 from prunekit.training.trainer import Trainer
+from prunekit.training.training_job import TrainingJob
 from prunekit.utils import distributed
 
 SIZE = 16

@@ -16,7 +16,7 @@ from prunekit.interop.pickles import read_checkpoint, read_layout
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Plan
 from prunekit.pruning.selection.extract import extract
-from prunekit.pruning.surgery.make_plan import make_plan
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan, slim
 
 SHARED = Path(__file__).parents[2].parent / "shared"

@@ -13,8 +13,8 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Plan
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.compose import compose
-from prunekit.pruning.surgery.make_plan import make_plan
 from prunekit.pruning.surgery.optimizer_state import slim_optimizer
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan, slim
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")

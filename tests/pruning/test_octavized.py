@@ -12,8 +12,8 @@ from prunekit.backbones.octresnet import octresnet
 from prunekit.layers.octavize import octavize
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
-from prunekit.pruning.surgery.make_plan import make_plan
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan, slim
 
 EXAMPLE = torch.zeros(2, 3, 20, 20)

@@ -11,7 +11,7 @@ from torch import nn
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
 from prunekit.pruning.surgery.slim import slim
 
 

@@ -176,7 +176,7 @@ ALLOWED = {
     "utils/environment.py": {"subprocess.run"},
     "backbones/external.py": {"importlib.import_module"},  # timm and torchvision
     "__init__.py": {"importlib.import_module"},
-    "pipeline/serialization.py": {"importlib.import_module"},  # only with trust=True
+    "pipeline/model_file.py": {"importlib.import_module"},  # only with trust=True
 }
 
 

@@ -11,7 +11,7 @@ from prunekit.backbones.resnet import resnet
 from prunekit.config.schema import Training
 from prunekit.native.library import NoKernels, load
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
 from prunekit.training import acceleration
 from prunekit.training.acceleration import fast_steps, flush_denormals, reuse_memory
 

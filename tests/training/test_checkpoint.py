@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit.config.schema import Training
 from prunekit.errors import TrainingError
-from prunekit.pruning.sparsity.decay import NoDecay
+from prunekit.pruning.sparsity.dynamic_decay import NoDecay
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.checkpoint import TrainingPosition, restore_checkpoint, save_checkpoint
 from prunekit.training.gate_history import GateHistory

@@ -10,7 +10,7 @@ from prunekit.config.schema import SparseTraining
 from prunekit.data.datasets import normalize
 from prunekit.errors import TrainingError
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.sparsity.decay import Decay, DynamicWeightDecay, NoDecay
+from prunekit.pruning.sparsity.dynamic_decay import Decay, DynamicWeightDecay, NoDecay
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.checkpoint import TrainingPosition
 from prunekit.training.distillation import TrainingLoss

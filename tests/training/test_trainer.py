@@ -14,12 +14,12 @@ from prunekit.config.schema import Training
 from prunekit.data.datasets import load_tensors
 from prunekit.errors import CheckpointError, TrainingError
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.callbacks import Checkpointing
 from prunekit.training.distillation import TrainingLoss
-from prunekit.training.job import TrainingJob
 from prunekit.training.trainer import TINY, Trainer
+from prunekit.training.training_job import TrainingJob
 
 SIZE = 16
 

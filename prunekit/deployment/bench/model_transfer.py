@@ -17,7 +17,7 @@ from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.deployment.rewrite import build_deployed, rewrite
 from prunekit.errors import CheckpointError
 from prunekit.pruning.plan import Builder
-from prunekit.runs.checkpoints import encode_tensors
+from prunekit.runs.checkpoint_store import encode_tensors
 
 COUNTS = ("in_channels", "out_channels", "groups", "num_features", "num_parameters", "in_features", "out_features")
 _KEY = "model_transfer"

@@ -22,7 +22,7 @@ from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
-from prunekit.pruning.selection.layers import Layer
+from prunekit.pruning.selection.layer_matching import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import slim

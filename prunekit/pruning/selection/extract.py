@@ -10,9 +10,9 @@ from torch import nn
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.importance import gate
-from prunekit.pruning.selection.layers import Layer
+from prunekit.pruning.selection.layer_matching import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
-from prunekit.pruning.surgery.make_plan import plan_from_dead
+from prunekit.pruning.surgery.plan_builder import plan_from_dead
 
 
 def extract(

@@ -18,7 +18,7 @@ from prunekit.pruning.graph.liveness import essential_groups, group_by_layer, re
 from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.explain import Request, explain
 from prunekit.pruning.selection.importance import check_finite
-from prunekit.pruning.selection.layers import Layer, match_layers
+from prunekit.pruning.selection.layer_matching import Layer, match_layers
 from prunekit.pruning.surgery.cutter import Cutter
 
 Scope = Literal["global", "layer"]

@@ -12,7 +12,7 @@ from prunekit.config.registry import register_decay
 from prunekit.errors import TrainingError
 from prunekit.pruning.graph.parameter_slices import ParameterSlices
 from prunekit.pruning.plan import Group
-from prunekit.pruning.sparsity.decay import Decay, gates_to_decay
+from prunekit.pruning.sparsity.dynamic_decay import Decay, gates_to_decay
 
 
 @register_decay("l1")

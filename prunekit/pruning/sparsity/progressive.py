@@ -20,11 +20,11 @@ from prunekit.pruning.selection.budget import Budget
 from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.selector import Selection, Selector
-from prunekit.pruning.sparsity.decay import Decay
+from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.surgery.compose import compose, match_groups
 from prunekit.pruning.surgery.cutter import Cutter
-from prunekit.pruning.surgery.make_plan import dead_channels
+from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.pruning.surgery.slim import apply_plan, slim
 
 MIN_SAVING = 0.01  # share of the multiply-adds that makes a step worth its seconds

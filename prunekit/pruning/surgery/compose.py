@@ -9,7 +9,7 @@ from torch import nn
 
 from prunekit.errors import PlanError
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.surgery.make_plan import make_plan
+from prunekit.pruning.surgery.plan_builder import make_plan
 
 
 def compose(model: nn.Module, groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group], second: Plan) -> Plan:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunekit.errors import PlanError
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.cutter import Cutter, slice_tensor
-from prunekit.pruning.surgery.make_plan import dead_channels
+from prunekit.pruning.surgery.plan_builder import dead_channels
 
 
 def slim_optimizer(

@@ -34,7 +34,7 @@ from prunekit.pruning.surgery.equivalence import (
     output_difference,
     zero_dead_gates,
 )
-from prunekit.pruning.surgery.make_plan import dead_channels, plan_from_dead
+from prunekit.pruning.surgery.plan_builder import dead_channels, plan_from_dead
 from prunekit.utils.text import first_line, join_names
 
 CONSTANTS = ("carrier", "fold", "keep", "drop")

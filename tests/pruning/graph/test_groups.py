@@ -108,7 +108,7 @@ def test_costs_equal_what_removing_a_channel_saves():
     model = csnet(20)
     shape = (3, 32, 32)
     group = next(g for g in find_groups(model, torch.randn(1, *shape)) if g.id == "stage2.1.mix.paths.0to1")
-    from prunekit.pruning.surgery.make_plan import make_plan
+    from prunekit.pruning.surgery.plan_builder import make_plan
     from prunekit.pruning.surgery.slim import apply_plan
 
     before = total(count_modules(model, shape)[0])

@@ -17,7 +17,7 @@ from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.budget import MAX_ATTEMPTS, TOLERANCE, Budget, BudgetSearch, fit_budget, slim_to_budget
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
-from prunekit.pruning.surgery.make_plan import dead_channels
+from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.pruning.surgery.slim import apply_plan
 
 

@@ -13,7 +13,7 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.cutter import Cutter
-from prunekit.pruning.surgery.make_plan import dead_channels, make_plan
+from prunekit.pruning.surgery.plan_builder import dead_channels, make_plan
 from prunekit.pruning.surgery.slim import apply_plan
 
 

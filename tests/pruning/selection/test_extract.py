@@ -17,7 +17,7 @@ from prunekit.pruning.selection.importance import gate as gate_scores
 from prunekit.pruning.selection.importance import magnitude, random, taylor
 from prunekit.pruning.selection.selector import Selector
 from prunekit.pruning.surgery.cutter import Cutter
-from prunekit.pruning.surgery.make_plan import dead_channels
+from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.pruning.surgery.slim import slim
 
 # Most of these networks are cut to their limits, and that this is said has tests of its own.

@@ -14,7 +14,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.selection.importance import random
-from prunekit.pruning.selection.layers import match_layers
+from prunekit.pruning.selection.layer_matching import match_layers
 from prunekit.pruning.selection.selector import Selector
 from prunekit.pruning.surgery.cutter import Cutter
 

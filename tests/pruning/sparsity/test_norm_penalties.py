@@ -11,7 +11,7 @@ from prunekit.config import registry
 from prunekit.errors import TrainingError
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
 from prunekit.pruning.sparsity.norm_penalties import GroupNormDecay, L1Decay
 from prunekit.training.optimizers import adam, param_groups
 

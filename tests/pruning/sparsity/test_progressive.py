@@ -12,11 +12,11 @@ from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.gate_expr import last_gates
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.budget import Budget
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
 from prunekit.pruning.sparsity.progressive import ProgressivePruning, max_effective_gate
 from prunekit.pruning.surgery.cutter import Cutter, slice_tensor
-from prunekit.pruning.surgery.make_plan import dead_channels
 from prunekit.pruning.surgery.optimizer_state import slim_optimizer
+from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.training.optimizers import adam, param_groups, sgd
 

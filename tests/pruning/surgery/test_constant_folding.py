@@ -7,7 +7,7 @@ from prunekit.errors import PlanError
 from prunekit.layers.octavize import octavize
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
-from prunekit.pruning.surgery.make_plan import make_plan
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import slim
 
 DEAD = {1: 2.0, 4: 3.0, 6: 0.0}  # channel → β

@@ -11,7 +11,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.equivalence import check_equivalence, check_inputs, zero_dead_gates
-from prunekit.pruning.surgery.make_plan import make_plan
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan, slim
 
 

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 from prunekit.config import schema
-from prunekit.config.reference import render
+from prunekit.config.reference_docs import render
 from prunekit.config.yaml import format_path
 
 
@@ -43,5 +43,5 @@ def test_types_bounds_and_defaults():
 
 
 def test_module_prints_the_reference():
-    command = [sys.executable, "-m", "prunekit.config.reference"]
+    command = [sys.executable, "-m", "prunekit.config.reference_docs"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == render() + "\n"

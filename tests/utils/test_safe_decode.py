@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from safetensors.numpy import save
 
-from prunekit.utils.decode import decode_arrays, decode_json, decode_tensors
+from prunekit.utils.safe_decode import decode_arrays, decode_json, decode_tensors
 
 MEMORY = 512 << 20  # bytes of address space that a hostile file may take
 

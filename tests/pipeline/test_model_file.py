@@ -15,7 +15,7 @@ from torch import nn
 import prunekit
 from prunekit.backbones.resnet import resnet
 from prunekit.errors import CheckpointError, PluginError, PrunekitError
-from prunekit.pipeline import serialization
+from prunekit.pipeline import model_file
 from prunekit.pruning.provenance import get_provenance
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -232,10 +232,10 @@ def test_import_path_runs_only_with_trust(tmp_path, user_file, monkeypatch):
 def rewrite(path, change):
     """Change the metadata of a saved file."""
     with safe_open(path, "pt") as file:
-        metadata = json.loads(file.metadata()[serialization.METADATA_KEY])
+        metadata = json.loads(file.metadata()[model_file.METADATA_KEY])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(metadata)
-    save_file(weights, path, {serialization.METADATA_KEY: json.dumps(metadata)})
+    save_file(weights, path, {model_file.METADATA_KEY: json.dumps(metadata)})
 
 
 @pytest.mark.parametrize(
@@ -295,6 +295,6 @@ def test_metadata_is_plain_json_without_pickle(tmp_path):
     data = saved(tmp_path).read_bytes()
     assert b"pickle" not in data and data[:1] != b"\x80"
     with safe_open(tmp_path / "slim.prunekit", "pt") as file:
-        metadata = json.loads(file.metadata()[serialization.METADATA_KEY])
+        metadata = json.loads(file.metadata()[model_file.METADATA_KEY])
     assert metadata["builder"] == {"name": "resnet", "options": {"depth": 8}}
     assert metadata["format"] == 1 and metadata["input"] == [3, 16, 16]

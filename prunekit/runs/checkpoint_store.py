@@ -11,8 +11,8 @@ import numpy as np
 from safetensors.numpy import save as encode_safetensors
 
 from prunekit.errors import CheckpointError, RunFolderError
-from prunekit.utils.decode import decode_json, decode_tensors
 from prunekit.utils.io import encode_json, format_problem, is_newer, os_error_reason, sha256, write_atomic, write_error
+from prunekit.utils.safe_decode import decode_json, decode_tensors
 
 FORMAT = 1
 

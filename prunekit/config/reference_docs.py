@@ -1,4 +1,4 @@
-"""Render a Markdown reference of every recipe key from the schema: ``python -m prunekit.config.reference``."""
+"""Render a Markdown reference of every recipe key from the schema: ``python -m prunekit.config.reference_docs``."""
 
 from __future__ import annotations
 

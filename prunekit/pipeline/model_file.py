@@ -32,8 +32,8 @@ from prunekit.pruning.plan import Builder, Plan
 from prunekit.pruning.provenance import Provenance, get_provenance, set_provenance
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.run_dir import RunDir
-from prunekit.utils.decode import decode_json
 from prunekit.utils.io import format_problem, os_error_reason, write_atomic
+from prunekit.utils.safe_decode import decode_json
 
 FORMAT = 1
 METADATA_KEY = "prunekit"

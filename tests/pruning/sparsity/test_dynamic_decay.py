@@ -9,7 +9,7 @@ from torch import nn
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import TrainingError
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.sparsity.decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
 
 
 class Two(nn.Module):

@@ -6,7 +6,7 @@ from torch import nn
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.selection.layers import match_layers
+from prunekit.pruning.selection.layer_matching import match_layers
 
 
 @pytest.fixture(scope="module")
