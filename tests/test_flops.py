@@ -26,7 +26,7 @@ def test_independent_counters_agree():
             assert found[other]["modules"].get(name, 0) == macs, (other, name)
 
 
-def test_parts_of_the_paper_flops():
+def test_paper_flops_by_layer_kind_match_published_counter():
     """The parts that the published counter gives for the dense ×1."""
     model = csnet(20)
     counts, _ = count_modules(model, SIZE)
@@ -44,13 +44,13 @@ def test_parts_of_the_paper_flops():
     assert part(nn.Conv2d, lambda name: ".paths." in name) == multi
 
 
-def test_paper_flops_are_null_where_they_are_not_defined():
+def test_paper_flops_are_none_for_unsupported_layers():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     found = total(count_modules(model, (3, 8, 8))[0])
     assert found == {"params": 16, "macs": 3 * 4 * 64, "paper_flops": None}
 
 
-def test_a_module_that_is_not_known_is_told():
+def test_count_modules_reports_unknown_modules():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -64,7 +64,7 @@ def test_a_module_that_is_not_known_is_told():
     assert unknown == ["scale"] and counts["scale"].params == 128
 
 
-def test_parameters_beside_other_modules_are_counted():
+def test_parameters_of_container_modules_are_counted():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -82,7 +82,7 @@ def test_parameters_beside_other_modules_are_counted():
     assert sum(row["params"]["before"] for row in layer_rows(Scaled(), None, (3, 8, 8))) == 20
 
 
-def test_macs_by_hand():
+def test_macs_match_hand_computed_values():
     model = Row()
     counts, _ = count_modules(model, (3, 10, 10))
     assert counts["conv1"].macs == 100 * 8 * 3 * 9
@@ -91,7 +91,7 @@ def test_macs_by_hand():
     assert counts["bn1"].macs == 0
 
 
-def test_counting_leaves_the_model_as_it_was():
+def test_counting_does_not_change_the_model():
     model = csnet(10).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     counters(model, (3, 32, 32))
@@ -99,7 +99,7 @@ def test_counting_leaves_the_model_as_it_was():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_rows_add_up_before_and_after():
+def test_layer_rows_sum_to_model_totals_before_and_after_slimming():
     model, groups, example = csnet_with_dead_gates(1)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     rows = layer_rows(model, small, (3, 32, 32))
@@ -114,7 +114,7 @@ def test_rows_add_up_before_and_after():
 
 
 @pytest.mark.parametrize("width", [20])
-def test_a_row_for_each_layer_and_branch(width):
+def test_layer_rows_has_one_row_per_layer_and_branch(width):
     rows = layer_rows(csnet(width), None, (3, 32, 32))
     assert [(r["layer"], r["branch"]) for r in rows[:3]] == [("stage0.0", 0), ("stage0.0", 1), ("stage1.0", 0)]
     assert rows[0]["channels"] == {"before": 10, "after": None}

@@ -39,7 +39,7 @@ def macs(found):
     ],
     ids=lambda value: str(value) if isinstance(value, nn.Module) else "",
 )
-def test_all_four_count_the_same(module, params, multiply_adds):
+def test_all_four_counters_agree_on_single_layers(module, params, multiply_adds):
     """A bias adds parameters and no multiply-adds, for any of them."""
     found = of(module)
     assert set(macs(found).values()) == {multiply_adds}
@@ -56,7 +56,7 @@ def test_all_four_count_the_same(module, params, multiply_adds):
     ],
     ids=str,
 )
-def test_poolings_and_up_samplings_are_no_multiply_adds(module):
+def test_pooling_and_upsampling_have_no_macs_except_in_thop(module):
     found = macs(of(nn.Conv2d(4, 4, 1), module))
     thop = found.pop("thop")
     assert set(found.values()) == {16 * PIXELS}
@@ -67,7 +67,7 @@ def test_poolings_and_up_samplings_are_no_multiply_adds(module):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kernel, stride, output", [(2, 2, 256), (3, 1, 100)])
-def test_thop_counts_a_transposed_convolution_as_if_it_were_none(groups, kernel, stride, output):
+def test_thop_counts_transposed_convolution_by_output_size(groups, kernel, stride, output):
     found = macs(of(nn.ConvTranspose2d(4, 6, kernel, stride, groups=groups)))
     one_pixel = 6 * (4 // groups) * kernel**2
     assert found == {
@@ -78,7 +78,7 @@ def test_thop_counts_a_transposed_convolution_as_if_it_were_none(groups, kernel,
     }
 
 
-def test_thop_does_not_see_subclasses_and_functions():
+def test_thop_ignores_conv_subclasses_and_functional_convs():
     class Own(nn.Conv2d):
         pass
 
@@ -100,7 +100,7 @@ def test_thop_does_not_see_subclasses_and_functions():
     assert count_modules(model, SHAPE)[1] == ["0"]
 
 
-def test_groupnorm_has_parameters_that_thop_does_not_see():
+def test_thop_ignores_groupnorm_parameters():
     found = of(nn.GroupNorm(2, 4))
     assert [found[name]["params"] for name in ("ours", "fvcore", "thop")] == [8, 8, 0]
     assert set(macs(found).values()) == {0}
@@ -123,7 +123,7 @@ def alone(model, shape):
     return {"fvcore": fvcore, "thop": thop, "torch": mode.get_total_flops()}
 
 
-def test_their_own_totals_hold_more_than_multiply_adds():
+def test_unfiltered_totals_include_norms_activations_and_resizing():
     """What the README says that each counter adds for one element, of norms, activations, poolings, up-samplings."""
     elements = 4 * PIXELS
     for module, fvcore, thop in (
@@ -143,7 +143,7 @@ def test_their_own_totals_hold_more_than_multiply_adds():
     }
 
 
-def test_the_totals_for_a_csnet_are_explained():
+def test_unfiltered_csnet_totals_equal_macs_plus_known_extras():
     model, shape = csnet(10), (3, 32, 32)
     ours, _ = count_modules(model, shape)
     modules = dict(model.named_modules())

@@ -45,14 +45,14 @@ def fails(error):
     return function
 
 
-def test_what_a_plugin_returns_is_a_module(plugin):
+def test_builder_must_return_a_module(plugin):
     plugin(lambda: 3)
     with pytest.raises(PluginError, match=r"'theirs' of their-nets returned int, not a torch\.nn\.Module"):
         build("theirs")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("first\nsecond"), KeyError("x"), AssertionError(), TypeError("add")])
-def test_any_failure_of_a_builder_names_it_and_its_distribution(plugin, error):
+def test_builder_error_names_builder_and_distribution(plugin, error):
     plugin(fails(error))
     with pytest.raises(PluginError) as caught:
         build("theirs", {"width": 7})
@@ -66,13 +66,13 @@ def test_any_failure_of_a_builder_names_it_and_its_distribution(plugin, error):
     ("function", "options", "word"),
     [(fails(ValueError("too thin")), {}, "too thin"), (fails(ValueError()), {"wdth": 3}, "unexpected keyword.*wdth")],
 )
-def test_options_that_a_builder_refuses(plugin, function, options, word):
+def test_rejected_builder_options_raise_recipe_error(plugin, function, options, word):
     plugin(function)
     with pytest.raises(RecipeError, match=f"^backbone.options: theirs of their-nets: .*{word}"):
         build("theirs", options)
 
 
-def test_our_own_errors_pass(plugin):
+def test_prunekit_errors_pass_through_unchanged(plugin):
     plugin(fails(PrunekitError("as it stands")))
     with pytest.raises(PrunekitError, match=r"^as it stands$"):
         build("theirs")
@@ -90,7 +90,7 @@ def file_recipe(tmp_path, monkeypatch):
     return tmp_path / "project" / "mine.yaml"
 
 
-def test_a_file_is_found_beside_its_recipe_and_its_options_are_checked(file_recipe):
+def test_file_is_relative_to_recipe_and_its_options_are_checked(file_recipe):
     loaded = recipe.load(file_recipe).backbone
     assert loaded.options == {"width": 5, "depth": 1}
     model = build(loaded.name, loaded.options, loaded.file)
@@ -102,12 +102,12 @@ def test_a_file_is_found_beside_its_recipe_and_its_options_are_checked(file_reci
         recipe.load(file_recipe)
 
 
-def test_a_file_of_a_base_is_found_beside_the_base(file_recipe):
+def test_file_of_base_recipe_is_relative_to_base(file_recipe):
     Path("derived.yaml").write_text("base: ../project/mine.yaml\nname: other\n")
     assert recipe.load("derived.yaml").backbone == recipe.load(file_recipe).backbone
 
 
-def test_a_file_of_an_override_is_meant_from_the_current_folder(file_recipe):
+def test_file_in_override_is_relative_to_current_folder(file_recipe):
     Path("sub").mkdir()
     Path("sub/here.py").write_text(FILE)
     loaded = recipe.load(file_recipe, ["backbone.file=sub/here.py"])
@@ -118,7 +118,7 @@ def test_a_file_of_an_override_is_meant_from_the_current_folder(file_recipe):
         recipe.load(file_recipe, ["backbone.file=gone.py"])
 
 
-def test_a_file_that_changed_is_noticed(file_recipe):
+def test_changed_file_is_detected(file_recipe):
     first = recipe.load(file_recipe)
     Path("resolved.yaml").write_text(first.dump())
     assert recipe.load("resolved.yaml") == first
@@ -133,12 +133,12 @@ def test_a_file_that_changed_is_noticed(file_recipe):
         build("build", {}, first.backbone.file)
 
 
-def test_errors_of_a_file_name_the_key(tmp_path):
+def test_missing_file_error_names_the_key(tmp_path):
     with pytest.raises(RecipeError, match=r"^backbone\.file: .*gone\.py does not exist"):
         build("build", file=str(tmp_path / "gone.py"))
 
 
-def test_a_run_finds_its_file_from_anywhere_and_notices_a_change(file_recipe, tmp_path, monkeypatch, capsys):
+def test_run_finds_its_file_from_any_folder_and_detects_changes(file_recipe, tmp_path, monkeypatch, capsys):
     net = file_recipe.parent / "nets" / "net.py"
     net.write_text(
         "from torch import nn\n\ndef build(width: int = 4):\n"

@@ -11,7 +11,7 @@ from prunekit.flops import count_modules, total
     "width, params, paper_flops, macs",
     [(20, 210_985, 610_638_784, 432_819_744), (40, 788_631, 1_872_279_024, None)],
 )
-def test_counts_are_the_published_ones(width, params, paper_flops, macs):
+def test_counts_match_published_values(width, params, paper_flops, macs):
     found = total(count_modules(csnet(width), (3, 224, 224))[0])
     assert found["params"] == params
     assert found["paper_flops"] == paper_flops
@@ -19,19 +19,19 @@ def test_counts_are_the_published_ones(width, params, paper_flops, macs):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (16, 61), (1, 1)])
-def test_any_size_of_image(size):
+def test_any_image_size(size):
     model = csnet(10).train()
     assert model(torch.randn(2, 3, *size)).shape == (2, 1, *size)
 
 
-def test_split_may_have_more_branches_or_one():
+def test_split_with_three_branches_or_one():
     assert csnet(20, [0.5, 0.25, 0.25])(torch.randn(2, 3, 32, 32)).shape == (2, 1, 32, 32)
     one = csnet(20, [1.0])
     assert one(torch.randn(2, 3, 32, 32)).shape == (2, 1, 32, 32)
     assert not any("to1" in name for name, _ in one.named_modules() if name.startswith("stage"))
 
 
-def test_step_scales_name_the_depthwise_and_dilated_weights():
+def test_step_scales_cover_depthwise_and_dilated_weights():
     model = csnet(20)
     scales = model.step_scales()
     assert len(scales) == 81 and set(scales.values()) == {100.0}
@@ -41,7 +41,7 @@ def test_step_scales_name_the_depthwise_and_dilated_weights():
         assert conv.groups > 1 or conv.padding == conv.dilation
 
 
-def test_builder_says_what_it_cannot_build():
+def test_invalid_options_raise():
     with pytest.raises(RecipeError, match=r"width=.* must be at least 8"):
         build("csnet", {"width": 2})
     with pytest.raises(RecipeError, match="add up to 1"):
@@ -50,7 +50,7 @@ def test_builder_says_what_it_cannot_build():
         build("csnett")
 
 
-def test_backbone_from_a_file(tmp_path):
+def test_backbone_from_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import torch\ndef net(n=1):\n    return torch.nn.Conv2d(3, n, 1)\ndef wrong():\n    return 3\n")
     assert build("net", {"n": 4}, str(file)).out_channels == 4

@@ -75,7 +75,7 @@ def absent(monkeypatch):
     return make
 
 
-def test_a_model_of_timm(timm):
+def test_timm_model(timm):
     assert build("timm/resnet18", {"num_classes": 10}).out_features == 10
     assert timm == [("resnet18", False, {"num_classes": 10})]
     build("timm/resnet18", {"pretrained": True})
@@ -85,7 +85,7 @@ def test_a_model_of_timm(timm):
     assert [pretrained for _, pretrained, _ in timm[1:]] == [True, False, False]
 
 
-def test_its_options_pass_through_a_recipe(timm, tmp_path):
+def test_timm_options_in_a_recipe(timm, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE)
     first = recipe.load(path, ["backbone.options.drop_rate=0.1"])
@@ -98,7 +98,7 @@ def test_its_options_pass_through_a_recipe(timm, tmp_path):
         recipe.load(path, ["backbone.name=timm/resnet81"])
 
 
-def test_names_that_it_does_not_have(timm, torchvision):
+def test_unknown_names_raise_with_suggestion(timm, torchvision):
     with pytest.raises(RecipeError, match=r"'timm/resnt18', did you mean 'timm/resnet18'\? timm has 3 models"):
         build("timm/resnt18")
     with pytest.raises(RecipeError, match=r"'torchvision/resnet81', did you mean 'torchvision/resnet18'"):
@@ -109,7 +109,7 @@ def test_names_that_it_does_not_have(timm, torchvision):
         build("timm/resnet18.tag")
 
 
-def test_a_model_of_torchvision_downloads_nothing_by_itself(torchvision):
+def test_torchvision_model_does_not_download_weights_by_default(torchvision):
     build("torchvision/resnet18", {"num_classes": 10})
     build("torchvision/deeplabv3_resnet50")
     build("torchvision/deeplabv3_resnet50", {"weights": "DEFAULT", "weights_backbone": "DEFAULT"})
@@ -124,7 +124,7 @@ def test_a_model_of_torchvision_downloads_nothing_by_itself(torchvision):
     ("name", "words"),
     [("timm", ["pip install timm"]), ("torchvision", ["build for your torch", "pip install torchvision"])],
 )
-def test_where_it_is_not_installed(absent, name, words):
+def test_missing_library_error_says_how_to_install_it(absent, name, words):
     absent(name, ModuleNotFoundError(f"No module named {name!r}", name=name))
     with pytest.raises(PluginError) as caught:
         build(f"{name}/resnet18")
@@ -135,13 +135,13 @@ def test_where_it_is_not_installed(absent, name, words):
 @pytest.mark.parametrize(
     "error", [RuntimeError("operator torchvision::nms does not exist"), ModuleNotFoundError("No PIL", name="PIL")]
 )
-def test_where_it_does_not_import(absent, error):
+def test_library_that_fails_to_import(absent, error):
     absent("torchvision", error)
     with pytest.raises(PluginError, match=f"torchvision fails to import .*{error}.*build for your torch"):
         build("torchvision/resnet18")
 
 
-def test_a_recipe_says_it_with_its_place(absent, tmp_path):
+def test_missing_library_error_gives_position_in_recipe(absent, tmp_path):
     absent("timm", ModuleNotFoundError("No module named 'timm'", name="timm"))
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE)
@@ -149,7 +149,7 @@ def test_a_recipe_says_it_with_its_place(absent, tmp_path):
         recipe.load(path)
 
 
-def test_where_it_comes_from(timm, monkeypatch):
+def test_registry_entry_gives_library_and_version(timm, monkeypatch):
     import importlib.metadata
 
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"timm": "1.0.9"}[name])

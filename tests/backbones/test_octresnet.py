@@ -9,7 +9,7 @@ from prunekit.flops import count_modules, total
 from prunekit.layers.octave_ops import OctaveLayer
 
 
-def test_it_has_the_resnets_parameters_and_half_of_its_operations():
+def test_same_parameters_as_resnet_and_fewer_macs():
     plain, octave = (total(count_modules(model, (3, 32, 32))[0]) for model in (resnet(), octresnet()))
     assert octave["params"] == plain["params"]
     # Of the four paths of a layer one is at full resolution and three are at a quarter of its positions.
@@ -17,7 +17,7 @@ def test_it_has_the_resnets_parameters_and_half_of_its_operations():
 
 
 @pytest.mark.parametrize("depth", [8, 20])
-def test_every_convolution_is_of_several_resolutions(depth):
+def test_every_convolution_is_multi_resolution(depth):
     model = octresnet(depth, 4)
     layers = [name for name, module in model.named_modules() if isinstance(module, OctaveLayer)]
     assert layers == model.octave_layers and len(layers) == depth + 1  # Two shortcuts, and the head is linear.
@@ -25,7 +25,7 @@ def test_every_convolution_is_of_several_resolutions(depth):
 
 
 @pytest.mark.parametrize("split", [[1.0], [1, 0]])
-def test_with_one_branch_it_is_the_resnet(split):
+def test_single_branch_equals_resnet(split):
     torch.manual_seed(5)
     plain = resnet(8, 4, 3).eval()
     torch.manual_seed(5)
@@ -35,7 +35,7 @@ def test_with_one_branch_it_is_the_resnet(split):
         assert torch.equal(octave(image), plain(image))
 
 
-def test_a_seed_gives_the_same_weights_and_names():
+def test_same_seed_gives_same_weights_and_names():
     models = []
     for _ in range(2):
         torch.manual_seed(7)
@@ -47,12 +47,12 @@ def test_a_seed_gives_the_same_weights_and_names():
 
 @pytest.mark.parametrize("size", [(8, 8), (33, 17), (1, 1), (5, 64)])
 @pytest.mark.parametrize("split", [[0.5, 0.5], [0, 1], [0.2, 0.3, 0.5]])
-def test_any_size_of_image(split, size):
+def test_any_image_size(split, size):
     model = octresnet(8, 10, 4, split)
     assert model.train()(torch.randn(2, 3, *size)).shape == (2, 4)
 
 
-def test_builder_says_what_it_cannot_build():
+def test_invalid_options_raise():
     with pytest.raises(RecipeError, match="add up to 1"):
         build("octresnet", {"split": [0.5, 0.4]})
     with pytest.raises(RecipeError, match="must be 6n"):

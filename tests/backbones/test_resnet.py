@@ -9,14 +9,14 @@ from prunekit.pruning.graph.groups import find_groups
 
 
 @pytest.mark.parametrize(("depth", "million"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
-def test_params_are_those_of_the_paper(depth, million):
+def test_parameter_counts_match_the_paper(depth, million):
     """Table 6 of the paper; the projections of option B are 2,752 more than its identities."""
     found = total(count_modules(resnet(depth), (3, 32, 32))[0])["params"]
     assert found - 2752 == pytest.approx(million * 1e6, rel=0.02)
     assert sum(p.numel() for p in resnet(depth).parameters()) == found
 
 
-def test_convolutions_are_counted_by_hand():
+def test_macs_match_hand_computed_value():
     convs = [m for m in resnet(20).modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convs) == 19 + 2 and [c.stride for c in convs].count((2, 2)) == 4
     # 32×32: the stem and six of 16 channels; then five and a half of 32 at 16×16, and of 64 at 8×8.
@@ -26,11 +26,11 @@ def test_convolutions_are_counted_by_hand():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (33, 47), (1, 1)])
-def test_any_size_of_image(size):
+def test_any_image_size(size):
     assert resnet(8, 4, 7).eval()(torch.randn(2, 3, *size)).shape == (2, 7)
 
 
-def test_everything_behind_the_image_can_be_cut():
+def test_all_channels_after_the_input_can_be_pruned():
     groups = find_groups(resnet(20), torch.randn(2, 3, 16, 16))
     free = [group for group in groups if group.reason is None]
     # One for each stage's sum, with the stem's, and one inside each of the nine blocks.

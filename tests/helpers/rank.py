@@ -1,8 +1,8 @@
-"""One of several processes that train a small model together; started by test_processes, with torchrun's variables.
+"""One process of a distributed training of a small model; test_distributed.py starts it as torchrun would.
 
     python rank.py FOLDER
 
-The weights of each of RUNS come to lie in FOLDER/NAME-RANK.safetensors.
+Writes the weights of each run in RUNS to FOLDER/NAME-RANK.safetensors.
 """
 
 import os
@@ -38,7 +38,7 @@ OPTIONS = {
 
 
 class Small(nn.Module):
-    """Two convolutions with their norms, and dropout, so that each process has something to draw."""
+    """Two convolutions with norms; the dropout makes each process use its random generator."""
 
     def __init__(self):
         super().__init__()
@@ -55,13 +55,13 @@ class Small(nn.Module):
 
 class Silent:
     def __init__(self):
-        self.said = []
+        self.messages = []
 
     def __getattr__(self, name):
         return lambda *_: None
 
     def info(self, text):
-        self.said.append(text)
+        self.messages.append(text)
 
 
 def data():
@@ -70,9 +70,9 @@ def data():
 
 
 def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
-    """The model after so many epochs, and what was said."""
+    """Return the trained model and the info messages."""
     torch.manual_seed(0)
-    model, found, reporter = Small(), data(), Silent()
+    model, datasets, reporter = Small(), data(), Silent()
     groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
     section = SparseTraining.model_validate({**OPTIONS, "epochs": epochs, "accumulate": accumulate, **changes})
     job = TrainingJob(
@@ -80,18 +80,18 @@ def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
         config=section,
         task=registry.tasks.get("saliency")(),
         loss=TrainingLoss(registry.tasks.get("saliency")().loss),
-        train_data=found["train"],
-        val_data=found["val"],
+        train_data=datasets["train"],
+        val_data=datasets["val"],
         seed=3,
         run=run,
         reporter=reporter,
         device=torch.device("cpu"),
         threshold=threshold,
     )
-    return Trainer(model, job, groups, DynamicWeightDecay(model, groups, 0.1)).fit(), reporter.said
+    return Trainer(model, job, groups, DynamicWeightDecay(model, groups, 0.1)).fit(), reporter.messages
 
 
-# Folder → what is trained in it: one step with each optimiser, and many.
+# Run folder → training options: one step with each optimizer, and several epochs.
 RUNS = {
     "sgd": {"epochs": 1, "batch_size": IMAGES // 2},
     "adam": {"epochs": 1, "batch_size": IMAGES // 2, "optimizer": "adam"},
@@ -99,29 +99,29 @@ RUNS = {
 }
 
 
-def opened(folder):
-    """A new run folder: for the first process to write, for the others to look at."""
+def open_run(folder):
+    """Return a new run folder, which only the main process writes."""
     with distributed.main_process_first():
         return RunDir.start(folder, "name: test\n", {}) if distributed.is_main_process() else WorkerRunDir.open(folder)
 
 
 def main(folder):
     distributed.init()
-    for name, how in RUNS.items():
-        with opened(folder / name) as run:
-            model, _ = train(run, **how)
+    for name, options in RUNS.items():
+        with open_run(folder / name) as run:
+            model, _ = train(run, **options)
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(state, folder / f"{name}-{distributed.rank()}.safetensors")
-    with opened(folder / "death") as run:
+    with open_run(folder / "death") as run:
         saliency = registry.tasks.get("saliency")
         loss = saliency.loss
 
-        def deadly(task, logits, targets):
+        def killing_loss(task, logits, targets):
             if distributed.rank() and run.read_metrics():
                 os.kill(os.getpid(), signal.SIGKILL)
             return loss(task, logits, targets)
 
-        saliency.loss = deadly
+        saliency.loss = killing_loss
         train(run, epochs=9)
 
 

@@ -37,7 +37,7 @@ def close(found, wanted, tolerance=1e-10):
 
 @settings(max_examples=60)
 @given(shape=shapes, slopes=st.sampled_from(["none", "one", "each"]), seed=st.integers(0, 2**31), last=st.booleans())
-def test_norm_and_prelu_are_those_of_pytorch(shape, slopes, seed, last):
+def test_norm_act_matches_pytorch(shape, slopes, seed, last):
     n, c, h, w = shape
     if n * h * w == 1:
         return
@@ -64,7 +64,7 @@ def test_norm_and_prelu_are_those_of_pytorch(shape, slopes, seed, last):
 
 @settings(max_examples=60)
 @given(shape=shapes, seed=st.integers(0, 2**31))
-def test_depthwise_is_that_of_pytorch(shape, seed):
+def test_depthwise_matches_pytorch(shape, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(shape[1], 1, 3, 3, generator=generator, dtype=torch.float64).requires_grad_()
@@ -74,7 +74,7 @@ def test_depthwise_is_that_of_pytorch(shape, seed):
     close(*(torch.autograd.grad((y * pull).sum(), [x, weight]) for y in (mine, theirs)))
 
 
-def test_a_mean_far_from_zero_costs_no_digits():
+def test_norm_act_is_accurate_for_large_mean():
     generator = torch.Generator().manual_seed(0)
     x = 1e3 + torch.randn(4, 5, 64, 64, generator=generator)
     mine, theirs = norms(5, generator, torch.float32)
@@ -87,7 +87,7 @@ def test_a_mean_far_from_zero_costs_no_digits():
     assert ours <= max(2 * pytorchs, 1e-3)
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_results_do_not_depend_on_thread_count():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 7, 11, 13, generator=generator)
     found = []
@@ -103,7 +103,7 @@ def test_the_number_of_threads_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_what_the_kernels_do_not_take():
+def test_usable_rejects_unsupported_inputs():
     x = torch.zeros(1, 2, 3, 3)
     assert usable(x) and usable(x.double())
     assert not usable(x.half()) and not usable(x[0]) and not usable(x[:0]) and not usable(x.to("meta"))
