@@ -78,7 +78,7 @@ def _check_devices(recipe: Recipe) -> None:
     for stage in ("train", "finetune"):
         if getattr(recipe, stage).sync_norms and PartialState().device.type == "cpu":
             raise RecipeError(
-                f"{stage}.sync_norms: synchronised norms (SyncBatchNorm) need GPUs, and this run is on the CPU; "
+                f"{stage}.sync_norms: synchronized norms (SyncBatchNorm) need GPUs, and this run is on the CPU; "
                 f"set {stage}.sync_norms=false"
             )
 

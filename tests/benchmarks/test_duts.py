@@ -147,7 +147,7 @@ def test_the_first_run_that_fails_is_the_last(tmp_path, monkeypatch):
 
     nothing_but_runs(monkeypatch, run)
     out = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
-    with pytest.raises(SystemExit, match="dynamic-0 failed; see dynamic-0"):
+    with pytest.raises(SystemExit, match="dynamic-0 failed; see dynamic-0\\.log in the folder of the runs"):
         duts.main(["a", "b", "--seeds", "0", *out])
     assert begun[0] == "dynamic-0" and len(begun) < 4
 

@@ -178,7 +178,8 @@ def test_runs_with_killed_processes_end_with_the_same_weights(tmp_path):
 
 
 def test_sync_norms_use_sync_batch_norm_and_need_a_gpu(monkeypatch):
-    with pytest.raises(RecipeError, match=r"train\.sync_norms: synchronised norms .* need GPUs"):
+    message = r"train\.sync_norms: synchronized norms .* need GPUs, and this run is on the CPU; set .*sync_norms=false$"
+    with pytest.raises(RecipeError, match=message):
         check_recipe(RunContext(load("digits_resnet", ["train.sync_norms=true"]), rank.Silent()), load_data=False)
     model, seen = rank.Small(), []
 
