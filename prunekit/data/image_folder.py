@@ -12,7 +12,7 @@ import numpy as np
 from prunekit.config.registry import register_dataset
 from prunekit.data.datasets import LabelDataset
 from prunekit.data.images import is_image, read_image
-from prunekit.data.mask_folder import existing_folder, some, validate_keys
+from prunekit.data.mask_folder import existing_folder, hold_out, some, validate_keys
 from prunekit.errors import DataError
 
 _LAYOUT = "a data folder has a folder of images per class, ROOT/CLASS/*.png"
@@ -79,10 +79,9 @@ def image_folder(
                 f"{Path(root)}: class {name} has only one image, so none can be held out for validation; add images, "
                 "or set data.val_root"
             )
-        count = min(max(1, round(share * len(paths))), len(paths) - 1)
         # One generator per class, so that a new image in one class does not change the split of the others.
-        held = set(np.random.default_rng([seed % 2**64, label]).permutation(len(paths))[:count].tolist())
-        chosen[name] = [path for i, path in enumerate(paths) if (i in held) == (split == "val")]
+        held_out = hold_out(len(paths), share, np.random.default_rng([seed % 2**64, label]))
+        chosen[name] = [path for i, path in enumerate(paths) if (i in held_out) == (split == "val")]
     # Images outside of class folders are counted once, with the training images.
     return FolderImages(chosen, classes, skip_errors, skipped if split == "train" else 0)
 

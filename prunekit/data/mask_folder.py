@@ -77,16 +77,20 @@ def folder(
     share = validate_keys("folder", root, val_root, val_holdout, _LAYOUT)
     skip_errors = on_error == "skip"
     if val_root is not None:
-        return FolderPairs(*_scan(Path(root if split == "train" else val_root), skip_errors))
-    files, skip_errors, skipped = _scan(Path(root), skip_errors)
+        files, skipped = _scan(Path(root if split == "train" else val_root), skip_errors)
+        return FolderPairs(files, skip_errors, skipped)
+    files, skipped = _scan(Path(root), skip_errors)
     if len(files) < 2:
         raise DataError(f"{Path(root)} has only one pair, so none can be held out for validation; set data.val_root")
-    names = list(files)
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    held = {names[i] for i in np.random.default_rng(seed % 2**64).permutation(len(names))[:count]}
-    chosen = {name: files[name] for name in names if (name in held) == (split == "val")}
+    held_out = hold_out(len(files), share, np.random.default_rng(seed % 2**64))
+    chosen = {name: pair for i, (name, pair) in enumerate(files.items()) if (i in held_out) == (split == "val")}
     # Files without a partner are counted once, with the training pairs.
     return FolderPairs(chosen, skip_errors, skipped if split == "train" else 0)
+
+
+def hold_out(count: int, share: float, rng: np.random.Generator) -> set[int]:
+    """Return the indices of the images to hold out: a random share of ``count``, at least one and never all."""
+    return set(rng.permutation(count)[: min(max(1, round(share * count)), count - 1)].tolist())
 
 
 def validate_keys(name: str, root: str | None, val_root: str | None, val_holdout: float | None, layout: str) -> float:
@@ -110,8 +114,8 @@ def existing_folder(root: Path, layout: str) -> Path:
     return root
 
 
-def _scan(root: Path, skip_errors: bool) -> tuple[dict[str, tuple[Path, Path]], bool, int]:
-    """Return stem → (image, mask) sorted by stem, ``skip_errors``, and the number of files without a partner."""
+def _scan(root: Path, skip_errors: bool) -> tuple[dict[str, tuple[Path, Path]], int]:
+    """Return stem → (image, mask) sorted by stem, and the number of files without a partner."""
     root = existing_folder(root, _LAYOUT)
     images, masks = _stems(_part(root, "images")), _stems(_part(root, "GT"))
     both = sorted(images.keys() & masks.keys())
@@ -126,7 +130,7 @@ def _scan(root: Path, skip_errors: bool) -> tuple[dict[str, tuple[Path, Path]], 
                 raise DataError(
                     f"{root}: {some(lonely)}: {what}; add it, or set data.on_error=skip to leave the file out"
                 )
-    return {stem: (images[stem], masks[stem]) for stem in both}, skip_errors, len(images.keys() ^ masks.keys())
+    return {stem: (images[stem], masks[stem]) for stem in both}, len(images.keys() ^ masks.keys())
 
 
 def _part(root: Path, name: str) -> Path:

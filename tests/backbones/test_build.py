@@ -1,4 +1,4 @@
-"""From the name in a recipe to a model, and what is said where that fails."""
+"""Building a model from the name in a recipe, and the errors."""
 
 import json
 from pathlib import Path

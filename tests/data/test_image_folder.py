@@ -84,7 +84,7 @@ def test_holdout_depends_on_seed_per_class(tmp_path):
     assert len({tuple(names) for names in chosen.values()}) == 4
     for names in chosen.values():
         assert {name[2:] for name in names if name[0] == "a"} != {name[2:] for name in names if name[0] == "b"}
-    assert len(image_folder("val", root=str(tmp_path)).names) == 4, "a tenth of each, where nothing is said"
+    assert len(image_folder("val", root=str(tmp_path)).names) == 4, "a tenth of each class by default"
     fill(tmp_path, a=30)
     again = image_folder("val", root=str(tmp_path), val_holdout=0.3, seed=1).names
     assert [name for name in again if name[0] == "b"] == [name for name in chosen[1] if name[0] == "b"]

@@ -180,7 +180,7 @@ def test_holdout_depends_on_seed_not_on_file_system(tmp_path, monkeypatch):
     fill(tmp_path, [f"{n:02d}" for n in range(30)])
     chosen = {seed: folder("val", root=str(tmp_path), val_holdout=0.3, seed=seed).names for seed in range(4)}
     assert len({tuple(names) for names in chosen.values()}) > 1
-    assert len(folder("val", root=str(tmp_path)).names) == 3, "a tenth, where nothing is said"
+    assert len(folder("val", root=str(tmp_path)).names) == 3, "a tenth by default"
     listed = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda self: sorted(listed(self), reverse=True))
     assert folder("val", root=str(tmp_path), val_holdout=0.3, seed=2).names == chosen[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,19 +12,6 @@ from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.axes import axis_length
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.plan import Group
-from prunekit.utils.text import plural
-
-
-def describe_unprunable(groups: Sequence[Group]) -> str | None:
-    """Return a sentence on the groups that cannot be pruned and the most common reasons; None where all can be."""
-    reasons = Counter(group.reason for group in groups if group.reason is not None)
-    if not reasons:
-        return None
-    common = reasons.most_common(3)
-    parts = [f"{count} {reason}" for reason, count in common]
-    if len(reasons) > len(common):
-        parts.append(f"{reasons.total() - sum(count for _, count in common)} other")
-    return f"{plural(reasons.total(), 'group')} cannot be pruned: {'; '.join(parts)}"
 
 
 def removable(model: nn.Module, group: Group) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prunekit.pruning.graph.liveness import below_threshold, describe_unprunable
+from prunekit.pruning.graph.liveness import below_threshold
+from prunekit.pruning.plan import Group
 from prunekit.utils.text import join_names, plural
 
 if TYPE_CHECKING:
@@ -27,6 +29,18 @@ class Request:
 
     def __str__(self) -> str:
         return f"{self.name} {self.value:g}"
+
+
+def describe_unprunable(groups: Sequence[Group]) -> str | None:
+    """Return a sentence on the groups that cannot be pruned and the most common reasons; None where all can be."""
+    reasons = Counter(group.reason for group in groups if group.reason is not None)
+    if not reasons:
+        return None
+    common = reasons.most_common(3)
+    parts = [f"{count} {reason}" for reason, count in common]
+    if len(reasons) > len(common):
+        parts.append(f"{reasons.total() - sum(count for _, count in common)} other")
+    return f"{plural(reasons.total(), 'group')} cannot be pruned: {'; '.join(parts)}"
 
 
 def explain(

@@ -10,12 +10,10 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.liveness import (
     below_threshold,
     dead_layers,
-    describe_unprunable,
     essential_groups,
     group_by_layer,
     removable,
 )
-from prunekit.pruning.plan import Group
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +26,6 @@ def row():
 def branched():
     model = csnet(10)
     return model, find_groups(model, torch.randn(1, 3, 32, 32))
-
-
-def test_describe_unprunable_counts_reasons():
-    groups = [Group(id=str(k), channels=1, members=[], reason=reason) for k, reason in enumerate("aabcd")]
-    assert describe_unprunable(groups) == "5 groups cannot be pruned: 2 a; 1 b; 1 c; 1 other"
-    assert describe_unprunable([Group(id="free", channels=1, members=[])]) is None
 
 
 def test_branches_of_a_layer_are_removable(row, branched):

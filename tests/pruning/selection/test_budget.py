@@ -75,7 +75,7 @@ def test_plan_is_just_below_its_budget(name, seed, given):
     size, goal = real(small, example)[measure], share * dense
     assert size <= goal + 0.5
     if size < (1 - TOLERANCE) * goal:
-        # Only where every single step from there is too large, and then it is said.
+        # Only if removing any single channel is too much, which is noted.
         assert any("no single channel fits in between" in note for note in plan.notes)
         sizes, dead = SizeModel(model, groups, example.shape[1:]), dead_channels(groups, plan)
         for group, gone in dead.items():

@@ -20,7 +20,7 @@ from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.pruning.surgery.slim import slim
 
-# Most of these networks are cut to their limits, and that this is said has tests of its own.
+# Most of these networks are pruned to their limits; other tests check the warnings.
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 
 

@@ -188,7 +188,7 @@ def test_ties_prune_no_more_than_requested_and_are_noted():
         "in 1 group channels tie" in note and "conv1 7 at the score 0.2, 3 of them pruned" in note
         for note in by_layer.warnings
     )
-    # At a border between scores that differ nothing is said.
+    # No warning if the scores on both sides of the cut differ.
     assert Selector(model, groups, scores).select(count=1).warnings == []
 
 
