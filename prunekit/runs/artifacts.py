@@ -1,8 +1,7 @@
 """The files of a run folder: written atomically, and verified by a checksum when they are read.
 
-``state.json`` records what a file will be before it is replaced, and what it is afterwards. So a process killed at any
-moment leaves one of the two, and neither is mistaken for damage. ``metrics.jsonl`` grows by lines: its checksum covers
-the lines recorded so far, and one more line may follow.
+``state.json`` records what a file will be before it is replaced, and what it is afterwards, so that a kill is not taken
+for damage. The checksum of ``metrics.jsonl`` covers the lines recorded so far; one more line may follow.
 """
 
 from __future__ import annotations
@@ -38,11 +37,7 @@ _MAX_READS = 20  # of a file that another process keeps replacing
 
 
 class ArtifactStore:
-    """Reads and, with a lock, writes the files of one run folder.
-
-    Attributes:
-        path: the folder.
-    """
+    """Reads and, with a lock, writes the files of one run folder."""
 
     def __init__(self, path: Path, state: dict[str, Any], lock: FolderLock | None):
         self.path = path
@@ -52,14 +47,7 @@ class ArtifactStore:
     # ---- writing
 
     def write_bytes(self, name: str, data: bytes) -> Path:
-        """Write a file atomically and record its checksum.
-
-        Args:
-            name: relative path with ``/``; missing folders are created.
-            data: the content.
-
-        Returns:
-            The path of the file.
+        """Write a file, named by its relative path with ``/``, atomically; record its checksum and return its path.
 
         Raises:
             CheckpointError: the write failed; an existing file is unchanged.
@@ -71,9 +59,9 @@ class ArtifactStore:
             return path
         new, old = sha256(data), self._state["checksums"].get(name)
         if old not in (None, new):
-            self._write_state({**self._state, "replacing": {**self._state.get("replacing", {}), name: new}})
+            self._write_state({**self._state, "replacing": {**self._replacing, name: new}})
         write_atomic(path, data)
-        if old != new or name in self._state.get("replacing", {}):
+        if old != new or name in self._replacing:
             self._record_checksum(name, new)
         return path
 
@@ -86,11 +74,7 @@ class ArtifactStore:
         return self.write_bytes(name, encode_json(value, str(self.path / name)))
 
     def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> Path:
-        """Write arrays as ``.npz``, with the same bytes for the same arrays; see :meth:`write_bytes`.
-
-        Raises:
-            ValueError: an array holds Python objects, which would need a pickle.
-        """
+        """Write arrays as ``.npz``, the same bytes for the same arrays; ValueError for arrays of Python objects."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for key, value in arrays.items():
@@ -114,14 +98,13 @@ class ArtifactStore:
         for _ in range(_MAX_READS):
             try:
                 data = self._inside(name).read_bytes()
+                if self._is_intact(name, data):
+                    return data
+                fault, cause = "damaged (its checksum is wrong)", None
             except FileNotFoundError as error:
                 fault, cause = "missing", error
             except OSError as error:
                 fault, cause = f"not readable ({os_error_reason(error)})", error
-            else:
-                if self._is_intact(name, data):
-                    return data
-                fault, cause = "damaged (its checksum is wrong)", None
             if not self._reload_state():
                 break
         raise self._damage(name, fault) from cause
@@ -149,10 +132,8 @@ class ArtifactStore:
             raise self._damage(name, f"damaged ({error})") from error
 
     def has(self, name: str) -> bool:
-        """Return whether the file exists or should exist.
-
-        A recorded file that is gone counts, so that reading it reports the loss; of ``eval.json`` and ``bench.json``
-        only existing ones count.
+        """Return whether the file exists or is recorded, so that reading it reports a loss; users may remove
+        ``eval.json`` and ``bench.json``.
         """
         return self._inside(name).is_file() or (name in self._state["checksums"] and name not in _MEASUREMENTS)
 
@@ -162,7 +143,7 @@ class ArtifactStore:
 
     def checksum(self, name: str) -> str:
         """Return the SHA-256 of a file as it was written; errors as for :meth:`read_bytes`."""
-        recorded = None if name in self._state.get("replacing", {}) else self._state["checksums"].get(name)
+        recorded = None if name in self._replacing else self._state["checksums"].get(name)
         return recorded or sha256(self.read_bytes(name))
 
     def checkpoints(self) -> CheckpointStore:
@@ -175,8 +156,7 @@ class ArtifactStore:
         """Append a line to ``metrics.jsonl``.
 
         Raises:
-            CheckpointError: the write failed, the file is damaged, or a number is not finite; earlier lines are
-                unchanged.
+            CheckpointError: the write failed, the file is damaged, or a number is not finite; earlier lines remain.
         """
         self._require_write_access()
         path = self.path / METRICS
@@ -206,11 +186,7 @@ class ArtifactStore:
         self._record_checksum(METRICS, sha256(before[:end] + data))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of ``metrics.jsonl``, without an unfinished last line, which a kill can leave.
-
-        Raises:
-            CheckpointError: a line is damaged.
-        """
+        """Return the lines of ``metrics.jsonl`` without an unfinished last one; CheckpointError if one is damaged."""
         if not self.has(METRICS):
             return []
         *lines, _ = self.read_bytes(METRICS).split(b"\n")
@@ -223,10 +199,7 @@ class ArtifactStore:
         return metrics
 
     def truncate_metrics(self, stage: str, epoch: int) -> None:
-        """Remove what a training resumed after ``epoch`` writes again.
-
-        These are the lines of this stage after that epoch, and the lines and checkpoints of later trainings.
-        """
+        """Remove the lines of this training after ``epoch``, and lines and checkpoints of later trainings."""
         position = training_position(stage)
         self._discard_checkpoints(lambda training: training_position(training) > position)
         if position == training_position(STAGES[0]) and epoch == 0:
@@ -236,9 +209,9 @@ class ArtifactStore:
             return
         lines = self.read_metrics()
         kept = [
-            m
-            for m in lines
-            if training_position(m["stage"]) < position or (m["stage"] == stage and m["epoch"] <= epoch)
+            line
+            for line in lines
+            if training_position(line["stage"]) < position or (line["stage"] == stage and line["epoch"] <= epoch)
         ]
         if len(kept) < len(lines):
             self.write_bytes(METRICS, b"".join(encode_json(line, METRICS, indent=None) for line in kept))
@@ -254,33 +227,33 @@ class ArtifactStore:
         write_atomic(self.path / STATE, states.encode(state))
         self._state = state
 
+    @property
+    def _replacing(self) -> dict[str, str]:
+        return self._state.get("replacing", {})
+
     def _record_checksum(self, name: str, digest: str) -> None:
-        replacing = {key: value for key, value in self._state.get("replacing", {}).items() if key != name}
+        replacing = {key: value for key, value in self._replacing.items() if key != name}
         state = {key: value for key, value in self._state.items() if key != "replacing"}
         state["checksums"] = {**state["checksums"], name: digest}
         self._write_state({**state, "replacing": replacing} if replacing else state)
 
     def _resolve_replacements(self) -> None:
         """Record which version each file has that was being replaced when a process ended."""
-        for name, digest in self._state.get("replacing", {}).items():
+        for name, new in self._replacing.items():
+            found = None
             with contextlib.suppress(OSError):
-                if sha256((self.path / name).read_bytes()) == digest:
-                    self._record_checksum(name, digest)
-                    continue
-            self._record_checksum(name, self._state["checksums"][name])
+                found = sha256((self.path / name).read_bytes())
+            self._record_checksum(name, new if found == new else self._state["checksums"][name])
 
     def _record_files_written_once(self) -> None:
-        """Record the checksums of these files where a process ended before it did."""
         for name in _WRITTEN_ONCE:
             if name not in self._state["checksums"] and (self.path / name).is_file():
                 self._record_checksum(name, sha256(self.read_bytes(name)))
 
     def _is_intact(self, name: str, data: bytes) -> bool:
-        """Return whether the content matches the recorded checksum; True where none is recorded."""
-        checksums = self._state["checksums"]
-        if name not in checksums:
+        if name not in self._state["checksums"]:
             return True
-        valid = {checksums[name], self._state.get("replacing", {}).get(name)}
+        valid = {self._state["checksums"][name], self._replacing.get(name)}
         return _are_metrics_intact(data, valid) if name == METRICS else sha256(data) in valid
 
     def _reload_state(self) -> bool:
@@ -322,27 +295,28 @@ class ArtifactStore:
         names = [name for name, writer in FILE_STAGES.items() if stage_index(writer) >= first]
         names += _MEASUREMENTS if first <= stage_index("finetune") else ()
         # The checksums first: a missing file with a checksum would count as damage.
-        state = dict(self._state)
-        for table in ("checksums", "replacing"):
-            if table in state:
-                state[table] = {k: v for k, v in state[table].items() if k.partition("/")[0] not in names}
-        self._write_state(state)
-        for name in names:
-            path = self.path / name
+        tables = {table: self._state[table] for table in ("checksums", "replacing") if table in self._state}
+        kept = {t: {k: v for k, v in files.items() if k.partition("/")[0] not in names} for t, files in tables.items()}
+        self._write_state({**self._state, **kept})
+        for path in (self.path / name for name in names):
             try:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                remove(path)
             except OSError as error:
                 raise write_error(error, path, "remove") from error
 
     def _discard_checkpoints(self, condition: Callable[[str], bool]) -> None:
-        """Remove the checkpoints of the trainings for which the condition holds."""
         checkpoints = self.checkpoints()
         for training in filter(condition, checkpoints.stages()):
             for step in checkpoints.steps(training):
                 checkpoints.discard(training, step)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, or a link without what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _are_metrics_intact(data: bytes, checksums: set[str | None]) -> bool:

@@ -15,16 +15,13 @@ from prunekit.utils.io import encode_json, format_problem, is_newer, os_error_re
 from prunekit.utils.safe_decode import decode_json, decode_tensors
 
 FORMAT = 1
+Tensors = dict[str, np.ndarray]
 
 logger = logging.getLogger(__name__)
 
 
-def encode_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
-    """Encode tensors as a safetensors file.
-
-    Raises:
-        ValueError: more than one metadata key, whose order would differ between processes.
-    """
+def encode_tensors(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
+    """Encode tensors as a safetensors file; ValueError for several metadata keys, whose order is not fixed."""
     if metadata and len(metadata) > 1:
         raise ValueError(f"safetensors metadata takes one key here, not {len(metadata)}; put the rest into a JSON")
     # order="C", since ascontiguousarray would turn scalars into vectors.
@@ -34,11 +31,10 @@ def encode_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str] | No
 class CheckpointStore:
     """The folder ``checkpoints`` of a run: ``<stage>-<steps done>.safetensors`` and ``.json``.
 
-    The tensors are written first. The JSON holds their checksum and the id of the run, and a checkpoint counts only
-    where both match.
+    The JSON is written last. It holds the checksum of the tensors and the id of the run, and both must match.
 
     Args:
-        folder: the folder, which need not exist.
+        folder: need not exist.
         run: the id of the run; None accepts checkpoints of any run.
     """
 
@@ -56,13 +52,7 @@ class CheckpointStore:
         return {path.stem.rpartition("-")[0] for path in self.folder.glob("*-*.json")}
 
     def save(
-        self,
-        stage: str,
-        step: int,
-        tensors: dict[str, np.ndarray],
-        state: dict[str, Any],
-        keep: int,
-        best: int | None = None,
+        self, stage: str, step: int, tensors: Tensors, state: dict[str, Any], keep: int, best: int | None = None
     ) -> None:
         """Write a checkpoint, then remove all of this stage except the newest ``keep`` and the ``best``.
 
@@ -90,12 +80,8 @@ class CheckpointStore:
         for orphan in set(self.folder.glob(f"{stage}-*.safetensors")) - kept:
             self._remove(orphan)
 
-    def load(self, stage: str) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
-        """Return step, tensors and state of the newest intact checkpoint, or None; damaged ones are logged and skipped.
-
-        Raises:
-            RunFolderError: a checkpoint needs a newer prunekit.
-        """
+    def load(self, stage: str) -> tuple[int, Tensors, dict[str, Any]] | None:
+        """Return step, tensors and state of the newest intact checkpoint, or None; damaged ones are logged."""
         for step in self.steps(stage):
             try:
                 return step, *self.read(stage, step)
@@ -103,7 +89,7 @@ class CheckpointStore:
                 logger.warning("%s; trying the one before", error)
         return None
 
-    def read(self, stage: str, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def read(self, stage: str, step: int) -> tuple[Tensors, dict[str, Any]]:
         """Return tensors and state of one checkpoint.
 
         Raises:

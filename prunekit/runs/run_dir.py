@@ -9,30 +9,22 @@ import contextlib
 import difflib
 import logging
 import os
-import shutil
 import socket
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-import numpy as np
 
 from prunekit import __version__
 from prunekit.config.schema import is_same_run
 from prunekit.config.yaml import parse
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.runs import state as states
-from prunekit.runs.artifacts import RECIPE, ArtifactStore
+from prunekit.runs.artifacts import RECIPE, ArtifactStore, remove
+from prunekit.runs.checkpoint_store import Tensors
 from prunekit.runs.stage_order import STAGES, SUMMARY_STAGES, stage_index, training_position
 from prunekit.runs.state import FORMAT, STATE, SUMMARY
-from prunekit.utils.io import (
-    TEMP_PREFIX,
-    is_disk_failure,
-    make_folder,
-    os_error_reason,
-    write_error,
-)
+from prunekit.utils.io import TEMP_PREFIX, is_disk_failure, make_folder, os_error_reason, write_error
 from prunekit.utils.lock import FolderLock, process_alive
 from prunekit.utils.symlinks import check_no_external_links
 
@@ -47,13 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunDir(ArtifactStore):
-    """One run folder; created by :meth:`start` or :meth:`open`.
-
-    As a context manager it sets the status of the run on exit (complete, interrupted or failed) and releases the lock.
-
-    Attributes:
-        path: the folder.
-    """
+    """A run folder, from :meth:`start` or :meth:`open`. As a context manager it sets the status of the run on exit."""
 
     @classmethod
     def start(
@@ -69,14 +55,13 @@ class RunDir(ArtifactStore):
 
         Args:
             path: the folder; missing parents are created.
-            recipe_text: the resolved recipe, written to ``recipe.yaml``.
+            recipe_text: the resolved recipe.
             environment: written to ``environment.json``.
             resume: continue the existing run; where there is none, start one.
             overwrite: remove the existing run first.
 
         Raises:
-            RunFolderError: the folder holds a run and neither flag is set, holds something else, is in use, has another
-                format, or its recipe differs.
+            RunFolderError: the folder is in use, holds another run or something else, or has another format.
             CheckpointError: a file cannot be written, or the state of the run to resume is damaged.
         """
         path = Path(path)
@@ -86,25 +71,20 @@ class RunDir(ArtifactStore):
         if not overwrite:
             # Overwriting removes links without following them.
             check_no_external_links(path)
-        lock = FolderLock(path)
-        lock.acquire()
-        try:
-            run = cls(path, {}, lock)
-            if is_run_folder(path):
-                if resume:
-                    run._resume(recipe_text, environment)
-                    return run
-                if not overwrite:
-                    raise RunFolderError(
-                        f"{path} already holds a run; continue it with --resume, replace it with --overwrite, "
-                        "or choose another --out DIR"
-                    )
+        with cls._locked(path) as run:
+            if not is_run_folder(path):
+                run._create(recipe_text, environment)
+            elif resume:
+                run._resume(recipe_text, environment)
+            elif overwrite:
                 run._clear()
-            run._create(recipe_text, environment)
+                run._create(recipe_text, environment)
+            else:
+                raise RunFolderError(
+                    f"{path} already holds a run; continue it with --resume, replace it with --overwrite, "
+                    "or choose another --out DIR"
+                )
             return run
-        except BaseException:
-            lock.release()
-            raise
 
     @classmethod
     def open(cls, path: str | Path, *, write: bool = False) -> Self:
@@ -118,18 +98,22 @@ class RunDir(ArtifactStore):
         if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):
             raise RunFolderError(f"{path} is not a run folder (no {RECIPE} in it); give one that prunekit run has made")
         check_no_external_links(path)
-        lock = FolderLock(path) if write else None
-        if lock is not None:
-            lock.acquire()
-        try:
+        with cls._locked(path) if write else contextlib.nullcontext(cls(path, {}, None)) as run:
             states.check_format(path)
-            run = cls(path, states.read(path), lock)
+            run._state = states.read(path)
             if write:
                 run._resolve_replacements()
             return run
+
+    @classmethod
+    @contextlib.contextmanager
+    def _locked(cls, path: Path) -> Iterator[Self]:
+        lock = FolderLock(path)
+        lock.acquire()
+        try:
+            yield cls(path, {}, lock)
         except BaseException:
-            if lock is not None:
-                lock.release()
+            lock.release()
             raise
 
     def _create(self, recipe_text: str, environment: dict[str, Any]) -> None:
@@ -159,11 +143,7 @@ class RunDir(ArtifactStore):
         self._set_status("running")
 
     def require_done(self, stage: str) -> Self:
-        """Return this folder, if the stage is done or no process is working on it.
-
-        Raises:
-            RunFolderError: a process is working on the run and has not finished this stage.
-        """
+        """Return this folder; raise RunFolderError while a process is working on it and has not finished the stage."""
         if self.status == "running" and not self.is_done(stage):
             raise RunFolderError(
                 f"{self.path} is in use by process {self._state['pid']} on {self._state['host']}, which has not "
@@ -177,10 +157,7 @@ class RunDir(ArtifactStore):
         try:
             entries = [e for e in self.path.iterdir() if e.name not in ("lock", STATE, RECIPE)]
             for entry in [*entries, self.path / RECIPE]:
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink(missing_ok=True)
+                remove(entry)
         except OSError as error:
             if is_disk_failure(error):
                 raise write_error(error, self.path, "empty") from error
@@ -250,30 +227,23 @@ class RunDir(ArtifactStore):
         stage_index(stage)
         if self._state["status"] != "running":
             self._set_status("running")
-        self._write_state({**self._state, "stage": stage, "pid": os.getpid(), "host": socket.gethostname()})
+        self._write_state({**self._state, "stage": stage, **_process()})
 
     def end(self, stage: str) -> None:
         """Record that this stage is done."""
-        stage_index(stage)
-        self._write_state(
-            {**self._state, "stage": stage, "done": [s for s in STAGES if s in {*self._state["done"], stage}]}
-        )
+        done = [s for s in STAGES if s == stage or self.is_done(s)]
+        self._write_state({**self._state, "stage": STAGES[stage_index(stage)], "done": done})
 
     def is_done(self, stage: str) -> bool:
         """Return whether this stage is done."""
-        stage_index(stage)
-        return stage in self._state["done"]
+        return STAGES[stage_index(stage)] in self._state["done"]
 
     def finish(self) -> None:
         """Record that the run is complete."""
         self._set_status("complete")
 
     def restart_from(self, stage: str) -> None:
-        """Mark this stage and the later ones as not done, and remove their outputs.
-
-        Raises:
-            RunFolderError: there is no such stage, or an earlier one is not done.
-        """
+        """Remove the outputs of this stage and the later ones; RunFolderError if an earlier one is not done."""
         first = stage_index(stage)
         for earlier in STAGES[:first]:
             if not self.is_done(earlier):
@@ -290,11 +260,9 @@ class RunDir(ArtifactStore):
         self.write_json(SUMMARY, self._summary_before(stage))
 
     def _summary_before(self, stage: str) -> dict[str, Any]:
-        """Return the summary without what this stage and the later ones have written."""
         kept = STAGES[: stage_index(stage)]
-        summary = {
-            k: v for k, v in self.read_json(SUMMARY).items() if k not in SUMMARY_STAGES or SUMMARY_STAGES[k] in kept
-        }
+        removed = {part for part, writer in SUMMARY_STAGES.items() if writer not in kept}
+        summary = {part: value for part, value in self.read_json(SUMMARY).items() if part not in removed}
         if "seconds" in summary:
             summary["seconds"] = {s: seconds for s, seconds in summary["seconds"].items() if s in kept}
         if SKIPPED_STEPS in summary:
@@ -309,7 +277,7 @@ class RunDir(ArtifactStore):
     def _set_status(self, status: str) -> None:
         # state.json last: while it says "running", readers check whether the process is alive.
         self.update_summary("status", status)
-        self._write_state({**self._state, "status": status, "pid": os.getpid(), "host": socket.gethostname()})
+        self._write_state({**self._state, "status": status, **_process()})
 
     # ---- summary
 
@@ -339,19 +307,13 @@ class RunDir(ArtifactStore):
     # ---- checkpoints
 
     def save_checkpoint(
-        self,
-        stage: str,
-        step: int,
-        tensors: dict[str, np.ndarray],
-        state: dict[str, Any],
-        keep: int,
-        best: int | None = None,
+        self, stage: str, step: int, tensors: Tensors, state: dict[str, Any], keep: int, best: int | None = None
     ) -> None:
         """Write a training checkpoint; see :meth:`CheckpointStore.save`."""
         self._require_write_access()
         self.checkpoints().save(stage, step, tensors, state, keep, best)
 
-    def load_checkpoint(self, stage: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    def load_checkpoint(self, stage: str) -> tuple[Tensors, dict[str, Any]] | None:
         """Return tensors and state of the newest intact checkpoint, or None; damaged ones are logged and skipped."""
         loaded = self.checkpoints().load(stage)
         return loaded and loaded[1:]
@@ -360,6 +322,10 @@ class RunDir(ArtifactStore):
         """Return the step of the checkpoint that :meth:`load_checkpoint` returns, or None."""
         loaded = self.checkpoints().load(stage)
         return loaded and loaded[0]
+
+
+def _process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def is_run_folder(path: Path) -> bool:
@@ -390,11 +356,9 @@ def _check_usable(path: Path) -> None:
 
 
 def _diff(old: str, new: str) -> str:
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), RECIPE, "now", lineterm="", n=0)
-    shown = list(islice(lines, _MAX_DIFF_LINES + 1))
-    if len(shown) > _MAX_DIFF_LINES:
-        shown[_MAX_DIFF_LINES:] = ["…"]
-    return "\n".join(shown)
+    lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), RECIPE, "now", lineterm="", n=0))
+    more = ["…"] if len(lines) > _MAX_DIFF_LINES else []
+    return "\n".join(lines[:_MAX_DIFF_LINES] + more)
 
 
 def _recipe_name(recipe_text: str, path: Path) -> str:

@@ -38,22 +38,14 @@ SUMMARY_STAGES = {
 
 
 def stage_index(stage: str) -> int:
-    """Return the position of a stage in :data:`STAGES`.
-
-    Raises:
-        RunFolderError: there is no such stage.
-    """
+    """Return the position of a stage in :data:`STAGES`; raise RunFolderError if there is no such stage."""
     if stage not in STAGES:
         raise RunFolderError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
     return STAGES.index(stage)
 
 
 def training_position(name: str) -> tuple[int, int]:
-    """Return the sort key of a training.
-
-    A training is named after its stage, except "baseline", which follows "train" within the stage train, and "step1",
-    "step2" …, which are part of the stage slim. Raises as :func:`stage_index` does.
-    """
+    """Return the sort key of a training: named after its stage, or "baseline" (after "train"), or "step1" … (slim)."""
     if name == "baseline":
         return stage_index("train"), 1
     number = name.removeprefix("step")

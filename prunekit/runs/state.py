@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,7 @@ _MARKERS = {STATE: "checksums", SUMMARY: "recipe"}
 
 
 def new_state() -> dict[str, Any]:
-    """Return the state of a run that this process starts.
-
-    ``run`` is a random id. Checkpoints carry it too, so that files of two runs cannot be mixed up.
-    """
+    """Return the state of a run that this process starts; checkpoints carry its random id ``run`` too."""
     return {
         "format": FORMAT,
         "prunekit": __version__,
@@ -43,15 +41,11 @@ def new_state() -> dict[str, Any]:
 def encode(state: dict[str, Any]) -> bytes:
     """Return the content of ``state.json``, with its checksum."""
     content = {key: value for key, value in state.items() if key != "check"}
-    return encode_json({**content, "check": _checksum(content)}, STATE)
+    return encode_json({**content, "check": sha256(encode_json(content, STATE))}, STATE)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read the state of a run folder; an empty one where the file is missing, as in a partial copy.
-
-    Raises:
-        CheckpointError: the file is damaged or cannot be read.
-    """
+    """Read the state, an empty one where the file is missing; CheckpointError if it is damaged or cannot be read."""
     path = folder / STATE
     try:
         data = path.read_bytes()
@@ -74,7 +68,7 @@ def check_format(folder: Path) -> None:
     """Check the format numbers of state and summary.
 
     Raises:
-        RunFolderError: the folder was written by a newer prunekit, or by one whose format is no longer read.
+        RunFolderError: another prunekit wrote them, with a format that this one does not read.
         CheckpointError: there has never been such a format.
     """
     for name, marker in _MARKERS.items():
@@ -103,22 +97,17 @@ def check_format(folder: Path) -> None:
             )
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return sha256(encode_json(content, STATE))
-
-
 def _validate(state: Any) -> None:
-    """Raise ValueError for anything that is not the state of a run."""
     if not isinstance(state, dict):
         raise ValueError("not the state of a run")
     if state.get("format") != FORMAT:
         raise ValueError(f"its format is {state.get('format')!r}")
-    if _checksum({key: value for key, value in state.items() if key != "check"}) != state.get("check"):
+    if decode_json(encode(state))["check"] != state.get("check"):
         raise ValueError("its checksum is wrong")
     tables = [state.get("checksums"), state.get("replacing", {})]
     are_texts = all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables)
     if not are_texts or not isinstance(state.get("done"), list) or not new_state().keys() <= state.keys():
         raise ValueError("not the state of a run")
-    for name in (name for table in tables for name in table):
+    for name in chain(*tables):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"it names {name!r}, which is outside the folder")
