@@ -22,15 +22,7 @@ EXAMPLE_IMAGES = 8
 
 
 class RunContext:
-    """What the stages of a run share.
-
-    Attributes:
-        recipe: the resolved recipe.
-        reporter: prints progress.
-        task: the recipe's task.
-        device: where models are trained and evaluated.
-        shape: channels, height and width of an input.
-    """
+    """What the stages of a run share; ``shape`` is that of an input: channels, height, width."""
 
     def __init__(self, recipe: Recipe, reporter: Reporter):
         self.recipe = recipe
@@ -54,12 +46,9 @@ class RunContext:
         if split not in self._tensors:
             data = self.recipe.data
             with self.reporter.spinner(f"reading data ({split})"):
+                folder, keep = data_folder(data.cache), distributed.is_main_process()
                 self._tensors[split] = cached_tensors(
-                    self.dataset(split),
-                    data.size,
-                    data_folder(data.cache),
-                    self.reporter.info,
-                    keep=distributed.is_main_process(),
+                    self.dataset(split), data.size, folder, self.reporter.info, keep=keep
                 )
         return self._tensors[split]
 
@@ -78,14 +67,8 @@ class RunContext:
 def _build_dataset(recipe: Recipe, split: str) -> ImageDataset:
     data = recipe.data
     builder = registry.datasets.get(data.name)
-    settings = {
-        "root": data.root,
-        "val_root": data.val_root,
-        "val_holdout": data.val_holdout,
-        "size": data.size,
-        "seed": recipe.seed,
-        "on_error": data.on_error,
-    }
+    settings = {key: getattr(data, key) for key in ("root", "val_root", "val_holdout", "size", "on_error")}
+    settings["seed"] = recipe.seed
     accepted = registry.parameter_names(builder)
     given = {key: value for key, value in settings.items() if key in accepted and value is not None}
     missing = [key for key in registry.required_parameters(builder) if key in settings and key not in given]

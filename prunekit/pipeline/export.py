@@ -43,18 +43,11 @@ _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One form in which a model is exported.
+    """One form in which a model is exported."""
 
-    Attributes:
-        form: "onnx", "openvino" or "pt2".
-        plain: the model as it was trained, instead of its deployed form.
-        preprocess: takes uint8 images and returns what the task makes of the logits.
-        int8: quantised.
-    """
-
-    form: str
-    plain: bool = False
-    preprocess: bool = False
+    form: str  # one of FORMATS
+    plain: bool = False  # as it was trained, instead of its deployed form
+    preprocess: bool = False  # takes uint8 images and returns what the task makes of the logits
     int8: bool = False
 
     def path(self, name: str, is_newest: bool) -> str:
@@ -78,29 +71,24 @@ def export_run(
     console: Console,
     *,
     model: str | None = None,
-    plain: bool = False,
-    preprocess: bool = False,
-    int8: bool = False,
     overrides: list[str] | None = None,
+    **marks: bool,
 ) -> list[Path]:
-    """Export a model of a run into its folder.
+    """Export a model of a run into its folder; return the files written.
 
     Args:
         folder: the run folder.
         form: "onnx", "openvino", "pt2", or "csnet" (the published form, ``exports/csnet.pth.tar`` and ``.bin``).
         console: for messages.
         model: "baseline", "dense", "slim" or "finetuned"; None for the last that the run has.
-        plain, preprocess, int8: as for :class:`Variant`.
         overrides: ``data.…=…``, where the run's data have moved, or where it has none.
-
-    Returns:
-        The files written.
+        **marks: ``plain``, ``preprocess``, ``int8`` of :class:`Variant`.
 
     Raises:
         RecipeError: there is no such form or model, or the options exclude each other.
         ExportError: the model cannot be exported, or the file computes something else.
     """
-    variant = Variant(form, plain, preprocess, int8)
+    variant = Variant(form, **marks)
     _check_options(variant, model)
     reporter = Reporter(console)
     with RunDir.open(folder, write=True) as run:
@@ -141,11 +129,7 @@ def _check_options(variant: Variant, model: str | None) -> None:
 
 
 def with_data(run: RunDir, overrides: list[str]) -> Recipe:
-    """Return the recipe of a run with changed data settings.
-
-    Raises:
-        RecipeError: a key is not below ``data``, or as ``recipe.load``.
-    """
+    """Return the recipe of a run with changed data settings; RecipeError for keys that are not below ``data``."""
     if not overrides:
         return read_recipe(run)
     from prunekit.config.recipe import load
@@ -159,13 +143,7 @@ def with_data(run: RunDir, overrides: list[str]) -> Recipe:
 
 @dataclass
 class Exporter:
-    """Exports one model of a run; what several files need is made once.
-
-    Args:
-        context: of the run.
-        run: receives the files.
-        name: "baseline", "dense", "slim" or "finetuned".
-    """
+    """Exports one model of a run, one of ``MODELS``; what several files need is made once."""
 
     context: RunContext
     run: RunDir
@@ -181,20 +159,15 @@ class Exporter:
         self.onnx = cache(self._onnx)
 
     def write(self, variant: Variant) -> list[Path]:
-        """Export one variant (for OpenVINO two files), compare it with the model, and only then write it.
-
-        Raises:
-            ExportError: as for :func:`export_run`.
-        """
+        """Export one variant (for OpenVINO two files), compare it with the model, and only then write it."""
         is_newest = self.name == newest_model(self.run)
         path = variant.path(self.name, is_newest)
         if variant.int8:
             return self._write_int8(path)
         model, example, inputs = self._parts(variant)
-        # The reference is the model as it was trained, not its deployed form.
-        reference = (
-            add_preprocessing(self.network, self.context.task, self.size) if variant.preprocess else self.network
-        )
+        reference = self.network  # as it was trained, not its deployed form
+        if variant.preprocess:
+            reference = add_preprocessing(self.network, self.context.task, self.size)
         if variant.form == "pt2":
             files = {path: export_pt2(model, example, self._metadata(variant))}
             difference = check_pt2(files[path], reference, inputs, path)
@@ -230,9 +203,7 @@ class Exporter:
         metrics = {"float32": self._evaluate(source, val, "float32"), "int8": self._evaluate(file, val, "int8")}
         written = self.run.write_bytes(path, file)
         self._update_summary({"int8": {"path": path, "images": len(val), "calibration": len(batches), **metrics}})
-        change = "  ".join(
-            f"{key} {value:.4f} → {metrics['int8'][key]:.4f}" for key, value in metrics["float32"].items()
-        )
+        change = compared(metrics["float32"], metrics["int8"])
         self.context.reporter.info(
             f"{written}: {self.name} model in int8, {len(file) / 1000:.0f} kB; calibrated on {len(batches)} "
             f"training images; on {len(val)} validation images {change}"
@@ -242,7 +213,7 @@ class Exporter:
     def _evaluate(self, file: bytes, dataset: ImageDataset, title: str) -> dict[str, float]:
         bar = self.context.reporter.progress_bar(f"evaluate {title}")
         try:
-            return self.context.task.evaluate(Computed(onnx_function(file)), dataset, self.size, 16, bar).metrics
+            return self.context.task.evaluate(_Computed(onnx_function(file)), dataset, self.size, 16, bar).metrics
         finally:
             bar.close()
 
@@ -254,7 +225,7 @@ class Exporter:
         return model
 
     def _parts(self, variant: Variant) -> tuple[nn.Module, Tensor, list[Tensor]]:
-        """Return what is exported, an example input for it, and the inputs of the comparison."""
+        """Return what is exported, an example input, and the inputs of the comparison."""
         model = self.form(_RUNTIMES[variant.form], variant.plain)
         side = self.size
         if variant.preprocess:
@@ -271,7 +242,6 @@ class Exporter:
         return export_onnx(model, example, self._metadata(variant) if variant.form == "onnx" else None)
 
     def _check_images(self) -> tuple[list[np.ndarray], str]:
-        """Return two images for the comparison, and where they are from."""
         try:
             dataset = self.context.dataset("val")
             images = [dataset.image(index) for index in range(min(2, len(dataset)))]
@@ -280,10 +250,9 @@ class Exporter:
             return (images * 2)[:2], "validation images"
         except PrunekitError as error:
             self.context.reporter.debug(f"export: checked on noise: {error}")
-            noise = np.random.default_rng(0)
             shapes = [(self.size + 11, self.size, 3), (self.size, self.size + 30, 3)]
-            images = [noise.integers(0, 256, shape, np.uint8) for shape in shapes]
-            return images, "noise (the run's data cannot be read)"
+            draw = np.random.default_rng(0).integers
+            return [draw(0, 256, shape, np.uint8) for shape in shapes], "noise (the run's data cannot be read)"
 
     @staticmethod
     def _prepare(images: list[np.ndarray], size: tuple[int, int]) -> Tensor:
@@ -329,15 +298,18 @@ class Exporter:
         self.run.update_summary("export", {**export, **entry})
 
 
-class Computed(nn.Module):
-    """A function of arrays as a module."""
-
+class _Computed(nn.Module):
     def __init__(self, compute: Callable[[np.ndarray], np.ndarray]):
         super().__init__()
         self.compute = compute
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.from_numpy(self.compute(image.contiguous().numpy()))
+
+
+def compared(before: dict[str, float], after: dict[str, float]) -> str:
+    """Return metrics before and after a change, as text."""
+    return "  ".join(f"{key} {value:.4f} → {after[key]:.4f}" for key, value in before.items())
 
 
 def without_paths(value: Any) -> Any:

@@ -31,11 +31,7 @@ DENSE_WEIGHTS = "dense/model.safetensors"
 
 
 def read_recipe(run: RunDir) -> Recipe:
-    """Read the resolved recipe of a run.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
+    """Read the resolved recipe of a run; CheckpointError if it is missing or damaged."""
     document, path = yaml.parse(run.read_text(RECIPE)), run.path / RECIPE
     if document.problems:
         problem = document.problems[0]
@@ -54,11 +50,7 @@ def read_recipe(run: RunDir) -> Recipe:
 
 
 def read_classes(run: RunDir) -> list[str]:
-    """Read the names of the classes of a run, in the order of the model's outputs; empty where it has none.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Read the classes of a run, in the order of the model's outputs; empty where it has none."""
     classes = run.read_json(CLASSES) if run.has(CLASSES) else []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{run.path / CLASSES} is not a list of names; start the run again with --overwrite")
@@ -66,11 +58,7 @@ def read_classes(run: RunDir) -> list[str]:
 
 
 def read_task(run: RunDir, recipe: Recipe) -> tuple[Task, list[str]]:
-    """Return the task of a run and the names of its classes.
-
-    Raises:
-        CheckpointError: the task needs classes and ``classes.json`` is missing or damaged.
-    """
+    """Return the task of a run and its classes; CheckpointError if it needs classes and they cannot be read."""
     task, classes = registry.tasks.get(recipe.task)(), read_classes(run)
     if issubclass(task.dataset_type, LabelDataset) and not classes:
         raise CheckpointError(f"{run.path / CLASSES} is missing; write the names of the classes into it as a JSON list")
@@ -81,7 +69,7 @@ def read_plan(run: RunDir, name: str) -> Plan | None:
     """Read ``<name>/plan.json``; None where there is none, since the model has the builder's shape.
 
     Raises:
-        CheckpointError: it is damaged, or was made from another dense model than that of this run.
+        CheckpointError: it is damaged, or was made from another dense model.
         PlanError: it is not a plan.
     """
     file = f"{name}/plan.json"
@@ -97,11 +85,7 @@ def read_plan(run: RunDir, name: str) -> Plan | None:
 
 
 def build_dense(recipe: Recipe) -> nn.Module:
-    """Build the dense model of a recipe, its initial weights drawn from the recipe's seed.
-
-    Raises:
-        PluginError: it is built by a file that the user has not trusted.
-    """
+    """Build the dense model of a recipe with its seed; PluginError if that needs a file that is not trusted."""
     backbone = recipe.backbone
     if backbone.file is not None:
         UserModule.read(backbone.file).check_trusted()
@@ -125,15 +109,15 @@ def input_shape(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def newest_model(run: RunDir) -> str:
-    """Return the last of :data:`MODELS` that the run has.
+    """Return the last of :data:`MODELS` that the run has; CheckpointError if it has none."""
+    if not (found := trained_models(run)):
+        raise CheckpointError(f"{run.path} holds no model yet; finish its training with: prunekit run … --resume")
+    return found[-1]
 
-    Raises:
-        CheckpointError: it has none.
-    """
-    for name in reversed(MODELS):
-        if run.has(f"{name}/model.safetensors"):
-            return name
-    raise CheckpointError(f"{run.path} holds no model yet; finish its training with: prunekit run … --resume")
+
+def trained_models(run: RunDir) -> list[str]:
+    """Return those of :data:`MODELS` that the run has."""
+    return [name for name in MODELS if run.has(f"{name}/model.safetensors")]
 
 
 def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Module:
@@ -142,24 +126,31 @@ def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Modul
     Args:
         run: the run folder.
         name: one of :data:`MODELS`, or "init".
-        recipe: the recipe of the run, where it is known already.
+        recipe: of the run, where it is known already.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit.
         PlanError: the plan does not fit the recipe's backbone.
     """
-    weights = run.read_tensors(f"{name}/model.safetensors")
+    path, weights = f"{run.path}/{name}/model.safetensors", run.read_tensors(f"{name}/model.safetensors")
     model = build_with_plan(recipe or read_recipe(run), read_plan(run, name))
-    _load_weights(model, weights, f"{run.path}/{name}/model.safetensors")
+    expected = model.state_dict()
+    for key in [*expected, *weights]:
+        problem = None
+        if key not in weights:
+            problem = f"{path} lacks {key}"
+        elif key not in expected:
+            problem = f"{path} has {key}, which the model does not"
+        elif (needed := tuple(expected[key].shape)) != weights[key].shape:
+            problem = f"{path}: {key} has shape {weights[key].shape}, the model needs {needed}"
+        if problem:
+            raise CheckpointError(f"{problem}; it belongs to another plan or recipe")
+    model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()})
     return model.eval()
 
 
 def save_model(run: RunDir, name: str, model: nn.Module, plan: Plan | None = None) -> None:
-    """Write a model into the run folder: its plan, then its weights.
-
-    Raises:
-        PrunekitError: a weight is not finite.
-    """
+    """Write a model into the run folder: its plan, then its weights; PrunekitError if a weight is not finite."""
     arrays = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
     for key, value in arrays.items():
         if not np.isfinite(value).all():
@@ -171,10 +162,9 @@ def save_model(run: RunDir, name: str, model: nn.Module, plan: Plan | None = Non
 
 
 def create_initial_model(run: RunDir, recipe: Recipe) -> tuple[nn.Module, Plan | None]:
-    """Return the model that training begins with, and its plan.
+    """Return the model that training begins with, and its plan: the builder's, or the newest of the run ``init``.
 
-    It is the builder's, or the newest model of the run that ``init`` names. That run may be gone later, so its model
-    is copied to ``init/`` first.
+    That run may be gone later, so its model is copied to ``init/`` first.
     """
     if recipe.init is None:
         return build_dense(recipe), None
@@ -190,11 +180,7 @@ def create_initial_model(run: RunDir, recipe: Recipe) -> tuple[nn.Module, Plan |
 
 
 def open_initial_run(recipe: Recipe) -> RunDir:
-    """Open the run that ``init`` names.
-
-    Raises:
-        RecipeError: it has another backbone.
-    """
+    """Open the run that ``init`` names; RecipeError if it has another backbone."""
     source = RunDir.open(Path(recipe.init).expanduser())
     theirs, ours = read_recipe(source).backbone, recipe.backbone
     if theirs != ours:
@@ -203,18 +189,3 @@ def open_initial_run(recipe: Recipe) -> RunDir:
             f"the recipe {ours.name} {ours.options}; give them the same"
         )
     return source
-
-
-def _load_weights(model: nn.Module, weights: dict[str, np.ndarray], path: str) -> None:
-    expected = model.state_dict()
-    for name in [*expected, *weights]:
-        if name not in weights:
-            raise CheckpointError(f"{path} lacks {name}; it belongs to another plan or recipe")
-        if name not in expected:
-            raise CheckpointError(f"{path} has {name}, which the model does not; it belongs to another plan or recipe")
-        if tuple(expected[name].shape) != weights[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {weights[name].shape}, the model needs {tuple(expected[name].shape)}; "
-                "it belongs to another plan or recipe"
-            )
-    model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in weights.items()})

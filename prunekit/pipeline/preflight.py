@@ -12,15 +12,7 @@ from prunekit.config import registry
 from prunekit.config.schema import Recipe, Training
 from prunekit.errors import PlanError, RecipeError
 from prunekit.pipeline.context import RunContext
-from prunekit.pipeline.models import (
-    CLASSES,
-    build_dense,
-    input_shape,
-    load_model,
-    newest_model,
-    open_initial_run,
-    read_classes,
-)
+from prunekit.pipeline.models import CLASSES, build_dense, load_model, newest_model, open_initial_run, read_classes
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.layer_matching import match_layers
 from prunekit.runs.run_dir import RunDir
@@ -37,16 +29,13 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
         context: of the run.
         load_data: read all images too.
         load_init: load the model of the run that ``init`` names too.
-
-    Raises:
-        PrunekitError: something cannot be built, or the parts do not go together.
     """
     recipe = context.recipe
     check_tracker(recipe)
     _check_devices(recipe)
     model = build_dense(recipe)
     _check_data_and_output(context, model)
-    _check_ignored_layers(recipe, model)
+    _check_ignored_layers(context, model)
     if recipe.init is not None and load_init:
         source = open_initial_run(recipe)
         load_model(source, newest_model(source))
@@ -60,11 +49,7 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
 
 
 def check_classes(context: RunContext, run: RunDir) -> None:
-    """Compare the classes of the data with those of the models in a run folder.
-
-    Raises:
-        RecipeError: they differ, or their order does.
-    """
+    """Raise RecipeError if the classes of the data, or their order, differ from those of a run folder."""
     ours = list(context.dataset("train").classes)
     theirs = read_classes(run) if run.has(CLASSES) else ours
     if ours != theirs:
@@ -84,7 +69,6 @@ def _check_devices(recipe: Recipe) -> None:
 
 
 def _check_data_and_output(context: RunContext, model: nn.Module) -> None:
-    """Check that data set, model and task go together."""
     recipe, task = context.recipe, context.task
     train, val = context.dataset("train"), context.dataset("val")
     for dataset in (train, val):
@@ -111,16 +95,15 @@ def _check_data_and_output(context: RunContext, model: nn.Module) -> None:
         raise RecipeError(f"task {recipe.task} with backbone {recipe.backbone.name}: {fault}")
 
 
-def _check_ignored_layers(recipe: Recipe, model: nn.Module) -> None:
-    if recipe.slim.ignored_layers:
+def _check_ignored_layers(context: RunContext, model: nn.Module) -> None:
+    if patterns := context.recipe.slim.ignored_layers:
         try:
-            match_layers(model, find_groups(model, torch.zeros(1, *input_shape(recipe))), recipe.slim.ignored_layers)
+            match_layers(model, find_groups(model, torch.zeros(1, *context.shape)), patterns)
         except PlanError as error:
             raise RecipeError(f"slim.{error}") from error
 
 
 def _check_training_options(context: RunContext, model: nn.Module) -> None:
-    """Call what optimizer, schedule, loss and augmentation are built from, with the recipe's options."""
     images, sizes = torch.zeros(1, 3, 8, 8), torch.full((1, 2), 8.0)
     targets = context.dataset("train").empty_targets(1, 8)
     for stage in ("train", "finetune"):

@@ -70,36 +70,24 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
 
 @dataclass(frozen=True)
 class _Slimmed:
-    """A slim model, and how one or more rounds of slimming led to it.
-
-    Attributes:
-        model: the slim model.
-        plan: of the builder's model.
-        kept: the number of channels that it keeps, of those that can be removed.
-        rounds: size and equivalence check of each round.
-        equivalence: the check of the last round.
-    """
-
     model: nn.Module
-    plan: Plan
-    kept: int
-    rounds: list[dict[str, Any]]
-    equivalence: EquivalenceReport
+    plan: Plan  # of the builder's model
+    kept: int  # channels, of those that can be removed
+    rounds: list[dict[str, Any]]  # size and equivalence check of each round
+    equivalence: EquivalenceReport  # of the last round
 
 
 def slim_stage(context: RunContext, run: RunDir) -> None:
-    """Rebuild the dense model with the channels that are kept, check it, and write it with its figures."""
+    """Rebuild the dense model with the channels that are kept, check it, and write it with its figures.
+
+    Where there are several rounds, the model is fine-tuned between them. The first round follows extract's plan.
+    """
     dense = load_model(run, "dense", context.recipe)
-    slimmed = _slim_in_rounds(context, run, dense)
-    _write_slim_model(context, run, dense, slimmed)
+    _write_slim_model(context, run, dense, _slim_in_rounds(context, run, dense))
 
 
 def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slimmed:
-    """Slim the dense model, fine-tuning between the rounds where there are several.
-
-    The first round follows extract's plan. Only checkpoints and metrics are written, so that a stage that is repeated
-    finds the dense model as it was.
-    """
+    # Only checkpoints and metrics are written, so that a stage that is repeated finds the dense model as it was.
     recipe, example = context.recipe, context.example()
     asked = read_plan(run, "extract")
     if asked is None:
@@ -131,10 +119,8 @@ def _slim_once(
     example, constants = context.example(), context.recipe.slim.constants
     if plan is not None:
         small, equivalence = slim(model, plan, example, groups=groups, constants=constants)
-        if (
-            goal is None
-            or -TOLERANCE <= goal.deviation(total(count_modules(small, context.shape)[0])[goal.measure]) <= 0
-        ):
+        sizes = total(count_modules(small, context.shape)[0])
+        if goal is None or -TOLERANCE <= goal.deviation(sizes[goal.measure]) <= 0:
             return small, equivalence
     return _channel_search(context, model, groups).slim(goal, example, constants)[:2]
 
@@ -166,21 +152,13 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
 
 
 def _record_origin(context: RunContext, run: RunDir, plan: Plan) -> None:
-    """Record in a plan what it was made from."""
     plan.input = list(context.shape)
     plan.recipe_hash = digest(context.recipe.model_dump(mode="json"))
     plan.dense_hash = run.checksum(DENSE_WEIGHTS)[:16]
 
 
 def compose_with_builder(recipe: Recipe, first: Plan | None, groups: Sequence[Group], second: Plan) -> Plan:
-    """Return, as a plan of the builder's model, a plan of the model that ``first`` makes of it.
-
-    Args:
-        recipe: names the builder.
-        first: None for the builder's own model.
-        groups: of the model that ``second`` was made for.
-        second: its notes are kept.
-    """
+    """Return, as a plan of the builder's model, a plan of the model (with these groups) that ``first`` makes of it."""
     if first is None:
         return second
     builder = build_dense(recipe)
@@ -192,20 +170,12 @@ def compose_with_builder(recipe: Recipe, first: Plan | None, groups: Sequence[Gr
 def lambda_controller(
     context: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay
 ) -> LambdaController | None:
-    """Return what adjusts λ towards the recipe's budget during training; None without a budget or without λ.
-
-    Raises:
-        PlanError: the budget cannot be met.
-    """
+    """Return what adjusts λ towards the budget, None without a budget or λ; PlanError if it cannot be met."""
     return _controller(context, model, groups, decay, _budget(context, model, groups))
 
 
 def progressive_pruning(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> ProgressivePruning | None:
-    """Return what removes dead channels during training; None where the recipe does not ask for it.
-
-    Raises:
-        PlanError: the budget cannot be met.
-    """
+    """Return what removes dead channels during training, if the recipe asks for it; PlanError as above."""
     recipe = context.recipe
     if recipe.train.prune_every is None:
         return None
@@ -215,8 +185,7 @@ def progressive_pruning(context: RunContext, model: nn.Module, groups: Sequence[
         decay = build_decay(context, pruned, pruned_groups)
         return decay, _controller(context, pruned, pruned_groups, decay, budget)
 
-    limits = _limits(recipe)
-    del limits["scope"]
+    limits = {key: value for key, value in _limits(recipe).items() if key != "scope"}
     return ProgressivePruning(
         model,
         groups,
@@ -262,7 +231,7 @@ def _goals(context: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[
 
 
 def _budget(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
-    """Return the recipe's target in absolute numbers, for a run that begins with this model; None without one."""
+    """Return the recipe's target in absolute numbers, for a run that begins with this model."""
     target = _target(context.recipe)
     return _size_search(context, model, groups).budget(**target) if target else None
 
@@ -272,15 +241,13 @@ def _target(recipe: Recipe) -> dict[str, Any]:
 
 
 def _size_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
-    """Return a search for sizes only: ranked by gates, since the limits do not depend on scores."""
+    # Ranked by gates, since sizes and limits do not depend on scores.
     return BudgetSearch(model, groups, context.shape, None, **_limits(context.recipe))
 
 
 def _channel_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
-    """Return a search for channels, ranked by the recipe's criterion."""
-    scores = bind_options(registry.importances, context.recipe.slim.importance)(
-        model, groups, _training_losses(context)
-    )
+    importance = bind_options(registry.importances, context.recipe.slim.importance)
+    scores = importance(model, groups, _training_losses(context))
     return BudgetSearch(model, groups, context.shape, scores, **_limits(context.recipe))
 
 

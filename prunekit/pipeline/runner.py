@@ -45,7 +45,7 @@ def run_recipe(
     overwrite: bool = False,
     start_from: str | None = None,
 ) -> Path:
-    """Run all stages of a recipe, or those that a run folder still lacks.
+    """Run all stages of a recipe, or those that a run folder still lacks; return the folder.
 
     Args:
         recipe: from ``recipe.load``.
@@ -54,9 +54,6 @@ def run_recipe(
         resume: continue the run in the folder.
         overwrite: replace it.
         start_from: with ``resume``, repeat this stage and the later ones.
-
-    Returns:
-        The run folder.
 
     Raises:
         PrunekitError: the run failed; the folder shows how far it came.
@@ -85,7 +82,7 @@ def run_recipe(
 
 @main_process_command
 def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overwrite: bool = False) -> Path:
-    """Repeat extract and slim on the trained model of another run, without training it again.
+    """Repeat extract and slim on the trained model of another run, without training it again; return ``out``.
 
     Args:
         source: a run folder. Its dense model is slimmed, or its newest where it has none (an imported slim model).
@@ -94,25 +91,15 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
         console: for progress and the report.
         overwrite: replace the run in ``out``.
 
-    Returns:
-        The new run folder.
-
     Raises:
         PrunekitError: as for ``run_recipe``.
     """
-    _check_different(source, out)
-    context = RunContext(recipe, Reporter(console))
-    context.reporter.training_epochs.pop("finetune", None)
-    old = RunDir.open(source).require_done("train")
-    part = "dense" if old.has(DENSE_WEIGHTS) else newest_model(old)
-    check_recipe(context, load_data=True)
-    check_classes(context, old)
-    with _run_folder(context, out, overwrite=overwrite) as run:
-        run.begin("extract")
+    with _derived_run(source, recipe, out, console, "extract", overwrite) as (context, old, run):
+        context.reporter.training_epochs.pop("finetune", None)
+        part = "dense" if old.has(DENSE_WEIGHTS) else newest_model(old)
         _copy_model(old, run, part, "dense")
         _copy_model(old, run, "baseline")
         _copy(old, run, f"{'init' if part == 'dense' else part}/plan.json", "init/plan.json")
-        _copy(old, run, CLASSES)
         _copy_figures(context, old, run, {part: "dense", "baseline": "baseline"})
         run.end("train")
         _run_stages(context, run, ("extract", "slim"))
@@ -127,26 +114,17 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
 
     Args, return value and errors as for ``slim_run``.
     """
-    _check_different(source, out)
-    context = RunContext(recipe, Reporter(console))
-    old = RunDir.open(source).require_done("slim")
-    newest_model(old)
-    _check_teacher(recipe, old)
-    check_recipe(context, load_data=True)
-    check_classes(context, old)
-    with _run_folder(context, out, overwrite=overwrite) as run:
-        run.begin("finetune")
+    with _derived_run(source, recipe, out, console, "finetune", overwrite) as (context, old, run):
         for name in ("baseline", "dense", "slim"):
             _copy_model(old, run, name)
-        for name in (CLASSES, "init/plan.json", "layers.json"):
+        for name in ("init/plan.json", "layers.json"):
             _copy(old, run, name)
         if not run.has("slim/model.safetensors"):
             _copy_model(run, run, "dense", "slim")
         _copy_figures(context, old, run, {part: part for part in ("baseline", "dense", "slim")})
-        summary = old.read_json("summary.json")
-        for part in ("kept", "equivalence", "drift"):
-            if part in summary:
-                run.update_summary(part, summary[part])
+        for part, value in old.read_json("summary.json").items():
+            if part in ("kept", "equivalence", "drift"):
+                run.update_summary(part, value)
         for stage in ("train", "extract", "slim"):
             run.end(stage)
         _run_stages(context, run, STAGES)
@@ -155,13 +133,27 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
 
 
 @contextmanager
-def _run_folder(context: RunContext, out: Path, **flags: bool) -> Iterator[RunDir]:
-    """Start or resume a run, with its log; yields the folder.
+def _derived_run(
+    source: Path, recipe: Recipe, out: Path, console: Console, first: str, overwrite: bool
+) -> Iterator[tuple[RunContext, RunDir, RunDir]]:
+    """Start a run whose first stage begins with the models of another run; yields both folders."""
+    _check_different(source, out)
+    context = RunContext(recipe, Reporter(console))
+    old = RunDir.open(source).require_done({"extract": "train", "finetune": "slim"}[first])
+    newest_model(old)
+    if first == "finetune":
+        _check_teacher(recipe, old)
+    check_recipe(context, load_data=True)
+    check_classes(context, old)
+    with _run_folder(context, out, overwrite=overwrite) as run:
+        run.begin(first)
+        _copy(old, run, CLASSES)
+        yield context, old, run
 
-    Raises:
-        PrunekitError: from ``RunDir.start`` or the stages; a RunError for an unexpected exception.
-        Interrupted: instead of a KeyboardInterrupt.
-    """
+
+@contextmanager
+def _run_folder(context: RunContext, out: Path, **flags: bool) -> Iterator[RunDir]:
+    """Start or resume a run, with its log; errors leave as a PrunekitError, Ctrl-C as Interrupted."""
     recipe, run = context.recipe, None
     try:
         with RunDir.start(out, recipe.dump(), environment(recipe.seed), **flags) as run:
@@ -227,7 +219,6 @@ def _pending_stages(out: Path, resume: bool, start_from: str | None) -> tuple[st
 
 
 def _copy(source: RunDir, target: RunDir, name: str, to: str | None = None) -> None:
-    """Copy a file between run folders, verified by its checksum, if the source has it."""
     if source.has(name):
         target.write_bytes(to or name, source.read_bytes(name))
 
@@ -238,14 +229,7 @@ def _copy_model(source: RunDir, target: RunDir, name: str, to: str | None = None
 
 
 def _copy_figures(context: RunContext, old: RunDir, run: RunDir, parts: dict[str, str]) -> None:
-    """Write the sizes of copied models, at the new recipe's image size, and their metrics if the data are the same.
-
-    Args:
-        context: of the new run.
-        old: the source.
-        run: the new run.
-        parts: name of each model in the source → its name in the new run.
-    """
+    """Write the sizes of copied models (old name → new), and their metrics if the data are the same."""
     summary = old.read_json("summary.json")
     data, old_data = (recipe.data.model_dump(exclude={"cache"}) for recipe in (context.recipe, read_recipe(old)))
     for old_part, part in parts.items():
@@ -273,11 +257,7 @@ def _check_different(source: Path, out: Path) -> None:
 
 
 def _check_not_half_derived(run: RunDir) -> None:
-    """Refuse to train models that were to be copied.
-
-    Where ``slim`` or ``finetune`` was stopped before it had copied them, a stage has begun although an earlier one is
-    not done.
-    """
+    # Where slim or finetune was stopped before it had copied the models, a stage has begun before its time.
     if run.stage is not None and any(not run.is_done(stage) for stage in STAGES[: STAGES.index(run.stage)]):
         raise RunFolderError(
             f"{run.path} was to begin with the models of another run, and was stopped before they were copied; repeat "

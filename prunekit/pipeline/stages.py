@@ -13,16 +13,16 @@ from prunekit.data.datasets import normalize
 from prunekit.data.images import encode_png
 from prunekit.errors import TrainingError
 from prunekit.pipeline.context import RunContext
-from prunekit.pipeline.export import Exporter, variants
+from prunekit.pipeline.export import Exporter, compared, variants
 from prunekit.pipeline.models import (
     CLASSES,
-    MODELS,
     build_with_plan,
     create_initial_model,
     load_model,
     newest_model,
     read_plan,
     save_model,
+    trained_models,
 )
 from prunekit.pipeline.preflight import check_classes
 from prunekit.pipeline.prune_stages import (
@@ -80,8 +80,7 @@ def evaluate_stage(context: RunContext, run: RunDir) -> None:
     """Evaluate all models of the run and the trivial predictors, and write the gallery."""
     _record_classes(context, run)
     recipe, task, dataset = context.recipe, context.task, context.dataset("val")
-    names = [name for name in MODELS if run.has(f"{name}/model.safetensors")]
-    models = {name: load_model(run, name, recipe).to(context.device) for name in names}
+    models = {name: load_model(run, name, recipe).to(context.device) for name in trained_models(run)}
     curves, errors = {}, []
     for name, model in models.items():
         counter = context.reporter.progress_bar(f"evaluate {name}")
@@ -117,10 +116,6 @@ def export_stage(context: RunContext, run: RunDir) -> None:
             exporter.write(variant)
 
 
-def report_stage(context: RunContext, run: RunDir) -> None:
-    """Do nothing: the report is printed when the run is complete."""
-
-
 STAGE_FUNCTIONS: dict[str, Callable[[RunContext, RunDir], None]] = {
     "train": train_stage,
     "extract": extract_stage,
@@ -128,7 +123,7 @@ STAGE_FUNCTIONS: dict[str, Callable[[RunContext, RunDir], None]] = {
     "finetune": finetune_stage,
     "evaluate": evaluate_stage,
     "export": export_stage,
-    "report": report_stage,
+    "report": lambda context, run: None,  # it is printed when the run is complete
 }
 
 
@@ -141,7 +136,6 @@ def _train_baseline(context: RunContext, run: RunDir) -> None:
 
 
 def _recalibrate(context: RunContext, run: RunDir, model: nn.Module) -> None:
-    """Recompute the norms' statistics on training data, and record the metrics before and after."""
     size = context.recipe.finetune.batch_size
     train, val = context.tensors("train"), context.tensors("val")
     order = torch.randperm(len(train), generator=seeded_generator(context.recipe.seed, "recalibrate", 0))
@@ -151,12 +145,10 @@ def _recalibrate(context: RunContext, run: RunDir, model: nn.Module) -> None:
     count = recalibrate(model, (normalize(train.images[rows].to(context.device)) for rows in full))
     after = context.task.validate(model, val, 4 * size)
     run.update_summary("recalibrated", {"batches": count, "before": before, "after": after})
-    change = "  ".join(f"{key} {value:.4f} → {after[key]:.4f}" for key, value in before.items())
-    context.reporter.info(f"finetune: norms recalibrated on {count} batches: {change}")
+    context.reporter.info(f"finetune: norms recalibrated on {count} batches: {compared(before, after)}")
 
 
 def _record_classes(context: RunContext, run: RunDir) -> None:
-    """Write the names of the classes, where there are any; raises as :func:`check_classes` does."""
     check_classes(context, run)
     classes = context.dataset("train").classes
     if classes and not run.has(CLASSES):

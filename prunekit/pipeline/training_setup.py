@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from prunekit.utils import distributed
 
 
 def build_decay(context: RunContext, model: nn.Module, groups: list[Group]) -> Decay:
-    """Build the recipe's decay for the gates of a model."""
+    """Return the recipe's decay for the gates of a model."""
     section = context.recipe.decay
     return registry.decays.get(section.name)(model, groups, section.weight, **section.options)
 
@@ -42,12 +42,7 @@ def train_model(
     """Train a model in place, resuming from the newest checkpoint in the run folder.
 
     Args:
-        context: of the run.
-        run: receives metrics and checkpoints.
-        training: its name there. "train" and "baseline" follow the recipe's section train, all others finetune.
-        model: the model to train.
-        groups: of the model.
-        decay: of its gates.
+        training: its name. "train" and "baseline" follow the recipe's section train, all others finetune.
         controller: adjusts λ towards the budget.
         pruning: removes dead channels during training.
 
@@ -56,7 +51,6 @@ def train_model(
     """
     recipe = context.recipe
     section = recipe.train if training in ("train", "baseline") else recipe.finetune
-    is_tracked = distributed.is_main_process()
     job = TrainingJob(
         stage=training,
         config=section,
@@ -71,7 +65,7 @@ def train_model(
         threshold=recipe.slim.threshold,
         lambda_controller=controller,
         progressive_pruning=pruning,
-        tracker=functools.partial(track, recipe, run.path, training) if is_tracked else no_tracker,
+        tracker=partial(track, recipe, run.path, training) if distributed.is_main_process() else no_tracker,
     )
     return Trainer(model.to(context.device), job, groups, decay).fit().cpu().eval()
 
@@ -81,7 +75,7 @@ def _training_loss(context: RunContext, run: RunDir, section: Training) -> Train
     if not (isinstance(section, FineTuning) and section.distill.weight):
         return TrainingLoss(loss)
     distill = section.distill
-    model = load_model(run, distill.teacher, context.recipe).to(context.device)
+    teacher = load_model(run, distill.teacher, context.recipe).to(context.device)
     # Without messages: the student prints the same ones.
-    teacher = channels_last(model, model, lambda _: None)
+    teacher = channels_last(teacher, teacher, lambda _: None)
     return TrainingLoss(loss, context.task, teacher, distill.weight, distill.temperature)

@@ -1,7 +1,6 @@
 """Commands that train, run by several processes: process 0 runs the command, the others join in its trainings.
 
-The workers run the stages that train, each from the run folder, and compute the same decisions from the same bits;
-the models are compared after every epoch. What they write stays in memory.
+The workers compute the same decisions from the same bits, and keep what they write in memory.
 """
 
 from __future__ import annotations
