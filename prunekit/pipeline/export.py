@@ -213,7 +213,7 @@ class Exporter:
     def _evaluate(self, file: bytes, dataset: ImageDataset, title: str) -> dict[str, float]:
         bar = self.context.reporter.progress_bar(f"evaluate {title}")
         try:
-            return self.context.task.evaluate(_Computed(onnx_function(file)), dataset, self.size, 16, bar).metrics
+            return self.context.task.evaluate(Computed(onnx_function(file)), dataset, self.size, 16, bar).metrics
         finally:
             bar.close()
 
@@ -298,7 +298,7 @@ class Exporter:
         self.run.update_summary("export", {**export, **entry})
 
 
-class _Computed(nn.Module):
+class Computed(nn.Module):
     def __init__(self, compute: Callable[[np.ndarray], np.ndarray]):
         super().__init__()
         self.compute = compute
