@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from prunekit.config.user_module import trust_modules
 from prunekit.errors import RecipeError
@@ -28,15 +29,11 @@ app = typer.Typer(
     "Exit status: 0 success, 2 usage error, 3 failure while running, 130 interrupted.",
 )
 
-RecipeName = Annotated[str, typer.Argument(help="Recipe file, or name of a shipped recipe.")]
-RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Set recipe keys, e.g. train.epochs=2.")
-]
-OverwriteRun = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
-Model = Annotated[
-    str | None, typer.Option(help="baseline, dense, slim or finetuned; default: the last one the run has.")
-]
+RecipeName = Annotated[str, Argument(help="Recipe file, or name of a shipped recipe.")]
+RunFolder = Annotated[Path, Argument(help="Run folder.")]
+Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Set recipe keys, e.g. train.epochs=2.")]
+OverwriteRun = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
+Model = Annotated[str | None, Option(help="baseline, dense, slim or finetuned; default: the last one the run has.")]
 
 
 def _print_version(requested: bool) -> None:
@@ -50,7 +47,7 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+        bool, Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
     pass
@@ -60,12 +57,12 @@ def _options(
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/NAME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume an existing run.")] = False,
+    out: Annotated[Path | None, Option(help="Run folder; default: runs/NAME.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Resume an existing run.")] = False,
     overwrite: OverwriteRun = False,
     start_from: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE", help="Repeat this stage and all later ones (implies --resume)."),
+        Option("--from", metavar="STAGE", help="Repeat this stage and all later ones (implies --resume)."),
     ] = None,
 ) -> None:
     """Run a recipe: train, extract, slim, fine-tune, evaluate, export and report."""
@@ -84,7 +81,7 @@ def run(
 def validate(
     recipe: RecipeName,
     overrides: Overrides = None,
-    print_: Annotated[bool, typer.Option("--print", help="Also print the recipe with all defaults.")] = False,
+    print_: Annotated[bool, Option("--print", help="Also print the recipe with all defaults.")] = False,
 ) -> None:
     """Check a recipe without running it: keys, types, ranges, names and options."""
     from prunekit.config.recipe import load
@@ -99,8 +96,8 @@ def validate(
 @app.command(name="cp")
 def cp(
     recipe: RecipeName,
-    file: Annotated[Path, typer.Argument(help="New file, or an existing folder.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    file: Annotated[Path, Argument(help="New file, or an existing folder.")],
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Copy a recipe with its comments, to edit it."""
     from prunekit.commands.copy_recipe import copy_recipe
@@ -110,22 +107,22 @@ def cp(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; optional with --published.")] = None,
+    runs: Annotated[list[Path] | None, Argument(help="Run folders; optional with --published.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for tables and figures; default: RUN/report, or ./report for several runs."),
+        Option(help="Folder for tables and figures; default: RUN/report, or ./report for several runs."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="HTML file; default: OUT/index.html.")] = None,
+    html: Annotated[Path | None, Option(metavar="FILE", help="HTML file; default: OUT/index.html.")] = None,
     columns: Annotated[
         str | None,
-        typer.Option(metavar="A,B,...", help="Columns of the summary, as in summary.csv: run,model,params,macs ..."),
+        Option(metavar="A,B,...", help="Columns of the summary, as in summary.csv: run,model,params,macs ..."),
     ] = None,
     sort: Annotated[
         str | None,
-        typer.Option(metavar="[-]COLUMN", help="Sort the summary by a column; --sort=-params sorts descending."),
+        Option(metavar="[-]COLUMN", help="Sort the summary by a column; --sort=-params sorts descending."),
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Also print the layers.")] = False,
-    published: Annotated[bool, typer.Option("--published", help="Add the published CSNet models (ECSSD).")] = False,
+    layers: Annotated[bool, Option("--layers", help="Also print the layers.")] = False,
+    published: Annotated[bool, Option("--published", help="Add the published CSNet models (ECSSD).")] = False,
 ) -> None:
     """Write tables, figures and an HTML page of one run, or of several runs side by side."""
     from prunekit.reporting import report as write_report
@@ -136,8 +133,8 @@ def report(
 @app.command()
 def watch(
     run: RunFolder,
-    every: Annotated[float, typer.Option(metavar="SECONDS", help="Refresh interval.")] = 5.0,
-    once: Annotated[bool, typer.Option("--once", help="Show the status once and exit.")] = False,
+    every: Annotated[float, Option(metavar="SECONDS", help="Refresh interval.")] = 5.0,
+    once: Annotated[bool, Option("--once", help="Show the status once and exit.")] = False,
 ) -> None:
     """Show the progress of a run until it ends, and update the figures in RUN/report after each epoch."""
     from prunekit.commands.watch import watch as watch_run
@@ -150,7 +147,7 @@ def eval_(
     run: RunFolder,
     data: Annotated[
         list[str],
-        typer.Option(
+        Option(
             metavar="NAME=FOLDER",
             help="Data set name and folder: images/ and GT/ for saliency, one folder of images per class for "
             "classification. Repeatable.",
@@ -158,15 +155,15 @@ def eval_(
     ],
     model: Model = None,
     size: Annotated[
-        int | None, typer.Option(help="Height and width of the model input in pixels; default: the recipe's.")
+        int | None, Option(help="Height and width of the model input in pixels; default: the recipe's.")
     ] = None,
     own_size: Annotated[
-        bool, typer.Option("--own-size", help="Use each image's own size, rounded up to a multiple of 16.")
+        bool, Option("--own-size", help="Use each image's own size, rounded up to a multiple of 16.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 16,
+    batch_size: Annotated[int, Option(help="Images per batch.")] = 16,
     on_error: Annotated[
         str,
-        typer.Option(metavar="raise|skip", help="What to do with unreadable images and images without mask or class."),
+        Option(metavar="raise|skip", help="What to do with unreadable images and images without mask or class."),
     ] = "raise",
 ) -> None:
     """Evaluate a model on data sets with the metrics of its task."""
@@ -178,8 +175,8 @@ def eval_(
 @app.command()
 def predict(
     run: RunFolder,
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    out: Annotated[Path, typer.Option(help="Output folder.")],
+    images: Annotated[list[Path], Argument(help="Images, or folders of images.")],
+    out: Annotated[Path, Option(help="Output folder.")],
     model: Model = None,
 ) -> None:
     """Apply a model to images; writes saliency maps or, for classification, predictions.csv."""
@@ -192,7 +189,7 @@ def predict(
 def slim(
     run: RunFolder,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="New run folder; default: RUN-slim.")] = None,
+    out: Annotated[Path | None, Option(help="New run folder; default: RUN-slim.")] = None,
     overwrite: OverwriteRun = False,
 ) -> None:
     """Prune a trained run again, e.g. with slim.threshold=5e-2, into a new run folder."""
@@ -210,7 +207,7 @@ def slim(
 def finetune(
     run: RunFolder,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="New run folder; default: RUN-finetuned.")] = None,
+    out: Annotated[Path | None, Option(help="New run folder; default: RUN-finetuned.")] = None,
     overwrite: OverwriteRun = False,
 ) -> None:
     """Fine-tune, evaluate and export the slim model of a run into a new folder, e.g. with finetune.epochs=5."""
@@ -227,22 +224,20 @@ def finetune(
 @app.command()
 def export(
     run: RunFolder,
-    form: Annotated[str, typer.Option("--format", help="onnx, openvino, pt2, or csnet (the published files).")],
+    form: Annotated[str, Option("--format", help="onnx, openvino, pt2, or csnet (the published files).")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="data.KEY=VALUE", help="Where the run's data are now, e.g. data.root=PHOTOS."),
+        Argument(metavar="data.KEY=VALUE", help="Where the run's data are now, e.g. data.root=PHOTOS."),
     ] = None,
     model: Model = None,
     preprocess: Annotated[
         bool,
-        typer.Option(
-            "--preprocess", help="Include preprocessing: uint8 images (N×H×W×3) in, maps or probabilities out."
-        ),
+        Option("--preprocess", help="Include preprocessing: uint8 images (N×H×W×3) in, maps or probabilities out."),
     ] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="Export the model as trained, without optimizations.")] = False,
+    plain: Annotated[bool, Option("--plain", help="Export the model as trained, without optimizations.")] = False,
     int8: Annotated[
         bool,
-        typer.Option("--int8", help="Quantize to int8, calibrated on the run's data; reports the loss in accuracy."),
+        Option("--int8", help="Quantize to int8, calibrated on the run's data; reports the loss in accuracy."),
     ] = False,
 ) -> None:
     """Export a run's model to a file that needs no prunekit, in the run folder."""
@@ -256,17 +251,17 @@ def export(
 @app.command()
 def bench(
     run: RunFolder,
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1",
+    batch: Annotated[str, Option(metavar="N,...", help="Batch sizes.")] = "1",
     size: Annotated[
         str | None,
-        typer.Option(metavar="N,...", help="Heights and widths of the inputs in pixels; default: the recipe's."),
+        Option(metavar="N,...", help="Heights and widths of the inputs in pixels; default: the recipe's."),
     ] = None,
     threads: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Numbers of threads; default: the number of cores.")
+        str | None, Option(metavar="N,...", help="Numbers of threads; default: the number of cores.")
     ] = None,
     forms: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="FORM,...",
             help="eager, deployed, compiled, ort_plain, ort, openvino_plain, openvino (default: all of these); "
             "deployed_bf16, openvino_bf16, ort_int8, openvino_int8.",
@@ -274,9 +269,9 @@ def bench(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Any of baseline, dense, slim, finetuned; default: dense,slim."),
+        Option(metavar="NAME,...", help="Any of baseline, dense, slim, finetuned; default: dense,slim."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Minimum measuring time of each row, in seconds.")] = 2.0,
+    seconds: Annotated[float, Option(help="Minimum measuring time of each row, in seconds.")] = 2.0,
 ) -> None:
     """Measure the latency of a run's models in PyTorch, ONNX Runtime and OpenVINO; writes RUN/bench.json."""
     from prunekit.commands.bench import bench_run
@@ -286,10 +281,10 @@ def bench(
 
 @app.command(name="import")
 def import_(
-    kind: Annotated[str, typer.Argument(help="csnet: the published CSNet files.")],
-    checkpoint: Annotated[Path, typer.Argument(help=".pth.tar file.")],
-    out: Annotated[Path, typer.Option(help="New run folder.")],
-    layout: Annotated[Path | None, typer.Argument(help=".bin file; not needed for a dense model.")] = None,
+    kind: Annotated[str, Argument(help="csnet: the published CSNet files.")],
+    checkpoint: Annotated[Path, Argument(help=".pth.tar file.")],
+    out: Annotated[Path, Option(help="New run folder.")],
+    layout: Annotated[Path | None, Argument(help=".bin file; not needed for a dense model.")] = None,
     overwrite: OverwriteRun = False,
 ) -> None:
     """Create a run folder from a model that was trained elsewhere."""
@@ -302,10 +297,10 @@ def import_(
 
 @app.command()
 def groups(
-    source: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe or run folder.")],
+    source: Annotated[str, Argument(metavar="RECIPE|RUN", help="Recipe or run folder.")],
     overrides: Overrides = None,
     model: Model = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: each group with its tensors and gates.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON: each group with its tensors and gates.")] = False,
 ) -> None:
     """List the groups of channels that are pruned together, with gates and costs, and what cannot be pruned."""
     from prunekit.commands.groups import dump, inspect_groups, show_groups
@@ -344,7 +339,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _pop_log_level(arguments: list[str]) -> int:
-    """Remove --log-level from the arguments and return its level."""
     name = "info"
     for index, argument in reversed(list(enumerate(arguments))):
         option, equals, value = argument.partition("=")

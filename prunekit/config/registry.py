@@ -1,7 +1,6 @@
 """Registries of builders: backbones, data sets, tasks, decays and everything else that a recipe names.
 
-All builders, prunekit's own included, come from the entry-point group ``prunekit.plugins``: each entry point names a
-module whose import registers something. They are loaded at the first lookup.
+Each entry point of the group ``prunekit.plugins`` names a module whose import registers builders, at the first lookup.
 """
 
 from __future__ import annotations
@@ -21,23 +20,15 @@ ENTRY_POINT_GROUP = "prunekit.plugins"
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered builder.
-
-    Attributes:
-        name: as recipes use it.
-        build: the builder.
-        origin: distribution that provides it, or else its module.
-        version: of the distribution.
-    """
+    """One registered builder; ``origin`` is the distribution that provides it, or else its module."""
 
     name: str
     build: Callable[..., Any]
     origin: str
-    version: str | None = None
+    version: str | None = None  # of the distribution
 
     @property
     def summary(self) -> str:
-        """First line of the builder's docstring."""
         return _summary(self.build)
 
 
@@ -50,7 +41,6 @@ class Family:
 
     @property
     def summary(self) -> str:
-        """First line of the docstring of ``find``."""
         return _summary(self.find)
 
 
@@ -129,7 +119,7 @@ class Registry:
         return self._entries[name]
 
     def get(self, name: str) -> Callable[..., Any]:
-        """Return the builder of this name; raises as :meth:`entry`."""
+        """Return the builder of this name; errors as in :meth:`entry`."""
         return self.entry(name).build
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
@@ -143,7 +133,6 @@ class Registry:
         return {key: p for key, p in parameters.items() if key not in self.supplied and p.kind != p.POSITIONAL_ONLY}
 
     def unknown(self, name: str) -> str:
-        """Return the message for an unknown name."""
         prefixes = [family.prefix for family in self.families()]
         match = closest_match(name, [*self.names(), *(f"{prefix}/{name.partition('/')[2]}" for prefix in prefixes)])
         hint = f", did you mean {match!r}?" if match else ";"
@@ -152,12 +141,10 @@ class Registry:
         return f"unknown {self.kind} {name!r}{hint} known: {known}" + (f" (not loaded: {failures})" if failures else "")
 
     def names(self) -> list[str]:
-        """Return all names, sorted."""
         _plugins.load()
         return sorted(self._entries)
 
     def families(self) -> list[Family]:
-        """Return the families, sorted by prefix."""
         _plugins.load()
         return [self._families[prefix] for prefix in sorted(self._families)]
 
@@ -225,7 +212,6 @@ def describe_error(error: BaseException) -> str:
 
 
 def parameter_names(build: Callable[..., Any]) -> list[str]:
-    """Return the names of a builder's parameters."""
     return list(inspect.signature(build).parameters)
 
 

@@ -15,30 +15,20 @@ from prunekit.errors import RecipeError
 
 @dataclass(frozen=True, order=True)
 class SourceLocation:
-    """Where a value was written; sorts by the recipe, its bases, then the overrides.
+    """Where a value was written; sorts by the recipe, its bases, then the overrides."""
 
-    Attributes:
-        rank: index of the file, or the number of files for an override.
-        line: from 1; for an override its index.
-        column: from 1.
-        text: as shown in messages.
-        file: None for an override.
-    """
-
-    rank: int
-    line: int
+    rank: int  # index of the file, or the number of files for an override
+    line: int  # from 1; for an override its index
     column: int
-    text: str
-    file: Path | None = field(default=None, compare=False)
+    text: str  # as shown in messages
+    file: Path | None = field(default=None, compare=False)  # None for an override
 
 
 @dataclass(frozen=True, order=True)
 class RecipeProblem:
-    """One error: its location, the key, and what is wrong with the fix."""
-
     location: SourceLocation
     path: yaml.Path = field(compare=False)
-    message: str = field(compare=False)
+    message: str = field(compare=False)  # what is wrong, and the fix
 
     def __str__(self) -> str:
         # The message may quote a plugin's multi-line error.
@@ -47,26 +37,17 @@ class RecipeProblem:
 
 @dataclass
 class ConfigTree:
-    """Unchecked values of one or several texts.
-
-    Attributes:
-        value: the values.
-        locations: path → location of every value in a text.
-        errors: what is wrong so far.
-        complete: False if a text could not be read, so that missing keys are not errors.
-    """
+    """Unchecked values of one or several texts, and what is wrong with them so far."""
 
     value: dict[str, Any] = field(default_factory=dict)
     locations: dict[yaml.Path, SourceLocation] = field(default_factory=dict)
     errors: list[RecipeProblem] = field(default_factory=list)
-    complete: bool = True
+    complete: bool = True  # False if a text could not be read, so that missing keys are not errors
 
     def location(self, path: yaml.Path) -> SourceLocation:
         """Return the location of a path; if it was not written, that of a value below it or else of its parent."""
-        if path not in self.locations:
-            below = next((self.locations[p] for p in _paths(self.get(path), path) if p in self.locations), None)
-            return below or self.location(path[:-1])
-        return self.locations[path]
+        written = (self.locations[p] for p in _paths(self.get(path), path) if p in self.locations)
+        return next(written, None) or self.location(path[:-1])
 
     def get(self, path: yaml.Path) -> Any:
         """Return the value at this path, or None."""
@@ -89,11 +70,9 @@ class ConfigTree:
                 section[path[-1]] = {"name": section[path[-1]]}
 
     def merge(self, upper: ConfigTree, drop_options: bool = True) -> None:
-        """Merge another tree over this one: mappings recursively, other values are replaced.
+        """Merge ``upper`` over this tree: mappings recursively, other values are replaced.
 
-        Args:
-            upper: the tree that takes precedence.
-            drop_options: whether a new ``name`` removes the ``options`` of the old one.
+        With ``drop_options``, a new ``name`` removes the ``options`` of the old one.
         """
         self.value = self._merge(self.value, upper.value, (), upper, drop_options)
         self.errors += upper.errors

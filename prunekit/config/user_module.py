@@ -9,7 +9,6 @@ someone else, runs only if the user has run a file with the same content before 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import re
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 from prunekit.config.registry import closest_match, describe_error
 from prunekit.errors import PluginError, PrunekitError, RecipeError
-from prunekit.utils.io import cache_folder
+from prunekit.utils.io import cache_folder, sha256
 
 DIGITS = 16
 _PINNED_PATH = re.compile(r"(?P<path>.*)#sha256=(?P<digits>[0-9a-f]{8,64})", re.DOTALL)
@@ -33,17 +32,11 @@ _modules: dict[tuple[Path, str], ModuleType] = {}
 
 @dataclass(frozen=True)
 class UserModule:
-    """A Python file and its current content.
+    """A Python file and its current content."""
 
-    Attributes:
-        path: absolute path.
-        data: its content.
-        expected: first digits of the SHA-256 in the recipe, or None.
-    """
-
-    path: Path
+    path: Path  # absolute
     data: bytes
-    expected: str | None
+    expected: str | None  # first digits of the SHA-256 in the recipe
 
     @classmethod
     def read(cls, text: str, folder: Path | None = None) -> UserModule:
@@ -73,8 +66,7 @@ class UserModule:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content, in hexadecimal."""
-        return hashlib.sha256(self.data).hexdigest()
+        return sha256(self.data)
 
     @property
     def pinned_path(self) -> str:
@@ -98,11 +90,7 @@ class UserModule:
             (_records() / self.digest).touch()
 
     def check_trusted(self) -> None:
-        """Check that the user trusts this content.
-
-        Raises:
-            PluginError: it was not run before, and ``--trust`` is not given.
-        """
+        """Raise PluginError if the user has not run this content before and ``--trust`` is not given."""
         if _trust_all:
             self.trust()
         elif self.digest not in _trusted and not (_records() / self.digest).is_file():
@@ -115,7 +103,10 @@ class UserModule:
         Raises:
             PluginError: the file fails to import, or has no such function.
         """
-        module = self._load_module()
+        key = self.path, self.digest
+        if key not in _modules:
+            _modules[key] = self._import(f"{self.path.stem}_{self.digest[:DIGITS]}")
+        module = _modules[key]
         function = getattr(module, name, None)
         if not callable(function):
             functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -123,12 +114,6 @@ class UserModule:
             hint = f"; did you mean {match!r}?" if match else ""
             raise PluginError(f"{self.path} has no function {name!r}{hint}")
         return function
-
-    def _load_module(self) -> ModuleType:
-        key = self.path, self.digest
-        if key not in _modules:
-            _modules[key] = self._import(f"{self.path.stem}_{self.digest[:DIGITS]}")
-        return _modules[key]
 
     def _import(self, name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, self.path)

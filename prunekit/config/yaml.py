@@ -1,7 +1,6 @@
 """Read and write YAML: plain values of the YAML 1.2.2 core schema (section 10.3), with the position of each.
 
-PyYAML scans, parses and writes; its YAML 1.1 scalars are not used (there ``1e-4`` is a string, ``on`` a boolean and
-``12:30`` a number in base 60). No Python object is ever built from a tag.
+PyYAML's YAML 1.1 scalars are not used (there ``1e-4`` is a string, ``on`` a boolean and ``12:30`` a number in base 60).
 """
 
 from __future__ import annotations
@@ -9,14 +8,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from yaml.composer import Composer
-from yaml.parser import Parser
-from yaml.reader import Reader
-from yaml.resolver import BaseResolver
-from yaml.scanner import Scanner
 
 Path = tuple[str | int, ...]
 
@@ -37,7 +31,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong at one position of a document (line and column from 1), and the fix."""
+    """What is wrong at a line and column (from 1), and the fix."""
 
     path: Path
     line: int
@@ -49,20 +43,15 @@ class Problem:
 class Document:
     """A parsed document.
 
-    Attributes:
-        value: dicts with string keys, lists, strings, 64-bit integers, finite floats, booleans and None. A value with a
-            problem is None, or absent if the problem is its key.
-        positions: path → (line, column), from 1; for an entry of a mapping the position of its key.
-        spans: path of a scalar → its start and end in the text.
-        problems: all problems found.
-        complete: False if the text could not be parsed, so that missing keys are not errors.
+    The values are dicts with string keys, lists, strings, 64-bit integers, finite floats, booleans and None. A value
+    with a problem is None, or absent if the problem is its key.
     """
 
     value: Any = None
-    positions: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    spans: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    positions: dict[Path, tuple[int, int]] = field(default_factory=dict)  # line and column of a value, or of its key
+    spans: dict[Path, tuple[int, int]] = field(default_factory=dict)  # start and end of a scalar in the text
     problems: list[Problem] = field(default_factory=list)
-    complete: bool = True
+    complete: bool = True  # False if the text could not be parsed, so that missing keys are not errors
 
 
 def parse(source: bytes | str) -> Document:
@@ -76,7 +65,7 @@ def parse(source: bytes | str) -> Document:
     try:
         node = _compose(_decode(source))
         if node is not None:
-            document.value = _Builder(document).build(node, (), _position(node))
+            document.value = _Builder(document).build(node, (), _position(node.start_mark))
     except _UnreadableError as error:
         document.value, document.complete = None, False
         document.problems.append(error.problem)
@@ -94,25 +83,17 @@ class _UnreadableError(Exception):
     """The document cannot be read any further."""
 
     def __init__(self, message: str, line: int = 1, column: int = 1):
-        super().__init__(message)
         self.problem = Problem((), line, column, message)
 
 
-class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
-    """PyYAML's loader without a constructor."""
-
-    def __init__(self, text: str):
-        Reader.__init__(self, text)
-        Scanner.__init__(self)
-        Parser.__init__(self)
-        Composer.__init__(self)
-        BaseResolver.__init__(self)
+class _Loader(yaml.BaseLoader):
+    # Not inherited: the dumper adds its own resolvers, too.
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
         # PyYAML recurses, and visits all open brackets for each new one.
         if self.flow_level >= MAX_DEPTH:
-            mark = self.get_mark()
-            raise _UnreadableError(f"nested deeper than {MAX_DEPTH} levels; flatten it", mark.line + 1, mark.column + 1)
+            raise _UnreadableError(f"nested deeper than {MAX_DEPTH} levels; flatten it", *_position(self.get_mark()))
         super().fetch_flow_collection_start(token)
 
 
@@ -144,10 +125,9 @@ def _decode(source: bytes | str) -> str:
         return source.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # Not `source`: utf-8-sig counts from after the byte order mark.
-        before = error.object[: error.start].decode("utf-8")
-        line, column = _line_column(before)
-        byte = error.object[error.start]
-        raise _UnreadableError(f"byte 0x{byte:02x} is not UTF-8; save the file as UTF-8", line, column) from None
+        position = _line_column(error.object[: error.start].decode())
+        message = f"byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        raise _UnreadableError(message, *position) from None
 
 
 def _line_column(before: str) -> tuple[int, int]:
@@ -159,29 +139,24 @@ def _compose(text: str) -> yaml.Node | None:
         return _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        if error.context and error.context.startswith("expected a single document"):
-            raise _UnreadableError("a second document starts here; keep one per file", line, column) from None
         problem = " ".join(f"{error.problem or error.context}".split())
-        raise _UnreadableError(
-            f"invalid YAML: {problem}; fix it here or just before, or quote the text", line, column
-        ) from None
+        message = f"invalid YAML: {problem}; fix it here or just before, or quote the text"
+        if error.context and error.context.startswith("expected a single document"):
+            message = "a second document starts here; keep one per file"
+        raise _UnreadableError(message, *(_position(mark) if mark else ())) from None
     except yaml.reader.ReaderError as error:
-        line, column = _line_column(text[: error.position])
-        raise _UnreadableError(
-            f"character U+{ord(text[error.position]):04X} is not allowed in YAML; remove it", line, column
-        ) from None
+        message = f"character U+{ord(text[error.position]):04X} is not allowed in YAML; remove it"
+        raise _UnreadableError(message, *_line_column(text[: error.position])) from None
     except RecursionError:
         raise _UnreadableError(f"nested deeper than {MAX_DEPTH} levels; flatten it") from None
     except (ValueError, OverflowError):
         # PyYAML does not check the numbers of escapes and directives: "\UFFFFFFFF", "%YAML 1.999…".
-        raise _UnreadableError(
-            "invalid YAML: an escape such as \\U or a % directive has a number out of range; remove it"
-        ) from None
+        message = "invalid YAML: an escape such as \\U or a % directive has a number out of range; remove it"
+        raise _UnreadableError(message) from None
 
 
-def _position(node: yaml.Node) -> tuple[int, int]:
-    return node.start_mark.line + 1, node.start_mark.column + 1
+def _position(mark: yaml.Mark) -> tuple[int, int]:
+    return mark.line + 1, mark.column + 1
 
 
 class _Builder:
@@ -197,28 +172,29 @@ class _Builder:
             raise _UnreadableError(f"more than {MAX_VALUES} values, aliases counted each time; write less", *position)
         # This also stops an alias inside its own anchor.
         if len(path) > MAX_DEPTH:
-            raise _UnreadableError(
-                f"nested deeper than {MAX_DEPTH} levels, or an alias contains itself; flatten it", *position
-            )
+            message = f"nested deeper than {MAX_DEPTH} levels, or an alias contains itself; flatten it"
+            raise _UnreadableError(message, *position)
         self.document.positions[path] = position
         tag = node.tag.removeprefix(_TAG)
         if isinstance(node, yaml.MappingNode) and tag == "map":
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and tag == "seq":
-            return [self.build(item, (*path, i), _position(item)) for i, item in enumerate(node.value)]
+            return [self.build(item, (*path, i), _position(item.start_mark)) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and (tag == "str" or tag in _CORE):
             self.document.spans[path] = (node.start_mark.index, node.end_mark.index)
             try:
                 return _scalar(tag, node.value)
             except ValueError as error:
-                return self._add_problem(path, position, str(error))
-        tag = quote(node.tag.replace(_TAG, "!!"))
-        return self._add_problem(path, position, f"the tag {tag} is not allowed; write a plain value")
+                problem = str(error)
+        else:
+            problem = f"the tag {quote(node.tag.replace(_TAG, '!!'))} is not allowed; write a plain value"
+        self.document.problems.append(Problem(path, *position, problem))
+        return None
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            position = _position(key_node)
+            position = _position(key_node.start_mark)
             is_scalar = isinstance(key_node, yaml.ScalarNode)
             key = key_node.value if is_scalar else "?"
             if not (is_scalar and key_node.tag == _TAG + "str"):
@@ -231,11 +207,8 @@ class _Builder:
             else:
                 mapping[key] = self.build(value_node, (*path, key), position)
                 continue
-            self._add_problem((*path, key), position, problem)
+            self.document.problems.append(Problem((*path, key), *position, problem))
         return mapping
-
-    def _add_problem(self, path: Path, position: tuple[int, int], message: str) -> None:
-        self.document.problems.append(Problem(path, *position, message))
 
 
 def _scalar(tag: str, text: str) -> Any:

@@ -1,16 +1,14 @@
-"""Progress of a run: a live display in a terminal, one plain line per epoch elsewhere.
-
-The display wraps between parts, so that it fits terminals of any width, and has an ASCII form.
-"""
+"""Progress of a run: a live display in a terminal of any width, in ASCII too; one plain line per epoch elsewhere."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,8 @@ GAP = "  "
 
 def training_epochs(train: int, finetune: int, rounds: int = 1, baseline: bool = False) -> dict[str, int]:
     """Return name → epochs of the trainings of a run: train, baseline, step1, step2, …, finetune."""
-    return {
-        "train": train,
-        **({"baseline": train} if baseline else {}),
-        **{f"step{number}": finetune for number in range(1, rounds)},
-        "finetune": finetune,
-    }
+    steps = {f"step{number}": finetune for number in range(1, rounds)}
+    return {"train": train} | ({"baseline": train} if baseline else {}) | steps | {"finetune": finetune}
 
 
 def sparkline(values: Sequence[float], width: int = SPARKLINE_WIDTH, ascii_only: bool = False) -> str:
@@ -70,7 +64,6 @@ def _format_penalty(number: float) -> str:
 
 
 def _format_sizes(line: dict[str, Any]) -> list[str]:
-    """Return sizes and budgets: params 145k/100k."""
     budget = line.get("budget", {})
     return [
         f"{name} {format_count(size)}" + (f"/{format_count(budget[name])}" if name in budget else "")
@@ -93,32 +86,19 @@ def format_epoch(line: dict[str, Any], epochs: int | None = None) -> str:
 
 @dataclass
 class TrainingStatus:
-    """The state of a training at one moment, which renders itself.
-
-    Attributes:
-        stage: its name.
-        epoch: current epoch, from 1.
-        epochs: number of epochs, or None if unknown.
-        progress: share of the training that is done, 0 to 1.
-        seconds_left: until the training ends, or None if unknown.
-        run_seconds_left: estimate until all trainings end, or None if this is the last one.
-        losses: for the sparkline.
-        line: the known part of an epoch's line in ``metrics.jsonl``.
-        histories: metric → value of each epoch.
-    """
+    """The state of a training at one moment, which renders itself."""
 
     stage: str
-    epoch: int = 0
+    epoch: int = 0  # from 1
     epochs: int | None = None
-    progress: float = 0.0
-    seconds_left: float | None = None
-    run_seconds_left: float | None = None
+    progress: float = 0.0  # from 0 to 1
+    seconds_left: float | None = None  # None: unknown
+    run_seconds_left: float | None = None  # until all trainings end; None if this is the last one
     losses: Sequence[float] = ()
-    line: dict[str, Any] = field(default_factory=dict)
-    histories: dict[str, Sequence[float]] = field(default_factory=dict)
+    line: dict[str, Any] = field(default_factory=dict)  # the known part of an epoch's line in metrics.jsonl
+    histories: dict[str, Sequence[float]] = field(default_factory=dict)  # metric → value of each epoch
 
-    def parts(self, ascii_only: bool) -> list[Text]:
-        """Return what is shown below the bar."""
+    def _parts(self, ascii_only: bool) -> list[Text]:
         line, parts = self.line, []
         if "loss" in line:
             parts.append(f"loss {line['loss']:.3f} {sparkline(self.losses, ascii_only=ascii_only)}".rstrip())
@@ -138,7 +118,7 @@ class TrainingStatus:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         total = f"/{self.epochs}" if self.epochs else ""
         head = Text.assemble((self.stage, "bold"), f" epoch {self.epoch}{total}")
-        parts = self.parts(options.ascii_only)
+        parts = self._parts(options.ascii_only)
         if self.seconds_left is None and self.progress >= 1:
             yield from wrap_parts([head, *parts], options.max_width)
             return
@@ -176,20 +156,12 @@ def _single_line(text: Text) -> Text:
 
 
 class Reporter:
-    """Reports messages, stages, steps and epochs to a console and a log file.
-
-    Args:
-        console: for messages and the live display.
-
-    Attributes:
-        log_file: gets every message with the time; a failure to write it is reported once.
-        training_epochs: name → epochs of the run's trainings, to estimate the remaining time.
-    """
+    """Reports messages, stages, steps and epochs to a console, which has the live display, and a log file."""
 
     def __init__(self, console: Console):
         self.console = console
         self.log_file: Path | None = None
-        self.training_epochs: dict[str, int] = {}
+        self.training_epochs: dict[str, int] = {}  # of the run's trainings by name, to estimate the remaining time
         self._log_failed = False
         self._views: list[Any] = []
         self._live: Live | None = None
@@ -239,12 +211,9 @@ class Reporter:
     @contextmanager
     def spinner(self, title: str) -> Iterator[None]:
         """Within ``with``, show a title and the elapsed time."""
-        view = _SpinnerView(title)
-        self._push(view)
-        try:
+        with closing(_SpinnerView(title, self._pop)) as view:
+            self._push(view)
             yield
-        finally:
-            self._pop(view)
 
     def progress_bar(self, title: str) -> _ProgressBarView:
         """Show a bar; call the returned object with (done, total), and ``close`` it at the end."""
@@ -267,27 +236,26 @@ class Reporter:
         """
         names = list(self.training_epochs)
         later = names[names.index(stage) + 1 :] if stage in names else []
-        later_epochs = sum(self.training_epochs[name] for name in later)
-        self._training = _TrainingView(stage, epochs, steps, first * steps + step, list(losses), later_epochs)
+        later_steps = steps * sum(self.training_epochs[name] for name in later)
+        self._training = _TrainingView(stage, epochs, steps, first * steps + step, later_steps, list(losses))
         self._push(self._training)
 
     def log_step(self, done: int, loss: float, penalty: float, weight: float, alive: int, total: int) -> None:
         """Report that ``done`` steps are done; ``weight`` is λ, ``alive`` of ``total`` channels are not dead."""
         if self._training is not None:
             figures = {"loss": loss, "penalty": penalty, "lambda": weight, "alive": alive, "of": total}
-            self._training.step(done, figures)
+            self._training.log_step(done, figures)
 
     def log_epoch(self, line: dict[str, Any]) -> None:
         """Report an epoch, given its line in ``metrics.jsonl``."""
         if self._training is not None:
-            self._training.epoch(line)
+            self._training.log_epoch(line)
         self.info(format_epoch(line, self._training and self._training.epochs))
 
     def end_training(self) -> None:
         """Hide the training."""
-        if self._training is not None:
-            self._pop(self._training)
-            self._training = None
+        self._pop(self._training)
+        self._training = None
 
     def _push(self, view: Any) -> None:
         self._views.append(view)
@@ -308,21 +276,27 @@ class Reporter:
         return self._views[-1] if self._views else ""
 
 
+@dataclass(eq=False)
 class _TrainingView:
-    def __init__(self, stage: str, epochs: int, steps: int, done: int, losses: list[float], later_epochs: int):
-        self.stage, self.epochs, self.steps, self.later_epochs = stage, epochs, steps, later_epochs
-        self.first = self.done = done
-        self.epoch_losses = losses
+    stage: str
+    epochs: int
+    steps: int
+    done: int
+    later_steps: int
+    epoch_losses: list[float]
+
+    def __post_init__(self) -> None:
+        self.first = self.done
         self.step_losses: list[float] = []  # of the current epoch
         self.line: dict[str, Any] = {}
         self.started = self.updated = time.monotonic()
 
-    def step(self, done: int, figures: dict[str, Any]) -> None:
+    def log_step(self, done: int, figures: dict[str, Any]) -> None:
         self.done, self.updated = done, time.monotonic()
         self.step_losses.append(figures["loss"])
         self.line = {**self.line, **figures}
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def log_epoch(self, line: dict[str, Any]) -> None:
         self.epoch_losses, self.step_losses = [*self.epoch_losses, line["loss"]], []
         self.line, self.updated = line, time.monotonic()
 
@@ -331,55 +305,50 @@ class _TrainingView:
         if self.done > self.first:
             seconds_per_step = (self.updated - self.started) / (self.done - self.first)
             left = max(0.0, seconds_per_step * (total - self.done) - (time.monotonic() - self.updated))
-            run_left = left + seconds_per_step * self.steps * self.later_epochs if self.later_epochs else None
+            run_left = left + seconds_per_step * self.later_steps if self.later_steps else None
         losses = self.step_losses
         if self.epoch_losses:
-            mean = [math.fsum(self.step_losses) / len(self.step_losses)] if self.step_losses else []
-            losses = [*self.epoch_losses, *mean]
-        return TrainingStatus(
-            stage=self.stage,
-            epoch=min(self.epochs, max(self.done - 1, self.first) // self.steps + 1),
-            epochs=self.epochs,
-            progress=self.done / max(total, 1),
-            seconds_left=left,
-            run_seconds_left=run_left,
-            losses=losses,
-            line=self.line,
-        )
+            losses = [*self.epoch_losses, *([math.fsum(losses) / len(losses)] if losses else [])]
+        epoch = min(self.epochs, max(self.done - 1, self.first) // self.steps + 1)
+        progress = self.done / max(total, 1)
+        return TrainingStatus(self.stage, epoch, self.epochs, progress, left, run_left, losses, self.line)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.status()
 
 
-class _SpinnerView:
-    def __init__(self, title: str):
-        self.title = title
+class _View:
+    """A title that is shown until ``close``."""
+
+    def __init__(self, title: str, close: Callable[[Any], None]):
+        self.title, self.close = Text(title, "bold"), partial(close, self)
         self.started = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+
+class _SpinnerView(_View):
+    def __init__(self, title: str, close: Callable[[Any], None]):
+        super().__init__(title, close)
         self.spinners = {ascii_only: Spinner("line" if ascii_only else "dots") for ascii_only in (False, True)}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         spinner = self.spinners[options.ascii_only].render(console.get_time())
-        elapsed = format_duration(time.monotonic() - self.started)
-        yield from wrap_parts([Text.assemble(spinner, " ", (self.title, "bold"), " ", elapsed)], options.max_width)
+        text = Text.assemble(spinner, " ", self.title, " ", format_duration(self.elapsed))
+        yield from wrap_parts([text], options.max_width)
 
 
-class _ProgressBarView:
-    def __init__(self, title: str, close: Callable[[Any], None]):
-        self.title = title
-        self.done, self.total = 0, 0
-        self.started = time.monotonic()
-        self._close = close
+class _ProgressBarView(_View):
+    done = total = 0
 
     def __call__(self, done: int, total: int) -> None:
         self.done, self.total = done, total
 
-    def close(self) -> None:
-        self._close(self)
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        elapsed = time.monotonic() - self.started
-        tail = format_duration(elapsed)
+        tail = format_duration(self.elapsed)
         if self.done:
-            tail = f"{format_duration(elapsed / self.done * (self.total - self.done))} left"
-        head = Text.assemble((self.title, "bold"), f" {self.done}/{self.total}" if self.total else "")
+            tail = f"{format_duration(self.elapsed / self.done * (self.total - self.done))} left"
+        head = Text.assemble(self.title, f" {self.done}/{self.total}" if self.total else "")
         yield from progress_line(head, self.done / self.total if self.total else None, Text(tail), options)
