@@ -46,7 +46,9 @@ class ConfigTree:
 
     def location(self, path: yaml.Path) -> SourceLocation:
         """Return the location of a path; if it was not written, that of a value below it or else of its parent."""
-        written = (self.locations[p] for p in _paths(self.get(path), path) if p in self.locations)
+        # A path that does not exist may still have the location of a value that was replaced.
+        exists = not path or yaml.contains(self.get(path[:-1]), path[-1])
+        written = (self.locations[p] for p in _paths(self.get(path), path) if exists and p in self.locations)
         return next(written, None) or self.location(path[:-1])
 
     def get(self, path: yaml.Path) -> Any:
@@ -74,28 +76,20 @@ class ConfigTree:
 
         With ``drop_options``, a new ``name`` removes the ``options`` of the old one.
         """
-        self.value = self._merge(self.value, upper.value, (), upper, drop_options)
+        self.value = _merge(self.value, upper.value, (), drop_options)
+        self.locations |= upper.locations
         self.errors += upper.errors
         self.complete &= upper.complete
 
-    def _merge(self, old: Any, new: Any, path: yaml.Path, upper: ConfigTree, drop_options: bool) -> Any:
-        if not (isinstance(old, dict) and isinstance(new, dict)):
-            self._drop_locations(old, path)
-            self.locations.update({p: upper.locations[p] for p in _paths(new, path) if p in upper.locations})
-            return new
-        if path in upper.locations:
-            self.locations[path] = upper.locations[path]
-        if drop_options and path in schema.REGISTRIES and "name" in new and "options" in old:
-            name = old.get("name", schema.default_name(path))
-            if name is not None and name != new["name"]:
-                self._drop_locations(old.pop("options"), (*path, "options"))
-        for key, value in new.items():
-            old[key] = self._merge(old.get(key), value, (*path, key), upper, drop_options)
-        return old
 
-    def _drop_locations(self, value: Any, path: yaml.Path) -> None:
-        for old_path in _paths(value, path):
-            self.locations.pop(old_path, None)
+def _merge(old: Any, new: Any, path: yaml.Path, drop_options: bool) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    if drop_options and path in schema.REGISTRIES and "name" in new:
+        name = old.get("name", schema.default_name(path))
+        if name is not None and name != new["name"]:
+            old.pop("options", None)
+    return old | {key: _merge(old.get(key), value, (*path, key), drop_options) for key, value in new.items()}
 
 
 def load_tree(source: str | Path, overrides: Sequence[str] = ()) -> ConfigTree:

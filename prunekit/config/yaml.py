@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -87,9 +87,6 @@ class _UnreadableError(Exception):
 
 
 class _Loader(yaml.BaseLoader):
-    # Not inherited: the dumper adds its own resolvers, too.
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
     def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
         # PyYAML recurses, and visits all open brackets for each new one.
         if self.flow_level >= MAX_DEPTH:
