@@ -19,10 +19,6 @@ def copy_recipe(source: str, target: Path, overwrite: bool = False) -> Path:
     Args:
         source: recipe file, or name of a shipped recipe.
         target: new file, or an existing folder.
-        overwrite: replace an existing file.
-
-    Returns:
-        The new file.
 
     Raises:
         RecipeError: the recipe does not exist or is not YAML, or the target exists.

@@ -1,10 +1,8 @@
 """Communication between the processes of one run, as started by torchrun or accelerate.
 
 Process 0 writes the run folder, prints, and does everything but training. The others wait until it sends them a stage
-to train (:mod:`prunekit.pipeline.workers`). A single process is a group of one, without overhead.
-
-Gradients use accelerate's process group; commands and barriers use a separate gloo group with a long timeout, because
-process 0 may evaluate and export for hours while the others wait.
+to train (:mod:`prunekit.pipeline.workers`). Commands and barriers use a gloo group of their own with a long timeout,
+because process 0 may evaluate and export for hours while the others wait.
 """
 
 from __future__ import annotations
@@ -39,11 +37,7 @@ class LostProcessError(TrainingError):
 
 
 def init() -> int:
-    """Connect to the other processes, if any, and return this one's rank.
-
-    Raises:
-        LostProcessError: the other processes cannot be reached.
-    """
+    """Connect to the other processes, if any, and return this one's rank."""
     global _command_group
     if get_int_from_env(_WORLD_SIZE_VARIABLES, 1) > 1 and _command_group is None:
         # By default, accelerate treats processes without a GPU as separate runs.
@@ -55,17 +49,14 @@ def init() -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes."""
     return dist.get_world_size() if _is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
     return dist.get_rank() if _is_initialized() else 0
 
 
 def is_main_process() -> bool:
-    """Return whether this is process 0, which writes."""
     return rank() == 0
 
 
@@ -84,14 +75,18 @@ def main_process_scope() -> Iterator[None]:
         send_command(None)
 
 
-def send_command(command: str | None) -> None:
+def send_command(command: str | None) -> str | None:
     """Send a command to the processes that wait in :func:`receive_command`."""
-    _broadcast_object(command)
+    commands = [command]
+    if world_size() > 1:
+        with _detect_lost_process():
+            dist.broadcast_object_list(commands, src=0, group=_command_group)
+    return commands[0]
 
 
 def receive_command() -> str | None:
     """Wait for a command of process 0."""
-    return _broadcast_object(None)
+    return send_command(None)
 
 
 @contextlib.contextmanager
@@ -125,11 +120,7 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def assert_identical(tensors: Sequence[Tensor], name: str) -> None:
-    """Check that tensors are bitwise equal in all processes.
-
-    Raises:
-        TrainingError: they differ; ``name`` is in the message.
-    """
+    """Raise TrainingError if tensors, called ``name`` in the message, are not bitwise equal in all processes."""
     if world_size() == 1:
         return
     digest = hashlib.sha256(b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in tensors)).digest()
@@ -149,14 +140,6 @@ def _barrier() -> None:
     if world_size() > 1:
         with _detect_lost_process():
             dist.barrier(group=_command_group)
-
-
-def _broadcast_object(value: str | None) -> str | None:
-    values = [value]
-    if world_size() > 1:
-        with _detect_lost_process():
-            dist.broadcast_object_list(values, src=0, group=_command_group)
-    return values[0]
 
 
 def _is_initialized() -> bool:

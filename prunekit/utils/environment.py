@@ -41,7 +41,6 @@ def package_version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the git commit of the working folder, or None outside of a repository."""
     command = ["git", "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None

@@ -26,7 +26,6 @@ _USER_ERRORS = (
 
 
 def sha256(data: bytes) -> str:
-    """Return the SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -43,16 +42,11 @@ def os_error_reason(error: OSError) -> str:
 
 
 def is_disk_failure(error: BaseException) -> bool:
-    """Return whether a disk is full or failing."""
     return isinstance(error, OSError) and error.errno in (*_DISK_FULL, errno.EIO)
 
 
 def write_error(error: OSError, path: object, action: str = "write") -> CheckpointError:
-    """Return the error to raise when the system refuses to write.
-
-    Returns:
-        A CheckpointError (exit status 2) for wrong paths and permissions, else a :class:`WriteError` (exit status 3).
-    """
+    """Return the error to raise when the system refuses to write: a :class:`WriteError` if a disk is the cause."""
     problem = f"cannot {action} {path}: {os_error_reason(error)}"
     if error.errno in _USER_ERRORS:
         return CheckpointError(f"{problem}; fix the path or its permissions and repeat the command (a run: --resume)")
@@ -130,14 +124,15 @@ def encode_json(value: Any, name: str, indent: int | None = 2) -> bytes:
     Raises:
         CheckpointError: a number is not finite or a type is not supported; ``name`` and the key are in the message.
     """
-    for key, number in _find_non_finite(value, ""):
-        raise CheckpointError(
-            f"{name}: {key or 'the value'} is {number}, which JSON does not support; omit it or use null"
-        )
     try:
-        return json.dumps(value, indent=indent, allow_nan=False, default=_from_numpy).encode() + b"\n"
+        text = json.dumps(value, indent=indent, default=_from_numpy)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}; use numbers, strings, lists and dicts only") from error
+    # Only a text with one of these words needs the search.
+    if "NaN" in text or "Infinity" in text:
+        for key, number in _find_non_finite(json.loads(text)):
+            raise CheckpointError(f"{name}: {key} is {number}, which JSON does not support; omit it or use null")
+    return text.encode() + b"\n"
 
 
 def _from_numpy(value: Any) -> Any:
@@ -151,18 +146,12 @@ def _from_numpy(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def _find_non_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    if not isinstance(value, (str, int, float, dict, list, tuple, type(None))):
-        try:
-            value = _from_numpy(value)
-        except TypeError:
-            return  # The encoder raises it.
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            yield key, value
+def _find_non_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key or "the value", value
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _find_non_finite(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, (list, tuple)):
+            yield from _find_non_finite(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _find_non_finite(item, f"{key}[{index}]")

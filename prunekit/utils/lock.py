@@ -14,7 +14,6 @@ from prunekit.utils.io import is_disk_failure, os_error_reason, write_error
 
 
 def process_alive(pid: int) -> bool:
-    """Return whether a process with this number runs on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -36,12 +35,7 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock.
-
-        Raises:
-            RunFolderError: another process holds it, or a process on another host left it.
-            WriteError: a disk is full or failing.
-        """
+        """Raise RunFolderError if another process holds the lock or one on another host left it."""
         while self._descriptor is None:
             try:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -101,7 +95,6 @@ class FolderLock:
         )
 
     def release(self) -> None:
-        """Release the lock if it is held."""
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):

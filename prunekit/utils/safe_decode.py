@@ -1,8 +1,7 @@
 """Decode untrusted JSON, ``.npz`` and safetensors files.
 
-For any input, each function returns or raises ValueError with a message, and allocates at most a small multiple of the
-input's size: sizes in headers are compared with the actual size first. No function builds anything but plain values and
-numeric arrays.
+For any input, each function returns plain values or numeric arrays, or raises ValueError with a message. It allocates
+at most a small multiple of the input's size: sizes in headers are compared with the actual size first.
 """
 
 from __future__ import annotations

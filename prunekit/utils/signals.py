@@ -21,15 +21,13 @@ _MESSAGE = b"\nprunekit: stopping after this step and saving a checkpoint; inter
 
 @dataclass
 class DeferredInterrupt:
-    """Whether an interrupt has been requested."""
-
     requested: bool = False
 
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Within ``with``, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-    with _handle((signal.SIGTERM,), _interrupt):
+    with _handle((signal.SIGTERM,), signal.default_int_handler):
         yield
 
 
@@ -58,10 +56,6 @@ def defer_interrupts() -> Iterator[DeferredInterrupt]:
         yield interrupt
     if interrupt.requested:
         raise KeyboardInterrupt
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

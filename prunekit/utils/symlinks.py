@@ -10,11 +10,7 @@ from prunekit.errors import RunFolderError
 
 
 def check_no_external_links(folder: Path) -> None:
-    """Check that a folder contains only files, folders, and links that stay within it; it may be a link itself.
-
-    Raises:
-        RunFolderError: a link leads out of the folder, or something is neither file nor folder (a pipe blocks readers).
-    """
+    """Raise RunFolderError for a link that leads out of a folder, or a pipe or device, which blocks readers, in it."""
     root = os.path.realpath(folder)
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
