@@ -21,41 +21,29 @@ class _Schema(BaseModel):
 
 
 class Member(_Schema):
-    """An axis of a tensor from which a group's channels are removed.
+    """An axis of a parameter or buffer from which a group's channels are removed.
 
-    Attributes:
-        tensor: name of the parameter or buffer.
-        axis: of that tensor. The input axis of a grouped convolution counts the channels of all its groups.
-        offset, stride: channel k has the entries offset + k·stride … offset + (k+1)·stride − 1.
-        reads: whether the axis takes the channels as input; otherwise it produces them or passes them on.
-        next_norm: the norm after a reader, whose running mean can absorb a shift of the reader's output.
+    Channel k has the entries offset + k·stride … offset + (k+1)·stride − 1.
     """
 
     tensor: str
-    axis: int = Field(ge=0)
+    axis: int = Field(ge=0)  # the input axis of a grouped convolution counts the channels of all its groups
     offset: int = Field(0, ge=0)
     stride: int = Field(1, ge=1)
-    reads: bool = False
-    next_norm: str | None = None
+    reads: bool = False  # takes the channels as input; otherwise it produces them or passes them on
+    next_norm: str | None = None  # after a reader; its running mean can absorb a shift of the reader's output
 
     @property
     def module(self) -> str:
-        """The module that owns the tensor."""
         return self.tensor.rpartition(".")[0]
 
 
 class Gate(_Schema):
-    """The weights γ of a BatchNorm that scale a group's channels.
-
-    Attributes:
-        norm: name of the BatchNorm.
-        slice: [start, stop) of the channels in it.
-        activation: what follows the norm: the name of a PReLU module, of a function such as "relu", or None.
-    """
+    """The weights γ of a BatchNorm that scale a group's channels."""
 
     norm: str
-    slice: tuple[int, int]
-    activation: str | None = None
+    slice: tuple[int, int]  # [start, stop) of the channels in the norm
+    activation: str | None = None  # what follows: the name of a PReLU module, or of a function such as "relu"
 
 
 class Group(_Schema):
@@ -140,17 +128,12 @@ class Plan(_Schema):
         return kept
 
     def check(self, groups: list[Group]) -> None:
-        """Check that the plan fits these groups.
-
-        Raises:
-            PlanError: it names a group that does not exist, or prunes one that cannot be pruned.
-        """
+        """Raise PlanError where the plan names a group that does not exist, or prunes one that cannot be pruned."""
         known = {group.id for group in groups}
-        for name in self.groups:
-            if name not in known:
-                raise PlanError(
-                    f"the plan names a group {name!r} that the model does not have; it was made for another model"
-                )
+        if unknown := [name for name in self.groups if name not in known]:
+            raise PlanError(
+                f"the plan names a group {unknown[0]!r} that the model does not have; it was made for another model"
+            )
         for group in groups:
             if len(self.kept(group)) < group.channels and group.reason:
                 raise PlanError(f"the plan prunes {group.id}, which cannot be pruned: {group.reason}")
@@ -160,11 +143,7 @@ class Plan(_Schema):
 
     @classmethod
     def from_json(cls, data: Any, name: str = "plan.json") -> Plan:
-        """Parse a plan; ``name`` is its name in messages.
-
-        Raises:
-            PlanError: it is not a plan, or of a newer format.
-        """
+        """Parse a plan; raise PlanError, with its ``name``, where it is not a plan or of a newer format."""
         version = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
         if (fault := format_problem(version, FORMAT)) is not None:
             fix = "pip install --upgrade prunekit" if is_newer(version, FORMAT) else "extract it again"

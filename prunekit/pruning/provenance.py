@@ -9,31 +9,23 @@ from torch import nn
 
 from prunekit.pruning.plan import Builder, Plan
 
-_ATTRIBUTE = "_prunekit_provenance"
+_ATTRIBUTE = "_prunekit_provenance"  # of the model; deep copies keep it
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The origin of a slim model.
+    """The origin of a slim model."""
 
-    Attributes:
-        builder: builds the dense model; None where prunekit does not know it.
-        plans: the plans that were applied to the dense model, in order.
-        input: shape of one input without the batch, with which the plans can be applied again.
-    """
-
-    builder: Builder | None = None
-    plans: tuple[Plan, ...] = ()
-    input: tuple[int, ...] | None = None
+    builder: Builder | None = None  # of the dense model; None where prunekit does not know it
+    plans: tuple[Plan, ...] = ()  # those applied to the dense model, in order
+    input: tuple[int, ...] | None = None  # shape of one input, with which the plans can be applied again
 
 
 def get_provenance(model: nn.Module) -> Provenance:
-    """The recorded origin of a model; empty where nothing is recorded."""
     return getattr(model, _ATTRIBUTE, Provenance())
 
 
 def set_provenance(model: nn.Module, provenance: Provenance) -> None:
-    """Record the origin of a model. Deep copies of the model keep it."""
     setattr(model, _ATTRIBUTE, provenance)
 
 

@@ -16,45 +16,32 @@ from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.flops import ModelCost, count
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.budget import Budget, BudgetSearch
+from prunekit.pruning.selection.budget import TARGETS, BudgetSearch
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
-from prunekit.pruning.selection.selector import Scores, Selector
+from prunekit.pruning.selection.selector import Scope, Scores, Selector
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import CONSTANTS, slim
 
 Importance = str | Callable[[nn.Module, Sequence[Group]], Scores]
 Loss = Callable[[nn.Module], Iterable[Tensor] | Tensor]
-_TARGETS = ("params", "macs", "params_ratio", "macs_ratio")
 
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What one step of a :class:`Pruner` did.
+    """What one step of a :class:`Pruner` did."""
 
-    Attributes:
-        step: its number, from 1.
-        steps: how many steps the pruner takes.
-        before: cost of the model before this step.
-        after: cost of the slim model.
-        layers: for each convolution and linear layer its output channels after and before this step; 0 after where
-            the layer is removed.
-        equivalence: the check that the slim model computes what the model with zeroed gates does.
-        notes: what was done differently from the request, one sentence each.
-    """
-
-    step: int
-    steps: int
+    step: int  # its number, from 1
+    steps: int  # how many steps the pruner takes
     before: ModelCost
     after: ModelCost
-    layers: dict[str, tuple[int, int]]
+    layers: dict[str, tuple[int, int]]  # output channels of each convolution and linear layer after and before the step
     equivalence: EquivalenceReport
-    notes: list[str]
+    notes: list[str]  # what was done differently from the request, one sentence each
 
     @property
     def plan(self) -> Plan:
-        """The plan of this step: the channels kept in each group."""
         assert self.equivalence.plan is not None
         return self.equivalence.plan
 
@@ -128,12 +115,11 @@ class Pruner:
         constants: str = "carrier",
     ):
         _check_arguments(model, example_inputs, pruning_ratio, target, per_layer_ratio, steps, constants)
-        if pruning_ratio is None and target is None:
-            pruning_ratio = 0.0  # per_layer_ratio alone
         self.example_inputs, self.steps, self.current_step = example_inputs, steps, 0
         self._model = model
         self._importance = _importance_function(importance, loss)
-        self._ratio, self._target, self._global = pruning_ratio, dict(target or {}), global_pruning
+        self._ratio, self._target = pruning_ratio or 0.0, dict(target or {})
+        self._scope: Scope = "global" if global_pruning else "layer"
         self._constants = constants
         self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
         self._groups = find_groups(model, example_inputs)
@@ -141,7 +127,13 @@ class Pruner:
         self._ratios = _ratios_by_group(model, self._groups, per_layer_ratio or {})
         # The number of channels of each group before the first step.
         self._widths = {group.id: group.channels for group in self._groups}
-        self._budget = self._initial_budget()
+        zeros = {g.id: np.zeros(g.channels) for g in self._groups if g.reason is None}
+        if not self._target:
+            Selector(model, self._groups, zeros, **self._limits)  # checks the limits
+        else:
+            search = self._search(zeros, steps)
+            self._dense_size = search.size_model.dense
+            self._budget = search.budget(**self._target)
 
     @property
     def model(self) -> nn.Module:
@@ -167,34 +159,23 @@ class Pruner:
             raise PlanError(f"all {self.steps} steps of this Pruner are done; make a new one to prune further")
         step, before = self.current_step + 1, self._model
         scores = _as_arrays(self._importance(before, self._groups))
-        if self._budget is not None:
-            slim_model, check, notes = self._slim_to_target(scores, step)
-        else:
-            slim_model, check, notes = self._slim_to_ratio(scores, step)
+        slim_model, check, notes = (self._slim_to_target if self._target else self._slim_to_ratio)(scores, step)
         assert check.plan is not None
         for note in notes:
             warnings.warn(note, PrunekitWarning, stacklevel=2)
-        report = PruningReport(
-            step,
-            self.steps,
-            count(before, self.example_inputs),
-            count(slim_model, self.example_inputs),
-            _layer_widths(before, slim_model),
-            check,
-            list(check.plan.notes),
-        )
+        costs = count(before, self.example_inputs), count(slim_model, self.example_inputs)
+        layers = _layer_widths(before, slim_model)
+        report = PruningReport(step, self.steps, *costs, layers, check, list(check.plan.notes))
         self._advance(slim_model, check.plan)
         return slim_model, report
 
     def _slim_to_ratio(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
-        ratio = self._ratio or 0.0
         free = [g for g in self._groups if g.reason is None and g.id not in self._ignored and g.id not in self._ratios]
-        ratios = self._remaining_ratios(step)
-        if self._global:
-            share = self._remaining_share([(self._widths[g.id], g.channels) for g in free], ratio, step)
+        ratios, share = self._remaining_ratios(step), 0.0
+        if self._scope == "global":
+            share = self._remaining_share(free, self._ratio, step)
         else:
-            ratios |= {g.id: self._remaining_ratio(g, ratio, step) for g in free}
-            share = 0.0
+            ratios |= {g.id: self._remaining_share([g], self._ratio, step) for g in free}
         selector = Selector(
             self._model, self._groups, scores, ignored_groups=self._ignored, ratios=ratios, **self._limits
         )
@@ -204,46 +185,33 @@ class Pruner:
         return slim_model, check, selection.warnings
 
     def _slim_to_target(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
-        assert self._budget is not None
-        search = self._search(scores, step)
         full, goal = self._budget.size(self._dense_size), self._budget.goal
         # Equal ratios between the sizes after each step.
         goal = round(full * (goal / full) ** (step / self.steps)) if step < self.steps else goal
-        return search.slim(replace(self._budget, goal=goal), self.example_inputs, self._constants)
+        budget = replace(self._budget, goal=goal)
+        return self._search(scores, step).slim(budget, self.example_inputs, self._constants)
 
-    def _search(self, scores: Scores | None, step: int) -> BudgetSearch:
+    def _search(self, scores: Scores, step: int) -> BudgetSearch:
         return BudgetSearch(
             self._model,
             self._groups,
             self.example_inputs.shape[1:],
             scores,
-            scope="global" if self._global else "layer",
+            scope=self._scope,
             ignored_groups=self._ignored,
             ratios=self._remaining_ratios(step),
             **self._limits,
         )
 
-    def _initial_budget(self) -> Budget | None:
-        """The target as an absolute number; raises PlanError where it cannot be met."""
-        if not self._target:
-            # The limits are checked here, before the first step.
-            zeros = {g.id: np.zeros(g.channels) for g in self._groups if g.reason is None}
-            Selector(self._model, self._groups, zeros, **self._limits)
-            return None
-        search = self._search({g.id: np.zeros(g.channels) for g in self._groups if g.reason is None}, self.steps)
-        self._dense_size = search.size_model.dense
-        return search.budget(**self._target)
-
     def _remaining_ratios(self, step: int) -> dict[str, float]:
         """The share of their current channels to prune from the groups of ``per_layer_ratio``."""
-        return {g.id: self._remaining_ratio(g, self._ratios[g.id], step) for g in self._groups if g.id in self._ratios}
+        return {
+            g.id: self._remaining_share([g], self._ratios[g.id], step) for g in self._groups if g.id in self._ratios
+        }
 
-    def _remaining_ratio(self, group: Group, ratio: float, step: int) -> float:
-        return self._remaining_share([(self._widths[group.id], group.channels)], ratio, step)
-
-    def _remaining_share(self, widths: Sequence[tuple[int, int]], ratio: float, step: int) -> float:
+    def _remaining_share(self, groups: Sequence[Group], ratio: float, step: int) -> float:
         """The share of the current channels to prune so that ``ratio``·step/steps of the original ones are gone."""
-        original, current = sum(width for width, _ in widths), sum(width for _, width in widths)
+        original, current = sum(self._widths[g.id] for g in groups), sum(g.channels for g in groups)
         kept = original - math.floor(ratio * step / self.steps * original + 1e-9)
         return max(current - kept, 0) / max(current, 1)
 
@@ -284,12 +252,10 @@ def _check_arguments(
     if target is not None and not isinstance(target, Mapping):
         raise PlanError(f'target={target!r}: must be a dict such as {{"macs_ratio": 0.5}}')
     for key in target or {}:
-        if key not in _TARGETS:
-            raise PlanError(_unknown("target", key, _TARGETS))
+        _check_known("target", key, TARGETS)
     if not isinstance(steps, int) or steps < 1:
         raise PlanError(f"steps={steps!r}: must be a whole number of at least 1")
-    if constants not in CONSTANTS:
-        raise PlanError(_unknown("constants", constants, CONSTANTS))
+    _check_known("constants", constants, CONSTANTS)
 
 
 def _check_ratio(name: str, ratio: float) -> None:
@@ -297,10 +263,11 @@ def _check_ratio(name: str, ratio: float) -> None:
         raise PlanError(f"{name}={ratio!r}: must be from 0 to 1; 0.3 prunes 30% of the channels")
 
 
-def _unknown(argument: str, value: Any, known: Sequence[str]) -> str:
-    close = registry.closest_match(str(value), list(known))
-    hint = f", did you mean {close!r}?" if close else ";"
-    return f"unknown {argument} {value!r}{hint} known: {', '.join(known)}"
+def _check_known(argument: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        close = registry.closest_match(str(value), list(known))
+        hint = f", did you mean {close!r}?" if close else ";"
+        raise PlanError(f"unknown {argument} {value!r}{hint} known: {', '.join(known)}")
 
 
 def _importance_function(importance: Importance, loss: Loss | None) -> Callable[[nn.Module, Sequence[Group]], Scores]:
@@ -365,17 +332,12 @@ def _ratios_by_group(
 
 
 def _layer_widths(before: nn.Module, after: nn.Module) -> dict[str, tuple[int, int]]:
-    remaining = dict(after.named_modules())
-    widths = {}
-    for name, module in before.named_modules():
-        width = _output_channels(module)
-        if width is not None:
-            left = _output_channels(remaining[name]) if name in remaining else 0
-            widths[name] = (left or 0, width)
-    return widths
+    left = dict(after.named_modules())
+    widths = {name: _output_channels(module) for name, module in before.named_modules()}
+    return {name: (_output_channels(left.get(name)) or 0, width) for name, width in widths.items() if width is not None}
 
 
-def _output_channels(module: nn.Module) -> int | None:
+def _output_channels(module: nn.Module | None) -> int | None:
     width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
     return width if isinstance(width, int) and isinstance(getattr(module, "weight", None), Tensor) else None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from prunekit.pruning.surgery.slim import slim
 TOLERANCE = 0.02  # largest accepted deviation of a slim model's size, relative to the budget
 MAX_ATTEMPTS = 5  # at compensating for what slimming adds
 
+TARGETS = ("params", "macs", "params_ratio", "macs_ratio")
+
 Measure = Literal["params", "macs"]
 
 
@@ -42,10 +44,7 @@ class Budget:
 
     @classmethod
     def from_target(cls, dense: ModelSize, **target: float | None) -> Budget:
-        """Return the budget given by one of ``params``, ``macs``, ``params_ratio`` and ``macs_ratio``.
-
-        Args:
-            dense: the size of the dense model, to which ratios refer.
+        """Return the budget given by one of ``TARGETS``; ratios refer to the size of the dense model.
 
         Raises:
             PlanError: not exactly one of the four is given, or it is not below the size of the dense model.
@@ -58,8 +57,7 @@ class Budget:
             )
         ((name, value),) = given.items()
         measure: Measure = "params" if name.startswith("params") else "macs"
-        dense_size = getattr(dense, measure)
-        is_ratio = name.endswith("_ratio")
+        dense_size, is_ratio = getattr(dense, measure), name.endswith("_ratio")
         if is_ratio and not 0 < value < 1:
             raise PlanError(f"{name}={value:g}: must be above 0 and below 1, the size relative to the dense model")
         if not 0 < value <= dense_size:
@@ -67,7 +65,6 @@ class Budget:
         return cls(measure, round(value * dense_size) if is_ratio else int(value))
 
     def size(self, size: ModelSize) -> int:
-        """The part of a size that the budget limits."""
         return getattr(size, self.measure)
 
     def is_met(self, size: ModelSize) -> bool:
@@ -89,19 +86,12 @@ class BudgetSearch:
     """Finds selections and slim models of given sizes for one model.
 
     Args:
-        model: the dense model.
-        groups: its groups.
         shape: of one input without the batch, (C, H, W) or (C,).
         scores: for each group its channels' scores; by default the effective gates.
         limits: keyword arguments of :class:`Selector`.
 
     Attributes:
-        selector: selects channels by the scores.
-        size_model: predicts sizes.
         smallest: the smallest size that the limits allow.
-
-    Raises:
-        PlanError: scores or limits that cannot be used.
     """
 
     def __init__(
@@ -120,11 +110,7 @@ class BudgetSearch:
         self.smallest = self.size_model.size_without(self._select(len(self._values) - 1).dead)
 
     def budget(self, **target: float | None) -> Budget:
-        """Return the budget of ``params``, ``macs``, ``params_ratio`` or ``macs_ratio``.
-
-        Raises:
-            PlanError: it cannot be met; the message says what can.
-        """
+        """Return the budget given by one of ``TARGETS``; raise PlanError, which says what can be met, if it cannot."""
         budget = Budget.from_target(self.size_model.dense, **target)
         least = budget.size(self.smallest)
         if least > budget.goal:
@@ -150,16 +136,8 @@ class BudgetSearch:
     ) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         """Build a slim model that meets the budget within 2%, and is at or below it where possible.
 
-        Args:
-            budget: from :meth:`budget`.
-            example: a batch of data, (N, C, H, W); the equivalence check runs on it.
-            constants: as for ``prunekit.slim``.
-
         Returns:
-            the model, its equivalence check, and those of its plan's notes that the user should see.
-
-        Raises:
-            PlanError: the equivalence check fails.
+            the model, its equivalence check (see ``prunekit.slim``), and the notes that the user should see.
         """
         goal, seen = budget.goal, set()
         best: tuple[tuple[bool, bool, float], int, nn.Module, EquivalenceReport, list[str]] | None = None
@@ -212,17 +190,13 @@ class BudgetSearch:
     def _restore_channels(self, budget: Budget, selection: Selection) -> None:
         """Restore channels, highest scores first, as far as the budget allows; in place."""
         selector = self.selector
-        restorable = sorted(
-            (
-                (selector.scores[index][channel], -index, channel)
-                for index, group in enumerate(selector.groups)
-                for channel in selection.dead[group.id]
-                if len(selection.dead[group.id]) < group.channels and not selector.preset[index]
-            ),
-            reverse=True,
-        )
-        for _, negative_index, _ in restorable:
-            index = -negative_index
+        restorable = [
+            (-selector.scores[index][channel], index, -channel)
+            for index, group in enumerate(selector.groups)
+            for channel in selection.dead[group.id]
+            if len(selection.dead[group.id]) < group.channels and not selector.preset[index]
+        ]
+        for _, index, _ in sorted(restorable):
             group, multiple = selector.groups[index], int(selector.multiples[index])
             dead = len(selection.dead[group.id])
             kept = group.channels - dead
@@ -234,21 +208,29 @@ class BudgetSearch:
         selection.pruned = sum(map(len, selection.dead.values()))
 
 
-def fit_budget(
-    model: nn.Module,
-    groups: Sequence[Group],
-    example: Tensor,
-    *,
-    params: int | None = None,
-    macs: int | None = None,
-    params_ratio: float | None = None,
-    macs_ratio: float | None = None,
-    scores: Scores | None = None,
-    scope: Scope = "global",
-    min_channels: int = 1,
-    round_to: int = 1,
-    ignored_layers: Sequence[Layer] = (),
-) -> Plan:
+class BudgetOptions(TypedDict, total=False):
+    """A budget, given by one of the first four, and how to reach it."""
+
+    params: int | None
+    macs: int | None
+    params_ratio: float | None
+    macs_ratio: float | None
+    scores: Scores | None
+    scope: Scope
+    min_channels: int
+    round_to: int
+    ignored_layers: Sequence[Layer]
+
+
+def _search(
+    model: nn.Module, groups: Sequence[Group], example: Tensor, scores: Scores | None = None, **options: Any
+) -> tuple[BudgetSearch, Budget]:
+    target = {name: options.pop(name, None) for name in TARGETS}
+    search = BudgetSearch(model, groups, example.shape[1:], scores, **options)
+    return search, search.budget(**target)
+
+
+def fit_budget(model: nn.Module, groups: Sequence[Group], example: Tensor, **options: Unpack[BudgetOptions]) -> Plan:
     """Return the plan whose slim model is at or just below a budget.
 
     What slimming adds to a plan (a few carriers of constants) is not counted; ``slim_to_budget`` counts it.
@@ -264,11 +246,7 @@ def fit_budget(
     Raises:
         PlanError: the budget cannot be met (the message says what can), or an argument cannot be used.
     """
-    search = BudgetSearch(
-        model, groups, example.shape[1:], scores,
-        scope=scope, min_channels=min_channels, round_to=round_to, ignored_layers=ignored_layers,
-    )  # fmt: skip
-    budget = search.budget(params=params, macs=macs, params_ratio=params_ratio, macs_ratio=macs_ratio)
+    search, budget = _search(model, groups, example, **options)
     selection = search.select(budget)
     for note in selection.warnings:
         warnings.warn(note, PrunekitWarning, stacklevel=2)
@@ -280,16 +258,8 @@ def slim_to_budget(
     example: Tensor,
     *,
     groups: Sequence[Group] | None = None,
-    params: int | None = None,
-    macs: int | None = None,
-    params_ratio: float | None = None,
-    macs_ratio: float | None = None,
-    scores: Scores | None = None,
-    scope: Scope = "global",
-    min_channels: int = 1,
-    round_to: int = 1,
-    ignored_layers: Sequence[Layer] = (),
     constants: str = "carrier",
+    **options: Unpack[BudgetOptions],
 ) -> tuple[nn.Module, EquivalenceReport]:
     """Return the slim model that meets a budget within 2%, and its equivalence check.
 
@@ -297,11 +267,7 @@ def slim_to_budget(
     the request.
     """
     groups = find_groups(model, example) if groups is None else groups
-    search = BudgetSearch(
-        model, groups, example.shape[1:], scores,
-        scope=scope, min_channels=min_channels, round_to=round_to, ignored_layers=ignored_layers,
-    )  # fmt: skip
-    budget = search.budget(params=params, macs=macs, params_ratio=params_ratio, macs_ratio=macs_ratio)
+    search, budget = _search(model, groups, example, **options)
     slim_model, equivalence, notes = search.slim(budget, example, constants)
     for note in notes:
         warnings.warn(note, PrunekitWarning, stacklevel=2)

@@ -36,8 +36,6 @@ class SizeModel:
     """Predicts the size of a model without some of its channels.
 
     Args:
-        model: the dense model.
-        groups: its groups.
         shape: of one input without the batch, (C, H, W) or (C,).
 
     Attributes:
@@ -60,38 +58,29 @@ class SizeModel:
         strides = [(rows[m.tensor, m.axis], g, m.stride) for g, group in enumerate(groups) for m in group.members]
         self._strides = _matrix(strides, (len(rows), len(groups)))
         # The modules that produce, and those that read, each group's channels.
-        producers = {
-            (g, modules[n], 1)
-            for g, group in enumerate(groups)
-            for n in group.producers
-            if not is_channelwise(model, n)
-        }
-        readers = {
-            (g, modules[m.tensor.rpartition(".")[0]], 1) for g, group in enumerate(groups) for m in group.readers
-        }
+        producers, readers = set(), set()
+        for g, group in enumerate(groups):
+            producers |= {(g, modules[name], 1) for name in group.producers if not is_channelwise(model, name)}
+            readers |= {(g, modules[member.module], 1) for member in group.readers}
         self._needs = [_matrix(sorted(pairs), (len(groups), len(modules))) for pairs in (producers, readers)]
         self._need_counts = [np.asarray(need.sum(1)).ravel() for need in self._needs]
 
-        # For each parameter: its size along the axes that are never pruned, and the rows of up to two that are (the row
-        # after the last is an axis of length 1).
-        fixed, axes, shared, owner, positions = [], [], [], [], []
+        # For each parameter: its size along the axes that are never pruned, the rows of up to two that are (the row
+        # after the last is an axis of length 1), the groups that share its input axis, its module, and its positions.
+        table = []
         for name, index in modules.items():
             for key, parameter in model.get_submodule(name)._parameters.items():
                 if parameter is None:
                     continue
                 pruned = [axis for axis in range(parameter.dim()) if (f"{name}.{key}", axis) in rows]
-                fixed.append(math.prod(length for axis, length in enumerate(parameter.shape) if axis not in pruned))
-                axes.append([*(rows[f"{name}.{key}", axis] for axis in pruned), *[len(rows)] * (2 - len(pruned))])
+                fixed = math.prod(length for axis, length in enumerate(parameter.shape) if axis not in pruned)
+                axes = [*(rows[f"{name}.{key}", axis] for axis in pruned), *[len(rows)] * (2 - len(pruned))]
                 # The input axis of a convolution with groups is counted over all of its groups.
-                shared.append(conv_groups(model, name) if key == "weight" and len(pruned) == 2 else 1)
-                owner.append(index)
-                macs = counts[name].macs if key == "weight" else 0
-                positions.append(macs // parameter.numel() if macs else 0)
-        self._fixed = np.array(fixed, np.int64)
-        self._axes = np.array(axes, np.int64).reshape(-1, 2)
-        self._shared = np.array(shared, np.int64)
-        self._owner = np.array(owner, np.int64)
-        self._positions = np.array(positions, np.int64)
+                shared = conv_groups(model, name) if key == "weight" and len(pruned) == 2 else 1
+                positions = counts[name].macs // parameter.numel() if key == "weight" and counts[name].macs else 0
+                table.append((fixed, *axes, shared, index, positions))
+        columns = np.array(table, np.int64).reshape(-1, 6).T.copy()
+        self._fixed, self._axes, self._shared, self._owner, self._positions = columns[0], columns[1:3], *columns[3:]
         self.dense = self.size_without({})
 
     def size_without(self, dead: Mapping[str, Collection[int] | int]) -> ModelSize:
@@ -107,7 +96,7 @@ class SizeModel:
         values = [dead.get(group.id, 0) for group in self.groups]
         kept, gone = self._complete(np.array([n if isinstance(n, int) else len(n) for n in values], np.int64))
         lengths = np.append(kept, 1)
-        sizes = self._fixed * lengths[self._axes[:, 0]] * lengths[self._axes[:, 1]] // self._shared
+        sizes = self._fixed * lengths[self._axes].prod(0) // self._shared
         sizes[gone[self._owner]] = 0
         return ModelSize(int(sizes.sum()), int(sizes @ self._positions))
 

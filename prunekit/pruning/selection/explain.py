@@ -21,7 +21,7 @@ Note = tuple[str, bool]  # a sentence, and whether to warn
 
 @dataclass(frozen=True)
 class Request:
-    """What ``Selector.select`` was given: the name of the argument, its value, and whether a search chose it."""
+    """The argument that ``Selector.select`` was given, and whether a search chose its value."""
 
     name: str
     value: float
@@ -59,119 +59,93 @@ def explain(
         kept_for: number of channels kept beyond the request, by reason.
         request: what was requested.
     """
-    if request.name != "threshold":
-        yield from _ties(selector, selection.requested, chosen)
+    by_threshold, by_layer = request.name == "threshold", selector.scope == "layer"
+    kept = ", ".join(f"{n} kept {reason}" for reason, n in kept_for.items() if n)
+    if not by_threshold and (ties := _ties(selector, selection.requested, chosen)):
+        yield ties, True
     wanted = str(request) if selector.candidates else "the ratio of each layer"
     if not selection.pruned:
-        yield _nothing_pruned(selector, request, kept_for), True
-    elif not request.searched and (selection.pruned < selection.requested or any(kept_for.values())):
+        yield f"nothing is pruned: {_why_nothing(selector, request, kept)}", True
+    elif not request.searched and (selection.pruned < selection.requested or kept):
+        pruned = plural(selection.pruned, "channel")
+        yield f"{pruned} pruned where {wanted} asks for {selection.requested}: {kept}", True
+    # Layers that remain only because of the limits.
+    if by_threshold and (
+        best := below_threshold(selector.essential, request.value, lambda g: selector.scores[selector.index[g.id]])
+    ):
         yield (
-            f"{plural(selection.pruned, 'channel')} pruned where {wanted} asks for {selection.requested}: "
-            f"{_describe(kept_for)}",
+            f"no channel of {join_names(list(best))} is above {request} (the best has {max(best.values()):.3g}), so "
+            "only their best are kept; if they matter, train with a lower decay.weight",
             True,
         )
-    if request.name == "threshold":
-        yield from _layers_below_threshold(selector, request.value)
-    more = sum(len(selection.dead[group] - channels) for group, channels in chosen.items())
-    if more:
+    if more := sum(len(selection.dead[group] - channels) for group, channels in chosen.items()):
         yield f"{plural(more, 'channel')} more pruned, since nothing produces or reads them any more", False
-    yield from _rounding(selector, selection)
-    if selector.scope == "layer" and request.name == "threshold":
+    widths = [(group, group.channels - len(selection.dead[group.id])) for group in selector.groups]
+    if odd := [f"{group.id} ({k} of {group.channels})" for group, k in widths if k % selector.round_to]:
+        names = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        yield f"round_to {selector.round_to} is not met in {plural(len(odd), 'group')}: {names}", True
+    if by_layer and by_threshold:
         yield "scope 'layer' applies to a pruning_ratio; a threshold is one for all layers", False
-    if selector.scope == "layer" and request.name == "pruning_ratio" and request.value > 0:
+    if by_layer and request.name == "pruning_ratio" and request.value > 0:
         narrow = selector.competes & (np.floor(request.value * selector.widths + 1e-9) == 0)
         if narrow.any():
             yield f"{plural(narrow.sum(), 'group')} kept whole: {request} of it is less than a channel", False
     if selector.ignored.any():
         groups, channels = selector.ignored.sum(), selector.widths[selector.ignored].sum()
         yield f"ignored_layers keeps {plural(groups, 'group')} whole, with {plural(channels, 'channel')}", False
-    unprunable = describe_unprunable(selector.all_groups)
-    if unprunable:
+    if unprunable := describe_unprunable(selector.all_groups):
         yield unprunable, False
 
 
-def _nothing_pruned(selector: Selector, request: Request, kept_for: Mapping[str, int]) -> str:
+def _why_nothing(selector: Selector, request: Request, kept: str) -> str:
     if not selector.groups:
-        return "nothing is pruned: no group can be pruned"
+        return "no group can be pruned"
     if selector.ignored.all():
-        return "nothing is pruned: ignored_layers keeps every group whole"
-    if any(kept_for.values()):
-        return f"nothing is pruned: {_describe(kept_for)}"
+        return "ignored_layers keeps every group whole"
+    if kept:
+        return kept
     if not selector.candidates:
-        return "nothing is pruned: the ratio of each layer is less than one of its channels"
+        return "the ratio of each layer is less than one of its channels"
     if request.name != "threshold":
-        return f"nothing is pruned: {request} of {selector.candidates} channels is less than one"
+        return f"{request} of {selector.candidates} channels is less than one"
     lowest = min(np.flatnonzero(selector.competes), key=lambda index: selector.scores[index].min())
     return (
-        f"nothing is pruned: the smallest of {selector.candidates} scores is {selector.scores[lowest].min():.3g} "
+        f"the smallest of {selector.candidates} scores is {selector.scores[lowest].min():.3g} "
         f"({selector.groups[lowest].id}), above {request}; raise the threshold or decay.weight, or train longer"
     )
 
 
-def _ties(selector: Selector, requested: int, chosen: Mapping[str, set[int]]) -> Iterator[Note]:
-    """Equal scores of which some are pruned and some are kept."""
-    competing = np.flatnonzero(selector.competes)
-    if not requested or not len(competing):
-        return
-    scores = np.concatenate([selector.sorted_scores[index] for index in competing])
+def _ties(selector: Selector, requested: int, chosen: Mapping[str, set[int]]) -> str | None:
+    """A sentence on equal scores of which some are pruned and some are kept."""
+    competing = [
+        (group, scores)
+        for group, scores, competes in zip(selector.groups, selector.sorted_scores, selector.competes, strict=True)
+        if competes
+    ]
+    if not requested or not competing:
+        return None
+    scores = np.concatenate([values for _, values in competing])
     if len(scores) > 1 and scores.min() == scores.max():
-        yield (
+        return (
             f"all {len(scores)} scores are {scores[0]:.3g}, so they do not say which channels matter; the same share "
-            "of each group is pruned",
-            True,
+            "of each group is pruned"
         )
-    elif selector.scope == "global":
+    if selector.scope == "global":
         end = min(requested - int(selector.preset.sum()), selector.max_count)
         ranked = selector.ranked_scores
         if 0 < end < selector.max_count and ranked[end - 1] == ranked[end]:
-            tied, pruned = int((scores == ranked[end]).sum()), int((ranked[:end] == ranked[end]).sum())
-            yield (
-                f"{tied} channels tie at the score {ranked[end]:.3g}, the last one pruned; {pruned} of them pruned",
-                True,
-            )
-    else:
-        yield from _ties_within_groups(selector, chosen)
-
-
-def _ties_within_groups(selector: Selector, chosen: Mapping[str, set[int]]) -> Iterator[Note]:
-    ties = []
-    for index in np.flatnonzero(selector.competes):
-        group, scores = selector.groups[index], selector.sorted_scores[index]
-        count = len(chosen[group.id])
-        if 0 < count < group.channels and scores[count - 1] == scores[count]:
-            tied = scores == scores[count]
-            ties.append((group.id, scores[count], int(tied.sum()), int(tied[:count].sum())))
-    if ties:
-        name, score, tied, pruned = ties[0]
-        yield (
-            f"in {plural(len(ties), 'group')} channels tie at the last score pruned; in {name} {tied} at the score "
-            f"{score:.3g}, {pruned} of them pruned",
-            True,
-        )
-
-
-def _layers_below_threshold(selector: Selector, threshold: float) -> Iterator[Note]:
-    """Layers that remain only because of the limits."""
-    best = below_threshold(selector.essential, threshold, lambda group: selector.scores[selector.index[group.id]])
-    if best:
-        yield (
-            f"no channel of {join_names(list(best))} is above threshold {threshold:g} (the best has "
-            f"{max(best.values()):.3g}), so only their best are kept; if they matter, train with a lower decay.weight",
-            True,
-        )
-
-
-def _rounding(selector: Selector, selection: Selection) -> Iterator[Note]:
-    """Groups whose number of kept channels is no multiple of ``round_to``."""
-    kept = [(group, group.channels - len(selection.dead[group.id])) for group in selector.groups]
-    odd = [f"{group.id} ({k} of {group.channels})" for group, k in kept if k % selector.round_to]
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        yield (
-            f"round_to {selector.round_to} is not met in {plural(len(odd), 'group')}: {', '.join(odd[:3])}{more}",
-            True,
-        )
-
-
-def _describe(kept_for: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} kept {reason}" for reason, n in kept_for.items() if n)
+            tied, pruned = (scores == ranked[end]).sum(), (ranked[:end] == ranked[end]).sum()
+            return f"{tied} channels tie at the score {ranked[end]:.3g}, the last one pruned; {pruned} of them pruned"
+        return None
+    ties = [
+        (group.id, scores[count], scores == scores[count], count)
+        for group, scores in competing
+        if 0 < (count := len(chosen[group.id])) < group.channels and scores[count - 1] == scores[count]
+    ]
+    if not ties:
+        return None
+    name, score, tied, count = ties[0]
+    return (
+        f"in {plural(len(ties), 'group')} channels tie at the last score pruned; in {name} {tied.sum()} at the score "
+        f"{score:.3g}, {tied[:count].sum()} of them pruned"
+    )

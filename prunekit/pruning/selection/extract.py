@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -40,30 +41,21 @@ def extract(
             norm's output; their default threshold is 1e-3.
         min_channels: number of channels to keep in each group that remains.
         scores: for each group its channels' scores, (channels,); by default the effective gates (``importance.gate``).
-        pruning_ratio: instead of a threshold, the share of the channels to prune, 0 to 1, lowest scores first. Ties are
-            spread over the groups.
+        pruning_ratio: instead of a threshold, the share of the channels to prune, 0 to 1, lowest scores first.
         scope: whether the ratio is of all channels together ("global") or of each group ("layer").
         round_to: kept channels are rounded up to a multiple of this.
-        ignored_layers: modules, or patterns (as in a shell) of their names, whose channels are all kept, with those of
-            all modules inside them.
+        ignored_layers: modules, or patterns (as in a shell) of their names, of which all channels are kept.
 
     Raises:
         PlanError: a score that is not finite, a number out of range or missing, or a pattern that matches no module.
     """
     if scores is not None and threshold is None and pruning_ratio is None:
         raise PlanError("these scores have units of their own; give a pruning_ratio, such as 0.3, or a threshold")
-    selector = Selector(
-        model,
-        groups,
-        gate(model, groups) if scores is None else scores,
-        scope=scope,
-        min_channels=min_channels,
-        round_to=round_to,
-        ignored_layers=ignored_layers,
-    )
-    selection = selector.select(
-        threshold=1e-3 if threshold is None and pruning_ratio is None else threshold, pruning_ratio=pruning_ratio
-    )
+    if threshold is None and pruning_ratio is None:
+        threshold = 1e-3
+    limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to, "ignored_layers": ignored_layers}
+    selector = Selector(model, groups, gate(model, groups) if scores is None else scores, scope=scope, **limits)
+    selection = selector.select(threshold=threshold, pruning_ratio=pruning_ratio)
     for note in selection.warnings:
         warnings.warn(note, PrunekitWarning, stacklevel=2)
     return plan_from_selection(model, groups, selection)

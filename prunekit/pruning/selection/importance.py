@@ -39,12 +39,9 @@ def gate(model: nn.Module, groups: Sequence[Group], losses: Losses | None = None
         PlanError: a gate is not finite.
     """
     scores = {}
-    for group in groups:
-        if group.reason is None:
-            scores[group.id] = gate_scores(model, group)
-            if not np.isfinite(scores[group.id]).all():
-                where = _first_non_finite(model, {gate.norm for gate in group.gates})
-                raise PlanError(f"a gate of {group.id} is not finite{where}; train with a lower learning rate")
+    for group in _prunable(groups):
+        scores[group.id] = gate_scores(model, group)
+        _check_scores(model, f"a gate of {group.id}", scores[group.id], {gate.norm for gate in group.gates})
     return scores
 
 
@@ -61,9 +58,6 @@ def magnitude(
     """Σ|w|^p over a channel's weights (Li et al., ICLR 2017; over groups: Fang et al., CVPR 2023).
 
     Args:
-        model: the model.
-        groups: from ``find_groups``.
-        losses: not used.
         p: the power.
         reduction: combines the slices of a channel (its producers, its readers, …).
         normalizer: statistic of a group's scores that divides them, so that groups can be compared.
@@ -74,7 +68,7 @@ def magnitude(
     """
     if not p > 0:
         raise PlanError(f"magnitude: p={p}: must be above 0; 1 and 2 are usual")
-    slices = _slices(model, groups, norms)
+    slices = ParameterSlices(model, _prunable(groups), norms)
     sums = slices.sums(lambda weight: weight.detach().double().abs().pow(p))
     return _normalize(model, slices, groups, _reduce(slices, sums, reduction), normalizer)
 
@@ -94,8 +88,6 @@ def taylor(
     mode; its modes and gradients are left as they were.
 
     Args:
-        model: the model.
-        groups: from ``find_groups``.
         losses: yields the loss of the model on a few batches.
         reduction, normalizer, norms: as for "magnitude".
 
@@ -104,7 +96,7 @@ def taylor(
     """
     if losses is None:
         raise PlanError("taylor needs losses: pass a function that yields the model's loss on each of a few batches")
-    slices = _slices(model, groups, norms)
+    slices = ParameterSlices(model, _prunable(groups), norms)
     modes = {module: module.training for module in model.modules()}
     required_grad = [parameter.requires_grad for parameter in slices.tensors]
     scores, batches = torch.zeros(slices.total, dtype=torch.float64), 0
@@ -138,8 +130,7 @@ def random(
         raise PlanError(f"random: seed={seed}: must be at least 0")
     return {
         group.id: np.random.default_rng([seed, zlib.crc32(group.id.encode())]).random(group.channels)
-        for group in groups
-        if group.reason is None
+        for group in _prunable(groups)
     }
 
 
@@ -154,14 +145,18 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def _first_non_finite(model: nn.Module, modules: Iterable[str]) -> str:
-    """The first entry of these modules that is not finite, in brackets; empty where all are finite."""
-    for name in sorted(modules):
-        for key, tensor in model.get_submodule(name).state_dict().items():
-            bad = tensor[~torch.isfinite(tensor)]
-            if bad.numel():
-                return f" ({name}.{key} is {float(bad[0])})"
-    return ""
+def _prunable(groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if group.reason is None]
+
+
+def _check_scores(model: nn.Module, what: str, scores: np.ndarray, modules: Iterable[str]) -> None:
+    """Raise PlanError, which names the first bad entry of these modules, where a score is not finite."""
+    if np.isfinite(scores).all():
+        return
+    states = {name: model.get_submodule(name).state_dict() for name in sorted(modules)}
+    tensors = {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+    bad = (f" ({name} is {float(x[~torch.isfinite(x)][0])})" for name, x in tensors.items() if not x.isfinite().all())
+    raise PlanError(f"{what} is not finite{next(bad, '')}; train with a lower learning rate")
 
 
 def _check_loss(loss: Tensor, batch: int) -> None:
@@ -173,10 +168,6 @@ def _check_loss(loss: Tensor, batch: int) -> None:
             f"taylor needs a loss with a gradient, and that of batch {batch} has none; compute it without "
             "torch.no_grad() and detach()"
         )
-
-
-def _slices(model: nn.Module, groups: Sequence[Group], norms: bool) -> ParameterSlices:
-    return ParameterSlices(model, [group for group in groups if group.reason is None], norms)
 
 
 def _reduce(slices: ParameterSlices, sums: Iterable[tuple[Tensor, Tensor]], reduction: Reduction) -> Tensor:
@@ -200,14 +191,9 @@ def _normalize(
     if normalizer not in statistics:
         raise PlanError(f"normalizer={normalizer!r}: must be one of {', '.join(statistics)}")
     normalized = {}
-    for group in groups:
-        if group.reason is None:
-            values = slices.part(scores, group).numpy()
-            if not np.isfinite(values).all():
-                where = _first_non_finite(model, {member.tensor.rpartition(".")[0] for member in group.members})
-                raise PlanError(
-                    f"a weight of {group.id} or its gradient is not finite{where}; train with a lower learning rate"
-                )
-            # The scores of a group of zeros stay zero.
-            normalized[group.id] = values / (statistics[normalizer](values) or 1.0)
+    for group in _prunable(groups):
+        values = slices.part(scores, group).numpy()
+        _check_scores(model, f"a weight of {group.id} or its gradient", values, {m.module for m in group.members})
+        # The scores of a group of zeros stay zero.
+        normalized[group.id] = values / (statistics[normalizer](values) or 1.0)
     return normalized

@@ -21,14 +21,11 @@ def match_layers(
     """Return the ids of the groups whose channels the given layers, or modules inside them, produce or pass on.
 
     Args:
-        model: the model.
-        groups: its groups.
         layers: modules of the model, names of modules, or patterns of names as in a shell.
         argument: the name of the argument that gave them, for messages.
 
     Raises:
-        PlanError: something else than a list, a module that is not in the model, or a pattern that matches no module
-            with channels.
+        PlanError: a layer that is not in the model or has no channels, or no list.
     """
     if isinstance(layers, Layer):
         raise PlanError(f"{argument} is a list of modules or patterns; write [{_describe(layers)}]")
@@ -41,15 +38,14 @@ def match_layers(
                 group_ids[".".join(parts[: depth + 1])].add(group.id)
     matched: set[str] = set()
     for layer in layers:
-        if isinstance(layer, nn.Module):
+        if not isinstance(layer, str):
             matched |= _match_module(layer, names, group_ids, argument)
-            continue
-        matching = [name for name in group_ids if fnmatchcase(name, layer)]
-        if not matching:
+        elif matching := [name for name in group_ids if fnmatchcase(name, layer)]:
+            matched.update(*(group_ids[name] for name in matching))
+        else:
             close = registry.closest_match(layer, list(group_ids))
             hint = f"did you mean {close!r}?" if close else f"the first are {', '.join(list(group_ids)[:5])}"
             raise PlanError(f"{argument}: no module with channels matches {layer!r}; {hint}")
-        matched.update(*(group_ids[name] for name in matching))
     return matched
 
 

@@ -34,23 +34,14 @@ _LIMITS = (
 
 @dataclass
 class Selection:
-    """The channels to prune.
+    """The channels to prune."""
 
-    Attributes:
-        dead: for each group the channels to prune, with those that nothing else produces or reads any more.
-        removed: the modules of which nothing is left.
-        requested: number of channels requested.
-        pruned: number of channels pruned.
-        notes: where the selection differs from the request, and what else is worth knowing, one sentence each.
-        warnings: those of the notes that the user should see.
-    """
-
-    dead: dict[str, set[int]]
-    removed: list[str]
-    requested: int
-    pruned: int
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    dead: dict[str, set[int]]  # of each group, with those that nothing else produces or reads any more
+    removed: list[str]  # the modules of which nothing is left
+    requested: int  # number of channels
+    pruned: int  # number of channels
+    notes: list[str] = field(default_factory=list)  # where it differs from the request, and why, one sentence each
+    warnings: list[str] = field(default_factory=list)  # those of the notes that the user should see
 
     def add_note(self, note: str, warn: bool = True) -> None:
         self.notes.append(note)
@@ -61,16 +52,7 @@ class Selection:
 class Selector:
     """Selects the channels of one model to prune; prepared once, for any number of selections.
 
-    Args:
-        model: the dense model.
-        groups: its groups.
-        scores: for each group that can be pruned its channels' scores, (channels,); see ``importance``.
-        scope: whether channels compete across all groups ("global"), or each group loses the same share ("layer").
-        min_channels: number of channels to keep in each group that remains.
-        round_to: kept channels of each group are rounded up to a multiple of this; a group without such a multiple is
-            kept whole.
-        ignored_layers: modules of the model, or patterns (as in a shell) of their names; all channels that one of them
-            or a module inside it produces or passes on are kept.
+    Args (others as for ``extract``):
         ignored_groups: ids of groups whose channels are all kept.
         ratios: for some groups the share of their own channels to prune; they do not compete with the others.
 
@@ -167,24 +149,24 @@ class Selector:
                 f"give one of threshold, pruning_ratio and count, not {' and '.join(given) or 'none of them'}"
             )
         ((name, value),) = given.items()
+        if name == "threshold" and not value >= 0:
+            raise PlanError(f"threshold={value}: must be at least 0")
+        if name == "pruning_ratio" and not 0 <= value <= 1:
+            raise PlanError(f"pruning_ratio={value}: must be from 0 to 1; 0.3 prunes 30% of the channels")
+        if name == "count" and self.scope == "layer":
+            raise PlanError("count ranks the channels of all layers; with scope 'layer' give a pruning_ratio")
+        if name == "count" and not 0 <= value <= self.candidates:
+            raise PlanError(f"count={value}: must be from 0 to the {self.candidates} channels that can be pruned")
         preset = int(self.preset.sum())
         if name == "threshold":
-            if not value >= 0:
-                raise PlanError(f"threshold={value}: must be at least 0")
             below = np.array([np.searchsorted(values, value, "right") for values in self.sorted_scores], int)
             wanted = np.where(self.competes, below, self.preset)
             competing = [values for values, competes in zip(self.scores, self.competes, strict=True) if competes]
             requested = sum(int((values <= value).sum()) for values in competing) + preset
-        elif name == "pruning_ratio" and not 0 <= value <= 1:
-            raise PlanError(f"pruning_ratio={value}: must be from 0 to 1; 0.3 prunes 30% of the channels")
         elif self.scope == "layer":
-            if name == "count":
-                raise PlanError("count ranks the channels of all layers; with scope 'layer' give a pruning_ratio")
             wanted = np.where(self.competes, _floor(value * self.widths), self.preset)
             requested = int(wanted.sum())
         else:
-            if name == "count" and not 0 <= value <= self.candidates:
-                raise PlanError(f"count={value}: must be from 0 to the {self.candidates} channels that can be pruned")
             number = int(_floor(value * self.candidates)) if name == "pruning_ratio" else int(value)
             wanted = np.bincount(self.ranked_groups[:number], minlength=len(self.groups)) + self.preset
             requested = number + preset
@@ -202,13 +184,10 @@ class Selector:
         extra += np.diff([int(kept.sum()) for kept in steps])
         kept = steps[-1]
         while True:
-            chosen = {
-                group.id: set(order[: width - k].tolist())
-                for group, order, width, k in zip(self.groups, self.prune_order, self.widths, kept, strict=True)
-            }
+            rows = zip(self.groups, self.prune_order, self.widths - kept, strict=True)
+            chosen = {group.id: set(order[:number].tolist()) for group, order, number in rows}
             dead, removed = self.cutter.complete(chosen)
-            starved = self._starved_groups(dead)
-            if not starved:
+            if not (starved := self._starved_groups(dead)):
                 break
             # Each layer keeps a branch, but those of neighbouring layers do not meet: fine in one, coarse in the next.
             before = kept
@@ -247,12 +226,10 @@ class Selector:
 
     def _conv_blocks(self, group: Group) -> int:
         """Number of blocks of the group's channels that must lose equally many: the groups of a convolution on them."""
-        cutter, blocks = self.cutter, 1
-        for axis, conv_groups in cutter.blocks.items():
-            # Where several groups share the axis, ``Cutter.complete`` gives channels back instead.
-            if cutter.members[axis][0][0] is group and cutter.lengths[axis] == group.channels:
-                blocks = max(blocks, conv_groups)
-        return blocks
+        cutter = self.cutter
+        # Where several groups share the axis, ``Cutter.complete`` gives channels back instead.
+        alone = [a for a in cutter.blocks if cutter.members[a][0][0] is group and cutter.lengths[a] == group.channels]
+        return max([1, *(cutter.blocks[axis] for axis in alone)])
 
     def _starved_groups(self, dead: Mapping[str, set[int]]) -> list[int]:
         """The groups that must keep one more channel: those of a dead layer, and those that read an ignored layer."""

@@ -20,8 +20,8 @@ from prunekit.pruning.plan import Gate, Group
 class Decay(ABC):
     """Interface of a decay: a context manager around the forward passes, and their penalty."""
 
-    weight: float = 0.0
-    norms: Sequence[str] = ()
+    weight: float = 0.0  # λ
+    norms: Sequence[str] = ()  # those whose gates are decayed
 
     @abstractmethod
     def penalty(self) -> Tensor:
@@ -47,13 +47,8 @@ def gates_to_decay(groups: Sequence[Group], exclude: Sequence[str]) -> list[Gate
     Raises:
         TrainingError: none is left.
     """
-    gates = [
-        gate
-        for group in groups
-        if group.reason is None
-        for gate in group.gates
-        if not any(fnmatchcase(gate.norm, pattern) for pattern in exclude)
-    ]
+    gates = [gate for group in groups if group.reason is None for gate in group.gates]
+    gates = [gate for gate in gates if not any(fnmatchcase(gate.norm, pattern) for pattern in exclude)]
     if not gates:
         raise TrainingError("no gate to decay: every group is excluded or cannot be pruned; see decay.options.exclude")
     return gates
@@ -80,7 +75,7 @@ class DynamicWeightDecay(Decay):
 
     Args:
         model: the model to train, as it was when its groups were found.
-        groups: from ``find_groups``; the gates of those that can be pruned are decayed.
+        groups: from ``find_groups``; those that can be pruned are decayed.
         weight: λ.
         branch_weights: "none" for w = 1, or "flops" for w = the side length of the gate's feature map (twice for a
             branch twice as fine, half for a stage half as large), relative to the mean over all gates.
@@ -98,21 +93,20 @@ class DynamicWeightDecay(Decay):
         branch_weights: Literal["none", "flops"] = "none",
         exclude: list[str] | tuple[str, ...] = (),
     ):
-        self.weight = weight
-        self.branch_weights = branch_weights
+        self.weight, self.branch_weights = weight, branch_weights
         activations = {gate.norm: gate.activation for gate in gates_to_decay(groups, exclude)}
         self.norms = tuple(activations)
         self._gates = [model.get_submodule(name).weight for name in self.norms]
         self._responses = [_Responses(model, name, activations[name]) for name in self.norms]
         self._hooks: list[Any] = []
         self._mean_side: float | None = None
+        # Relative to the mean over the initial gates: otherwise each pruning step would change the remaining weights.
         self._mean_side_is_fixed = False
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._mean_side is None else {"mean_side": self._mean_side}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        # Relative to the mean over the initial gates: otherwise each pruning step would change the remaining weights.
         self._mean_side = state.get("mean_side")
         self._mean_side_is_fixed = self._mean_side is not None
 
@@ -153,35 +147,27 @@ class DynamicWeightDecay(Decay):
     @torch.no_grad()
     def _mean_responses(self) -> Tensor:
         """Means over the images of all forward passes, (gates,)."""
-        batch_sizes = [[len(means) for means in responses.means] for responses in self._responses]
-        if all(sizes == batch_sizes[0] for sizes in batch_sizes):
+        sizes = [[len(means) for means in responses.means] for responses in self._responses]
+        if all(own == sizes[0] for own in sizes):
             forwards = zip(*(responses.means for responses in self._responses), strict=True)
             return sum(torch.cat(means, 1).abs().sum(0) for means in forwards) / self._responses[0].images
-        return torch.cat(
-            [sum(m.abs().sum(0) for m in responses.means) / responses.images for responses in self._responses]
-        )
+        return torch.cat([sum(m.abs().sum(0) for m in own.means) / own.images for own in self._responses])
 
 
 class _Responses:
     """Collects the responses after one norm, image by image, of all forward passes."""
 
     def __init__(self, model: nn.Module, norm: str, activation: str | None):
-        self.function = None
-        target = norm
-        if activation is not None:
-            # A PReLU may be called "prelu" or "relu" in its model.
-            if isinstance(dict(model.named_modules()).get(activation), nn.PReLU):
-                target = activation
-            else:
-                self.function = getattr(F, activation)
+        # A PReLU may be called "prelu" or "relu" in its model.
+        is_prelu = isinstance(dict(model.named_modules()).get(activation), nn.PReLU)
+        self.function = getattr(F, activation) if activation is not None and not is_prelu else None
         # Deep copies of the model (a weight average, a teacher) inherit the hook, which must ignore them.
-        self.module = weakref.ref(model.get_submodule(target))
+        self.module = weakref.ref(model.get_submodule(activation if is_prelu else norm))
         self.clear()
 
     def clear(self) -> None:
         self.means: list[Tensor] = []
-        self.images = 0
-        self.side = 0.0
+        self.images, self.side = 0, 0.0
 
     def register_hook(self) -> Any:
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:

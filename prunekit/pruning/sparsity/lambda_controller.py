@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,20 +27,13 @@ _STATE = ("value", "start", "integral", "progress", "mean_loss", "first_loss", "
 
 
 class FeedbackController:
-    """A proportional-integral controller in log space, without knowledge of models.
-
-    Args:
-        initial: λ at the beginning.
-        threshold: the gate at which the budget has to be met in the end.
-    """
+    """A proportional-integral controller in log space, without knowledge of models."""
 
     def __init__(self, initial: float, threshold: float):
-        self.initial = initial
-        self.threshold = max(threshold, 1e-12)
-        self.value = initial
+        self.initial = self.value = initial  # λ
+        self.threshold = max(threshold, 1e-12)  # the gate at which the budget has to be met in the end
         self.start: float | None = None
-        self.integral = 0.0
-        self.progress = 0.0
+        self.integral = self.progress = 0.0
         self.mean_loss: float | None = None
         self.first_loss: float | None = None
         self.min_loss: float | None = None
@@ -90,7 +84,6 @@ class FeedbackController:
         return math.log((max(self.mean_loss, 0.0) + floor) / (max(self.min_loss, 0.0) + floor))
 
     def state_dict(self) -> dict[str, float | None]:
-        """All that changes, as JSON."""
         return {key: getattr(self, key) for key in _STATE}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
@@ -102,9 +95,7 @@ class LambdaController:
     """Controls λ of one training by the gates of its model.
 
     Args:
-        model: the model in training.
-        groups: its groups.
-        size_model: of the model and these groups.
+        size_model: of the model in training and its groups.
         measure: "params" or "macs".
         goal: the budget in this measure.
         threshold: of the effective gate.
@@ -123,14 +114,10 @@ class LambdaController:
         weight: float,
         limits: Mapping[str, int],
     ):
-        self.model = model
+        self.model, self.size_model = model, size_model
         self.groups = [group for group in groups if limits.get(group.id)]
-        self.limits = limits
-        self.size_model = size_model
-        self.measure = measure
-        self.goal = goal
+        self.measure, self.goal, self.threshold, self.limits = measure, goal, threshold, limits
         self.controller = FeedbackController(weight, threshold)
-        self.threshold = threshold
 
     @staticmethod
     def update_interval(steps: int) -> int:
@@ -159,12 +146,11 @@ class LambdaController:
             return 0.0
         scores = self._scores()
         values = np.unique(np.concatenate(scores))
-        low, high = 0, len(values) - 1
-        while low < high:
-            middle = (low + high) // 2
-            met = getattr(self._size_above(values[middle], scores), self.measure) <= self.goal
-            low, high = (low, middle) if met else (middle + 1, high)
-        return float(values[low])
+
+        def is_met(value: float) -> bool:
+            return getattr(self._size_above(value, scores), self.measure) <= self.goal
+
+        return float(values[bisect_left(values[:-1], True, key=is_met)])
 
     def size(self) -> ModelSize:
         """The size if all channels at or below the threshold were pruned now, within the limits."""

@@ -20,16 +20,7 @@ class L1Decay(Decay):
     """Network slimming (Liu et al., ICCV 2017, equation 1): λ · Σ|γ| over the gates.
 
     It acts by the subgradient λ·sign(γ), so gates oscillate around zero by the optimizer's step size: end with a small
-    learning rate, and use a threshold above the last step size.
-
-    Args:
-        model: the model to train, as it was when its groups were found.
-        groups: from ``find_groups``; the gates of those that can be pruned are decayed.
-        weight: λ.
-        exclude: patterns (as in a shell) of norms to leave out, for example ["head.*"].
-
-    Raises:
-        TrainingError: no gate is left to decay.
+    learning rate, and use a threshold above the last step size. Args and errors as for :class:`DynamicWeightDecay`.
     """
 
     def __init__(
@@ -52,7 +43,6 @@ class L1Decay(Decay):
         self._indices = torch.tensor(indices, device=self._gates[0].device)
 
     def penalty(self) -> Tensor:
-        """Return λ · Σ|γ|, a scalar with gradients to the gates."""
         gates = torch.cat(self._gates)
         return self.weight * gates[self._indices.to(gates.device)].abs().sum()
 
@@ -64,17 +54,9 @@ class GroupNormDecay(Decay):
 
     w are the slices of all weights that are pruned with the channel (outputs of its producers, inputs of its readers,
     depthwise kernels, gates), size is their number, ‖·‖ the L2 norm. Learning rate and threshold as for "l1". Where
-    norms make a network invariant to the scale of its weights, select with the importance "magnitude".
-
-    Args:
-        model: the model to train, as it was when its groups were found.
-        groups: from ``find_groups``; the channels of those that can be pruned are decayed.
-        weight: λ.
-        exclude: patterns (as in a shell) of modules; groups whose channels such a module produces or passes on are left
-            out.
-
-    Raises:
-        TrainingError: no group is left to decay.
+    norms make a network invariant to the scale of its weights, select with the importance "magnitude". Args and errors
+    as for :class:`DynamicWeightDecay`; ``exclude`` names modules, and leaves out the groups whose channels they produce
+    or pass on.
     """
 
     def __init__(
@@ -101,7 +83,6 @@ class GroupNormDecay(Decay):
         self._scale = self._slices.sizes.sqrt().to(first.device, first.dtype)
 
     def penalty(self) -> Tensor:
-        """Return λ · Σ √size · ‖w‖, a scalar with gradients to all weights of the groups, zero for zero channels."""
         squares = self._slices.sum(torch.square)
         positive = squares > 0
         # The gradient of the root is infinite at zero, and infinity times zero would be NaN.

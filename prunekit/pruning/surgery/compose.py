@@ -13,14 +13,7 @@ from prunekit.pruning.surgery.plan_builder import make_plan
 
 
 def compose(model: nn.Module, groups: Sequence[Group], first: Plan, slim_groups: Sequence[Group], second: Plan) -> Plan:
-    """Return the plan that has the effect of two plans in sequence.
-
-    Args:
-        model: the dense model.
-        groups: of the dense model.
-        first: a plan of the dense model.
-        slim_groups: the groups of the slim model made with ``first``.
-        second: a plan of that slim model.
+    """Return the plan that has the effect of two in sequence: one of the dense model, one of its slim model.
 
     Raises:
         PlanError: the slim model is not the result of ``first``.

@@ -1,11 +1,6 @@
 """Constant folding: what dead channels still emit is moved into the modules that read them.
 
-A gate of zero leaves β, so a dead channel emits a constant. Where its reader does not pad with zeros, the constant
-shifts the reader's output; the shift is folded into the running mean of the next norm, or into a bias. Where the reader
-pads, the border sees a different sum than the interior; there a *carrier*, one dead channel that is kept, takes over
-the weights of the others. The constants are measured, not derived. See docs/design/surgery.md.
-
-Three steps: ``measure_constants``, ``plan_folding``, ``apply_folding``.
+Three steps: ``measure_constants``, ``plan_folding``, ``apply_folding``. See docs/design/surgery.md.
 """
 
 from __future__ import annotations
@@ -22,12 +17,9 @@ from prunekit.pruning.graph.axes import TRANSPOSED, conv_groups
 from prunekit.pruning.plan import Group, Member
 from prunekit.pruning.surgery.cutter import channel_index, entries
 
-# A channel whose values differ by less than this, relative to their size, is constant.
-CONSTANT_TOLERANCE = 1e-9
-# A smaller constant is dropped instead of carried; the equivalence check decides whether that is allowed.
-NEGLIGIBLE = 1e-9
-# A carrier must be at least this large, relative to the largest constant at the reader.
-MIN_CARRIER_RATIO = 1e-3
+CONSTANT_TOLERANCE = 1e-9  # a channel whose values differ by less than this, relative to their size, is constant
+NEGLIGIBLE = 1e-9  # a smaller constant is dropped instead of carried; the equivalence check decides if that is allowed
+MIN_CARRIER_RATIO = 1e-3  # least size of a carrier, relative to the largest constant at the reader
 
 
 @dataclass
@@ -56,12 +48,12 @@ class ConstantInput:
         return not self.uniform and self.member.stride == 1 and float(np.abs(self.value).max()) > NEGLIGIBLE
 
     def inexact(self, carried: bool) -> np.ndarray:
-        """Return which channels neither a fold nor (with ``carried``) a carrier replaces exactly, (channels,)."""
+        """Mask of the channels that neither a fold nor (with ``carried``) a carrier replaces exactly, (channels,)."""
         varying = self.spread > CONSTANT_TOLERANCE * np.maximum(np.abs(self.value), 1)
         return varying if carried or self.uniform else varying | (self.value != 0)
 
     def entries(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the input entries of some channels, and the value of each entry."""
+        """The input entries of some channels, and the value of each entry."""
         runs = self.offset[mask][:, None] + np.arange(self.member.stride)
         return runs.ravel(), self.value[mask].repeat(self.member.stride)
 
@@ -74,12 +66,12 @@ class Constants:
     inputs: dict[str, list[ConstantInput]]  # where they are read
 
     def inexact(self, carried: bool, removed: Collection[str] = ()) -> list[tuple[float, str, int]]:
-        """List dead channels that neither a fold nor (with ``carried``) a carrier replaces exactly, or whose reader is
-        ``removed``: (size of the error, group, channel), largest first."""
+        """Dead channels that cannot be replaced exactly, or whose reader is ``removed``: (size of the error, group,
+        channel), largest first."""
         return self._largest(lambda c: np.where(c.inexact(carried) | (c.member.module in removed), c.size, 0.0), 0.0)
 
     def nonzero(self) -> list[tuple[float, str, int]]:
-        """List dead channels that some reader does not see as zero, in the form of ``inexact``."""
+        """Dead channels that some reader does not see as zero, in the form of ``inexact``."""
         return self._largest(lambda c: c.size, NEGLIGIBLE)
 
     def _largest(self, size: Callable[[ConstantInput], np.ndarray], minimum: float) -> list[tuple[float, str, int]]:
@@ -92,8 +84,7 @@ class Constants:
         return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
 
     def output_shifts(self, carried: bool, dropped: bool = False) -> dict[str, float]:
-        """Return how far cutting the channels would move the output of each reader, where that is not exact; with
-        ``dropped``, without any folding."""
+        """How far the inexact channels (``dropped``: all of them) would move the output of each reader."""
         shifts: dict[str, float] = {}
         for constant in (c for inputs in self.inputs.values() for c in inputs):
             lost = constant.inexact(carried) | (dropped & (np.abs(constant.value) > NEGLIGIBLE))
@@ -129,7 +120,7 @@ def measure_constants(
 def _input_ranges(
     model: nn.Module, names: Collection[str], inputs: Sequence[Tensor]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Run a model and return the least and the largest value of each entry of axis 1 at the inputs of modules."""
+    """The least and the largest value of each entry of axis 1 at the inputs of modules, over some batches."""
     modules = {model.get_submodule(name): name for name in names}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -171,8 +162,7 @@ class Folding:
 
     # (input, mask of the channels to replace, index of the carrier that takes over their weights)
     transfers: list[tuple[ConstantInput, np.ndarray, int]] = field(default_factory=list)
-    # (input, mask of the channels to fold into a shift of the reader's output)
-    shifts: list[tuple[ConstantInput, np.ndarray]] = field(default_factory=list)
+    shifts: list[tuple[ConstantInput, np.ndarray]] = field(default_factory=list)  # (input, mask of channels to fold)
     folded: int = 0  # number of dead channels in the groups that are folded
     carriers: dict[str, list[int]] = field(default_factory=dict)  # dead channels of each group, kept as constants
     inexact: dict[str, float] = field(default_factory=dict)  # reader → movement of its output that is not compensated
@@ -222,10 +212,7 @@ def _choose_carriers(inputs: Sequence[ConstantInput], count: int) -> list[int]:
 
 
 def apply_folding(model: nn.Module, folding: Folding) -> dict[str, Tensor]:
-    """Change weights, biases and running means in place; return the biases to add to readers that have none.
-
-    The dead channels except carriers can be cut afterwards.
-    """
+    """Change weights, biases and running means in place; return the biases to add to readers that have none."""
     for constant, mask, carrier in folding.transfers:
         index, value = constant.entries(mask)
         weight = _weight(constant.module)[constant.rows]
@@ -265,7 +252,6 @@ def zero_inputs(model: nn.Module, groups: Sequence[Group], channels: Mapping[str
 
 
 def pads_zeros(module: nn.Module) -> bool:
-    """Return whether a module pads its input with zeros."""
     padding = getattr(module, "padding", 0)
     if getattr(module, "padding_mode", "zeros") != "zeros" or padding == "valid":
         return False
@@ -275,12 +261,12 @@ def pads_zeros(module: nn.Module) -> bool:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """Return a view of a reader's weight, output axis first."""
+    """A view of a reader's weight, output axis first."""
     return module.weight.data.transpose(0, 1) if isinstance(module, TRANSPOSED) else module.weight.data
 
 
 def _contract(weight: Tensor, index: np.ndarray, value: np.ndarray) -> Tensor:
-    """Return the sum over input entries of weight times value, (out, …) as the weight without its input axis."""
+    """The sum over input entries of weight times value, (out, …) as the weight without its input axis."""
     row = np.zeros(weight.shape[1])
     row[index] = value
     row = torch.from_numpy(row).to(weight)
@@ -288,5 +274,5 @@ def _contract(weight: Tensor, index: np.ndarray, value: np.ndarray) -> Tensor:
 
 
 def _output_shift(weight: Tensor, index: np.ndarray, value: np.ndarray) -> Tensor:
-    """Return what constant input entries add to an output away from the border, (out,)."""
+    """What constant input entries add to an output away from the border, (out,)."""
     return _contract(weight, index, value).reshape(len(weight), -1).sum(1)

@@ -26,20 +26,15 @@ class Cutter:
         model: the dense model.
         groups: of that model.
         scores: for each group the scores of its channels: the best are given back first. By default the first are.
-
-    Attributes:
-        members: for each axis the groups that it carries.
-        lengths: of each axis.
-        blocks: for each axis of a grouped convolution its number of groups, which must stay of equal size.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], scores: Mapping[str, np.ndarray] | None = None):
-        self.model = model
-        self.scores = scores or {}
-        self.groups = groups
+        self.model, self.groups, self.scores = model, groups, scores or {}
         self.lengths: dict[Axis, int] = {}
-        self.blocks: dict[Axis, int] = {}
-        self.members: dict[Axis, list[tuple[Group, Member]]] = defaultdict(list)
+        self.blocks: dict[
+            Axis, int
+        ] = {}  # of grouped convolutions: the number of groups, which must stay of equal size
+        self.members: dict[Axis, list[tuple[Group, Member]]] = defaultdict(list)  # what each axis carries
         modules = dict(model.named_modules())
         for group in groups:
             for member in group.members:
@@ -87,19 +82,17 @@ class Cutter:
 
     def _remove_orphans(self, dead: dict[str, set[int]]) -> set[str]:
         """Add, in place, the groups that have lost all producers or all readers; return the modules to remove."""
-        while True:
-            removed = self._emptied(dead)
-            changed = False
+        changed = True
+        while changed:
+            removed, changed = self._emptied(dead), False
             for group in self.groups if removed else ():
                 if group.reason is not None or len(dead.get(group.id, ())) == group.channels:
                     continue
                 producers = [name for name in group.producers if not is_channelwise(self.model, name)]
                 readers = [member.module for member in group.readers]
                 if (producers and removed.issuperset(producers)) or (readers and removed.issuperset(readers)):
-                    dead[group.id] = set(range(group.channels))
-                    changed = True
-            if not changed:
-                return removed
+                    dead[group.id], changed = set(range(group.channels)), True
+        return removed
 
     def _emptied(self, dead: Mapping[str, set[int]]) -> set[str]:
         """Return the modules with an axis of which nothing is left."""
@@ -113,8 +106,7 @@ class Cutter:
         }
 
     def _balance(self, dead: dict[str, set[int]]) -> str | None:
-        """Give channels back, in place, until the groups of each convolution are of equal size; return one that needed
-        it."""
+        """Give channels back, in place, until the groups of each convolution are of one size; return one changed."""
         unbalanced = None
         for axis, blocks in self.blocks.items():
             mask = self._mask(axis, dead)
@@ -152,15 +144,12 @@ class Cutter:
         removed: Sequence[str],
         biases: Mapping[str, torch.Tensor] | None = None,
     ) -> list[str]:
-        """Remove channels and modules in place.
+        """Remove channels and modules in place; return the convolutions that got a bias.
 
         Args:
             model: this cutter's model, or a copy of it.
             dead, removed: from ``complete``.
-            biases: biases to add to convolutions without one, for all their output channels before the cut.
-
-        Returns:
-            the convolutions that got a bias.
+            biases: to add to convolutions without one, for all their output channels before the cut.
 
         Raises:
             PlanError: a module would be removed that the model cannot do without.
@@ -188,7 +177,6 @@ class Cutter:
 
 
 def channel_index(channels: Iterable[int] | np.ndarray) -> np.ndarray:
-    """Return channels in ascending order, as an index array."""
     return channels if isinstance(channels, np.ndarray) else np.array(sorted(channels), np.int64)
 
 

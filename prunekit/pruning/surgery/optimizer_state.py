@@ -22,18 +22,15 @@ def slim_optimizer(
 ) -> torch.optim.Optimizer:
     """Return an optimizer of a slim model with the state (moments, step counts) of the dense model's optimizer.
 
-    ``slim`` makes a new model, which an optimizer of the dense model does not train.
-
     Args:
-        optimizer: of the dense model; it is left unchanged.
+        optimizer: of the dense model, which does not train the slim one; it is left unchanged.
         model: the dense model.
         slim: the slim model.
         groups: of the dense model.
         plan: the plan of the slim model (``EquivalenceReport.plan``).
 
     Returns:
-        An optimizer of the same class with the same parameter groups. A bias that slimming has added is in the group
-        of its weight, without state.
+        One of the same class and parameter groups; an added bias is in the group of its weight, without state.
 
     Raises:
         PlanError: a parameter of the optimizer is not the model's, the slim model does not fit the plan, or the

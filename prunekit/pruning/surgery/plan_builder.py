@@ -13,7 +13,6 @@ from prunekit.pruning.surgery.cutter import Cutter
 
 
 def make_plan(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> Plan:
-    """Return the plan that removes these channels and all that depends on them (see ``Cutter.complete``)."""
     return plan_from_dead(model, groups, *Cutter(model, groups).complete(dead))
 
 

@@ -1,5 +1,4 @@
-"""Recalibration of BatchNorm statistics after a cut that is not exact, as for averaged weights (Izmailov et al., UAI
-2018)."""
+"""Recalibration of BatchNorm statistics after a cut that is not exact (Izmailov et al., UAI 2018)."""
 
 from __future__ import annotations
 
@@ -16,9 +15,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Measure the running statistics of every BatchNorm again, in place, without labels.
 
     Running mean and variance become the averages of the means and unbiased variances of the batches, all with equal
-    weight. One pass measures all norms, since each normalizes with the statistics of the batch. Norms run in train
-    mode, everything else in eval mode; modes and momenta are restored. The constants of carriers and of folded
-    channels stay exact.
+    weight. Norms run in train mode, everything else in eval mode; modes and momenta are restored. The constants of
+    carriers and of folded channels stay exact.
 
     Args:
         model: on the device of the batches.
