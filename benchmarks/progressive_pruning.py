@@ -104,7 +104,7 @@ def results(path: Path) -> dict[str, Any]:
     lines = [line for line in run.read_metrics() if line["stage"] == "train"]
     log = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in log if row["stage"] == "train"]
-    steps = summary.get("shrunk", [])
+    steps = summary.get("progressive_pruning", [])
     return {
         "wall": [round(line["seconds"], 1) for line in lines],
         "epochs": [round(value, 1) for value in seconds],

@@ -123,13 +123,13 @@ def counters(model: nn.Module, shape: tuple[int, ...]) -> dict[str, dict[str, An
     """Compare with the counters of fvcore, thop and torch.
 
     Returns:
-        "ours", "fvcore", "thop", "torch" → {"params", "macs", "modules": {name: MACs}}; torch only has "macs".
+        "prunekit", "fvcore", "thop", "torch" → {"params", "macs", "modules": {name: MACs}}; torch only has "macs".
     """
     counts, _ = count_modules(model, shape)
     sums = total(counts)
     modules = {name: one.macs for name, one in counts.items()}
     return {
-        "ours": {"params": sums["params"], "macs": sums["macs"], "modules": modules},
+        "prunekit": {"params": sums["params"], "macs": sums["macs"], "modules": modules},
         "fvcore": _count_fvcore(model, shape),
         "thop": _count_thop(model, shape),
         "torch": _count_torch(model, shape),

@@ -14,15 +14,15 @@ SIZE = (3, 224, 224)
 def test_independent_counters_agree():
     found = counters(csnet(20), SIZE)
     assert (
-        found["ours"]["macs"]
+        found["prunekit"]["macs"]
         == found["fvcore"]["macs"]
         == found["thop"]["macs"]
         == found["torch"]["macs"]
         == 432_819_744
     )
-    assert found["ours"]["params"] == found["fvcore"]["params"] == found["thop"]["params"] == 210_985
+    assert found["prunekit"]["params"] == found["fvcore"]["params"] == found["thop"]["params"] == 210_985
     for other in ("fvcore", "thop"):
-        for name, macs in found["ours"]["modules"].items():
+        for name, macs in found["prunekit"]["modules"].items():
             assert found[other]["modules"].get(name, 0) == macs, (other, name)
 
 

@@ -71,7 +71,7 @@ def test_thop_counts_transposed_convolution_by_output_size(groups, kernel, strid
     found = macs(of(nn.ConvTranspose2d(4, 6, kernel, stride, groups=groups)))
     one_pixel = 6 * (4 // groups) * kernel**2
     assert found == {
-        "ours": one_pixel * PIXELS,
+        "prunekit": one_pixel * PIXELS,
         "fvcore": one_pixel * PIXELS,
         "torch": one_pixel * PIXELS,
         "thop": one_pixel * output,
@@ -92,17 +92,17 @@ def test_thop_ignores_conv_subclasses_and_functional_convs():
 
     found = of(Own(4, 6, 1))
     assert found["thop"]["params"] == found["thop"]["macs"] == 0
-    assert found["ours"]["macs"] == found["fvcore"]["macs"] == found["torch"]["macs"] == 24 * PIXELS
+    assert found["prunekit"]["macs"] == found["fvcore"]["macs"] == found["torch"]["macs"] == 24 * PIXELS
     model = nn.Sequential(Function())
     found = counters(model, SHAPE)
     # We look at modules too; but what we cannot count is told.
-    assert macs(found) == {"ours": 0, "fvcore": 24 * PIXELS, "thop": 0, "torch": 24 * PIXELS}
+    assert macs(found) == {"prunekit": 0, "fvcore": 24 * PIXELS, "thop": 0, "torch": 24 * PIXELS}
     assert count_modules(model, SHAPE)[1] == ["0"]
 
 
 def test_thop_ignores_groupnorm_parameters():
     found = of(nn.GroupNorm(2, 4))
-    assert [found[name]["params"] for name in ("ours", "fvcore", "thop")] == [8, 8, 0]
+    assert [found[name]["params"] for name in ("prunekit", "fvcore", "thop")] == [8, 8, 0]
     assert set(macs(found).values()) == {0}
 
 

@@ -56,7 +56,7 @@ def train_stage(context: RunContext, run: RunDir) -> None:
     trained_plan = plan
     if pruning is not None and pruning.plan is not None:
         trained_plan = compose_with_builder(context.recipe, plan, pruning.initial_groups, pruning.plan)
-        run.update_summary("shrunk", pruning.records)
+        run.update_summary("progressive_pruning", pruning.records)
     save_model(run, "dense", model, trained_plan)
     # "dense" in the summary is the size before any pruning.
     context.measure(run, "dense", build_with_plan(context.recipe, plan))

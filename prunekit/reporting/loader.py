@@ -42,7 +42,7 @@ class Run:
         size: height and width in pixels of the image on which the summary's MACs are counted; None if unknown.
         layers: a row per layer and branch, in network order: ``layer``, ``branch`` and, for each of channels, params,
             macs, paper_flops, fvcore_macs and thop_macs, ``<quantity>_before`` and ``<quantity>_after``.
-        counters: a row per model (dense, slim) and counter (ours, fvcore, thop, torch): ``params``, ``macs``.
+        counters: a row per model (dense, slim) and counter (prunekit, fvcore, thop, torch): ``params``, ``macs``.
         metrics: a row per epoch of each training: ``stage``, ``epoch``, ``step``, ``loss``, ``penalty``, ``lambda``,
             ``lr``, ``alive``, ``of``, ``seconds``; ``metrics.<name>`` for each metric of the task, and with a budget
             ``size.<measure>`` and ``budget.<measure>``.
@@ -318,12 +318,13 @@ def _gates_of_checkpoint(files: ArtifactStore) -> pd.DataFrame:
 def _inconsistencies(run: Run) -> Iterator[str]:
     """Find contradictions between valid files: one of them is from another run, or incomplete."""
     for model in ("dense", "slim"):
-        ours = run.counters[(run.counters["model"] == model) & (run.counters["counter"] == "ours")]["params"].dropna()
+        rows = run.counters[(run.counters["model"] == model) & (run.counters["counter"] == "prunekit")]
+        counted = rows["params"].dropna()
         params = run.model(model).get("params")
-        if len(ours) and params is not None and int(ours.iloc[0]) != params:
+        if len(counted) and params is not None and int(counted.iloc[0]) != params:
             yield (
-                f"layers.json: its {model} model has {int(ours.iloc[0]):,} parameters, that of {SUMMARY} {params:,}; "
-                "one of the two is from another run"
+                f"layers.json: its {model} model has {int(counted.iloc[0]):,} parameters, that of {SUMMARY} "
+                f"{params:,}; one of the two is from another run"
             )
     if run.status == "complete" and run.summary and not any(model in run.summary for model in MODELS):
         yield f"{SUMMARY}: the run is complete, but the summary contains no model"

@@ -39,7 +39,7 @@ from prunekit.runs.state import FORMAT as RUN_FORMAT
 from prunekit.utils.safe_decode import decode_json
 
 MODELS = ("baseline", "dense", "slim", "finetuned")
-COUNTERS = ("ours", "fvcore", "thop", "torch")
+COUNTERS = ("prunekit", "fvcore", "thop", "torch")
 QUANTITIES = ("channels", "params", "macs", "paper_flops", "fvcore_macs", "thop_macs")
 GALLERY_PARTS = ("image", "truth", *MODELS)
 
@@ -59,7 +59,7 @@ _SUMMARY = {
     **dict.fromkeys(MODELS, _MODEL),
     "kept": {"channels": COUNT, "of": COUNT, "params_ratio": NUMBER, "macs_ratio": NUMBER},
     "equivalence": {**_EQUIVALENCE, "steps": [_EQUIVALENCE]},
-    "shrunk": [{**_EQUIVALENCE, **dict.fromkeys(("epoch", "channels"), COUNT), "seconds": DURATION}],
+    "progressive_pruning": [{**_EQUIVALENCE, **dict.fromkeys(("epoch", "channels"), COUNT), "seconds": DURATION}],
     "drift": {ANY_KEY: NUMBER},
     "recalibrated": {"batches": COUNT, "before": _METRICS, "after": _METRICS},
     "reference": {ANY_KEY: _METRICS},

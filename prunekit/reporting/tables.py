@@ -201,8 +201,8 @@ def _shares(layers: pd.DataFrame, when: str) -> pd.Series:
 def counters_table(run: Run) -> pd.DataFrame:
     """Return params and MACs of the dense and the slim model by each counter, with a note where they differ.
 
-    Columns: model, quantity, ours, fvcore, thop, torch, note. A counter that does not provide a quantity is NA and does
-    not count as a difference.
+    Columns: model, quantity, prunekit, fvcore, thop, torch, note. A counter that does not provide a quantity is NA and
+    does not count as a difference.
     """
     rows = []
     for model in dict.fromkeys(run.counters["model"]):
@@ -214,9 +214,9 @@ def counters_table(run: Run) -> pd.DataFrame:
 
 
 def _differences(values: dict[str, Any]) -> str:
-    ours = values["ours"]
+    ours = values["prunekit"]
     if pd.isna(ours):
-        return "ours is missing"
+        return "prunekit is missing"
     notes = []
     for name, value in values.items():
         if pd.isna(value) or value == ours:
@@ -328,7 +328,7 @@ def report_tables(runs: Sequence[Run], published: bool = False) -> list[ReportTa
     for run in runs:
         owner = run.name if len(runs) > 1 else ""
         if len(run.counters):
-            note = "Counts of the same models by four counters; the note says where one differs from ours."
+            note = "Counts of the same models by four counters; the note says where one differs from prunekit."
             tables.append(ReportTable("counters", "Counters", note, counters_table(run), run=owner))
         if len(run.layers):
             note = "Each layer and branch before and after slimming, in network order."

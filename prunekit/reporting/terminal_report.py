@@ -139,7 +139,7 @@ def _counters(run: Run) -> Iterator[Any]:
         yield terminal_table(different.drop(columns="note"), False)
         yield from (f"  {row.model} {row.quantity}: {row.note}" for row in different.itertuples())
     elif others:
-        yield f"counters: ours, {', '.join(others)} agree on params and {layers_macs_title(run)}"
+        yield f"counters: prunekit, {', '.join(others)} agree on params and {layers_macs_title(run)}"
 
 
 def _problems(run: Run) -> Iterator[str]:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import os
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from prunekit.runs import state as states
 from prunekit.runs.checkpoint_store import CheckpointStore, encode_tensors
 from prunekit.runs.stage_order import FILE_STAGES, STAGES, stage_index, stage_that_writes, training_position
 from prunekit.runs.state import STATE
+from prunekit.runs.written_files import remove_written
 from prunekit.utils.io import encode_json, fsync_folder, os_error_reason, sha256, write_atomic, write_error
 from prunekit.utils.lock import FolderLock
 from prunekit.utils.safe_decode import decode_arrays, decode_json, decode_tensors
@@ -295,28 +295,20 @@ class ArtifactStore:
         names = [name for name, writer in FILE_STAGES.items() if stage_index(writer) >= first]
         names += _MEASUREMENTS if first <= stage_index("finetune") else ()
         # The checksums first: a missing file with a checksum would count as damage.
+        recorded = self.recorded_files()
         tables = {table: self._state[table] for table in ("checksums", "replacing") if table in self._state}
         kept = {t: {k: v for k, v in files.items() if k.partition("/")[0] not in names} for t, files in tables.items()}
         self._write_state({**self._state, **kept})
-        for path in (self.path / name for name in names):
-            try:
-                remove(path)
-            except OSError as error:
-                raise write_error(error, path, "remove") from error
+        try:
+            remove_written(self.path, recorded, only=names)
+        except OSError as error:
+            raise write_error(error, error.filename or self.path, "remove") from error
 
     def _discard_checkpoints(self, condition: Callable[[str], bool]) -> None:
         checkpoints = self.checkpoints()
         for training in filter(condition, checkpoints.stages()):
             for step in checkpoints.steps(training):
                 checkpoints.discard(training, step)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, or a link without what it leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _are_metrics_intact(data: bytes, checksums: set[str | None]) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save as encode_safetensors
 
 from prunekit.errors import CheckpointError, RunFolderError
+from prunekit.runs.stage_order import is_training
 from prunekit.utils.io import encode_json, format_problem, is_newer, os_error_reason, sha256, write_atomic, write_error
 from prunekit.utils.safe_decode import decode_json, decode_tensors
 
@@ -44,12 +45,16 @@ class CheckpointStore:
 
     def steps(self, stage: str) -> list[int]:
         """Return the steps of this stage that have a JSON, newest first; the files are not read."""
-        numbers = (path.stem.removeprefix(f"{stage}-") for path in self.folder.glob(f"{stage}-*.json"))
-        return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+        return sorted(self._steps(stage, "json"), reverse=True)
+
+    def _steps(self, stage: str, kind: str) -> list[int]:
+        numbers = (path.stem.removeprefix(f"{stage}-") for path in self.folder.glob(f"{stage}-*.{kind}"))
+        return [int(number) for number in numbers if number.isdecimal()]
 
     def stages(self) -> set[str]:
         """Return the trainings that have checkpoints."""
-        return {path.stem.rpartition("-")[0] for path in self.folder.glob("*-*.json")}
+        parts = (path.stem.rpartition("-") for path in self.folder.glob("*-*.json"))
+        return {stage for stage, _, number in parts if number.isdecimal() and is_training(stage)}
 
     def save(
         self, stage: str, step: int, tensors: Tensors, state: dict[str, Any], keep: int, best: int | None = None
@@ -76,9 +81,8 @@ class CheckpointStore:
         for old in self.steps(stage)[max(keep, 1) :]:
             if old != best:
                 self.discard(stage, old)
-        kept = {self._paths(stage, step)[0] for step in self.steps(stage)}
-        for orphan in set(self.folder.glob(f"{stage}-*.safetensors")) - kept:
-            self._remove(orphan)
+        for orphan in set(self._steps(stage, "safetensors")) - set(self.steps(stage)):
+            self._remove(self._paths(stage, orphan)[0])
 
     def load(self, stage: str) -> tuple[int, Tensors, dict[str, Any]] | None:
         """Return step, tensors and state of the newest intact checkpoint, or None; damaged ones are logged."""

@@ -20,10 +20,11 @@ from prunekit.config.schema import is_same_run
 from prunekit.config.yaml import parse
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.runs import state as states
-from prunekit.runs.artifacts import RECIPE, ArtifactStore, remove
+from prunekit.runs.artifacts import RECIPE, ArtifactStore
 from prunekit.runs.checkpoint_store import Tensors
 from prunekit.runs.stage_order import STAGES, SUMMARY_STAGES, stage_index, training_position
 from prunekit.runs.state import FORMAT, STATE, SUMMARY
+from prunekit.runs.written_files import remove_written, temporary_files
 from prunekit.utils.io import TEMP_PREFIX, is_disk_failure, make_folder, os_error_reason, write_error
 from prunekit.utils.lock import FolderLock, process_alive
 from prunekit.utils.symlinks import check_no_external_links
@@ -58,7 +59,7 @@ class RunDir(ArtifactStore):
             recipe_text: the resolved recipe.
             environment: written to ``environment.json``.
             resume: continue the existing run; where there is none, start one.
-            overwrite: remove the existing run first.
+            overwrite: remove what the existing run has written first; the user's own files stay.
 
         Raises:
             RunFolderError: the folder is in use, holds another run or something else, or has another format.
@@ -77,7 +78,8 @@ class RunDir(ArtifactStore):
             elif resume:
                 run._resume(recipe_text, environment)
             elif overwrite:
-                run._clear()
+                run._clear(recipe_text)
+                check_no_external_links(path)
                 run._create(recipe_text, environment)
             else:
                 raise RunFolderError(
@@ -120,9 +122,13 @@ class RunDir(ArtifactStore):
         self._remove_temporary_files()  # of a start that was killed
         self._write_state(states.new_state())
         self.write_json("environment.json", environment)
-        name = _recipe_name(recipe_text, self.path)
-        self.write_json(SUMMARY, {"format": FORMAT, "recipe": name, "status": "running"})
+        self._begin_summary(recipe_text)
         self.write_text(RECIPE, recipe_text)
+
+    def _begin_summary(self, recipe_text: str) -> None:
+        recipe = parse(recipe_text).value
+        name = isinstance(recipe, dict) and recipe.get("name")
+        self.write_json(SUMMARY, {"format": FORMAT, "recipe": str(name or self.path.name), "status": "running"})
 
     def _resume(self, recipe_text: str, environment: dict[str, Any]) -> None:
         states.check_format(self.path)
@@ -151,13 +157,13 @@ class RunDir(ArtifactStore):
             )
         return self
 
-    def _clear(self) -> None:
+    def _clear(self, recipe_text: str) -> None:
+        recorded = states.recorded_files(self.path)
         # A kill in between must leave a run that can be overwritten, and that starts at the first stage if resumed.
         self._write_state(states.new_state())
+        self._begin_summary(recipe_text)
         try:
-            entries = [e for e in self.path.iterdir() if e.name not in ("lock", STATE, RECIPE)]
-            for entry in [*entries, self.path / RECIPE]:
-                remove(entry)
+            remove_written(self.path, recorded, keep=("lock", STATE, RECIPE, SUMMARY))
         except OSError as error:
             if is_disk_failure(error):
                 raise write_error(error, self.path, "empty") from error
@@ -166,7 +172,7 @@ class RunDir(ArtifactStore):
             ) from error
 
     def _remove_temporary_files(self) -> None:
-        for path in self.path.rglob(f"{TEMP_PREFIX}*"):
+        for path in temporary_files(self.path):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -359,8 +365,3 @@ def _diff(old: str, new: str) -> str:
     lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), RECIPE, "now", lineterm="", n=0))
     more = ["…"] if len(lines) > _MAX_DIFF_LINES else []
     return "\n".join(lines[:_MAX_DIFF_LINES] + more)
-
-
-def _recipe_name(recipe_text: str, path: Path) -> str:
-    recipe = parse(recipe_text).value
-    return str(recipe["name"]) if isinstance(recipe, dict) and recipe.get("name") else path.name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from prunekit.errors import RunFolderError
 
 STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report")
@@ -25,7 +27,7 @@ FILE_STAGES = {
 SUMMARY_STAGES = {
     "baseline": "train",
     "dense": "train",
-    "shrunk": "train",
+    "progressive_pruning": "train",
     "slim": "slim",
     "kept": "slim",
     "equivalence": "slim",
@@ -42,6 +44,11 @@ def stage_index(stage: str) -> int:
     if stage not in STAGES:
         raise RunFolderError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
     return STAGES.index(stage)
+
+
+def is_training(name: str) -> bool:
+    """Return whether a training of a run has this name."""
+    return re.fullmatch(r"train|baseline|step\d+|finetune", name) is not None
 
 
 def training_position(name: str) -> tuple[int, int]:

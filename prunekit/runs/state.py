@@ -5,6 +5,7 @@ The file also holds its own checksum, ``check``, so that a flipped bit in it is 
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
@@ -62,6 +63,14 @@ def read(folder: Path) -> dict[str, Any]:
             "checkpoints that exist, or start again with --overwrite"
         ) from error
     return state
+
+
+def recorded_files(folder: Path) -> list[str]:
+    """Return the names in a state of any format, as far as it can be read."""
+    try:
+        return [name for name in json.loads((folder / STATE).read_bytes())["checksums"] if isinstance(name, str)]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return []
 
 
 def check_format(folder: Path) -> None:

@@ -97,7 +97,7 @@ class PruneDeadChannels(Callback):
             if pruned is None:
                 return {}
             trainer.replace_model(pruned)
-        return {"shrunk": {key: pruned.record[key] for key in ("channels", "params", "macs")}}
+        return {"pruned": {key: pruned.record[key] for key in ("channels", "params", "macs")}}
 
     @staticmethod
     def _is_due(trainer: Trainer) -> bool:

@@ -103,24 +103,24 @@ def save_checkpoint(trainer: Trainer) -> None:
             )
     if position.step and job.progressive_pruning is not None:
         # Not checked: channels without a deciding gate have the value ∞.
-        arrays |= {f"looks/{name}": values for name, values in job.progressive_pruning.max_gates.items()}
+        arrays |= {f"max_gates/{name}": values for name, values in job.progressive_pruning.max_gates.items()}
     state = {
         "epoch": position.epoch,
         "step": position.step,
         "steps": trainer.steps_per_epoch,
         "batches": job.config.accumulate * distributed.world_size(),
         "sums": position.sums.tolist(),
-        "told": position.at_lambda_update,
+        "at_lambda_update": position.at_lambda_update,
         "seconds": position.seconds,
         "best": position.best,
-        "averaged": 0 if ema is None else ema.steps,
+        "ema_steps": 0 if ema is None else ema.steps,
         "optimizer": numbers,
         # Some optimizers, such as schedule-free ones, keep counters beside the learning rates.
-        "shares": [
+        "param_groups": [
             {k: v for k, v in group.items() if isinstance(v, (bool, int, float))} for group in optimizer["param_groups"]
         ],
     }
-    parts = {"steering": trainer.lambda_controller, "shrinking": job.progressive_pruning}
+    parts = {"lambda_controller": trainer.lambda_controller, "progressive_pruning": job.progressive_pruning}
     state |= {name: part.state_dict() for name, part in parts.items() if part is not None}
     config = job.config.checkpoint
     best = position.best[1] if config.best and position.best is not None else None
@@ -144,11 +144,11 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
             f"{_name(job)} has {state['steps']} steps an epoch, and the data now give {steps}; restore the missing "
             f"data, or {_restart(job)}"
         )
-    kinds = ("model", "average", "optimizer", "gates", "looks", "random")
+    kinds = ("model", "average", "optimizer", "gates", "max_gates", "random")
     parts: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for name, value in arrays.items():
         kind, _, key = name.partition("/")
-        parts[kind][key] = value if kind in ("gates", "looks") else torch.from_numpy(value.copy())
+        parts[kind][key] = value if kind in ("gates", "max_gates") else torch.from_numpy(value.copy())
     optimizer_state: dict[int, dict[str, Any]] = {}
     for name, value in {**parts["optimizer"], **state.get("optimizer", {})}.items():
         index, _, key = name.partition("/")
@@ -157,25 +157,25 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
     try:
         trainer.model.load_state_dict(parts["model"])
         if trainer.ema is not None:
-            trainer.ema.load(parts["average"], state["averaged"])
-        saved_groups = state.get("shares", [{}] * len(groups))
+            trainer.ema.load(parts["average"], state["ema_steps"])
+        saved_groups = state.get("param_groups", [{}] * len(groups))
         groups = [{**group, **saved} for group, saved in zip(groups, saved_groups, strict=True)]
         trainer.optimizer.load_state_dict({"param_groups": groups, "state": optimizer_state})
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{_name(job)} does not fit the model ({reason}); {_restart(job)}") from error
     trainer.gates.load(parts["gates"])
-    if trainer.lambda_controller is not None and state.get("steering") is not None:
-        trainer.decay.weight = trainer.lambda_controller.load_state_dict(state["steering"])
+    if trainer.lambda_controller is not None and state.get("lambda_controller") is not None:
+        trainer.decay.weight = trainer.lambda_controller.load_state_dict(state["lambda_controller"])
     position = TrainingPosition(int(state["epoch"]))
     if state.get("best") is not None:
         position.best = (float(state["best"][0]), int(state["best"][1]))
     if state.get("step"):
         position.step, position.seconds = int(state["step"]), state["seconds"]
-        position.at_lambda_update = tuple(state["told"])
+        position.at_lambda_update = tuple(state["at_lambda_update"])
         position.sums, position.rng_states = torch.tensor(state["sums"], dtype=torch.float64), parts["random"]
         if job.progressive_pruning is not None:
-            job.progressive_pruning.reset(parts["looks"])
+            job.progressive_pruning.reset(parts["max_gates"])
     return position
 
 

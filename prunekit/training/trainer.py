@@ -72,7 +72,7 @@ class Trainer:
         self.gates = GateHistory(model, groups, job.threshold)
         pruning, config = job.progressive_pruning, job.config
         if pruning is not None and checkpoint is not None:
-            self.groups = pruning.restore(model, groups, checkpoint[1]["shrinking"])
+            self.groups = pruning.restore(model, groups, checkpoint[1]["progressive_pruning"])
             if pruning.plan is not None:
                 self._follow_pruned(model, self.groups)
         self._use_optimizer(self._build_optimizer())

@@ -11,7 +11,6 @@ from prunekit.errors import RunFolderError
 
 def check_no_external_links(folder: Path) -> None:
     """Raise RunFolderError for a link that leads out of a folder, or a pipe or device, which blocks readers, in it."""
-    root = os.path.realpath(folder)
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(parent, name)
@@ -21,7 +20,13 @@ def check_no_external_links(folder: Path) -> None:
             except OSError:
                 continue  # It was removed in the meantime.
             if stat.S_ISLNK(mode):
-                if os.path.commonpath([root, os.path.realpath(path)]) != root:
+                if leads_out(path, folder):
                     raise RunFolderError(f"{shown} is a link that leads out of the run folder; replace it by a copy")
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise RunFolderError(f"{shown} is neither a file nor a folder; remove it")
+
+
+def leads_out(link: str | Path, folder: Path) -> bool:
+    """Return whether a link leads to something that is not in the folder."""
+    root = os.path.realpath(folder)
+    return os.path.commonpath([root, os.path.realpath(link)]) != root

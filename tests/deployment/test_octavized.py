@@ -25,8 +25,10 @@ def test_counters_agree_on_dense_and_slim():
     small, _ = slim(model, extract(model, groups), example, groups=groups)
     for one in (model, small):
         found = counters(one, (3, 17, 22))
-        assert found["ours"]["macs"] == found["fvcore"]["macs"] == found["thop"]["macs"] == found["torch"]["macs"] > 0
-        assert found["ours"]["params"] == found["fvcore"]["params"] == found["thop"]["params"] == params(one)
+        assert (
+            found["prunekit"]["macs"] == found["fvcore"]["macs"] == found["thop"]["macs"] == found["torch"]["macs"] > 0
+        )
+        assert found["prunekit"]["params"] == found["fvcore"]["params"] == found["thop"]["params"] == params(one)
     rows = layer_rows(model, small, (3, 17, 22))
     channels = {(row["layer"], row["branch"]): row["channels"]["before"] for row in rows}
     assert channels == {

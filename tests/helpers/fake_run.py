@@ -205,14 +205,14 @@ def write_slim(run: RunDir, rows: list[dict]) -> None:
         params, macs = (sum(row[key][when] for row in rows) for key in ("params", "macs"))
         thop = sum(row["thop_macs"][when] for row in rows)
         counters[model] = {
-            "ours": {"params": params, "macs": macs},
+            "prunekit": {"params": params, "macs": macs},
             "fvcore": {"params": params, "macs": macs},
             "thop": {"params": params, "macs": float(thop)},
             "torch": {"macs": macs},
         }
     run.write_json("layers.json", {"format": 1, "size": [64, 64], "layers": rows, "counters": counters})
     run.update_summary("slim", {**measured(rows, "after", 0.74), "paper_flops": None})
-    dense, slim = (counters[model]["ours"] for model in ("dense", "slim"))
+    dense, slim = (counters[model]["prunekit"] for model in ("dense", "slim"))
     before, after = (sum(row["channels"][when] for row in rows) for when in ("before", "after"))
     ratios = {f"{key}_ratio": slim[key] / dense[key] for key in ("params", "macs")}
     run.update_summary("kept", {"channels": after, "of": before, **ratios})

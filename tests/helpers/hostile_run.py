@@ -54,7 +54,7 @@ def hostile_run(folder: Path) -> Path:
             {"layer": f"{index}{attack}", "branch": 0, **dict.fromkeys(("channels", "params", "macs"), both)}
             for index, attack in enumerate(ATTACKS)
         ]
-        counts = {"ours": {"params": 8, "macs": 64}, "thop": {"params": 8, "macs": 65}}
+        counts = {"prunekit": {"params": 8, "macs": 64}, "thop": {"params": 8, "macs": 65}}
         run.write_json("layers.json", {"format": 1, "size": [8, 8], "layers": rows, "counters": {text: counts}})
         run.update_summary("slim", model)
         run.update_summary("equivalence", {"passed": False, "reason": text, "max_abs_diff": 1.0, "tolerance": 1e-6})

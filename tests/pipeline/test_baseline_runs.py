@@ -138,9 +138,9 @@ def test_restart_from_train_repeats_everything(run_it, whole, tmp_path):
 
 def test_ema_restarts_after_pruning(run_it, tmp_path):
     out = run_it(tmp_path / "run", "train.epochs=5", "train.prune_every=1", "train.ema=0.99", "baseline=true")
-    assert summary(out)["shrunk"] and summary(out)["baseline"]["params"] == summary(out)["dense"]["params"]
+    assert summary(out)["progressive_pruning"] and summary(out)["baseline"]["params"] == summary(out)["dense"]["params"]
     _, state = RunDir.open(out).load_checkpoint("train")
-    behind = max(cut["epoch"] for cut in summary(out)["shrunk"] if cut["channels"])
+    behind = max(cut["epoch"] for cut in summary(out)["progressive_pruning"] if cut["channels"])
     assert state["averaged"] == (5 - behind) * state["steps"]
 
 

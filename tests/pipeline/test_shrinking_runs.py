@@ -51,7 +51,7 @@ def lines(folder, stage="train"):
 
 
 def cuts(folder):
-    return [{k: v for k, v in cut.items() if k != "seconds"} for cut in summary(folder)["shrunk"]]
+    return [{k: v for k, v in cut.items() if k != "seconds"} for cut in summary(folder)["progressive_pruning"]]
 
 
 def same_models(a, b, *names):
@@ -82,12 +82,12 @@ def test_pruning_records(whole):
     found, run = summary(whole), RunDir.open(whole)
     dense = params(build_dense(recipe()))
     assert found["dense"]["params"] == dense and found["kept"]["of"] == lines(whole)[0]["of"]
-    records = found["shrunk"]
+    records = found["progressive_pruning"]
     assert len(records) >= 2 and {one["epoch"] for one in records} <= {1, 2, 3}
     assert all(one["passed"] and one["max_abs_diff"] <= one["tolerance"] for one in records)
     sizes = [one["params"] for one in records]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] == params(load_model(run, "dense")) < dense
-    told = {line["epoch"]: line["shrunk"] for line in lines(whole) if "shrunk" in line}
+    told = {line["epoch"]: line["pruned"] for line in lines(whole) if "pruned" in line}
     assert told == {one["epoch"]: {k: one[k] for k in ("channels", "params", "macs")} for one in records}
     assert found["kept"]["params_ratio"] == pytest.approx(found["slim"]["params"] / dense)
     assert f"cut {records[0]['channels']}" in (whole / "run.log").read_text()
@@ -162,7 +162,7 @@ def test_slim_run_with_another_threshold(whole, tmp_path):
     assert params(load_model(RunDir.open(out), "slim")) == found["slim"]["params"]
     tuned = finetune_run(whole, load(whole / "recipe.yaml"), tmp_path / "tuned", Console(quiet=True))
     assert summary(tuned)["dense"]["params"] == before["dense"]["params"]
-    assert params(load_model(RunDir.open(tuned), "dense")) == before["shrunk"][-1]["params"]
+    assert params(load_model(RunDir.open(tuned), "dense")) == before["progressive_pruning"][-1]["params"]
 
 
 def test_run_with_init_prunes_further(whole, tmp_path):
@@ -170,8 +170,8 @@ def test_run_with_init_prunes_further(whole, tmp_path):
     run = RunDir.open(out)
     assert summary(out)["dense"]["params"] == summary(whole)["finetuned"]["params"]
     assert params(load_model(run, "slim")) == summary(out)["slim"]["params"]
-    if "shrunk" in summary(out):
-        assert params(load_model(run, "dense")) == summary(out)["shrunk"][-1]["params"]
+    if "progressive_pruning" in summary(out):
+        assert params(load_model(run, "dense")) == summary(out)["progressive_pruning"][-1]["params"]
 
 
 def test_evaluate_export_and_report(whole, tmp_path, quick):
@@ -186,7 +186,7 @@ def test_evaluate_export_and_report(whole, tmp_path, quick):
     assert found["export"]["max_abs_diff"] < 1e-4
     assert (run / "report" / "index.html").exists()
     read = load_run(run)
-    assert read.summary["shrunk"] == found["shrunk"]
+    assert read.summary["progressive_pruning"] == found["progressive_pruning"]
 
 
 def test_budget_with_pruning_during_training(tmp_path):
@@ -199,7 +199,7 @@ def test_budget_with_pruning_during_training(tmp_path):
     found = summary(out)
     goal = round(0.3 * found["dense"]["params"])
     assert found["kept"]["params_ratio"] == pytest.approx(0.3, rel=0.02)
-    assert found["shrunk"] and all(one["params"] >= goal for one in found["shrunk"])
+    assert found["progressive_pruning"] and all(one["params"] >= goal for one in found["progressive_pruning"])
     assert [line["budget"] for line in lines(out)] == [{"params": goal}] * 4
 
 
@@ -208,7 +208,7 @@ def test_no_dead_channels_changes_nothing(tmp_path):
     a = run_it(tmp_path / "a", *options)
     b = run_it(tmp_path / "b", *options, "train.prune_every=null")
     assert same_models(a, b, *NAMES) and lines(a) == lines(b)
-    assert "shrunk" not in summary(a) and not (a / "dense/plan.json").exists()
+    assert "progressive_pruning" not in summary(a) and not (a / "dense/plan.json").exists()
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "often"])

@@ -31,7 +31,7 @@ def test_load_complete_run(whole):
     assert run.layers["macs_after"].tolist() == [row["macs"]["after"] for row in rows]
     assert run.layers["paper_flops_before"].isna().tolist() == [r["paper_flops"]["before"] is None for r in rows]
     assert all(run.layers[c].dtype == "Int64" for c in run.layers.columns[1:])
-    assert run.counters["counter"].tolist() == ["ours", "fvcore", "thop", "torch"] * 2
+    assert run.counters["counter"].tolist() == ["prunekit", "fvcore", "thop", "torch"] * 2
     assert run.metrics["metrics.mae"].tolist() == [0.1] * 5 and run.metrics["epoch"].tolist() == [1, 2, 3, 4, 1]
     assert run.environment["packages"]["torch"] and run.classes == []
 

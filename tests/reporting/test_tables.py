@@ -121,7 +121,7 @@ def test_counters_table_notes_differences_only(make_run):
     table = counters_table(load_run(make_run())).set_index(["model", "quantity"])
     assert table.loc[("dense", "params"), "note"] == ""
     row = table.loc[("dense", MACS)]
-    assert row["note"].startswith(f"thop {row['thop'] - row['ours']:+,} (+")
+    assert row["note"].startswith(f"thop {row['thop'] - row['prunekit']:+,} (+")
     assert "fvcore" not in row["note"] and pd.isna(table.loc[("slim", "params"), "torch"])
 
 
