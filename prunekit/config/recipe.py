@@ -6,7 +6,9 @@ values against :mod:`prunekit.config.schema`, the second (:mod:`prunekit.config.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +48,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, untrusted: bool =
     unreadable = {error.path for error in text_errors}
     value_errors = [e for e in tree.errors if not any(e.path[: n + 1] in unreadable for n in range(len(e.path)))]
     _raise_errors(text_errors + value_errors)
+    _make_paths_absolute(tree)
     recipe = Recipe.model_validate_json(json.dumps(tree.value))
     tree.errors = []
     for path, message in schema.find_conflicts(recipe):
@@ -57,6 +60,17 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, untrusted: bool =
 def _raise_errors(errors: list) -> None:
     if errors:
         raise RecipeError("\n".join(dict.fromkeys(map(str, sorted(errors)))))
+
+
+def _make_paths_absolute(tree: ConfigTree) -> None:
+    """Let a recorded recipe name the same folders from everywhere; a name that is no folder may mean anything."""
+    for path in schema.PATHS:
+        text = tree.get(path)
+        if isinstance(text, str) and os.path.exists(os.path.expanduser(text)):
+            # YAML cannot hold a name that is not UTF-8.
+            with contextlib.suppress(UnicodeEncodeError):
+                schema.real_path(text).encode()
+                tree.get(path[:-1])[path[-1]] = schema.real_path(text)
 
 
 def _check_schema(tree: ConfigTree) -> None:

@@ -5,6 +5,7 @@ The fields are in the order in which a resolved recipe is written. :mod:`pruneki
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from typing import Annotated, Any, Literal
@@ -51,14 +52,10 @@ class Section(BaseModel):
     )
 
 
-class Component(Section):
-    """A registered name with its options; a recipe may give the name alone."""
+class Named(Section):
+    """Base of the sections that name a builder; a recipe may give the name alone."""
 
     name: str
-    """Registered name; `prunekit list` shows all names."""
-    # Plain YAML values (a list where the builder takes a tuple): a recipe equals itself after a round trip.
-    options: Options = {}
-    """Options of the named builder; `prunekit list` shows them with their defaults."""
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +63,17 @@ class Component(Section):
         return {"name": value} if isinstance(value, str) else value
 
 
-class Backbone(Section):
+class Component(Named):
+    """A registered name with its options."""
+
+    name: str
+    """Registered name; `prunekit list` shows all names."""
+    # Plain YAML values (a list where the builder takes a tuple): a recipe equals itself after a round trip.
+    options: Options = {}
+    """Options of the named builder; `prunekit list` shows them with their defaults."""
+
+
+class Backbone(Named):
     """The dense model."""
 
     name: str
@@ -77,7 +84,7 @@ class Backbone(Section):
     """Arguments of the backbone."""
 
 
-class Data(Section):
+class Data(Named):
     """Training and validation images."""
 
     name: str
@@ -173,7 +180,7 @@ class FineTuning(Training):
     distill: Distill = Distill()
 
 
-class Decay(Section):
+class Decay(Named):
     """The penalty that drives gates to zero during sparse training."""
 
     name: str = "dynamic"
@@ -304,18 +311,13 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
     return conflicts
 
 
-def is_same_run(old: str, new: str) -> bool:
-    """Return whether a run started with one resolved recipe may resume with another, both as YAML.
+# Keys that name a folder; `backbone.file` is made absolute where it is read.
+PATHS = (("data", "root"), ("data", "val_root"), ("init",))
 
-    Only ``on_nonfinite`` may differ: it changes nothing that is already done.
-    """
-    try:
-        recipes = [Recipe.model_validate(yaml.parse(text).value) for text in (old, new)]
-    except ValueError:
-        return old == new
-    exclude = {"train": {"on_nonfinite"}, "finetune": {"on_nonfinite"}}
-    first, second = (recipe.model_dump(exclude=exclude) for recipe in recipes)
-    return first == second
+
+def real_path(text: str) -> str:
+    """Return a path that names the same folder wherever it is read."""
+    return os.path.realpath(os.path.expanduser(text))
 
 
 # Path of each component → its table in prunekit.config.registry.

@@ -65,7 +65,7 @@ class ConfigTree:
 
     def expand_names(self) -> None:
         """Replace ``optimizer: adam`` by ``optimizer: {name: adam}``, so that it can be merged."""
-        for path in schema.COMPONENTS:
+        for path in schema.REGISTRIES:
             section = self.get(path[:-1])
             if isinstance(section, dict) and isinstance(section.get(path[-1]), str):
                 self.locations[(*path, "name")] = self.location(path)

@@ -108,7 +108,7 @@ class UserModule:
             _modules[key] = self._import(f"{self.path.stem}_{self.digest[:DIGITS]}")
         module = _modules[key]
         function = getattr(module, name, None)
-        if not callable(function):
+        if not callable(function) or name.startswith("__"):
             functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
             match = closest_match(name, functions)
             hint = f"; did you mean {match!r}?" if match else ""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -71,7 +72,7 @@ def run_recipe(
         load_data="train" in pending or "finetune" in pending,
         load_init="train" in pending and (overwrite or not (out / "init" / "model.safetensors").is_file()),
     )
-    with _run_folder(context, out, resume=resume, overwrite=overwrite) as run:
+    with _run_folder(context, out, resume=resume, overwrite=overwrite, repeat_from=start_from) as run:
         _check_not_half_derived(run)
         if start_from is not None:
             run.restart_from(start_from)
@@ -152,7 +153,7 @@ def _derived_run(
 
 
 @contextmanager
-def _run_folder(context: RunContext, out: Path, **flags: bool) -> Iterator[RunDir]:
+def _run_folder(context: RunContext, out: Path, **flags: Any) -> Iterator[RunDir]:
     """Start or resume a run, with its log; errors leave as a PrunekitError, Ctrl-C as Interrupted."""
     recipe, run = context.recipe, None
     try:

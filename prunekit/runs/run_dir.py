@@ -6,7 +6,6 @@ A process killed at any moment leaves a folder that can be resumed; docs/design/
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
 import socket
@@ -16,12 +15,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from prunekit import __version__
-from prunekit.config.schema import is_same_run
 from prunekit.config.yaml import parse
 from prunekit.errors import CheckpointError, RunFolderError, WriteError
 from prunekit.runs import state as states
 from prunekit.runs.artifacts import RECIPE, ArtifactStore
 from prunekit.runs.checkpoint_store import Tensors
+from prunekit.runs.recipe_changes import refuse_change
 from prunekit.runs.stage_order import STAGES, SUMMARY_STAGES, stage_index, training_position
 from prunekit.runs.state import FORMAT, STATE, SUMMARY
 from prunekit.runs.written_files import remove_written, temporary_files
@@ -34,7 +33,6 @@ __all__ = ["FORMAT", "RunDir", "is_run_folder"]
 SKIPPED_STEPS = "skipped_steps"  # in the summary: training → number of steps
 # What a killed start can leave; recipe.yaml is written last, so without it nothing of value is there.
 _START_FILES = {"lock", STATE, "environment.json", SUMMARY}
-_MAX_DIFF_LINES = 12
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +49,7 @@ class RunDir(ArtifactStore):
         *,
         resume: bool = False,
         overwrite: bool = False,
+        repeat_from: str | None = None,
     ) -> Self:
         """Create the folder of a run, or resume an existing one, and lock it.
 
@@ -60,6 +59,7 @@ class RunDir(ArtifactStore):
             environment: written to ``environment.json``.
             resume: continue the existing run; where there is none, start one.
             overwrite: remove what the existing run has written first; the user's own files stay.
+            repeat_from: with ``resume``, a stage that :meth:`restart_from` will repeat, so that its keys may change.
 
         Raises:
             RunFolderError: the folder is in use, holds another run or something else, or has another format.
@@ -76,7 +76,7 @@ class RunDir(ArtifactStore):
             if not is_run_folder(path):
                 run._create(recipe_text, environment)
             elif resume:
-                run._resume(recipe_text, environment)
+                run._resume(recipe_text, environment, repeat_from)
             elif overwrite:
                 run._clear(recipe_text)
                 check_no_external_links(path)
@@ -130,17 +130,18 @@ class RunDir(ArtifactStore):
         name = isinstance(recipe, dict) and recipe.get("name")
         self.write_json(SUMMARY, {"format": FORMAT, "recipe": str(name or self.path.name), "status": "running"})
 
-    def _resume(self, recipe_text: str, environment: dict[str, Any]) -> None:
+    def _resume(self, recipe_text: str, environment: dict[str, Any], repeat_from: str | None) -> None:
         states.check_format(self.path)
         self._state = {**states.read(self.path), "prunekit": __version__}
         self._remove_temporary_files()
         self._resolve_replacements()
         written = self.read_text(RECIPE)
-        if not is_same_run(written, recipe_text):
-            raise RunFolderError(
-                f"{self.path} was started with another recipe; use that one, or --overwrite, or another --out DIR:\n"
-                + _diff(written, recipe_text)
-            )
+        kept = STAGES[: stage_index(repeat_from)] if repeat_from else STAGES
+        if problem := refuse_change(written, recipe_text, self.path, lambda s: s in kept and self._has_results(s)):
+            raise RunFolderError(problem)
+        if repeat_from:
+            # A kill before those stages are repeated must not leave them as done with another recipe.
+            self._write_state({**self._state, "done": [stage for stage in self.done if stage in kept]})
         if written != recipe_text:
             # A key that may change, or one that an older prunekit did not know.
             self.write_text(RECIPE, recipe_text)
@@ -243,6 +244,14 @@ class RunDir(ArtifactStore):
     def is_done(self, stage: str) -> bool:
         """Return whether this stage is done."""
         return STAGES[stage_index(stage)] in self._state["done"]
+
+    def _has_results(self, stage: str) -> bool:
+        trainings = self.checkpoints().stages()
+        return (
+            stage == STAGES[0]
+            or self.is_done(stage)
+            or any(training_position(t)[0] == stage_index(stage) for t in trainings)
+        )
 
     def finish(self) -> None:
         """Record that the run is complete."""
@@ -359,9 +368,3 @@ def _check_usable(path: Path) -> None:
         )
     if is_foreign:
         raise RunFolderError(f"{path} holds files but no run, so nothing is written there; choose another --out DIR")
-
-
-def _diff(old: str, new: str) -> str:
-    lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), RECIPE, "now", lineterm="", n=0))
-    more = ["…"] if len(lines) > _MAX_DIFF_LINES else []
-    return "\n".join(lines[:_MAX_DIFF_LINES] + more)

@@ -59,6 +59,7 @@ def test_loads_without_torch(write):
 paths = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 rates = st.floats(1e-300, 1e300)
 names = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="/\\"), min_size=1, max_size=8)
+functions = names.filter(lambda name: not name.startswith("__"))  # every module has a __dict__
 plains = st.fixed_dictionaries(
     {"name": st.sampled_from(["adam", "sgd"]), "options": st.fixed_dictionaries({}, optional={"rate": rates})}
 )
@@ -97,7 +98,7 @@ toys = st.fixed_dictionaries(
 )
 from_files = st.fixed_dictionaries(
     {
-        "name": names,
+        "name": functions,
         "file": st.just("net.py"),
         "options": st.dictionaries(names, st.none() | rates | names, max_size=3),
     }
@@ -220,7 +221,7 @@ export: {onnx: on}
         ("data.on_error=ignore", "data.on_error: 'ignore' must be 'raise' or 'skip'"),
         ("train=3", "train: 3 must be a mapping"),
         ("slim=", "slim: null must be a mapping"),
-        ("decay=l1", "decay: 'l1' is not a mapping; set decay.name instead"),
+        ("decay=[l1]", "decay: ['l1'] is not a mapping; set decay.name instead"),
         ("train.optimizer=[a]", "train.optimizer: ['a'] is not a mapping; set train.optimizer.name instead"),
         ("train.epocs=1", "train.epocs: unknown key, did you mean 'train.epochs'?"),
         ("weight=1", "weight: unknown key here; use decay.weight"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,38 @@ def test_overrides_of_name_and_options_work_in_any_order(write, name, turned):
     overrides = [name, "finetune.optimizer.options.rate=0.1"]
     r = recipe.load(write(GOOD), overrides[:: -1 if turned else 1])
     assert r.finetune.optimizer == recipe.Component(name="sgd", options={"rate": 0.1})
+
+
+@pytest.mark.parametrize("text", ["decay=l1", "decay={name: l1}"])
+def test_a_name_alone_sets_any_section_that_names_a_builder(write, text):
+    below = GOOD.replace("{width: 3}", "{width: 3, split: [1]}") + "decay: {weight: 5, options: {momentum: 1}}\n"
+    r = recipe.load(write(below), [text, "backbone=toy"])
+    assert (r.decay.name, r.decay.weight, r.decay.options) == ("l1", 5, {"power": 1.0, "limit": None})
+    assert (r.backbone.name, r.backbone.options["split"]) == ("toy", [1.0])
+    short = GOOD.replace("\n  name: shapes", " shapes")
+    assert short != GOOD and recipe.load(write(short)) == recipe.load(write(GOOD))
+
+
+def test_folders_are_recorded_so_that_they_are_found_from_elsewhere(write, tmp_path, monkeypatch):
+    for name in ("photos", "val photos", "run"):
+        Path(name).mkdir()
+    Path("link").symlink_to("val photos")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folders = ["data={name: folder, root: photos, val_root: link/../link}", "init=~/run"]
+    r = recipe.load(write(GOOD), folders)
+    assert (r.data.root, r.data.val_root, r.init) == (
+        *(str(Path(name).resolve()) for name in ("photos", "val photos", "run")),
+    )
+    # What is no folder is left as it was written.
+    assert recipe.load(write(GOOD), ["data={name: folder, root: cifar}"]).data.root == "cifar"
+
+
+def test_a_folder_with_a_name_that_is_not_utf8_can_be_recorded(write, tmp_path, monkeypatch):
+    odd = Path(os.fsdecode(b"odd\xff"))
+    (odd / "photos").mkdir(parents=True)
+    monkeypatch.chdir(odd)
+    r = recipe.load(write(GOOD), ["data={name: folder, root: photos}"])
+    assert yaml.parse(r.dump()).value["data"]["root"] == "photos"
 
 
 # Bases

@@ -70,6 +70,12 @@ def test_annotations_are_not_postponed_by_default(here):
     assert UserModule.read("net.py").load_function("build").__annotations__["width"] is int
 
 
+def test_what_every_module_has_is_no_builder(here):
+    Path("net.py").write_text("def build(): ...\n")
+    with pytest.raises(PluginError, match="has no function '__class__'"):
+        UserModule.read("net.py").load_function("__class__")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

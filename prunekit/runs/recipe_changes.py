@@ -1,0 +1,96 @@
+"""Which keys of a recipe may change when a run resumes: those that no finished or started stage depends on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prunekit.config import yaml
+from prunekit.config.schema import PATHS, Recipe, real_path
+from prunekit.config.yaml import format_path
+from prunekit.runs.artifacts import RECIPE
+from prunekit.runs.stage_order import STAGES
+from prunekit.utils.text import join_names
+
+# They change no result.
+_ALWAYS = {("train", "on_nonfinite"), ("finetune", "on_nonfinite"), ("data", "cache")}
+_MAX_DIFF_LINES = 12
+_OTHERWISE = ", or --overwrite, or another --out DIR"
+
+
+def refuse_change(old: str, new: str, folder: Path, is_started: Callable[[str], bool]) -> str | None:
+    """Return why a run of one resolved recipe, as YAML, cannot resume with another; None if it can.
+
+    Args:
+        old: recipe of the run.
+        new: recipe to resume with.
+        folder: the run folder.
+        is_started: whether results of a stage are kept.
+    """
+    if old == new:
+        return None
+    problem = f"{folder} was started with another recipe"
+    try:
+        recipes = [Recipe.model_validate(yaml.parse(text).value) for text in (old, new)]
+    except ValueError:
+        return f"{problem}; use that one{_OTHERWISE}:\n{_diff(old, new)}"
+    stages = {key: first_stage(key, recipes) for key in _changed_keys(recipes)}
+    started = {key: stage for key, stage in stages.items() if stage is None or is_started(stage)}
+    if not started:
+        return None
+    keys = join_names([format_path(key) for key in started])
+    problem += f": {keys} cannot change now; use the old value"
+    problem += "" if len(started) == 1 else "s"
+    if None not in started.values():
+        first = min(started.values(), key=STAGES.index)
+        if first != STAGES[0]:
+            problem += f", or --from {first} to repeat that stage and the later ones"
+        if ("train", "epochs") in started:
+            problem += f", or train the finished model further in a new run with init={folder}"
+    return f"{problem}{_OTHERWISE}:\n{_diff(old, new)}"
+
+
+def first_stage(key: yaml.Path, recipes: list[Recipe]) -> str | None:
+    """Return the first stage whose result depends on a key in one of the recipes; None: what the run starts from."""
+    section = key[0]
+    if key == ("slim", "recalibrate"):
+        return "finetune"
+    if section == "finetune":
+        return "slim" if any(recipe.slim.steps > 1 for recipe in recipes) else "finetune"
+    if section in ("slim", "target"):
+        return "train" if any(map(_prunes_in_training, recipes)) else "extract"
+    if section in ("train", "decay", "baseline", "log"):
+        return "train"
+    return section if section in STAGES else None
+
+
+def _prunes_in_training(recipe: Recipe) -> bool:
+    has_target = any(recipe.target.model_dump().values())
+    return recipe.train.prune_every is not None or (has_target and recipe.slim.importance.name == "gate")
+
+
+def _changed_keys(recipes: list[Recipe]) -> list[yaml.Path]:
+    old, new = (dict(_leaves(recipe.model_dump())) for recipe in recipes)
+    return [
+        key
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+        and key not in _ALWAYS
+        # Older versions recorded relative paths.
+        and not (key in PATHS and old[key] and new[key] and real_path(old[key]) == real_path(new[key]))
+    ]
+
+
+def _leaves(value: Any, path: yaml.Path = ()) -> Iterator[tuple[yaml.Path, Any]]:
+    if not (isinstance(value, dict) and value):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, (*path, key))
+
+
+def _diff(old: str, new: str) -> str:
+    lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), RECIPE, "now", lineterm="", n=0))
+    return "\n".join([*lines[:_MAX_DIFF_LINES], *(["…"] if len(lines) > _MAX_DIFF_LINES else [])])
