@@ -70,7 +70,7 @@ def test_a_key_may_change_with_the_stages_that_are_repeated(tmp_path, first, ove
     resume(tmp_path / "run", override, repeat_from=first)
     # A kill before restart_from leaves nothing that follows another recipe.
     assert RunDir.open(tmp_path / "run").done == list(STAGES[: STAGES.index(first)])
-    with pytest.raises(RunFolderError, match="train.lr"):
+    with pytest.raises(RunFolderError, match=r"train\.lr"):
         resume(tmp_path / "run", override, "train.lr=1", repeat_from=first)
 
 
