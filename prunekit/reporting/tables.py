@@ -6,7 +6,7 @@ follow the CSNet paper and are always at 224×224; "÷ dense" is the ratio to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,8 @@ _STAGES_OF_MODEL = {"dense": ("train",), "slim": ("extract", "slim"), "finetuned
 class ReportTable:
     """A table of a report.
 
-    Attributes:
+    Args:
         name: distinct among the tables of a run.
-        title: a heading, such as "Models".
-        note: a sentence on how to read it.
-        data: the rows.
         latex_columns: the columns that fit a printed page; None: all.
         run: with several runs, the name of the run that it is about; empty for all.
     """
@@ -73,10 +70,7 @@ def macs_title(run: Run) -> str:
 
 
 def layers_macs_title(run: Run) -> str:
-    """Return the header of the MACs of layers and counters.
-
-    Derived runs keep the layers of their source run, which may use another image size.
-    """
+    """Return the header of the MACs of layers and counters; a derived run may have another image size than these."""
     return f"MACs {format_size(run.layers_size or run.size)}"
 
 
@@ -96,10 +90,8 @@ def summary_table(runs: Sequence[Run], published: bool = False) -> pd.DataFrame:
     for run in runs:
         dense = run.model("dense")
         latency_title, latencies = latency(run)
-        for name in MODELS:
+        for name in filter(run.model, MODELS):
             model = run.model(name)
-            if not model:
-                continue
             values = {_metric_title(k): v for k, v in run.model_metrics(name).items() if is_number(v)}
             metrics |= dict.fromkeys(values)
             rows.append(
@@ -123,15 +115,15 @@ def summary_table(runs: Sequence[Run], published: bool = False) -> pd.DataFrame:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     macs, latency_titles = ([c for c in columns if c.startswith(prefix)] for prefix in (MACS, LATENCY))
     counts = ["params", *macs, PAPER_FLOPS]
-    fractions = [*metrics, *latency_titles, PARAMS_RATIO, MACS_RATIO, SECONDS]
-    return _typed(rows, ["run", "model", *counts, *fractions], counts, fractions)
+    return _typed(rows, ["run", "model"], counts, [*metrics, *latency_titles, PARAMS_RATIO, MACS_RATIO, SECONDS])
 
 
 def _typed(
-    rows: list[dict[str, Any]], columns: list[str], counts: Sequence[str], fractions: Sequence[str] = ()
+    rows: Any, texts: Sequence[str], counts: Sequence[str] = (), fractions: Sequence[str] = (), last: Sequence[str] = ()
 ) -> pd.DataFrame:
+    """Return the rows as a table of texts, whole numbers and floats, then further texts."""
     # By way of objects: as floats, counts above 2⁵³ would lose digits.
-    table = pd.DataFrame(rows, columns=columns, dtype=object)
+    table = pd.DataFrame(rows, columns=[*texts, *counts, *fractions, *last], dtype=object)
     return table.astype({**dict.fromkeys(counts, "Int64"), **dict.fromkeys(fractions, "Float64")})
 
 
@@ -210,7 +202,7 @@ def counters_table(run: Run) -> pd.DataFrame:
         for quantity, title in (("params", "params"), ("macs", layers_macs_title(run))):
             values = {name: counters[quantity].get(name, pd.NA) for name in COUNTERS}
             rows.append({"model": model, "quantity": title, **values, "note": _differences(values)})
-    return _typed(rows, ["model", "quantity", *COUNTERS, "note"], COUNTERS)
+    return _typed(rows, ["model", "quantity"], COUNTERS, last=["note"])
 
 
 def _differences(values: dict[str, Any]) -> str:
@@ -219,11 +211,10 @@ def _differences(values: dict[str, Any]) -> str:
         return "prunekit is missing"
     notes = []
     for name, value in values.items():
-        if pd.isna(value) or value == ours:
-            continue
-        percent = 100 * (value - ours) / ours if ours else 0.0
-        relative = f" ({percent:{'+,.0f' if abs(percent) >= 100 else '+.2g'}} %)" if ours else ""
-        notes.append(f"{name} {value - ours:+,}{relative}")
+        if not pd.isna(value) and value != ours:
+            percent = 100 * (value - ours) / ours if ours else 0.0
+            relative = f" ({percent:{'+,.0f' if abs(percent) >= 100 else '+.2g'}} %)" if ours else ""
+            notes.append(f"{name} {value - ours:+,}{relative}")
     return "; ".join(notes)
 
 
@@ -239,14 +230,10 @@ def evals_table(runs: Sequence[Run]) -> pd.DataFrame:
 
     Columns: run, set, model, mode, images, skipped, the metrics, seconds.
     """
-    tables = [run.evals.assign(run=run.name) for run in runs if len(run.evals)]
-    if not tables:
-        return pd.DataFrame(columns=["run", "set", "model"])
-    table = pd.concat(tables, ignore_index=True)
-    metrics = [column for column in table.columns if column.startswith("metrics.")]
-    table = table[["run", "name", "model", "mode", "images", "skipped", *metrics, "seconds"]]
-    table = table.astype({"images": "Int64", "skipped": "Int64", **dict.fromkeys([*metrics, "seconds"], "Float64")})
-    return table.rename(columns={"name": "set", **{c: _metric_title(c.removeprefix("metrics.")) for c in metrics}})
+    table = _joined(runs, "evals").rename(columns={"name": "set"})
+    metrics = {str(c): _metric_title(c.removeprefix("metrics.")) for c in table if c.startswith("metrics.")}
+    table = _typed(table, ["run", "set", "model", "mode"], ["images", "skipped"], [*metrics, SECONDS])
+    return table.rename(columns=metrics)
 
 
 def bench_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -255,13 +242,14 @@ def bench_table(runs: Sequence[Run]) -> pd.DataFrame:
     Columns: run, model, form, batch, size, threads, device, the median, 10th and 90th percentile of the milliseconds
     per batch, the peak memory.
     """
-    tables = [run.bench.assign(run=run.name) for run in runs if len(run.bench)]
-    if not tables:
-        return pd.DataFrame(columns=["run", "model", "median ms"])
-    table = pd.concat(tables, ignore_index=True)
-    table = table[["run", *(column for column in table.columns if column != "run")]]
-    table = table.astype({"batch": "Int64", "threads": "Int64", **dict.fromkeys(_BENCH_TITLES, "Float64")})
-    return table.rename(columns=_BENCH_TITLES)
+    texts = ["run", "model", "form", "batch", "size", "threads", "device"]
+    table = _typed(_joined(runs, "bench"), texts, fractions=list(_BENCH_TITLES))
+    return table.astype({"batch": "Int64", "threads": "Int64"}).rename(columns=_BENCH_TITLES)
+
+
+def _joined(runs: Sequence[Run], name: str) -> pd.DataFrame:
+    tables = [getattr(run, name).assign(run=run.name) for run in runs if len(getattr(run, name))]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def seconds_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -272,8 +260,8 @@ def seconds_table(runs: Sequence[Run]) -> pd.DataFrame:
         if seconds:
             total = round(sum(seconds.values()), 3)
             rows.append({"run": run.name, **{f"{stage} s": v for stage, v in seconds.items()}, "total s": total})
-    columns = [*(f"{stage} s" for stage in STAGES if any(f"{stage} s" in row for row in rows)), "total s"]
-    return _typed(rows, ["run", *columns], [], columns)
+    stages = [f"{stage} s" for stage in STAGES if any(f"{stage} s" in row for row in rows)]
+    return _typed(rows, ["run"], fractions=[*stages, "total s"])
 
 
 def budget_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -290,25 +278,25 @@ def budget_table(runs: Sequence[Run]) -> pd.DataFrame:
                 continue
             dense, slim = (run.model(model).get(measure) for model in ("dense", "slim"))
             budget: Any = None if is_ratio and dense is None else round(value * dense) if is_ratio else int(value)
-            rows.append(
-                {
-                    "run": run.name,
-                    "target": f"{key} {value:g}" if is_ratio else f"{key} {value:,}",
-                    "measure": "params" if measure == "params" else macs_title(run),
-                    "budget": budget,
-                    "dense": dense,
-                    "slim": slim,
-                    "within budget": None if None in (budget, slim) else "yes" if slim <= budget else "no",
-                }
-            )
-    columns = ["run", "target", "measure", "budget", "dense", "slim", "within budget"]
-    return _typed(rows, columns, ["budget", "dense", "slim"])
+            target = f"{key} {value:g}" if is_ratio else f"{key} {value:,}"
+            within = None if None in (budget, slim) else "yes" if slim <= budget else "no"
+            title = "params" if measure == "params" else macs_title(run)
+            rows.append((run.name, target, title, budget, dense, slim, within))
+    return _typed(rows, ["run", "target", "measure"], ["budget", "dense", "slim"], last=["within budget"])
 
 
 def notes_table(runs: Sequence[Run]) -> pd.DataFrame:
     """Return a row for each note of the runs' plans: deviations from what was requested."""
-    rows = [{"run": run.name, "note": note} for run in runs for note in (run.plan or {}).get("notes", [])]
-    return pd.DataFrame(rows, columns=["run", "note"])
+    return _typed([(run.name, note) for run in runs for note in (run.plan or {}).get("notes", [])], ["run", "note"])
+
+
+_COMMON_TABLES = (
+    ("seconds", "Time", "Seconds of each stage, summed over resumptions.", seconds_table),
+    ("budget", "Budget", "The target size and the size of the slim model.", budget_table),
+    ("evals", "Datasets", "Metrics of the models on whole datasets.", evals_table),
+    ("bench", "Latency", "Milliseconds per batch: median, 10th and 90th percentile.", bench_table),
+    ("notes", "Notes on the plans", "Deviations from what was requested.", notes_table),
+)
 
 
 def report_tables(runs: Sequence[Run], published: bool = False) -> list[ReportTable]:
@@ -316,15 +304,8 @@ def report_tables(runs: Sequence[Run], published: bool = False) -> list[ReportTa
 
     First the tables of all runs, then those of each run; with several runs, these name their run.
     """
-    common: list[tuple[str, str, str, Callable[[Sequence[Run]], pd.DataFrame]]] = [
-        ("seconds", "Time", "Seconds of each stage, summed over resumptions.", seconds_table),
-        ("budget", "Budget", "The target size and the size of the slim model.", budget_table),
-        ("evals", "Datasets", "Metrics of the models on whole datasets.", evals_table),
-        ("bench", "Latency", "Milliseconds per batch: median, 10th and 90th percentile.", bench_table),
-        ("notes", "Notes on the plans", "Deviations from what was requested.", notes_table),
-    ]
     tables = [ReportTable("summary", "Models", "Every model of every run.", summary_table(runs, published))]
-    tables += [ReportTable(name, title, note, data) for name, title, note, make in common if len(data := make(runs))]
+    tables += [ReportTable(*texts, data) for *texts, make in _COMMON_TABLES if len(data := make(runs))]
     for run in runs:
         owner = run.name if len(runs) > 1 else ""
         if len(run.counters):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import pandas as pd
@@ -37,10 +38,8 @@ def terminal_summary(
 ) -> Table:
     """Return the summary as a table no wider than the console; columns that do not fit are named in the caption.
 
-    The published models are in a section of their own unless the rows are sorted.
-
-    Args:
-        columns, sort: as for :func:`prunekit.reporting.columns.arrange_table`.
+    The published models are in a section of their own unless the rows are sorted; ``columns`` and ``sort`` are as for
+    :func:`prunekit.reporting.columns.arrange_table`.
     """
     table = arrange_table(summary_table(runs, published), None, sort)
     shown = list(arrange_table(table, columns, None).columns)
@@ -52,20 +51,30 @@ def terminal_summary(
     else:
         # The user names the most important columns first.
         removable = [c for c in shown if c not in ("run", "model")][:0:-1]
+    return _fit(lambda shown, left_out: _summary(table, shown, left_out, sort is not None), shown, removable, console)
+
+
+def _fit(
+    build: Callable[[list[str], list[str]], Table], shown: list[str], removable: list[str], console: Console
+) -> Table:
+    """Return ``build(shown, left_out)`` with as many columns as fit; the first of ``removable`` are left out first."""
     left_out: list[str] = []
-    result = _summary(table, shown, left_out, sort is not None)
     for column in (column for column in removable if column in shown):
-        if fits(result, console):
+        if fits(build(shown, left_out), console):
             break
-        shown.remove(column)
+        shown = [c for c in shown if c != column]
         left_out.append(column)
-        result = _summary(table, shown, left_out, sort is not None)
-    return result
+    return build(shown, left_out)
 
 
 def _least_important_first(table: pd.DataFrame, shown: list[str], published: bool) -> list[str]:
     """Return the columns that may be left out, the most redundant first; the first metric of each task stays."""
-    ranks = _metric_ranks(table)
+    metrics = [c for c in table.columns if c not in _NOT_METRICS and not c.startswith((MACS, LATENCY))]
+    # For each metric its best position (0 is first) among the metrics of any model.
+    ranks: dict[str, int] = {}
+    for available in table[metrics].notna().to_numpy():
+        for rank, metric in enumerate(compress(metrics, available)):
+            ranks[metric] = min(rank, ranks.get(metric, rank))
     others = sorted((c for c in ranks if ranks[c] > 1), key=lambda c: (-ranks[c], -shown.index(c) if c in shown else 0))
     second_metrics = [metric for metric, rank in ranks.items() if rank == 1]
     latencies = [column for column in shown if column.startswith(LATENCY)]
@@ -81,55 +90,37 @@ def fits(table: Table, console: Console) -> bool:
     return Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width
 
 
-def _metric_ranks(table: pd.DataFrame) -> dict[str, int]:
-    """Return for each metric its best position (0 is first) among the metrics of any model."""
-    metrics = [c for c in table.columns if c not in _NOT_METRICS and not c.startswith((MACS, LATENCY))]
-    ranks: dict[str, int] = {}
-    for available in table[metrics].notna().to_numpy():
-        for rank, metric in enumerate(m for m, present in zip(metrics, available, strict=True) if present):
-            ranks[metric] = min(rank, ranks.get(metric, rank))
-    return ranks
-
-
 def _summary(table: pd.DataFrame, columns: list[str], left_out: list[str], is_sorted: bool) -> Table:
-    macs = [c for c in columns if c.startswith(MACS)]
-    latencies = [c for c in columns if c.startswith(LATENCY)]
+    macs, latencies = ([c for c in columns if c.startswith(prefix)] for prefix in (MACS, LATENCY))
     notes = [f"MACs at {', '.join(c.removeprefix('MACs ').strip('()') for c in macs)}"] if macs else []
-    if PAPER_FLOPS in columns:
-        notes.append("paper FLOPs at 224×224")
+    notes += ["paper FLOPs at 224×224"] if PAPER_FLOPS in columns else []
     notes += [f"latency: {c.removeprefix(LATENCY).strip(' ()')}" for c in latencies if c != LATENCY]
-    if left_out:
-        notes.append(f"only in the files: {', '.join(left_out)}")
+    notes += [f"only in the files: {', '.join(left_out)}"] if left_out else []
     result = new_table("; ".join(notes))
     # The files have a column for each image size; here they share one.
     columns = [c for c in columns if c not in macs[1:]]
     for column in columns:
-        if column == "run":
-            result.add_column("run", no_wrap=True, overflow="ellipsis", max_width=16 if is_sorted else 14)
-        elif column == "model":
-            result.add_column("model", no_wrap=True)
+        if column in ("run", "model"):
+            width = {"overflow": "ellipsis", "max_width": 16 if is_sorted else 14} if column == "run" else {}
+            result.add_column(column, no_wrap=True, **width)
         else:
             header = "MACs" if column in macs else "latency\nms" if column in latencies else column
             result.add_column(Text(_HEADERS.get(header, header)), justify="right", no_wrap=True, vertical="bottom")
     previous = None
-    for _, row in table.iterrows():
+    for row in table.to_dict("records"):
         starts_run = row["run"] != previous
-        published_section = row["run"] == LABEL and not is_sorted
-        if not is_sorted and starts_run and (previous is not None or published_section):
+        is_published = row["run"] == LABEL and not is_sorted and "model" in columns
+        if starts_run and not is_sorted and (previous is not None or row["run"] == LABEL):
             result.add_section()
-        if published_section and starts_run and "model" in columns:
+        if is_published and starts_run:
             label = Text(LABEL.replace(", ", ",\n"))
             result.add_row(*(label if column == "model" else "" for column in columns))
-        cells = []
-        for column in columns:
-            if column == "run":
-                hidden = (published_section and "model" in columns) or not (starts_run or is_sorted)
-                cells.append("" if hidden else row["run"])
-            elif column in macs:
-                cells.append(_format(column, next((row[c] for c in macs if pd.notna(row[c])), pd.NA)))
-            else:
-                cells.append(_format(column, row[column]))
-        result.add_row(*(Text(printable(cell)) for cell in cells))
+        cells = {column: _format(column, row[column]) for column in columns}
+        if is_published or not (starts_run or is_sorted):
+            cells["run"] = ""
+        if macs:
+            cells[macs[0]] = _format(macs[0], next((row[c] for c in macs if pd.notna(row[c])), pd.NA))
+        result.add_row(*(Text(printable(cells[column])) for column in columns))
         previous = row["run"]
     return result
 
