@@ -35,8 +35,7 @@ class Run:
     Every value has the documented type: values of another type are dropped and named in ``problems``.
 
     Attributes:
-        name: name of the folder.
-        path: the folder.
+        name, path: of the folder.
         status: running, complete, interrupted, failed or unknown.
         summary: ``summary.json``; entries of stages that have not run are absent.
         size: height and width in pixels of the image on which the summary's MACs are counted; None if unknown.
@@ -47,7 +46,7 @@ class Run:
             ``lr``, ``alive``, ``of``, ``seconds``; ``metrics.<name>`` for each metric of the task, and with a budget
             ``size.<measure>`` and ``budget.<measure>``.
         plan: ``slim/plan.json``, or before that stage ``extract/plan.json``; None without either.
-        recipe: ``recipe.yaml``.
+        recipe, environment: ``recipe.yaml`` and ``environment.json``.
         problems: files that are missing, damaged or inconsistent, a line each.
         layers_size: as ``size``, for the MACs in ``layers`` and ``counters``.
         gates: effective gates over sparse training, float32: a row per epoch (from 1), a column per (norm, channel);
@@ -55,7 +54,6 @@ class Run:
         curves: model → its curves. Saliency: ``precision``, ``recall`` and ``f``, 256 values each; classification:
             ``classes`` and the ``confusion`` matrix.
         gallery: validation images with the paths of their pictures, which are not read.
-        environment: ``environment.json``.
         classes: names of the classes, if any.
         bench: a row per latency measurement: ``model``, ``form``, ``batch``, ``size`` (64×64), ``threads``,
             ``device``, ``median_ms``, ``p10_ms``, ``p90_ms``, ``peak_mb``.
@@ -148,9 +146,9 @@ def _load(path: Path) -> Run:
     )
     plan_file = "slim/plan.json" if files.has("slim/plan.json") else "extract/plan.json"
     plan = reader.read_json(plan_file, run_contents.read_plan, None)
-    no_layers = run_contents.empty_layers(), run_contents.empty_counters(), None
+    no_layers = [pd.DataFrame(columns=c) for c in (run_contents.LAYER_COLUMNS, run_contents.COUNTER_COLUMNS)]
     layers, counters, layers_size = reader.read_json(
-        "layers.json", lambda value, _: run_contents.read_layers(value), no_layers
+        "layers.json", lambda value, _: run_contents.read_layers(value), (*no_layers, None)
     )
     data = recipe.get("data")
     side: Any = data.get("size") if isinstance(data, dict) else None

@@ -41,11 +41,9 @@ def report(
         out: folder for the files; None: ``RUN/report`` for one run and ``report`` for several.
         console: prints the summary and the names of the files.
         html: path of the page; None: ``index.html`` in the folder.
-        columns: comma-separated columns of the summary; see :func:`prunekit.reporting.columns.arrange_table`.
-        sort: comma-separated columns to sort the summary by; ``-params`` for descending order.
+        columns, sort: of the summary; see :func:`prunekit.reporting.columns.arrange_table`.
         layers: print the table of layers too.
-        published: append the published CSNet models; without a run their table is only printed, unless ``out`` or
-            ``html`` is given.
+        published: append the published CSNet models; without a run and ``out`` or ``html`` they are only printed.
 
     Returns:
         The files written. With several runs, the names of files about one run start with the run's name.

@@ -14,114 +14,95 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from prunekit.reporting.validators import (
-    ANY_KEY,
-    BOOL,
-    COUNT,
-    DURATION,
-    FRACTION,
-    INVALID,
-    NUMBER,
-    OPTIONAL_COUNT,
-    OPTIONAL_NUMBER,
-    OPTIONAL_STRING,
-    PIXELS,
-    STRING,
-    check_format,
-    describe_problems,
-    drop_invalid,
-    optional,
-    require_valid,
-    type_name,
-    validate_mapping,
-)
+from prunekit.reporting import validators as v
 from prunekit.runs.state import FORMAT as RUN_FORMAT
 from prunekit.utils.safe_decode import decode_json
 
 MODELS = ("baseline", "dense", "slim", "finetuned")
 COUNTERS = ("prunekit", "fvcore", "thop", "torch")
 QUANTITIES = ("channels", "params", "macs", "paper_flops", "fvcore_macs", "thop_macs")
+LAYER_COLUMNS = ["layer", "branch", *(f"{q}_{when}" for q in QUANTITIES for when in ("before", "after"))]
+COUNTER_COLUMNS = ["model", "counter", "params", "macs"]
 GALLERY_PARTS = ("image", "truth", *MODELS)
 
-_METRICS = {ANY_KEY: OPTIONAL_NUMBER}
-_MODEL = {"params": COUNT, "macs": COUNT, "paper_flops": OPTIONAL_COUNT, "metrics": _METRICS}
+_METRICS = {v.ANY_KEY: v.OPTIONAL_NUMBER}
+_MODEL = {"params": v.COUNT, "macs": v.COUNT, "paper_flops": v.OPTIONAL_COUNT, "metrics": _METRICS}
 _EQUIVALENCE = {
-    **dict.fromkeys(("max_abs_diff", "tolerance", "float32_diff"), NUMBER),
-    **dict.fromkeys(("given_back", "folded", "carriers", "params", "macs"), COUNT),
-    "passed": BOOL,
-    "reason": STRING,
-    "inputs": [[COUNT]],
-    "inexact": {ANY_KEY: NUMBER},
+    **dict.fromkeys(("max_abs_diff", "tolerance", "float32_diff"), v.NUMBER),
+    **dict.fromkeys(("given_back", "folded", "carriers", "params", "macs"), v.COUNT),
+    "passed": v.BOOL,
+    "reason": v.STRING,
+    "inputs": [[v.COUNT]],
+    "inexact": {v.ANY_KEY: v.NUMBER},
 }
 _SUMMARY = {
-    "recipe": STRING,
-    "status": STRING,
+    "recipe": v.STRING,
+    "status": v.STRING,
     **dict.fromkeys(MODELS, _MODEL),
-    "kept": {"channels": COUNT, "of": COUNT, "params_ratio": NUMBER, "macs_ratio": NUMBER},
+    "kept": {"channels": v.COUNT, "of": v.COUNT, "params_ratio": v.NUMBER, "macs_ratio": v.NUMBER},
     "equivalence": {**_EQUIVALENCE, "steps": [_EQUIVALENCE]},
-    "progressive_pruning": [{**_EQUIVALENCE, **dict.fromkeys(("epoch", "channels"), COUNT), "seconds": DURATION}],
-    "drift": {ANY_KEY: NUMBER},
-    "recalibrated": {"batches": COUNT, "before": _METRICS, "after": _METRICS},
-    "reference": {ANY_KEY: _METRICS},
-    "export": {"path": STRING, "max_abs_diff": NUMBER, "latency_ms": {ANY_KEY: DURATION}},
-    "skipped": {ANY_KEY: COUNT},
-    "skipped_steps": {ANY_KEY: COUNT},
-    "seconds": {ANY_KEY: DURATION},
+    "progressive_pruning": [{**_EQUIVALENCE, **dict.fromkeys(("epoch", "channels"), v.COUNT), "seconds": v.DURATION}],
+    "drift": {v.ANY_KEY: v.NUMBER},
+    "recalibrated": {"batches": v.COUNT, "before": _METRICS, "after": _METRICS},
+    "reference": {v.ANY_KEY: _METRICS},
+    "export": {"path": v.STRING, "max_abs_diff": v.NUMBER, "latency_ms": {v.ANY_KEY: v.DURATION}},
+    "skipped": {v.ANY_KEY: v.COUNT},
+    "skipped_steps": {v.ANY_KEY: v.COUNT},
+    "seconds": {v.ANY_KEY: v.DURATION},
 }
-_BEFORE_AFTER = {"before": OPTIONAL_COUNT, "after": OPTIONAL_COUNT}
+_BEFORE_AFTER = {"before": v.OPTIONAL_COUNT, "after": v.OPTIONAL_COUNT}
 _LAYERS = {
-    "size": [PIXELS],
-    "layers": [{"layer": STRING, "branch": COUNT, **dict.fromkeys(QUANTITIES, _BEFORE_AFTER)}],
-    "counters": {ANY_KEY: {ANY_KEY: {"params": COUNT, "macs": COUNT}}},
+    "size": [v.PIXELS],
+    "layers": [{"layer": v.STRING, "branch": v.COUNT, **dict.fromkeys(QUANTITIES, _BEFORE_AFTER)}],
+    "counters": {v.ANY_KEY: {v.ANY_KEY: {"params": v.COUNT, "macs": v.COUNT}}},
 }
 _PLAN = {
-    "builder": {"name": STRING, "options": {}},
+    "builder": {"name": v.STRING, "options": {}},
     "groups": {},
-    "removed": [STRING],
-    "added_bias": [STRING],
-    "carriers": {ANY_KEY: [COUNT]},
-    "splits": {ANY_KEY: [COUNT]},
-    "notes": [STRING],
+    "removed": [v.STRING],
+    "added_bias": [v.STRING],
+    "carriers": {v.ANY_KEY: [v.COUNT]},
+    "splits": {v.ANY_KEY: [v.COUNT]},
+    "notes": [v.STRING],
 }
 _EPOCH = {
-    "stage": STRING,
-    **dict.fromkeys(("epoch", "step", "alive", "of", "skipped"), COUNT),
-    **dict.fromkeys(("loss", "penalty", "lambda", "lr"), NUMBER),
-    "seconds": DURATION,
+    "stage": v.STRING,
+    **dict.fromkeys(("epoch", "step", "alive", "of", "skipped"), v.COUNT),
+    **dict.fromkeys(("loss", "penalty", "lambda", "lr"), v.NUMBER),
+    "seconds": v.DURATION,
     **dict.fromkeys(("metrics", "size", "budget"), _METRICS),
 }
 _CURVES = {
-    **{key: [FRACTION] for key in ("precision", "recall", "f")},
-    "classes": [STRING],
-    "confusion": [[COUNT]],
+    **{key: [v.FRACTION] for key in ("precision", "recall", "f")},
+    "classes": [v.STRING],
+    "confusion": [[v.COUNT]],
 }
 _ENVIRONMENT = {
-    **dict.fromkeys(("prunekit", "python", "platform", "device"), STRING),
-    "packages": {ANY_KEY: OPTIONAL_STRING},
-    **dict.fromkeys(("threads", "processes"), COUNT),
-    "command": [STRING],
+    **dict.fromkeys(("prunekit", "python", "platform", "device"), v.STRING),
+    "packages": {v.ANY_KEY: v.OPTIONAL_STRING},
+    **dict.fromkeys(("threads", "processes"), v.COUNT),
+    "command": [v.STRING],
 }
 _EVAL = {
-    **dict.fromkeys(("name", "model", "mode", "folder"), STRING),
-    **dict.fromkeys(("images", "skipped"), COUNT),
+    **dict.fromkeys(("name", "model", "mode", "folder"), v.STRING),
+    **dict.fromkeys(("images", "skipped"), v.COUNT),
     "metrics": _METRICS,
-    "seconds": DURATION,
+    "seconds": v.DURATION,
 }
 _BENCH = {
-    **dict.fromkeys(("model", "form", "device"), STRING),
-    **dict.fromkeys(("batch", "threads"), COUNT),
-    **dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "peak_mb"), optional(DURATION)),
+    **dict.fromkeys(("model", "form", "device"), v.STRING),
+    **dict.fromkeys(("batch", "threads"), v.COUNT),
+    **dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "peak_mb"), v.optional(v.DURATION)),
 }
-_GALLERY = {"index": COUNT, "name": STRING, "fixed": BOOL, "kind": OPTIONAL_STRING}
+_GALLERY = {"index": v.COUNT, "name": v.STRING, "fixed": v.BOOL, "kind": v.OPTIONAL_STRING}
 
 
 @dataclass(frozen=True)
 class GalleryImage:
     """A validation image of ``gallery/`` with the predictions of the models.
 
-    Attributes:
-        index: position in the validation set.
-        name: name in the validation set.
+    Args:
+        index, name: in the validation set.
         kind: "best" or "worst" by the error of the last model, or None.
         fixed: whether the image is among those shown for every run.
         files: "image", "truth" and model names → PNG file; only existing files.
@@ -138,11 +119,13 @@ class GalleryImage:
 
 def _without_nulls(value: Any) -> Any:
     # No version writes a null format, so that one is an error.
-    return {k: v for k, v in value.items() if v is not None or k == "format"} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return {key: item for key, item in value.items() if item is not None or key == "format"}
 
 
 def read_summary(value: Any, problems: list[str]) -> dict[str, Any]:
-    summary = validate_mapping(_without_nulls(value), _SUMMARY, problems, RUN_FORMAT)
+    summary = v.validate_mapping(_without_nulls(value), _SUMMARY, problems, RUN_FORMAT)
     if not {"recipe", "status", *MODELS} & value.keys():
         raise ValueError("it is not the summary of a run")
     for model in [model for model in MODELS if model in summary]:
@@ -153,14 +136,14 @@ def read_summary(value: Any, problems: list[str]) -> dict[str, Any]:
 
 
 def read_plan(value: Any, problems: list[str]) -> dict[str, Any]:
-    plan = validate_mapping(_without_nulls(value), _PLAN, problems)
+    plan = v.validate_mapping(_without_nulls(value), _PLAN, problems)
     if "groups" not in plan:
         raise ValueError("it is not a plan, groups is missing")
     return plan
 
 
 def read_environment(value: Any, problems: list[str]) -> dict[str, Any]:
-    return validate_mapping(value, _ENVIRONMENT, problems)
+    return v.validate_mapping(value, _ENVIRONMENT, problems)
 
 
 def read_classes(value: Any, problems: list[str]) -> list[str]:
@@ -170,7 +153,7 @@ def read_classes(value: Any, problems: list[str]) -> list[str]:
 
 
 def read_curves(value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
-    check_format(value)
+    v.check_format(value)
     curves = {}
     for model, entry in value.items():
         if model == "format":
@@ -179,7 +162,7 @@ def read_curves(value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
             problems.append(f"{model} is not a model")
             continue
         try:
-            entry = require_valid(entry, _CURVES)
+            entry = v.require_valid(entry, _CURVES)
             if len({len(entry[key]) for key in ("precision", "recall", "f") if key in entry}) > 1:
                 raise ValueError("its curves differ in length")
             matrix = entry.get("confusion", [])
@@ -195,41 +178,35 @@ def read_layers(value: Any) -> tuple[pd.DataFrame, pd.DataFrame, tuple[int, int]
     """Return the tables ``layers`` and ``counters``, and the image size at which their MACs were counted."""
     if not isinstance(value, dict) or not {"size", "layers", "counters"} <= value.keys():
         raise ValueError("size, layers or counters is missing")
-    valid = require_valid(value, _LAYERS)
+    valid = v.require_valid(value, _LAYERS)
     rows = []
     for index, row in enumerate(valid["layers"]):
         if "layer" not in row or "branch" not in row:
             raise ValueError(f"layers[{index}] has no layer and branch")
-        counts = {f"{q}_{when}": row.get(q, {}).get(when) for q in QUANTITIES for when in ("before", "after")}
-        rows.append({"layer": row["layer"], "branch": row["branch"], **counts})
+        counts = [row.get(q, {}).get(when) for q in QUANTITIES for when in ("before", "after")]
+        rows.append([row["layer"], row["branch"], *counts])
     counter_rows = [
-        {"model": model, "counter": counter, "params": counts.get("params"), "macs": counts.get("macs")}
+        [model, counter, counts.get("params"), counts.get("macs")]
         for model, counters in valid["counters"].items()
         for counter, counts in counters.items()
     ]
     if len(valid["size"]) != 2:
         raise ValueError("its size is not height and width")
-    layers = pd.DataFrame(rows, columns=empty_layers().columns, dtype=object)
+    layers, counters = (
+        _counts_table(LAYER_COLUMNS, rows, texts=1),
+        _counts_table(COUNTER_COLUMNS, counter_rows, texts=2),
+    )
     if layers.duplicated(["layer", "branch"]).any():
         raise ValueError("it contains a branch of a layer twice")
-    counters = pd.DataFrame(counter_rows, columns=empty_counters().columns, dtype=object)
     height, width = map(int, valid["size"])
-    return _with_counts(layers, list(layers.columns[1:])), _with_counts(counters, ["params", "macs"]), (height, width)
+    return layers, counters, (height, width)
 
 
-def empty_layers() -> pd.DataFrame:
-    counts = (f"{quantity}_{when}" for quantity in QUANTITIES for when in ("before", "after"))
-    return pd.DataFrame(columns=["layer", "branch", *counts])
-
-
-def empty_counters() -> pd.DataFrame:
-    return pd.DataFrame(columns=["model", "counter", "params", "macs"])
-
-
-def _with_counts(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+def _counts_table(columns: list[str], rows: list[list[Any]], texts: int) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=columns, dtype=object)
     # As floats, counts above 2⁵³ would lose digits.
-    exact = {c: pd.array([None if v is None else int(v) for v in table[c].tolist()], dtype="Int64") for c in columns}
-    return table.assign(**exact)
+    counts = {c: pd.array([None if n is None else int(n) for n in table[c].tolist()], "Int64") for c in columns[texts:]}
+    return table.assign(**counts)
 
 
 def read_metrics(data: bytes, problems: list[str], finished: bool = True) -> pd.DataFrame:
@@ -244,7 +221,7 @@ def read_metrics(data: bytes, problems: list[str], finished: bool = True) -> pd.
     for number, line in enumerate(lines, 1):
         line_problems: list[str] = []
         try:
-            row = validate_mapping(decode_json(line), _EPOCH, line_problems)
+            row = v.validate_mapping(decode_json(line), _EPOCH, line_problems)
             problems += [f"line {number}: {text}" for text in line_problems]
             if "stage" not in row or "epoch" not in row:
                 raise ValueError("it has no stage and epoch")
@@ -252,7 +229,7 @@ def read_metrics(data: bytes, problems: list[str], finished: bool = True) -> pd.
         except (ValueError, RecursionError) as error:
             problems.append(f"line {number} is damaged ({str(error) or type(error).__name__})")
     if lines and not rows:
-        raise ValueError(describe_problems(problems))
+        raise ValueError(v.describe_problems(problems))
     table = pd.json_normalize(rows) if rows else pd.DataFrame()
     numeric = [c for c in table.columns if c.partition(".")[0] in {*_EPOCH} - {"stage"}]
     return table.assign(**{c: pd.to_numeric(table[c]) for c in numeric})
@@ -270,27 +247,28 @@ def read_gates(arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
     lengths = {len(array) for array in arrays.values()}
     if len(lengths) > 1:
         raise ValueError("its norms differ in their number of epochs")
-    widths = [array.shape[1] for array in arrays.values()]
-    norms = np.repeat(np.array(list(arrays), object), widths)
-    columns = pd.MultiIndex.from_arrays([norms, np.concatenate([*map(np.arange, widths)])], names=["norm", "channel"])
-    values = np.concatenate(list(arrays.values()), axis=1, dtype=np.float32)
-    return pd.DataFrame(values, index=pd.RangeIndex(1, lengths.pop() + 1, name="epoch"), columns=columns)
+    norms = [(name, channel) for name, array in arrays.items() for channel in range(array.shape[1])]
+    return _gates_table(norms, np.concatenate(list(arrays.values()), axis=1, dtype=np.float32))
 
 
 def empty_gates() -> pd.DataFrame:
-    columns = pd.MultiIndex.from_arrays([[], []], names=["norm", "channel"])
-    return pd.DataFrame(np.empty((0, 0), np.float32), index=pd.RangeIndex(1, 1, name="epoch"), columns=columns)
+    return _gates_table([], np.empty((0, 0), np.float32))
+
+
+def _gates_table(norms: list[tuple[str, int]], values: np.ndarray) -> pd.DataFrame:
+    columns = pd.MultiIndex.from_arrays([[name for name, _ in norms], [c for _, c in norms]], names=["norm", "channel"])
+    return pd.DataFrame(values, index=pd.RangeIndex(1, len(values) + 1, name="epoch"), columns=columns)
 
 
 def _read_rows(value: Any, key: str, schema: dict[str, Any], required: list[str], problems: list[str]) -> pd.DataFrame:
     """Return the valid rows that have all required keys; nested mappings become columns ``outer.inner``."""
     if not isinstance(value, dict) or not isinstance(value.get(key), list):
         raise ValueError(f"it has no {key}")
-    check_format(value)
+    v.check_format(value)
     rows = []
     for index, row in enumerate(value[key]):
-        row = drop_invalid(row, schema, f"{key}[{index}]", problems)
-        if row is INVALID:
+        row = v.drop_invalid(row, schema, f"{key}[{index}]", problems)
+        if row is v.INVALID:
             continue
         if missing := [name for name in required if row.get(name) is None]:
             problems.append(f"{key}[{index}] has no {' and '.join(missing)}")
@@ -306,8 +284,7 @@ def read_evals(value: Any, problems: list[str]) -> pd.DataFrame:
 
 
 def read_bench(value: Any, problems: list[str]) -> pd.DataFrame:
-    table = _read_rows(value, "rows", _BENCH, ["model", "median_ms"], problems)
-    device = value.get("device")
+    table, device = _read_rows(value, "rows", _BENCH, ["model", "median_ms"], problems), value.get("device")
     table["device"] = table["device"].fillna(device if isinstance(device, str) else "unknown")
     table["size"] = [_image_size(size) for size in table["size"]] if "size" in table else None
     return table[["model", "form", "batch", "size", "threads", "device", "median_ms", "p10_ms", "p90_ms", "peak_mb"]]
@@ -315,16 +292,16 @@ def read_bench(value: Any, problems: list[str]) -> pd.DataFrame:
 
 def _image_size(size: Any) -> str | None:
     sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
-    return "×".join(str(int(side)) for side in sides) if all(map(PIXELS.accepts, sides)) else None
+    return "×".join(str(int(side)) for side in sides) if all(map(v.PIXELS.accepts, sides)) else None
 
 
 def read_gallery(value: Any, folder: Path, problems: list[str]) -> list[GalleryImage]:
     if not isinstance(value, list):
-        raise ValueError(f"it is {type_name(value)}, expected a list")
+        raise ValueError(f"it is {v.type_name(value)}, expected a list")
     images = []
     for position, row in enumerate(value):
-        entry = drop_invalid(row, _GALLERY, f"[{position}]", problems)
-        if entry is INVALID or "index" not in entry or "name" not in entry:
+        entry = v.drop_invalid(row, _GALLERY, f"[{position}]", problems)
+        if entry is v.INVALID or "index" not in entry or "name" not in entry:
             problems.append(f"[{position}] has no index and name")
             continue
         index = int(entry["index"])

@@ -40,13 +40,7 @@ def print_report(
 ) -> None:
     """Print the summary, further measurements, the problems of the runs, and the files of the report.
 
-    Args:
-        runs: with distinct names.
-        console: the terminal.
-        folder: the folder of the report.
-        paths: the files written.
-        errors: what could not be written.
-        published, columns, sort, layers: as for :func:`prunekit.reporting.report`.
+    The keywords are those of :func:`prunekit.reporting.report`; ``errors`` are lines on what could not be written.
     """
     several = len(runs) > 1
     if len(runs) == 1:
@@ -156,14 +150,14 @@ def _problems(run: Run) -> Iterator[str]:
 
 def _file_list(folder: Path, paths: Sequence[Path]) -> Iterator[str]:
     """Yield the files grouped by format: "summary, layers (.csv .json .md .tex)"."""
-    suffixes: dict[Path, list[str]] = {}
+    suffixes: dict[Path, tuple[str, ...]] = {}
     for path in paths:
-        stem = path.with_suffix("")
-        suffixes.setdefault(stem.relative_to(folder) if path.parent == folder else stem, []).append(path.suffix)
+        stem = (path.relative_to(folder) if path.parent == folder else path).with_suffix("")
+        suffixes[stem] = (*suffixes.get(stem, ()), path.suffix)
     if paths:
         yield f"report written to {folder}:"
-    for kinds in dict.fromkeys(map(tuple, suffixes.values())):
-        stems = [str(stem) for stem, own in suffixes.items() if tuple(own) == kinds]
+    for kinds in dict.fromkeys(suffixes.values()):
+        stems = [str(stem) for stem, own in suffixes.items() if own == kinds]
         if len(kinds) == 1:
             yield f"  {', '.join(f'{stem}{kinds[0]}' for stem in stems)}"
         else:
