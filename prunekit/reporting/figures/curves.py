@@ -10,16 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from prunekit.reporting.figures.style import (
-    MODEL_STYLES,
-    ReportFigure,
-    escape_text,
-    every_nth,
-    figure_style,
-    new_figure,
-    shorten,
-    style_axes,
-)
+from prunekit.reporting.figures import style
+from prunekit.reporting.figures.style import ReportFigure, escape_text, points, shorten, style_axes
 from prunekit.reporting.loader import MODELS, Run
 
 MAX_COUNTED = 12  # classes; with more, counts are shown by colour only
@@ -61,24 +53,24 @@ def precision_recall_figure(run: Run, curves: Mapping[str, Mapping[str, Sequence
         run: the run.
         curves: model → ``precision``, ``recall`` and ``f`` of equal length; index t is the threshold 255 - t.
     """
-    with figure_style():
-        figure = new_figure(7.5, 4.0, run.name)
+    with style.figure_style():
+        figure = style.new_figure(7.5, 3.7)
         left, right = figure.subplots(1, 2)
         for index, (model, curve) in enumerate(curves.items()):
-            style = MODEL_STYLES[model]
+            look = style.MODEL_STYLES[model]
             precision, recall, f = (np.asarray(curve[key], float) for key in ("precision", "recall", "f"))
             thresholds = np.linspace(255, 0, len(f))
             best = int(f.argmax())
             # Few markers, at different positions for each model, for print in grey.
             line = {
-                "color": style.colour, "linestyle": style.dashes, "linewidth": 1.5, "zorder": 3 + index,
-                "marker": style.marker, "markersize": 3.5, "markevery": (10 + 14 * index, 48),
+                "color": look.colour, "linestyle": look.dashes, "linewidth": 1.5, "zorder": 3 + index,
+                "marker": look.marker, "markersize": 3.5, "markevery": (10 + 14 * index, 48),
             }  # fmt: skip
-            left.plot(recall, precision, label=f"{style.label} (max F {f[best]:.3f})", **line)
+            left.plot(recall, precision, label=f"{look.label} (max F {f[best]:.3f})", **line)
             right.plot(thresholds, f, **line)
             for axes, x, y in ((left, recall, precision), (right, thresholds, f)):
                 marker = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.8, "zorder": 8 + index}
-                axes.plot(x[best], y[best], style.marker, color=style.colour, **marker)
+                axes.plot(x[best], y[best], look.marker, color=look.colour, **marker)
         left.set_xlabel("recall (0 to 1)")
         left.set_ylabel("precision (0 to 1)")
         left.set_xlim(-0.02, 1.02)
@@ -89,7 +81,8 @@ def precision_recall_figure(run: Run, curves: Mapping[str, Mapping[str, Sequence
         for axes in (left, right):
             axes.set_ylim(-0.02, 1.02)
             style_axes(axes, "both")
-        figure.legend(loc="outside lower center", ncols=3 if len(curves) < 4 else 2, frameon=False)
+        columns = 1 if figure.get_figwidth() < 5 else 3 if len(curves) < 4 else 2
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -105,19 +98,19 @@ def confusion_figure(run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Figur
     side = float(np.clip(0.8 + 0.26 * count, 3.0, 4.2))
     longest = max(len(str(name)) for curve in curves.values() for name in curve.get("classes") or [count])
     margin = 0.07 * min(longest, 18)  # inches
-    with figure_style():
-        figure = new_figure(max(5.0, side * len(curves) + 1.2 + margin), side + 0.6 + margin, run.name)
+    with style.figure_style():
+        figure = style.new_figure(max(5.0, side * len(curves) + 1.2 + margin), side + 0.3 + margin)
         panels = figure.subplots(1, len(curves), sharey=True, squeeze=False).ravel()
         for axes, (model, curve) in zip(panels, curves.items(), strict=True):
             matrix = np.asarray(curve["confusion"], np.int64)
             shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
             image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-            axes.set_title(f"{MODEL_STYLES[model].label}, {matrix.trace():,} of {matrix.sum():,} correct")
+            axes.set_title(f"{style.MODEL_STYLES[model].label}, {matrix.trace():,} of {matrix.sum():,} correct")
             _label_classes(axes, [str(name) for name in curve.get("classes") or range(len(matrix))])
             for row, column in np.argwhere(matrix > 0) if count <= MAX_COUNTED else ():
                 colour = "white" if shares[row, column] > 55 else "black"
                 text = f"{matrix[row, column]}"
-                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=points(7))
         panels[0].set_ylabel("true class")
         bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
         bar.set_label("share of the row (%)")
@@ -128,7 +121,7 @@ def _label_classes(axes: Axes, names: Sequence[str]) -> None:
     step = -(-len(names) // MAX_NAMED)
     positions = range(0, len(names), step)
     labels = [escape_text(shorten(names[position], 18)) for position in positions]
-    size = 8 if len(labels) <= 12 else 6
+    size = points(8 if len(labels) <= 12 else 6)
     axes.set_xticks(positions, labels, rotation=90 if max(map(len, labels)) > 2 else 0, fontsize=size)
     axes.set_yticks(positions, labels, fontsize=size)
-    axes.set_xlabel(f"predicted class{every_nth(step, 'named')}")
+    axes.set_xlabel(f"predicted class{style.every_nth(step, 'named')}")

@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from prunekit.reporting.figures.run_data import finite_number
-from prunekit.reporting.figures.style import MODEL_STYLES, ReportFigure, escape_text, figure_style, new_figure, shorten
+from prunekit.reporting.figures.style import (
+    MODEL_STYLES,
+    ReportFigure,
+    escape_text,
+    figure_style,
+    pixel_figure,
+    shorten,
+)
 from prunekit.reporting.loader import MODELS, GalleryImage, Run
 
 MAX_FIXED = 8  # images shown of those that every run shows
@@ -47,13 +54,7 @@ def gallery_figures(run: Run) -> Iterator[ReportFigure]:
 
 
 class _Sheet:
-    """A grid of tiles with lines of text below them, drawn pixel by pixel on white.
-
-    Args:
-        rows, columns: number of cells.
-        width: of a cell, in pixels.
-        lines: number of text lines below each tile.
-    """
+    """A grid of tiles with lines of text below them, drawn pixel by pixel on white; ``width`` is that of a cell."""
 
     def __init__(self, rows: int, columns: int, width: int, lines: int):
         self.width, self.height = width, TILE + LINE * lines + GAP
@@ -70,18 +71,15 @@ class _Sheet:
         """Return the middle of the upper edge of a text line."""
         return (column + 0.5) * self.width, row * self.height + TILE + line * LINE + 2
 
-    def figure(self, title: str, top: int, left: int) -> tuple[Figure, Axes]:
-        """Return a figure with one pixel per pixel of the sheet, and margins at the top and the left."""
+    def figure(self, top: int, left: int) -> tuple[Figure, Axes, float]:
+        """Return a figure of the sheet with margins at the top and the left, its axes and the size of its texts."""
         height, width = self.pixels.shape[0] + top, self.pixels.shape[1] + left
-        figure = new_figure(width / DPI, height / DPI, dpi=DPI)
-        figure.set_layout_engine(None)
+        figure = pixel_figure(width, height, DPI)
         axes = figure.add_axes((left / width, 0, 1 - left / width, 1 - top / height))
         extent = (0, self.pixels.shape[1], self.pixels.shape[0], 0)
         axes.imshow(self.pixels, interpolation="none", aspect="auto", extent=extent)
         axes.set_axis_off()
-        title = escape_text(shorten(title, max(12, width // 13)))
-        figure.text(0.5, 1 - 6 / height, title, ha="center", va="top", fontsize=10)
-        return figure, axes
+        return figure, axes, 6.5 * figure.get_figwidth() * DPI / width
 
 
 def maps_figure(run: Run, images: Sequence[GalleryImage], show_kind: bool = False) -> Figure:
@@ -103,15 +101,15 @@ def maps_figure(run: Run, images: Sequence[GalleryImage], show_kind: bool = Fals
                 sheet.put(row, column, _tile(picture))
                 if part in MODELS and truth is not None and truth.shape == picture.shape:
                     texts.append((row, column, f"MAE {mean_absolute_error(picture, truth):.3f}"))
-        figure, axes = sheet.figure(run.name, top=50, left=28)
+        figure, axes, size = sheet.figure(top=28, left=28)
         for column, part in enumerate(columns):
             title = MODEL_STYLES[part].label if part in MODELS else part
-            axes.text((column + 0.5) * sheet.width, -7, title, ha="center", va="bottom", fontsize=8)
+            axes.text((column + 0.5) * sheet.width, -7, title, ha="center", va="bottom", fontsize=size * 8 / 6.5)
         for row, column, text in texts:
-            axes.text(*sheet.text_position(row, column, 0), text, ha="center", va="top", fontsize=6.5)
+            axes.text(*sheet.text_position(row, column, 0), text, ha="center", va="top", fontsize=size)
         for row, image in enumerate(images):
             name = f"{image.kind}: {shorten(image.name, 10)}" if show_kind else shorten(image.name, 16)
-            style = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 6.5}
+            style = {"rotation": 90, "ha": "right", "va": "center", "fontsize": size}
             axes.text(-4, row * sheet.height + TILE / 2, escape_text(name), **style)
     return figure
 
@@ -130,12 +128,12 @@ def classes_figure(run: Run, images: Sequence[GalleryImage], show_kind: bool = F
             picture = _read(image.files.get("image"), "RGB")
             if picture is not None:
                 sheet.put(*cell, _tile(picture))
-        figure, axes = sheet.figure(run.name, top=34, left=0)
+        figure, axes, size = sheet.figure(top=6, left=0)
         for cell, lines in zip(cells, texts, strict=True):
             for line, (text, correct) in enumerate(lines):
                 style = {"color": "black" if correct else WRONG, "weight": "normal" if line else "bold"}
                 position = sheet.text_position(*cell, line)
-                axes.text(*position, escape_text(text), ha="center", va="top", fontsize=6.5, **style)
+                axes.text(*position, escape_text(text), ha="center", va="top", fontsize=size, **style)
     return figure
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
-from prunekit.reporting.figures.style import fix_layout
+from prunekit.reporting.figures.style import fix_layout, points
 
 RADII = (7, 12, 20, 32, 46, 64)  # points (1/72 inch)
 # To the right and left first, where a label is read together with its point.
@@ -18,7 +18,7 @@ GAP = 1.5  # points between two labels
 
 def place_labels(
     axes: Axes,
-    points: Sequence[tuple[float, float]],
+    anchors: Sequence[tuple[float, float]],
     texts: Sequence[str],
     obstacles: Sequence[tuple[float, float]],
     line: Sequence[tuple[float, float]] = (),
@@ -29,7 +29,7 @@ def place_labels(
     Fixes the layout of the figure, as resizing would move the labels.
 
     Args:
-        axes, points, texts: where the points are, in data coordinates, and a text for each.
+        anchors, texts: a text for each point, in data coordinates.
         obstacles: all points that are drawn.
         line: corners of a line along the axes that no text may cover.
         max_radius: largest distance of a text from its point, in 1/72 inch.
@@ -48,8 +48,8 @@ def place_labels(
         low, high = np.minimum(corners[:-1], corners[1:]), np.maximum(corners[:-1], corners[1:])
         boxes = np.concatenate([boxes, np.concatenate([low - scale, high + scale], axis=1)])
     placed = []
-    for point, text in zip(points, texts, strict=True):
-        label = axes.annotate(text, point, xytext=(0, 0), textcoords="offset points", fontsize=8, zorder=5)
+    for point, text in zip(anchors, texts, strict=True):
+        label = axes.annotate(text, point, xytext=(0, 0), textcoords="offset points", fontsize=points(8), zorder=5)
         origin = axes.transData.transform(point)
         free = _find_free_box(origin, label.get_window_extent().size, boxes, bounds, scale, max_radius)
         placed.append(free is not None)

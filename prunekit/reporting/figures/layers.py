@@ -10,19 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from prunekit.reporting.figures.style import (
-    COLOURS,
-    DENSE,
-    HATCHES,
-    MAX_WIDTH,
-    SLIM,
-    ReportFigure,
-    figure_style,
-    format_counts,
-    layers_width,
-    new_figure,
-    style_layers_axis,
-)
+from prunekit.reporting.figures import style
+from prunekit.reporting.figures.style import ReportFigure, points
 from prunekit.reporting.loader import Run
 from prunekit.reporting.number_format import format_size
 
@@ -53,8 +42,8 @@ def channels_figure(run: Run) -> Figure:
     """Draw the kept channels of each layer, stacked by branch, and with several branches their shares below."""
     kept, dense = _by_layer(run.layers, "channels_after"), _by_layer(run.layers, "channels_before")
     branched = len(kept.columns) > 1
-    with figure_style():
-        figure = new_figure(layers_width(len(kept)), 6.4 if branched else 4.4, run.name)
+    with style.figure_style():
+        figure = style.new_figure(style.layers_width(len(kept)), 6.1 if branched else 4.1)
         if branched:
             axes, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
         else:
@@ -64,12 +53,14 @@ def channels_figure(run: Run) -> Figure:
         _stacked_bars(axes, kept, labelled=True)
         axes.set_ylabel("channels")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        before, after = int(dense.to_numpy().sum()), int(kept.to_numpy().sum())
-        axes.set_title(f"{after:,} of {before:,} channels kept" + (f" ({after / before:.1%})" if before else ""))
-        style_layers_axis(axes, kept.index, labelled=not branched)
+        # As in the terminal and in the summary: each channel once, and only those that could be removed.
+        after, before = (run.summary.get("kept", {}).get(key) for key in ("channels", "of"))
+        if before and after is not None:
+            axes.set_title(f"{after:,} of {before:,} prunable channels kept ({after / before:.1%})")
+        style.style_layers_axis(axes, kept.index, labelled=not branched)
         if branched:
             _draw_splits(lower, kept, dense)
-            style_layers_axis(lower, kept.index, labelled=True)
+            style.style_layers_axis(lower, kept.index, labelled=True)
         figure.legend(loc="outside lower center", ncols=min(4, len(kept.columns) + 1), frameon=False)
     return figure
 
@@ -79,10 +70,8 @@ def _stacked_bars(axes: Axes, heights: pd.DataFrame, labelled: bool) -> None:
     for index, branch in enumerate(heights.columns):
         label = f"branch {branch}" + (" (finest)" if index == 0 and len(heights.columns) > 1 else "")
         values = heights[branch].to_numpy()
-        axes.bar(
-            np.arange(len(heights)), values, width=0.7, bottom=bottom, color=COLOURS[index % len(COLOURS)],
-            hatch=HATCHES[index % len(HATCHES)], edgecolor="white", linewidth=0, label=label if labelled else None,
-        )  # fmt: skip
+        bars = {"bottom": bottom, "label": label if labelled else None, **style.bar_style(index)}
+        axes.bar(np.arange(len(heights)), values, width=0.7, **bars)
         bottom += values
 
 
@@ -100,10 +89,10 @@ def _draw_splits(axes: Axes, kept: pd.DataFrame, dense: pd.DataFrame) -> None:
     axes.set_yticks([0, 0.5, 1])
     if len(kept) > MAX_WRITTEN:
         return
-    size = min(7.0, (min(layers_width(len(kept)), MAX_WIDTH) - 1.2) / len(kept) * 72 * 0.42)
+    size = min(points(7), (axes.figure.get_figwidth() - 1.2) / len(kept) * 72 * 0.42)
     for x in np.flatnonzero(is_split):
         text = f"{100 * shares.iloc[x, 0]:.0f}"
-        axes.text(x, 1.04, text, fontsize=size, ha="center", va="bottom", color=COLOURS[0])
+        axes.text(x, 1.04, text, fontsize=size, ha="center", va="bottom", color=style.COLOURS[0])
 
 
 def _shares(counts: pd.DataFrame) -> pd.DataFrame:
@@ -115,25 +104,25 @@ def params_macs_figure(run: Run) -> Figure:
     """Draw the parameters and the MACs of each layer before and after slimming; the totals are in the titles."""
     quantities = {"params": "parameters", "macs": f"MACs {format_size(run.layers_size or run.size)}"}
     layers = [str(name) for name in dict.fromkeys(run.layers["layer"])]
-    bars = {"before": {"color": DENSE, "hatch": ""}, "after": {"color": SLIM, "hatch": "///"}}
-    with figure_style():
-        figure = new_figure(layers_width(len(layers)), 6.6, run.name)
+    bars = {"before": {"color": style.DENSE, "hatch": ""}, "after": {"color": style.SLIM, "hatch": "///"}}
+    with style.figure_style():
+        figure = style.new_figure(style.layers_width(len(layers)), 6.3)
         panels = figure.subplots(2, 1, sharex=True)
         for axes, (quantity, title) in zip(panels, quantities.items(), strict=True):
             totals = {}
-            for shift, (when, style) in zip((-0.21, 0.21), bars.items(), strict=True):
+            for shift, (when, look) in zip((-0.21, 0.21), bars.items(), strict=True):
                 values = _by_layer(run.layers, f"{quantity}_{when}").sum(axis=1)
                 totals[when] = int(values.sum())
+                label = when if axes is panels[0] else None
                 axes.bar(
-                    np.arange(len(layers)) + shift, values, width=0.42, edgecolor="white", linewidth=0,
-                    label=when if axes is panels[0] else None, **style,
-                )  # fmt: skip
+                    np.arange(len(layers)) + shift, values, 0.42, edgecolor="white", linewidth=0, label=label, **look
+                )
             share = f" ({totals['after'] / totals['before']:.1%})" if totals["before"] else ""
             axes.set_title(f"{title} {totals['before']:,} → {totals['after']:,}{share}")
             axes.set_ylabel(title)
-            format_counts(axes.yaxis)
+            style.format_counts(axes.yaxis)
             axes.set_ylim(bottom=0)
-            style_layers_axis(axes, layers, labelled=axes is panels[1])
+            style.style_layers_axis(axes, layers, labelled=axes is panels[1])
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,9 +47,32 @@ def group_by_stage(names: Sequence[str], limit: int = 8) -> dict[str, list[str]]
     return merged
 
 
-def gate_threshold(run: Run) -> float | None:
-    """Return the effective gate at and below which a channel is pruned, from the recipe."""
-    return finite_number(run.setting("slim.threshold"))
+class GateCut(NamedTuple):
+    """The effective gate at and below which channels are pruned.
+
+    Args:
+        value: None if it is unknown: with a target before the plan is made, or by another importance than the gate.
+        name: "threshold", or "cut" where it was chosen to meet a target.
+        note: a sentence for captions, with a space after it; empty for a threshold.
+        is_live: whether the epochs' counts of living channels refer to it.
+    """
+
+    value: float | None
+    name: str = "threshold"
+    note: str = ""
+    is_live: bool = True
+
+
+def gate_cut(run: Run) -> GateCut:
+    """Return the cut that was made, or for a run without a target the threshold of its recipe."""
+    made = run.summary.get("kept", {}).get("cut")
+    targets = run.setting("target")
+    if isinstance(targets, dict) and any(value is not None for value in targets.values()):
+        note = "The cut is the largest gate of a channel that was removed to meet the target. "
+        return GateCut(made, "cut", note if made is not None else "", is_live=False)
+    if run.setting("slim.importance.name") not in (None, "gate"):
+        return GateCut(None)
+    return GateCut(finite_number(run.setting("slim.threshold")))
 
 
 def main_metric(run: Run) -> str | None:

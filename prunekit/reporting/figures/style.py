@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -35,14 +36,37 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DENSE, SLIM = "#B0B0B0", COLOURS[0]
 DPI = 150
+FONT_SIZE = 9.0  # points
 MAX_WIDTH = 14  # inches
-_STYLE = {
-    "svg.hashsalt": "prunekit",
-    "hatch.linewidth": 0.6,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "figure.dpi": DPI,
-}
+FigureKind = Literal["png", "svg", "pdf"]
+
+
+@dataclass(frozen=True)
+class FigureSize:
+    """What a figure is drawn for; None: as is best for the figure.
+
+    Args:
+        width: inches; one column of a paper has about 3.3.
+        font_size: points.
+        dpi: resolution of PNGs and of pictures in PDFs, 1/inch.
+    """
+
+    width: float | None = None
+    font_size: float | None = None
+    dpi: float | None = None
+
+
+_SIZE: ContextVar[FigureSize] = ContextVar("figure size", default=FigureSize())  # noqa: B039 (immutable)
+
+
+@contextmanager
+def figure_size(size: FigureSize) -> Iterator[None]:
+    """Draw the figures within for this size."""
+    token = _SIZE.set(size)
+    try:
+        yield
+    finally:
+        _SIZE.reset(token)
 
 
 class ModelStyle(NamedTuple):
@@ -66,11 +90,10 @@ MODEL_STYLES = {
 class ReportFigure:
     """A figure of a report.
 
-    Attributes:
+    Args:
         name: distinct among the figures of a run.
         title: a heading, such as "Channels kept".
         caption: one or two sentences on what is drawn and how to read it.
-        figure: to be written with :func:`write_figure`.
         run: with several runs, the name of the run that it is about; empty for all.
     """
 
@@ -86,29 +109,28 @@ class ReportFigure:
         return f"{file_stem(self.run)}-{self.name}" if self.run else self.name
 
 
-def write_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write ``<stem>.png`` and ``<stem>.svg``, and return their paths.
+def write_figure(figure: Figure, stem: Path, kinds: Sequence[FigureKind] = ("png", "svg")) -> list[Path]:
+    """Write ``<stem>.png``, ``.svg`` or ``.pdf``, and return the paths.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for path, kind in zip(paths, ("png", "svg"), strict=True):
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in kinds]
+    for path, kind in zip(paths, kinds, strict=True):
         write_atomic(path, encode_figure(figure, kind))
     return paths
 
 
-def encode_figure(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
-    """Return the figure as a PNG, at its own resolution (150 dpi, galleries 120), or as an SVG."""
+def encode_figure(figure: Figure, kind: FigureKind) -> bytes:
+    """Return the figure as a PNG, at its own resolution (150 dpi, galleries 120), as an SVG or as a PDF."""
     buffer = io.BytesIO()
+    # A date would make the files of two reports differ.
+    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     with figure_style():
         fix_layout(figure)
-        if kind == "svg":
-            # Only rasterized parts have a resolution. A date would make the files of two reports differ.
-            figure.savefig(buffer, format=kind, dpi=0.75 * figure.dpi, metadata={"Date": None})
-        else:
-            figure.savefig(buffer, format=kind, dpi=figure.dpi)
-    if kind == "svg" or any(axes.images for axes in figure.axes):
+        # In an SVG only rasterized parts have a resolution.
+        figure.savefig(buffer, format=kind, dpi=(0.75 if kind == "svg" else 1) * figure.dpi, metadata=metadata)
+    if kind != "png" or any(axes.images for axes in figure.axes):
         return buffer.getvalue()
     # Lines and bars have few colours: with a palette the file is a quarter as large, without a visible difference.
     compressed = io.BytesIO()
@@ -116,7 +138,7 @@ def encode_figure(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
         reduced = image.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         # The quantizer averages white with other light colours.
         reduced.putpalette([255 if level >= 250 else level for level in reduced.getpalette() or []])
-        reduced.save(compressed, format="png", optimize=True, dpi=(DPI, DPI))
+        reduced.save(compressed, format="png", optimize=True, dpi=(figure.dpi, figure.dpi))
     return compressed.getvalue()
 
 
@@ -132,18 +154,49 @@ def fix_layout(figure: Figure) -> None:
 @contextmanager
 def figure_style() -> Iterator[None]:
     """Use the style of reports, independent of the user's matplotlibrc."""
-    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+    font = _SIZE.get().font_size or FONT_SIZE
+    style = {
+        **{"svg.hashsalt": "prunekit", "hatch.linewidth": 0.6, "figure.dpi": DPI, "pdf.fonttype": 42},
+        **{"font.size": font, "axes.titlesize": 10 / 9 * font},
+    }
+    with matplotlib.style.context(["default", style]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # A box is drawn instead.
         yield
 
 
-def new_figure(width: float, height: float, title: str = "", dpi: int = DPI) -> Figure:
-    """Return an empty figure, sizes in inches, that needs no display; fill it within :func:`figure_style`."""
-    figure = Figure(figsize=(min(width, MAX_WIDTH), height), dpi=dpi, layout="constrained")
+def points(size: float) -> float:
+    """Return a font size, given for texts of 9 points, in proportion to that of the figure."""
+    return size * (_SIZE.get().font_size or FONT_SIZE) / FONT_SIZE
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure that needs no display; fill it within :func:`figure_style`.
+
+    Args:
+        width, height: inches; with a :class:`FigureSize` its width, and a height that suits it.
+    """
+    size, width = _SIZE.get(), min(width, MAX_WIDTH)
+    if size.width is not None:
+        # Texts do not shrink with the width, so neither does the height in full.
+        width, height = size.width, height * math.sqrt(size.width / width)
+    figure = Figure(figsize=(width, height), dpi=size.dpi or DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(escape_text(shorten(title, 48)), fontsize=11)
     return figure
+
+
+def pixel_figure(width: int, height: int, dpi: float) -> Figure:
+    """Return a figure of so many pixels, without a layout; a :class:`FigureSize` sets its width in inches."""
+    size = _SIZE.get()
+    inches = width / dpi if size.width is None else size.width
+    figure = Figure(figsize=(inches, inches * height / width), dpi=size.dpi or width / inches)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def bar_style(index: int) -> dict[str, Any]:
+    """Return the colour and the hatch of the index-th kind of bars."""
+    colours = {"color": COLOURS[index % len(COLOURS)], "hatch": HATCHES[index % len(HATCHES)]}
+    return {**colours, "edgecolor": "white", "linewidth": 0}
 
 
 def format_counts(axis: Axis) -> None:
@@ -164,9 +217,9 @@ def layers_width(layers: int) -> float:
 
 def style_layers_axis(axes: Axes, names: Sequence[str], labelled: bool) -> None:
     """Put layers on the x axis, in network order, with every other stage shaded."""
-    inches = (min(layers_width(len(names)), MAX_WIDTH) - 1.2) / max(len(names), 1)
+    inches = (axes.figure.get_figwidth() - 1.2) / max(len(names), 1)
     # Rotated names need the height of their letters; if there is no room, only every n-th layer is labelled.
-    size = min(8.0, max(5.0, inches * 72 * 0.75))
+    size = min(points(8), max(points(5), inches * 72 * 0.75))
     step = max(1, math.ceil(size * 1.3 / (inches * 72)))
     prefix = "".join(f"{part}." for part in names[0].split(".")[: common_parts(names)])
     labels = [escape_text(shorten_dotted(name.removeprefix(prefix), 28)) for name in names]

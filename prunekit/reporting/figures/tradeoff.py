@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from textwrap import wrap
 from typing import NamedTuple
 
@@ -11,22 +12,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from prunekit.reporting.figures import style
 from prunekit.reporting.figures.labels import place_labels
 from prunekit.reporting.figures.run_data import finite_number, lower_is_better, main_metric, metric_title
-from prunekit.reporting.figures.style import (
-    COLOURS,
-    HATCHES,
-    MODEL_STYLES,
-    ReportFigure,
-    escape_text,
-    figure_style,
-    format_counts,
-    new_figure,
-    shorten,
-    style_axes,
-)
+from prunekit.reporting.figures.style import ReportFigure, escape_text, points, shorten, style_axes
 from prunekit.reporting.loader import MODELS, Run
 from prunekit.reporting.number_format import format_size, short_number
 from prunekit.reporting.tables import bench_settings
@@ -54,20 +46,22 @@ def tradeoff_figures(runs: Sequence[Run]) -> Iterator[ReportFigure]:
     for metric in metrics:
         compared = [run for run in runs if main_metric(run) == metric]
         suffix = f"_{re.sub(r'[^A-Za-z0-9]+', '-', metric)}" if len(metrics) > 1 else ""
+        trivial = _trivial(compared, metric)
         for cost, title in COSTS.items():
             setting = _common_setting(compared) if cost == "latency" else ""
-            points = _points(compared, metric, cost, setting)
-            if len({(point.cost, point.quality) for point in points}) < 2:
+            models = _points(compared, metric, cost, setting)
+            if len({(point.cost, point.quality) for point in models}) < 2:
                 continue
             note = {"params": "", "macs": _sizes_note(compared), "latency": setting}[cost]
             capitalized = metric_title(metric)[:1].upper() + metric_title(metric)[1:]
             better = "lower" if lower_is_better(metric) else "upper"
+            line = "" if trivial is None else " The dotted line is the best trivial predictor, which needs no network."
             yield ReportFigure(
                 f"tradeoff_{cost}{suffix}",
                 f"{capitalized} against {title}",
-                f"All measured models; a thin line connects those of a run. The {better} left is better. Rings mark "
-                "the Pareto front: models that no other model dominates.",
-                tradeoff_figure(points, metric, cost, note),
+                "All measured models; arrows lead from the dense to the slim and the fine-tuned model of a run. The "
+                f"{better} left is better. Rings mark the Pareto front: models that no other model dominates.{line}",
+                tradeoff_figure(models, metric, cost, note, trivial),
             )
     if len(runs) > 1 and any(run.model(model) for run in runs for model in MODELS):
         yield ReportFigure(
@@ -78,20 +72,27 @@ def tradeoff_figures(runs: Sequence[Run]) -> Iterator[ReportFigure]:
         )
 
 
+def _trivial(runs: Sequence[Run], metric: str) -> float | None:
+    """Return the quality of the best trivial predictor, if it is the same for all runs: they share the data."""
+    best = min if lower_is_better(metric) else max
+    values = [[finite_number(v.get(metric)) for v in run.summary.get("reference", {}).values()] for run in runs]
+    known = {best(own) if (own := [v for v in of_run if v is not None]) else None for of_run in values}
+    return known.pop() if len(known) == 1 else None
+
+
 def _points(runs: Sequence[Run], metric: str, cost: str, setting: str) -> list[Point]:
-    points = []
+    found = []
     for run in runs:
+        costs = {model: run.model(model).get(cost) for model in MODELS}
         if cost == "latency":
             # The first measurement of a model counts.
             rows = run.bench[[own == setting for own in bench_settings(run)]][::-1]
             costs = dict(zip(rows["model"], rows["median_ms"], strict=True)) if len(rows) else {}
-        else:
-            costs = {model: run.model(model).get(cost) for model in MODELS}
         for model in MODELS:
             quality, value = finite_number(run.model_metrics(model).get(metric)), finite_number(costs.get(model))
             if quality is not None and value is not None and value > 0:
-                points.append(Point(run.name, model, value, quality))
-    return points
+                found.append(Point(run.name, model, value, quality))
+    return found
 
 
 def _sizes_note(runs: Sequence[Run]) -> str:
@@ -125,36 +126,42 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
     return front
 
 
-def tradeoff_figure(points: Sequence[Point], metric: str, cost: str, note: str) -> Figure:
+def tradeoff_figure(models: Sequence[Point], metric: str, cost: str, note: str, trivial: float | None = None) -> Figure:
     """Plot quality against cost: a marker for each model, the Pareto front as steps, runs named at their last model."""
-    names = list(dict.fromkeys(point.run for point in points))
-    costs, qualities = [point.cost for point in points], [point.quality for point in points]
+    names = list(dict.fromkeys(point.run for point in models))
+    costs, qualities = [point.cost for point in models], [point.quality for point in models]
     sign = -1 if lower_is_better(metric) else 1
     front = pareto_front(costs, [sign * value for value in qualities])
-    with figure_style():
-        figure = new_figure(6.5, 5.0)
+    with style.figure_style():
+        figure = style.new_figure(6.5, 5.0)
         axes = figure.add_subplot()
-        for index, name in enumerate(names):
-            own = [point for point in points if point.run == name]
-            colour = COLOURS[index % 6]
-            line = {"color": colour, "linewidth": 0.8, "alpha": 0.7, "zorder": 1.5}
-            axes.plot([point.cost for point in own], [point.quality for point in own], **line)
-            for point in own:
-                axes.plot(
-                    point.cost, point.quality, MODEL_STYLES[point.model].marker, color=colour, markersize=6,
-                    markeredgecolor="white", markeredgewidth=0.6, zorder=3,
-                )  # fmt: skip
         _style_cost_axis(axes, costs, cost, note)
         better = "lower is better" if sign < 0 else "higher is better"
         axes.set_ylabel(f"{escape_text(shorten(metric_title(metric), 40))} ({better})")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-        low, high = min(qualities), max(qualities)
+        levels = qualities if trivial is None else [*qualities, trivial]
+        low, high = min(levels), max(levels)
         pad = 0.1 * (high - low) or 0.1 * abs(high) or 0.1
         # Fractions end at 1, with room for a marker.
         axes.set_ylim(low - pad, min(high + pad, max(1.0, high) + 0.3 * pad) if low >= 0 and high <= 1 else high + pad)
         style_axes(axes, "both")
+        if trivial is not None:
+            axes.axhline(trivial, color="0.35", linestyle=":", linewidth=1.2, zorder=1)
+        for index, name in enumerate(names):
+            own = [point for point in models if point.run == name]
+            colour = style.COLOURS[index % 6]
+            pruned = [(point.cost, point.quality) for point in own if point.model != "baseline"]
+            for tail, head in pairwise(pruned):
+                arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 4, "shrinkB": 4, "linewidth": 0.9}
+                axes.add_patch(FancyArrowPatch(tail, head, color=colour, alpha=0.8, zorder=1.5, **arrow))
+            for point in own:
+                axes.plot(
+                    point.cost, point.quality, style.MODEL_STYLES[point.model].marker, color=colour, markersize=6,
+                    markeredgecolor="white", markeredgewidth=0.6, zorder=3,
+                )  # fmt: skip
         steps = _draw_front(axes, [costs[i] for i in front], [qualities[i] for i in front])
-        _name_runs(figure, axes, points, names, steps)
+        lines = steps if trivial is None else [*steps, (steps[-1][0], trivial), (axes.get_xlim()[0], trivial)]
+        _name_runs(figure, axes, models, names, lines, trivial is not None)
     return figure
 
 
@@ -192,61 +199,71 @@ def _style_cost_axis(axes: Axes, costs: Sequence[float], cost: str, note: str) -
         low, high = max(0.0, low - pad), high + pad
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.set_xlim(low, high)
-    format_counts(axes.xaxis)
+    style.format_counts(axes.xaxis)
 
 
 def _name_runs(
-    figure: Figure, axes: Axes, points: Sequence[Point], names: Sequence[str], steps: list[tuple[float, float]]
+    figure: Figure,
+    axes: Axes,
+    models: Sequence[Point],
+    names: Sequence[str],
+    avoided: list[tuple[float, float]],
+    has_trivial: bool,
 ) -> None:
     """Name the runs next to their last models; if there is no room, number them, with a key below."""
-    last = {point.run: (point.cost, point.quality) for point in points}
-    obstacles = [(point.cost, point.quality) for point in points]
-    styles = [MODEL_STYLES[model] for model in MODELS if any(point.model == model for point in points)]
-    keys = [Line2D([], [], color="0.35", marker=style.marker, linestyle="", label=style.label) for style in styles]
+    last = {point.run: (point.cost, point.quality) for point in models}
+    obstacles = [(point.cost, point.quality) for point in models]
+    styles = [style.MODEL_STYLES[model] for model in MODELS if any(point.model == model for point in models)]
+    keys = [Line2D([], [], color="0.35", marker=look.marker, linestyle="", label=look.label) for look in styles]
     ring = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "black"}
     keys.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="Pareto front", **ring))
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
+    if has_trivial:
+        keys.append(Line2D([], [], color="0.35", linestyle=":", linewidth=1.2, label="trivial predictor"))
+    legend = {"handles": keys, "ncols": min(len(keys), 2 if figure.get_figwidth() < 4.5 else 5), "frameon": False}
+    figure.legend(loc="outside lower center", **legend)
     texts, lines = len(axes.texts), len(axes.lines)
     labels = [escape_text(shorten(name, 28)) for name in names]
-    if all(place_labels(axes, [last[name] for name in names], labels, obstacles, steps, MAX_DISTANCE)):
+    if all(place_labels(axes, [last[name] for name in names], labels, obstacles, avoided, MAX_DISTANCE)):
         return
     for artist in [*axes.texts[texts:], *axes.lines[lines:]]:
         artist.remove()
     numbered = names[:MAX_KEY]
     key = [f"{number}  {escape_text(shorten(name, 36))}" for number, name in enumerate(numbered, 1)]
     key += [f"… and {len(names) - MAX_KEY} more"] if len(names) > MAX_KEY else []
+    columns = 1 if figure.get_figwidth() < 4.5 else 3
     figure.set_layout_engine("constrained")
-    figure.set_figheight(5.0 + 0.17 * -(-len(key) // 3))
+    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(key) // columns))
     figure.legends[0].remove()
-    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False)
+    figure.legend(loc="outside upper center", **legend)
     figure.legend(
-        handles=[Line2D([], [], linestyle="", label=text) for text in key], loc="outside lower center", ncols=3,
-        frameon=False, fontsize=7.5, handlelength=0, handletextpad=0,
+        handles=[Line2D([], [], linestyle="", label=text) for text in key], loc="outside lower center", ncols=columns,
+        frameon=False, fontsize=points(7.5), handlelength=0, handletextpad=0,
     )  # fmt: skip
     numbers = [str(number) for number in range(1, len(numbered) + 1)]
-    place_labels(axes, [last[name] for name in numbered], numbers, obstacles, steps)
+    place_labels(axes, [last[name] for name in numbered], numbers, obstacles, avoided)
 
 
 def totals_figure(runs: Sequence[Run]) -> Figure:
     """Draw parameters and MACs of several runs side by side, a bar for each model."""
     models = [model for model in MODELS if any(run.model(model) for run in runs)]
-    with figure_style():
-        figure = new_figure(max(6.5, 1.2 + 1.3 * len(runs)), 6.8)
+    with style.figure_style():
+        figure = style.new_figure(max(6.5, 1.2 + 1.3 * len(runs)), 6.8)
         panels = figure.subplots(2, 1, sharex=True)
         width = 0.8 / max(len(models), 1)
         for axes, (quantity, title) in zip(panels, list(COSTS.items())[:2], strict=True):
             for index, model in enumerate(models):
                 values = {i: v for i, run in enumerate(runs) if (v := run.model(model).get(quantity)) is not None}
-                bars = axes.bar(
-                    [i - 0.4 + (index + 0.5) * width for i in values], list(values.values()), width=width * 0.94,
-                    color=MODEL_STYLES[model].colour, hatch=HATCHES[index % len(HATCHES)], edgecolor="white",
-                    linewidth=0, label=MODEL_STYLES[model].label if axes is panels[0] else None,
-                )  # fmt: skip
+                positions = [i - 0.4 + (index + 0.5) * width for i in values]
+                look = style.bar_style(index) | {"color": style.MODEL_STYLES[model].colour}
+                label = style.MODEL_STYLES[model].label if axes is panels[0] else None
+                bars = axes.bar(positions, list(values.values()), width=width * 0.94, label=label, **look)
                 if len(runs) <= 30:
-                    axes.bar_label(bars, list(map(short_number, values.values())), fontsize=7, padding=2, rotation=90)
+                    axes.bar_label(
+                        bars, list(map(short_number, values.values())), fontsize=points(7), padding=2, rotation=90
+                    )
             axes.set_ylabel(title)
             axes.margins(y=0.28)
-            format_counts(axes.yaxis)
+            style.format_counts(axes.yaxis)
             axes.set_ylim(bottom=0)
             style_axes(axes)
         _style_run_axis(panels[1], runs)
@@ -266,4 +283,4 @@ def _style_run_axis(axes: Axes, runs: Sequence[Run]) -> None:
         return
     step = -(-len(runs) // 60)
     names = [escape_text(f"{shorten(run.name, 28)} {format_size(run.size)}") for run in runs]
-    axes.set_xticks(range(0, len(runs), step), names[::step], rotation=90, fontsize=7)
+    axes.set_xticks(range(0, len(runs), step), names[::step], rotation=90, fontsize=points(7))

@@ -13,19 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from prunekit.reporting.figures.run_data import gate_history, gate_threshold, group_by_stage, metric_title
-from prunekit.reporting.figures.style import (
-    COLOURS,
-    DASHES,
-    MARKERS,
-    ReportFigure,
-    escape_text,
-    figure_style,
-    format_counts,
-    new_figure,
-    shorten,
-    style_axes,
-)
+from prunekit.reporting.figures import style
+from prunekit.reporting.figures.run_data import gate_cut, gate_history, group_by_stage, metric_title
+from prunekit.reporting.figures.style import COLOURS, DASHES, ReportFigure, escape_text, points, shorten, style_axes
 from prunekit.reporting.loader import Run
 
 STAGE_TITLES = {"train": "sparse training", "finetune": "fine-tuning", "baseline": "baseline"}
@@ -36,35 +26,40 @@ ALIVE, DEAD = COLOURS[0], COLOURS[1]
 
 def training_figures(run: Run) -> Iterator[ReportFigure]:
     """Yield the figures of the training of a run, complete or not; none before the first epoch."""
-    if _training_rows(run.metrics):
+    rows, constant = _training_rows(run.metrics)
+    if rows:
         yield ReportFigure(
             "training",
-            "Loss, penalty and λ",
-            "Means over each epoch, for sparse training and for fine-tuning; λ is the weight of the decay.",
+            "Training",
+            "Means over each epoch, with an axis of its own for each training; λ is the weight of the decay."
+            + (f" Constant, and not drawn: {', '.join(constant)}." if constant else ""),
             training_figure(run),
         )
-    history = gate_history(run)
-    if history:
-        yield ReportFigure(
-            "gates",
-            "Gates during training",
-            "Effective gates |γ|·√(v/(v+ε)) during sparse training, by stage of the network. Of a stage with many "
-            f"gates, {MAX_LINES} are drawn, at equal distances from the largest to the smallest; the median is that of "
-            "all. Values below the axis are drawn at its lower end.",
-            gates_figure(run, history),
-        )
-        yield ReportFigure(
-            "gates_map",
-            "All gates during training",
-            "All effective gates, a row each, by stage of the network and within a stage by the last value. Blue is "
-            "above the threshold, orange below; paler is closer to zero.",
-            gates_map(run, history),
-        )
+    history, cut = gate_history(run), gate_cut(run)
+    if not history:
+        return
+    yield ReportFigure(
+        "gates",
+        "Gates during training",
+        f"Effective gates |γ|·√(v/(v+ε)) during sparse training, by stage of the network. {cut.note}Of a stage with "
+        f"many gates, {MAX_LINES} are drawn, at equal distances from the largest to the smallest; the median is that "
+        "of all. Values below the axis are drawn at its lower end.",
+        gates_figure(run, history),
+    )
+    colours = f"Blue is above the {cut.name}, orange below; paler" if cut.value else "Paler"
+    yield ReportFigure(
+        "gates_map",
+        "All gates during training",
+        "All effective gates, a row each, by stage of the network and within a stage by the last value. "
+        f"{colours} is closer to zero.",
+        gates_map(run, history),
+    )
+    if cut.value is not None:
         yield ReportFigure(
             "alive",
-            "Gates above the threshold",
-            "The share of the gates of each stage of the network that are above the threshold after each epoch of "
-            "sparse training; the thick line is the share of all channels.",
+            f"Gates above the {cut.name}",
+            f"The share of the gates of each stage of the network that are above the {cut.name} {cut.value:.3g} after "
+            f"each epoch of sparse training. {cut.note or 'The thick line is the share of all channels. '}".strip(),
             alive_figure(run, history),
         )
 
@@ -73,32 +68,33 @@ def training_figures(run: Run) -> Iterator[ReportFigure]:
 
 
 def training_figure(run: Run) -> Figure:
-    """Plot loss, penalty, λ, metrics and, with a budget, the size, over the epochs of each stage."""
+    """Plot what changes of loss, penalty, λ, metrics and, with a budget, size, over the epochs of each training."""
     table = run.metrics
     stages = list(dict.fromkeys(table["stage"]))
-    rows = _training_rows(table)
-    with figure_style():
+    rows, _ = _training_rows(table)
+    with style.figure_style():
         heights = [0.8 if title.startswith("λ") else 1.5 for title in rows]
-        figure = new_figure(max(6.5, 1.0 + 3.2 * len(stages)), 1.2 + sum(heights), run.name)
-        grid = {"sharex": "col", "sharey": "row", "squeeze": False, "height_ratios": heights}
-        panels = figure.subplots(len(rows), len(stages), **grid)
+        figure = style.new_figure(max(6.5, 1.0 + 3.2 * len(stages)), 0.8 + sum(heights))
+        panels = figure.subplots(len(rows), len(stages), sharex="col", squeeze=False, height_ratios=heights)
         for row, (title, columns) in zip(panels, rows.items(), strict=True):
-            _style_value_axis(row[0], table, columns, title)
             for axes, stage in zip(row, stages, strict=True):
                 _plot_epochs(axes, table[table["stage"] == stage], columns, title)
-            row[0].set_ylabel(title)
+                axes.set_ylabel(title)
         for axes, stage in zip(panels[0], stages, strict=True):
             axes.set_title(STAGE_TITLES.get(stage, escape_text(shorten(str(stage), 32))))
         for axes in panels[-1]:
             axes.set_xlabel("epoch")
-        figure.align_ylabels(panels[:, 0])
+        figure.align_ylabels()
     return figure
 
 
-def _training_rows(table: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """Return title of the y axis → column → label of its line, for columns with numbers."""
+def _training_rows(table: pd.DataFrame) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return title of the y axis → column → label of its line, for rows that change, and "label value" of the others.
+
+    A row changes if one of its columns does in one of the trainings.
+    """
     if "stage" not in table or "epoch" not in table or not len(table):
-        return {}
+        return {}, []
     metrics = {c: metric_title(c.removeprefix("metrics.")) for c in table.columns if c.startswith("metrics.")}
     rows: dict[str, dict[str, str]] = {
         "loss": {"loss": "loss"},
@@ -108,11 +104,19 @@ def _training_rows(table: pd.DataFrame) -> dict[str, dict[str, str]]:
         "parameters": {"size.params": "if pruned now", "budget.params": "budget"},
         "MACs": {"size.macs": "if pruned now", "budget.macs": "budget"},
     }
-    return {
-        title: known
-        for title, columns in rows.items()
-        if (known := {c: escape_text(shorten(n, 32)) for c, n in columns.items() if _numbers(table, c).notna().any()})
-    }
+    changing, constant = {}, []
+    for title, columns in rows.items():
+        known = {c: escape_text(shorten(n, 32)) for c, n in columns.items() if _numbers(table, c).notna().any()}
+        values = {c: _numbers(table, c).groupby(table["stage"]).agg(["min", "max", "count"]) for c in known}
+        # The size is compared with its budget; a single epoch is worth a point.
+        is_compared = any(c.startswith("budget") for c in known)
+        if is_compared or any((v["min"] < v["max"]).any() or v["count"].max() < 2 for v in values.values()):
+            changing[title] = known
+            continue
+        for column, own in values.items():
+            levels = [f"{level:.4g}" for level in own["max"].dropna().unique() if level]
+            constant += [f"{known[column]} {' and '.join(levels)}"] if levels else []
+    return changing, constant
 
 
 def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
@@ -130,8 +134,8 @@ def _style_value_axis(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
-    elif title in ("parameters", "MACs"):
-        format_counts(axes.yaxis)
+    elif title in ("parameters", "MACs") and len(positive):
+        style.format_counts(axes.yaxis)
         axes.set_ylim(0, 1.08 * values.max())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=3 if title.startswith("λ") else 5))
@@ -140,6 +144,7 @@ def _style_value_axis(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str
 
 def _plot_epochs(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str], title: str) -> None:
     epochs = _numbers(table, "epoch")
+    _style_value_axis(axes, table, columns, title)
     empty = True
     for index, (column, label) in enumerate(columns.items()):
         values = _numbers(table, column)
@@ -151,15 +156,17 @@ def _plot_epochs(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str], ti
         axes.plot(
             epochs, values, color="black" if is_budget else COLOURS[index % len(COLOURS)],
             linestyle=DASHES[index % len(DASHES)], linewidth=1.3, markersize=3, label=label,
-            marker=None if is_budget or len(epochs) > 30 else MARKERS[index % len(MARKERS)],
+            marker=None if is_budget or len(epochs) > 30 else style.MARKERS[index % len(style.MARKERS)],
         )  # fmt: skip
     style_axes(axes)
     _style_epoch_axis(axes, nbins=6)
     if empty:
-        text = "no decay" if title[0] in "pλ" else "none"
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color="0.35")
+        axes.text(
+            0.5, 0.5, "no decay" if title[0] in "pλ" else "none", transform=axes.transAxes, ha="center", color="0.35"
+        )
+        axes.set_yticks([])
     elif len(columns) > 1:
-        axes.legend(frameon=False, fontsize=7.5, handlelength=2.4)
+        axes.legend(frameon=False, fontsize=points(7.5), handlelength=2.4)
 
 
 def _style_epoch_axis(axes: Axes, label: str = "", **options: int) -> None:
@@ -180,21 +187,19 @@ def _stack_by_stage(history: Mapping[str, np.ndarray], **options: int) -> dict[s
 def gates_figure(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
     """Plot each gate on a logarithmic axis, a panel for each stage of the network.
 
-    Args:
-        run: the run.
-        history: norm → effective gates, [epochs, channels].
+    ``history`` maps each norm to its effective gates, [epochs, channels].
     """
-    threshold = gate_threshold(run)
+    cut = gate_cut(run)
     stages = _stack_by_stage(history)
-    low, high = _value_range(np.concatenate(list(stages.values()), axis=1), threshold)
-    with figure_style():
+    low, high = _value_range(np.concatenate(list(stages.values()), axis=1), cut.value)
+    with style.figure_style():
         columns = min(len(stages), 4 if len(stages) > 6 else 3 if len(stages) > 4 else 2)
         rows = -(-len(stages) // columns)
-        figure = new_figure(max(6.5, 0.9 + 2.3 * columns), 1.3 + 1.9 * rows, run.name)
+        figure = style.new_figure(max(6.5, 0.9 + 2.3 * columns), 0.9 + 1.9 * rows)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, (stage, values) in zip(panels, stages.items(), strict=False):
-            _plot_gates(axes, np.maximum(values, low), threshold)
-            axes.set_title(f"{escape_text(shorten(stage, 28))} ({values.shape[1]:,})", fontsize=9)
+            _plot_gates(axes, np.maximum(values, low), cut.value)
+            axes.set_title(f"{escape_text(shorten(stage, 28))} ({values.shape[1]:,})", fontsize=points(9))
         for axes in panels[len(stages) :]:
             axes.remove()
         axes = panels[0]
@@ -206,8 +211,17 @@ def gates_figure(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
         for axes in panels[max(0, len(stages) - columns) : len(stages)]:
             axes.tick_params(axis="x", labelbottom=True)
             axes.set_xlabel("epoch of sparse training")
-        figure.supylabel("effective gate (output deviation)", fontsize=9)
-        figure.legend(handles=_gate_legend(threshold), loc="outside lower center", ncols=4, frameon=False)
+        figure.supylabel("effective gate (output deviation)", fontsize=points(9))
+        keys = [Line2D([], [], color="black", linewidth=1.5, label="median")]
+        if cut.value is None:
+            keys.insert(0, Line2D([], [], color=ALIVE, label="gate"))
+        else:
+            keys[:0] = [
+                Line2D([], [], color=c, label=f"ends {where}") for c, where in ((ALIVE, "above"), (DEAD, "below"))
+            ]
+            line = {"color": "black", "linestyle": "--", "linewidth": 0.9}
+            keys.insert(2, Line2D([], [], **line, label=f"{cut.name} {cut.value:.3g}"))
+        figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -246,26 +260,14 @@ def _plot_gates(axes: Axes, values: np.ndarray, threshold: float | None) -> None
     style_axes(axes)
 
 
-def _gate_legend(threshold: float | None) -> list[Line2D]:
-    median = Line2D([], [], color="black", linewidth=1.5, label="median")
-    if threshold is None:
-        return [Line2D([], [], color=ALIVE, label="gate"), median]
-    return [
-        Line2D([], [], color=ALIVE, label="ends above"),
-        Line2D([], [], color=DEAD, label="ends below"),
-        Line2D([], [], color="black", linestyle="--", linewidth=0.9, label=f"threshold {threshold:g}"),
-        median,
-    ]
-
-
 def gates_map(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
     """Draw each gate as a row of colours over the epochs; arguments as for :func:`gates_figure`."""
     stages = {stage: values.T for stage, values in _stack_by_stage(history).items()}
     rows = np.concatenate([values[np.argsort(-values[:, -1], kind="stable")] for values in stages.values()])
-    threshold = gate_threshold(run)
+    threshold = gate_cut(run).value
     low, high = np.log10(_value_range(rows, threshold))
-    with figure_style():
-        figure = new_figure(6.5, 6.0, run.name)
+    with style.figure_style():
+        figure = style.new_figure(6.5, 5.7)
         axes = figure.add_subplot()
         image = axes.imshow(
             _downsample(np.log10(np.clip(rows, 10**low, 10**high)), 700, 400), aspect="auto", interpolation="nearest",
@@ -317,19 +319,20 @@ def _style_stage_axis(axes: Axes, names: list[str], bounds: np.ndarray) -> None:
 
 
 def alive_figure(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
-    """Plot the share of gates above the threshold after each epoch, a line for each stage of the network."""
-    threshold = gate_threshold(run) or 0.0
-    with figure_style():
-        figure = new_figure(7.5, 4.2, run.name)
+    """Plot the share of gates above the cut after each epoch, a line for each stage of the network."""
+    cut = gate_cut(run)
+    threshold = cut.value or 0.0
+    with style.figure_style():
+        figure = style.new_figure(7.5, 3.9)
         axes = figure.add_subplot()
         for index, (stage, values) in enumerate(_stack_by_stage(history, limit=len(COLOURS)).items()):
             axes.plot(
                 np.arange(1, len(values) + 1), 100 * (values > threshold).mean(axis=1), color=COLOURS[index],
-                linestyle=DASHES[index], linewidth=1.5, marker=MARKERS[index], markersize=4,
+                linestyle=DASHES[index], linewidth=1.5, marker=style.MARKERS[index], markersize=4,
                 markevery=max(1, len(values) // 12),
                 label=f"{escape_text(shorten(stage, 28))} ({values.shape[1]:,} gates)",
             )  # fmt: skip
-        total = _alive_channels(run)
+        total = _alive_channels(run) if cut.is_live else pd.Series(dtype=float)
         if len(total):
             axes.plot(total.index, total, color="black", linewidth=2.4, alpha=0.75, zorder=1.5, label="all channels")
             if len(total) == 1:
@@ -337,9 +340,9 @@ def alive_figure(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
         axes.set_ylabel("alive (%)")
         axes.set_ylim(0, 104)
         _style_epoch_axis(axes, "epoch of sparse training")
-        axes.set_title(f"gates above the threshold {threshold:g}")
+        axes.set_title(f"gates above the {cut.name} {threshold:.3g}")
         style_axes(axes)
-        figure.legend(loc="outside right center", frameon=False, fontsize=8, handlelength=3)
+        figure.legend(loc="outside right center", frameon=False, fontsize=points(8), handlelength=3)
     return figure
 
 

@@ -42,6 +42,7 @@ def lines(axes):
 
 
 def test_training_lines_match_data(run):
+    run = replace(run, metrics=run.metrics.assign(**{"lambda": run.metrics["epoch"] + 2.0}))
     figure = training_figure(run)
     panels = np.array(figure.axes).reshape(4, 2)
     assert [axes.get_title() for axes in panels[0]] == ["sparse training", "fine-tuning"]
@@ -68,9 +69,24 @@ def test_size_and_budget_lines(run):
     assert_readable(figure)
 
 
+def test_constant_rows_are_in_the_caption(run):
+    drawing = next(training_figures(run))
+    assert "λ 30" in drawing.caption and "λ (weight)" not in [axes.get_ylabel() for axes in drawing.figure.axes]
+    table = run.metrics.assign(**{"metrics.mae": 0.1, "metrics.max_f": 0.5, "loss": 0.25})
+    drawing = next(training_figures(replace(run, metrics=table)))
+    assert {axes.get_ylabel() for axes in drawing.figure.axes} == {"penalty (with λ)"}
+    assert "loss 0.25, λ 30, mean absolute error 0.1, max F-measure 0.5" in drawing.caption
+
+
+def test_fine_tuning_has_its_own_axis(run):
+    table = run.metrics.assign(loss=np.where(run.metrics["stage"] == "train", run.metrics["loss"] + 9, 0.25))
+    train, finetune = training_figure(replace(run, metrics=table)).axes[:2]
+    assert train.get_ylim()[0] > 8 and finetune.get_ylim()[1] < 1
+
+
 def test_stage_without_decay_is_labelled(run):
     table = run.metrics.assign(penalty=np.where(run.metrics["stage"] == "train", run.metrics["penalty"] * 1e5, 0.0))
-    panels = np.array(training_figure(replace(run, metrics=table)).axes).reshape(4, 2)
+    panels = np.array(training_figure(replace(run, metrics=table)).axes).reshape(3, 2)
     assert [text.get_text() for text in panels[1, 1].texts] == ["no decay"]
     assert not panels[1, 0].texts
 
@@ -132,6 +148,38 @@ def test_gates_map_has_all_gates_or_means(run, shape):
     assert f"{count:,} gates" in figure.axes[0].get_title()
     assert_readable(figure)
     assert_labelled(figure)
+
+
+def with_target(run, **kept):
+    recipe = {**run.recipe, "target": {"params": 5000, "macs": None}}
+    return replace(run, recipe=recipe, summary={**run.summary, "kept": {**run.summary["kept"], **kept}})
+
+
+def test_gates_of_a_target_are_divided_by_the_cut_that_was_made(run):
+    table = with_target(random_gates(run, 6, 5, 2), cut=0.25)
+    drawings = {drawing.name: drawing for drawing in training_figures(table)}
+    for stage, axes in enumerate(drawings["gates"].figure.axes):
+        values = table.gates[f"stage{stage}.norm"].to_numpy()
+        ends = [segment[-1, 1] > 0.25 for segment in axes.collections[0].get_segments()]
+        blue = [tuple(colour) == to_rgba(ALIVE) for colour in axes.collections[0].get_colors()]
+        assert blue == ends and sum(ends) == (values[-1] > 0.25).sum()
+        assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.25]
+    texts = [text.get_text() for text in drawings["gates"].figure.legends[0].get_texts()]
+    assert "cut 0.25" in texts and not any("threshold" in text for text in texts)
+    alive = drawings["alive"].figure.axes[0]
+    assert np.allclose(lines(alive)["stage0 (5 gates)"], 100 * (table.gates["stage0.norm"].to_numpy() > 0.25).mean(1))
+    # The epochs' counts of living channels refer to the threshold.
+    assert "all channels" not in lines(alive) and "cut 0.25" in alive.get_title()
+    assert "above the cut" in drawings["gates_map"].caption
+
+
+@pytest.mark.parametrize("change", [{"target": {"macs_ratio": 0.5}}, {"slim": {"importance": {"name": "taylor"}}}])
+def test_no_threshold_is_drawn_where_none_was_used(run, change):
+    table = random_gates(run, 6, 5, 2)
+    table = replace(table, recipe={**table.recipe, **change})
+    drawings = {drawing.name: drawing for drawing in training_figures(table)}
+    assert "alive" not in drawings and "above" not in drawings["gates_map"].caption
+    assert not [line for axes in drawings["gates"].figure.axes for line in axes.lines if line.get_linestyle() == "--"]
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 0.5, LIMIT])

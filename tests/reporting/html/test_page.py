@@ -65,7 +65,8 @@ class Parsed(HTMLParser):
 
 
 def drawn(name="curve", title="A curve", caption="It goes up.", curves=1, run="") -> ReportFigure:
-    figure = new_figure(4, 2, title)
+    figure = new_figure(4, 2)
+    figure.suptitle(title)
     axes = figure.add_subplot()
     for _ in range(curves):
         axes.plot(np.random.default_rng(0).random(1000), color="black")
