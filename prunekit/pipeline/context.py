@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -51,6 +54,16 @@ class RunContext:
                     self.dataset(split), data.size, folder, self.reporter.info, keep=keep
                 )
         return self._tensors[split]
+
+    def data_checksums(self) -> dict[str, str]:
+        """Return a SHA-256 of the images and targets of each split, in their order; their paths do not matter."""
+        checksums = {}
+        for split in ("train", "val"):
+            digest = hashlib.sha256()
+            for tensor in (self.tensors(split).images, self.tensors(split).targets):
+                digest.update(np.ascontiguousarray(tensor.numpy()).data)
+            checksums[split] = digest.hexdigest()
+        return checksums
 
     def example(self) -> Tensor:
         """Return a few normalised validation images, (N, 3, S, S), for tracing and equivalence checks."""

@@ -12,7 +12,15 @@ from rich.console import Console
 
 from prunekit.config import registry
 from prunekit.config.schema import Recipe
-from prunekit.errors import CheckpointError, Interrupted, PrunekitError, RecipeError, RunError, RunFolderError
+from prunekit.errors import (
+    CheckpointError,
+    ExportError,
+    Interrupted,
+    PrunekitError,
+    RecipeError,
+    RunError,
+    RunFolderError,
+)
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import (
     CLASSES,
@@ -27,7 +35,7 @@ from prunekit.pipeline.preflight import check_classes, check_recipe
 from prunekit.pipeline.stages import STAGE_FUNCTIONS
 from prunekit.pipeline.workers import main_process_command, stage_trains
 from prunekit.reporting import report
-from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.runs.run_dir import DATA, RunDir, is_run_folder
 from prunekit.runs.stage_order import STAGES
 from prunekit.utils import distributed
 from prunekit.utils.environment import environment
@@ -76,9 +84,8 @@ def run_recipe(
         _check_not_half_derived(run)
         if start_from is not None:
             run.restart_from(start_from)
-        _run_stages(context, run, STAGES)
-    report([out], None, console)
-    return out
+        failed_export = _run_stages(context, run, STAGES)
+    return _report(out, console, failed_export)
 
 
 @main_process_command
@@ -105,8 +112,7 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
         run.end("train")
         _run_stages(context, run, ("extract", "slim"))
         run.finish()
-    report([out], None, console)
-    return out
+    return _report(out, console)
 
 
 @main_process_command
@@ -128,9 +134,8 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
                 run.update_summary(part, value)
         for stage in ("train", "extract", "slim"):
             run.end(stage)
-        _run_stages(context, run, STAGES)
-    report([out], None, console)
-    return out
+        failed_export = _run_stages(context, run, STAGES)
+    return _report(out, console, failed_export)
 
 
 @contextmanager
@@ -152,13 +157,23 @@ def _derived_run(
         yield context, old, run
 
 
+def _report(out: Path, console: Console, failed_export: ExportError | None = None) -> Path:
+    report([out], None, console)
+    if failed_export is not None:
+        raise failed_export
+    return out
+
+
 @contextmanager
 def _run_folder(context: RunContext, out: Path, **flags: Any) -> Iterator[RunDir]:
     """Start or resume a run, with its log; errors leave as a PrunekitError, Ctrl-C as Interrupted."""
     recipe, run = context.recipe, None
     try:
-        with RunDir.start(out, recipe.dump(), environment(recipe.seed), **flags) as run:
+        checksums = context.data_checksums
+        with RunDir.start(out, recipe.dump(), environment(recipe.seed), checksums=checksums, **flags) as run:
             context.reporter.log_file = out / "run.log"
+            if (recipe.data.root or recipe.data.val_root) and run.stage is None:
+                run.write_json(DATA, checksums())
             with record_logs(context.reporter.write_log):
                 yield run
     except PrunekitError:
@@ -184,7 +199,9 @@ def _unexpected(run: RunDir, error: Exception) -> str:
     return f"{stage}: {kind}: {text[:500]}; {remedy}; the traceback is in {run.path / 'run.log'}"
 
 
-def _run_stages(context: RunContext, run: RunDir, stages: Sequence[str]) -> None:
+def _run_stages(context: RunContext, run: RunDir, stages: Sequence[str]) -> ExportError | None:
+    """Run the stages that are not done; a failed export is returned, since it must not cost the report."""
+    failed_export = None
     for stage in stages:
         if run.is_done(stage):
             context.reporter.info(f"{stage}: already done")
@@ -196,13 +213,17 @@ def _run_stages(context: RunContext, run: RunDir, stages: Sequence[str]) -> None
                 if stage_trains(stage, context.recipe):
                     distributed.send_command(stage)
                 STAGE_FUNCTIONS[stage](context, run)
-        except BaseException:
+        except BaseException as error:
             # The first error is the one to report.
-            with suppress(CheckpointError):
+            with suppress(CheckpointError, RunError):
                 run.add_seconds(stage, round(time.perf_counter() - start, 3))
-            raise
+            if stage != "export" or not isinstance(error, ExportError):
+                raise
+            failed_export = error
+            continue
         run.add_seconds(stage, round(time.perf_counter() - start, 3))
         run.end(stage)
+    return failed_export
 
 
 def _pending_stages(out: Path, resume: bool, start_from: str | None) -> tuple[str, ...]:
@@ -259,7 +280,8 @@ def _check_different(source: Path, out: Path) -> None:
 
 def _check_not_half_derived(run: RunDir) -> None:
     # Where slim or finetune was stopped before it had copied the models, a stage has begun before its time.
-    if run.stage is not None and any(not run.is_done(stage) for stage in STAGES[: STAGES.index(run.stage)]):
+    earlier = STAGES[: STAGES.index(run.stage)] if run.stage else ()
+    if any(not run.is_done(stage) for stage in earlier if stage != "export"):
         raise RunFolderError(
             f"{run.path} was to begin with the models of another run, and was stopped before they were copied; repeat "
             "the command that made it, with --overwrite"

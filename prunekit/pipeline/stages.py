@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import nn
 
 from prunekit.data.datasets import normalize
 from prunekit.data.images import encode_png
-from prunekit.errors import TrainingError
+from prunekit.errors import CheckpointError, ExportError, PrunekitError, RunError, TrainingError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import Exporter, compared, variants
 from prunekit.pipeline.models import (
@@ -38,6 +40,8 @@ from prunekit.pruning.sparsity.dynamic_decay import NoDecay
 from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.trainer import seeded_generator
+from prunekit.utils.io import is_disk_failure
+from prunekit.utils.text import first_line
 
 GALLERY = 16  # evenly spaced validation images
 EXTREMES = 4  # images with the lowest error, and as many with the highest
@@ -107,13 +111,27 @@ def evaluate_stage(context: RunContext, run: RunDir) -> None:
 
 
 def export_stage(context: RunContext, run: RunDir) -> None:
-    """Write the newest model in the forms that the recipe asks for."""
+    """Write the newest model in the forms that the recipe asks for; raise ExportError after all of them."""
     run.remove_summary("export")
-    wanted = variants(context.recipe.export)
-    if wanted:
-        exporter = Exporter(context, run, newest_model(run))
-        for variant in wanted:
-            exporter.write(variant)
+    failures, name = [], newest_model(run)
+    exporter = functools.cache(lambda: Exporter(context, run, name))
+    for variant in variants(context.recipe.export):
+        try:
+            exporter().write(variant)
+        except (CheckpointError, RunError):
+            raise
+        except Exception as error:
+            if is_disk_failure(error):
+                raise
+            for line in traceback.format_exc().splitlines():
+                context.reporter.write_log(line)
+            reason = str(error) if isinstance(error, PrunekitError) else f"{type(error).__name__}: {first_line(error)}"
+            failures.append(f"{variant.path(name, True)}: {reason}")
+    if failures:
+        raise ExportError(
+            f"export: {'; '.join(failures)}; everything else is done; export again with --resume, or change what is "
+            "exported, such as --resume export.onnx=false"
+        )
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[RunContext, RunDir], None]] = {

@@ -30,7 +30,7 @@ from prunekit.utils.safe_decode import decode_arrays, decode_json, decode_tensor
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 _UNCHECKED = (STATE, "run.log")
 # Written once and by no stage: a kill between the file and its checksum would leave them without one for good.
-_WRITTEN_ONCE = (RECIPE, "classes.json", "init/plan.json", "init/model.safetensors")
+_WRITTEN_ONCE = (RECIPE, "data.json", "classes.json", "init/plan.json", "init/model.safetensors")
 # Measurements of the models in the folder, which become invalid with them; a user may remove these files.
 _MEASUREMENTS = ("eval.json", "bench.json")
 _MAX_READS = 20  # of a file that another process keeps replacing
@@ -107,6 +107,8 @@ class ArtifactStore:
                 fault, cause = f"not readable ({os_error_reason(error)})", error
             if not self._reload_state():
                 break
+        if self._lock is not None:
+            self._lock.check_in_place()
         raise self._damage(name, fault) from cause
 
     def read_text(self, name: str) -> str:
@@ -221,6 +223,7 @@ class ArtifactStore:
     def _require_write_access(self) -> None:
         if self._lock is None:
             raise RunFolderError(f"{self.path} is open for reading only; open it with write=True")
+        self._lock.check_in_place()
 
     def _write_state(self, state: dict[str, Any]) -> None:
         self._require_write_access()

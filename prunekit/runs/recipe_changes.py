@@ -16,11 +16,18 @@ from prunekit.utils.text import join_names
 
 # They change no result.
 _ALWAYS = {("train", "on_nonfinite"), ("finetune", "on_nonfinite"), ("data", "cache")}
+_DATA_PATHS = {("data", "root"), ("data", "val_root")}
 _MAX_DIFF_LINES = 12
 _OTHERWISE = ", or --overwrite, or another --out DIR"
 
 
-def refuse_change(old: str, new: str, folder: Path, is_started: Callable[[str], bool]) -> str | None:
+def refuse_change(
+    old: str,
+    new: str,
+    folder: Path,
+    is_started: Callable[[str], bool],
+    is_same_data: Callable[[], bool] | None = None,
+) -> str | None:
     """Return why a run of one resolved recipe, as YAML, cannot resume with another; None if it can.
 
     Args:
@@ -28,6 +35,7 @@ def refuse_change(old: str, new: str, folder: Path, is_started: Callable[[str], 
         new: recipe to resume with.
         folder: the run folder.
         is_started: whether results of a stage are kept.
+        is_same_data: whether the images and targets are the same; None if unknown.
     """
     if old == new:
         return None
@@ -38,6 +46,13 @@ def refuse_change(old: str, new: str, folder: Path, is_started: Callable[[str], 
         return f"{problem}; use that one{_OTHERWISE}:\n{_diff(old, new)}"
     stages = {key: first_stage(key, recipes) for key in _changed_keys(recipes)}
     started = {key: stage for key, stage in stages.items() if stage is None or is_started(stage)}
+    moved = started.keys() & _DATA_PATHS
+    if moved and is_same_data is not None and started.keys() <= _DATA_PATHS:
+        if is_same_data():
+            return None
+        names = join_names([format_path(key) for key in sorted(moved)])
+        problem = f"{folder} was started with other data: images or targets in {names} differ; use the same data"
+        return f"{problem}{_OTHERWISE}:\n{_diff(old, new)}"
     if not started:
         return None
     keys = join_names([format_path(key) for key in started])

@@ -9,14 +9,14 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from prunekit import __version__
 from prunekit.config.yaml import parse
-from prunekit.errors import CheckpointError, RunFolderError, WriteError
+from prunekit.errors import CheckpointError, RunError, RunFolderError, WriteError
 from prunekit.runs import state as states
 from prunekit.runs.artifacts import RECIPE, ArtifactStore
 from prunekit.runs.checkpoint_store import Tensors
@@ -30,6 +30,7 @@ from prunekit.utils.symlinks import check_no_external_links
 
 __all__ = ["FORMAT", "RunDir", "is_run_folder"]
 
+DATA = "data.json"  # split → checksum of its images and targets
 SKIPPED_STEPS = "skipped_steps"  # in the summary: training → number of steps
 # What a killed start can leave; recipe.yaml is written last, so without it nothing of value is there.
 _START_FILES = {"lock", STATE, "environment.json", SUMMARY}
@@ -50,6 +51,7 @@ class RunDir(ArtifactStore):
         resume: bool = False,
         overwrite: bool = False,
         repeat_from: str | None = None,
+        checksums: Callable[[], dict[str, str]] | None = None,
     ) -> Self:
         """Create the folder of a run, or resume an existing one, and lock it.
 
@@ -60,6 +62,7 @@ class RunDir(ArtifactStore):
             resume: continue the existing run; where there is none, start one.
             overwrite: remove what the existing run has written first; the user's own files stay.
             repeat_from: with ``resume``, a stage that :meth:`restart_from` will repeat, so that its keys may change.
+            checksums: returns those of the data; with ``resume``, called if the data have moved.
 
         Raises:
             RunFolderError: the folder is in use, holds another run or something else, or has another format.
@@ -76,7 +79,7 @@ class RunDir(ArtifactStore):
             if not is_run_folder(path):
                 run._create(recipe_text, environment)
             elif resume:
-                run._resume(recipe_text, environment, repeat_from)
+                run._resume(recipe_text, environment, repeat_from, checksums)
             elif overwrite:
                 run._clear(recipe_text)
                 check_no_external_links(path)
@@ -130,14 +133,23 @@ class RunDir(ArtifactStore):
         name = isinstance(recipe, dict) and recipe.get("name")
         self.write_json(SUMMARY, {"format": FORMAT, "recipe": str(name or self.path.name), "status": "running"})
 
-    def _resume(self, recipe_text: str, environment: dict[str, Any], repeat_from: str | None) -> None:
+    def _resume(
+        self,
+        recipe_text: str,
+        environment: dict[str, Any],
+        repeat_from: str | None,
+        checksums: Callable[[], dict[str, str]] | None,
+    ) -> None:
         states.check_format(self.path)
         self._state = {**states.read(self.path), "prunekit": __version__}
         self._remove_temporary_files()
         self._resolve_replacements()
         written = self.read_text(RECIPE)
         kept = STAGES[: stage_index(repeat_from)] if repeat_from else STAGES
-        if problem := refuse_change(written, recipe_text, self.path, lambda s: s in kept and self._has_results(s)):
+        data = (lambda: checksums() == self.read_json(DATA)) if checksums is not None and self.has(DATA) else None
+        if problem := refuse_change(
+            written, recipe_text, self.path, lambda s: s in kept and self._has_results(s), is_same_data=data
+        ):
             raise RunFolderError(problem)
         if repeat_from:
             # A kill before those stages are repeated must not leave them as done with another recipe.
@@ -190,11 +202,11 @@ class RunDir(ArtifactStore):
                 else:
                     is_stopped = error is None or isinstance(error, KeyboardInterrupt)
                     self._set_status("interrupted" if is_stopped else "failed")
-        except CheckpointError as second:
+        except (CheckpointError, RunError) as second:
             # On a full disk the status cannot be written either; the first error is the one to report.
             if error is None:
                 raise
-            if not isinstance(error, WriteError):
+            if not isinstance(error, (WriteError, RunError)):
                 logger.warning("%s", second)
         finally:
             self.close()

@@ -9,7 +9,7 @@ import os
 import socket
 from pathlib import Path
 
-from prunekit.errors import PrunekitError, RunFolderError
+from prunekit.errors import PrunekitError, RunError, RunFolderError
 from prunekit.utils.io import is_disk_failure, os_error_reason, write_error
 
 
@@ -33,6 +33,7 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.path = folder / "lock"
         self._descriptor: int | None = None
+        self._folder: tuple[int, int] | None = None  # device and inode
 
     def acquire(self) -> None:
         """Raise RunFolderError if another process holds the lock or one on another host left it."""
@@ -41,12 +42,35 @@ class FolderLock:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 try:
                     if self._try_acquire(descriptor):
-                        self._descriptor = descriptor
+                        self._descriptor, self._folder = descriptor, self._find_folder()
                 finally:
                     if self._descriptor is None:
                         os.close(descriptor)
             except OSError as error:
                 raise self._error(error) from error
+
+    def check_in_place(self) -> None:
+        """Raise RunError if the folder was moved, replaced or removed while it is locked."""
+        if self._descriptor is not None and self._find_folder() != self._folder:
+            now, before = self._lock_file().parent, self.path.parent
+            if now == before:
+                raise RunError(f"{before} was moved or removed; continue where it is now, with --resume --out DIR")
+            raise RunError(f"{before} was moved to {now}; continue there with --resume --out {now}")
+
+    def _find_folder(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path.parent)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _lock_file(self) -> Path:
+        """Return where the file is now, where the system tells."""
+        with contextlib.suppress(OSError):
+            path = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+            if path.is_file():
+                return path
+        return self.path
 
     def _try_acquire(self, descriptor: int) -> bool:
         """Return False if the file was removed between opening and locking."""
@@ -99,7 +123,9 @@ class FolderLock:
             return
         with contextlib.suppress(OSError):
             # Remove the file while it is locked, or another process could lock a file about to be removed.
-            self.path.unlink(missing_ok=True)
+            path = self._lock_file()
+            if path.stat().st_ino == os.fstat(self._descriptor).st_ino:
+                path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             # Unlock explicitly, because forked data-loader workers share the descriptor.
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
