@@ -17,7 +17,7 @@ from prunekit.pipeline.models import MODELS, load_model, newest_model, read_reci
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.io import write_atomic
 from prunekit.utils.progress import Reporter
-from prunekit.utils.text import plural
+from prunekit.utils.text import did_you_mean, plural
 
 TABLE = "predictions.csv"
 
@@ -94,7 +94,7 @@ def _list_images(paths: Sequence[Path]) -> list[Path]:
         elif path.exists():
             files.append(path)
         else:
-            raise DataError(f"{path} does not exist; give an image or a folder of images")
+            raise DataError(f"{path} does not exist{did_you_mean(path)}; give an image or a folder of images")
     return list(dict.fromkeys(files))
 
 

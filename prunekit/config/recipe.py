@@ -86,6 +86,6 @@ def _check_schema(tree: ConfigTree) -> None:
                 name_key = format_path((*path, "name"))
                 tree.add_error(path, f"{quote(items[0]['input'])} is not a mapping; set {name_key} instead")
             elif kind != "missing":
-                tree.add_error(path, messages.describe_value(items))
+                tree.add_error(path, messages.describe_value(items, path))
             elif tree.complete:
                 tree.add_error(path, messages.describe_missing_key(path))

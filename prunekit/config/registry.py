@@ -5,15 +5,15 @@ Each entry point of the group ``prunekit.plugins`` names a module whose import r
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
+from prunekit.utils.text import closest_match
 
 ENTRY_POINT_GROUP = "prunekit.plugins"
 
@@ -198,11 +198,6 @@ def plugin_failures() -> list[PluginError]:
     """Return the plugins that failed to load, without a warning."""
     _plugins.load(warn=False)
     return list(_plugins.failures)
-
-
-def closest_match(word: str, known: Sequence[str]) -> str | None:
-    """Return the known word closest to a mistyped one, or None if none is close."""
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
 
 
 def describe_error(error: BaseException) -> str:

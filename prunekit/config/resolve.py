@@ -48,7 +48,8 @@ def resolve_components(tree: ConfigTree, untrusted: bool) -> None:
     # Last, since a backbone's file may register the task.
     task = tree.get(("task",)) if "task" in tree.value else schema.Recipe.model_fields["task"].default
     if isinstance(task, str) and task not in registry.tasks:
-        tree.add_error(("task",), registry.tasks.unknown(task))
+        new = "a task of your own: register_task in a plugin or in backbone.file (see the guide on plugins)"
+        tree.add_error(("task",), f"{registry.tasks.unknown(task)}; {new}")
 
 
 def _resolve_file(tree: ConfigTree, section: dict[str, Any], untrusted: bool) -> dict[str, Any]:

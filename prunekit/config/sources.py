@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.config import registry, schema, yaml
+from prunekit.config import schema, yaml
 from prunekit.config.yaml import format_path, quote
 from prunekit.errors import RecipeError
+from prunekit.utils.text import closest_match, did_you_mean
 
 
 @dataclass(frozen=True, order=True)
@@ -151,11 +152,10 @@ def _find_shipped(name: str) -> Path:
     stem = name.removesuffix(".yaml")
     if stem in files:
         return files[stem]
-    match = registry.closest_match(stem.rpartition("/")[2][:100], list(files))
-    hint = f"did you mean {match!r}? " if match else ""
-    raise RecipeError(
-        f"{quote(name)}: no such file or shipped recipe; {hint}shipped recipes: {', '.join(files) or 'none'}"
-    )
+    match = closest_match(stem.rpartition("/")[2][:100], list(files))
+    hint = f"; did you mean {match!r}?" if match else did_you_mean(Path(name)) if "\0" not in name else ""
+    known = f"{'' if hint else ';'} shipped recipes: {', '.join(files) or 'none'}"
+    raise RecipeError(f"{quote(name)}: no such file or shipped recipe{hint}{known}")
 
 
 def _read_with_bases(path: Path) -> list[ConfigTree]:

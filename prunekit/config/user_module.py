@@ -18,9 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prunekit.config.registry import closest_match, describe_error
+from prunekit.config.registry import describe_error
 from prunekit.errors import PluginError, PrunekitError, RecipeError
 from prunekit.utils.io import cache_folder, sha256
+from prunekit.utils.text import closest_match, did_you_mean
 
 DIGITS = 16
 _PINNED_PATH = re.compile(r"(?P<path>.*)#sha256=(?P<digits>[0-9a-f]{8,64})", re.DOTALL)
@@ -54,7 +55,7 @@ class UserModule:
         try:
             path = ((folder or Path()) / Path(name).expanduser()).resolve()
             if not path.is_file():
-                problem = "is a folder" if path.is_dir() else "does not exist"
+                problem = "is a folder" if path.is_dir() else f"does not exist{did_you_mean(path)}"
                 raise RecipeError(f"{path} {problem}; give the path of a Python file")
             return cls(path, path.read_bytes(), pinned["digits"] if pinned else None)
         except OSError as error:

@@ -12,6 +12,7 @@ from prunekit.config.registry import register_dataset
 from prunekit.data.datasets import MaskDataset, image_tensor, resize
 from prunekit.data.images import is_image, match_orientation, read_image, read_mask
 from prunekit.errors import DataError
+from prunekit.utils.text import did_you_mean
 
 HOLDOUT = 0.1
 _LAYOUT = "a data folder has images/ and GT/, with one mask in GT/ of the same stem for each image"
@@ -109,7 +110,7 @@ def existing_folder(root: Path, layout: str) -> Path:
     """Return the folder with ``~`` expanded; raise DataError if it does not exist."""
     root = root.expanduser()
     if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
+        what = "is a file, not a folder" if root.exists() else f"does not exist{did_you_mean(root)}"
         raise DataError(f"data folder {root} {what}; {layout}")
     return root
 

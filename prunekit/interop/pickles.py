@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import CheckpointError
-from prunekit.utils.text import first_line
+from prunekit.utils.text import did_you_mean, first_line
 
 MAX_LAYOUT_BYTES = 1 << 20  # The published ones have 4 kB.
 MAX_CHECKPOINT_BYTES = 1 << 30  # The published ones have 4 MB.
@@ -195,6 +195,6 @@ def _read_bytes(path: Path, limit: int) -> bytes:
             raise CheckpointError(f"{path} has {size:,} bytes; at most {limit:,} are expected. Is it another file?")
         return path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; give the path of the file") from None
+        raise CheckpointError(f"{path} does not exist{did_you_mean(path)}; give the path of the file") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None

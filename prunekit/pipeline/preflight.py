@@ -40,8 +40,9 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
         source = open_initial_run(recipe)
         load_model(source, newest_model(source))
         check_classes(context, source)
-    for split in ("train", "val") if load_data else ():
-        context.tensors(split)
+    if load_data:
+        context.tensors("train"), context.tensors("val")
+        _report_large_batches(context)
     if recipe.finetune.distill.weight:
         nothing = torch.zeros(1, 1, 1, 1)
         context.task.distillation_loss(nothing, nothing, 1.0)
@@ -81,18 +82,46 @@ def _check_data_and_output(context: RunContext, model: nn.Module) -> None:
         raise RecipeError(
             f"data set {recipe.data.name}: training and validation have different classes; give both the same"
         )
-    size = recipe.data.size
+    if fault := _output_fault(context, model, recipe.data.size):
+        problem, _, advice = fault.rpartition("; ")
+        raise RecipeError(f"{problem}; {_other_sizes(context, model) or advice}" if problem else fault)
+
+
+def _output_fault(context: RunContext, model: nn.Module, size: int) -> str | None:
+    """Return what is wrong with the output for images of this size, and the fix; None if nothing is."""
+    recipe, backbone = context.recipe, f"backbone {context.recipe.backbone.name}"
     try:
         with inference(model):
-            output = model(torch.zeros(1, *context.shape))
+            output = model(torch.zeros(1, *context.shape[:-2], size, size))
     except (RuntimeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())
-        raise RecipeError(
-            f"backbone {recipe.backbone.name} cannot take an image of {size}×{size} ({reason}); set another data.size"
-        ) from error
-    fault = task.check_output(output, size, train)
-    if fault is not None:
-        raise RecipeError(f"task {recipe.task} with backbone {recipe.backbone.name}: {fault}")
+        return f"{backbone} cannot take an image of {size}×{size} ({reason}); set another data.size"
+    fault = context.task.check_output(output, size, context.dataset("train"))
+    return fault and f"task {recipe.task} with {backbone}: {fault}"
+
+
+def _other_sizes(context: RunContext, model: nn.Module) -> str | None:
+    """Return the advice to use one of the nearest sizes whose output is right, if there is one."""
+    size, single = context.recipe.data.size, None
+    for step in (2, 4, 8, 16, 32, 64, 224):
+        below = size // step * step
+        near = [side for side in (below, below + step) if side not in (0, size)] if size % step else []
+        fitting = [str(side) for side in near if _output_fault(context, model, side) is None]
+        if len(fitting) == 2:
+            return f"set data.size={fitting[0]} or {fitting[1]} (a multiple of {step})"
+        single = single or next(iter(fitting), None)
+    return single and f"set data.size={single}"
+
+
+def _report_large_batches(context: RunContext) -> None:
+    count = len(context.tensors("train"))
+    for stage in ("train", "finetune"):
+        section: Training = getattr(context.recipe, stage)
+        if section.epochs and section.batch_size > count:
+            context.reporter.info(
+                f"{stage}.batch_size={section.batch_size} is larger than the {count} training images: an epoch is one "
+                "step; lower it for more steps"
+            )
 
 
 def _check_ignored_layers(context: RunContext, model: nn.Module) -> None:

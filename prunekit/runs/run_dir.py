@@ -27,6 +27,7 @@ from prunekit.runs.written_files import remove_written, temporary_files
 from prunekit.utils.io import TEMP_PREFIX, is_disk_failure, make_folder, os_error_reason, write_error
 from prunekit.utils.lock import FolderLock, process_alive
 from prunekit.utils.symlinks import check_no_external_links
+from prunekit.utils.text import did_you_mean
 
 __all__ = ["FORMAT", "RunDir", "is_run_folder"]
 
@@ -101,7 +102,10 @@ class RunDir(ArtifactStore):
         """
         path = Path(path)
         if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):
-            raise RunFolderError(f"{path} is not a run folder (no {RECIPE} in it); give one that prunekit run has made")
+            hint = "" if path.exists() else did_you_mean(path)
+            raise RunFolderError(
+                f"{path} is not a run folder (no {RECIPE} in it){hint}; give one that prunekit run has made"
+            )
         check_no_external_links(path)
         with cls._locked(path) if write else contextlib.nullcontext(cls(path, {}, None)) as run:
             states.check_format(path)

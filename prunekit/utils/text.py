@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+_MAX_ENTRIES = 2000  # of a folder that are compared
 
 
 def plural(count: int, noun: str) -> str:
@@ -19,3 +24,25 @@ def join_names(names: Sequence[str], most: int = 3) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def closest_match(word: str, known: Sequence[str]) -> str | None:
+    """Return the known word closest to a mistyped one, ignoring case, or None if none is close."""
+    by_lower = {name.lower(): name for name in reversed(known)}
+    return next((by_lower[name] for name in difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)), None)
+
+
+def did_you_mean(path: Path) -> str:
+    """Return ``; did you mean PATH?`` with the existing path closest to a mistyped one, or nothing if none is close."""
+    parts = path.expanduser().parts
+    found = Path(parts[0]) if path.expanduser().is_absolute() else Path()
+    try:
+        for part in parts[found.is_absolute() :]:
+            if not (found / part).exists():
+                part = closest_match(part, [entry.name for entry in islice(found.iterdir(), _MAX_ENTRIES)])
+            if part is None:
+                return ""
+            found /= part
+    except (OSError, ValueError):
+        return ""
+    return f"; did you mean {found}?" if parts else ""

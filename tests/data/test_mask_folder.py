@@ -219,3 +219,10 @@ def test_real_data_set_is_read():
     assert len(pairs) == 48 and pairs.skipped == 0
     assert 0.1 < tensors.targets.float().mean() < 0.5 and tensors.sizes.max() == 400
     assert tensors.targets.flatten(1).any(1).sum() >= 47, "at most one mask is empty"
+
+
+def test_the_nearest_folder_is_proposed(tmp_path):
+    fill(tmp_path / "DUTS-TR", "ab")
+    for wrong in ("DUTS_TR", "duts-tr", "DUT-TR"):
+        with pytest.raises(DataError, match=rf"does not exist; did you mean {tmp_path}/DUTS-TR\?"):
+            folder("train", root=str(tmp_path / wrong))

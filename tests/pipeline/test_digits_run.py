@@ -200,7 +200,7 @@ def test_backbone_that_fails_on_image_size_is_reported(tmp_path):
         "def net():\n"
         "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 900, 10))\n"
     )
-    with pytest.raises(RecipeError, match=r"backbone net cannot take an image of 8×8 \(.*\); set another data\.size"):
+    with pytest.raises(RecipeError, match=r"backbone net cannot take an image of 8×8 \(.*\); set data\.size=32$"):
         run_recipe(recipe(f"backbone={{name: net, file: {file}}}"), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 

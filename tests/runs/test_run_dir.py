@@ -438,3 +438,8 @@ def test_checkpoints_of_the_user_stay(run):
     run.save_checkpoint("train", 8, {}, {}, keep=1)
     names = {path.name for path in (run.path / "checkpoints").iterdir()}
     assert names == {"train-best.safetensors", "train-0008.safetensors", "train-0008.json"}
+
+
+def test_the_nearest_run_folder_is_proposed(run):
+    with pytest.raises(RunFolderError, match=rf"is not a run folder .*; did you mean {run.path}\?"):
+        RunDir.open(run.path.with_name("rnu"))

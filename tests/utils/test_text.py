@@ -1,4 +1,6 @@
-from prunekit.utils.text import first_line, join_names, plural
+from pathlib import Path
+
+from prunekit.utils.text import closest_match, did_you_mean, first_line, join_names, plural
 
 
 def test_plural():
@@ -18,3 +20,17 @@ def test_join_names():
 def test_first_line():
     assert first_line(ValueError("\nbad shape\nsee above")) == "bad shape"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_closest_match_ignores_case():
+    assert closest_match("duts-tr", ["ECSSD", "DUTS-TR"]) == "DUTS-TR"
+    assert closest_match("x", ["photos", "masks"]) is None
+
+
+def test_did_you_mean_names_an_existing_path(tmp_path, monkeypatch):
+    (tmp_path / "data" / "DUTS-TR" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert did_you_mean(tmp_path / "dta" / "duts_tr") == f"; did you mean {tmp_path}/data/DUTS-TR?"
+    assert did_you_mean(Path("data/DUTS-TR/image")) == "; did you mean data/DUTS-TR/images?"
+    for unlike in (Path("qqq"), Path("data/qqq"), Path(), Path("x" * 999), Path("data/\0")):
+        assert did_you_mean(unlike) == ""

@@ -148,7 +148,8 @@ class _GroupBuilder:
         for gate in gates:
             gate.activation = self._activation(self.nodes[gate.norm])
         if reason is None and combine is None:
-            reason = "no gate: " + ("it reaches a reader without passing a norm" if exprs else "nothing reads it")
+            kind = "linear layer" if self.nodes[uses[0][0].module].op == "linear" else "convolution"
+            reason = f"no gate: no BatchNorm between this {kind} and the next" if exprs else "no gate: nothing reads it"
         first = members[0]
         name = "input" if first.reads else first.module
         name = f"{name}@{first.offset}" if first.offset else name

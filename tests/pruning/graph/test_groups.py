@@ -87,7 +87,7 @@ def test_parameter_outside_of_layers_is_unprunable():
 
 def test_no_gate_without_a_norm():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
-    assert by_id(model)["0"].reason.startswith("no gate")
+    assert by_id(model)["0"].reason.startswith("no gate: no BatchNorm between this")
 
 
 def test_csnet_groups():
