@@ -1,7 +1,7 @@
 """Save a model into one portable file, and load models from such files and from run folders.
 
-The file is a safetensors file: the weights, and JSON metadata that says how to build the dense model and which plans
-to apply. Loading never runs code that the file names unless the caller trusts it.
+The safetensors file holds the weights, and JSON metadata that says how to build the dense model and which plans to
+apply. Loading never runs code that the file names unless the caller trusts it.
 """
 
 from __future__ import annotations
@@ -71,16 +71,14 @@ def save(
     Args:
         model: a slim model from ``Pruner``, ``slim`` or ``slim_to_budget``, or a dense one.
         path: the file to write, such as ``slim.prunekit``.
-        builder: builds the dense model. One of: a registered backbone (``"csnet"``), a model of timm or torchvision
-            (``"timm/resnet18"``), a function in a Python file (``"my_net.py:build"``, noted with the file's SHA-256), a
-            function in a package (``"package.module:function"``), or the function or class itself; if that cannot be
-            imported, because it is defined in a script, a notebook or a function, ``load`` needs it as ``builder``
-            again. Not needed where the model came from ``load``.
+        builder: builds the dense model: a registered backbone (``"csnet"``), a model of timm or torchvision
+            (``"timm/resnet18"``), a function in a Python file (``"my_net.py:build"``, noted with the file's SHA-256) or
+            in a package (``"package.module:function"``), or the function or class itself; one that is defined in a
+            script, a notebook or a function is needed by ``load`` again. Not needed where the model came from ``load``.
         options: keyword arguments of the builder: numbers, strings, booleans, None, lists and dicts.
 
     Raises:
-        PrunekitError: the builder is not known or fails, or the builder and the plans recorded in the model do not make
-            a model with the same weights.
+        PrunekitError: the builder is not known or fails, or does not make a model with these weights.
     """
     provenance = get_provenance(model)
     if builder is not None:
@@ -94,18 +92,17 @@ def save(
         raise CheckpointError("options are given without a builder; pass builder=… as well")
     else:
         described = provenance.builder
-    metadata = _Metadata(
-        format=FORMAT,
-        version=__version__,
-        builder=described,
-        plans=list(provenance.plans),
-        input=None if provenance.input is None else list(provenance.input),
-    )
-    weights = _weights_of(model)
+    plans, shape = list(provenance.plans), provenance.input and list(provenance.input)
+    metadata = _Metadata(format=FORMAT, version=__version__, builder=described, plans=plans, input=shape)
+    state = model.state_dict()
+    if foreign := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        kind = type(state[foreign[0]]).__name__
+        raise CheckpointError(f"{foreign[0]} of the model's state is {kind}, not a tensor; remove it")
+    # Copies, since safetensors refuses tensors that share memory.
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     # Builds the model as load will, so that no file is written that cannot be loaded.
     rebuilt = _rebuild(metadata, builder if callable(builder) else _builder_function(described))
-    difference = _shape_difference(rebuilt, weights)
-    if difference is not None:
+    if difference := _shape_difference(rebuilt, weights):
         raise CheckpointError(
             f"the builder and the plans of this model do not rebuild it: {difference}; pass the builder and options of "
             "the dense model that was pruned"
@@ -148,8 +145,7 @@ def load(path: str | Path, *, trust: bool = False, builder: Build | None = None)
             _check_harmless(metadata.builder, path)
         builder = _builder_function(metadata.builder)
     model = _rebuild(metadata, builder)
-    difference = _shape_difference(model, weights)
-    if difference is not None:
+    if difference := _shape_difference(model, weights):
         raise CheckpointError(f"{path} does not fit the model that its builder makes: {difference}; was it changed?")
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(weights[name].dtype)
@@ -196,7 +192,7 @@ def _read(path: Path) -> tuple[_Metadata, dict[str, Tensor]]:
 
 
 def _rebuild(metadata: _Metadata, builder: Build) -> nn.Module:
-    """Build the dense model and apply the plans; weights are not loaded. Leaves the random state as it is."""
+    """Build the dense model and apply the plans, without weights and without a trace in the random state."""
     with torch.random.fork_rng(devices=[]):
         try:
             model = builder(**metadata.builder.options)
@@ -217,7 +213,7 @@ def _rebuild(metadata: _Metadata, builder: Build) -> nn.Module:
 
 
 def _shape_difference(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
-    """The first difference between the names and shapes of a model's state and of weights; None where there is none."""
+    """The first difference between the names and shapes of a model's state and of weights, if any."""
     state = model.state_dict()
     for name in [*state, *weights]:
         if name not in weights:
@@ -227,15 +223,6 @@ def _shape_difference(model: nn.Module, weights: Mapping[str, Tensor]) -> str | 
         if state[name].shape != weights[name].shape:
             return f"{name} is {tuple(weights[name].shape)}, and {tuple(state[name].shape)} in the rebuilt model"
     return None
-
-
-def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name} of the model's state is {type(value).__name__}, not a tensor; remove it")
-    # Copies, since safetensors refuses tensors that share memory.
-    return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
 def _describe_builder(builder: str | Build, options: Mapping[str, Any] | None) -> Builder:
@@ -255,7 +242,7 @@ def _describe_builder(builder: str | Build, options: Mapping[str, Any] | None) -
 
 
 def _import_path(function: Build) -> str:
-    """Where a function can be imported from; in the module ``__main__`` where it cannot."""
+    """Where a function can be imported from; ``__main__`` where it cannot."""
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__name__)
     found: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -264,12 +251,10 @@ def _import_path(function: Build) -> str:
 
 
 def _can_be_imported(builder: Builder) -> bool:
-    """Whether the builder is not from a script or a notebook, nor a lambda or a local function."""
     return not builder.name.startswith("__main__:")
 
 
 def _builder_function(builder: Builder) -> Build:
-    """The function that a builder names. Imports the file or package that it is in."""
     if builder.file is not None:
         source = UserModule.read(builder.file)
         if source.change is not None:

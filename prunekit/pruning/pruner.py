@@ -19,7 +19,7 @@ from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import TARGETS, BudgetSearch
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
-from prunekit.pruning.selection.selector import Scope, Scores, Selector
+from prunekit.pruning.selection.selector import Scores, Selector
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import CONSTANTS, slim
@@ -54,8 +54,7 @@ class PruningReport:
             f"  MACs    {_change(self.before.macs, self.after.macs)}",
             f"  equivalence check {verdict}: largest difference {check.max_abs_diff:.1e}",
         ]
-        changed = {name: sizes for name, sizes in self.layers.items() if sizes[0] != sizes[1]}
-        if changed:
+        if changed := {name: sizes for name, sizes in self.layers.items() if sizes[0] != sizes[1]}:
             width = max(map(len, changed))
             lines.append(f"  output channels kept in {len(changed)} of {len(self.layers)} layers pruned:")
             lines += [f"    {name:{width}}  {after}/{before}" for name, (after, before) in changed.items()]
@@ -119,8 +118,7 @@ class Pruner:
         self._model = model
         self._importance = _importance_function(importance, loss)
         self._ratio, self._target = pruning_ratio or 0.0, dict(target or {})
-        self._scope: Scope = "global" if global_pruning else "layer"
-        self._constants = constants
+        self._global, self._constants = global_pruning, constants
         self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
         self._groups = find_groups(model, example_inputs)
         self._ignored = match_layers(model, self._groups, ignored_layers, "ignored_layers")
@@ -171,15 +169,10 @@ class Pruner:
 
     def _slim_to_ratio(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         free = [g for g in self._groups if g.reason is None and g.id not in self._ignored and g.id not in self._ratios]
-        ratios, share = self._remaining_ratios(step), 0.0
-        if self._scope == "global":
-            share = self._remaining_share(free, self._ratio, step)
-        else:
-            ratios |= {g.id: self._remaining_share([g], self._ratio, step) for g in free}
-        selector = Selector(
-            self._model, self._groups, scores, ignored_groups=self._ignored, ratios=ratios, **self._limits
-        )
-        selection = selector.select(pruning_ratio=share)
+        share = self._remaining_share(free, self._ratio, step) if self._global else 0.0
+        own = {} if self._global else {g.id: self._remaining_share([g], self._ratio, step) for g in free}
+        limits = {**self._limits, "ignored_groups": self._ignored, "ratios": self._remaining_ratios(step) | own}
+        selection = Selector(self._model, self._groups, scores, **limits).select(pruning_ratio=share)
         plan = plan_from_selection(self._model, self._groups, selection)
         slim_model, check = slim(self._model, plan, self.example_inputs, groups=self._groups, constants=self._constants)
         return slim_model, check, selection.warnings
@@ -197,7 +190,7 @@ class Pruner:
             self._groups,
             self.example_inputs.shape[1:],
             scores,
-            scope=self._scope,
+            scope="global" if self._global else "layer",
             ignored_groups=self._ignored,
             ratios=self._remaining_ratios(step),
             **self._limits,
@@ -235,39 +228,31 @@ def _check_arguments(
     steps: int,
     constants: str,
 ) -> None:
+    ratios = {} if pruning_ratio is None else {"pruning_ratio": pruning_ratio}
+    for layer, ratio in (per_layer_ratio or {}).items():
+        ratios[f"per_layer_ratio of {layer if isinstance(layer, str) else type(layer).__name__}"] = ratio
     if not isinstance(model, nn.Module):
         raise PlanError(f"model is {type(model).__name__}, not a torch.nn.Module; pass the model itself")
     if not isinstance(example_inputs, Tensor):
-        raise PlanError(
-            f"example_inputs is {type(example_inputs).__name__}; pass one batch as a tensor, (N, C, H, W) or (N, C)"
-        )
+        kind = type(example_inputs).__name__
+        raise PlanError(f"example_inputs is {kind}; pass one batch as a tensor, (N, C, H, W) or (N, C)")
     if pruning_ratio is not None and target is not None:
         raise PlanError("pruning_ratio and target are both given; give one of them")
-    if pruning_ratio is None and target is None and not per_layer_ratio:
+    if target is None and not ratios:
         raise PlanError('give pruning_ratio=0.5 (of the channels) or target={"macs_ratio": 0.5}')
-    if pruning_ratio is not None:
-        _check_ratio("pruning_ratio", pruning_ratio)
-    for layer, ratio in (per_layer_ratio or {}).items():
-        _check_ratio(f"per_layer_ratio of {layer if isinstance(layer, str) else type(layer).__name__}", ratio)
+    for name, ratio in ratios.items():
+        if not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+            raise PlanError(f"{name}={ratio!r}: must be from 0 to 1; 0.3 prunes 30% of the channels")
     if target is not None and not isinstance(target, Mapping):
         raise PlanError(f'target={target!r}: must be a dict such as {{"macs_ratio": 0.5}}')
-    for key in target or {}:
-        _check_known("target", key, TARGETS)
     if not isinstance(steps, int) or steps < 1:
         raise PlanError(f"steps={steps!r}: must be a whole number of at least 1")
-    _check_known("constants", constants, CONSTANTS)
-
-
-def _check_ratio(name: str, ratio: float) -> None:
-    if not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        raise PlanError(f"{name}={ratio!r}: must be from 0 to 1; 0.3 prunes 30% of the channels")
-
-
-def _check_known(argument: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        close = registry.closest_match(str(value), list(known))
-        hint = f", did you mean {close!r}?" if close else ";"
-        raise PlanError(f"unknown {argument} {value!r}{hint} known: {', '.join(known)}")
+    choices: list[tuple[str, Any, Sequence[str]]] = [("target", key, TARGETS) for key in target or {}]
+    for argument, value, known in [*choices, ("constants", constants, CONSTANTS)]:
+        if value not in known:
+            close = registry.closest_match(str(value), list(known))
+            hint = f", did you mean {close!r}?" if close else ";"
+            raise PlanError(f"unknown {argument} {value!r}{hint} known: {', '.join(known)}")
 
 
 def _importance_function(importance: Importance, loss: Loss | None) -> Callable[[nn.Module, Sequence[Group]], Scores]:
@@ -279,16 +264,13 @@ def _importance_function(importance: Importance, loss: Loss | None) -> Callable[
             )
         losses = None if loss is None else _loss_batches(loss)
         return lambda model, groups: function(model, groups, losses)
+    kind = type(importance).__name__
     if type(importance).__module__.startswith("torch_pruning"):
         known = ", ".join(map(repr, registry.importances.names()))
-        raise PlanError(
-            f"importance is torch-pruning's {type(importance).__name__}, which cannot score these groups; use one "
-            f"of {known}"
-        )
+        raise PlanError(f"importance is torch-pruning's {kind}, which cannot score these groups; use one of {known}")
     if isinstance(importance, nn.Module) or not callable(importance):
         raise PlanError(
-            f"importance is {type(importance).__name__}; pass a name such as 'magnitude', or a function of the model "
-            "and its groups"
+            f"importance is {kind}; pass a name such as 'magnitude', or a function of the model and its groups"
         )
     return importance
 
@@ -309,12 +291,9 @@ def _loss_batches(loss: Loss) -> Callable[[nn.Module], Iterable[Tensor]]:
 
 def _as_arrays(scores: Any) -> Scores:
     if not isinstance(scores, Mapping):
-        raise PlanError(
-            f"importance returned {type(scores).__name__}; return a dict from group.id to an array of scores"
-        )
-    return {
-        name: values.detach().cpu().numpy() if isinstance(values, Tensor) else values for name, values in scores.items()
-    }
+        kind = type(scores).__name__
+        raise PlanError(f"importance returned {kind}; return a dict from group.id to an array of scores")
+    return {name: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for name, v in scores.items()}
 
 
 def _ratios_by_group(

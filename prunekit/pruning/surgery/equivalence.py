@@ -26,33 +26,21 @@ DEAD = "the output is the same for every input: the network is dead"
 
 @dataclass
 class EquivalenceReport:
-    """The measured difference between the slim model and the dense one with its dead gates at zero.
+    """The measured difference between the slim model and the dense one with its dead gates at zero."""
 
-    Attributes:
-        max_abs_diff: in float64, over all inputs and outputs.
-        tolerance: its limit, 1e-6 · max(1, max|dense|).
-        inputs: shapes of the inputs.
-        float32_diff: the same difference in float32.
-        passed: whether the check passes; ``reason`` says why not.
-        given_back: dead channels that are kept because cutting them changes the output.
-        folded: dead channels whose constants are folded.
-        carriers: dead channels kept as constants.
-        inexact: for each module whose constants cannot be replaced (channels are given back for that, or constants
-            dropped), how far its output would move.
-        plan: the plan of the slim model.
-    """
-
-    max_abs_diff: float
-    tolerance: float
-    inputs: list[list[int]]
-    float32_diff: float = float("nan")
+    max_abs_diff: float  # in float64, over all inputs and outputs
+    tolerance: float  # its limit, 1e-6 · max(1, max|dense|)
+    inputs: list[list[int]]  # their shapes
+    float32_diff: float = float("nan")  # the same difference in float32
     passed: bool = False
-    reason: str | None = None
-    given_back: int = 0
-    folded: int = 0
-    carriers: int = 0
+    reason: str | None = None  # why it does not pass
+    given_back: int = 0  # dead channels that are kept because cutting them changes the output
+    folded: int = 0  # dead channels whose constants are folded
+    carriers: int = 0  # dead channels kept as constants
+    # For each module whose constants are not replaced (channels are given back for that, or constants dropped), how far
+    # its output would move.
     inexact: dict[str, float] = field(default_factory=dict)
-    plan: Plan | None = field(default=None, repr=False)
+    plan: Plan | None = field(default=None, repr=False)  # of the slim model
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
@@ -115,10 +103,7 @@ def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64
 
 @torch.inference_mode()
 def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor]) -> EquivalenceReport:
-    """Compare two models in float64 and eval mode.
-
-    Each output of a model with several has its own tolerance; the report describes the one closest to it.
-    """
+    """Compare two models in float64; each output has its own tolerance, and the one closest to it is reported."""
     report = EquivalenceReport(float("inf"), TOLERANCE, [list(batch.shape) for batch in inputs])
     # For each output: the largest difference, the largest value, and the largest change from input to input.
     stats: dict[int, tuple[float, float, float]] = {}

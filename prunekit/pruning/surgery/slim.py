@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,18 +57,16 @@ def slim(
         plan: from ``extract``.
         example: a batch of data, (N, C, H, W), for the equivalence check.
         groups: of the model, if already known.
-        constants: how to handle the constants that dead channels emit.
-            "carrier": fold them into the modules that read them; where such a module pads with zeros, keep one dead
-            channel of the group to carry them. "fold": fold them as if nothing padded. "keep": keep dead channels
-            that emit a nonzero constant. With these three, dead channels are given back, largest constant first,
-            until the check passes. "drop": cut them with their channels; the check reports the difference and may
-            fail.
+        constants: how to handle the constants that dead channels emit. "carrier": fold them into the modules that read
+            them; where such a module pads with zeros, keep one dead channel of the group to carry them. "fold": fold
+            them as if nothing padded. "keep": keep dead channels that emit a nonzero constant. With these three, dead
+            channels are given back, largest constant first, until the check passes. "drop": cut them with their
+            channels; the check reports the difference and may fail.
         noise: number of noise images in the check besides the data, at least 2.
 
     Returns:
         The slim model, in the dense model's precision, device and mode, and the report of the equivalence check,
-        whose ``plan`` is the plan of the slim model. An optimizer of the dense model does not train it; see
-        ``slim_optimizer``.
+        whose ``plan`` is the plan of the slim model. For the optimizer see ``slim_optimizer``.
 
     Raises:
         PlanError: the plan does not fit the model, or the equivalence check fails.
@@ -117,44 +116,6 @@ def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tenso
     return [] if noise is None else [noise]
 
 
-def rebuild(
-    gated: nn.Module,
-    groups: Sequence[Group],
-    dead: Mapping[str, set[int]],
-    inputs: Sequence[Tensor],
-    constants: str = "carrier",
-) -> tuple[Plan, Folding]:
-    """Cut dead channels in place and replace their constants, without an equivalence check.
-
-    Args:
-        gated: in eval mode, with the gates of the dead channels at zero (``zero_dead_gates``); becomes the slim model.
-        groups: of that model.
-        dead: by group, from ``Cutter.complete``.
-        inputs: batches in the model's precision on which the constants are measured. What does not vary over them
-            counts as constant, so they should differ, and their maps should have a border and an interior.
-        constants: "carrier", "fold" or "drop", as for ``slim``.
-
-    Raises:
-        PlanError: nothing would be left of a module that the model cannot do without.
-    """
-    measured, cutter = measure_constants(gated, groups, dead, inputs), Cutter(gated, groups)
-    if constants == "drop":
-        folding = Folding(inexact=measured.output_shifts(carried=False, dropped=True))
-    else:
-        folding = plan_folding(measured, constants == "carrier")
-    biases = apply_folding(gated, folding)
-    cut = {name: set(channels) - set(folding.carriers.get(name, ())) for name, channels in dead.items()}
-    # A carrier keeps its group, but not what depends on the group, nor the balance of grouped convolutions.
-    completed, removed = cutter.complete(cut)
-    if constants != "drop":
-        zero_inputs(gated, groups, {name: channels - completed[name] for name, channels in cut.items()})
-    plan = plan_from_dead(gated, groups, completed, removed)
-    plan.added_bias = cutter.cut(gated, completed, removed, biases)
-    plan.carriers = folding.carriers
-    folding.lost = set(biases) - set(plan.added_bias)
-    return plan, folding
-
-
 @dataclass
 class _Attempt:
     """Slims one model with different sets of dead channels until the equivalence check passes."""
@@ -168,7 +129,7 @@ class _Attempt:
     def __post_init__(self) -> None:
         self.cutter = Cutter(self.model, self.groups)
         self.gated = self.model  # the reference of the last check
-        self.lost: set[str] = set()
+        self.lost: set[str] = set()  # readers that were to get a bias but were removed
 
     def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
         """Slim with all dead channels that can be cut."""
@@ -184,27 +145,37 @@ class _Attempt:
 
     def _give_back(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
         """Keep as few dead channels that cannot be replaced as the check needs, largest constant first."""
-        measured = self._measure(dead)
-        carried = self.constants == "carrier"
+        measured, carried = self._measure(dead), self.constants == "carrier"
         dead = self.cutter.complete(dead)[0]
         inexact = measured.inexact(carried, self.lost)
         # Each channel given back brings the models closer, so bisection finds the number.
-        low, high = 0, len(inexact)
-        while low < high:
-            middle = (low + high) // 2
-            passed = self._slim(_without(dead, inexact[:middle]))[1].passed
-            low, high = (low, middle) if passed else (middle + 1, high)
-        slimmed, report = self._slim(_without(dead, inexact[:low]))
-        report.given_back = low
-        report.inexact = measured.output_shifts(carried)
+        number = bisect_left(range(len(inexact)), True, key=lambda n: self._slim(_without(dead, inexact[:n]))[1].passed)
+        slimmed, report = self._slim(_without(dead, inexact[:number]))
+        report.given_back, report.inexact = number, measured.output_shifts(carried)
         return slimmed, report
 
     def _slim(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
         dead = self.cutter.complete(dead)[0]
         self.gated = zero_dead_gates(self.model, self.groups, dead)
         slimmed = copy.deepcopy(self.gated)
-        plan, folding = rebuild(slimmed, self.groups, dead, [*self.inputs, *self.noise], self.constants)
-        self.lost |= folding.lost
+        measured = measure_constants(slimmed, self.groups, dead, [*self.inputs, *self.noise])
+        if self.constants == "drop":
+            folding = Folding(inexact=measured.output_shifts(carried=False, dropped=True))
+        else:
+            folding = plan_folding(measured, self.constants == "carrier")
+        biases = apply_folding(slimmed, folding)
+        cut = {name: set(channels) - set(folding.carriers.get(name, ())) for name, channels in dead.items()}
+        # A carrier keeps its group, but not what depends on the group, nor the balance of grouped convolutions.
+        completed, removed = self.cutter.complete(cut)
+        if self.constants != "drop":
+            zero_inputs(slimmed, self.groups, {name: channels - completed[name] for name, channels in cut.items()})
+        plan = plan_from_dead(slimmed, self.groups, completed, removed)
+        plan.added_bias = self.cutter.cut(slimmed, completed, removed, biases)
+        plan.carriers = folding.carriers
+        self.lost |= set(biases) - set(plan.added_bias)
+        return slimmed, self._check(slimmed, plan, folding)
+
+    def _check(self, slimmed: nn.Module, plan: Plan, folding: Folding) -> EquivalenceReport:
         report = check_equivalence(self.gated, slimmed, self.inputs)
         for batch in self.noise if report.passed else ():
             # Checked apart, because its outputs may be larger and allow a larger tolerance.
@@ -213,7 +184,7 @@ class _Attempt:
                 report.passed, report.reason = False, f"on noise {other.reason}"
         report.folded, report.carriers = folding.folded, sum(map(len, folding.carriers.values()))
         report.inexact, report.plan = folding.inexact, plan
-        return slimmed, report
+        return report
 
     def _measure(self, dead: Mapping[str, set[int]]) -> Constants:
         dead = self.cutter.complete(dead)[0]
@@ -233,7 +204,7 @@ def _dead_network_hint(model: nn.Module, groups: Sequence[Group]) -> str:
 
 
 def _inexact_note(report: EquivalenceReport) -> list[str]:
-    """Describe channels that are kept, or constants that are dropped, because they cannot be replaced."""
+    """A note on channels that are kept, or constants that are dropped, because they cannot be replaced."""
     if not report.inexact and not report.given_back:
         return []
     largest = sorted(report.inexact.items(), key=lambda item: -item[1])
