@@ -1,11 +1,8 @@
 """Importance: scores by which channels are ranked; the lowest are pruned.
 
 "magnitude" and "taylor" equal torch-pruning's ``GroupMagnitudeImportance`` and ``GroupTaylorImportance`` where both see
-the same groups (a test compares them), but work on prunekit's groups: torch-pruning's dependency graph takes seconds on
-densely connected networks, and its importances skip depthwise kernels and (Taylor) norms.
-
-All but "gate" select live channels. The equivalence check compares with the dense model with their gates at zero; the
-difference from the dense model as trained is the drift.
+the same groups, but include depthwise kernels and norms. All but "gate" select live channels: the equivalence check
+compares with the dense model with their gates at zero, and the difference from the model as trained is the drift.
 """
 
 from __future__ import annotations
@@ -33,11 +30,7 @@ Normalizer = Literal["mean", "sum", "max", "none"]
 
 @register_importance("gate")
 def gate(model: nn.Module, groups: Sequence[Group], losses: Losses | None = None) -> dict[str, np.ndarray]:
-    """Effective gates: |γ|·√(v/(v+ε)) of the last norm of a channel, the largest of its branches.
-
-    Raises:
-        PlanError: a gate is not finite.
-    """
+    """Effective gates: |γ|·√(v/(v+ε)) of the last norm of a channel, the largest of its branches."""
     scores = {}
     for group in _prunable(groups):
         scores[group.id] = gate_scores(model, group)

@@ -57,11 +57,9 @@ class Selector:
         ratios: for some groups the share of their own channels to prune; they do not compete with the others.
 
     Attributes:
-        groups: those that can be pruned; all lists and arrays below have an entry for each of them.
-        limits: the largest number of channels to prune of those that compete.
-        prune_order: indices of the channels, lowest score first.
+        groups: those that can be pruned; all lists and arrays have an entry for each of them.
+        limits: the largest number of channels to prune of those that compete; ``max_count`` is their sum.
         candidates: number of channels that compete.
-        max_count: the largest number of them that can be pruned.
 
     Raises:
         PlanError: scores that are missing or not finite, a limit out of range, or a pattern that matches nothing.
@@ -110,7 +108,6 @@ class Selector:
         self._rank()
 
     def _rank(self) -> None:
-        """Order all channels that compete by their scores."""
         # The most that may be pruned of each group, as one limit after another applies.
         steps = [np.where(self.competes, self.widths - kept, 0) for kept in self._apply_limits(0 * self.widths)]
         self.limits, self._limit_totals = steps[-1], [int(limits.sum()) for limits in steps]
@@ -131,16 +128,13 @@ class Selector:
         count: int | None = None,
         searched: bool = False,
     ) -> Selection:
-        """Select channels to prune.
+        """Select channels to prune by one of three numbers.
 
         Args:
             threshold: prunes channels whose score is at most this.
             pruning_ratio: share of the ``candidates``, 0 to 1, rounded down; with scope "layer", of each group.
             count: number of channels with the lowest scores (scope "global" only).
             searched: a search for a target chose the value, so no note compares it with what is pruned.
-
-        Raises:
-            PlanError: not exactly one of the three is given, or it is out of range.
         """
         options = {"threshold": threshold, "pruning_ratio": pruning_ratio, "count": count}
         given = {name: value for name, value in options.items() if value is not None}
@@ -232,7 +226,7 @@ class Selector:
         return max([1, *(cutter.blocks[axis] for axis in alone)])
 
     def _starved_groups(self, dead: Mapping[str, set[int]]) -> list[int]:
-        """The groups that must keep one more channel: those of a dead layer, and those that read an ignored layer."""
+        """The groups that must keep one more channel: those of dead layers, and those that read an ignored layer."""
         gone = np.array([len(dead[group.id]) == group.channels for group in self.groups], bool)
         starved = {index for layer in self.layers if gone[layer].all() for index in layer}
         for index in np.flatnonzero(gone & self.ignored):

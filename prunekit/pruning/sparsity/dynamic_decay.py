@@ -25,7 +25,7 @@ class Decay(ABC):
 
     @abstractmethod
     def penalty(self) -> Tensor:
-        """Return the penalty for the forward passes since the last call, a scalar with gradients to the gates."""
+        """Return the penalty for the forward passes since the last call, a scalar with gradients."""
 
     def __enter__(self) -> Self:
         return self
@@ -42,11 +42,7 @@ class Decay(ABC):
 
 
 def gates_to_decay(groups: Sequence[Group], exclude: Sequence[str]) -> list[Gate]:
-    """Return the gates of the groups that can be pruned, without norms that match a pattern (as in a shell).
-
-    Raises:
-        TrainingError: none is left.
-    """
+    """Return the gates of the groups that can be pruned, without norms that match a pattern (as in a shell)."""
     gates = [gate for group in groups if group.reason is None for gate in group.gates]
     gates = [gate for gate in gates if not any(fnmatchcase(gate.norm, pattern) for pattern in exclude)]
     if not gates:
@@ -122,11 +118,7 @@ class DynamicWeightDecay(Decay):
         self._hooks = []
 
     def penalty(self) -> Tensor:
-        """Return the penalty for all images of the forward passes since the last call, and forget their responses.
-
-        Raises:
-            TrainingError: no forward pass in train mode since the last call.
-        """
+        """Return the penalty for all images since the last call; raise TrainingError where there was none."""
         unseen = [name for name, responses in zip(self.norms, self._responses, strict=True) if not responses.images]
         if unseen:
             where = "outside of `with`" if not self._hooks else f"{unseen[0]} has seen none"

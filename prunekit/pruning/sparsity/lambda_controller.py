@@ -121,7 +121,6 @@ class LambdaController:
 
     @staticmethod
     def update_interval(steps: int) -> int:
-        """Number of steps between updates in a training of so many steps."""
         return max(1, min(10, steps // 100))
 
     def update(self, progress: float, loss: float | None = None) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import nn
 
 from prunekit.errors import PlanError
@@ -46,9 +47,26 @@ class Cutter:
                     if grouped and (blocks := conv_groups(model, member.module)) > 1:
                         self.blocks[key] = blocks
                 self.members[key].append((group, member))
+        owners = [tensor.rpartition(".")[0] for tensor, _ in self.lengths]
+        self.module_index = {name: index for index, name in enumerate(dict.fromkeys(owners))}
+        self._prunable = np.array([group.reason is None for group in groups], bool)
+        self._width = np.array([group.channels for group in groups], np.int64)
+        self._length = np.array(list(self.lengths.values()), np.int64)
+        self._module = np.array([self.module_index[owner] for owner in owners], np.int64)
+        rows = {axis: row for row, axis in enumerate(self.lengths)}
+        strides = [(rows[m.tensor, m.axis], g, m.stride) for g, group in enumerate(groups) for m in group.members]
+        self._strides = _matrix(strides, (len(rows), len(groups)))
+        # The modules that produce, and those that read, each group's channels.
+        producers, readers = set(), set()
+        for g, group in enumerate(groups):
+            made_by = [name for name in group.producers if not is_channelwise(model, name)]
+            producers |= {(g, self.module_index[name], 1) for name in made_by}
+            readers |= {(g, self.module_index[member.module], 1) for member in group.readers}
+        needs = [_matrix(sorted(pairs), (len(groups), len(self.module_index))) for pairs in (producers, readers)]
+        self._needs = [(need, np.asarray(need.sum(1)).ravel()) for need in needs]
 
     def masks(self, dead: Mapping[str, Iterable[int]]) -> dict[Axis, np.ndarray]:
-        """Return the mask of kept entries for each axis that loses some."""
+        """The mask of kept entries for each axis that loses some."""
         dead = {name: channel_index(channels) for name, channels in dead.items()}
         return {axis: mask for axis in self.members if (mask := self._mask(axis, dead)) is not None}
 
@@ -82,28 +100,30 @@ class Cutter:
 
     def _remove_orphans(self, dead: dict[str, set[int]]) -> set[str]:
         """Add, in place, the groups that have lost all producers or all readers; return the modules to remove."""
-        changed = True
-        while changed:
-            removed, changed = self._emptied(dead), False
-            for group in self.groups if removed else ():
-                if group.reason is not None or len(dead.get(group.id, ())) == group.channels:
-                    continue
-                producers = [name for name in group.producers if not is_channelwise(self.model, name)]
-                readers = [member.module for member in group.readers]
-                if (producers and removed.issuperset(producers)) or (readers and removed.issuperset(readers)):
-                    dead[group.id], changed = set(range(group.channels)), True
-        return removed
+        before = np.array([len(dead.get(group.id, ())) for group in self.groups], np.int64)
+        after, _, gone = self.complete_counts(before)
+        for index in np.flatnonzero(after != before):
+            dead[self.groups[index].id] = set(range(self.groups[index].channels))
+        return {name for name, index in self.module_index.items() if gone[index]}
 
-    def _emptied(self, dead: Mapping[str, set[int]]) -> set[str]:
-        """Return the modules with an axis of which nothing is left."""
-        # Only axes that carry a group without channels can be empty.
-        dead_groups = [group for group in self.groups if len(dead.get(group.id, ())) == group.channels]
-        axes = {(member.tensor, member.axis) for group in dead_groups for member in group.members}
-        return {
-            axis[0].rpartition(".")[0]
-            for axis in axes
-            if self.lengths[axis] == sum(len(dead.get(g.id, ())) * member.stride for g, member in self.members[axis])
-        }
+    def complete_counts(self, dead: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``complete`` without grouped convolutions, for numbers of channels.
+
+        Returns:
+            the numbers of dead channels, (groups,), the lengths that remain, in the order of ``lengths``, and which
+            modules of ``module_index`` are gone.
+        """
+        while True:
+            kept = self._length - self._strides @ dead
+            gone = np.zeros(len(self.module_index), bool)
+            gone[self._module[kept == 0]] = True
+            lost = np.zeros(len(dead), bool)
+            for need, count in self._needs:
+                lost |= (count > 0) & (need @ gone.astype(np.int64) == count)
+            lost &= self._prunable & (dead < self._width)
+            if not lost.any():
+                return dead, kept, gone
+            dead = np.where(lost, self._width, dead)
 
     def _balance(self, dead: dict[str, set[int]]) -> str | None:
         """Give channels back, in place, until the groups of each convolution are of one size; return one changed."""
@@ -176,12 +196,16 @@ class Cutter:
         return added
 
 
+def _matrix(entries: list[tuple[int, int, int]], shape: tuple[int, int]) -> csr_matrix:
+    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
+    return csr_matrix((np.array(values, np.int64), (rows, columns)), shape)
+
+
 def channel_index(channels: Iterable[int] | np.ndarray) -> np.ndarray:
     return channels if isinstance(channels, np.ndarray) else np.array(sorted(channels), np.int64)
 
 
 def entries(member: Member, channels: np.ndarray) -> np.ndarray:
-    """Return the entries of channels along a member's axis."""
     first = member.offset + channels * member.stride
     return first if member.stride == 1 else (first[:, None] + np.arange(member.stride)).ravel()
 

@@ -37,8 +37,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
         return 0
     modes = {module: module.training for module in model.modules()}
     saved = {name: (n.momentum, {k: v.clone() for k, v in n.named_buffers()}) for name, n in norms.items()}
-    restore = set(norms)
-    count = 0
+    restore, count = set(norms), 0
     try:
         model.eval()
         for norm in norms.values():
