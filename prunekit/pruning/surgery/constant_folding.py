@@ -166,6 +166,7 @@ class Folding:
     folded: int = 0  # number of dead channels in the groups that are folded
     carriers: dict[str, list[int]] = field(default_factory=dict)  # dead channels of each group, kept as constants
     inexact: dict[str, float] = field(default_factory=dict)  # reader → movement of its output that is not compensated
+    lost: set[str] = field(default_factory=set)  # readers that were to get a bias but are removed
 
 
 def plan_folding(constants: Constants, carry: bool) -> Folding:

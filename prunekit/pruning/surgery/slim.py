@@ -116,6 +116,39 @@ def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tenso
     return [] if noise is None else [noise]
 
 
+def rebuild(
+    gated: nn.Module,
+    groups: Sequence[Group],
+    dead: Mapping[str, set[int]],
+    inputs: Sequence[Tensor],
+    constants: str = "carrier",
+) -> tuple[Plan, Folding]:
+    """Cut dead channels in place and replace their constants, without an equivalence check.
+
+    Args:
+        gated: in eval mode, with the gates of the dead channels at zero (``zero_dead_gates``); becomes the slim model.
+        groups: of that model.
+        dead: by group, from ``Cutter.complete``.
+        inputs: varied batches in the model's precision, with borders and interiors, to measure the constants on.
+        constants: "carrier", "fold" or "drop", as for ``slim``.
+    """
+    measured, cutter = measure_constants(gated, groups, dead, inputs), Cutter(gated, groups)
+    if constants == "drop":
+        folding = Folding(inexact=measured.output_shifts(carried=False, dropped=True))
+    else:
+        folding = plan_folding(measured, constants == "carrier")
+    biases = apply_folding(gated, folding)
+    cut = {name: set(channels) - set(folding.carriers.get(name, ())) for name, channels in dead.items()}
+    # A carrier keeps its group, but not what depends on the group, nor the balance of grouped convolutions.
+    completed, removed = cutter.complete(cut)
+    if constants != "drop":
+        zero_inputs(gated, groups, {name: channels - completed[name] for name, channels in cut.items()})
+    plan = plan_from_dead(gated, groups, completed, removed)
+    plan.added_bias, plan.carriers = cutter.cut(gated, completed, removed, biases), folding.carriers
+    folding.lost = set(biases) - set(plan.added_bias)
+    return plan, folding
+
+
 @dataclass
 class _Attempt:
     """Slims one model with different sets of dead channels until the equivalence check passes."""
@@ -129,7 +162,7 @@ class _Attempt:
     def __post_init__(self) -> None:
         self.cutter = Cutter(self.model, self.groups)
         self.gated = self.model  # the reference of the last check
-        self.lost: set[str] = set()  # readers that were to get a bias but were removed
+        self.lost: set[str] = set()
 
     def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
         """Slim with all dead channels that can be cut."""
@@ -158,21 +191,8 @@ class _Attempt:
         dead = self.cutter.complete(dead)[0]
         self.gated = zero_dead_gates(self.model, self.groups, dead)
         slimmed = copy.deepcopy(self.gated)
-        measured = measure_constants(slimmed, self.groups, dead, [*self.inputs, *self.noise])
-        if self.constants == "drop":
-            folding = Folding(inexact=measured.output_shifts(carried=False, dropped=True))
-        else:
-            folding = plan_folding(measured, self.constants == "carrier")
-        biases = apply_folding(slimmed, folding)
-        cut = {name: set(channels) - set(folding.carriers.get(name, ())) for name, channels in dead.items()}
-        # A carrier keeps its group, but not what depends on the group, nor the balance of grouped convolutions.
-        completed, removed = self.cutter.complete(cut)
-        if self.constants != "drop":
-            zero_inputs(slimmed, self.groups, {name: channels - completed[name] for name, channels in cut.items()})
-        plan = plan_from_dead(slimmed, self.groups, completed, removed)
-        plan.added_bias = self.cutter.cut(slimmed, completed, removed, biases)
-        plan.carriers = folding.carriers
-        self.lost |= set(biases) - set(plan.added_bias)
+        plan, folding = rebuild(slimmed, self.groups, dead, [*self.inputs, *self.noise], self.constants)
+        self.lost |= folding.lost
         return slimmed, self._check(slimmed, plan, folding)
 
     def _check(self, slimmed: nn.Module, plan: Plan, folding: Folding) -> EquivalenceReport:
