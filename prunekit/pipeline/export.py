@@ -143,15 +143,22 @@ def with_data(run: RunDir, overrides: list[str]) -> Recipe:
 
 @dataclass
 class Exporter:
-    """Exports one model of a run, one of ``MODELS``; what several files need is made once."""
+    """Exports one model of a run, one of ``MODELS``; what several files need is made once.
+
+    Args:
+        model: the model itself, where it is not in the run folder.
+        measure: time the deployed forms and take the fastest.
+    """
 
     context: RunContext
     run: RunDir
     name: str
+    model: nn.Module | None = None
+    measure: bool = True
     records: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.network = without_subnormals(load_model(self.run, self.name, self.context.recipe))
+        self.network = without_subnormals(self.model or load_model(self.run, self.name, self.context.recipe))
         self.size = self.context.recipe.data.size
         self.images, self.source = self._check_images()
         self.example = self._prepare(self.images, (self.size, self.size))
@@ -220,7 +227,7 @@ class Exporter:
     def _form(self, runtime: str, plain: bool) -> nn.Module:
         if plain:
             return self.network
-        model, record = deploy(self.network, self.example, runtime=runtime)
+        model, record = deploy(self.network, self.example, runtime=runtime, measure=self.measure)
         self.records[runtime] = record.to_json()
         return model
 

@@ -13,6 +13,7 @@ from prunekit.config.schema import Recipe, Training
 from prunekit.errors import PlanError, RecipeError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import CLASSES, build_dense, load_model, newest_model, open_initial_run, read_classes
+from prunekit.pipeline.rehearsal import rehearse
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.layer_matching import match_layers
 from prunekit.runs.run_dir import RunDir
@@ -22,13 +23,14 @@ from prunekit.training.trackers import check_tracker
 from prunekit.training.trainer import bind_options
 
 
-def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = False) -> None:
+def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = False, rehearsal: bool = False) -> None:
     """Build everything that the recipe names, so that errors are raised before the run folder is made.
 
     Args:
         context: of the run.
         load_data: read all images too.
         load_init: load the model of the run that ``init`` names too.
+        rehearsal: see :func:`~prunekit.pipeline.rehearsal.rehearse`; needs ``load_data``.
     """
     recipe = context.recipe
     check_tracker(recipe)
@@ -36,9 +38,10 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
     model = build_dense(recipe)
     _check_data_and_output(context, model)
     _check_ignored_layers(context, model)
+    initial = model
     if recipe.init is not None and load_init:
         source = open_initial_run(recipe)
-        load_model(source, newest_model(source))
+        initial = load_model(source, newest_model(source))
         check_classes(context, source)
     if load_data:
         context.tensors("train"), context.tensors("val")
@@ -47,6 +50,8 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
         nothing = torch.zeros(1, 1, 1, 1)
         context.task.distillation_loss(nothing, nothing, 1.0)
     _check_training_options(context, model)
+    if rehearsal:
+        rehearse(context, initial)
 
 
 def check_classes(context: RunContext, run: RunDir) -> None:

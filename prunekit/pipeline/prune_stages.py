@@ -205,7 +205,7 @@ def _controller(
     slimming = context.recipe.slim
     if budget is None or slimming.importance.name != "gate" or not decay.weight > 0:
         return None
-    search = _size_search(context, model, groups)
+    search = size_search(context, model, groups)
     return LambdaController(
         model,
         groups,
@@ -233,15 +233,15 @@ def _goals(context: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[
 def _budget(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
     """Return the recipe's target in absolute numbers, for a run that begins with this model."""
     target = _target(context.recipe)
-    return _size_search(context, model, groups).budget(**target) if target else None
+    return size_search(context, model, groups).budget(**target) if target else None
 
 
 def _target(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.target.model_dump().items() if value is not None}
 
 
-def _size_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
-    # Ranked by gates, since sizes and limits do not depend on scores.
+def size_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
+    """Return a search for sizes and limits, which do not depend on the criterion."""
     return BudgetSearch(model, groups, context.shape, None, **_limits(context.recipe))
 
 

@@ -32,6 +32,7 @@ from prunekit.pipeline.models import (
     read_recipe,
 )
 from prunekit.pipeline.preflight import check_classes, check_recipe
+from prunekit.pipeline.rehearsal import rehearse
 from prunekit.pipeline.stages import STAGE_FUNCTIONS
 from prunekit.pipeline.workers import main_process_command, stage_trains
 from prunekit.reporting import report
@@ -79,6 +80,7 @@ def run_recipe(
         context,
         load_data="train" in pending or "finetune" in pending,
         load_init="train" in pending and (overwrite or not (out / "init" / "model.safetensors").is_file()),
+        rehearsal=overwrite or not is_run_folder(out),
     )
     with _run_folder(context, out, resume=resume, overwrite=overwrite, repeat_from=start_from) as run:
         _check_not_half_derived(run)
@@ -151,6 +153,9 @@ def _derived_run(
         _check_teacher(recipe, old)
     check_recipe(context, load_data=True)
     check_classes(context, old)
+    if first == "finetune":
+        tuned = "slim" if old.has("slim/model.safetensors") else "dense"
+        rehearse(context, load_model(old, tuned), prune=False)
     with _run_folder(context, out, overwrite=overwrite) as run:
         run.begin(first)
         _copy(old, run, CLASSES)

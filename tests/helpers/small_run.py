@@ -17,10 +17,16 @@ OPTIONS = {"depth": 8, "width": 4, "classes": 10}
 
 
 def skip_export(monkeypatch):
-    """Replace the export by something quick."""
-    monkeypatch.setattr("prunekit.pipeline.export.deploy", lambda model, example, runtime: (model, NoRecord))
+    """Replace the export by something quick, and skip its rehearsal."""
+    skip_rehearsal(monkeypatch)
+    monkeypatch.setattr("prunekit.pipeline.export.deploy", lambda model, *_, **__: (model, NoRecord))
     monkeypatch.setattr("prunekit.pipeline.export.export_onnx", lambda *_: b"a file")
     monkeypatch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
+
+
+def skip_rehearsal(monkeypatch):
+    for module in ("preflight", "runner"):
+        monkeypatch.setattr(f"prunekit.pipeline.{module}.rehearse", lambda *_, **__: None)
 
 
 class NoRecord:

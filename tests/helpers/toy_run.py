@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from helpers.small_run import NoRecord
+from helpers.small_run import NoRecord, skip_rehearsal
 from prunekit.config.recipe import load
 from prunekit.config.schema import Recipe
 from prunekit.reporting import load_run, report
@@ -48,13 +48,14 @@ def toy_recipe(photos: Path, *overrides: str) -> Recipe:
 
 
 def shorten(patch) -> None:
-    """Skip export and figures, which take longest; what is exported still differs between models."""
+    """Skip rehearsal, export and figures, which take longest; what is exported still differs between models."""
 
     def weights(model, *_) -> bytes:
         values = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
         return hashlib.sha256(values).hexdigest().encode()
 
-    patch.setattr("prunekit.pipeline.export.deploy", lambda model, example, runtime: (model, NoRecord))
+    skip_rehearsal(patch)
+    patch.setattr("prunekit.pipeline.export.deploy", lambda model, *_, **__: (model, NoRecord))
     patch.setattr("prunekit.pipeline.export.export_onnx", weights)
     patch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
     patch.setitem(report.__globals__, "report_figures", lambda *_: iter(()))

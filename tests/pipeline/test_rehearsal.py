@@ -1,0 +1,106 @@
+"""What would fail after training is named before it, and nothing is written."""
+
+import pytest
+import torch
+from helpers.toy_run import quiet
+from torch import nn
+
+from prunekit.config.recipe import load
+from prunekit.errors import ExportError, RecipeError
+from prunekit.pipeline import export, rehearsal
+from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.models import build_dense
+from prunekit.pipeline.rehearsal import rehearse
+from prunekit.pipeline.runner import run_recipe
+from prunekit.tasks.classification import Classification
+from prunekit.utils.progress import Reporter
+
+QUICK = ["backbone.options.width=4", "train.epochs=1", "finetune.epochs=0", "data.size=16"]
+PLAIN = [*QUICK, "export.onnx=false"]
+
+
+class Refused(nn.Module):
+    """Fails for less than eight channels."""
+
+    def forward(self, x):
+        if x.shape[1] != 8:
+            raise RuntimeError("mat1 and mat2\nshapes cannot be multiplied")
+        return x
+
+
+def context_of(*overrides):
+    return RunContext(load("digits_resnet", [*QUICK, *overrides]), Reporter(quiet()))
+
+
+def network(middle=None):
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    layers += [middle or nn.Identity(), nn.Conv2d(8, 7, 3), nn.BatchNorm2d(7), nn.ReLU()]
+    torch.manual_seed(0)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 10))
+
+
+def test_rehearsal_leaves_model_and_random_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    context = context_of("export.preprocess=true")
+    model = build_dense(context.recipe)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    rehearse(context, model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_group_that_cannot_be_cut_is_named(monkeypatch, whole):
+    context, model = context_of("export.onnx=false"), network()
+    slim = rehearsal.slim
+
+    def failing(model, plan, *args, **kwargs):
+        cut = [name for name, kept in plan.groups.items() if 0 not in kept]
+        if ("3" in {name.partition(".")[0] for name in cut} and not whole) or len(cut) > 2:
+            raise RuntimeError("mat1 and mat2\nshapes cannot be multiplied")
+        return slim(model, plan, *args, **kwargs)
+
+    monkeypatch.setattr(rehearsal, "slim", failing)
+    with pytest.raises(RecipeError) as error:
+        rehearse(context, model)
+    names = "0, 3 and 7" if whole else "3"
+    keep = "[0, 3, 7]" if whole else "[3]"
+    assert f"one channel of {names} fails (RuntimeError: mat1 and mat2)" in str(error.value)
+    assert f"slim.ignored_layers={keep}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ignored_layers_are_not_rehearsed():
+    context = context_of("export.onnx=false", "slim.ignored_layers=['3']")
+    rehearse(context, network(Refused()))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2\nshapes"), ExportError("no such operator"), KeyError("_5")]
+)
+@pytest.mark.parametrize("key", ["onnx", "preprocess"])
+def test_export_that_fails_is_named_before_the_run(tmp_path, monkeypatch, error, key):
+    def failing(file, model, inputs, path):
+        if ("image" in path) == (key == "preprocess"):
+            raise error
+        return 0.0
+
+    monkeypatch.setattr(export, "check_onnx", failing)
+    with pytest.raises(RecipeError, match=rf"^export\.{key} fails \(.*\); set export\.{key}=false") as refused:
+        run_recipe(load("digits_resnet", [*QUICK, "export.preprocess=true"]), tmp_path / "run", quiet())
+    assert str(refused.value).count("\n") == 0 and not (tmp_path / "run").exists()
+
+
+def test_evaluation_that_fails_is_named_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "postprocess", lambda self, scores, size: scores.numpy().reshape(3, 3))
+    with pytest.raises(RecipeError, match=r"^evaluating one image with task classification fails"):
+        run_recipe(load("digits_resnet", PLAIN), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_resumed_run_is_not_rehearsed(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr("prunekit.pipeline.preflight.rehearse", lambda *_: called.append(1))
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        run_recipe(load("digits_resnet", PLAIN), tmp_path / "run", quiet(), **flags)
+    assert len(called) == 2
