@@ -166,6 +166,9 @@ def create_initial_model(run: RunDir, recipe: Recipe) -> tuple[nn.Module, Plan |
 
     That run may be gone later, so its model is copied to ``init/`` first.
     """
+    if run.has("init/plan.json") and (recipe.init is None or not run.has("init/model.safetensors")):
+        # A run that was derived from another has the plan of that one's model, which is not the one to train.
+        run.remove("init")
     if recipe.init is None:
         return build_dense(recipe), None
     if not run.has("init/model.safetensors"):

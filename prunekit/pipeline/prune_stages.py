@@ -6,6 +6,7 @@ equivalence check. The two may differ, since channels are kept whose removal wou
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from prunekit.config import registry
 from prunekit.config.schema import Recipe
 from prunekit.data.datasets import normalize
-from prunekit.errors import CheckpointError
+from prunekit.errors import CheckpointError, PlanError
 from prunekit.flops import count_modules, layers_table, total
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import (
@@ -38,7 +39,7 @@ from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning
 from prunekit.pruning.surgery.compose import compose
-from prunekit.pruning.surgery.equivalence import EquivalenceReport, output_difference
+from prunekit.pruning.surgery.equivalence import DEAD, EquivalenceReport, check_equivalence, output_difference
 from prunekit.pruning.surgery.slim import slim
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.trainer import bind_options, seeded_generator
@@ -83,7 +84,28 @@ def slim_stage(context: RunContext, run: RunDir) -> None:
     Where there are several rounds, the model is fine-tuned between them. The first round follows extract's plan.
     """
     dense = load_model(run, "dense", context.recipe)
-    _write_slim_model(context, run, dense, _slim_in_rounds(context, run, dense))
+    try:
+        slimmed = _slim_in_rounds(context, run, dense)
+    except PlanError as error:
+        if DEAD not in str(error):
+            raise
+        raise PlanError(_dead_network(context, run, dense)) from error
+    _write_slim_model(context, run, dense, slimmed)
+
+
+def _dead_network(context: RunContext, run: RunDir, dense: nn.Module) -> str:
+    example, target = context.example().double(), next(iter(_target(context.recipe)), None)
+    if check_equivalence(copy.deepcopy(dense).double(), copy.deepcopy(dense).double(), [example]).reason == DEAD:
+        keys = f"target.{target} is too small for this training: raise it" if target else "lower decay.weight"
+        return (
+            f"{DEAD}, already as trained; {keys}, or set a lower train.lr or more train.epochs, and start again with "
+            "--overwrite (--resume would end here again)"
+        )
+    key = f"target.{target}=LARGER" if target else "slim.threshold=LOWER"
+    return (
+        f"{DEAD} with so many channels removed; prune the trained model again, without training it: prunekit slim "
+        f"{run.path} {key} (--resume would end here again)"
+    )
 
 
 def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slimmed:

@@ -46,7 +46,9 @@ def rehearse(context: RunContext, model: nn.Module, *, prune: bool = True) -> No
     """
     quiet = copy.copy(context)
     quiet.reporter = Reporter(Console(quiet=True))
-    model, example = copy.deepcopy(model).eval(), context.example()[:IMAGES]
+    example = context.example()[:IMAGES]
+    with _failures("copying the model", "keep no computed tensors in it"):
+        model = copy.deepcopy(model).eval()
     with torch.random.fork_rng(devices=[]), context.reporter.spinner("rehearsal"):
         if prune:
             _randomize(model, example)

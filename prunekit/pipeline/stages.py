@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunekit.config.schema import Recipe
 from prunekit.data.datasets import normalize
 from prunekit.data.images import encode_png
 from prunekit.errors import CheckpointError, ExportError, PrunekitError, RunError, TrainingError
@@ -39,12 +41,15 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.dynamic_decay import NoDecay
 from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
+from prunekit.tasks.base import Task
 from prunekit.training.trainer import seeded_generator
 from prunekit.utils.io import is_disk_failure
 from prunekit.utils.text import first_line
 
 GALLERY = 16  # evenly spaced validation images
 EXTREMES = 4  # images with the lowest error, and as many with the highest
+
+logger = logging.getLogger(__name__)
 
 
 def train_stage(context: RunContext, run: RunDir) -> None:
@@ -106,8 +111,38 @@ def evaluate_stage(context: RunContext, run: RunDir) -> None:
         run.update_summary("reference", reference)
         best, metric = task.best(reference), task.metric_names[0]
         context.reporter.info(f"evaluate: best trivial predictor: {best}, {metric} {reference[best][metric]:.4f}")
+        summary = run.read_json("summary.json")
+        if warning := trivial_warning(task, recipe, {name: summary[name]["metrics"] for name in models}, reference):
+            logger.warning("evaluate: %s", warning)
     _record_skipped_images(context, run)
     _write_gallery(context, run, models, np.argsort(errors, kind="stable"))
+
+
+def trivial_warning(
+    task: Task, recipe: Recipe, metrics: dict[str, dict[str, float]], reference: dict[str, dict[str, float]]
+) -> str | None:
+    """Return a warning with advice if models are no better than a trivial predictor, by the first metric.
+
+    Args:
+        metrics: name of each model → its metrics.
+        reference: name of each trivial predictor → its metrics.
+    """
+    best, metric = task.best(reference), task.metric_names[0]
+    # Of equal scores the first wins.
+    failing = [name for name, values in metrics.items() if task.best({best: reference[best], name: values}) == best]
+    target = next((f"target.{key}" for key, value in recipe.target.model_dump().items() if value is not None), None)
+    if "baseline" in failing or ("dense" in failing and not recipe.decay.weight):
+        advice = "train longer (train.epochs), or with another train.lr"
+    elif "dense" in failing:
+        advice = f"{f'raise {target}' if target else 'lower decay.weight'}, or train longer (train.epochs)"
+    else:
+        # Fine-tuning may recover what pruning has cost.
+        failing = failing if "finetuned" in failing or "finetuned" not in metrics else []
+        advice = f"{f'raise {target}' if target else 'lower slim.threshold'}, or fine-tune longer (finetune.epochs)"
+    if not failing:
+        return None
+    figures = ", ".join(f"{name} {metrics[name][metric]:.4f}" for name in failing)
+    return f"no better than the trivial predictor {best} ({metric} {reference[best][metric]:.4f}): {figures}; {advice}"
 
 
 def export_stage(context: RunContext, run: RunDir) -> None:

@@ -296,7 +296,10 @@ class ArtifactStore:
         """Remove the files that this stage and the later ones write; recipe and initial model stay."""
         first = stage_index(stage)
         names = [name for name, writer in FILE_STAGES.items() if stage_index(writer) >= first]
-        names += _MEASUREMENTS if first <= stage_index("finetune") else ()
+        self.remove(*names, *(_MEASUREMENTS if first <= stage_index("finetune") else ()))
+
+    def remove(self, *names: str) -> None:
+        """Remove files and folders of the run directly in its folder, except what the user keeps in them."""
         # The checksums first: a missing file with a checksum would count as damage.
         recorded = self.recorded_files()
         tables = {table: self._state[table] for table in ("checksums", "replacing") if table in self._state}

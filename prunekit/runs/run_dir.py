@@ -157,7 +157,8 @@ class RunDir(ArtifactStore):
             raise RunFolderError(problem)
         if repeat_from:
             # A kill before those stages are repeated must not leave them as done with another recipe.
-            self._write_state({**self._state, "done": [stage for stage in self.done if stage in kept]})
+            done = [stage for stage in self.done if stage in kept]
+            self._write_state({**self._state, "done": done, "stage": repeat_from})
         if written != recipe_text:
             # A key that may change, or one that an older prunekit did not know.
             self.write_text(RECIPE, recipe_text)

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers.toy_run import killed_in, quiet, shorten, toy_recipe, write_photos
+from helpers.toy_run import killed_in, outcome, quiet, shorten, toy_recipe, write_photos
 
 from prunekit.errors import CheckpointError, ExportError, RunError, RunFolderError
 from prunekit.pipeline import export
@@ -124,3 +124,12 @@ def test_other_data_are_refused(tmp_path, photos):
     with pytest.raises(CheckpointError, match=r"data\.json is missing"):
         run_recipe(toy_recipe(photos), out, quiet(), resume=True)
     assert (out / "recipe.yaml").read_bytes() == recipe
+
+
+def test_stages_may_be_repeated(tmp_path, photos):
+    out = tmp_path / "run"
+    run_recipe(toy_recipe(photos), out, quiet())
+    before = outcome(out)
+    for stage in ("extract", "finetune", "export", "report"):
+        run_recipe(toy_recipe(photos), out, quiet(), resume=True, start_from=stage)
+        assert outcome(out) == before
