@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from prunekit.utils import launcher
 from prunekit.utils.exit_status import exit_on_error, suggest_resume
 from prunekit.utils.logging import LEVELS, is_quiet, terminal_logging
 from prunekit.utils.signals import sigterm_as_interrupt
+from prunekit.utils.streams import flush_or_discard, ignore_lost_readers
 
 app = typer.Typer(
     name="prunekit",
@@ -28,6 +30,8 @@ app = typer.Typer(
     "the Python file that a run folder names). "
     "Exit status: 0 success, 2 usage error, 3 failure while running, 130 interrupted.",
 )
+
+_WRITING_COMMANDS = {"run", "report", "eval", "predict", "slim", "finetune", "export", "bench", "import", "cp"}
 
 RecipeName = Annotated[str, Argument(help="Recipe file, or name of a shipped recipe.")]
 RunFolder = Annotated[Path, Argument(help="Run folder.")]
@@ -331,11 +335,16 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     trust = "--trust" in arguments
     arguments = [argument for argument in arguments if argument not in ("--debug", "--trust")]
-    with exit_on_error(debug), launcher.silence_other_ranks():
-        level = _pop_log_level(arguments)
-        launcher.exit_other_ranks(*arguments[:1])
-        with sigterm_as_interrupt(), terminal_logging(level), trust_modules(trust):
-            app(args=arguments, prog_name="prunekit")
+    # A command that writes files goes on when nobody reads its output.
+    output = ignore_lost_readers() if {*arguments[:1]} & _WRITING_COMMANDS else contextlib.nullcontext()
+    try:
+        with output, exit_on_error(debug), launcher.silence_other_ranks():
+            level = _pop_log_level(arguments)
+            launcher.exit_other_ranks(*arguments[:1])
+            with sigterm_as_interrupt(), terminal_logging(level), trust_modules(trust):
+                app(args=arguments, prog_name="prunekit")
+    finally:
+        flush_or_discard()
 
 
 def _pop_log_level(arguments: list[str]) -> int:

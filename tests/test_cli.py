@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -31,6 +32,13 @@ def call(capsys, monkeypatch, tmp_path):
 
 def one_line(error):
     return error.count("\n") == 1 and error.startswith("prunekit: ") and "Traceback" not in error
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def recipe(**lines):
@@ -338,3 +346,62 @@ def test_help_needs_no_torch():
 def test_control_characters_are_escaped(call):
     status, _, error = call("run", "evil\x1b[2J\u202egnp.yaml")
     assert status == 2 and r"evil\x1b[2J\u202egnp.yaml" in error and "\x1b" not in error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory (MemoryError: no message); free memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory:\n you tried"),
+            "out of memory (RuntimeError: Default",
+        ),
+        (ImportError("libx.so: failed to map segment from shared object"), "out of memory (ImportError: libx.so"),
+        (RecursionError("maximum recursion depth exceeded"), "unexpected RecursionError: maximum recursion depth"),
+        (RuntimeError("no\nluck"), "unexpected RuntimeError: no luck; run again with --debug"),
+    ],
+)
+def test_any_error_is_one_line(call, monkeypatch, error, words):
+    monkeypatch.setattr("prunekit.config.recipe.load", failing(error))
+    status, _, said = call("validate", "csnet")
+    assert status == 3 and one_line(said) and said.startswith(f"prunekit: {words}")
+
+
+def test_too_little_memory_for_a_plugin_is_not_an_unknown_name(call, monkeypatch):
+    plugins = registry._Plugins()
+    monkeypatch.setattr(registry, "_plugins", plugins)
+    broken = SimpleNamespace(name="x", value="x", dist=None, load=failing(MemoryError()))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [broken])
+    status, _, said = call("validate", "csnet")
+    assert status == 3 and one_line(said) and "out of memory" in said
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(monkeypatch, tmp_path):
+    def run_recipe(recipe, out, console, **_):
+        for _ in range(3):
+            console.print("x" * 9000)
+            print("y", file=sys.stderr, flush=True)
+        out.mkdir(parents=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prunekit.pipeline.runner.run_recipe", run_recipe)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        monkeypatch.setattr(sys, "stderr", pipe)
+        with pytest.raises(SystemExit) as stop:
+            main(["run", "csnet", "--out", "run"])
+        monkeypatch.undo()
+    assert stop.value.code == 0 and (tmp_path / "run").is_dir()
+
+
+def test_an_error_that_nobody_reads_keeps_its_status(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        with pytest.raises(SystemExit) as stop:
+            main(["validate", "no_recipe"])
+        monkeypatch.undo()
+    assert stop.value.code == 2

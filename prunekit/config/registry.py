@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
+from prunekit.utils.io import is_out_of_memory
 from prunekit.utils.text import closest_match
 
 ENTRY_POINT_GROUP = "prunekit.plugins"
@@ -184,6 +185,8 @@ class _Plugins:
                 for registry in _registries:
                     registry.set_origin(point.value.partition(":")[0], self.loading, self.version)
             except (Exception, SystemExit) as error:
+                if is_out_of_memory(error):
+                    raise
                 message = f"plugin {point.name!r} of {self.loading} failed to load ({describe_error(error)})"
                 self.failures.append(
                     PluginError(f"{message}; fix it, or uninstall it with: pip uninstall {self.loading}")

@@ -40,7 +40,7 @@ from prunekit.runs.run_dir import DATA, RunDir, is_run_folder
 from prunekit.runs.stage_order import STAGES
 from prunekit.utils import distributed
 from prunekit.utils.environment import environment
-from prunekit.utils.io import is_disk_failure, write_error
+from prunekit.utils.io import is_disk_failure, is_out_of_memory, write_error
 from prunekit.utils.logging import record_logs
 from prunekit.utils.progress import Reporter
 
@@ -194,9 +194,8 @@ def _run_folder(context: RunContext, out: Path, **flags: Any) -> Iterator[RunDir
 
 
 def _unexpected(run: RunDir, error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    # Libraries share no exception type for this.
-    out_of_memory = isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    out_of_memory = is_out_of_memory(error)
+    text = " ".join(str(error).split()) or ("out of memory" if out_of_memory else "no message")
     remedy = "continue with --resume once that is fixed"
     if out_of_memory:
         remedy = "free memory and continue with --resume, or start again with a smaller batch_size or data.size"

@@ -6,11 +6,11 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from prunekit.errors import Interrupted, PluginError, PrunekitError, RecipeError, WriteError
 from prunekit.utils import launcher
-from prunekit.utils.io import is_disk_failure, write_error
+from prunekit.utils.io import is_disk_failure, is_out_of_memory, write_error
 
 INTERRUPTED = 130
 
@@ -32,12 +32,14 @@ def exit_on_error(debug: bool) -> Iterator[None]:
         raise
     except BrokenPipeError:
         # The reader of our output (head, less) has finished.
-        sys.stderr.close()
         sys.exit(0)
     except Exception as error:
         if is_disk_failure(error):
             _fail(str(write_error(error, error.filename or "a file")), WriteError.exit_status, debug)
         text = " ".join(str(error).split()) or "no message"
+        if is_out_of_memory(error):
+            fix = "free memory, raise its limit (ulimit -v), or use a smaller batch_size or data.size"
+            _fail(f"out of memory ({type(error).__name__}: {text}); {fix}", 3, debug)
         _fail(f"unexpected {type(error).__name__}: {text}; run again with --debug for the traceback", 3, debug)
 
 
@@ -57,12 +59,12 @@ class _Stopped(PrunekitError):
 
 
 def _fail(message: str, status: int, debug: bool, same_on_all_ranks: bool = False) -> None:
-    if debug:
-        traceback.print_exc()
     rank = launcher.process_index()
     name = f"prunekit, process {rank}" if rank else "prunekit"
-    if not (same_on_all_ranks and rank):
-        for line in message.splitlines():
+    with suppress(BrokenPipeError):
+        if debug:
+            traceback.print_exc()
+        for line in message.splitlines() if not (same_on_all_ranks and rank) else ():
             print(f"{name}: {_escape(line)}", file=sys.stderr)
     sys.exit(status)
 

@@ -18,6 +18,10 @@ from prunekit.errors import CheckpointError, WriteError
 
 TEMP_PREFIX = ".tmp-"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc"),
+    *("failed to map segment", "can't start new thread", "could not create a primitive"),
+)
 # A path or permission is wrong; any other error is a failing disk.
 _USER_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -43,6 +47,12 @@ def os_error_reason(error: OSError) -> str:
 
 def is_disk_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (*_DISK_FULL, errno.EIO)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out; the libraries share no exception type for this."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
 def write_error(error: OSError, path: object, action: str = "write") -> CheckpointError:
