@@ -64,9 +64,10 @@ def _raise_errors(errors: list) -> None:
 
 def _make_paths_absolute(tree: ConfigTree) -> None:
     """Let a recorded recipe name the same folders from everywhere; a name that is no folder may mean anything."""
-    for path in schema.PATHS:
+    for path in (*schema.PATHS, ("data", "cache")):
         text = tree.get(path)
-        if isinstance(text, str) and os.path.exists(os.path.expanduser(text)):
+        is_new = path == ("data", "cache") and text not in ("auto", "none")
+        if isinstance(text, str) and (is_new or os.path.exists(os.path.expanduser(text))):
             # YAML cannot hold a name that is not UTF-8.
             with contextlib.suppress(UnicodeEncodeError):
                 schema.real_path(text).encode()

@@ -57,11 +57,14 @@ class UserModule:
             if not path.is_file():
                 problem = "is a folder" if path.is_dir() else f"does not exist{did_you_mean(path)}"
                 raise RecipeError(f"{path} {problem}; give the path of a Python file")
+            str(path).encode()
             return cls(path, path.read_bytes(), pinned["digits"] if pinned else None)
         except OSError as error:
             raise RecipeError(
                 f"{name!r} cannot be read ({error.strerror or error}); fix its permissions or path"
             ) from error
+        except UnicodeEncodeError:
+            raise RecipeError(f"{str(path)!r} is not UTF-8, so no recipe can record it; rename the folder") from None
         except (ValueError, RuntimeError) as error:
             raise RecipeError(f"{name!r} is not a valid file name ({describe_error(error)}); use another") from error
 

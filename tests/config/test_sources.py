@@ -72,6 +72,8 @@ def test_folders_are_recorded_so_that_they_are_found_from_elsewhere(write, tmp_p
     assert (r.data.root, r.data.val_root, r.init) == (
         *(str(Path(name).resolve()) for name in ("photos", "val photos", "run")),
     )
+    assert recipe.load(write(GOOD), ["data.cache=new/cache"]).data.cache == str(Path("new/cache").resolve())
+    assert recipe.load(write(GOOD), ["data.cache=none"]).data.cache == "none"
     # What is no folder is left as it was written.
     assert recipe.load(write(GOOD), ["data={name: folder, root: cifar}"]).data.root == "cifar"
 

@@ -70,6 +70,15 @@ def test_annotations_are_not_postponed_by_default(here):
     assert UserModule.read("net.py").load_function("build").__annotations__["width"] is int
 
 
+def test_a_path_that_is_not_utf8_is_refused(here):
+    odd = here / os.fsdecode(b"odd\xff")
+    odd.mkdir()
+    (odd / "net.py").write_text(NET)
+    with pytest.raises(RecipeError, match=r"is not UTF-8.*; rename the folder") as caught:
+        UserModule.read("net.py", odd)
+    str(caught.value).encode()
+
+
 def test_what_every_module_has_is_no_builder(here):
     Path("net.py").write_text("def build(): ...\n")
     with pytest.raises(PluginError, match="has no function '__class__'"):
