@@ -52,7 +52,7 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
     recipe = context.recipe
     dense = load_model(run, "dense", recipe)
     groups = find_groups(dense, context.example())
-    search = _channel_search(context, dense, groups)
+    search = channel_search(context, dense, groups)
     of = sum(group.channels for group in groups if group.reason is None)
     goal = _goals(context, run, dense, groups)[0]
     if goal is None:
@@ -144,7 +144,7 @@ def _slim_once(
         sizes = total(count_modules(small, context.shape)[0])
         if goal is None or -TOLERANCE <= goal.deviation(sizes[goal.measure]) <= 0:
             return small, equivalence
-    return _channel_search(context, model, groups).slim(goal, example, constants)[:2]
+    return channel_search(context, model, groups).slim(goal, example, constants)[:2]
 
 
 def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimmed: _Slimmed) -> None:
@@ -193,7 +193,7 @@ def lambda_controller(
     context: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay
 ) -> LambdaController | None:
     """Return what adjusts λ towards the budget, None without a budget or λ; PlanError if it cannot be met."""
-    return _controller(context, model, groups, decay, _budget(context, model, groups))
+    return _controller(context, model, groups, decay, absolute_budget(context, model, groups))
 
 
 def progressive_pruning(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> ProgressivePruning | None:
@@ -201,7 +201,7 @@ def progressive_pruning(context: RunContext, model: nn.Module, groups: Sequence[
     recipe = context.recipe
     if recipe.train.prune_every is None:
         return None
-    budget = _budget(context, model, groups)
+    budget = absolute_budget(context, model, groups)
 
     def make_decay(pruned: nn.Module, pruned_groups: list[Group]) -> tuple[Decay, LambdaController | None]:
         decay = build_decay(context, pruned, pruned_groups)
@@ -227,7 +227,7 @@ def _controller(
     slimming = context.recipe.slim
     if budget is None or slimming.importance.name != "gate" or not decay.weight > 0:
         return None
-    search = size_search(context, model, groups)
+    search = _size_search(context, model, groups)
     return LambdaController(
         model,
         groups,
@@ -247,29 +247,36 @@ def _goals(context: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[
         return [None]
     # The target is relative to the model that training began with, of which progressive pruning may have left less.
     initial = build_with_plan(recipe, read_plan(run, "init"))
-    last = _budget(context, initial, find_groups(initial, context.example()))
+    last = absolute_budget(context, initial, find_groups(initial, context.example()))
     full, steps = last.size(SizeModel(dense, groups, context.shape).dense), recipe.slim.steps
     return [replace(last, goal=round(full * (last.goal / full) ** (k / steps))) for k in range(1, steps)] + [last]
 
 
-def _budget(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
-    """Return the recipe's target in absolute numbers, for a run that begins with this model."""
+def absolute_budget(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
+    """Return the recipe's target in absolute numbers, for a run that begins with this model.
+
+    Raises:
+        PlanError: it cannot be met.
+    """
     target = _target(context.recipe)
-    return size_search(context, model, groups).budget(**target) if target else None
+    return _size_search(context, model, groups).budget(**target) if target else None
 
 
 def _target(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.target.model_dump().items() if value is not None}
 
 
-def size_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
-    """Return a search for sizes and limits, which do not depend on the criterion."""
+def _size_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
+    # Ranked by gates, since sizes and limits do not depend on scores.
     return BudgetSearch(model, groups, context.shape, None, **_limits(context.recipe))
 
 
-def _channel_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
+def channel_search(
+    context: RunContext, model: nn.Module, groups: Sequence[Group], batches: int = LOSS_BATCHES
+) -> BudgetSearch:
+    """Return a search for channels, ranked by the recipe's criterion on so many batches of training data."""
     importance = bind_options(registry.importances, context.recipe.slim.importance)
-    scores = importance(model, groups, _training_losses(context))
+    scores = importance(model, groups, _training_losses(context, batches))
     return BudgetSearch(model, groups, context.shape, scores, **_limits(context.recipe))
 
 
@@ -277,14 +284,14 @@ def _limits(recipe: Recipe) -> dict[str, Any]:
     return {key: getattr(recipe.slim, key) for key in ("scope", "min_channels", "round_to", "ignored_layers")}
 
 
-def _training_losses(context: RunContext) -> Any:
+def _training_losses(context: RunContext, batches: int) -> Any:
     """Return a function from a model to its training losses on a few batches, the same ones at every call."""
     recipe, train = context.recipe, context.tensors("train")
     loss = bind_options(registry.losses, recipe.train.loss)(context.task)
     order = torch.randperm(len(train), generator=seeded_generator(recipe.seed, "criterion", 0))
 
     def losses(model: nn.Module) -> Iterator[Tensor]:
-        for rows in order.split(recipe.train.batch_size)[:LOSS_BATCHES]:
+        for rows in order.split(recipe.train.batch_size)[:batches]:
             yield loss(model(normalize(train.images[rows])), train.targets[rows])
 
     return losses

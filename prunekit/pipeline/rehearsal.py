@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunekit.errors import PlanError, PrunekitError, RecipeError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import Exporter, variants
-from prunekit.pipeline.prune_stages import size_search
+from prunekit.pipeline.prune_stages import absolute_budget, channel_search
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.equivalence import DEAD
@@ -72,7 +72,9 @@ def _randomize(model: nn.Module, example: Tensor) -> None:
 
 def _prune(context: RunContext, model: nn.Module, example: Tensor) -> nn.Module:
     groups = find_groups(model, example)
-    search = size_search(context, model, groups)
+    absolute_budget(context, model, groups)
+    with _failures(f"slim.importance={context.recipe.slim.importance.name}", "choose another one"):
+        search = channel_search(context, model, groups, batches=1)
     limits = zip(search.selector.groups, search.selector.limits, strict=True)
     first = [group for group, limit in limits if limit and group.channels > 1]
 

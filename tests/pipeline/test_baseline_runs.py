@@ -141,7 +141,7 @@ def test_ema_restarts_after_pruning(run_it, tmp_path):
     assert summary(out)["progressive_pruning"] and summary(out)["baseline"]["params"] == summary(out)["dense"]["params"]
     _, state = RunDir.open(out).load_checkpoint("train")
     behind = max(cut["epoch"] for cut in summary(out)["progressive_pruning"] if cut["channels"])
-    assert state["averaged"] == (5 - behind) * state["steps"]
+    assert state["ema_steps"] == (5 - behind) * state["steps"]
 
 
 def test_derived_runs_copy_the_baseline(whole, photos, tmp_path):

@@ -89,7 +89,7 @@ def test_int8_reports_metrics(folder, capsys):
 def test_file_that_computes_something_else_is_not_written(folder, monkeypatch, capsys):
     monkeypatch.setattr(
         "prunekit.pipeline.export.deploy",
-        lambda model, example, runtime: (torch.nn.Sequential(model, torch.nn.ReLU()), NoRecord),
+        lambda model, *_, **__: (torch.nn.Sequential(model, torch.nn.ReLU()), NoRecord),
     )
     assert command("export", folder, "--format", "onnx") == 3
     error = capsys.readouterr().err

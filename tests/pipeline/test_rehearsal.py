@@ -6,7 +6,7 @@ from helpers.toy_run import quiet
 from torch import nn
 
 from prunekit.config.recipe import load
-from prunekit.errors import ExportError, RecipeError
+from prunekit.errors import ExportError, PlanError, RecipeError
 from prunekit.pipeline import export, rehearsal
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import build_dense
@@ -104,3 +104,19 @@ def test_resumed_run_is_not_rehearsed(tmp_path, monkeypatch):
     for flags in ({}, {"resume": True}, {"overwrite": True}):
         run_recipe(load("digits_resnet", PLAIN), tmp_path / "run", quiet(), **flags)
     assert len(called) == 2
+
+
+def test_importance_that_fails_is_named(monkeypatch):
+    def failing(*_):
+        raise RuntimeError("element 0 of tensors does not require grad")
+
+    context = context_of("slim.importance=taylor", "target.params_ratio=0.5", "export.onnx=false")
+    monkeypatch.setattr("prunekit.pipeline.prune_stages.bind_options", lambda *_: failing)
+    with pytest.raises(RecipeError, match=r"^slim\.importance=taylor fails \(RuntimeError: element 0"):
+        rehearse(context, network())
+
+
+def test_target_that_cannot_be_met_leaves_no_folder(tmp_path):
+    with pytest.raises(PlanError, match="budget of 50 params cannot be met"):
+        run_recipe(load("digits_resnet", [*PLAIN, "target.params=50"]), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()

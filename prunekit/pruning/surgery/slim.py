@@ -220,7 +220,7 @@ def _without(dead: Mapping[str, set[int]], kept: Sequence[tuple[float, str, int]
 def _dead_network_hint(model: nn.Module, groups: Sequence[Group]) -> str:
     if layers := dead_layers(model, groups):
         return f", every gate of {join_names(layers)} is zero; train with a lower decay.weight"
-    return "; lower slim.threshold, or train with a lower rate or decay.weight"
+    return "; prune fewer channels, or train with a lower rate or decay.weight"
 
 
 def _inexact_note(report: EquivalenceReport) -> list[str]:

@@ -196,7 +196,7 @@ def test_check_fails_if_the_output_hardly_varies(share):
 def test_dead_network_error_suggests_a_fix():
     model, groups, example = csnet_with_dead_gates(0)
     model.classifier.weight.data.mul_(1e-12)
-    with pytest.raises(PlanError, match=r"the network is dead; lower slim\.threshold, or train with a lower rate"):
+    with pytest.raises(PlanError, match=r"the network is dead; prune fewer channels, or train with a lower rate"):
         slim(model, extract(model, groups), example, groups=groups)
 
 
