@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
 # Plain pytest draws the same examples every time and never fails for being slow; the long forms explore.
-settings.register_profile("plain", deadline=None, derandomize=True)
-settings.register_profile("soak", deadline=None)
+UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("plain", derandomize=True, **UNTIMED)
+settings.register_profile("soak", **UNTIMED)
 settings.load_profile("soak" if os.environ.get("PRUNEKIT_SOAK") else "plain")
 
 # Shells ignore SIGINT for background processes, but Ctrl-C is tested.

@@ -22,6 +22,7 @@ from prunekit.runs.run_dir import RunDir
 RECIPE = "name: toy\ntrain:\n  epochs: 4\nfinetune:\n  epochs: 2\nslim:\n  steps: 2\n  threshold: 0.1\n"
 WRITER = """
 import sys, time
+from pathlib import Path
 from prunekit.runs.run_dir import RunDir
 from prunekit.runs.stage_order import STAGES
 from test_watch import RECIPE, line
@@ -31,6 +32,7 @@ with RunDir.start(sys.argv[1], RECIPE, {}) as run:
         run.begin(stage)
         for epoch in {"train": (1, 2, 3, 4), "finetune": (1, 2)}.get(stage, ()):
             run.append_metrics(line(stage, epoch))
+        while stage == STAGES[-1] and not Path(sys.argv[2]).exists():
             time.sleep(0.05)
         run.end(stage)
 """
@@ -85,13 +87,14 @@ def test_run_before_its_first_epoch(tmp_path):
         assert f"run  running  stage train, 1 of 7  process {os.getpid()}\n" in text and "train epoch 1/4" in text
 
 
-def test_training_in_progress(tmp_path):
+def test_training_in_progress(tmp_path, monkeypatch):
     with started(tmp_path / "run", "train", epochs=2) as run:
-        os.utime(run.path / "metrics.jsonl", (time.time() - 4, time.time() - 4))
+        written = (run.path / "metrics.jsonl").stat().st_mtime
+        monkeypatch.setattr(watching.time, "time", lambda: written + 4)
         snapshot = read_snapshot(run.path)
         (status,) = snapshot.trainings()
         # 20 s for the two remaining epochs minus the 4 s since; then two trainings of two epochs.
-        assert status.seconds_left == pytest.approx(16, abs=1) and status.run_seconds_left == pytest.approx(56, abs=1)
+        assert (status.seconds_left, status.run_seconds_left) == (16, 56)
         assert (status.epoch, status.epochs, status.progress) == (3, 4, 0.5)
         text = shown(replace(snapshot, age=4.0))
         assert "train epoch 3/4 ━" in text and " 0:16 left\n" in text and "run ~0:56 left" in text
@@ -287,11 +290,18 @@ def test_import_needs_no_torch():
 def test_run_in_another_process_is_watched_to_its_end(tmp_path, drawn):
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path / "run")], env=env, stdout=subprocess.PIPE, text=True
-    )
+    seen = tmp_path / "seen"
+
+    class Screen(io.StringIO):
+        def write(self, text):
+            if "running" in text:
+                seen.touch()  # the writer waits for it before it ends
+            return super().write(text)
+
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "run"), str(seen)]
+    writer = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "begun\n"
-    console = Console(file=io.StringIO(), width=80)
+    console = Console(file=Screen(), width=80)
     watch(tmp_path / "run", console, every=0.02)
     assert writer.wait() == 0
     text = console.file.getvalue()

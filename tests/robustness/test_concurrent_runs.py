@@ -29,7 +29,7 @@ import sys, time
 from prunekit.runs.run_dir import RunDir
 run = RunDir.open(sys.argv[1], write=True)
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 
@@ -154,12 +154,15 @@ def test_reader_finds_intact_files_between_any_two_writes(tmp_path, monkeypatch)
 
 
 WRITER = """
-import sys, time
+import itertools, sys
+from pathlib import Path
 import numpy as np
 from prunekit.runs.run_dir import RunDir
 run = RunDir.open(sys.argv[1], write=True)
 print("ready", flush=True)
-for number in range(int(sys.argv[2])):
+for number in itertools.count():
+    if number >= 60 and Path(sys.argv[2]).exists():
+        break
     run.update_summary("drift", {"max_abs_diff": number, "mean_abs_diff": number})
     run.write_json("slim/plan.json", {"format": 1, "groups": {"a": [number]}})
     run.write_arrays("gates.npz", {"norm": np.full((2, 50), number, np.float32)})
@@ -171,7 +174,8 @@ run.close()
 def test_reader_during_concurrent_writes(tmp_path):
     run = write_run(tmp_path / "run", units=("block",))
     quiet = load_run(run).problems
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(run), "60"], stdout=subprocess.PIPE, text=True)
+    enough = tmp_path / "enough"
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(run), str(enough)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     reader, looks = RunDir.open(run), 0
     while process.poll() is None:
@@ -181,6 +185,8 @@ def test_reader_during_concurrent_writes(tmp_path):
         assert len(np.unique(reader.read_arrays("gates.npz").get("norm", np.zeros(1)))) == 1
         assert [line for line in load_run(run).problems if "damaged" in line] == quiet
         looks += 1
+        if looks > 3:
+            enough.touch()
     process.stdout.close()
     assert process.returncode == 0 and looks > 3
 

@@ -156,7 +156,7 @@ from prunekit.runs.run_dir import RunDir
 run = RunDir.start(sys.argv[1], sys.argv[2], {})
 run.begin("train")
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 

@@ -67,7 +67,7 @@ def start(*command, count=2):
     ]
 
 
-def ended(started, seconds=120):
+def ended(started, seconds=600):
     """Wait for processes; return the output and exit status of each."""
     try:
         said = [one.communicate(timeout=seconds) for one in started]
