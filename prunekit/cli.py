@@ -182,11 +182,12 @@ def predict(
     images: Annotated[list[Path], Argument(help="Images, or folders of images.")],
     out: Annotated[Path, Option(help="Output folder.")],
     model: Model = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace existing maps or predictions.csv.")] = False,
 ) -> None:
     """Apply a model to images; writes saliency maps or, for classification, predictions.csv."""
     from prunekit.commands.predict import predict as predict_images
 
-    predict_images(run, images, out, model, _console())
+    predict_images(run, images, out, model, _console(), overwrite=overwrite)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from prunekit.config.registry import closest_match
 from prunekit.config.sources import shipped_recipes
 from prunekit.errors import RecipeError
 from prunekit.flops import count_modules, total
-from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_model, newest_model, read_recipe
+from prunekit.pipeline.models import build_dense, choose_model, input_shape, load_model, read_recipe
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
@@ -91,7 +91,7 @@ def inspect_groups(source: str, overrides: Sequence[str] = (), model: str | None
     if is_run:
         recipe = derived_recipe(folder, list(overrides)) if overrides else None
         run = RunDir.open(folder)
-        name = _choose_model(run, model)
+        name = choose_model(run, model)
         recipe = recipe or read_recipe(run)
         network: nn.Module = load_model(run, name, recipe)
     else:
@@ -116,16 +116,6 @@ def _check_recipe(source: str) -> None:
         raise RecipeError(f"{source}: no such recipe or run folder{hint}")
     if path.is_dir() and path.name not in shipped_recipes() and not (path / "recipe.yaml").is_file():
         raise RecipeError(f"{source} is neither a recipe nor a run folder; give one that prunekit run has made")
-
-
-def _choose_model(run: RunDir, name: str | None) -> str:
-    newest = newest_model(run)
-    available = [model for model in MODELS if run.has(f"{model}/model.safetensors")]
-    if name is None or name in available:
-        return name or newest
-    near = closest_match(name, available)
-    hint = f", did you mean {near!r}?" if near else ";"
-    raise RecipeError(f"--model {name}: {run.path} has no such model{hint} it has {', '.join(available)}")
 
 
 def format_gates(group: Group) -> str:

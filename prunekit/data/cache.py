@@ -23,7 +23,7 @@ from prunekit.data.datasets import ImageDataset, Tensors, load_tensors
 from prunekit.errors import CheckpointError, DataError
 from prunekit.utils.io import TEMP_PREFIX, cache_folder, encode_json, os_error_reason, write_atomic
 
-FORMAT = 1  # increment when the same files would give other tensors
+FORMAT = 2  # increment when the same files would give other tensors
 PARTS = ("images", "targets", "sizes")
 _CONTENTS = ("pair", "image", "target", "mask", "label", "encode_target", "empty_targets")
 _CHUNK = 1 << 22  # bytes read at once for a checksum

@@ -81,6 +81,10 @@ class ImageDataset(ABC):
     def display_target(self, target: Any) -> np.ndarray | str:
         """Return one target for display: an image, uint8 [H, W], or text."""
 
+    def target_warning(self, targets: torch.Tensor) -> str | None:
+        """Return what is suspicious about the targets of the whole set, [N, …] as encoded; None if nothing is."""
+        return None
+
     def drop(self, indices: list[int]) -> None:
         """Remove these images and count them as skipped."""
         gone = set(indices)
@@ -110,8 +114,20 @@ class MaskDataset(ImageDataset):
     def encode_target(self, target: np.ndarray, size: int) -> torch.Tensor:
         return (resize(image_tensor(target), (size, size))[0] >= 127.5).to(torch.uint8)
 
+    def target_warning(self, targets: torch.Tensor) -> str | None:
+        levels = targets.flatten(1)
+        return mask_warning(levels.amin(1).tolist(), levels.amax(1).tolist())
+
     def display_target(self, target: np.ndarray) -> np.ndarray:
         return target
+
+
+def mask_warning(lowest: Sequence[int], highest: Sequence[int]) -> str | None:
+    """Return a warning if no mask has both object and background, given the lowest and highest level of each."""
+    if not lowest or any(low < high for low, high in zip(lowest, highest, strict=True)):
+        return None
+    kinds = " or ".join(kind for kind, found in (("full", any(highest)), ("empty", not all(highest))) if found)
+    return f"all {len(lowest)} masks are {kinds}; check that they are 255 for object and 0 for background"
 
 
 class LabelDataset(ImageDataset):

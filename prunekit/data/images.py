@@ -25,6 +25,8 @@ MAX_FILE_BYTES = 1 << 30
 MAX_JPEG_SCANS = 100
 # Gray masks stored as JPEG get a little color.
 MAX_CHANNEL_SPREAD = 96
+# Lossy formats vary a constant color.
+MAX_CONSTANT_SPREAD = 16
 # Masks with higher levels are graded, not class indices.
 MAX_CLASS_INDEX = 20
 _MORE_THAN_8_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
@@ -61,8 +63,8 @@ def read_image(path: str | Path) -> np.ndarray:
         picture = _open(path)
         if picture.mode in _MORE_THAN_8_BITS:
             return np.repeat(_to_8_bits(picture, path)[..., None], 3, axis=-1)
-        if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
+        if picture.has_transparency_data:
+            picture = _to_rgba(picture)
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
         return np.array(picture.convert("RGB"))
 
@@ -70,16 +72,19 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask of any mode as gray levels: uint8 [H, W], 0 (background) to 255 (object).
 
-    1-bit, palette, RGB, 16-bit and graded masks are converted to this scale; alpha is ignored. Levels of only 0 and 1
-    become 0 and 255.
+    1-bit, palette, RGB, 16-bit and graded masks are converted to this scale. The mask is in the colors, or, where those
+    do not vary, in alpha. Levels of only 0 and 1 become 0 and 255.
 
     Raises:
-        DataError: as :func:`read_image`; or the mask is in color, or its levels are class indices.
+        DataError: as :func:`read_image`; or the mask is in color, its levels are class indices, or colors and alpha
+            contradict each other.
     """
     with _data_errors(path):
         picture = _open(path)
         if picture.mode in _MORE_THAN_8_BITS:
             levels = _to_8_bits(picture, path)
+        elif picture.has_transparency_data and (alpha := _mask_in_alpha(picture, path)) is not None:
+            levels = alpha
         elif picture.mode in ("1", "L"):
             levels = np.array(picture.convert("L"))
         else:
@@ -100,6 +105,29 @@ def read_mask(path: str | Path) -> np.ndarray:
             )
         # Some tools write the class index 1, which would be an empty mask as a gray level.
         return levels * np.uint8(255) if highest == 1 else levels
+
+
+def _mask_in_alpha(picture: Image.Image, path: str | Path) -> np.ndarray | None:
+    """Return alpha if it varies and the colors do not; None if the mask is in the colors."""
+    pixels = np.array(_to_rgba(picture))
+    colors, alpha = pixels[..., :3], pixels[..., 3]
+    visible = colors[alpha > 0]
+    if np.ptp(alpha) == 0 or np.ptp(visible, axis=0).max() > MAX_CONSTANT_SPREAD:
+        return None
+    if np.ptp(colors, axis=(0, 1)).max() <= MAX_CONSTANT_SPREAD:
+        return alpha
+    # Only the colors of transparent pixels differ: usually leftovers.
+    if not np.array_equal(colors.mean(-1) >= 127.5, alpha >= 127.5):
+        raise DataError(
+            f"{path}: its colors and its transparency show different masks; save it without alpha, gray, 0 for "
+            "background to 255 for object"
+        )
+    return None
+
+
+def _to_rgba(picture: Image.Image) -> Image.Image:
+    # Pillow converts premultiplied gray to gray with alpha only.
+    return (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
 
 
 def match_orientation(levels: np.ndarray, photo: str | Path) -> np.ndarray:

@@ -22,6 +22,7 @@ from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
+from prunekit.utils.text import closest_match
 
 # "dense" was trained with decay, "baseline" without; both begin as the builder's model or as that of another run.
 MODELS = ("baseline", "dense", "slim", "finetuned")
@@ -118,6 +119,16 @@ def newest_model(run: RunDir) -> str:
 def trained_models(run: RunDir) -> list[str]:
     """Return those of :data:`MODELS` that the run has."""
     return [name for name in MODELS if run.has(f"{name}/model.safetensors")]
+
+
+def choose_model(run: RunDir, name: str | None) -> str:
+    """Return the model that ``--model`` names, by default the newest; RecipeError if the run does not have it."""
+    newest, known = newest_model(run), trained_models(run)
+    if name is None or name in known:
+        return name or newest
+    near = closest_match(name, known)
+    hint = f", did you mean {near!r}?" if near else ";"
+    raise RecipeError(f"--model {name}: {run.path} has no such model{hint} it has {', '.join(known)}")
 
 
 def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Module:

@@ -44,7 +44,9 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
         initial = load_model(source, newest_model(source))
         check_classes(context, source)
     if load_data:
-        context.tensors("train"), context.tensors("val")
+        for split in ("train", "val"):
+            if warning := context.dataset(split).target_warning(context.tensors(split).targets):
+                context.reporter.info(f"{split}: {warning}")
         _report_large_batches(context)
     if recipe.finetune.distill.weight:
         nothing = torch.zeros(1, 1, 1, 1)

@@ -35,12 +35,14 @@ class EvaluationResult:
         curves: plain values for ``curves.json``.
         errors: one value per image in the order of the data set; larger is worse.
         names: of the images.
+        warning: see :meth:`Metrics.warning`.
     """
 
     metrics: dict[str, float]
     curves: dict[str, Any]
     errors: list[float]
     names: list[str] = field(default_factory=list)
+    warning: str | None = None
 
 
 class Metrics(ABC):
@@ -69,6 +71,10 @@ class Metrics(ABC):
     def curves(self) -> dict[str, Any]:
         """Return what can be plotted, as lists and numbers for JSON."""
         return {}
+
+    def warning(self) -> str | None:
+        """Return what is suspicious about the targets of the whole set; None if nothing is."""
+        return None
 
 
 class Task(ABC):
@@ -208,7 +214,7 @@ class Task(ABC):
                 for prediction, (_, target) in zip(predictions, batch, strict=True):
                     metrics.update(prediction, target)
         computed = compute_metrics(metrics)
-        return EvaluationResult(computed, metrics.curves(), list(metrics.errors), list(images.names))
+        return EvaluationResult(computed, metrics.curves(), list(metrics.errors), list(images.names), metrics.warning())
 
     def predict(self, model: nn.Module, image: np.ndarray, size: int | None) -> np.ndarray:
         """Return the prediction for one image, uint8 [H, W, 3] RGB; ``size`` as for :meth:`evaluate`."""

@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 
+from prunekit.data.datasets import mask_warning
 from prunekit.tasks.base import Metrics
 
 BETA_SQUARED = 0.3
@@ -29,8 +30,12 @@ class SaliencyMetrics(Metrics):
             # Fmeasure is deprecated, but its replacement computes no set-mean precision and recall in one pass.
             warnings.simplefilter("ignore")
             self._f = py_sod_metrics.Fmeasure(beta=BETA_SQUARED)
+        self._levels: list[tuple[int, int]] = []  # of each mask
         self._mae = py_sod_metrics.MAE()
         self._s = None if quick else py_sod_metrics.Smeasure()
+        if self._s is not None:
+            # The quarters below or right of an object at the edge are empty, with weight 0.
+            ssim, self._s.ssim = self._s.ssim, lambda pred, gt: ssim(pred, gt) if pred.size else 0.0
         self._e = None if quick else py_sod_metrics.Emeasure()
 
     def update(self, prediction: np.ndarray, target: np.ndarray) -> None:
@@ -38,6 +43,10 @@ class SaliencyMetrics(Metrics):
         for measure in (self._f, self._mae, self._s, self._e):
             if measure is not None:
                 measure.step(prediction, target)
+        self._levels.append((int(target.min() > 128), int(target.max() > 128)))
+
+    def warning(self) -> str | None:
+        return mask_warning(*zip(*self._levels, strict=True)) if self._levels else None
 
     @property
     def errors(self) -> list[float]:
@@ -58,5 +67,6 @@ class SaliencyMetrics(Metrics):
         metrics = {"max_f": max(self.curves()["f"]), "mae": float(self._mae.get_results()["mae"])}
         if self._s is not None:
             metrics["s_measure"] = float(self._s.get_results()["sm"])
-            metrics["max_e"] = float(self._e.get_results()["em"]["curve"].max())
+            # PySODMetrics divides by the number of pixels - 1, so that perfect maps exceed 1.
+            metrics["max_e"] = float(np.minimum(self._e.changeable_ems, 1).mean(0).max())
         return metrics

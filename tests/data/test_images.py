@@ -42,6 +42,42 @@ def test_binary_mask_reads_the_same_in_every_mode(tmp_path, kind):
     assert levels.dtype == np.uint8 and np.array_equal(levels, HARD)
 
 
+def with_alpha(color, alpha, mode="RGBA"):
+    picture = Image.new("RGB", alpha.shape[::-1], color)
+    picture.putalpha(Image.fromarray(alpha))
+    return picture.convert(mode)
+
+
+@pytest.mark.parametrize("color", [(255, 255, 255), (0, 0, 0), (200, 30, 30)])
+@pytest.mark.parametrize("alpha", [HARD, RAMP])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_mask_in_alpha_under_a_constant_color(tmp_path, color, alpha, mode):
+    with_alpha(color, alpha, mode).save(tmp_path / "m.png")
+    assert np.array_equal(images.read_mask(tmp_path / "m.png"), alpha)
+
+
+def test_a_mask_in_alpha_of_other_formats(tmp_path):
+    with_alpha((250, 250, 250), HARD).save(tmp_path / "m.webp", quality=30, alpha_quality=100)
+    assert np.array_equal(images.read_mask(tmp_path / "m.webp"), HARD)
+    paletted = Image.fromarray(HARD // 255, "P")
+    paletted.putpalette([255, 255, 255] * 2)
+    paletted.save(tmp_path / "p.png", transparency=bytes([0, 255]))
+    assert np.array_equal(images.read_mask(tmp_path / "p.png"), HARD)
+
+
+def test_a_mask_in_alpha_with_other_colors_under_transparent_pixels(tmp_path):
+    for name, hidden in {"same": (0, 0, 0), "other": (255, 255, 255), "green": (0, 255, 0)}.items():
+        pixels = np.where(HARD[..., None] > 0, 255, hidden)
+        if name == "other":
+            pixels = np.where(HARD[..., None] > 0, 0, hidden)
+        Image.fromarray(np.dstack([pixels, HARD]).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    assert np.array_equal(images.read_mask(tmp_path / "same.png"), HARD)
+    with pytest.raises(DataError, match=r"other\.png: its colors and its transparency show different masks"):
+        images.read_mask(tmp_path / "other.png")
+    with pytest.raises(DataError, match=r"green\.png: its colors|green\.png is in color"):
+        images.read_mask(tmp_path / "green.png")
+
+
 def test_graded_mask_keeps_its_levels(tmp_path):
     Image.fromarray(RAMP).save(tmp_path / "m.png")
     assert np.array_equal(images.read_mask(tmp_path / "m.png"), RAMP)

@@ -213,7 +213,7 @@ def test_unreadable_image_is_named_and_others_predicted(whole, tmp_path):
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["good.png"]
     with pytest.raises(DataError, match="does not exist"):
         predict(whole, [tmp_path / "none.png"], tmp_path / "maps", console=quiet())
-    with pytest.raises(DataError, match="choose one of baseline, dense, slim, finetuned"):
+    with pytest.raises(RecipeError, match="has no such model; it has dense, slim"):
         predict(whole, [good], tmp_path / "maps", "thin", console=quiet())
 
 

@@ -252,3 +252,33 @@ def test_maps_of_photographs_have_their_sizes():
     found = task.evaluate(Red(), pairs, 64, 4)
     assert all(task.maps[i].shape == pairs.mask(i).shape for i in range(6))
     assert 0 < found.metrics["max_f"] < 1 and found.metrics["mae"] < 1
+
+
+@pytest.mark.parametrize("kind", ["full", "empty", "full or empty", None])
+def test_masks_that_are_all_full_or_empty_are_reported(kind):
+    full, empty = np.full((8, 8), 255, np.uint8), np.zeros((8, 8), np.uint8)
+    half = np.repeat([empty[0], full[0]], 4, 0)
+    masks = {"full": [full, full], "empty": [empty], "full or empty": [full, empty], None: [full, half]}[kind]
+    pairs = Pairs([(np.zeros((8, 8, 3), np.uint8), mask) for mask in masks])
+    expected = kind and f"all {len(masks)} masks are {kind}; check that they are 255 for object and 0 for background"
+    assert pairs.target_warning(load_tensors(pairs, 8).targets) == expected
+    assert task.evaluate(Red(), pairs, 8, 2).warning == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (5, 7)])
+@pytest.mark.parametrize("kind", ["full", "empty", "half"])
+def test_no_metric_exceeds_one(shape, kind):
+    mask = np.zeros(shape, np.uint8)
+    mask.flat[: {"full": mask.size, "empty": 0, "half": mask.size // 2}[kind]] = 255
+    metrics = SaliencyMetrics()
+    metrics.update(mask, mask)
+    assert all(0 <= value <= 1 for value in metrics.compute().values())
+
+
+@pytest.mark.parametrize("edge", [(slice(-1, None), slice(2, 5)), (slice(1, 3), slice(-1, None))])
+def test_the_s_measure_of_an_object_at_the_edge_is_finite(edge):
+    mask = np.zeros((6, 8), np.uint8)
+    mask[edge] = 255
+    metrics = SaliencyMetrics()
+    metrics.update(mask, mask)
+    assert 0.9 < metrics.compute()["s_measure"] <= 1
