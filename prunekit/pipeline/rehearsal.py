@@ -93,6 +93,8 @@ def _prune(context: RunContext, model: nn.Module, example: Tensor) -> nn.Module:
     except Exception as error:
         if is_disk_failure(error):
             raise
+        with _failures(f"backbone {context.recipe.backbone.name}: the equivalence check", "correct the network"):
+            attempt([])
         reason, failing = error, first
         # Halves until one group is left, or until groups fail only together.
         while len(failing) > 1:

@@ -134,11 +134,11 @@ def trivial_warning(
     if "baseline" in failing or ("dense" in failing and not recipe.decay.weight):
         advice = "train longer (train.epochs), or with another train.lr"
     elif "dense" in failing:
-        advice = f"{f'raise {target}' if target else 'lower decay.weight'}, or train longer (train.epochs)"
+        advice = f"train longer (train.epochs), or {f'raise {target}' if target else 'lower decay.weight'}"
     else:
         # Fine-tuning may recover what pruning has cost.
         failing = failing if "finetuned" in failing or "finetuned" not in metrics else []
-        advice = f"{f'raise {target}' if target else 'lower slim.threshold'}, or fine-tune longer (finetune.epochs)"
+        advice = f"fine-tune longer (finetune.epochs), or {f'raise {target}' if target else 'lower slim.threshold'}"
     if not failing:
         return None
     figures = ", ".join(f"{name} {metrics[name][metric]:.4f}" for name in failing)

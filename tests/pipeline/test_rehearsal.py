@@ -120,3 +120,17 @@ def test_target_that_cannot_be_met_leaves_no_folder(tmp_path):
     with pytest.raises(PlanError, match="budget of 50 params cannot be met"):
         run_recipe(load("digits_resnet", [*PLAIN, "target.params=50"]), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
+
+
+def test_network_without_prunable_groups_passes():
+    rehearse(context_of("export.onnx=false"), nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
+
+def test_no_group_is_blamed_where_the_whole_network_fails():
+    class Single(nn.Module):
+        def forward(self, x):
+            return x * torch.ones(x.shape[1], 1, 1, dtype=torch.float32) @ torch.ones(x.shape[3], 3)
+
+    with pytest.raises(RecipeError, match=r"^backbone resnet: the equivalence check fails .*float64") as error:
+        rehearse(context_of("export.onnx=false"), network(Single()))
+    assert "one channel" not in str(error.value)
