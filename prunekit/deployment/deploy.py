@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 from prunekit.deployment.deployed_model import DeployConfig, DeployedModel
 from prunekit.deployment.export.onnx import onnx_function
-from prunekit.deployment.export.onnx_writer import UnsupportedOpError, graph_to_onnx
+from prunekit.deployment.export.onnx_writer import graph_to_onnx
 from prunekit.deployment.export.openvino import openvino_function
-from prunekit.deployment.export.validate import TOLERANCE
-from prunekit.deployment.graph import InferenceGraph
+from prunekit.deployment.graph import InferenceGraph, UntraceableError
 from prunekit.deployment.rewrite import DeployRecord, build_deployed, rewrite
+from prunekit.deployment.values import Inputs, accepted, as_inputs, compute, difference, eval_copy, shape_text
 from prunekit.errors import ExportError
 from prunekit.native.library import NoKernels
+from prunekit.utils.text import first_line
 
 ROUNDS = 7
 
@@ -55,53 +55,65 @@ CANDIDATES = {
 
 
 def deploy(
-    model: nn.Module, example: Tensor, *, runtime: str = "torch", measure: bool = True
+    model: nn.Module, example: Inputs, *, runtime: str = "torch", measure: bool = True
 ) -> tuple[nn.Module, DeployRecord]:
     """Rewrite a trained model for fast inference.
 
     BatchNorms are folded; for each runtime a few combinations of the other passes are timed, and the fastest is taken.
+    A combination that fails, or changes the outputs by more than 1e-4 · max(1, max|output|), is left out.
 
     Args:
         model: is not changed. The deployed model is a copy in float32 on the CPU for inputs of any size.
-        example: a batch of inputs (N, C, H, W), of the size to optimize for.
+        example: a batch of inputs, such as (N, C, H, W), of the size to optimize for; a tuple for several inputs.
         runtime: "torch", "pt2", "onnxruntime", "openvino", or "int8" for a model to be quantized.
         measure: time the options on this machine. Otherwise, or without the runtime, the default ones are used.
 
     Returns:
-        the deployed model (a plain copy, if it cannot be traced) and the record of what was done.
+        the deployed model (a plain copy, if no combination is left) and the record of what was done; its
+        ``fallback_reason`` says why the copy is plain, and ``rejected`` what was left out.
 
     Raises:
-        ExportError: the runtime is unknown, or the outputs differ by more than 1e-4 · max(1, max|output|).
+        ExportError: the runtime is unknown, or the model fails on the example.
     """
     if runtime not in CANDIDATES:
         raise ExportError(f"unknown runtime {runtime!r}; choose one of {', '.join(CANDIDATES)}")
-    plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    example = example.detach().cpu().float()
+    plain, inputs = eval_copy(model), as_inputs(example)
+    expected = [(batch, compute(plain, batch)) for batch in _accepted(plain, inputs)]
     graphs: dict[DeployConfig, InferenceGraph] = {}
     records: dict[DeployConfig, DeployRecord] = {}
+    rejected: list[str] = []
     native_unavailable = None
-    for config in CANDIDATES[runtime][: None if measure else 1]:
-        records[config] = DeployRecord(runtime, config=config)
+    for config in CANDIDATES[runtime]:
+        record = records[config] = DeployRecord(runtime, config=config)
         try:
-            graphs[config] = rewrite(plain, example, config, records[config])
+            graph = rewrite(plain, inputs, config, record)
+            record.max_abs_diff = _check_outputs(build_deployed(graph, config), expected)
         except NoKernels as reason:
             native_unavailable = str(reason)
-        except ExportError as error:
-            return DeployedModel(plain, DeployConfig()), DeployRecord(runtime, fallback_reason=str(error))
-    candidates, config = _fastest(graphs, example, runtime)
+        except UntraceableError as error:
+            rejected = [str(error)]
+            break
+        except Exception as error:  # A pass meets networks of any kind.
+            rejected.append(f"{config.describe()}: {first_line(error)}")
+        else:
+            graphs[config] = graph
+        if graphs and not measure:
+            break
+    if not graphs:
+        return DeployedModel(plain, DeployConfig()), DeployRecord(runtime, fallback_reason=rejected[0])
+    candidates, config = _fastest(graphs, inputs, runtime)
     deployed, record = build_deployed(graphs[config], config), records[config]
-    record.candidates, record.native_unavailable = candidates, native_unavailable
-    record.max_abs_diff = _check_outputs(plain, deployed, example)
+    record.candidates, record.native_unavailable, record.rejected = candidates, native_unavailable, rejected
     return deployed, record
 
 
 def _fastest(
-    graphs: dict[DeployConfig, InferenceGraph], example: Tensor, runtime: str
+    graphs: dict[DeployConfig, InferenceGraph], inputs: tuple[Tensor, ...], runtime: str
 ) -> tuple[list[dict[str, Any]], DeployConfig]:
     """The time of each candidate, and the fastest one; the first one if fewer than two can be timed."""
     calls: dict[DeployConfig, Callable[[], Any]] = {}
     for config, graph in graphs.items() if len(graphs) > 1 else ():
-        call = _inference_call(runtime, graph, config, example[:1].contiguous())
+        call = _inference_call(runtime, graph, config, tuple(value[:1].contiguous() for value in inputs))
         if call is not None:
             calls[config] = call
     if len(calls) < 2:
@@ -126,40 +138,38 @@ def time_interleaved(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -
 
 
 def _inference_call(
-    runtime: str, graph: InferenceGraph, config: DeployConfig, image: Tensor
+    runtime: str, graph: InferenceGraph, config: DeployConfig, inputs: tuple[Tensor, ...]
 ) -> Callable[[], Any] | None:
     """A call that runs the graph on an image; None if the runtime is not installed or cannot run the graph."""
     if runtime in ("torch", "pt2"):
         module = build_deployed(graph, config)
-        return lambda: module(image)
-    array = image.numpy()
+        return lambda: module(*inputs)
     try:
         file = graph_to_onnx(graph, fixed_size=True).SerializeToString()
         run = onnx_function(file) if runtime == "onnxruntime" else openvino_function(file)
-    except (ExportError, UnsupportedOpError):
+        arrays = [value.numpy() for value in inputs]
+        run(*arrays)
+    except Exception:  # The exporters and runtimes raise classes of their own.
         return None
-    return lambda: run(array)
+    return lambda: run(*arrays)
 
 
-def _check_outputs(model: nn.Module, deployed: nn.Module, example: Tensor) -> float:
-    """The largest difference of the outputs, on the example and on an odd size if the model takes it."""
-    inputs = [example]
-    if example.dim() == 4 and min(example.shape[2:]) > 8:
-        inputs.append(example[..., : example.shape[2] - 3, : example.shape[3] - 5])
+def _accepted(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The example, and a smaller odd size of it if the model takes that."""
+    smaller = tuple(
+        value[..., : value.shape[2] - 3, : value.shape[3] - 5] if value.dim() == 4 else value for value in inputs
+    )
+    if all(min(value.shape[2:], default=0) <= 8 for value in inputs if value.dim() == 4):
+        return [inputs]
+    return [inputs, *accepted(model, [smaller])]
+
+
+def _check_outputs(deployed: nn.Module, expected: list[tuple[tuple[Tensor, ...], list[Tensor]]]) -> float:
+    """The largest difference from the expected outputs; raises ExportError if it is too large."""
     largest = 0.0
-    for index, batch in enumerate(inputs):
-        with torch.inference_mode():
-            try:
-                expected = model(batch)
-            except Exception:
-                if index:  # The model takes one size only.
-                    continue
-                raise
-            difference = float((deployed(batch) - expected).abs().max())
-        largest = max(largest, difference)
-        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise ExportError(
-                f"the deployed model differs by {difference:.2g} on an input of {tuple(batch.shape)}; "
-                "export the plain model instead"
-            )
+    for inputs, outputs in expected:
+        worst, close = difference(compute(deployed, inputs), outputs)
+        if not close:
+            raise ExportError(f"the outputs differ by {worst:.2g} on an input of {shape_text(inputs)}")
+        largest = max(largest, worst)
     return largest

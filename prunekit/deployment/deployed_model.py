@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,12 @@ class DeployConfig:
     channels_last: bool = False  # Store weights and features channels-last (PyTorch only).
     native_kernels: bool = False  # Use prunekit's C++ kernels (PyTorch on this machine's CPU only).
 
+    def describe(self) -> str:
+        """The options that are set, such as "pad_multiple=8, merge_sums"."""
+        chosen = [f"pad_multiple={self.pad_multiple}"] if self.pad_multiple > 1 else []
+        chosen += [name for name, value in vars(self).items() if value is True]
+        return ", ".join(chosen) or "folded norms only"
+
 
 class DeployedModel(nn.Module):
     """A model rewritten for inference with the options ``config``. It stays in eval mode and cannot be trained."""
@@ -28,7 +35,11 @@ class DeployedModel(nn.Module):
         self.config = config
         self.eval().requires_grad_(False)
 
-    def forward(self, image: Tensor) -> Tensor:
-        if self.config.channels_last and image.dim() == 4:
-            image = image.contiguous(memory_format=torch.channels_last)
-        return self.network(image)
+    def forward(self, *inputs: Tensor) -> Any:
+        if self.config.channels_last:
+            inputs = tuple(
+                value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value for value in inputs
+            )
+        # The call of a GraphModule would print the traceback of an error.
+        traced = isinstance(self.network, fx.GraphModule)
+        return self.network.forward(*inputs) if traced else self.network(*inputs)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from prunekit.deployment.values import Inputs, as_inputs, eval_copy
 from prunekit.errors import ExportError
 from prunekit.layers.octave_trace import Shapes
 from prunekit.utils.text import first_line
@@ -20,35 +21,39 @@ POOLS = {F.max_pool2d, F.avg_pool2d}
 PURE_FUNCTIONS = {*POOLS, F.interpolate}
 
 
+class UntraceableError(ExportError):
+    """torch.fx cannot trace the model, or does not trace what it computes."""
+
+
 class InferenceGraph:
     """The torch.fx graph of a copy of a model, in eval mode, in float32 on the CPU.
 
     Every module call has its own module, so a pass can change the weights of one call only. ``module`` is the graph as
-    a callable module; ``shapes`` has the shape of each node's value on the first input of ``example``. Raises
-    ExportError if torch.fx cannot trace the model, or the traced model gives other outputs.
+    a callable module; ``shapes`` has the shape of each tensor on the first of the batch ``example``. Raises
+    UntraceableError if torch.fx cannot trace the model, or the traced model gives other outputs.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor):
-        root = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        self.example = example[:1].detach().cpu().float()
+    def __init__(self, model: nn.Module, example: Inputs):
+        root = eval_copy(model)
+        self.example = tuple(value[:1] for value in as_inputs(example))
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         try:
             self.module = fx.symbolic_trace(root)
         except Exception as error:  # The model's code may raise anything.
-            raise ExportError(f"torch.fx cannot trace the model: {first_line(error)}") from error
+            raise UntraceableError(f"torch.fx cannot trace the model: {first_line(error)}") from error
         for node in self.nodes:
             node.type = None  # A graph with string annotations cannot be pickled.
         self._simplify()
         try:
             with torch.inference_mode():
                 interpreter = Shapes(self.module)
-                output = interpreter.run(self.example)
+                output = interpreter.run(*self.example)
                 self.shapes = interpreter.shapes
-                equal = _equal(output, root(self.example))
+                equal = _equal(output, root(*self.example))
         except Exception as error:
-            raise ExportError(f"the traced model does not run: {first_line(error)}") from error
+            raise UntraceableError(f"the traced model does not run: {first_line(error)}") from error
         if not equal:
-            raise ExportError("the traced model gives other outputs than the model")
+            raise UntraceableError("the traced model gives other outputs than the model")
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -153,7 +158,7 @@ class InferenceGraph:
         return target
 
     def _simplify(self) -> None:
-        """Copy modules that are called again, remove those without effect in eval mode, turn nn.ReLU into F.relu."""
+        """Give each call its own module, and operations one form: positional inputs, reshape, F.relu; no dropout."""
         seen: set[str] = set()
         for node in self.nodes:
             if node.op == "call_module":
@@ -161,6 +166,12 @@ class InferenceGraph:
                     module = copy.deepcopy(self.module.get_submodule(node.target))
                     node.target = self._add_module(module, f"{node.target}_again")
                 seen.add(node.target)
+        for node in self.nodes:
+            if node.op in ("call_module", "call_function") and not node.args and "input" in node.kwargs:
+                node.args = (node.kwargs["input"],)
+                node.kwargs = {key: value for key, value in node.kwargs.items() if key != "input"}
+            if node.op == "call_method" and node.target == "view" and not _casts(node):
+                node.target = "reshape"  # A view fails on channels-last memory.
         for node in self.nodes:
             if self.module_of(node, nn.Identity, nn.Dropout, nn.Dropout2d) is not None and len(node.args) == 1:
                 self.replace(node, node.args[0])
@@ -179,6 +190,10 @@ def _equal(output: Any, expected: Any) -> bool:
     if isinstance(expected, list | tuple):
         return len(output) == len(expected) and all(map(_equal, output, expected))
     return output == expected
+
+
+def _casts(view: fx.Node) -> bool:
+    return any(isinstance(value, torch.dtype) for value in (*view.args, *view.kwargs.values()))
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:

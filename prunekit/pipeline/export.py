@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from prunekit.deployment.export.preprocessing import add_preprocessing
 from prunekit.deployment.export.pt2 import check_pt2, export_pt2
 from prunekit.deployment.export.quantize import quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
+from prunekit.deployment.values import accepted
 from prunekit.errors import DataError, ExportError, PrunekitError, RecipeError
 from prunekit.flops import count_modules, total
 from prunekit.interop.csnet import export_csnet
@@ -155,7 +156,8 @@ class Exporter:
     name: str
     model: nn.Module | None = None
     measure: bool = True
-    records: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, Any] = field(default_factory=dict)  # runtime → what deploy did
+    shapes: dict[Variant, list[str | int]] = field(default_factory=dict)  # of the input, with names for free axes
 
     def __post_init__(self) -> None:
         self.network = without_subnormals(self.model or load_model(self.run, self.name, self.context.recipe))
@@ -176,13 +178,17 @@ class Exporter:
         if variant.preprocess:
             reference = add_preprocessing(self.network, self.context.task, self.size)
         if variant.form == "pt2":
-            files = {path: export_pt2(model, example, self._metadata(variant))}
+            files = {path: export_pt2(model, example, partial(self._metadata, variant))}
+            inputs = self._usable(reference, inputs, variant)
             difference = check_pt2(files[path], reference, inputs, path)
         elif variant.form == "onnx":
             files = {path: self.onnx(variant)}
+            inputs = self._usable(reference, inputs, variant)
             difference = check_onnx(files[path], reference, inputs, path)
         else:
-            xml, weights = export_openvino(self.onnx(variant), self._metadata(variant))
+            file = self.onnx(variant)
+            xml, weights = export_openvino(file, self._metadata(variant, self.shapes[variant]))
+            inputs = self._usable(reference, inputs, variant)
             files = {path: xml, path.removesuffix(".xml") + ".bin": weights}
             difference = check_openvino(xml, weights, reference, inputs, path)
         written = [self.run.write_bytes(name, data) for name, data in files.items()]
@@ -190,10 +196,14 @@ class Exporter:
             record = self.records[_RUNTIMES[variant.form]]
             self._update_summary({"path": path, "max_abs_diff": difference, "deployed": record})
         size = sum(map(len, files.values())) / 1000
+        padding = 0 if variant.plain else self.records[_RUNTIMES[variant.form]].get("padded_bytes", 0) / 1000
         unit = " levels" if variant.preprocess and self.context.task.predicts_images else ""
+        fixed = self._fixed_sides(variant)
         self.context.reporter.info(
-            f"{self.run.path / path}: {self.name} model, {'plain' if variant.plain else 'deployed'}, {size:.0f} kB; "
-            f"largest difference {difference:.1e}{unit} on {self.source}"
+            f"{self.run.path / path}: {self.name} model, {self._form_name(variant)}, {size:.0f} kB"
+            + (f" ({size - padding:.0f} kB without the padding of channels)" if padding >= 0.5 else "")
+            + f"; largest difference {difference:.1e}{unit} on {self.source}"
+            + (f"; only for inputs of {fixed}, since the model or the format takes no other size" if fixed else "")
         )
         return written
 
@@ -204,8 +214,9 @@ class Exporter:
             raise ExportError(f"int8 is calibrated on the recipe's data: {error}") from error
         rows = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
         batches = [self._prepare([train.image(int(row))], (self.size, self.size)).numpy() for row in rows]
-        source = export_onnx(self.form("int8", False), self.example)
-        file = quantize_onnx(source, batches, self._metadata(Variant("onnx", int8=True)))
+        variant = Variant("onnx", int8=True)
+        source = export_onnx(self.form("int8", False), self.example, partial(self._metadata, variant))
+        file = quantize_onnx(source, batches, self._metadata(variant, self.shapes[variant]))
         # Both in ONNX Runtime, so that only the precision differs.
         metrics = {"float32": self._evaluate(source, val, "float32"), "int8": self._evaluate(file, val, "int8")}
         written = self.run.write_bytes(path, file)
@@ -228,8 +239,33 @@ class Exporter:
         if plain:
             return self.network
         model, record = deploy(self.network, self.example, runtime=runtime, measure=self.measure)
-        self.records[runtime] = record.to_json()
+        said = self.records[runtime] = record.to_json()
+        if said.get("fallback_reason"):
+            self.context.reporter.info(f"exported as it was trained, not deployed: {said['fallback_reason']}")
+        for reason in said.get("rejected", ()):
+            self.context.reporter.debug(f"deployed form without {reason}")
         return model
+
+    def _form_name(self, variant: Variant) -> str:
+        runtime = "int8" if variant.int8 else _RUNTIMES[variant.form]
+        plain = variant.plain or self.records.get(runtime, {}).get("fallback_reason")
+        return "plain" if plain else "deployed"
+
+    def _usable(self, reference: nn.Module, inputs: list[Tensor], variant: Variant) -> list[Tensor]:
+        """Return the inputs of the comparison that model and file take."""
+        shape = self.shapes.get(variant, ["free"] * inputs[0].dim())
+        fitting = [
+            batch
+            for batch in inputs
+            if all(isinstance(free, str) or free == length for free, length in zip(shape, batch.shape, strict=True))
+        ]
+        return [batch for (batch,) in accepted(reference, fitting)] or inputs[:1]
+
+    def _fixed_sides(self, variant: Variant) -> str:
+        """Return height × width if the file takes no others, else an empty text."""
+        first = 1 if variant.preprocess else 2
+        sides = self.shapes.get(variant, [])[first : first + 2]
+        return "" if any(isinstance(side, str) for side in sides) else "×".join(map(str, sides))
 
     def _parts(self, variant: Variant) -> tuple[nn.Module, Tensor, list[Tensor]]:
         """Return what is exported, an example input, and the inputs of the comparison."""
@@ -246,7 +282,7 @@ class Exporter:
 
     def _onnx(self, variant: Variant) -> bytes:
         model, example, _ = self._parts(variant)
-        return export_onnx(model, example, self._metadata(variant) if variant.form == "onnx" else None)
+        return export_onnx(model, example, partial(self._metadata, variant))
 
     def _check_images(self) -> tuple[list[np.ndarray], str]:
         try:
@@ -265,15 +301,16 @@ class Exporter:
     def _prepare(images: list[np.ndarray], size: tuple[int, int]) -> Tensor:
         return normalize(torch.cat([resize(image_tensor(image), size) for image in images]))
 
-    def _metadata(self, variant: Variant) -> dict[str, str]:
+    def _metadata(self, variant: Variant, shape: list[str | int]) -> dict[str, str]:
         """Return what a file says about itself; of paths only the last part, since they describe this machine."""
+        self.shapes[variant] = shape
         plan = read_plan(self.run, self.name)
-        image = {"type": "uint8", "shape": ["N", "H", "W", 3], "values": "RGB, 0 to 255"}
-        tensor = {"type": "float32", "shape": ["N", 3, "H", "W"], "values": "RGB, normalised as in preprocessing"}
+        image = {"type": "uint8", "shape": shape, "values": "RGB, 0 to 255"}
+        tensor = {"type": "float32", "shape": shape, "values": "RGB, normalised as in preprocessing"}
         metadata: dict[str, Any] = {
             "prunekit": __version__,
             "model": self.name,
-            "form": "plain" if variant.plain else "deployed",
+            "form": self._form_name(variant),
             "precision": "int8" if variant.int8 else "float32",
             "task": self.context.recipe.task,
             "input": image if variant.preprocess else tensor,

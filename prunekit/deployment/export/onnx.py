@@ -3,101 +3,160 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunekit.deployment.deployed_model import DeployedModel
+from prunekit.deployment.export.axes import Free, export_with_free_axes, free_axes
 from prunekit.deployment.export.onnx_writer import OPSET, UnsupportedOpError, graph_to_onnx
 from prunekit.deployment.export.subnormals import flush_subnormals, subnormal_count
 from prunekit.deployment.export.validate import max_abs_difference
 from prunekit.deployment.graph import InferenceGraph
+from prunekit.deployment.values import Inputs, as_inputs, compute, output_names
 from prunekit.errors import ExportError
 
+Metadata = Mapping[str, str] | Callable[[list[str | int]], Mapping[str, str]]
 
-def export_onnx(model: nn.Module, example: Tensor, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Export a model to one ONNX file with the input ``image`` and the output ``output``, without source paths.
+
+def export_onnx(model: nn.Module, example: Inputs, metadata: Metadata | None = None) -> bytes:
+    """Export a model to one ONNX file without source paths.
+
+    The input is called ``image``, or as the arguments of the model's forward if there are several; the output
+    ``output``, or as the keys or places of several. Free axes are called N, H and W. Sides that the model takes one
+    length of, or that the exporter cannot leave free, are fixed.
 
     Args:
         model: in float32; a copy of it is exported, in eval mode, on the CPU.
-        example: an input: (N, C, H, W) float32, or (N, H, W, C) uint8 for a model with preprocessing.
-        metadata: written into the file's ``metadata_props``.
+        example: an input: (N, C, H, W) float32, or (N, H, W, C) uint8 for a model with preprocessing; a tuple of
+            several.
+        metadata: written into the file's ``metadata_props``; or a function of the shape of the first input.
 
     Raises:
-        ExportError: an operation cannot be exported.
+        ExportError: the model fails on the example, or an operation cannot be exported.
     """
+    compute(model, example)
+    file = export_with_free_axes(
+        lambda free: _export(model, example, free),
+        lambda file, inputs: check_onnx(finalize(file, {}), model, inputs),
+        model,
+        example,
+    )
+    return finalize(file, metadata(_input_shape(file)) if callable(metadata) else metadata or {})
+
+
+def _export(model: nn.Module, example: Inputs, free: Free) -> Any:
     import onnx
 
-    if isinstance(model, DeployedModel) and example.is_floating_point():
-        try:
-            return finalize(graph_to_onnx(InferenceGraph(model.network, example)), metadata or {})
-        except (UnsupportedOpError, ExportError):
-            pass  # torch.onnx supports more operations.
-    model, example = prepare_for_export(model, example)
+    inputs = as_inputs(example)
+    if isinstance(model, DeployedModel):
+        model = model.network
+        if inputs[0].is_floating_point() and free != "none":
+            try:
+                return graph_to_onnx(InferenceGraph(model, inputs), fixed_size=free == "batch")
+            except (UnsupportedOpError, ExportError):
+                pass  # torch.onnx supports more operations.
+    model, inputs = prepare_for_export(model, inputs, free)
+    names = _input_names(model, len(inputs))
+    axes = [free_axes(value, free) for value in inputs]
     quiet = silence("torch.onnx", "onnxscript", "onnx_ir")
     with export_errors("ONNX", "onnx"), quiet, tempfile.TemporaryDirectory() as folder:
         program = torch.onnx.export(
             model,
-            (example,),
+            inputs,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["image"],
-            output_names=["output"],
-            dynamic_shapes=(dynamic_axes(example),),
+            input_names=names,
+            output_names=output_names(model, inputs),
+            dynamic_shapes=tuple(dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in axes),
             external_data=False,
             verbose=False,
         )
         path = Path(folder) / "model.onnx"
         program.save(str(path), external_data=False)
         file = onnx.load(str(path))
-    return finalize(file, metadata or {})
+    _name_axes(file, axes)
+    return file
 
 
-def check_onnx(file: bytes, model: nn.Module, inputs: Sequence[Tensor], name: str = "model.onnx") -> float:
+def check_onnx(file: bytes, model: nn.Module, inputs: Sequence[Inputs], name: str = "model.onnx") -> float:
     """Compare the file in ONNX Runtime with the model; see :func:`.validate.max_abs_difference`."""
     return max_abs_difference(name, onnx_function(file), model, inputs)
 
 
-def onnx_function(file: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """The file in ONNX Runtime on all CPU cores, as a function of an input."""
+def onnx_function(file: bytes) -> Callable[..., Any]:
+    """The file in ONNX Runtime on all CPU cores, as a function of its inputs; it returns a list of several outputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # Errors are raised, too.
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return lambda image: session.run(None, {"image": image})[0]
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*arrays: np.ndarray) -> Any:
+        outputs = session.run(None, dict(zip(names, arrays, strict=True)))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return run
 
 
-def dynamic_axes(example: Tensor) -> dict[int, object]:
-    """The dynamic axes of an input: the batch and, for images, height and width."""
-    axes = {4: (0, 1, 2) if example.dtype == torch.uint8 else (0, 2, 3)}.get(example.dim(), (0,))
-    return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
-
-
-def prepare_for_export(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """A copy of the model for inference on the CPU, and a batch of at least 2 inputs."""
+def prepare_for_export(
+    model: nn.Module, inputs: tuple[Tensor, ...], free: Free
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A copy of the model for inference on the CPU, and a batch of at least 2 inputs if its size is free."""
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    example = example.detach().cpu()
-    example = example.float() if example.is_floating_point() else example
-    # A batch size of 1 would be exported as a constant.
-    return model, torch.cat([example, example]) if len(example) < 2 else example
+    if free != "none":
+        # A batch size of 1 would be exported as a constant.
+        inputs = tuple(torch.cat([value, value]) if len(value) < 2 else value for value in inputs)
+    return model, inputs
+
+
+def _input_names(model: nn.Module, count: int) -> list[str]:
+    if count == 1:
+        return ["image"]
+    names = list(inspect.signature(model.forward).parameters)[:count]
+    return names if len(names) == count else [f"input_{index}" for index in range(count)]
+
+
+def _input_shape(file: Any) -> list[str | int]:
+    return [dim.dim_param or dim.dim_value for dim in file.graph.input[0].type.tensor_type.shape.dim]
+
+
+def _name_axes(file: Any, axes: Sequence[Mapping[int, str]]) -> None:
+    """Rename the free dimensions, which torch.onnx calls s40, s62, wherever they occur."""
+    names: dict[str, str] = {}
+    for value, own_axes in zip(file.graph.input, axes, strict=True):
+        for axis, name in own_axes.items():
+            symbol = value.type.tensor_type.shape.dim[axis].dim_param
+            if symbol and symbol not in names:
+                names[symbol] = f"{name}_{value.name}" if name in names.values() else name
+    for graph in [file.graph, *file.functions]:
+        values = [value for kind in ("input", "output", "value_info") for value in getattr(graph, kind)]
+        for value in values:
+            for dim in value.type.tensor_type.shape.dim if hasattr(value, "type") else ():
+                if dim.dim_param:
+                    dim.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), dim.dim_param)
 
 
 @contextmanager
 def silence(*loggers: str) -> Iterator[None]:
-    """Let only errors through from these loggers ("" is the root), and no warnings."""
+    """Let only errors through from these loggers ("" is the root), no warnings, and nothing to stderr."""
     levels = {log: log.level for log in map(logging.getLogger, loggers)}
     try:
         for log in levels:
             log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

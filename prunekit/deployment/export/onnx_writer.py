@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
+from prunekit.deployment.export.axes import free_axes
 from prunekit.deployment.graph import InferenceGraph, parse_pooling
 
 OPSET = 20
@@ -29,15 +30,15 @@ def graph_to_onnx(graph: InferenceGraph, fixed_size: bool = False) -> onnx.Model
     With ``fixed_size``, height and width are those of the graph's example; otherwise dynamic, as the batch size is.
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise UnsupportedOpError("more than one input")
+    if len(inputs) != 1 or not 2 <= len(graph.shapes[inputs[0]]) <= 5:
+        raise UnsupportedOpError("other inputs than one of 2 to 5 dimensions")
     if graph.output is None or graph.output in inputs:
         raise UnsupportedOpError("an output that is not a computed tensor")
     writer = _Writer(graph, fixed_size)
     in_shape, out_shape = graph.shapes[inputs[0]], graph.shapes[graph.output]
     in_size, out_size = in_shape[2:], out_shape[2:]
     if not fixed_size:
-        in_size, out_size = ("H", "W")[: len(in_size)], (None,) * len(out_size)
+        in_size, out_size = list(free_axes(graph.example[0]).values())[1:], (None,) * len(out_size)
     image, output = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape[1:2], *size])
         for name, shape, size in ((INPUT, in_shape, in_size), (OUTPUT, out_shape, out_size))

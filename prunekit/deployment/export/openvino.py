@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.deployment.export.onnx import export_errors
 from prunekit.deployment.export.validate import max_abs_difference
+from prunekit.deployment.values import Inputs
 from prunekit.errors import ExportError
 
 
@@ -28,22 +29,28 @@ def export_openvino(onnx_file: bytes, metadata: Mapping[str, str] | None = None)
 
 
 def check_openvino(
-    xml: bytes, weights: bytes, model: nn.Module, inputs: Sequence[Tensor], name: str = "model.xml"
+    xml: bytes, weights: bytes, model: nn.Module, inputs: Sequence[Inputs], name: str = "model.xml"
 ) -> float:
     """Compare the files in OpenVINO with the model; see :func:`.validate.max_abs_difference`."""
     return max_abs_difference(name, openvino_function(xml, weights), model, inputs)
 
 
-def openvino_function(
-    file: bytes, weights: bytes | None = None, precision: str = "f32"
-) -> Callable[[np.ndarray], np.ndarray]:
-    """An ONNX file, or the ``.xml`` and ``.bin`` of an IR, computed in "f32" or "bf16" on the CPU."""
+def openvino_function(file: bytes, weights: bytes | None = None, precision: str = "f32") -> Callable[..., Any]:
+    """An ONNX file, or the ``.xml`` and ``.bin`` of an IR, computed in "f32" or "bf16" on the CPU.
+
+    As :func:`.onnx.onnx_function`, it returns a list of several outputs.
+    """
     openvino = import_openvino()
     core = openvino.Core()
     parts = [file] if weights is None else [file, openvino.Tensor(np.frombuffer(weights, np.uint8))]
     options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(*parts), "CPU", options)
-    return lambda image: compiled(image)[0]
+
+    def run(*arrays: np.ndarray) -> Any:
+        outputs = list(compiled(arrays).values())
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return run
 
 
 def import_openvino() -> Any:

@@ -4,47 +4,53 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from prunekit.deployment.values import Inputs, as_inputs, compute, difference, shape_text
 from prunekit.errors import ExportError
 
-TOLERANCE = 1e-4  # Runtimes add in another order.
 
-
-def max_abs_difference(
-    name: str, compute: Callable[[np.ndarray], np.ndarray], model: nn.Module, inputs: Sequence[Tensor]
-) -> float:
+def max_abs_difference(name: str, function: Callable[..., Any], model: nn.Module, inputs: Sequence[Inputs]) -> float:
     """The largest difference between the outputs (floats, or uint8 levels) of the file ``name`` and of its model.
 
+    Args:
+        name: of the file.
+        function: the file as a function of arrays; it returns an array or a list of them.
+        model: the model.
+        inputs: what to compare on; a tuple for several inputs.
+
     Raises:
-        ExportError: the file cannot be run, its output has another dtype or shape, or floats differ by more than
-            1e-4 · max(1, max|output|), or levels by more than 1.
+        ExportError: the model or the file cannot be run, an output has another dtype or shape, or floats differ by more
+            than 1e-4 · max(1, max|output|), or levels by more than 1.
     """
     model = copy.deepcopy(model).cpu().eval()
     largest = 0.0
     for batch in inputs:
-        batch = batch.detach().cpu()
-        with torch.inference_mode():
-            expected = model(batch).numpy()
-        shape = "×".join(map(str, batch.shape))
+        expected = [value.numpy() for value in compute(model, batch)]
+        shape = shape_text(batch)
         try:
-            output = compute(batch.numpy())
+            given = function(*(value.numpy() for value in as_inputs(batch)))
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ExportError(f"{name} cannot be run on an input of {shape}: {reason}") from error
-        if output.shape != expected.shape or output.dtype != expected.dtype:
-            raise ExportError(
-                f"{name} returns {output.dtype} {output.shape} for an input of {shape}, the model {expected.dtype} "
-                f"{expected.shape}"
-            )
-        levels = expected.dtype == np.uint8
-        difference = float(np.abs(output.astype(np.float64) - expected.astype(np.float64)).max())
-        largest = max(largest, difference)
-        if not difference <= (1 if levels else TOLERANCE * max(1.0, float(np.abs(expected).max()))):
-            raise ExportError(
-                f"{name} differs from the model by {difference:.2g}{' levels' if levels else ''} on an input of {shape}"
-            )
+        outputs = list(given) if isinstance(given, list | tuple) else [given]
+        if len(outputs) != len(expected):
+            raise ExportError(f"{name} has {len(outputs)} outputs, the model {len(expected)}")
+        for output, wanted in zip(outputs, expected, strict=True):
+            if output.shape != wanted.shape or output.dtype != wanted.dtype:
+                raise ExportError(
+                    f"{name} returns {output.dtype} {output.shape} for an input of {shape}, the model {wanted.dtype} "
+                    f"{wanted.shape}"
+                )
+            levels = wanted.dtype == np.uint8
+            worst, close = difference([torch.from_numpy(output)], [torch.from_numpy(wanted)])
+            largest = max(largest, worst)
+            if not (worst <= 1 if levels else close):
+                raise ExportError(
+                    f"{name} differs from the model by {worst:.2g}{' levels' if levels else ''} on an input of {shape}"
+                )
     return largest

@@ -124,9 +124,17 @@ def _reads_size(node: fx.Node) -> bool:
 
 def _sources(graph: InferenceGraph, value: fx.Node) -> list[fx.Node]:
     """The convolutions that the padding of a value comes from."""
-    if _keeps_channels(graph, value) or graph.is_add(value) or graph.is_cat(value):
-        return [source for part in value.all_input_nodes for source in _sources(graph, part)]
-    return [] if graph.conv(value) is None else [value]
+    sources, seen, waiting = [], set(), [value]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _keeps_channels(graph, node) or graph.is_add(node) or graph.is_cat(node):
+            waiting += node.all_input_nodes
+        elif graph.conv(node) is not None:
+            sources.append(node)
+    return sources
 
 
 def _pad_weights(graph: InferenceGraph, node: fx.Node, layouts: dict[fx.Node, _Layout]) -> None:
