@@ -177,7 +177,23 @@ class InferenceGraph:
                 self.replace(node, node.args[0])
             elif self.module_of(node, nn.ReLU) is not None:
                 self.replace(node, self.insert_function(node, F.relu, node.args, None))
+            elif (pool := self._max_pool1d(node)) is not None:
+                sides = [(1, option) for option in (pool.kernel_size, pool.stride)]
+                planar = nn.MaxPool2d(*sides, (0, pool.padding), (1, pool.dilation), ceil_mode=pool.ceil_mode)
+                rows = self.insert_function(node, torch.unsqueeze, (node.args[0], -2), None)
+                pooled = self.insert_module(node, planar, (rows,), f"{node.name}_planar", ())
+                self.replace(node, self.insert_function(node, torch.squeeze, (pooled, -2), None))
         self.recompile()
+
+    def _max_pool1d(self, node: fx.Node) -> nn.MaxPool1d | None:
+        """The max-pooling over a length, which torch.export fixes, unlike that over a plane."""
+        pool = self.module_of(node, nn.MaxPool1d)
+        if pool is None and self.is_function(node, [F.max_pool1d]):
+            pool = nn.MaxPool1d(*node.args[1:], **node.kwargs)
+        if pool is None or pool.return_indices:
+            return None
+        lengths = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+        return pool if all(isinstance(length, int) for length in lengths) else None
 
 
 def _equal(output: Any, expected: Any) -> bool:

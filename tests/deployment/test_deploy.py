@@ -1,4 +1,5 @@
 import io
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -137,6 +138,72 @@ def test_shared_modules_and_norms_that_cannot_be_folded():
         assert relative_difference(model, graph.recompile(), 2, 3, 16, 16) < 1e-5, config
     _, record = deploy(model, example, measure=False)
     assert len(record.folded_norms) == 1 and len(record.kept_norms) == 2
+
+
+def test_pass_that_fails_is_left_out(monkeypatch):
+    def fail(graph, multiple):
+        raise KeyError("_5")
+
+    model, example = pruned_model("octresnet", 0, 0.3, depth=8, width=8)
+    monkeypatch.setattr("prunekit.deployment.rewrite.pad_channels", fail)
+    deployed, record = deploy(model, example, runtime="openvino", measure=False)
+    assert record.fallback_reason is None and record.config == DeployConfig()
+    monkeypatch.setattr("prunekit.deployment.rewrite.fold_norms", lambda graph: fail(graph, 8))
+    deployed, record = deploy(model, example, measure=False)
+    assert record.fallback_reason == "pad_multiple=8, channels_last: '_5'"
+    assert relative_difference(model, deployed, 2, 3, 32, 32) == 0
+
+
+def test_pass_that_changes_the_outputs_is_left_out(monkeypatch):
+    def change(graph):
+        for module in graph.module.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data *= 1.1
+        return 0
+
+    model, example = pruned_model("octresnet", 0, 0.3, depth=8, width=8)
+    monkeypatch.setattr("prunekit.deployment.rewrite.merge_sums", change)
+    monkeypatch.setattr("prunekit.deployment.deploy.time_interleaved", lambda calls: [*range(len(calls))])
+    deployed, record = deploy(model, example, runtime="openvino")
+    assert len(record.rejected) == 2 and "merge_sums: the outputs differ by" in record.rejected[0]
+    assert relative_difference(model, deployed, 2, 3, 32, 32) < 1e-5
+    monkeypatch.setattr("prunekit.deployment.rewrite.share_pooling", change)
+    deployed, record = deploy(model, example, runtime="openvino")
+    assert "the outputs differ by" in record.fallback_reason
+    assert relative_difference(model, deployed, 2, 3, 32, 32) == 0
+
+
+@dataclass
+class Result:
+    out: torch.Tensor
+
+
+class ReturnsResult(nn.Module):
+    def forward(self, x):
+        return Result(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (nn.Conv2d(4, 1, 1), torch.zeros(2, 3, 8, 8), "the model fails on an input of 2×3×8×8: Given groups=1"),
+        (nn.Conv2d(3, 1, 1, device="meta"), torch.zeros(2, 3, 8, 8), "on the meta device"),
+        (ReturnsResult(), torch.zeros(2, 3), "returns Result; return a tensor"),
+        (nn.Identity(), "image", "the example must be a tensor"),
+    ],
+)
+def test_errors_are_one_line(model, example, message):
+    with pytest.raises(ExportError, match=message) as error:
+        deploy(model, example, measure=False)
+    assert "\n" not in str(error.value)
+
+
+def test_scripted_model_is_returned_as_it_is():
+    model, example = pruned_model("resnet", 0, 0.3, depth=8)
+    scripted = torch.jit.trace(model, example)
+    deployed, record = deploy(scripted, example, measure=False)
+    assert "torch.fx cannot trace the model" in record.fallback_reason
+    assert relative_difference(model, deployed, 4, 3, 32, 32) < 1e-5
 
 
 def test_unknown_runtime_is_an_error():

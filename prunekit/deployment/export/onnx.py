@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import logging
@@ -24,8 +23,9 @@ from prunekit.deployment.export.onnx_writer import OPSET, UnsupportedOpError, gr
 from prunekit.deployment.export.subnormals import flush_subnormals, subnormal_count
 from prunekit.deployment.export.validate import max_abs_difference
 from prunekit.deployment.graph import InferenceGraph
-from prunekit.deployment.values import Inputs, as_inputs, compute, output_names
+from prunekit.deployment.values import Inputs, as_inputs, compute, eval_copy, output_names
 from prunekit.errors import ExportError
+from prunekit.utils.text import first_line
 
 Metadata = Mapping[str, str] | Callable[[list[str | int]], Mapping[str, str]]
 
@@ -115,11 +115,10 @@ def prepare_for_export(
     model: nn.Module, inputs: tuple[Tensor, ...], free: Free
 ) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A copy of the model for inference on the CPU, and a batch of at least 2 inputs if its size is free."""
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     if free != "none":
         # A batch size of 1 would be exported as a constant.
         inputs = tuple(torch.cat([value, value]) if len(value) < 2 else value for value in inputs)
-    return model, inputs
+    return eval_copy(model), inputs
 
 
 def _input_names(model: nn.Module, count: int) -> list[str]:
@@ -172,7 +171,10 @@ def export_errors(title: str, key: str) -> Iterator[None]:
     except ExportError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        root: BaseException = error  # torch.onnx wraps what went wrong in advice.
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = first_line(root)
         raise ExportError(
             f"the model cannot be exported to {title}: {reason}; skip it with export.{key}=false"
         ) from error
