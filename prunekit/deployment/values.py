@@ -37,10 +37,9 @@ def eval_copy(model: nn.Module) -> nn.Module:
     if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
         raise ExportError("the model is on the meta device and has no weights; load them with load_state_dict first")
     try:
-        model = copy.deepcopy(model).cpu().float().eval()
-        for parameter in model.parameters():  # A ScriptModule has no requires_grad_.
-            parameter.requires_grad_(False)
-        return model
+        with torch.no_grad():
+            model = copy.deepcopy(model).cpu().float().eval()
+        return model if isinstance(model, torch.jit.ScriptModule) else model.requires_grad_(False)
     except Exception as error:  # Modules may hold anything.
         raise ExportError(f"the model cannot be copied: {first_line(error)}") from error
 
