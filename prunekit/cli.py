@@ -127,11 +127,20 @@ def report(
     ] = None,
     layers: Annotated[bool, Option("--layers", help="Also print the layers.")] = False,
     published: Annotated[bool, Option("--published", help="Add the published CSNet models (ECSSD).")] = False,
+    formats: Annotated[str, Option(metavar="A,B,...", help="Formats of the figures.")] = "png,svg,pdf",
+    width: Annotated[
+        float | None, Option(min=1, max=50, help="Width of the figures in inches; a column of a paper has about 3.3.")
+    ] = None,
+    font_size: Annotated[float | None, Option(min=3, max=30, help="Font size of the figures in points.")] = None,
+    dpi: Annotated[float | None, Option(min=20, max=1200, help="Resolution of the figures.")] = None,
 ) -> None:
     """Write tables, figures and an HTML page of one run, or of several runs side by side."""
     from prunekit.reporting import report as write_report
+    from prunekit.reporting.figures.style import FigureSize
 
-    write_report(runs or [], out, _console(), html=html, columns=columns, sort=sort, layers=layers, published=published)
+    options = {"html": html, "columns": columns, "sort": sort, "layers": layers, "published": published}
+    size = FigureSize(width, font_size, dpi)
+    write_report(runs or [], out, _console(), **options, formats=formats.split(","), size=size)
 
 
 @app.command()
@@ -150,13 +159,13 @@ def watch(
 def eval_(
     run: RunFolder,
     data: Annotated[
-        list[str],
+        list[str] | None,
         Option(
             metavar="NAME=FOLDER",
             help="Data set name and folder: images/ and GT/ for saliency, one folder of images per class for "
-            "classification. Repeatable.",
+            "classification. Repeatable; default: the validation set of the run.",
         ),
-    ],
+    ] = None,
     model: Model = None,
     size: Annotated[
         int | None, Option(help="Height and width of the model input in pixels; default: the recipe's.")
@@ -173,7 +182,8 @@ def eval_(
     """Evaluate a model on data sets with the metrics of its task."""
     from prunekit.commands.evaluate import evaluate
 
-    evaluate(run, data, _console(), model=model, size=size, own_size=own_size, batch_size=batch_size, on_error=on_error)
+    options = {"model": model, "size": size, "own_size": own_size, "batch_size": batch_size, "on_error": on_error}
+    evaluate(run, data or [], _console(), **options)
 
 
 @app.command()

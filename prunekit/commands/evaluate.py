@@ -14,6 +14,7 @@ from rich.text import Text
 
 from prunekit.commands.tables import simple_table
 from prunekit.errors import CheckpointError, DataError, RunFolderError
+from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import MODELS, load_model, newest_model, read_recipe, read_task
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.io import format_problem, is_newer
@@ -21,6 +22,7 @@ from prunekit.utils.progress import Reporter
 from prunekit.utils.text import plural
 
 EVAL, FORMAT = "eval.json", 1
+VALIDATION = "validation"  # the name of the run's own set
 MIN_SIZE = 16  # pixels; a network with four halvings needs as many
 OnError = Literal["raise", "skip"]
 
@@ -43,7 +45,7 @@ def evaluate(
 
     Args:
         data: ``NAME=FOLDER`` for each set. For saliency, the folder holds images/ and GT/; for classification, one
-            folder of images for each class.
+            folder of images for each class. Empty: the validation set of the run.
         model: "baseline", "dense", "slim" or "finetuned"; None for the run's newest.
         size: side of the square that images are resized to; None for that of the recipe.
         own_size: use each image's own size instead, rounded up to a multiple of 16.
@@ -75,12 +77,17 @@ def evaluate(
             raise DataError(f"--size {size}: must be at least {min_size}")
         side = None if own_size else size or recipe.data.size
         task, classes = read_task(run, recipe)
+        reporter = Reporter(console)
         datasets = {}
         for key, folder in folders.items():
             with _errors_of(key):
                 datasets[key] = task.read_folder(folder, on_error, classes)
+        if not folders:
+            own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_error": on_error})})
+            folders[VALIDATION] = str(recipe.data.val_root or recipe.data.root or recipe.data.name)
+            with _errors_of(VALIDATION):
+                datasets[VALIDATION] = RunContext(own, reporter).dataset("val")
         network = load_model(run, name, recipe).to(PartialState().device)
-        reporter = Reporter(console)
         entries = []
         for key, dataset in datasets.items():
             start, count = time.perf_counter(), len(dataset)
@@ -121,8 +128,6 @@ def _parse_sets(data: Sequence[str]) -> dict[str, str]:
         if name in folders:
             raise DataError(f"--data {item}: the name {name} is already used for {folders[name]}; choose another name")
         folders[name] = folder
-    if not folders:
-        raise DataError("no data set; add --data NAME=FOLDER")
     return folders
 
 
@@ -133,7 +138,8 @@ def _errors_of(name: str) -> Iterator[None]:
         yield
     except DataError as error:
         message = str(error).replace("set data.on_error=skip", "give --on-error skip")
-        raise DataError(f"--data {name}: {message}") from error
+        where = "the run's validation set" if name == VALIDATION else f"--data {name}"
+        raise DataError(f"{where}: {message}") from error
 
 
 def _read_results(run: RunDir) -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ from prunekit.pruning.plan import Builder, Group, Plan, digest
 from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch
 from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.extract import plan_from_selection
+from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning
@@ -74,6 +76,7 @@ class _Slimmed:
     model: nn.Module
     plan: Plan  # of the builder's model
     kept: int  # channels, of those that can be removed
+    cut: float | None  # the largest gate of a removed channel, where gates were ranked to meet a target
     rounds: list[dict[str, Any]]  # size and equivalence check of each round
     equivalence: EquivalenceReport  # of the last round
 
@@ -124,6 +127,7 @@ def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slim
         _print_notes(context, "slim", [note for note in checked.notes if note not in printed])
         printed = [*printed, *checked.notes]
         kept = sum(len(checked.kept(group)) for group in groups if group.reason is None)
+        cut = None if goal is None else _largest_removed_gate(context, model, groups, checked)
         plan = compose_with_builder(recipe, plan, groups, checked)
         sizes = total(count_modules(small, context.shape)[0])
         rounds.append({"params": sizes["params"], "macs": sizes["macs"], **equivalence.to_json()})
@@ -131,7 +135,17 @@ def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slim
         if number < len(goals):
             context.reporter.info(f"slim: round {number} of {len(goals)}: {sizes[goal.measure]:,} {goal.measure}")
             train_model(context, run, f"step{number}", model, groups, NoDecay(model, groups))
-    return _Slimmed(model, plan, kept, rounds, equivalence)
+    return _Slimmed(model, plan, kept, cut if len(goals) == 1 else None, rounds, equivalence)
+
+
+def _largest_removed_gate(context: RunContext, model: nn.Module, groups: Sequence[Group], plan: Plan) -> float | None:
+    pruning = context.recipe.slim
+    if pruning.importance.name != "gate" or pruning.scope != "global":
+        return None
+    scores = gate(model, groups)
+    removed = [np.delete(scores[group.id], np.asarray(plan.kept(group), int)) for group in groups if group.id in scores]
+    largest = max((float(own.max()) for own in removed if own.size), default=np.inf)
+    return largest if np.isfinite(largest) else None
 
 
 def _slim_once(
@@ -162,7 +176,8 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
     of = sum(group.channels for group in find_groups(initial, context.example()) if group.reason is None)
     summary = run.read_json("summary.json")
     ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
-    run.update_summary("kept", {"channels": slimmed.kept, "of": of, **ratios})
+    cut = {} if slimmed.cut is None else {"cut": slimmed.cut}
+    run.update_summary("kept", {"channels": slimmed.kept, "of": of, **ratios, **cut})
     run.write_json("layers.json", layers_table(initial, model, context.shape))
     given_back = f", {equivalence.given_back} channels given back" if equivalence.given_back else ""
     carriers = f", {equivalence.carriers} as carriers of constants" if equivalence.carriers else ""

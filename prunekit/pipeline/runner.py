@@ -92,7 +92,7 @@ def run_recipe(
 
 @main_process_command
 def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overwrite: bool = False) -> Path:
-    """Repeat extract and slim on the trained model of another run, without training it again; return ``out``.
+    """Repeat extract, slim and evaluate on the trained model of another run, without training it; return ``out``.
 
     Args:
         source: a run folder. Its dense model is slimmed, or its newest where it has none (an imported slim model).
@@ -112,7 +112,7 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
         _copy(old, run, f"{'init' if part == 'dense' else part}/plan.json", "init/plan.json")
         _copy_figures(context, old, run, {part: "dense", "baseline": "baseline"})
         run.end("train")
-        _run_stages(context, run, ("extract", "slim"))
+        _run_stages(context, run, ("extract", "slim", "evaluate"))
         run.finish()
     return _report(out, console)
 

@@ -1,14 +1,40 @@
-"""Select and sort the columns of the summary as requested on the command line."""
+"""What the columns of a summary mean, and their selection and order as requested on the command line."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
 from prunekit.config.registry import closest_match
 from prunekit.errors import PrunekitError
+
+
+class Metric(NamedTuple):
+    """How a metric is called in axes and in narrow tables; ``scale`` is 100 where those tables show percent."""
+
+    title: str
+    short: str
+    lower_is_better: bool = False
+    scale: int = 1
+
+
+_METRICS = {
+    "max_f": Metric("max F-measure", "max F"),
+    "mae": Metric("mean absolute error", "MAE", True),
+    "s_measure": Metric("S-measure", "S"),
+    "max_e": Metric("max E-measure", "max E"),
+    "top1": Metric("top-1 accuracy", "top-1", scale=100),
+    "top5": Metric("top-5 accuracy", "top-5", scale=100),
+    **{name: Metric(name, name, True) for name in ("mse", "rmse", "error", "loss")},
+}
+
+
+def metric(name: str) -> Metric:
+    """Return what is known about a metric; higher is better for one that is not known."""
+    return _METRICS.get(name, Metric(name, name))
 
 
 def arrange_table(table: pd.DataFrame, columns: str | None, sort: str | None) -> pd.DataFrame:

@@ -42,6 +42,16 @@ def short_number(value: Any) -> str:
     return f"{value:,.0f}"
 
 
+def compact_number(value: Any) -> str:
+    """Format a number with three digits and without a space: 950, 9.50k, 73.3k, 2.00M; counts below 1,000 in full."""
+    if pd.isna(value) or abs(value) < 999.5:
+        return format_number(value, 0)
+    unit, factor = next(
+        (u, f) for u, f in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if abs(value) >= f * 0.9995
+    )
+    return f"{value / factor:#.3g}".rstrip(".") + unit
+
+
 def format_seconds(seconds: float) -> str:
     """``41 s``, ``3 min 20 s`` or ``2 h 05 min``."""
     rounded = round(seconds)

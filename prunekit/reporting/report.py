@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from rich.console import Console
 
 from prunekit.errors import PrunekitError, RunFolderError
 from prunekit.reporting.columns import arrange_table
 from prunekit.reporting.figures import encode_figure, report_figures
+from prunekit.reporting.figures.style import DEFAULT_SIZE, FigureKind, FigureSize, figure_size
 from prunekit.reporting.html.figures import EmbeddedFigure, embed_figure
 from prunekit.reporting.html.page import render_page
 from prunekit.reporting.loader import Run, load_run
@@ -31,6 +34,8 @@ def report(
     sort: str | None = None,
     layers: bool = False,
     published: bool = False,
+    formats: Sequence[FigureKind] = ("png", "svg", "pdf"),
+    size: FigureSize = DEFAULT_SIZE,
 ) -> list[Path]:
     """Write the tables, the figures and the page of the runs, and print the summary.
 
@@ -43,6 +48,8 @@ def report(
         html: path of the page; None: ``index.html`` in the folder.
         columns, sort: of the summary; see :func:`prunekit.reporting.columns.arrange_table`.
         layers: print the table of layers too.
+        formats: of the figures: "png", "svg" and "pdf".
+        size: width, font size and resolution of the figures in the files; the page has its own.
         published: append the published CSNet models; without a run and ``out`` or ``html`` they are only printed.
 
     Returns:
@@ -59,16 +66,20 @@ def report(
         raise RunFolderError("no run folder is given; name one, such as runs/csnet")
     # An unknown column must be reported before anything is written.
     summary = arrange_table(summary_table(runs, published), columns, sort)
+    if wrong := [kind for kind in formats if kind not in ("png", "svg", "pdf")]:
+        raise PrunekitError(f"--formats {wrong[0]}: choose from png, svg, pdf")
     paths_written: list[Path] = []
     errors: list[str] = []
     folder = Path(out) if out is not None else runs[0].path / "report" if len(runs) == 1 else Path("report")
     if runs or out is not None or html is not None:
         tables = report_tables(runs, published)
-        paths_written += _write_tables(runs, [replace(tables[0], data=summary), *tables[1:]], folder)
-        figures = list(_write_figures(runs, folder, paths_written, errors))
+        latex_columns = tables[0].latex_columns if columns is None else None
+        tables[0] = replace(tables[0], data=summary, latex_columns=latex_columns)
+        paths_written += _write_tables(runs, tables, folder)
+        figures = list(_write_figures(runs, folder, paths_written, errors, formats, size))
         page = Path(html) if html is not None else folder / "index.html"
         try:
-            text = render_page(runs, figures, published)
+            text = render_page(runs, figures, published, _links(paths_written, page.parent))
         except Exception as error:
             errors.append(f"the page {page} could not be created ({one_line(error)})")
             if html is not None:
@@ -83,24 +94,46 @@ def report(
 
 def _write_tables(runs: Sequence[Run], tables: Sequence[ReportTable], folder: Path) -> Iterator[Path]:
     for table in tables:
-        yield from write_table(table.data, folder / table.stem, table.latex_columns)
+        yield from write_table(table.data, folder / table.stem, table.latex_columns, narrow=table.name == "summary")
     for run in (run for run in runs if len(run.metrics)):
         name = f"{file_stem(run.name)}-epochs.csv" if len(runs) > 1 else "epochs.csv"
         yield write_csv(epochs_table(run), folder / name)
 
 
-def _write_figures(runs: Sequence[Run], folder: Path, paths: list[Path], errors: list[str]) -> Iterator[EmbeddedFigure]:
-    """Write each figure as PNG and SVG, and yield its form for the page."""
+def _links(paths: Sequence[Path], start: Path) -> dict[str, list[tuple[str, str]]]:
+    """Return for the stem of each file its formats with their addresses relative to the page."""
+    links: dict[str, list[tuple[str, str]]] = {}
+    for path in paths:
+        address = Path(os.path.relpath(path, start)).as_posix()
+        links.setdefault(path.stem, []).append((path.suffix[1:], quote(address.encode(errors="replace"))))
+    return links
+
+
+def _write_figures(
+    runs: Sequence[Run],
+    folder: Path,
+    paths: list[Path],
+    errors: list[str],
+    formats: Sequence[FigureKind],
+    size: FigureSize,
+) -> Iterator[EmbeddedFigure]:
+    """Write the files of each figure, and yield its form for the page."""
+    # Texts of the page's figures must be readable in the browser, whatever the files are for.
+    resized = report_figures(runs) if size != DEFAULT_SIZE else None
     for figure in report_figures(runs, errors):
         try:
-            encoded = {kind: encode_figure(figure.figure, kind) for kind in ("png", "svg")}
+            encoded = {kind: encode_figure(figure.figure, kind) for kind in {"png", "svg", *formats}}
             embedded = embed_figure(figure, encoded)
+            if resized is not None:
+                with figure_size(size):
+                    own = next(resized).figure
+                    encoded = {kind: encode_figure(own, kind) for kind in formats}
         except Exception as error:  # matplotlib may raise anything on damaged data.
             errors.append(f"the figure {figure.stem} could not be drawn ({one_line(error)})")
             continue
-        for kind, data in encoded.items():
+        for kind in formats:
             path = folder / f"{figure.stem}.{kind}"
-            write_atomic(path, data)
+            write_atomic(path, encoded[kind])
             paths.append(path)
         yield embedded
 

@@ -39,7 +39,7 @@ _SUMMARY = {
     "recipe": v.STRING,
     "status": v.STRING,
     **dict.fromkeys(MODELS, _MODEL),
-    "kept": {"channels": v.COUNT, "of": v.COUNT, "params_ratio": v.NUMBER, "macs_ratio": v.NUMBER},
+    "kept": {"channels": v.COUNT, "of": v.COUNT, "params_ratio": v.NUMBER, "macs_ratio": v.NUMBER, "cut": v.NUMBER},
     "equivalence": {**_EQUIVALENCE, "steps": [_EQUIVALENCE]},
     "progressive_pruning": [{**_EQUIVALENCE, **dict.fromkeys(("epoch", "channels"), v.COUNT), "seconds": v.DURATION}],
     "drift": {v.ANY_KEY: v.NUMBER},

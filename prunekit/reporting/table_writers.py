@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from prunekit.reporting.number_format import format_number
+from prunekit.reporting.columns import metric
+from prunekit.reporting.number_format import compact_number, format_number
 from prunekit.utils.io import write_atomic
 
 PAGE_ROWS = 45  # a longer table becomes a longtable
@@ -23,7 +24,9 @@ _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     **{sign: f"\\{sign}" for sign in "&%$#_"}, "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     '"': "''", "`": r"\textasciigrave{}", "–": r"\textendash{}", "…": r"\dots{}", "×": r"$\times$", "÷": r"$\div$",
-    "→": r"$\to$", "λ": r"$\lambda$", "γ": r"$\gamma$", "≤": r"$\le$", "≥": r"$\ge$", "·": r"$\cdot$", "²": r"$^2$",
+    "→": r"$\to$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "λ": r"$\lambda$", "γ": r"$\gamma$", "≤": r"$\le$", "≥": r"$\ge$", "·": r"$\cdot$",
+    "²": r"$^2$",
 }  # fmt: skip
 
 
@@ -81,13 +84,19 @@ def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\|`*_<\[])", r"\\\1", text) if not re.fullmatch(r"[\w .,%()×÷–+-]*", text) else text
 
 
-def write_latex(table: pd.DataFrame, path: Path) -> Path:
+def write_latex(table: pd.DataFrame, path: Path, narrow: bool = False) -> Path:
     """Write a booktabs ``tabular``, or a ``longtable`` beyond a page, with numbers as in Markdown and texts escaped.
 
-    The unit or convention of a header is in a second line."""
+    The unit or convention of a header is in a second line. ``narrow`` is for a summary in one column of a paper: three
+    digits (73.3k), percent, short names of metrics with an arrow to the better side, and their best values in bold.
+    """
     kind = "longtable" if len(table) > PAGE_ROWS else "tabular"
     numeric = is_numeric(table)
-    headers = list(zip(*(_split_header(str(column)) for column in table.columns), strict=True))
+    titles, cells = list(map(str, table.columns)), format_cells(table)
+    best: set[tuple[int, int]] = set()
+    if narrow:
+        titles, cells, best = _narrow(table)
+    headers = list(zip(*map(_split_header, titles), strict=True))
     lines = [
         f"% {path.stem}: needs \\usepackage{{booktabs}}" + (" and \\usepackage{longtable}" * (kind == "longtable")),
         f"\\begin{{{kind}}}{{@{{}}{''.join('r' if right else 'l' for right in numeric)}@{{}}}}",
@@ -97,11 +106,44 @@ def write_latex(table: pd.DataFrame, path: Path) -> Path:
         *([r"\endhead"] if kind == "longtable" else []),
     ]
     names = table["run"].tolist() if {"run", "model"} <= set(table.columns) else [""] * len(table)
-    for index, row in enumerate(format_cells(table)):
+    for index, row in enumerate(cells):
         if index and names[index] != names[index - 1]:
             lines.append(r"\addlinespace")
-        lines.append(" & ".join(map(escape_latex, row, numeric)) + r" \\")
-    return _write(path, "\n".join([*lines, r"\bottomrule", f"\\end{{{kind}}}"]) + "\n")
+        texts = map(escape_latex, row, numeric)
+        texts = (rf"\textbf{{{text}}}" if (index, column) in best else text for column, text in enumerate(texts))
+        lines.append(" & ".join(texts) + r" \\")
+    if narrow:
+        lines = [lines[0], r"{\small\setlength{\tabcolsep}{4pt}", *lines[1:]]
+    end = f"\\end{{{kind}}}{'}' if narrow else ''}"
+    return _write(path, "\n".join([*lines, r"\bottomrule", end]) + "\n")
+
+
+def _narrow(table: pd.DataFrame) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
+    """Return titles, cells, and the (row, column) of the best value of each metric."""
+    titles, columns, best = [], [], set()
+    for place, (name, values) in enumerate(table.items()):
+        raw = values.tolist()
+        if not pd.api.types.is_numeric_dtype(values.dtype):
+            titles.append(str(name))
+            columns.append([{"finetuned": "fine-tuned"}.get(text, format_cell(text, "")) for text in raw])
+        elif pd.api.types.is_integer_dtype(values.dtype):
+            titles.append(str(name))
+            columns.append(list(map(compact_number, raw)))
+        elif str(name).endswith("÷ dense"):
+            titles.append(f"{str(name).removesuffix(' ÷ dense')} (%)")
+            columns.append([format_number(value if pd.isna(value) else 100 * value, 1) for value in raw])
+        elif re.search(r"\bms\b|^seconds$", str(name)):
+            titles.append(str(name))
+            columns.append([format_cell(value, str(name)) for value in raw])
+        else:
+            known = metric(str(name).removeprefix("metrics."))
+            titles.append(f"{known.short} {'↓' if known.lower_is_better else '↑'}{' (%)' if known.scale > 1 else ''}")
+            digits = 1 if known.scale > 1 else 3
+            columns.append([format_number(v if pd.isna(v) else known.scale * v, digits) for v in raw])
+            top = values.min() if known.lower_is_better else values.max()
+            if values.dropna().nunique() > 1:
+                best |= {(row, place) for row, value in enumerate(raw) if not pd.isna(value) and value == top}
+    return titles, [list(row) for row in zip(*columns, strict=True)], best
 
 
 def escape_latex(text: str, number: bool = False) -> str:
@@ -125,12 +167,15 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-WRITERS = {"csv": write_csv, "json": write_json, "md": write_markdown, "tex": write_latex}
-
-
-def write_table(table: pd.DataFrame, stem: Path, latex_columns: list[str] | None = None) -> list[Path]:
+def write_table(
+    table: pd.DataFrame, stem: Path, latex_columns: list[str] | None = None, narrow: bool = False
+) -> list[Path]:
     """Write ``<stem>.csv``, ``.json``, ``.md`` and ``.tex`` (with ``latex_columns`` only), and return the paths."""
+    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("csv", "json", "md", "tex")}
+    write_latex(table[latex_columns] if latex_columns else table, paths["tex"], narrow)
     return [
-        write(table[latex_columns] if kind == "tex" and latex_columns else table, stem.with_name(f"{stem.name}.{kind}"))
-        for kind, write in WRITERS.items()
+        write_csv(table, paths["csv"]),
+        write_json(table, paths["json"]),
+        write_markdown(table, paths["md"]),
+        paths["tex"],
     ]

@@ -205,6 +205,18 @@ def counters_table(run: Run) -> pd.DataFrame:
     return _typed(rows, ["model", "quantity"], COUNTERS, last=["note"])
 
 
+def differing_counters(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return the rows and counters of a :func:`counters_table` that differ, and the counters that agree everywhere.
+
+    If all agree, the table has all rows, but only the counts of prunekit, and no note.
+    """
+    differs = {n: (table[n].notna() & (table[n] != table["prunekit"]).fillna(True)).any() for n in COUNTERS[1:]}
+    agreeing = [name for name in COUNTERS[1:] if table[name].notna().any() and not differs[name]]
+    kept = [name for name in COUNTERS[1:] if differs[name]]
+    rows = table[table["note"] != ""] if (table["note"] != "").any() else table.drop(columns="note")
+    return rows.drop(columns=[name for name in COUNTERS[1:] if name not in kept]), agreeing
+
+
 def _differences(values: dict[str, Any]) -> str:
     ours = values["prunekit"]
     if pd.isna(ours):
@@ -304,7 +316,8 @@ def report_tables(runs: Sequence[Run], published: bool = False) -> list[ReportTa
 
     First the tables of all runs, then those of each run; with several runs, these name their run.
     """
-    tables = [ReportTable("summary", "Models", "Every model of every run.", summary_table(runs, published))]
+    summary = summary_table(runs, published)
+    tables = [ReportTable("summary", "Models", "Every model of every run.", summary, _narrow_columns(summary))]
     tables += [ReportTable(*texts, data) for *texts, make in _COMMON_TABLES if len(data := make(runs))]
     for run in runs:
         owner = run.name if len(runs) > 1 else ""
@@ -317,6 +330,15 @@ def report_tables(runs: Sequence[Run], published: bool = False) -> list[ReportTa
             narrow = [c for c in data.columns if not str(c).startswith(("fvcore", "thop", "paper"))]
             tables.append(ReportTable("layers", "Layers", note, data, narrow, owner))
     return tables
+
+
+def _narrow_columns(summary: pd.DataFrame) -> list[str]:
+    """Return the columns of a summary that fit one column of a paper: sizes and two metrics."""
+    several = summary["run"].nunique() > 1
+    macs = [c for c in summary if c.startswith(MACS) and summary[c].notna().any()]
+    metrics = [c for c in summary if c not in _RESERVED and not c.startswith((MACS, LATENCY))]
+    known = [column for column in metrics if summary[column].notna().any()][:2]
+    return [*(["run"] if several else []), "model", "params", *([] if several else [PARAMS_RATIO]), *macs[:1], *known]
 
 
 def _metric_title(name: str) -> str:

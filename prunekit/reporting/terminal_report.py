@@ -11,12 +11,13 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from prunekit.reporting.loader import COUNTERS, MISSING, Run
+from prunekit.reporting.loader import MISSING, Run
 from prunekit.reporting.number_format import format_seconds, printable
 from prunekit.reporting.tables import (
     bench_table,
     budget_table,
     counters_table,
+    differing_counters,
     evals_table,
     layers_macs_title,
     notes_table,
@@ -51,9 +52,9 @@ def print_report(
         console.print(terminal_summary(runs, console, published, columns, sort))
     for title, table in (("datasets", evals_table(runs)), ("latency", bench_table(runs))):
         if len(table):
-            console.print(f"{title}:", terminal_table(table, several), sep="\n")
+            console.print(f"{title}:", terminal_table(table, several, console), sep="\n")
     for run in runs:
-        details = list(_details(run))
+        details = list(_details(run, console))
         if several and (details or run.status != "complete" or run.problems or layers):
             _print(console, f"{run.name} ({_progress(run)})")
         for detail in details:
@@ -95,7 +96,7 @@ def _progress(run: Run) -> str:
     return f"{run.status}; {last['stage']}: epoch {last['epoch']}{f'/{epochs}' if isinstance(epochs, int) else ''}"
 
 
-def _details(run: Run) -> Iterator[Any]:
+def _details(run: Run, console: Console) -> Iterator[Any]:
     """Yield lines, and a table where counters differ."""
     equivalence = run.summary.get("equivalence") or {}
     if "passed" in equivalence:
@@ -105,7 +106,7 @@ def _details(run: Run) -> Iterator[Any]:
         yield f"equivalence check: {', '.join([verdict, *values])}"
     for row in budget_table([run]).to_dict("records"):
         yield _budget(row)
-    yield from _counters(run)
+    yield from _counters(run, console)
     for note in notes_table([run])["note"]:
         yield f"note: {note}"
     seconds = seconds_table([run])
@@ -124,16 +125,14 @@ def _budget(row: dict[str, Any]) -> str:
     return f"{text}; the slim model has {row['slim']:,}{', above the budget' if row['within budget'] == 'no' else ''}"
 
 
-def _counters(run: Run) -> Iterator[Any]:
-    table = counters_table(run)
-    different = table[table["note"] != ""]
-    others = [name for name in COUNTERS[1:] if table[name].notna().any()]
-    if len(different):
+def _counters(run: Run, console: Console) -> Iterator[Any]:
+    table, agreeing = differing_counters(counters_table(run))
+    if "note" in table:
         yield "counters that differ:"
-        yield terminal_table(different.drop(columns="note"), False)
-        yield from (f"  {row.model} {row.quantity}: {row.note}" for row in different.itertuples())
-    elif others:
-        yield f"counters: prunekit, {', '.join(others)} agree on params and {layers_macs_title(run)}"
+        yield terminal_table(table.drop(columns="note"), False, console)
+        yield from (f"  {row.model} {row.quantity}: {row.note}" for row in table.itertuples())
+    elif agreeing:
+        yield f"counters: prunekit, {', '.join(agreeing)} agree on params and {layers_macs_title(run)}"
 
 
 def _problems(run: Run) -> Iterator[str]:

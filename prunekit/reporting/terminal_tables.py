@@ -15,12 +15,14 @@ from rich.text import Text
 
 from prunekit.reporting.columns import arrange_table
 from prunekit.reporting.loader import Run
-from prunekit.reporting.number_format import NOT_AVAILABLE, format_size, printable, short_number
+from prunekit.reporting.number_format import NOT_AVAILABLE, compact_number, format_size, printable, short_number
 from prunekit.reporting.published import LABEL
 from prunekit.reporting.table_writers import format_cells, is_numeric
 from prunekit.reporting.tables import LATENCY, MACS, MACS_RATIO, PAPER_FLOPS, PARAMS_RATIO, SECONDS, summary_table
 
 _NOT_METRICS = {"run", "model", "params", PAPER_FLOPS, PARAMS_RATIO, MACS_RATIO, SECONDS}
+# Of a measurement, as opposed to its results.
+_SETTINGS = {"mode", "images", "skipped", "form", "batch", "size", "threads", "device"}
 _HEADERS = {
     PAPER_FLOPS: "paper\nFLOPs",
     "s_measure": "s_mea-\nsure",
@@ -149,18 +151,37 @@ def new_table(caption: str = "") -> Table:
     return table
 
 
-def terminal_table(table: pd.DataFrame, with_run: bool) -> Table:
-    """Return a table with numbers in full and wrapped texts, without empty columns."""
+def terminal_table(table: pd.DataFrame, with_run: bool, console: Console) -> Table:
+    """Return a table no wider than the console, with numbers in full and without empty columns.
+
+    A setting that is the same in all rows is in the caption, which also names the columns that do not fit.
+    """
     columns = [
         c for c in table.columns if (c != "run" or with_run) and (table[c].notna() & (table[c].astype(str) != "")).any()
     ]
-    table = table[columns]
-    result = new_table()
-    for column, numeric in zip(columns, is_numeric(table), strict=True):
-        result.add_column(Text(str(column)), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
-    for row in format_cells(table):
-        result.add_row(*(Text(printable(cell)) for cell in row))
-    return result
+    same = [c for c in columns if c in _SETTINGS and len(table) > 1 and table[c].nunique(dropna=False) == 1]
+    cells = dict(zip(table.columns, zip(*format_cells(table), strict=True), strict=True))
+    numeric = dict(zip(table.columns, is_numeric(table), strict=True))
+    # A mode says what it is: "size 64".
+    notes = [cells[c][0] if c in ("mode", "form") else f"{c} {cells[c][0]}" for c in same]
+
+    def build(shown: list[str], left_out: list[str]) -> Table:
+        only = [f"only in the files: {', '.join(left_out)}"] if left_out else []
+        result = new_table(printable("; ".join([*notes, *only])))
+        for column in shown:
+            # At a given width, the name is what may be folded.
+            folds = not numeric[column] and column in shown[:2]
+            align: dict[str, Any] = {"justify": "right" if numeric[column] else "left", "no_wrap": not folds}
+            result.add_column(Text(printable(str(column))), **align, overflow="fold" if folds else "ellipsis")
+        for row in zip(*(cells[column] for column in shown), strict=True):
+            result.add_row(*(Text(printable(cell)) for cell in row))
+        return result
+
+    shown = [c for c in columns if c not in same]
+    values = [c for c in shown if numeric[c] and c not in _SETTINGS and c != SECONDS]
+    settings = [c for c in ("mode", "threads", "device", "size", "batch", "form") if c in shown]
+    # The first value stays: the median, the first metric.
+    return _fit(build, shown, [SECONDS, "peak MB", "skipped", "images", *values[:0:-1], *settings], console)
 
 
 def terminal_layers(run: Run) -> Table:
@@ -176,16 +197,10 @@ def terminal_layers(run: Run) -> Table:
             str(layer),
             " → ".join("+".join(NOT_AVAILABLE if pd.isna(n) else str(n) for n in counts) for counts in channels),
             _split(channels[1]) if len(rows) > 1 else "",
-            *(" → ".join(_compact(side.sum(skipna=False)) for side in sides) for sides in (params, macs)),
+            *(" → ".join(compact_number(side.sum(skipna=False)) for side in sides) for sides in (params, macs)),
         ]
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
-
-
-def _compact(value: Any) -> str:
-    """Three digits without a space: 30.9k, 2.13M."""
-    text = short_number(value).replace(" ", "")
-    return f"{value / 1000:.3g}k" if not pd.isna(value) and 9999.5 <= value < 999_500 else text
 
 
 def _split(channels: pd.Series) -> str:

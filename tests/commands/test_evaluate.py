@@ -112,6 +112,26 @@ def test_a_set_replaces_itself_and_nothing_else(call):
     assert sets()[0]["images"] == 2
 
 
+def test_without_data_the_validation_set_of_the_run_is_used(call):
+    data = {"name": "salient_shapes", "options": {"train": 4, "val": 6}}
+    recipe = load("csnet", ["backbone.options.width=10", "data.size=32", f"data={json.dumps(data)}"])
+    with RunDir.open("run", write=True) as run:
+        run.write_bytes("recipe.yaml", recipe.dump().encode())
+    status, out, _ = call("run")
+    assert status == 0 and "validation" in out
+    (own,) = sets()
+    assert (own["name"], own["folder"], own["images"]) == ("validation", "salient_shapes", 6)
+    assert json.loads(Path("run/summary.json").read_text())["dense"]["metrics"] == own["metrics"]
+
+
+def test_missing_validation_set_is_named(call):
+    recipe = load("csnet", ["backbone.options.width=10", "data.size=32", "data={name: folder, root: gone}"])
+    with RunDir.open("run", write=True) as run:
+        run.write_bytes("recipe.yaml", recipe.dump().encode())
+    status, _, error = call("run")
+    assert status == 2 and error.startswith("prunekit: the run's validation set: ") and "--data" not in error
+
+
 def by_hand(model, size_of):
     """The protocol written out: one image at a time, float64 for what is not the network."""
     meter = SaliencyMetrics()
@@ -248,7 +268,6 @@ def test_folders_without_a_run(call):
     Path("run/dense/model.safetensors").unlink()
     status, _, error = call("run", "--data", "a=photos")
     assert status == 2 and error.count("\n") == 1 and "dense/model.safetensors is missing" in error
-    assert call("run")[0] == 2, "a set is needed"
 
 
 def test_progress_bar_with_brackets_in_its_name():

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.interruption import interrupted_after_checkpoint
 from rich.console import Console
 
@@ -13,6 +14,9 @@ from prunekit.errors import PlanError, RecipeError
 from prunekit.pipeline import runner
 from prunekit.pipeline.models import load_model
 from prunekit.pipeline.runner import run_recipe, slim_run
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection.importance import gate
+from prunekit.reporting import load_run
 from prunekit.runs.run_dir import RunDir
 
 QUICK = [
@@ -92,6 +96,15 @@ def test_metrics_hold_lambda_and_size(whole):
     assert "k/" in next(text for text in log(whole).splitlines() if "train" in text)
 
 
+def test_summary_has_the_cut_that_meets_the_target(whole):
+    run, dense = RunDir.open(whole), load_model(RunDir.open(whole), "dense")
+    groups = find_groups(dense, torch.zeros(1, 3, 8, 8))
+    scores, kept = gate(dense, groups), json.loads((whole / "slim/plan.json").read_text())["groups"]
+    removed = [score for name, own in scores.items() for i, score in enumerate(own) if i not in kept.get(name, [])]
+    assert run.read_json("summary.json")["kept"]["cut"] == max(removed) != 0.1
+    assert load_run(whole).summary["kept"]["cut"] == max(removed)
+
+
 @pytest.mark.parametrize("after", [1, 2])
 def test_resumed_training_with_budget_equals_uninterrupted_one(whole, tmp_path, monkeypatch, after):
     with interrupted_after_checkpoint(epoch=after):
@@ -127,6 +140,8 @@ def test_slim_run_with_another_budget(whole, tmp_path, changes):
     plan = json.loads((out / "slim/plan.json").read_text())
     assert real == pytest.approx(goal, rel=0.02) or f"{'below' if real < goal else 'above'} the budget" in log(out)
     assert all(note in log(out) for note in plan["notes"])
+    # Only where all gates are ranked together is there one cut.
+    assert ("cut" in found["kept"]) == (wanted.slim.importance.name == "gate")
     if wanted.slim.ignored_layers:
         assert any("ignored_layers keeps" in note for note in plan["notes"])
 
@@ -135,7 +150,7 @@ def test_rounds_with_finetuning_between(whole, tmp_path):
     wanted = load(whole / "recipe.yaml", STEPS)
     out = slim_run(whole, wanted, tmp_path / "steps", Console(quiet=True))
     found = summary(out)
-    assert found["kept"]["macs_ratio"] == pytest.approx(0.25, rel=0.02)
+    assert found["kept"]["macs_ratio"] == pytest.approx(0.25, rel=0.02) and "cut" not in found["kept"]
     rounds = found["equivalence"]["steps"]
     ratios = [one["macs"] / found["dense"]["macs"] for one in rounds]
     assert ratios == pytest.approx([0.25 ** (k / 3) for k in (1, 2, 3)], rel=0.025)

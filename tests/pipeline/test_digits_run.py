@@ -161,6 +161,8 @@ def test_predictions_agree_with_evaluation(run, photos, tmp_path):
 def test_classes_are_copied_and_compared(run, tmp_path, photos):
     slim_run(run, recipe("slim.threshold=0.4"), tmp_path / "slim", quiet())
     assert read(tmp_path / "slim", "classes.json") == list("0123456789")
+    found = read(tmp_path / "slim", "summary.json")
+    assert set(found["slim"]["metrics"]) == set(found["dense"]["metrics"]) == {"top1"}
     (run / "classes.json").write_text(json.dumps(list("1023456789")))
     without_checksum(run, "classes.json")
     for call in (

@@ -74,7 +74,7 @@ def test_small_values_are_not_displayed_as_zero(make_run):
 def test_other_tables_fit(make_run):
     run = load_run(make_run(measured_too=True))
     for table in (evals_table([run]), bench_table([run]), counters_table(run)):
-        text = printed(lambda console, table=table: terminal_table(table, False))
+        text = printed(lambda console, table=table: terminal_table(table, False, console))
         assert len(text.splitlines()) >= len(table) + 2
 
 

@@ -10,16 +10,6 @@ import numpy as np
 from prunekit.reporting.figures.style import common_parts
 from prunekit.reporting.loader import MODELS, Run
 
-_METRIC_TITLES = {
-    "max_f": "max F-measure",
-    "mae": "mean absolute error",
-    "s_measure": "S-measure",
-    "max_e": "max E-measure",
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-}
-_LOWER_IS_BETTER = {"mae", "mse", "rmse", "error", "loss"}
-
 
 def gate_history(run: Run) -> dict[str, np.ndarray]:
     """Return norm → effective gates, [epochs, channels]; during training, up to the newest checkpoint."""
@@ -82,14 +72,6 @@ def main_metric(run: Run) -> str | None:
             if finite_number(value) is not None:
                 return str(name)
     return None
-
-
-def metric_title(name: str) -> str:
-    return _METRIC_TITLES.get(name, name)
-
-
-def lower_is_better(name: str) -> bool:
-    return name in _LOWER_IS_BETTER
 
 
 def finite_number(value: object) -> float | None:

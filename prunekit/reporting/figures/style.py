@@ -56,7 +56,8 @@ class FigureSize:
     dpi: float | None = None
 
 
-_SIZE: ContextVar[FigureSize] = ContextVar("figure size", default=FigureSize())  # noqa: B039 (immutable)
+DEFAULT_SIZE = FigureSize()
+_SIZE: ContextVar[FigureSize] = ContextVar("figure size", default=DEFAULT_SIZE)
 
 
 @contextmanager

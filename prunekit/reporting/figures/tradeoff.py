@@ -15,9 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from prunekit.reporting.columns import metric as known_metric
 from prunekit.reporting.figures import style
 from prunekit.reporting.figures.labels import place_labels
-from prunekit.reporting.figures.run_data import finite_number, lower_is_better, main_metric, metric_title
+from prunekit.reporting.figures.run_data import finite_number, main_metric
 from prunekit.reporting.figures.style import ReportFigure, escape_text, points, shorten, style_axes
 from prunekit.reporting.loader import MODELS, Run
 from prunekit.reporting.number_format import format_size, short_number
@@ -53,8 +54,8 @@ def tradeoff_figures(runs: Sequence[Run]) -> Iterator[ReportFigure]:
             if len({(point.cost, point.quality) for point in models}) < 2:
                 continue
             note = {"params": "", "macs": _sizes_note(compared), "latency": setting}[cost]
-            capitalized = metric_title(metric)[:1].upper() + metric_title(metric)[1:]
-            better = "lower" if lower_is_better(metric) else "upper"
+            capitalized = known_metric(metric).title[:1].upper() + known_metric(metric).title[1:]
+            better = "lower" if known_metric(metric).lower_is_better else "upper"
             line = "" if trivial is None else " The dotted line is the best trivial predictor, which needs no network."
             yield ReportFigure(
                 f"tradeoff_{cost}{suffix}",
@@ -74,7 +75,7 @@ def tradeoff_figures(runs: Sequence[Run]) -> Iterator[ReportFigure]:
 
 def _trivial(runs: Sequence[Run], metric: str) -> float | None:
     """Return the quality of the best trivial predictor, if it is the same for all runs: they share the data."""
-    best = min if lower_is_better(metric) else max
+    best = min if known_metric(metric).lower_is_better else max
     values = [[finite_number(v.get(metric)) for v in run.summary.get("reference", {}).values()] for run in runs]
     known = {best(own) if (own := [v for v in of_run if v is not None]) else None for of_run in values}
     return known.pop() if len(known) == 1 else None
@@ -130,14 +131,14 @@ def tradeoff_figure(models: Sequence[Point], metric: str, cost: str, note: str, 
     """Plot quality against cost: a marker for each model, the Pareto front as steps, runs named at their last model."""
     names = list(dict.fromkeys(point.run for point in models))
     costs, qualities = [point.cost for point in models], [point.quality for point in models]
-    sign = -1 if lower_is_better(metric) else 1
+    sign = -1 if known_metric(metric).lower_is_better else 1
     front = pareto_front(costs, [sign * value for value in qualities])
     with style.figure_style():
         figure = style.new_figure(6.5, 5.0)
         axes = figure.add_subplot()
         _style_cost_axis(axes, costs, cost, note)
         better = "lower is better" if sign < 0 else "higher is better"
-        axes.set_ylabel(f"{escape_text(shorten(metric_title(metric), 40))} ({better})")
+        axes.set_ylabel(f"{escape_text(shorten(known_metric(metric).title, 40))} ({better})")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
         levels = qualities if trivial is None else [*qualities, trivial]
         low, high = min(levels), max(levels)

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from prunekit.reporting.columns import metric
 from prunekit.reporting.figures import style
-from prunekit.reporting.figures.run_data import gate_cut, gate_history, group_by_stage, metric_title
+from prunekit.reporting.figures.run_data import gate_cut, gate_history, group_by_stage
 from prunekit.reporting.figures.style import COLOURS, DASHES, ReportFigure, escape_text, points, shorten, style_axes
 from prunekit.reporting.loader import Run
 
@@ -95,7 +96,7 @@ def _training_rows(table: pd.DataFrame) -> tuple[dict[str, dict[str, str]], list
     """
     if "stage" not in table or "epoch" not in table or not len(table):
         return {}, []
-    metrics = {c: metric_title(c.removeprefix("metrics.")) for c in table.columns if c.startswith("metrics.")}
+    metrics = {c: metric(c.removeprefix("metrics.")).title for c in table.columns if c.startswith("metrics.")}
     rows: dict[str, dict[str, str]] = {
         "loss": {"loss": "loss"},
         "penalty (with λ)": {"penalty": "penalty"},

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from prunekit.reporting.figures import ReportFigure, encode_figure
 from prunekit.utils.io import sha256
 
+WIDE = 8.0  # inches
 LARGE_SVG = 150_000  # bytes; above this, the PNG is used if it is smaller
 _ELEMENTS = {
     "svg", "g", "defs", "path", "use", "rect", "circle", "ellipse", "line", "polyline", "polygon", "clipPath",
@@ -43,6 +44,8 @@ class EmbeddedFigure:
         title, caption, run: as for :class:`ReportFigure`.
         markup: an ``<svg>`` or an ``<img>``.
         white: keep a white background in the dark theme, for pictures and PNGs.
+        stem: of its files.
+        wide: needs the whole width of the page.
     """
 
     title: str
@@ -50,6 +53,8 @@ class EmbeddedFigure:
     run: str
     markup: Markup
     white: bool
+    stem: str = ""
+    wide: bool = False
 
 
 def embed_figure(figure: ReportFigure, encoded: dict[str, bytes] | None = None) -> EmbeddedFigure:
@@ -60,7 +65,8 @@ def embed_figure(figure: ReportFigure, encoded: dict[str, bytes] | None = None) 
         png = encoded.get("png") or encode_figure(figure.figure, "png")
         if len(png) * 4 // 3 < len(markup):
             markup, white = _png_image(png, figure), True
-    return EmbeddedFigure(figure.title, figure.caption, figure.run, Markup(markup), white)
+    is_wide = figure.figure.get_figwidth() > WIDE
+    return EmbeddedFigure(figure.title, figure.caption, figure.run, Markup(markup), white, figure.stem, is_wide)
 
 
 def _png_image(png: bytes, figure: ReportFigure) -> str:

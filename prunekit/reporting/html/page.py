@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -22,7 +22,7 @@ from prunekit.reporting.html.figures import EmbeddedFigure
 from prunekit.reporting.loader import Run
 from prunekit.reporting.number_format import format_number, format_seconds, format_size, short_number
 from prunekit.reporting.table_writers import format_cells, is_numeric
-from prunekit.reporting.tables import ReportTable, report_tables
+from prunekit.reporting.tables import ReportTable, differing_counters, report_tables
 
 _MAX_RECIPE = 100_000  # characters
 _TALL, _WIDE = 16, 8  # a table with more rows or columns scrolls in a box with its headers in sight
@@ -33,13 +33,19 @@ _FORBIDDEN = re.compile(
 )
 
 
-def render_page(runs: Sequence[Run], figures: Iterable[EmbeddedFigure], published: bool = False) -> str:
+def render_page(
+    runs: Sequence[Run],
+    figures: Iterable[EmbeddedFigure],
+    published: bool = False,
+    links: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+) -> str:
     """Return the report of runs as an HTML page; the same for the same run folders.
 
     Args:
         runs: with distinct names, complete or not; with several, the page starts with a comparison.
         figures: from :func:`prunekit.reporting.html.figures.embed_figure`, in order.
         published: append the published CSNet models to the summary.
+        links: stem of a table or a figure → format and address of its files.
     """
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -59,6 +65,7 @@ def render_page(runs: Sequence[Run], figures: Iterable[EmbeddedFigure], publishe
         runs=runs,
         tables=tables,
         figures=list(figures),
+        links=links or {},
         version=__version__,
         max_recipe=_MAX_RECIPE,
         style=Markup(_asset("page.css")),
@@ -71,7 +78,10 @@ def page_table(table: ReportTable, hidden: tuple[str, ...] = ()) -> dict[str, An
 
     The first column names the row. Hidden and empty columns are left out.
     """
-    data = table.data.drop(columns=[name for name in hidden if name in table.data])
+    data, note = table.data.drop(columns=[name for name in hidden if name in table.data]), table.note
+    if table.name == "counters":
+        data, agreeing = differing_counters(data)
+        note = f"{', '.join(agreeing)} agree with prunekit everywhere." if agreeing else note
     data = data[[c for i, c in enumerate(data) if not i or (data[c].notna() & (data[c].astype(object) != "")).any()]]
     numeric = is_numeric(data)
     values = zip(*(data[column].tolist() for column in data), strict=True)
@@ -83,7 +93,8 @@ def page_table(table: ReportTable, hidden: tuple[str, ...] = ()) -> dict[str, An
         "name": table.name,
         "run": table.run,
         "title": table.title,
-        "note": "" if table.name == "summary" else table.note,
+        "note": "" if table.name == "summary" else note,
+        "stem": table.stem,
         "columns": list(zip(map(str, data.columns), numeric, strict=True)),
         "rows": rows,
         "tall": len(rows) > _TALL,

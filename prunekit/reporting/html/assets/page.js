@@ -1,4 +1,4 @@
-// Sort by a column: ascending, descending, then in the original order. Missing values stay last.
+// Print everything; sort by a column: ascending, descending, then in the original order. Missing values stay last.
 "use strict";
 (() => {
   const order = new Intl.Collator("en", { numeric: true });
@@ -13,6 +13,9 @@
     if (b.key === null) return -1;
     return sign * (number ? a.key - b.key : order.compare(a.key, b.key)) || a.index - b.index;
   };
+  // Folded details are printed.
+  const folded = [...document.querySelectorAll("details")];
+  addEventListener("beforeprint", () => folded.forEach((details) => { details.open = true; }));
   for (const table of document.querySelectorAll("table.sortable")) {
     const body = table.tBodies[0];
     const rows = [...body.rows];
