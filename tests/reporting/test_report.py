@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
+from urllib.parse import unquote
 
 import pytest
 from helpers.fake_run import without_checksum
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 
 from prunekit.cli import main
 from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.reporting import report
 from prunekit.reporting.figures import ReportFigure
+from prunekit.reporting.figures.style import FigureSize
 
 KINDS = ("csv", "json", "md", "tex")
 UNITS = ("block",)
@@ -26,7 +30,7 @@ def files(*stems, kinds=KINDS):
 
 
 COMMON = files("summary", "seconds", "notes")
-ABOUT_A_RUN = [*files("counters", "layers"), "epochs.csv", *files("dot", kinds=("png", "svg"))]
+ABOUT_A_RUN = [*files("counters", "layers"), "epochs.csv", *files("dot", kinds=("png", "svg", "pdf"))]
 
 
 @pytest.fixture
@@ -56,8 +60,9 @@ def test_report_of_one_run_is_written_to_its_folder(make_run, console):
         "epochs.csv",
         "index.html",
         "channels.svg",
+        "channels.pdf",
     }
-    assert {p.suffix for p in written} == {".csv", ".json", ".md", ".tex", ".png", ".svg", ".html"}
+    assert {p.suffix for p in written} == {".csv", ".json", ".md", ".tex", ".png", ".svg", ".pdf", ".html"}
     assert set((path / "report").iterdir()) == set(written)
     text = console.file.getvalue()
     table, _, listed = text.partition("written to")
@@ -178,6 +183,55 @@ def test_failed_write_keeps_previous_report(make_run, console, monkeypatch, quic
     assert {p.name: p.read_bytes() for p in (path / "report").iterdir()} == before
 
 
+# ---- figures for papers
+
+
+def test_figures_have_the_formats_and_the_size_asked_for(make_run, console, tmp_path):
+    path = make_run(units=UNITS)
+    size = FigureSize(width=3.3, font_size=7, dpi=100)
+    written = report([path], tmp_path / "out", console, formats=("png", "pdf"), size=size)
+    stems = {p.stem for p in written if p.suffix == ".png"}
+    assert stems == {p.stem for p in written if p.suffix == ".pdf"} and not any(p.suffix == ".svg" for p in written)
+    for stem in stems:
+        with Image.open(tmp_path / "out" / f"{stem}.png") as image:
+            assert image.width == pytest.approx(330, abs=1), stem
+        box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", (tmp_path / "out" / f"{stem}.pdf").read_bytes())
+        assert float(box[1]) == pytest.approx(3.3 * 72, abs=0.5), stem
+    # Those of the page are for the screen.
+    report([path], tmp_path / "plain", console)
+    pages = [(tmp_path / name / "index.html").read_text() for name in ("out", "plain")]
+    found = [re.findall(r"--natural:(\d+)px", page) for page in pages]
+    assert found[0] == found[1] and len(found[0]) == len(stems)
+
+
+def test_pdfs_are_deterministic(make_run, console, tmp_path):
+    path = make_run(units=UNITS)
+    for name in "ab":
+        report([path], tmp_path / name, console, formats=["pdf"])
+    first = {p.name: p.read_bytes() for p in (tmp_path / "a").glob("*.pdf")}
+    assert first and first == {p.name: p.read_bytes() for p in (tmp_path / "b").glob("*.pdf")}
+
+
+@pytest.mark.parametrize("formats, message", [("png,gif", "--formats gif: choose from"), ("", "--formats : choose")])
+def test_unknown_format_writes_nothing(make_run, tmp_path, capsys, formats, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(make_run(units=UNITS)), "--out", str(tmp_path / "out"), f"--formats={formats}"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_page_links_to_the_files(make_run, console, tmp_path, quick_figures):
+    paths = [make_run("50% of #1", units=UNITS), make_run("b", units=UNITS)]
+    for html in (None, tmp_path / "pages" / "p.html"):
+        written = report(paths, tmp_path / "out", console, html=html)
+        page = html or tmp_path / "out" / "index.html"
+        links = re.findall(r'<a href="([^"#]+)">([^<]+)</a>', page.read_text())
+        assert {kind for _, kind in links} == {"CSV", "JSON", "Markdown", "LaTeX", "PNG", "SVG", "PDF"}
+        targets = {(page.parent / unquote(address)).resolve() for address, _ in links}
+        named = {p for p in written if p.suffix != ".html" and not p.name.endswith("epochs.csv")}
+        # The notes are in the sections of their runs.
+        assert targets == {p for p in named if p.stem != "notes"}
+
+
 # ---- columns and order
 
 
@@ -249,7 +303,7 @@ def test_failed_figures_are_reported_and_others_written(make_run, console, monke
     monkeypatch.setattr("prunekit.reporting.figures.tradeoff_figures", lambda runs: iter(()))
     monkeypatch.setattr("prunekit.reporting.figures.RUN_FIGURES", (first_figures, last_figures))
     names = {p.name for p in report([make_run(units=UNITS)], None, console)}
-    drawn = {f"{name}.{kind}" for name in ("one", "three", "four") for kind in ("png", "svg")}
+    drawn = {f"{name}.{kind}" for name in ("one", "three", "four") for kind in ("png", "svg", "pdf")}
     assert {*drawn, "index.html", "layers.csv"} <= names
     assert not {"two.png", "two.svg"} & names
     text = console.file.getvalue()
@@ -258,7 +312,7 @@ def test_failed_figures_are_reported_and_others_written(make_run, console, monke
 
 
 def test_failed_page_is_reported_and_raises_only_if_requested(make_run, console, monkeypatch, tmp_path, quick_figures):
-    def page(*_):
+    def page(*_, **__):
         raise KeyError("word")
 
     monkeypatch.setitem(report.__globals__, "render_page", page)

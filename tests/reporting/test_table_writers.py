@@ -112,6 +112,35 @@ def test_escape_latex(text, escaped):
     assert escape_latex(text) == escaped
 
 
+def test_narrow_latex_is_for_a_column_of_a_paper(make_run, tmp_path):
+    run = load_run(make_run(baseline=True, measured_too=True))
+    run.summary["slim"] |= {"params": 73_345, "macs": 2_000_000}
+    run.summary["slim"]["metrics"] = {"max_f": 0.9, "mae": 0.05, "top1": 0.7352}
+    table = summary_table([run])
+    text = write_latex(table, tmp_path / "t.tex", narrow=True).read_text()
+    rows = [
+        [cell.strip() for cell in line.removesuffix(r" \\").split("&")] for line in text.splitlines() if "&" in line
+    ]
+    heads = [" ".join(filter(None, parts)) for parts in zip(*rows[:2], strict=True)]
+    slim = dict(zip(heads, rows[4], strict=True))
+    assert slim["model"] == "slim" and slim["params"] == "73.3k" and slim[r"MACs (64$\times$64)"] == "2.00M"
+    assert slim[r"max F $\uparrow$"] == r"\textbf{0.900}" and slim[r"MAE $\downarrow$"] == r"\textbf{0.050}"
+    assert slim["params (\\%)"] == f"{100 * 73_345 / run.summary['dense']['params']:.1f}"
+    # One value is not the best of several.
+    assert slim[r"top-1 $\uparrow$ (\%)"] == "73.5"
+    assert rows[5][heads.index("model")] == "fine-tuned"
+    # Of the other two metrics, the baseline has the best values.
+    assert text.count("textbf") == 4
+    assert text.count("{") == text.count("}")
+
+
+def test_all_of_equal_best_values_are_bold(tmp_path):
+    table = pd.DataFrame({"model": list("abc"), "max_f": pd.array([0.5, 0.5, None], "Float64")})
+    assert "textbf" not in write_latex(table, tmp_path / "t.tex", narrow=True).read_text()
+    table["max_f"] = pd.array([0.5, 0.5, 0.25], "Float64")
+    assert write_latex(table, tmp_path / "t.tex", narrow=True).read_text().count(r"\textbf{0.500}") == 2
+
+
 def test_latex_minus_and_hyphen(tmp_path):
     table = pd.DataFrame({"name": ["-a"], "value": [-0.5]})
     assert "-a & $-$0.5000" in write_latex(table, tmp_path / "t.tex").read_text()

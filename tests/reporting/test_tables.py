@@ -15,6 +15,7 @@ from prunekit.reporting.number_format import format_number, format_seconds, shor
 from prunekit.reporting.tables import (
     bench_table,
     budget_table,
+    differing_counters,
     epochs_table,
     evals_table,
     latency,
@@ -123,6 +124,24 @@ def test_counters_table_notes_differences_only(make_run):
     row = table.loc[("dense", MACS)]
     assert row["note"].startswith(f"thop {row['thop'] - row['prunekit']:+,} (+")
     assert "fvcore" not in row["note"] and pd.isna(table.loc[("slim", "params"), "torch"])
+
+
+def test_only_counters_that_differ_are_shown(make_run):
+    run = load_run(make_run())
+    table, agreeing = differing_counters(counters_table(run))
+    assert table.columns.tolist() == ["model", "quantity", "prunekit", "thop", "note"] and len(table) == 2
+    assert agreeing == ["fvcore", "torch"]
+    same = run.counters.assign(macs=run.counters.groupby("model")["macs"].transform("first"))
+    table, agreeing = differing_counters(counters_table(replace(run, counters=same)))
+    assert table.columns.tolist() == ["model", "quantity", "prunekit"] and len(table) == 4
+    assert agreeing == ["fvcore", "thop", "torch"]
+
+
+def test_summary_for_a_paper_has_few_columns(make_run):
+    runs = [load_run(make_run(name, baseline=True, measured_too=True)) for name in "ab"]
+    one, several = (report_tables(found)[0].latex_columns for found in (runs[:1], runs))
+    assert one == ["model", "params", "params ÷ dense", MACS, "max_f", "mae"]
+    assert several == ["run", "model", "params", MACS, "max_f", "mae"]
 
 
 def test_latency_uses_the_same_setting_for_all_models(make_run):

@@ -78,6 +78,31 @@ def test_other_tables_fit(make_run):
         assert len(text.splitlines()) >= len(table) + 2
 
 
+def test_measurements_fit_80_columns_without_broken_words(make_run):
+    run = load_run(make_run(measured_too=True))
+    sets = evals_table([run]).assign(s_measure=0.8, max_e=0.9, set="DUTS-TE, all images")
+    sets["model"] = "finetuned"
+    bench = bench_table([run]).assign(form="onnx-int8", device="Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz")
+    for table in (sets, bench.assign(batch=[1, 8, 64], threads=[1, 2, 16])):
+        table["run"] = "a_run_with_a_long_name"
+        for with_run in (False, True):
+            text = printed(lambda console, table=table, with_run=with_run: terminal_table(table, with_run, console))
+            words = set(text.split())
+            assert {*table["model"], *(["a_run_with_a_long_name"] if with_run else [])} <= words
+            assert all(
+                name in " ".join(text.split()) for name in table.columns.drop(["run", "form"], errors="ignore")[3:]
+            )
+
+
+def test_equal_settings_are_in_the_caption(make_run):
+    run = load_run(make_run(measured_too=True))
+    text = printed(lambda console: terminal_table(bench_table([run]), False, console))
+    assert text.splitlines()[0].split() == ["model", "form", "median", "ms", "p10", "ms", "p90", "ms", "peak", "MB"]
+    assert "batch 1; size 64×64; threads 1; device cpu" in text
+    text = printed(lambda console: terminal_table(evals_table([run]), False, console))
+    assert "size 64; images 40; skipped 0" in text and "mode" not in text.split()
+
+
 def test_terminal_layers(make_run):
     run = load_run(make_run(units=("block",)))
     text = printed(lambda console: terminal_layers(run))

@@ -81,7 +81,7 @@ def precision_recall_figure(run: Run, curves: Mapping[str, Mapping[str, Sequence
         for axes in (left, right):
             axes.set_ylim(-0.02, 1.02)
             style_axes(axes, "both")
-        columns = 1 if figure.get_figwidth() < 5 else 3 if len(curves) < 4 else 2
+        columns = 1 if style.is_narrow(figure) else 3 if len(curves) < 4 else 2
         figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 

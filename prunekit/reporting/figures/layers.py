@@ -61,14 +61,15 @@ def channels_figure(run: Run) -> Figure:
         if branched:
             _draw_splits(lower, kept, dense)
             style.style_layers_axis(lower, kept.index, labelled=True)
-        figure.legend(loc="outside lower center", ncols=min(4, len(kept.columns) + 1), frameon=False)
+        columns = min(2 if style.is_narrow(figure) else 4, len(kept.columns) + 1)
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
 def _stacked_bars(axes: Axes, heights: pd.DataFrame, labelled: bool) -> None:
     bottom = np.zeros(len(heights))
     for index, branch in enumerate(heights.columns):
-        label = f"branch {branch}" + (" (finest)" if index == 0 and len(heights.columns) > 1 else "")
+        label = f"branch {branch}" + (" (finest)" if index == 0 else "") if len(heights.columns) > 1 else "slim"
         values = heights[branch].to_numpy()
         bars = {"bottom": bottom, "label": label if labelled else None, **style.bar_style(index)}
         axes.bar(np.arange(len(heights)), values, width=0.7, **bars)

@@ -37,6 +37,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DENSE, SLIM = "#B0B0B0", COLOURS[0]
 DPI = 150
 FONT_SIZE = 9.0  # points
+NARROW = 5.0  # inches; one column of a paper is narrower
 MAX_WIDTH = 14  # inches
 FigureKind = Literal["png", "svg", "pdf"]
 
@@ -47,13 +48,17 @@ class FigureSize:
 
     Args:
         width: inches; one column of a paper has about 3.3.
-        font_size: points.
+        font_size: points; None: 7 in one column of a paper, else 9.
         dpi: resolution of PNGs and of pictures in PDFs, 1/inch.
     """
 
     width: float | None = None
     font_size: float | None = None
     dpi: float | None = None
+
+    @property
+    def points(self) -> float:
+        return self.font_size or (7.0 if self.width is not None and self.width < NARROW else FONT_SIZE)
 
 
 DEFAULT_SIZE = FigureSize()
@@ -155,7 +160,7 @@ def fix_layout(figure: Figure) -> None:
 @contextmanager
 def figure_style() -> Iterator[None]:
     """Use the style of reports, independent of the user's matplotlibrc."""
-    font = _SIZE.get().font_size or FONT_SIZE
+    font = _SIZE.get().points
     style = {
         **{"svg.hashsalt": "prunekit", "hatch.linewidth": 0.6, "figure.dpi": DPI, "pdf.fonttype": 42},
         **{"font.size": font, "axes.titlesize": 10 / 9 * font},
@@ -167,7 +172,7 @@ def figure_style() -> Iterator[None]:
 
 def points(size: float) -> float:
     """Return a font size, given for texts of 9 points, in proportion to that of the figure."""
-    return size * (_SIZE.get().font_size or FONT_SIZE) / FONT_SIZE
+    return size * _SIZE.get().points / FONT_SIZE
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -183,6 +188,11 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=size.dpi or DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def is_narrow(figure: Figure) -> bool:
+    """Whether a figure is for one column of a paper: a legend has no room for many columns."""
+    return figure.get_figwidth() < NARROW
 
 
 def pixel_figure(width: int, height: int, dpi: float) -> Figure:

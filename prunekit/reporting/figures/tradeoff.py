@@ -220,7 +220,7 @@ def _name_runs(
     keys.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="Pareto front", **ring))
     if has_trivial:
         keys.append(Line2D([], [], color="0.35", linestyle=":", linewidth=1.2, label="trivial predictor"))
-    legend = {"handles": keys, "ncols": min(len(keys), 2 if figure.get_figwidth() < 4.5 else 5), "frameon": False}
+    legend = {"handles": keys, "ncols": min(len(keys), 2 if style.is_narrow(figure) else 5), "frameon": False}
     figure.legend(loc="outside lower center", **legend)
     texts, lines = len(axes.texts), len(axes.lines)
     labels = [escape_text(shorten(name, 28)) for name in names]
@@ -231,7 +231,7 @@ def _name_runs(
     numbered = names[:MAX_KEY]
     key = [f"{number}  {escape_text(shorten(name, 36))}" for number, name in enumerate(numbered, 1)]
     key += [f"… and {len(names) - MAX_KEY} more"] if len(names) > MAX_KEY else []
-    columns = 1 if figure.get_figwidth() < 4.5 else 3
+    columns = 1 if style.is_narrow(figure) else 3
     figure.set_layout_engine("constrained")
     figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(key) // columns))
     figure.legends[0].remove()
@@ -276,7 +276,7 @@ def totals_figure(runs: Sequence[Run]) -> Figure:
 
 def _style_run_axis(axes: Axes, runs: Sequence[Run]) -> None:
     axes.set_xlim(-0.6, len(runs) - 0.4)
-    axes.set_xlabel("run (image size at which its MACs are counted)")
+    axes.set_xlabel("run (image size of its MACs)")
     if len(runs) <= 9:
         # Wrapped names need less room than rotated ones of two lines.
         names = ["\n".join([*wrap(escape_text(shorten(run.name, 48)), 14), format_size(run.size)]) for run in runs]

@@ -163,7 +163,12 @@ def _plot_epochs(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str], ti
     _style_epoch_axis(axes, nbins=6)
     if empty:
         axes.text(
-            0.5, 0.5, "no decay" if title[0] in "pλ" else "none", transform=axes.transAxes, ha="center", color="0.35"
+            0.5,
+            0.5,
+            "no decay" if title.startswith(("penalty", "λ")) else "none",
+            transform=axes.transAxes,
+            ha="center",
+            color="0.35",
         )
         axes.set_yticks([])
     elif len(columns) > 1:
@@ -197,6 +202,9 @@ def gates_figure(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
         columns = min(len(stages), 4 if len(stages) > 6 else 3 if len(stages) > 4 else 2)
         rows = -(-len(stages) // columns)
         figure = style.new_figure(max(6.5, 0.9 + 2.3 * columns), 0.9 + 1.9 * rows)
+        if style.is_narrow(figure) and columns > 2:
+            columns, rows = 2, -(-len(stages) // 2)
+            figure.set_figheight(0.9 + 1.3 * rows)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, (stage, values) in zip(panels, stages.items(), strict=False):
             _plot_gates(axes, np.maximum(values, low), cut.value)
@@ -211,7 +219,7 @@ def gates_figure(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
         _style_epoch_axis(axes, nbins=5)
         for axes in panels[max(0, len(stages) - columns) : len(stages)]:
             axes.tick_params(axis="x", labelbottom=True)
-            axes.set_xlabel("epoch of sparse training")
+            axes.set_xlabel("epoch" if style.is_narrow(figure) else "epoch of sparse training")
         figure.supylabel("effective gate (output deviation)", fontsize=points(9))
         keys = [Line2D([], [], color="black", linewidth=1.5, label="median")]
         if cut.value is None:
@@ -222,7 +230,8 @@ def gates_figure(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
             ]
             line = {"color": "black", "linestyle": "--", "linewidth": 0.9}
             keys.insert(2, Line2D([], [], **line, label=f"{cut.name} {cut.value:.3g}"))
-        figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False)
+        ncols = 2 if style.is_narrow(figure) else 4
+        figure.legend(handles=keys, loc="outside lower center", ncols=ncols, frameon=False)
     return figure
 
 

@@ -11,6 +11,7 @@ from helpers.figure_checks import assert_labelled, assert_readable
 from PIL import Image
 
 from prunekit.reporting.figures import encode_figure, report_figures, training_figures, write_figure
+from prunekit.reporting.figures.style import FigureSize, figure_size
 from prunekit.reporting.loader import load_run
 from prunekit.reporting.number_format import file_stem
 
@@ -64,6 +65,14 @@ def test_all_texts_are_readable_and_axes_labelled(run):
     for drawing in report_figures([run, other]):
         assert_readable(drawing.figure)
         assert_labelled(drawing.figure)
+
+
+@pytest.mark.parametrize("width, font_size", [(3.3, None), (3.5, 7), (6.9, 8), (14, 12)])
+def test_figures_of_any_size_are_readable(run, width, font_size):
+    with figure_size(FigureSize(width, font_size)):
+        for drawing in report_figures([run, replace(run, name="other")]):
+            assert drawing.figure.get_figwidth() == width
+            assert_readable(drawing.figure)
 
 
 def test_names_with_mathtext_characters(run):

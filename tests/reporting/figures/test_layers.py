@@ -100,6 +100,13 @@ def test_any_number_of_layers_is_readable(run, count):
         assert (count <= 60) == ("named" not in figure.axes[-1].get_xlabel())
 
 
+def test_title_counts_channels_as_the_summary_does(run):
+    kept = {"channels": 226, "of": 360}
+    figure = channels_figure(replace(run, summary={**run.summary, "kept": kept}))
+    assert figure.axes[0].get_title() == "226 of 360 prunable channels kept (62.8%)"
+    assert channels_figure(replace(run, summary={})).axes[0].get_title() == ""
+
+
 def test_common_prefix_is_in_axis_label(run):
     figure = channels_figure(with_layers(run, ["model.body.a.conv", "model.body.b.conv"]))
     lower = figure.axes[-1]

@@ -10,6 +10,7 @@ import pytest
 from helpers.figure_checks import assert_readable, boxes
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.patches import FancyArrowPatch
 
 from prunekit.reporting.figures import report_figures
 from prunekit.reporting.figures.tradeoff import pareto_front, totals_figure, tradeoff_figures
@@ -88,6 +89,32 @@ def test_macs_label_has_image_size(run):
     assert drawn([run], "tradeoff_macs").axes[0].get_xlabel() == "MACs (64×64)"
     both = [run, replace(run, name="other", size=(32, 32))]
     assert drawn(both, "tradeoff_macs").axes[0].get_xlabel() == "MACs (each at the image size of its run)"
+
+
+def test_arrows_lead_from_dense_to_slim_to_finetuned(run):
+    figure = drawn([run], "tradeoff_params")
+    arrows = [patch._posA_posB for patch in figure.axes[0].patches if isinstance(patch, FancyArrowPatch)]
+    points = [(run.summary[m]["params"], run.summary[m]["metrics"]["max_f"]) for m in ("dense", "slim", "finetuned")]
+    assert [list(map(tuple, arrow)) for arrow in arrows] == [[points[0], points[1]], [points[1], points[2]]]
+
+
+@pytest.mark.parametrize("metric, best", [("max_f", 0.5), ("mae", 0.25)])
+def test_trivial_predictor_is_a_line(run, metric, best):
+    summary = deepcopy(run.summary)
+    for model in ("dense", "slim", "finetuned"):
+        summary[model]["metrics"] = {metric: 0.75 + summary[model]["params"] / 1e6}
+    summary["reference"] = {"constant": {metric: 0.5}, "centre": {metric: 0.25}, "broken": {metric: None}}
+    one = replace(run, summary=summary)
+    figure = drawn([one], "tradeoff_params")
+    (line,) = (line for line in figure.axes[0].lines if line.get_linestyle() == ":")
+    assert set(line.get_ydata()) == {best}
+    assert "trivial predictor" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert_readable(figure)
+    # Of runs on other data, the predictors differ.
+    other = deepcopy(summary)
+    other["reference"] = {"constant": {metric: 0.625}}
+    figure = drawn([one, replace(one, name="other", summary=other)], "tradeoff_params")
+    assert not [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
 
 
 def test_latency_is_compared_in_one_setting(run):

@@ -162,6 +162,39 @@ def test_nothing_overflows(show, name, size):
     assert show(name, size).execute_script(OUTSIDE, size[0]) == []
 
 
+def plates(driver):
+    """Return left, width and scrolled width of each figure."""
+    return driver.execute_script(
+        "return [...document.querySelectorAll('.plate')].filter((e) => e.clientWidth).map((e) =>"
+        " [e.getBoundingClientRect().left, e.clientWidth, e.scrollWidth])"
+    )
+
+
+def test_figures_scale_on_a_telephone(show):
+    found = plates(show("one", (420, 900)))
+    assert len(found) > 9 and all(scrolled <= width for _, width, scrolled in found)
+
+
+def test_figures_are_in_two_columns_on_a_desk(show):
+    found = plates(show("one", DESK))
+    assert len({round(left) for left, _, _ in found}) == 2
+    assert all(scrolled <= width for _, width, scrolled in found)
+    wide = show("one", DESK).execute_script("return document.querySelector('figure.wide').clientWidth")
+    assert wide > 900
+
+
+def test_runs_are_folded_below_the_comparison(show):
+    driver = show("several")
+    state = "return [...document.querySelectorAll('details')].map((e) => e.open)"
+    assert driver.execute_script(state) == [False, False]
+    tops = "return ['#summary', '#run-1'].map((id) => document.querySelector(id).getBoundingClientRect().top)"
+    assert driver.execute_script(tops) == sorted(driver.execute_script(tops))
+    driver.find_element(By.CSS_SELECTOR, "nav a[href='#run-2-layers']").click()
+    assert driver.execute_script(state) == [False, True]
+    driver.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    assert driver.execute_script(state) == [True, True]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
 def test_text_has_sufficient_contrast(show, name, scheme):
