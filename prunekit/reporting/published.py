@@ -16,9 +16,8 @@ LABEL = "published, ECSSD"
 class Published:
     """One published model.
 
-    Attributes:
+    Args:
         name: as in the paper; ×2 has twice the width, "L" has learned splits.
-        params: number of parameters.
         paper_flops: at 224×224, in the paper's convention.
         metrics: ``max_f``, ``mae``, ``s_measure`` and ``max_e`` on ECSSD; empty for the dense models.
     """

@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from prunekit.reporting.loader import MISSING, Run
+from prunekit.reporting.loader import MISSING, MODELS, Run
 from prunekit.reporting.number_format import format_seconds, printable
 from prunekit.reporting.tables import (
     bench_table,
@@ -104,6 +104,8 @@ def _details(run: Run, console: Console) -> Iterator[Any]:
         differences = (("largest difference", "max_abs_diff"), ("tolerance", "tolerance"))
         values = [f"{title} {equivalence[key]:.1e}" for title, key in differences if key in equivalence]
         yield f"equivalence check: {', '.join([verdict, *values])}"
+    for model in (model for model in MODELS if run.model(model) and not run.model_metrics(model)):
+        yield f"{model}: no metrics, as it has not been evaluated; prunekit eval {run.path} --model {model}"
     for row in budget_table([run]).to_dict("records"):
         yield _budget(row)
     yield from _counters(run, console)

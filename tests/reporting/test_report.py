@@ -128,6 +128,20 @@ def test_progress_of_unfinished_run_is_printed(make_run, console, quick_figures)
     assert "csnet (interrupted; train: epoch 3/5)" in console.file.getvalue()
 
 
+def test_models_without_metrics_are_explained(make_run, console, quick_figures):
+    path = make_run(units=UNITS, stop="finetune")
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["slim"]["metrics"]
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "state.json").unlink()
+    report([path], None, console)
+    lines = "".join(line.strip() + " " for line in console.file.getvalue().splitlines())
+    assert "slim: no metrics, as it has not been evaluated; prunekit eval" in lines and "--model slim" in lines
+    assert "dense: no metrics" not in lines
+    page = (path / "report" / "index.html").read_text()
+    assert "The slim model has no metrics" in page and "The dense model has no metrics" not in page
+
+
 def test_damaged_file_is_printed(make_run, console, quick_figures):
     path = make_run(units=UNITS)
     (path / "layers.json").write_text("{}")
@@ -246,12 +260,12 @@ def test_columns_and_sort_apply_to_every_format(make_run, console, tmp_path, qui
     assert [int(row[3]) for row in rows[:2]] == sorted((int(row[3]) for row in rows[:2]), reverse=True)
     back = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [(row["run"], row["model"]) for row in back] == order and list(back[0]) == head
-    for name, first in (("summary.md", 2), ("summary.tex", 4)):
+    for name, first in (("summary.md", 2), ("summary.tex", 5)):
         lines = [
             line for line in (tmp_path / "out" / name).read_text().splitlines() if line.startswith(("| ", "a &", "b &"))
         ]
         found = [tuple(cell.strip(" |") for cell in line.replace("|", "&").strip("&").split("&"))[:2] for line in lines]
-        assert found[-6:] == order, (name, first)
+        assert [(run, model.replace("-", "")) for run, model in found[-6:]] == order, (name, first)
     shown = [line.split()[:2] for line in console.file.getvalue().splitlines() if line[:2] in ("a ", "b ")]
     assert [tuple(pair) for pair in shown[:6]] == order
 

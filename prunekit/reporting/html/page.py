@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from prunekit import __version__
 from prunekit.reporting.html.figures import EmbeddedFigure
-from prunekit.reporting.loader import Run
+from prunekit.reporting.loader import MODELS, Run
 from prunekit.reporting.number_format import format_number, format_seconds, format_size, short_number
 from prunekit.reporting.table_writers import format_cells, is_numeric
 from prunekit.reporting.tables import ReportTable, differing_counters, report_tables
@@ -66,6 +66,7 @@ def render_page(
         tables=tables,
         figures=list(figures),
         links=links or {},
+        models=MODELS,
         version=__version__,
         max_recipe=_MAX_RECIPE,
         style=Markup(_asset("page.css")),

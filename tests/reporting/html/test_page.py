@@ -251,6 +251,12 @@ def test_figures_with_pictures_have_white_background():
     assert embed_figure(drawing).white and not embed_figure(drawn()).white
 
 
+def test_wide_figures_take_the_whole_width(runs):
+    figures = [embed_figure(ReportFigure("a", "A", "It goes up.", new_figure(width, 2))) for width in (6.5, 9)]
+    assert [figure.wide for figure in figures] == [False, True]
+    assert [a.get("class") for a in Parsed(render_page(runs[:1], figures)).all("figure")] == [None, "wide"]
+
+
 def test_script_and_foreign_elements_are_removed():
     svg = (
         b'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
