@@ -37,6 +37,9 @@ RecipeName = Annotated[str, Argument(help="Recipe file, or name of a shipped rec
 RunFolder = Annotated[Path, Argument(help="Run folder.")]
 Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Set recipe keys, e.g. train.epochs=2.")]
 OverwriteRun = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
+ResultsFolder = Annotated[
+    Path | None, Option(help="Folder for the results; default: RUN. With it, nothing is written into RUN.")
+]
 Model = Annotated[str | None, Option(help="baseline, dense, slim or finetuned; default: the last one the run has.")]
 
 
@@ -178,12 +181,13 @@ def eval_(
         str,
         Option(metavar="raise|skip", help="What to do with unreadable images and images without mask or class."),
     ] = "raise",
+    out: ResultsFolder = None,
 ) -> None:
     """Evaluate a model on data sets with the metrics of its task."""
     from prunekit.commands.evaluate import evaluate
 
     options = {"model": model, "size": size, "own_size": own_size, "batch_size": batch_size, "on_error": on_error}
-    evaluate(run, data or [], _console(), **options)
+    evaluate(run, data or [], _console(), **options, out=out)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from prunekit.commands.tables import simple_table
+from prunekit.commands.results import simple_table
 from prunekit.config.registry import closest_match
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.model_transfer import pack_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -12,17 +13,20 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
-from prunekit.commands.tables import simple_table
+from prunekit.commands.results import open_to_write, simple_table, write_result
+from prunekit.config.schema import Recipe
+from prunekit.data.datasets import ImageDataset
 from prunekit.errors import CheckpointError, DataError, RunFolderError
 from prunekit.pipeline.context import RunContext
-from prunekit.pipeline.models import MODELS, load_model, newest_model, read_recipe, read_task
+from prunekit.pipeline.models import choose_model, load_model, read_recipe, read_task
+from prunekit.pipeline.preflight import check_classes
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.io import format_problem, is_newer
 from prunekit.utils.progress import Reporter
 from prunekit.utils.text import plural
 
 EVAL, FORMAT = "eval.json", 1
-VALIDATION = "validation"  # the name of the run's own set
+VALIDATION = "validation"  # name of the run's own set
 MIN_SIZE = 16  # pixels; a network with four halvings needs as many
 OnError = Literal["raise", "skip"]
 
@@ -37,6 +41,7 @@ def evaluate(
     own_size: bool = False,
     batch_size: int = 16,
     on_error: OnError = "raise",
+    out: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a run's model on data sets, print a table and add the results to ``eval.json``.
 
@@ -44,13 +49,13 @@ def evaluate(
     recipe's size are added there.
 
     Args:
-        data: ``NAME=FOLDER`` for each set. For saliency, the folder holds images/ and GT/; for classification, one
-            folder of images for each class. Empty: the validation set of the run.
+        data: ``NAME=FOLDER`` for each set; empty for the run's own validation set. For saliency, the folder holds
+            images/ and GT/; for classification, one folder of images for each class.
         model: "baseline", "dense", "slim" or "finetuned"; None for the run's newest.
         size: side of the square that images are resized to; None for that of the recipe.
         own_size: use each image's own size instead, rounded up to a multiple of 16.
-        batch_size: number of images in a batch.
         on_error: "skip" leaves out and counts images that cannot be read or have no mask or class.
+        out: folder for ``eval.json``; nothing is written into the run folder. None for the run folder.
 
     Returns:
         the entries of ``eval.json`` of these sets: name, folder, model, mode, images, skipped, metrics and seconds.
@@ -64,36 +69,34 @@ def evaluate(
         raise DataError("--size and --own-size exclude each other; give one of them")
     if batch_size < 1:
         raise DataError(f"--batch-size {batch_size}: must be at least 1")
-    if model is not None and model not in MODELS:
-        raise DataError(f"--model {model}: choose one of {', '.join(MODELS)}")
     if on_error not in ("raise", "skip"):
         raise DataError(f"--on-error {on_error}: choose raise or skip")
-    with closing(RunDir.open(path, write=True)) as run:
-        saved = _read_results(run)
-        name = model or newest_model(run)
-        recipe = read_recipe(run)
+    reporter = Reporter(console)
+    with closing(open_to_write(path, out)) as run:
+        file = (out or run.path) / EVAL
+        saved = _read_results(run, out, file)
+        name, recipe = choose_model(run, model), read_recipe(run)
         min_size = min(MIN_SIZE, recipe.data.size)
         if size is not None and size < min_size:
             raise DataError(f"--size {size}: must be at least {min_size}")
         side = None if own_size else size or recipe.data.size
         task, classes = read_task(run, recipe)
-        reporter = Reporter(console)
-        datasets = {}
+        datasets: dict[str, ImageDataset] = {}
         for key, folder in folders.items():
-            with _errors_of(key):
+            with _errors_of(f"--data {key}"):
                 datasets[key] = task.read_folder(folder, on_error, classes)
-        if not folders:
-            own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_error": on_error})})
-            folders[VALIDATION] = str(recipe.data.val_root or recipe.data.root or recipe.data.name)
-            with _errors_of(VALIDATION):
-                datasets[VALIDATION] = RunContext(own, reporter).dataset("val")
+        if not datasets:
+            with _errors_of("the run's validation set"):
+                datasets[VALIDATION] = _own_set(run, recipe, on_error, reporter)
+                folders[VALIDATION] = str(recipe.data.val_root or recipe.data.root or recipe.data.name)
         network = load_model(run, name, recipe).to(PartialState().device)
-        entries = []
+        entries, notes = [], []
         for key, dataset in datasets.items():
             start, count = time.perf_counter(), len(dataset)
-            with _errors_of(key), closing(reporter.progress_bar(key)) as progress:
+            where = f"--data {key}" if data else "the run's validation set"
+            with _errors_of(where), closing(reporter.progress_bar(key)) as progress:
                 try:
-                    metrics = task.evaluate(network, dataset, side, batch_size, progress).metrics
+                    result = task.evaluate(network, dataset, side, batch_size, progress)
                 except DataError as error:
                     if len(dataset):
                         raise
@@ -107,16 +110,34 @@ def evaluate(
                 "mode": "own size" if side is None else f"size {side}",
                 "images": len(dataset),
                 "skipped": dataset.skipped,
-                "metrics": metrics,
+                "metrics": result.metrics,
                 "seconds": round(time.perf_counter() - start, 3),
             }
             entries.append(entry)
+            notes += [f"{key}: {plural(dataset.skipped, 'image')} skipped"] if dataset.skipped else []
+            notes += [f"{key}: {result.warning}"] if result.warning else []
             saved[_key(entry)] = entry
-            run.write_json(EVAL, {"format": FORMAT, "sets": list(saved.values())})
-            if side == recipe.data.size:
-                _update_summary(run, name, metrics)
-    _print(entries, run.path / EVAL, console)
+            write_result(run, out, EVAL, {"format": FORMAT, "sets": list(saved.values())})
+            if side == recipe.data.size and out is None:
+                _update_summary(run, name, result.metrics)
+    names = list(dict.fromkeys(key for entry in entries for key in entry["metrics"]))
+    table = simple_table(["set"], ["images", *names])
+    for entry in entries:
+        values = [f"{entry['metrics'][key]:.4f}" for key in names]
+        table.add_row(*map(Text, (entry["name"], f"{entry['images']:,}", *values)))
+    console.print(Text(f"{name} model, {entries[0]['mode']}"))
+    console.print(table)
+    for line in (*notes, f"saved to {file}"):
+        console.print(Text(line), soft_wrap=True)
     return entries
+
+
+def _own_set(run: RunDir, recipe: Recipe, on_error: OnError, reporter: Reporter) -> ImageDataset:
+    if on_error == "skip":
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_error": "skip"})})
+    context = RunContext(recipe, reporter)
+    check_classes(context, run)
+    return context.dataset("val")
 
 
 def _parse_sets(data: Sequence[str]) -> dict[str, str]:
@@ -132,30 +153,29 @@ def _parse_sets(data: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _errors_of(name: str) -> Iterator[None]:
+def _errors_of(what: str) -> Iterator[None]:
     """Name the data set in errors, and this command's option in place of the recipe key."""
     try:
         yield
     except DataError as error:
         message = str(error).replace("set data.on_error=skip", "give --on-error skip")
-        where = "the run's validation set" if name == VALIDATION else f"--data {name}"
-        raise DataError(f"{where}: {message}") from error
+        raise DataError(f"{what}: {message}") from error
 
 
-def _read_results(run: RunDir) -> dict[tuple[str, str, str], dict[str, Any]]:
-    if not run.has(EVAL):
+def _read_results(run: RunDir, out: Path | None, file: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    if not file.exists():
         return {}
     try:
-        content = run.read_json(EVAL)
+        content = run.read_json(EVAL) if out is None else json.loads(file.read_bytes())
         if (problem := format_problem(content["format"], FORMAT)) is not None:
             if is_newer(content["format"], FORMAT):
                 raise RunFolderError(
-                    f"{run.path / EVAL} {problem}; pip install --upgrade prunekit, or remove it and evaluate again"
+                    f"{file} {problem}; pip install --upgrade prunekit, or remove it and evaluate again"
                 )
             raise ValueError(problem)
         return {_key(entry): entry for entry in content["sets"]}
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run.path / EVAL} is damaged; remove it and evaluate its sets again") from error
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged; remove it and evaluate its sets again") from error
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, str]:
@@ -167,17 +187,3 @@ def _update_summary(run: RunDir, model: str, metrics: dict[str, float]) -> None:
     part = summary.get(model)
     if isinstance(part, dict) and not part.get("metrics"):
         run.update_summary(model, {**part, "metrics": metrics})
-
-
-def _print(entries: Sequence[dict[str, Any]], path: Path, console: Console) -> None:
-    names = list(dict.fromkeys(key for entry in entries for key in entry["metrics"]))
-    table = simple_table(["set"], ["images", *names])
-    for entry in entries:
-        values = [f"{entry['metrics'][key]:.4f}" for key in names]
-        table.add_row(*map(Text, (entry["name"], f"{entry['images']:,}", *values)))
-    console.print(Text(f"{entries[0]['model']} model, {entries[0]['mode']}"))
-    console.print(table)
-    for entry in entries:
-        if entry["skipped"]:
-            console.print(Text(f"{entry['name']}: {plural(entry['skipped'], 'image')} skipped"), soft_wrap=True)
-    console.print(Text(f"saved to {path}"), soft_wrap=True)

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -233,8 +234,8 @@ def unreadable(folder):
         (["b=bad"], unreadable, ["--data b", "0.png"]),
         (["b=bad", "--on-error", "skip"], unreadable, ["--data b", "none of the 1 pairs"]),
         (["a=photos", "--on-error", "stop"], None, ["--on-error stop"]),
-        (["a=photos", "--model", "best"], None, ["--model best", "finetuned"]),
-        (["a=photos", "--model", "slim"], None, ["slim/model.safetensors is missing"]),
+        (["a=photos", "--model", "best"], None, ["--model best", "it has dense"]),
+        (["a=photos", "--model", "slim"], None, ["--model slim", "it has dense"]),
         (["a=photos", "--size", "8"], None, ["--size 8", "at least 16"]),
         (["a=photos", "--size", "64", "--own-size"], None, ["exclude each other"]),
         (["a=photos", "--batch-size", "0"], None, ["--batch-size 0"]),
@@ -276,3 +277,24 @@ def test_progress_bar_with_brackets_in_its_name():
     counter(1, 2)
     counter.close()
     assert "[/]{x}" in console.file.getvalue()
+
+
+def test_with_out_nothing_is_written_into_the_run_folder(call):
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    for number in (1, 2):
+        status, out, _ = call("run", "--data", f"{number}=photos", "--out", "there")
+        assert status == 0 and "saved to there/eval.json" in out
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    assert [one["name"] for one in json.loads(Path("there/eval.json").read_text())["sets"]] == ["1", "2"]
+
+
+def test_a_read_only_run_folder_needs_out(call, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    status, _, error = call("run", "--data", "a=photos")
+    assert status == 2 and "run cannot be written; give --out DIR" in error
+
+
+def test_masks_that_are_all_empty_are_reported(call):
+    for path in Path("photos/GT").iterdir():
+        Image.new("L", Image.open(path).size).save(path)
+    assert "a: all 3 masks are empty" in call("run", "--data", "a=photos")[1]
