@@ -69,9 +69,7 @@ def read_task(run: RunDir, recipe: Recipe) -> tuple[Task, list[str]]:
 def read_plan(run: RunDir, name: str) -> Plan | None:
     """Read ``<name>/plan.json``; None where there is none, since the model has the builder's shape.
 
-    Raises:
-        CheckpointError: it is damaged, or was made from another dense model.
-        PlanError: it is not a plan.
+    CheckpointError if it is damaged or was made from another dense model, PlanError if it is not a plan.
     """
     file = f"{name}/plan.json"
     if not run.has(file):
@@ -140,8 +138,7 @@ def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Modul
         recipe: of the run, where it is known already.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the weights do not fit.
-        PlanError: the plan does not fit the recipe's backbone.
+        CheckpointError: a file is missing or damaged, or the weights or the plan (PlanError) do not fit.
     """
     path, weights = f"{run.path}/{name}/model.safetensors", run.read_tensors(f"{name}/model.safetensors")
     model = build_with_plan(recipe or read_recipe(run), read_plan(run, name))
@@ -173,15 +170,13 @@ def save_model(run: RunDir, name: str, model: nn.Module, plan: Plan | None = Non
 
 
 def create_initial_model(run: RunDir, recipe: Recipe) -> tuple[nn.Module, Plan | None]:
-    """Return the model that training begins with, and its plan: the builder's, or the newest of the run ``init``.
-
-    That run may be gone later, so its model is copied to ``init/`` first.
-    """
+    """Return the model that training begins with, and its plan: the builder's, or a copy of the newest of ``init``."""
     if run.has("init/plan.json") and (recipe.init is None or not run.has("init/model.safetensors")):
         # A run that was derived from another has the plan of that one's model, which is not the one to train.
         run.remove("init")
     if recipe.init is None:
         return build_dense(recipe), None
+    # The run may be gone later, so its model is copied.
     if not run.has("init/model.safetensors"):
         source = open_initial_run(recipe)
         name = newest_model(source)

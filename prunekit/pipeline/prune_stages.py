@@ -268,11 +268,7 @@ def _goals(context: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[
 
 
 def absolute_budget(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
-    """Return the recipe's target in absolute numbers, for a run that begins with this model.
-
-    Raises:
-        PlanError: it cannot be met.
-    """
+    """Return the recipe's target in absolute numbers, for a run that begins with this model, or raise PlanError."""
     target = _target(context.recipe)
     return _size_search(context, model, groups).budget(**target) if target else None
 

@@ -42,7 +42,7 @@ def rehearse(context: RunContext, model: nn.Module, *, prune: bool = True) -> No
         model: that training begins with; or, without ``prune``, the one that is fine-tuned.
 
     Raises:
-        RecipeError: something fails; the message names the group or the option.
+        RecipeError: it fails; the message names the group or the option.
     """
     quiet = copy.copy(context)
     quiet.reporter = Reporter(Console(quiet=True))

@@ -100,9 +100,6 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
         out: the new run folder.
         console: for progress and the report.
         overwrite: replace the run in ``out``.
-
-    Raises:
-        PrunekitError: as for ``run_recipe``.
     """
     with _derived_run(source, recipe, out, console, "extract", overwrite) as (context, old, run):
         context.reporter.training_epochs.pop("finetune", None)
@@ -121,7 +118,7 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
 def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overwrite: bool = False) -> Path:
     """Fine-tune the slim model of another run, or its dense one where it has no other; then evaluate and export it.
 
-    Args, return value and errors as for ``slim_run``.
+    Args as for ``slim_run``.
     """
     with _derived_run(source, recipe, out, console, "finetune", overwrite) as (context, old, run):
         for name in ("baseline", "dense", "slim"):

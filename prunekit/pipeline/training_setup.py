@@ -39,15 +39,12 @@ def train_model(
     controller: LambdaController | None = None,
     pruning: ProgressivePruning | None = None,
 ) -> nn.Module:
-    """Train a model in place, resuming from the newest checkpoint in the run folder.
+    """Train a model in place, resuming from the newest checkpoint; return what is left of it, in eval mode on the CPU.
 
     Args:
         training: its name. "train" and "baseline" follow the recipe's section train, all others finetune.
         controller: adjusts λ towards the budget.
         pruning: removes dead channels during training.
-
-    Returns:
-        The model on the CPU in eval mode; with ``pruning``, what is left of it.
     """
     recipe = context.recipe
     section = recipe.train if training in ("train", "baseline") else recipe.finetune

@@ -49,8 +49,7 @@ class ArtifactStore:
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Write a file, named by its relative path with ``/``, atomically; record its checksum and return its path.
 
-        Raises:
-            CheckpointError: the write failed; an existing file is unchanged.
+        A write that fails raises CheckpointError and leaves the old file unchanged.
         """
         path = self._inside(name)
         self._require_write_access()
@@ -90,11 +89,7 @@ class ArtifactStore:
     # ---- reading
 
     def read_bytes(self, name: str) -> bytes:
-        """Read a file and verify its checksum, if one is recorded.
-
-        Raises:
-            CheckpointError: the file is missing or damaged; the message says how to make it again.
-        """
+        """Read a file and verify its checksum; CheckpointError says how to make it again if it is damaged."""
         for _ in range(_MAX_READS):
             try:
                 data = self._inside(name).read_bytes()
@@ -134,9 +129,7 @@ class ArtifactStore:
             raise self._damage(name, f"damaged ({error})") from error
 
     def has(self, name: str) -> bool:
-        """Return whether the file exists or is recorded, so that reading it reports a loss; users may remove
-        ``eval.json`` and ``bench.json``.
-        """
+        """Return whether the file exists, or is recorded and lost; ``eval.json`` and ``bench.json`` may be removed."""
         return self._inside(name).is_file() or (name in self._state["checksums"] and name not in _MEASUREMENTS)
 
     def recorded_files(self) -> list[str]:
@@ -155,11 +148,7 @@ class ArtifactStore:
     # ---- metrics
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``.
-
-        Raises:
-            CheckpointError: the write failed, the file is damaged, or a number is not finite; earlier lines remain.
-        """
+        """Append a line to ``metrics.jsonl``; CheckpointError if the file is damaged or a number is not finite."""
         self._require_write_access()
         path = self.path / METRICS
         data = encode_json(line, str(path), indent=None)

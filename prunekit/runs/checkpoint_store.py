@@ -61,8 +61,7 @@ class CheckpointStore:
     ) -> None:
         """Write a checkpoint, then remove all of this stage except the newest ``keep`` and the ``best``.
 
-        Raises:
-            CheckpointError: the write failed, or the state is not valid JSON; earlier checkpoints are unchanged.
+        CheckpointError if the write fails or the state is not valid JSON; earlier checkpoints remain then.
         """
         tensor_path, json_path = self._paths(stage, step)
         data = encode_tensors(tensors)
@@ -96,9 +95,7 @@ class CheckpointStore:
     def read(self, stage: str, step: int) -> tuple[Tensors, dict[str, Any]]:
         """Return tensors and state of one checkpoint.
 
-        Raises:
-            CheckpointError: it is damaged, or belongs to another run.
-            RunFolderError: it needs a newer prunekit.
+        CheckpointError if it is damaged or of another run, RunFolderError if it needs a newer prunekit.
         """
         tensor_path, json_path = self._paths(stage, step)
         name = f"checkpoint {json_path.with_suffix('')}"

@@ -96,9 +96,7 @@ class RunDir(ArtifactStore):
     def open(cls, path: str | Path, *, write: bool = False) -> Self:
         """Open a run folder for reading; with ``write`` also lock it, so that files can be added.
 
-        Raises:
-            RunFolderError: it is not a run folder, has another format, or (``write``) is in use.
-            CheckpointError: ``state.json`` is damaged.
+        RunFolderError if it is no run folder, has another format or is in use; CheckpointError if its state is damaged.
         """
         path = Path(path)
         if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):

@@ -74,12 +74,7 @@ def recorded_files(folder: Path) -> list[str]:
 
 
 def check_format(folder: Path) -> None:
-    """Check the format numbers of state and summary.
-
-    Raises:
-        RunFolderError: another prunekit wrote them, with a format that this one does not read.
-        CheckpointError: there has never been such a format.
-    """
+    """Raise RunFolderError for the format of another prunekit, CheckpointError for one that has never existed."""
     for name, marker in _MARKERS.items():
         path = folder / name
         try:
