@@ -24,6 +24,7 @@ _OTHER_NAMES = {
     "model arch architecture net network": "use backbone",
     "dataset": "use data",
     "image_size img_size imgsz input_size resolution": "use data.size",
+    "height width": "images are resized to squares; use data.size",
     "max_epochs n_epochs num_epochs": "use train.epochs",
     "batch bs": "use train.batch_size",
     "learning_rate": "use train.lr",

@@ -62,8 +62,8 @@ def refuse_change(
         first = min(started.values(), key=STAGES.index)
         if first != STAGES[0]:
             problem += f", or --from {first} to repeat that stage and the later ones"
-        if ("train", "epochs") in started:
-            problem += f", or train the finished model further in a new run with init={folder}"
+        if ("train", "epochs") in started and recipes[1].train.epochs > recipes[0].train.epochs:
+            problem += f", or train the model of the finished run further in a new one: init={folder} --out DIR"
     return f"{problem}{_OTHERWISE}:\n{_diff(old, new)}"
 
 
