@@ -21,6 +21,7 @@ from prunekit.tasks.base import inference
 from prunekit.training.optimizers import param_groups
 from prunekit.training.trackers import check_tracker
 from prunekit.training.trainer import bind_options
+from prunekit.utils.io import is_out_of_memory
 
 
 def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = False, rehearsal: bool = False) -> None:
@@ -101,6 +102,8 @@ def _output_fault(context: RunContext, model: nn.Module, size: int) -> str | Non
         with inference(model):
             output = model(torch.zeros(1, *context.shape[:-2], size, size))
     except (RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         return f"{backbone} cannot take an image of {size}×{size} ({reason}); set another data.size"
     fault = context.task.check_output(output, size, context.dataset("train"))

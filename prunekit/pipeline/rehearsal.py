@@ -28,7 +28,7 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.runs.state import new_state
 from prunekit.runs.worker_run_dir import WorkerRunDir
 from prunekit.tasks.base import compute_metrics, inference
-from prunekit.utils.io import is_disk_failure
+from prunekit.utils.io import is_disk_failure, is_out_of_memory
 from prunekit.utils.progress import Reporter
 from prunekit.utils.text import first_line, join_names
 
@@ -91,7 +91,7 @@ def _prune(context: RunContext, model: nn.Module, example: Tensor) -> nn.Module:
     try:
         return attempt(first)
     except Exception as error:
-        if is_disk_failure(error):
+        if is_disk_failure(error) or is_out_of_memory(error):
             raise
         with _failures(f"backbone {context.recipe.backbone.name}: the equivalence check", "correct the network"):
             attempt([])
@@ -142,7 +142,7 @@ def _failures(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_disk_failure(error):
+        if is_disk_failure(error) or is_out_of_memory(error):
             raise
         raise RecipeError(f"{what} fails ({_reason(error)}); {fix}") from error
 

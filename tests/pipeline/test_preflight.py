@@ -32,6 +32,13 @@ def unet(skip: bool = True):
 """
 
 
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 @pytest.fixture
 def check(tmp_path):
     (tmp_path / "unet.py").write_text(UNET)
@@ -62,3 +69,11 @@ def test_a_batch_larger_than_the_set_is_reported(check):
     said = check("finetune.batch_size=5")
     assert "finetune.batch_size=5 is larger than the 4 training images: an epoch is one step" in said
     assert "batch_size" not in check("finetune.batch_size=5", "finetune.epochs=0")
+
+
+def test_too_little_memory_is_not_a_wrong_size(check, monkeypatch):
+    monkeypatch.setattr(
+        "torch.nn.Upsample.forward", failing(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    )
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        check()
