@@ -338,7 +338,7 @@ def _narrow_columns(summary: pd.DataFrame) -> list[str]:
     macs = [c for c in summary if c.startswith(MACS) and summary[c].notna().any()]
     metrics = [c for c in summary if c not in _RESERVED and not c.startswith((MACS, LATENCY))]
     known = [column for column in metrics if summary[column].notna().any()][:2]
-    return [*(["run"] if several else []), "model", "params", *([] if several else [PARAMS_RATIO]), *macs[:1], *known]
+    return [*(["run"] if several else []), "model", "params", *([] if several else [PARAMS_RATIO]), *macs, *known]
 
 
 def _metric_title(name: str) -> str:

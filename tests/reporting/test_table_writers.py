@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from prunekit.errors import CheckpointError
 from prunekit.reporting import load_run, summary_table
+from prunekit.reporting.number_format import compact_number
 from prunekit.reporting.table_writers import (
     PAGE_ROWS,
     escape_latex,
@@ -132,6 +134,14 @@ def test_narrow_latex_is_for_a_column_of_a_paper(make_run, tmp_path):
     # Of the other two metrics, the baseline has the best values.
     assert text.count("textbf") == 4
     assert text.count("{") == text.count("}")
+
+
+def test_narrow_latex_has_one_column_of_macs(make_run, tmp_path):
+    runs = [load_run(make_run("a")), replace(load_run(make_run("b", seed=1)), size=(32, 32))]
+    one = report_tables(runs)[0]
+    text = write_latex(one.data[one.latex_columns], tmp_path / "t.tex", narrow=True).read_text()
+    assert text.count("MACs") == 1 and "64" not in text.partition("midrule")[0]
+    assert all(compact_number(run.summary[name]["macs"]) in text for run in runs for name in ("dense", "slim"))
 
 
 def test_all_of_equal_best_values_are_bold(tmp_path):
