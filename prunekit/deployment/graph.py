@@ -92,6 +92,7 @@ class InferenceGraph:
         """Whether the node adds two values of the same shape."""
         return (
             isinstance(node, fx.Node)
+            and node.op in ("call_function", "call_method")
             and (node.target in ADDS or getattr(node.target, "__name__", "") in ("add", "iadd"))
             and len(node.args) == 2
             and not node.kwargs
@@ -175,7 +176,7 @@ class InferenceGraph:
         for node in self.nodes:
             if self.module_of(node, nn.Identity, nn.Dropout, nn.Dropout2d) is not None and len(node.args) == 1:
                 self.replace(node, node.args[0])
-            elif self.module_of(node, nn.ReLU) is not None:
+            elif self.module_of(node, nn.ReLU) is not None or self._is_pure_relu(node):
                 self.replace(node, self.insert_function(node, F.relu, node.args, None))
             elif (pool := self._max_pool1d(node)) is not None:
                 sides = [(1, option) for option in (pool.kernel_size, pool.stride)]
@@ -184,6 +185,10 @@ class InferenceGraph:
                 pooled = self.insert_module(node, planar, (rows,), f"{node.name}_planar", ())
                 self.replace(node, self.insert_function(node, torch.squeeze, (pooled, -2), None))
         self.recompile()
+
+    @staticmethod
+    def _is_pure_relu(node: fx.Node) -> bool:
+        return (node.op, node.target) in (("call_function", torch.relu), ("call_method", "relu"))
 
     def _max_pool1d(self, node: fx.Node) -> nn.MaxPool1d | None:
         """The max-pooling over a length, which torch.export fixes, unlike that over a plane."""

@@ -103,5 +103,5 @@ def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[f
             continue
         worst = float((value.double() - wanted.double()).abs().max())
         close &= worst <= TOLERANCE * max(1.0, float(wanted.double().abs().max()))
-        largest = largest if worst <= largest else worst  # NaN is kept.
+        largest = largest if worst <= largest or largest != largest else worst  # NaN is kept.
     return largest, close

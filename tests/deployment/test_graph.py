@@ -53,6 +53,29 @@ def test_broadcasting_is_not_a_sum_of_equal_shapes():
     assert not any(map(graph.is_add, graph.nodes))
 
 
+class Named(nn.Module):
+    """Its modules are called as operations are."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu, self.add, self.view = nn.LeakyReLU(), nn.Bilinear(4, 4, 4), nn.Flatten()
+
+    def forward(self, x):
+        return self.view(self.relu(self.add(x, x + 1)))
+
+
+def test_modules_called_as_operations_are_not_taken_for_them():
+    graph = InferenceGraph(Named().eval(), torch.randn(1, 3, 4, 4))
+    targets = {node.target: node for node in graph.nodes if node.op == "call_module"}
+    assert set(targets) == {"relu", "add", "view"} and not graph.is_add(targets["add"])
+
+
+def test_one_form_for_equal_operations():
+    graph = graph_of(lambda net, x: torch.relu(net.conv(input=x).relu()).view(x.shape[0], -1))
+    assert [node.target for node in graph.nodes if node.target in (F.relu, "reshape")] == [F.relu, F.relu, "reshape"]
+    assert not any("input" in node.kwargs for node in graph.nodes)
+
+
 @pytest.mark.parametrize(
     ("function", "pooling"),
     [

@@ -1,5 +1,6 @@
 """Export of a run's model."""
 
+import io
 import json
 import shutil
 
@@ -9,15 +10,19 @@ import openvino
 import pytest
 import torch
 from helpers.small_run import NoRecord, small_run
+from rich.console import Console
+from torch import nn
 
 from prunekit.cli import main
 from prunekit.deployment.export.onnx import onnx_function, tensors
 from prunekit.deployment.export.subnormals import subnormal_count
-from prunekit.pipeline.export import without_paths
-from prunekit.pipeline.models import load_model
+from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.export import Exporter, Variant, without_paths
+from prunekit.pipeline.models import load_model, read_recipe
 from prunekit.reporting import load_run
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.classification import Classification
+from prunekit.utils.progress import Reporter
 
 
 def command(*arguments):
@@ -110,6 +115,79 @@ def test_invalid_options(folder, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (folder / "exports").exists()
+
+
+class Stem(nn.Module):
+    """A classifier of 16×16 images whose head reads every position, or is pooled."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 9, 3, padding=1), head
+
+    def forward(self, x):
+        return self.head(torch.relu(self.stem(x)))
+
+
+def fixed_head():
+    return nn.Sequential(nn.Flatten(), nn.Linear(9 * 16 * 16, 10))
+
+
+def exporter(folder, model):
+    """Export a model in place of that of a run; what it says is in the second value."""
+    output = io.StringIO()
+    run = RunDir.open(folder, write=True)
+    reporter = Reporter(Console(file=output, width=1000))
+    return Exporter(RunContext(read_recipe(run), reporter), run, "slim", model.eval(), measure=False), output
+
+
+def properties(file):
+    return {p.key: p.value for p in onnx.load_from_string(file).metadata_props}
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino", "pt2"])
+def test_model_of_one_size(folder, form):
+    export, output = exporter(folder, Stem(fixed_head()))
+    (path, *_) = export.write(Variant(form))
+    export.run.close()
+    assert "only for inputs of 16×16" in output.getvalue()
+    if form == "onnx":
+        assert json.loads(properties(path.read_bytes())["input"])["shape"] == ["N", 3, 16, 16]
+
+
+def test_model_that_cannot_be_traced_is_exported_as_trained(folder):
+    class Head(nn.Module):
+        def forward(self, x):
+            return (x if x.shape[2] > 4 else x * 2).mean((2, 3))
+
+    export, output = exporter(folder, Stem(Head()))
+    (path,) = export.write(Variant("onnx"))
+    export.run.close()
+    assert "exported as it was trained, not deployed: torch.fx cannot trace" in output.getvalue()
+    assert "slim model, plain" in output.getvalue() and properties(path.read_bytes())["form"] == "plain"
+
+
+def test_free_sides_have_names_with_preprocessing_too(folder):
+    export, output = exporter(folder, Stem(fixed_head()))
+    (path,) = export.write(Variant("onnx", preprocess=True))
+    export.run.close()
+    shape = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in shape] == ["N", "H", "W", 3]
+    assert json.loads(properties(path.read_bytes())["input"])["shape"] == ["N", "H", "W", 3]
+    assert "only for inputs" not in output.getvalue()
+
+
+def test_size_without_padded_channels_is_reported(folder):
+    export, output = exporter(folder, Stem(nn.Conv2d(9, 9, 3, padding=1)))
+    (path,) = export.write(Variant("onnx"))
+    export.run.close()
+    # The stem has 16 channels instead of 9, and so has the input of the head.
+    padded = 4 * (7 * 3 * 9 + 7 + 9 * 7 * 9)
+    size = path.stat().st_size
+    assert (
+        f"{size / 1000:.0f} kB ({(size - padded) / 1000:.0f} kB without the padding of channels)" in output.getvalue()
+    )
+    record = json.loads((folder / "summary.json").read_text())["export"]["deployed"]
+    assert record["padded_bytes"] == padded
 
 
 def test_without_paths_keeps_last_part():
