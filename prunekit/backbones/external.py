@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.config.registry import Entry, backbones, closest_match, describe_error
+from prunekit.config.registry import Entry, backbones, describe_error
 from prunekit.errors import PluginError, RecipeError
 from prunekit.utils.environment import package_version
+from prunekit.utils.text import closest_match
 
 
 @backbones.register_family("timm")

@@ -17,7 +17,6 @@ from rich.text import Text
 from torch import nn
 
 from prunekit.commands.results import simple_table
-from prunekit.config.registry import closest_match
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.model_transfer import pack_model
 from prunekit.deployment.bench.timing import BenchJob, Timing, measure
@@ -32,6 +31,7 @@ from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_mode
 from prunekit.pruning.plan import Builder
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.progress import Reporter
+from prunekit.utils.text import closest_match
 
 BENCH, FORMAT = "bench.json", 1
 # Form → the runtime that runs it, the model or file it runs, the precision. What is compiled or computes in bf16 is

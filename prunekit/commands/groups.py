@@ -19,7 +19,6 @@ from torch import nn
 
 from prunekit.commands.import_model import derived_recipe
 from prunekit.config import recipe as recipes
-from prunekit.config.registry import closest_match
 from prunekit.config.sources import shipped_recipes
 from prunekit.errors import RecipeError
 from prunekit.flops import count_modules, total
@@ -29,6 +28,7 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
 from prunekit.reporting.number_format import short_number
 from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.utils.text import did_you_mean
 
 OPERATORS = {"serial": " → ", "parallel": " | "}
 MAX_GATES = 4  # written out in one row or sum
@@ -111,8 +111,7 @@ def _check_recipe(source: str) -> None:
     """Raise RecipeError with a hint if there is no such recipe."""
     path = Path(source).expanduser()
     if os.sep in source and not path.exists() and path.parent.is_dir():
-        near = closest_match(path.name, sorted(entry.name for entry in path.parent.iterdir()))
-        hint = f"; did you mean {path.parent / near}?" if near else "; give a recipe or a run folder"
+        hint = did_you_mean(path) or "; give a recipe or a run folder"
         raise RecipeError(f"{source}: no such recipe or run folder{hint}")
     if path.is_dir() and path.name not in shipped_recipes() and not (path / "recipe.yaml").is_file():
         raise RecipeError(f"{source} is neither a recipe nor a run folder; give one that prunekit run has made")

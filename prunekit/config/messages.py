@@ -10,7 +10,7 @@ import pydantic
 
 from prunekit.config import schema, yaml
 from prunekit.config.yaml import format_path, quote
-from prunekit.utils.text import closest_match
+from prunekit.utils.text import closest_match, suggest
 
 # Keys of other tools → what to use here.
 _OTHER_NAMES = {
@@ -104,6 +104,5 @@ def describe_unknown_option(path: yaml.Path, owner: str, known: Sequence[str]) -
     section_key = (*path[:-2], path[-1])
     if section_key in schema.all_keys():
         return f"{owner} has no such option; write it as {format_path(section_key)}"
-    match = closest_match(path[-1][:100], list(known))
-    hint = f", did you mean {match!r}?" if match else ";"
+    hint = suggest(path[-1][:100], known)
     return f"{owner} has no such option{hint} known options: {', '.join(known) or 'none'}"

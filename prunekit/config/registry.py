@@ -14,7 +14,7 @@ from typing import Any
 
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
 from prunekit.utils.io import is_out_of_memory
-from prunekit.utils.text import closest_match
+from prunekit.utils.text import suggest
 
 ENTRY_POINT_GROUP = "prunekit.plugins"
 
@@ -135,8 +135,7 @@ class Registry:
 
     def unknown(self, name: str) -> str:
         prefixes = [family.prefix for family in self.families()]
-        match = closest_match(name, [*self.names(), *(f"{prefix}/{name.partition('/')[2]}" for prefix in prefixes)])
-        hint = f", did you mean {match!r}?" if match else ";"
+        hint = suggest(name, [*self.names(), *(f"{prefix}/{name.partition('/')[2]}" for prefix in prefixes)])
         known = ", ".join([*self.names(), *(f"{prefix}/…" for prefix in prefixes)]) or "none"
         failures = "; ".join(map(str, _plugins.failures))
         return f"unknown {self.kind} {name!r}{hint} known: {known}" + (f" (not loaded: {failures})" if failures else "")

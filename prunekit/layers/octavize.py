@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.config.registry import closest_match
 from prunekit.errors import PlanError
 from prunekit.layers import octave_ops as ops
 from prunekit.layers.goctconv import GOctConv, split_channels
@@ -19,7 +18,7 @@ from prunekit.layers.octave_ops import Attr, OctaveLayer, Octavized, Ref, Step
 from prunekit.layers.octave_roles import KEPT, Role, roles
 from prunekit.layers.octave_trace import Call, kept, trace
 from prunekit.layers.optional import MultiScaleLayer
-from prunekit.utils.text import first_line
+from prunekit.utils.text import closest_match, first_line
 
 # Kinds of calls that process each branch separately.
 _PER_BRANCH = ("depthwise", "norm", "prelu", "each", "pool")

@@ -15,7 +15,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from prunekit import __version__
-from prunekit.config.registry import closest_match
 from prunekit.config.schema import Export, Recipe
 from prunekit.data.datasets import DEVIATION, MEAN, ImageDataset, image_tensor, normalize, resize
 from prunekit.deployment.deploy import deploy
@@ -35,6 +34,7 @@ from prunekit.pipeline.models import MODELS, load_model, newest_model, read_clas
 from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.progress import Reporter
+from prunekit.utils.text import suggest
 
 FORMATS = ("onnx", "openvino", "pt2", "csnet")
 CALIBRATION = 64  # training images
@@ -113,9 +113,7 @@ def export_run(
 def _check_options(variant: Variant, model: str | None) -> None:
     form = variant.form
     if form not in FORMATS:
-        near = closest_match(form, list(FORMATS))
-        hint = f", did you mean {near!r}?" if near else ";"
-        raise RecipeError(f"--format {form}: no such form{hint} {', '.join(FORMATS)}")
+        raise RecipeError(f"--format {form}: no such form{suggest(form, FORMATS)} {', '.join(FORMATS)}")
     if model is not None and model not in MODELS:
         raise RecipeError(f"--model {model}: there are {', '.join(MODELS)}")
     given = [option for option in ("plain", "preprocess", "int8") if getattr(variant, option)]

@@ -22,7 +22,7 @@ from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
-from prunekit.utils.text import closest_match
+from prunekit.utils.text import suggest
 
 # "dense" was trained with decay, "baseline" without; both begin as the builder's model or as that of another run.
 MODELS = ("baseline", "dense", "slim", "finetuned")
@@ -124,9 +124,7 @@ def choose_model(run: RunDir, name: str | None) -> str:
     newest, known = newest_model(run), trained_models(run)
     if name is None or name in known:
         return name or newest
-    near = closest_match(name, known)
-    hint = f", did you mean {near!r}?" if near else ";"
-    raise RecipeError(f"--model {name}: {run.path} has no such model{hint} it has {', '.join(known)}")
+    raise RecipeError(f"--model {name}: {run.path} has no such model{suggest(name, known)} it has {', '.join(known)}")
 
 
 def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Module:

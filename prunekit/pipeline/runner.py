@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from prunekit.config import registry
 from prunekit.config.schema import Recipe
 from prunekit.errors import (
     CheckpointError,
@@ -43,6 +42,7 @@ from prunekit.utils.environment import environment
 from prunekit.utils.io import is_disk_failure, is_out_of_memory, write_error
 from prunekit.utils.logging import record_logs
 from prunekit.utils.progress import Reporter
+from prunekit.utils.text import suggest
 
 
 @main_process_command
@@ -229,8 +229,7 @@ def _run_stages(context: RunContext, run: RunDir, stages: Sequence[str]) -> Expo
 
 def _pending_stages(out: Path, resume: bool, start_from: str | None) -> tuple[str, ...]:
     if start_from is not None and start_from not in STAGES:
-        near = registry.closest_match(start_from, list(STAGES))
-        hint = f", did you mean {near!r}?" if near else ""
+        hint = suggest(start_from, STAGES, otherwise="")
         raise RecipeError(f"--from {start_from}: no such stage{hint} ({', '.join(STAGES)})")
     if not (resume and is_run_folder(out)):
         if start_from not in (None, STAGES[0]):

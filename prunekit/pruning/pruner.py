@@ -23,6 +23,7 @@ from prunekit.pruning.selection.selector import Scores, Selector
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import CONSTANTS, slim
+from prunekit.utils.text import suggest
 
 Importance = str | Callable[[nn.Module, Sequence[Group]], Scores]
 Loss = Callable[[nn.Module], Iterable[Tensor] | Tensor]
@@ -250,8 +251,7 @@ def _check_arguments(
     choices: list[tuple[str, Any, Sequence[str]]] = [("target", key, TARGETS) for key in target or {}]
     for argument, value, known in [*choices, ("constants", constants, CONSTANTS)]:
         if value not in known:
-            close = registry.closest_match(str(value), list(known))
-            hint = f", did you mean {close!r}?" if close else ";"
+            hint = suggest(str(value), list(known))
             raise PlanError(f"unknown {argument} {value!r}{hint} known: {', '.join(known)}")
 
 

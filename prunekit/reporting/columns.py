@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from prunekit.config.registry import closest_match
 from prunekit.errors import PrunekitError
+from prunekit.utils.text import closest_match
 
 
 class Metric(NamedTuple):

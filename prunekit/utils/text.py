@@ -32,6 +32,12 @@ def closest_match(word: str, known: Sequence[str]) -> str | None:
     return next((by_lower[name] for name in difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)), None)
 
 
+def suggest(word: str, known: Sequence[str], otherwise: str = ";") -> str:
+    """Return ``, did you mean 'NAME'?`` with the known word closest to a mistyped one, or ``otherwise``."""
+    match = closest_match(word, known)
+    return f", did you mean {match!r}?" if match else otherwise
+
+
 def did_you_mean(path: Path) -> str:
     """Return ``; did you mean PATH?`` with the existing path closest to a mistyped one, or nothing if none is close."""
     parts = path.expanduser().parts

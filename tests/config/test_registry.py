@@ -191,11 +191,6 @@ def test_iteration_is_sorted_by_name(install):
     assert [entry.name for entry in registry.backbones] == ["a", "b"]
 
 
-def test_closest_match():
-    assert registry.closest_match("epocs", ["epochs", "lr"]) == "epochs"
-    assert registry.closest_match("zzz", ["epochs", "lr"]) is None
-
-
 def test_origin_of_a_module_imported_before_the_plugins():
     code = (
         "import prunekit.backbones.resnet; from prunekit.config import registry; "

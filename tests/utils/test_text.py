@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from prunekit.utils.text import closest_match, did_you_mean, first_line, join_names, plural
+from prunekit.utils.text import closest_match, did_you_mean, first_line, join_names, plural, suggest
 
 
 def test_plural():
@@ -20,6 +20,11 @@ def test_join_names():
 def test_first_line():
     assert first_line(ValueError("\nbad shape\nsee above")) == "bad shape"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_closest_match():
+    assert closest_match("epocs", ["epochs", "lr"]) == "epochs" and closest_match("zzz", ["epochs", "lr"]) is None
+    assert suggest("epocs", ["epochs"]) == ", did you mean 'epochs'?" and suggest("zzz", ["epochs"]) == ";"
 
 
 def test_closest_match_ignores_case():

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from prunekit.config import registry
 from prunekit.errors import PlanError
 from prunekit.pruning.plan import Group
+from prunekit.utils.text import closest_match
 
 Layer = str | nn.Module
 
@@ -43,7 +43,7 @@ def match_layers(
         elif matching := [name for name in group_ids if fnmatchcase(name, layer)]:
             matched.update(*(group_ids[name] for name in matching))
         else:
-            close = registry.closest_match(layer, list(group_ids))
+            close = closest_match(layer, list(group_ids))
             hint = f"did you mean {close!r}?" if close else f"the first are {', '.join(list(group_ids)[:5])}"
             raise PlanError(f"{argument}: no module with channels matches {layer!r}; {hint}")
     return matched
