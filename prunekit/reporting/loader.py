@@ -140,16 +140,12 @@ def _load(path: Path) -> Run:
     finished = status not in ("running", "interrupted")
     reader.own_stages = set(summary.get("seconds", ())) if status == "complete" else set()
     metrics = reader.read(
-        METRICS,
-        lambda problems: run_contents.read_metrics(files.read_bytes(METRICS), problems, finished),
-        pd.DataFrame(),
+        METRICS, lambda found: run_contents.read_metrics(files.read_bytes(METRICS), found, finished), pd.DataFrame()
     )
     plan_file = "slim/plan.json" if files.has("slim/plan.json") else "extract/plan.json"
     plan = reader.read_json(plan_file, run_contents.read_plan, None)
-    no_layers = [pd.DataFrame(columns=c) for c in (run_contents.LAYER_COLUMNS, run_contents.COUNTER_COLUMNS)]
-    layers, counters, layers_size = reader.read_json(
-        "layers.json", lambda value, _: run_contents.read_layers(value), (*no_layers, None)
-    )
+    none = (*(pd.DataFrame(columns=c) for c in (run_contents.LAYER_COLUMNS, run_contents.COUNTER_COLUMNS)), None)
+    layers, counters, layers_size = reader.read_json("layers.json", lambda v, _: run_contents.read_layers(v), none)
     data = recipe.get("data")
     side: Any = data.get("size") if isinstance(data, dict) else None
     run = Run(
@@ -195,19 +191,13 @@ def _open(path: Path) -> tuple[ArtifactStore, str | None]:
 
 
 class _Reader:
-    """Reads the files of a run folder and records problems instead of raising.
-
-    Attributes:
-        problems: a line for each file that is missing or damaged.
-        names: the files read so far.
-        own_stages: the stages that a complete run executed itself; empty if unknown.
-    """
+    """Reads the files of a run folder and records problems instead of raising."""
 
     def __init__(self, files: ArtifactStore):
         self.files = files
         self.problems: list[str] = []
-        self.names: set[str] = set()
-        self.own_stages: set[str] = set()
+        self.names: set[str] = set()  # of the files read so far
+        self.own_stages: set[str] = set()  # that a complete run executed itself; empty if unknown
 
     def read(self, name: str, decode: Callable[[list[str]], Any], default: Any, optional: bool = False) -> Any:
         """Return ``decode(problems)``, or the default if the file is missing or damaged."""
@@ -289,14 +279,12 @@ def _read_recipe(text: str) -> dict[str, Any]:
 
 
 def _read_gates(reader: _Reader, done: list[str]) -> pd.DataFrame:
-    name = "gates.npz"
+    name, none = "gates.npz", run_contents.empty_gates()
     if "train" not in done and not (reader.files.path / name).exists():
         gates = _gates_of_checkpoint(reader.files)
         if len(gates):
             return gates
-    return reader.read(
-        name, lambda _: run_contents.read_gates(reader.files.read_arrays(name)), run_contents.empty_gates()
-    )
+    return reader.read(name, lambda _: run_contents.read_gates(reader.files.read_arrays(name)), none)
 
 
 def _gates_of_checkpoint(files: ArtifactStore) -> pd.DataFrame:

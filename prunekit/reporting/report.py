@@ -76,7 +76,7 @@ def report(
         latex_columns = tables[0].latex_columns if columns is None else None
         tables[0] = replace(tables[0], data=summary, latex_columns=latex_columns)
         paths_written += _write_tables(runs, tables, folder)
-        figures = list(_write_figures(runs, folder, paths_written, errors, formats, size))
+        figures = list(_write_figures(runs, folder, formats, size, (paths_written, errors)))
         page = Path(html) if html is not None else folder / "index.html"
         try:
             text = render_page(runs, figures, published, _links(paths_written, page.parent))
@@ -112,12 +112,12 @@ def _links(paths: Sequence[Path], start: Path) -> dict[str, list[tuple[str, str]
 def _write_figures(
     runs: Sequence[Run],
     folder: Path,
-    paths: list[Path],
-    errors: list[str],
     formats: Sequence[FigureKind],
     size: FigureSize,
+    out: tuple[list[Path], list[str]],
 ) -> Iterator[EmbeddedFigure]:
-    """Write the files of each figure, and yield its form for the page."""
+    """Write the files of each figure, add them or an error to ``out``, and yield the figure for the page."""
+    paths, errors = out
     # Texts of the page's figures must be readable in the browser, whatever the files are for.
     resized = report_figures(runs) if size != DEFAULT_SIZE else None
     for figure in report_figures(runs, errors):

@@ -7,14 +7,13 @@ from typing import Any
 
 from tabulate import tabulate
 
-from prunekit.reporting.number_format import NOT_AVAILABLE, format_number, format_size, printable, short_number
+from prunekit.reporting.number_format import format_number, format_size, printable, short_number
 from prunekit.reporting.run_contents import MODELS
 
 _MAX_METRICS = 4
 
 
 def as_text(run: Any) -> str:
-    """Return a few lines: status, models, and the amount of data."""
     lines = [f"Run {printable(run.name)}: {_headline(run)}"]
     heads, rows = _models(run)
     if rows:
@@ -25,7 +24,6 @@ def as_text(run: Any) -> str:
 
 
 def as_html(run: Any) -> str:
-    """Return a heading, a table of the models, and the amount of data, without scripts."""
     heads, rows = _models(run)
     table = tabulate(rows, heads, tablefmt="html", disable_numparse=True, colalign=_align(heads)) if rows else ""
     html = f"<h4>{escape(run.name)}</h4><p>{escape(_headline(run))}</p>{table}<p>{escape(_counts(run))}</p>"
@@ -47,12 +45,14 @@ def _models(run: Any) -> tuple[list[str], list[list[str]]]:
     models = [model for model in MODELS if model in run.summary]
     metrics = list(dict.fromkeys(key for model in models for key in run.model(model).get("metrics", {})))[:_MAX_METRICS]
     heads = ["model", "params", f"MACs {format_size(run.size)}", *map(printable, metrics)]
-    rows = []
-    for model in models:
-        values = run.model(model)
-        counts = (values.get(key) for key in ("params", "macs"))
-        rows.append([model, *(NOT_AVAILABLE if count is None else short_number(count) for count in counts)])
-        rows[-1] += [format_number(values.get("metrics", {}).get(name), 4) for name in metrics]
+    rows = [
+        [
+            model,
+            *(short_number(run.model(model).get(key)) for key in ("params", "macs")),
+            *(format_number(run.model(model).get("metrics", {}).get(name), 4) for name in metrics),
+        ]
+        for model in models
+    ]
     return heads, rows
 
 

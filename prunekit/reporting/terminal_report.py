@@ -11,19 +11,9 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
+from prunekit.reporting import tables
 from prunekit.reporting.loader import MISSING, MODELS, Run
 from prunekit.reporting.number_format import format_seconds, printable
-from prunekit.reporting.tables import (
-    bench_table,
-    budget_table,
-    counters_table,
-    differing_counters,
-    evals_table,
-    layers_macs_title,
-    notes_table,
-    seconds_table,
-    summary_table,
-)
 from prunekit.reporting.terminal_tables import terminal_layers, terminal_summary, terminal_table
 
 
@@ -46,11 +36,11 @@ def print_report(
     several = len(runs) > 1
     if len(runs) == 1:
         _print(console, f"{runs[0].name} ({_progress(runs[0])})")
-    if runs and not len(summary_table(runs)):
+    if runs and not len(tables.summary_table(runs)):
         console.print("no model has been measured yet")
-    if len(summary_table(runs, published)):
+    if len(tables.summary_table(runs, published)):
         console.print(terminal_summary(runs, console, published, columns, sort))
-    for title, table in (("datasets", evals_table(runs)), ("latency", bench_table(runs))):
+    for title, table in (("datasets", tables.evals_table(runs)), ("latency", tables.bench_table(runs))):
         if len(table):
             console.print(f"{title}:", terminal_table(table, several, console), sep="\n")
     for run in runs:
@@ -106,12 +96,12 @@ def _details(run: Run, console: Console) -> Iterator[Any]:
         yield f"equivalence check: {', '.join([verdict, *values])}"
     for model in (model for model in MODELS if run.model(model) and not run.model_metrics(model)):
         yield f"{model}: no metrics, as it has not been evaluated; prunekit eval {run.path} --model {model}"
-    for row in budget_table([run]).to_dict("records"):
+    for row in tables.budget_table([run]).to_dict("records"):
         yield _budget(row)
     yield from _counters(run, console)
-    for note in notes_table([run])["note"]:
+    for note in tables.notes_table([run])["note"]:
         yield f"note: {note}"
-    seconds = seconds_table([run])
+    seconds = tables.seconds_table([run])
     if len(seconds):
         stages = seconds.iloc[0].drop(["run", "total s"]).dropna()
         times = [f"{stage.removesuffix(' s')} {format_seconds(t)}" for stage, t in stages.items() if t >= 0.05]
@@ -128,13 +118,13 @@ def _budget(row: dict[str, Any]) -> str:
 
 
 def _counters(run: Run, console: Console) -> Iterator[Any]:
-    table, agreeing = differing_counters(counters_table(run))
+    table, agreeing = tables.differing_counters(tables.counters_table(run))
     if "note" in table:
         yield "counters that differ:"
         yield terminal_table(table.drop(columns="note"), False, console)
         yield from (f"  {row.model} {row.quantity}: {row.note}" for row in table.itertuples())
     elif agreeing:
-        yield f"counters: prunekit, {', '.join(agreeing)} agree on params and {layers_macs_title(run)}"
+        yield f"counters: prunekit, {', '.join(agreeing)} agree on params and {tables.layers_macs_title(run)}"
 
 
 def _problems(run: Run) -> Iterator[str]:

@@ -76,8 +76,6 @@ def figure_size(size: FigureSize) -> Iterator[None]:
 
 
 class ModelStyle(NamedTuple):
-    """How a model is drawn in all figures."""
-
     label: str
     colour: str
     dashes: Any

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from textwrap import wrap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -162,7 +162,7 @@ def tradeoff_figure(models: Sequence[Point], metric: str, cost: str, note: str, 
                 )  # fmt: skip
         steps = _draw_front(axes, [costs[i] for i in front], [qualities[i] for i in front])
         lines = steps if trivial is None else [*steps, (steps[-1][0], trivial), (axes.get_xlim()[0], trivial)]
-        _name_runs(figure, axes, models, names, lines, trivial is not None)
+        _name_runs(axes, models, names, lines, trivial is not None)
     return figure
 
 
@@ -203,15 +203,9 @@ def _style_cost_axis(axes: Axes, costs: Sequence[float], cost: str, note: str) -
     style.format_counts(axes.xaxis)
 
 
-def _name_runs(
-    figure: Figure,
-    axes: Axes,
-    models: Sequence[Point],
-    names: Sequence[str],
-    avoided: list[tuple[float, float]],
-    has_trivial: bool,
-) -> None:
+def _name_runs(axes: Axes, models: Sequence[Point], names: Sequence[str], avoided: Any, has_trivial: bool) -> None:
     """Name the runs next to their last models; if there is no room, number them, with a key below."""
+    figure: Any = axes.figure
     last = {point.run: (point.cost, point.quality) for point in models}
     obstacles = [(point.cost, point.quality) for point in models]
     styles = [style.MODEL_STYLES[model] for model in MODELS if any(point.model == model for point in models)]
