@@ -26,8 +26,8 @@ _WRITTEN = re.compile(
     r"|tensorboard/(.*/)?(events\.out\.tfevents\.[^/]*|hparams\.yml)"
     rf"|(.*/)?{_TEMPORARY}"
 )
-# The report writes every figure and table in all of these forms; what has only one of them is the user's.
-_REPORT_FORMS = ({".png", ".svg"}, {".csv", ".json", ".md", ".tex"})
+# The report writes figures and tables in these forms, and at least so many of them; what has fewer is the user's.
+_REPORT_FORMS = ((2, {".png", ".svg", ".pdf"}), (4, {".csv", ".json", ".md", ".tex"}))
 
 
 def temporary_files(folder: Path) -> list[Path]:
@@ -75,13 +75,13 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _report_files(folder: Path) -> set[Path]:
-    forms: dict[Path, set[str]] = defaultdict(set)
+    found: dict[Path, set[str]] = defaultdict(set)
     for path in folder.glob("*"):
-        forms[path.with_suffix("")].add(path.suffix)
+        found[path.with_suffix("")].add(path.suffix)
     return {
         stem.with_name(stem.name + suffix)
-        for stem, found in forms.items()
-        for form in _REPORT_FORMS
-        if form <= found
-        for suffix in form
+        for stem, suffixes in found.items()
+        for least, forms in _REPORT_FORMS
+        if len(suffixes & forms) >= least
+        for suffix in suffixes & forms
     }

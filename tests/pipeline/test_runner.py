@@ -125,6 +125,13 @@ def test_resume_of_complete_run_changes_nothing(run):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+def test_overwriting_a_complete_run_leaves_none_of_its_files(run):
+    (run / "report/notes.txt").write_text("the user's")
+    with RunDir.start(run, load("csnet", QUICK).dump(), {}, overwrite=True):
+        left = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert left == {"recipe.yaml", "environment.json", "summary.json", "state.json", "lock", "report/notes.txt"}
+
+
 @pytest.mark.slow
 def test_repeated_stages_give_same_result(run, without_export):
     before = {
