@@ -32,6 +32,7 @@ from prunekit.pruning.plan import Builder, Plan
 from prunekit.pruning.provenance import Provenance, get_provenance, set_provenance
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.run_dir import RunDir
+from prunekit.utils.compiled import unwrap
 from prunekit.utils.io import format_problem, os_error_reason, write_atomic
 from prunekit.utils.safe_decode import decode_json
 
@@ -80,6 +81,7 @@ def save(
     Raises:
         PrunekitError: the builder is not known or fails, or does not make a model with these weights.
     """
+    model = unwrap(model)
     provenance = get_provenance(model)
     if builder is not None:
         described = _describe_builder(builder, options)

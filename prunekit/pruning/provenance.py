@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from prunekit.pruning.plan import Builder, Plan
+from prunekit.utils.compiled import unwrap
 
 _ATTRIBUTE = "_prunekit_provenance"  # of the model; deep copies keep it
 
@@ -22,7 +23,7 @@ class Provenance:
 
 
 def get_provenance(model: nn.Module) -> Provenance:
-    return getattr(model, _ATTRIBUTE, Provenance())
+    return getattr(unwrap(model), _ATTRIBUTE, Provenance())
 
 
 def set_provenance(model: nn.Module, provenance: Provenance) -> None:

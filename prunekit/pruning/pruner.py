@@ -23,6 +23,7 @@ from prunekit.pruning.selection.selector import Scores, Selector
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import CONSTANTS, slim
+from prunekit.utils.compiled import unwrap
 from prunekit.utils.text import suggest
 
 Importance = str | Callable[[nn.Module, Sequence[Group]], Scores]
@@ -116,7 +117,7 @@ class Pruner:
     ):
         _check_arguments(model, example_inputs, pruning_ratio, target, per_layer_ratio, steps, constants)
         self.example_inputs, self.steps, self.current_step = example_inputs, steps, 0
-        self._model = model
+        self._model = model = unwrap(model)
         self._importance = _importance_function(importance, loss)
         self._ratio, self._target = pruning_ratio or 0.0, dict(target or {})
         self._global, self._constants = global_pruning, constants
@@ -140,6 +141,7 @@ class Pruner:
 
     @model.setter
     def model(self, model: nn.Module) -> None:
+        model = unwrap(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in self._model.named_parameters()}:
             raise PlanError("pruner.model must have the layers that step() returned; assign a trained copy of it")

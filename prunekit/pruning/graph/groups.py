@@ -21,6 +21,7 @@ from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, channel_
 from prunekit.pruning.graph.propagation import ACTIVATIONS, Propagation, Use, propagate
 from prunekit.pruning.graph.trace import LINEAR_OPS, Node, follow_chain, trace
 from prunekit.pruning.plan import Group, Member
+from prunekit.utils.compiled import unwrap
 
 
 def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
@@ -36,6 +37,7 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
     Raises:
         PlanError: the model fails on the example.
     """
+    model = unwrap(model)
     propagation = propagate(trace(model, example), example.shape[1])
     _lock_shared_weights(model, propagation)
     return _build_groups(model, propagation)

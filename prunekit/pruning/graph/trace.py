@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,13 +108,22 @@ def follow_chain(node: Node, ops: tuple[str, ...]) -> Node | None:
     return None
 
 
-def tensors_in(output: Any) -> list[Tensor]:
-    """Return the tensors of a model's output: a tensor, or nested lists, tuples and dicts of them."""
+def tensors_in(output: Any, _outer: tuple[Any, ...] = ()) -> list[Tensor]:
+    """Return the tensors of a model's output: a tensor, or nested lists, tuples, mappings and objects of them."""
     if isinstance(output, Tensor):
         return [output]
-    if isinstance(output, dict):
+    if any(output is other for other in _outer):
+        return []
+    _outer = (*_outer, output)
+    if isinstance(output, Mapping):
         output = list(output.values())
-    return [tensor for part in output for tensor in tensors_in(part)] if isinstance(output, list | tuple) else []
+    elif not isinstance(output, list | tuple):
+        # A dataclass or another object of the user's; not a module, a function or a class.
+        slots = [name for cls in type(output).__mro__ for name in getattr(cls, "__slots__", ())]
+        plain = isinstance(output, nn.Module | type) or callable(output)
+        names = () if plain else [*getattr(output, "__dict__", ()), *slots]
+        output = [getattr(output, name, None) for name in names]
+    return [tensor for part in output for tensor in tensors_in(part, _outer)]
 
 
 def _check_arguments(model: nn.Module, example: Tensor) -> None:
@@ -156,7 +165,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module,
             dict(vars(module)),
             dict(module._forward_hooks),
-            {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None},
+            {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None},
         )
         for module in model.modules()
     ]
@@ -169,8 +178,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 vars(module).update(attributes)
                 module._forward_hooks.clear()
                 module._forward_hooks.update(hooks)
-                for name, value in buffers.items():
-                    module._buffers[name].copy_(value)
+                for name, (buffer, value) in buffers.items():
+                    module._buffers[name] = buffer.copy_(value)  # forward may have put another tensor in its place
 
 
 class _ConstantTensors(TorchFunctionMode):
@@ -220,7 +229,10 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
             # With a gradient at the input, everything that depends on it has one, even if all parameters are frozen.
             # The multiplication gives the input itself a node in the graph.
             batch = example.detach().clone().requires_grad_() * 1.0
-            outputs = [tensor.grad_fn for tensor in tensors_in(model.eval()(batch)) if tensor.grad_fn is not None]
+            result = model.eval()(batch)
+            outputs = [tensor.grad_fn for tensor in tensors_in(result) if tensor.grad_fn is not None]
+        if not tensors_in(result):
+            raise ValueError(f"it returns {type(result).__name__}, in which no tensor was found; return tensors")
         if not outputs:
             raise ValueError("no gradient reaches its output from its parameters; is it wrapped in no_grad?")
     except Exception as error:  # It is the user's code and may raise anything.

@@ -26,6 +26,7 @@ from prunekit.pruning.selection.layer_matching import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import slim
+from prunekit.utils.compiled import unwrap
 
 TOLERANCE = 0.02  # largest accepted deviation of a slim model's size, relative to the budget
 MAX_ATTEMPTS = 5  # at compensating for what slimming adds
@@ -97,9 +98,9 @@ class BudgetSearch:
     def __init__(
         self, model: nn.Module, groups: Sequence[Group], shape: Sequence[int], scores: Scores | None, **limits: Any
     ):
-        self.model, self.groups, self.shape = model, list(groups), tuple(shape)
-        self.selector = Selector(model, groups, gate(model, groups) if scores is None else scores, **limits)
-        self.size_model = SizeModel(model, groups, shape)
+        self.model, self.groups, self.shape = unwrap(model), list(groups), tuple(shape)
+        self.selector = Selector(self.model, groups, gate(model, groups) if scores is None else scores, **limits)
+        self.size_model = SizeModel(self.model, groups, shape)
         # The values between which the search decides: ratios at which the count of some layer changes, or counts.
         self._values: list[Any]
         if self.selector.scope == "layer":
@@ -250,7 +251,7 @@ def fit_budget(model: nn.Module, groups: Sequence[Group], example: Tensor, **opt
     selection = search.select(budget)
     for note in selection.warnings:
         warnings.warn(note, PrunekitWarning, stacklevel=2)
-    return plan_from_selection(model, groups, selection)
+    return plan_from_selection(search.model, groups, selection)
 
 
 def slim_to_budget(

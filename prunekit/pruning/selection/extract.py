@@ -14,6 +14,7 @@ from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.selection.layer_matching import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
 from prunekit.pruning.surgery.plan_builder import plan_from_dead
+from prunekit.utils.compiled import unwrap
 
 
 def extract(
@@ -49,6 +50,7 @@ def extract(
     Raises:
         PlanError: a score that is not finite, a number out of range or missing, or a pattern that matches no module.
     """
+    model = unwrap(model)
     if scores is not None and threshold is None and pruning_ratio is None:
         raise PlanError("these scores have units of their own; give a pruning_ratio, such as 0.3, or a threshold")
     if threshold is None and pruning_ratio is None:

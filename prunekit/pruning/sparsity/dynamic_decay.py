@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunekit.config.registry import register_decay
 from prunekit.errors import TrainingError
 from prunekit.pruning.plan import Gate, Group
+from prunekit.utils.compiled import unwrap
 
 
 class Decay(ABC):
@@ -151,7 +152,7 @@ class _Responses:
 
     def __init__(self, model: nn.Module, norm: str, activation: str | None):
         # A PReLU may be called "prelu" or "relu" in its model.
-        is_prelu = isinstance(dict(model.named_modules()).get(activation), nn.PReLU)
+        is_prelu = isinstance(dict(unwrap(model).named_modules()).get(activation), nn.PReLU)
         self.function = getattr(F, activation) if activation is not None and not is_prelu else None
         # Deep copies of the model (a weight average, a teacher) inherit the hook, which must ignore them.
         self.module = weakref.ref(model.get_submodule(activation if is_prelu else norm))

@@ -135,7 +135,7 @@ def _input_ranges(
     try:
         with torch.inference_mode():
             for batch in inputs:
-                model(batch)
+                model(batch.clone())  # it may change its input
     finally:
         for hook in hooks:
             hook.remove()
@@ -163,6 +163,7 @@ class Folding:
     # (input, mask of the channels to replace, index of the carrier that takes over their weights)
     transfers: list[tuple[ConstantInput, np.ndarray, int]] = field(default_factory=list)
     shifts: list[tuple[ConstantInput, np.ndarray]] = field(default_factory=list)  # (input, mask of channels to fold)
+    unread: int = 0  # number of dead channels that are kept with weights of zero
     folded: int = 0  # number of dead channels in the groups that are folded
     carriers: dict[str, list[int]] = field(default_factory=dict)  # dead channels of each group, kept as constants
     inexact: dict[str, float] = field(default_factory=dict)  # reader → movement of its output that is not compensated

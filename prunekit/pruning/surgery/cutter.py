@@ -212,17 +212,19 @@ def entries(member: Member, channels: np.ndarray) -> np.ndarray:
 
 def slice_tensor(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:
     """Return the kept entries of a tensor that has the shape of the module's tensor ``name``; a mask for each axis."""
+    if not masks:
+        return tensor
     groups = getattr(module, "groups", 1)
-    if name == "weight" and groups > 1 and not _is_depthwise(module):
-        # Each group reads its own channels, and keeps as many as the others.
-        weights = tensor.chunk(groups)
-        for axis, mask in masks.items():
-            kept = mask.reshape(groups, -1)
-            weights = [_select(weight, axis, kept[g]) for g, weight in enumerate(weights)]
-        return torch.cat(weights)
+    # Each group of a convolution reads its own channels, and keeps as many as the others.
+    blocks = groups if name == "weight" and groups > 1 and not _is_depthwise(module) else 1
+    parts = list(tensor.chunk(blocks))
     for axis, mask in masks.items():
-        tensor = _select(tensor, axis, mask)
-    return tensor
+        kept = mask.reshape(blocks, -1)
+        parts = [_select(part, axis, kept[block]) for block, part in enumerate(parts)]
+    # In the memory layout of the tensor, such as channels last.
+    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    back = [order.index(axis) for axis in range(tensor.dim())]
+    return torch.cat(parts).permute(order).contiguous().permute(back)
 
 
 def _select(tensor: torch.Tensor, axis: int, mask: np.ndarray) -> torch.Tensor:

@@ -15,6 +15,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.cutter import Cutter, slice_tensor
 from prunekit.pruning.surgery.plan_builder import dead_channels
+from prunekit.utils.compiled import unwrap
 
 
 def slim_optimizer(
@@ -45,6 +46,7 @@ def slim_optimizer(
         raise PlanError(
             f"{type(optimizer).__name__} has state that cannot be sliced; make a new one of slim.parameters()"
         )
+    model, slim = unwrap(model), unwrap(slim)
     masks: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for (name, axis), mask in Cutter(model, groups).masks(dead_channels(groups, plan)).items():
         masks[name][axis] = mask

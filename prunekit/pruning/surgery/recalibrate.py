@@ -46,7 +46,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
             norm.train()
         for count, batch in enumerate(batches, 1):
             try:
-                model(batch)
+                model(batch.clone())  # it may change its input
             except ValueError as error:
                 # PyTorch's, for a norm that sees a single value per channel.
                 raise PlanError(f"recalibrate fails on batch {count} ({error}); use larger batches") from error

@@ -25,18 +25,23 @@ from prunekit.pruning.surgery.constant_folding import (
     plan_folding,
     zero_inputs,
 )
+from prunekit.pruning.surgery.copies import clone, copy_as, transfer
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import (
     DEAD,
+    SENSITIVE,
     EquivalenceReport,
     check_equivalence,
     check_inputs,
+    check_repeatable,
     noise_batch,
     output_difference,
     zero_dead_gates,
 )
 from prunekit.pruning.surgery.plan_builder import dead_channels, plan_from_dead
-from prunekit.utils.text import first_line, join_names
+from prunekit.pruning.surgery.training_check import check_training
+from prunekit.utils.compiled import unwrap
+from prunekit.utils.text import first_line, join_names, plural
 
 CONSTANTS = ("carrier", "fold", "keep", "drop")
 
@@ -65,17 +70,19 @@ def slim(
         noise: number of noise images in the check besides the data, at least 2.
 
     Returns:
-        The slim model, in the dense model's precision, device and mode, and the report of the equivalence check,
-        whose ``plan`` is the plan of the slim model. For the optimizer see ``slim_optimizer``.
+        The slim model, in the dense model's precision, device, memory format and mode, and the report of the
+        equivalence check. Its ``plan``, not the plan of ``extract``, is that of the slim model, since channels may have
+        been given back; ``save`` stores both together. For the optimizer see ``slim_optimizer``.
 
     Raises:
-        PlanError: the plan does not fit the model, or the equivalence check fails.
+        PlanError: the plan does not fit the model, the equivalence check fails, or the slim model cannot be trained.
     """
     if constants not in CONSTANTS:
         raise PlanError(f"constants={constants!r}: must be one of {', '.join(CONSTANTS)}")
+    model = unwrap(model)
     groups = find_groups(model, example) if groups is None else groups
     plan.check(list(groups))
-    reference = _float64_copy(model)
+    reference = copy_as(model, torch.float64)
     inputs = check_inputs(reference, example)
     attempt = _Attempt(reference, groups, inputs, _noise(reference, inputs, noise), constants)
     slimmed, report = attempt.run(dead_channels(groups, plan))
@@ -85,28 +92,22 @@ def slim(
             + (_dead_network_hint(model, groups) if report.reason == DEAD else "")
         )
     report.float32_diff, _ = output_difference(
-        attempt.gated.float(), copy.deepcopy(slimmed).float(), [batch.float() for batch in inputs]
+        copy_as(attempt.gated, torch.float32), copy_as(slimmed, torch.float32), [batch.float() for batch in inputs]
     )
-    report.plan.notes = [*plan.notes, *_inexact_note(report)]
-    slimmed = _restore_types(slimmed, model)
-    record_plan(slimmed, model, report.plan, example.shape[1:])
-    return slimmed, report
-
-
-def _float64_copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model).double().cpu().eval()
-    except RuntimeError as error:
-        raise PlanError(
-            f"the model cannot be copied ({first_line(error)}); if it keeps computed tensors, as the old spectral_norm "
-            "does, remove that first (torch.nn.utils.remove_spectral_norm)"
-        ) from error
+    # The plan is applied to a fresh copy: the checked one may have kept something of the check, such as a cache.
+    result = _shape_like(clone(model), groups, report.plan)
+    transfer(slimmed, result)
+    check_training(reference, copy_as(result, torch.float64), inputs[0][:2])
+    report.plan.notes = [*plan.notes, *_notes(groups, plan, report)]
+    record_plan(result, model, report.plan, example.shape[1:])
+    return result, report
 
 
 def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
     try:
-        with torch.inference_mode():
-            model(inputs[0])
+        check_repeatable(model, inputs[0])
+    except PlanError:
+        raise
     except Exception as error:
         raise PlanError(
             f"the equivalence check runs a copy of the model in float64 on the CPU, and that fails: "
@@ -142,7 +143,9 @@ def rebuild(
     # A carrier keeps its group, but not what depends on the group, nor the balance of grouped convolutions.
     completed, removed = cutter.complete(cut)
     if constants != "drop":
-        zero_inputs(gated, groups, {name: channels - completed[name] for name, channels in cut.items()})
+        unread = {name: channels - completed[name] for name, channels in cut.items()}
+        zero_inputs(gated, groups, unread)
+        folding.unread = sum(map(len, unread.values()))
     plan = plan_from_dead(gated, groups, completed, removed)
     plan.added_bias, plan.carriers = cutter.cut(gated, completed, removed, biases), folding.carriers
     folding.lost = set(biases) - set(plan.added_bias)
@@ -171,21 +174,29 @@ class _Attempt:
             kept = self._measure(dead).nonzero()
             dead = _without(self.cutter.complete(dead)[0], kept)
         slimmed, report = self._slim(dead)
-        if not report.passed and self.constants != "drop":
+        if not report.passed and self.constants != "drop" and SENSITIVE not in (report.reason or ""):
             slimmed, report = self._give_back(dead)
         report.given_back += len(kept)
         return slimmed, report
 
     def _give_back(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
         """Keep as few dead channels that cannot be replaced as the check needs, largest constant first."""
-        measured, carried = self._measure(dead), self.constants == "carrier"
-        dead = self.cutter.complete(dead)[0]
-        inexact = measured.inexact(carried, self.lost)
-        # Each channel given back brings the models closer, so bisection finds the number.
-        number = bisect_left(range(len(inexact)), True, key=lambda n: self._slim(_without(dead, inexact[:n]))[1].passed)
-        slimmed, report = self._slim(_without(dead, inexact[:number]))
-        report.given_back, report.inexact = number, measured.output_shifts(carried)
-        return slimmed, report
+        carried, given_back, shifts = self.constants == "carrier", 0, {}
+        while True:
+            measured = self._measure(dead)
+            dead = self.cutter.complete(dead)[0]
+            inexact = measured.inexact(carried, self.lost)
+            shifts |= measured.output_shifts(carried)
+            # Each channel given back brings the models closer, so bisection finds the number.
+            number = bisect_left(
+                range(len(inexact)), True, key=lambda n, d=dead, i=inexact: self._slim(_without(d, i[:n]))[1].passed
+            )
+            dead, given_back = _without(dead, inexact[:number]), given_back + number
+            slimmed, report = self._slim(dead)
+            # A channel given back may make another one vary that was constant, as in a squeeze-and-excitation.
+            if report.passed or not number:
+                report.given_back, report.inexact = given_back, shifts
+                return slimmed, report
 
     def _slim(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
         dead = self.cutter.complete(dead)[0]
@@ -200,10 +211,10 @@ class _Attempt:
         for batch in self.noise if report.passed else ():
             # Checked apart, because its outputs may be larger and allow a larger tolerance.
             other = check_equivalence(self.gated, slimmed, [batch])
-            if not other.max_abs_diff <= other.tolerance:
+            if other.reason not in (None, DEAD):
                 report.passed, report.reason = False, f"on noise {other.reason}"
         report.folded, report.carriers = folding.folded, sum(map(len, folding.carriers.values()))
-        report.inexact, report.plan = folding.inexact, plan
+        report.inexact, report.unread, report.plan = folding.inexact, folding.unread, plan
         return report
 
     def _measure(self, dead: Mapping[str, set[int]]) -> Constants:
@@ -223,40 +234,44 @@ def _dead_network_hint(model: nn.Module, groups: Sequence[Group]) -> str:
     return "; prune fewer channels, or train with a lower rate or decay.weight"
 
 
-def _inexact_note(report: EquivalenceReport) -> list[str]:
-    """A note on channels that are kept, or constants that are dropped, because they cannot be replaced."""
-    if not report.inexact and not report.given_back:
-        return []
+def _notes(groups: Sequence[Group], plan: Plan, report: EquivalenceReport) -> list[str]:
+    """Notes on channels that are kept, or constants that are dropped, because they cannot be replaced."""
+    notes = []
     largest = sorted(report.inexact.items(), key=lambda item: -item[1])
     names = ", ".join(f"{name} by up to {size:.2g}" for name, size in largest[:3])
-    more = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
-    if not report.given_back:
-        return [f"constants are dropped, which moves {names}{more}"]
-    shifts = f"; their constants would move {names}{more}" if largest else ""
-    return [f"{report.given_back} dead channels stay, since cutting them would change the output{shifts}"]
-
-
-def _restore_types(slimmed: nn.Module, model: nn.Module) -> nn.Module:
-    """Give a slim model the precision, device and modes of the dense one."""
-    first = next(model.parameters())
-    slimmed = slimmed.to(first.device)
-    dense = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in (*slimmed.named_parameters(), *slimmed.named_buffers()):
-        tensor.data = tensor.data.to(dense[name].dtype if name in dense else first.dtype)
-    modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in slimmed.named_modules():
-        module.training = modes[name]
-    return slimmed
+    names += f" and {len(largest) - 3} more" if len(largest) > 3 else ""
+    if report.given_back:
+        shifts = f"; their constants would move {names}" if largest else ""
+        notes.append(f"{report.given_back} dead channels stay, since cutting them would change the output{shifts}")
+    elif largest:
+        notes.append(f"constants are dropped, which moves {names}")
+    if report.unread:
+        channels = plural(report.unread, "dead channel")
+        notes.append(f"{channels} kept with weights of zero, so that the groups of a convolution stay of one size")
+    whole = [g for g in groups if g.id in report.plan.carriers and len(report.plan.kept(g)) == g.channels]
+    if whole:
+        number = sum(g.channels - len(plan.kept(g)) for g in whole)
+        notes.append(
+            f"nothing is cut of {join_names([g.id for g in whole])}: what is dead there ({number}) carries constants"
+        )
+    return notes
 
 
 def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
     """Give a dense model the shape of a plan, in place, to load the slim model's weights next.
 
+    The plan is that of the check (``EquivalenceReport.plan``). ``save`` and ``load`` do both steps at once.
+
     Raises:
         PlanError: the plan does not fit the model.
     """
+    model = unwrap(model)
     groups = find_groups(model, example)
     plan.check(groups)
+    return _shape_like(model, groups, plan)
+
+
+def _shape_like(model: nn.Module, groups: Sequence[Group], plan: Plan) -> nn.Module:
     cutter = Cutter(model, groups)
     dead, removed = cutter.complete(dead_channels(groups, plan))
     if differing := sorted(set(removed) ^ set(plan.removed)):

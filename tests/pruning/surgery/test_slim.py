@@ -1,14 +1,17 @@
 import copy
+import re
 
 import pytest
 import torch
 from helpers.marks import seeds
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, params, zero_gates
+from helpers.zoo import ZOO
 
 import prunekit
 from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.selection import importance
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.equivalence import check_equivalence, check_inputs, zero_dead_gates
 from prunekit.pruning.surgery.plan_builder import make_plan
@@ -243,3 +246,95 @@ def test_public_api():
     plan = prunekit.extract(model, groups, threshold=1e-3)
     small, equivalence = prunekit.slim(model, plan, example)
     assert equivalence.passed and equivalence.plan is not None and params(small) < params(model)
+
+
+def test_channels_are_given_back_until_nothing_else_moves():
+    torch.manual_seed(0)
+    model = ZOO["resnet_se"]()
+    example = init_norms(model)
+    groups = find_groups(model, example)
+    scores = importance.random(model, groups)
+    # Channels given back change the squeeze, and so make others vary that were constant.
+    plan = extract(model, groups, scores=scores, pruning_ratio=0.5)
+    small, report = slim(model, plan, example, groups=groups, constants="fold")
+    assert report.passed and report.given_back > 0 and params(small) < params(model)
+    assert f"{report.given_back} dead channels stay" in " ".join(report.plan.notes)
+
+
+def test_a_slim_model_with_channels_given_back_is_saved_and_rebuilt(tmp_path):
+    torch.manual_seed(0)
+    model = Row()
+    example = init_norms(model, size=16)
+    groups = find_groups(model, example)
+    plan = extract(model, groups, scores=importance.random(model, groups), pruning_ratio=0.4)
+    small, report = slim(model, plan, example, groups=groups, constants="keep")
+    assert report.given_back and report.plan.groups != plan.groups
+    prunekit.save(small, tmp_path / "slim", builder=Row)
+    assert torch.equal(prunekit.load(tmp_path / "slim", builder=Row)(example), small(example))
+    apply_plan(Row(), report.plan, example).load_state_dict(small.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        apply_plan(Row(), plan, example).load_state_dict(small.state_dict())
+
+
+class Grouped(torch.nn.Module):
+    def __init__(self, padding):
+        super().__init__()
+        self.first, self.norm = torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), torch.nn.BatchNorm2d(16)
+        self.grouped = torch.nn.Conv2d(16, 16, 3, padding=padding, groups=2, bias=False)
+        self.norm2, self.out = torch.nn.BatchNorm2d(16), torch.nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        return self.out(self.norm2(self.grouped(x)).relu())
+
+
+def slim_grouped(padding, dead, silent=()):
+    torch.manual_seed(0)
+    model = Grouped(padding)
+    example = init_norms(model, size=16)
+    with torch.no_grad():
+        model.norm.bias.fill_(0.2)
+        model.norm.bias[list(silent)] = -0.2
+    groups = find_groups(model, example)
+    return slim(model, make_plan(model, groups, {"first": dead}), example, groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("padding", "dead", "silent", "left", "note"),
+    [
+        (1, [0, 8], [], 16, r"nothing is cut of first: what is dead there \(2\) carries constants"),
+        (1, [0, 1, 8, 9], [8, 9], 14, r"1 dead channel kept with weights of zero, so that the groups of a convolution"),
+        (1, [0, 8], [0, 8], 14, None),
+        (0, [0, 8], [], 14, None),
+    ],
+)
+def test_channels_that_a_grouped_convolution_keeps_are_reported(padding, dead, silent, left, note):
+    small, report = slim_grouped(padding, dead, silent)
+    assert report.passed and small.first.out_channels == left
+    unread = int((small.grouped.weight.abs().amax((0, 2, 3)) == 0).sum())
+    rows = small.grouped.weight.abs().amax((2, 3)).unflatten(0, (2, -1)).amax(1)
+    assert unread <= report.unread == int((rows == 0).sum())
+    assert any(re.search(note, text) for text in report.plan.notes) if note else len(report.plan.notes) <= 1
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "conv3d", "grouped"])
+def test_memory_format_is_kept(kind):
+    torch.manual_seed(0)
+    if kind == "conv3d":
+        model = torch.nn.Sequential(
+            *(torch.nn.Conv3d(3, 8, 3, bias=False), torch.nn.BatchNorm3d(8), torch.nn.ReLU(), torch.nn.Conv3d(8, 2, 3))
+        ).eval()
+        example, layout = torch.randn(2, 3, 8, 8, 8), torch.channels_last_3d
+    else:
+        model = Grouped(1) if kind == "grouped" else Row(1)
+        example, layout = init_norms(model, size=16), torch.channels_last
+    model = model.to(memory_format=layout)
+    groups = find_groups(model, example)
+    plan = extract(model, groups, scores=importance.random(model, groups), pruning_ratio=0.4)
+    small, _ = slim(model, plan, example, groups=groups)
+    dense = dict(model.named_parameters())
+    for name, weight in small.named_parameters():
+        if weight.dim() > 2:
+            assert weight.is_contiguous(memory_format=layout), name
+            assert weight.is_contiguous() == dense[name].is_contiguous(), name
+    assert params(small) < params(model)
