@@ -139,6 +139,8 @@ class Training(Section):
     """Learning rate schedule."""
     loss: Component = Component(name="task")
     """Loss; "task": the default loss of the task."""
+    output_weights: list[NonNegative] = []
+    """Weight of the loss of each output of a model with side outputs (deep supervision); empty: 1 each."""
     ema: Ratio | None = None
     """Decay per step of an exponential moving average of the weights, which becomes the stage's model; null: off."""
     precision: Literal["float32", "bf16"] = "float32"

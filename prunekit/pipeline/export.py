@@ -33,6 +33,7 @@ from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import MODELS, load_model, newest_model, read_classes, read_plan, read_recipe
 from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.run_dir import RunDir
+from prunekit.tasks.base import main_output
 from prunekit.utils.progress import Reporter
 from prunekit.utils.text import suggest
 
@@ -341,12 +342,12 @@ class Exporter:
 
 
 class Computed(nn.Module):
-    def __init__(self, compute: Callable[[np.ndarray], np.ndarray]):
+    def __init__(self, compute: Callable[[np.ndarray], np.ndarray | list[np.ndarray]]):
         super().__init__()
         self.compute = compute
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.from_numpy(self.compute(image.contiguous().numpy()))
+        return torch.from_numpy(main_output(self.compute(image.contiguous().numpy())))
 
 
 def compared(before: dict[str, float], after: dict[str, float]) -> str:

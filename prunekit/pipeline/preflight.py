@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,18 +11,21 @@ from torch import nn
 
 from prunekit.config import registry
 from prunekit.config.schema import Recipe, Training
+from prunekit.data.datasets import normalize
 from prunekit.errors import PlanError, RecipeError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import CLASSES, build_dense, load_model, newest_model, open_initial_run, read_classes
 from prunekit.pipeline.rehearsal import rehearse
+from prunekit.pipeline.training_setup import build_loss
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.layer_matching import match_layers
 from prunekit.runs.run_dir import RunDir
-from prunekit.tasks.base import inference
+from prunekit.tasks.base import inference, main_output
 from prunekit.training.optimizers import param_groups
 from prunekit.training.trackers import check_tracker
 from prunekit.training.trainer import bind_options
 from prunekit.utils.io import is_out_of_memory
+from prunekit.utils.text import first_line
 
 
 def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = False, rehearsal: bool = False) -> None:
@@ -49,6 +53,7 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
             if warning := context.dataset(split).target_warning(context.tensors(split).targets):
                 context.reporter.info(f"{split}: {warning}")
         _report_large_batches(context)
+        _check_losses(context, initial)
     if recipe.finetune.distill.weight:
         nothing = torch.zeros(1, 1, 1, 1)
         context.task.distillation_loss(nothing, nothing, 1.0)
@@ -100,7 +105,7 @@ def _output_fault(context: RunContext, model: nn.Module, size: int) -> str | Non
     recipe, backbone = context.recipe, f"backbone {context.recipe.backbone.name}"
     try:
         with inference(model):
-            output = model(torch.zeros(1, *context.shape[:-2], size, size))
+            output = main_output(model(torch.zeros(1, *context.shape[:-2], size, size)))
     except (RuntimeError, ValueError, IndexError) as error:
         if is_out_of_memory(error):
             raise
@@ -121,6 +126,43 @@ def _other_sizes(context: RunContext, model: nn.Module) -> str | None:
             return f"set data.size={fitting[0]} or {fitting[1]} (a multiple of {step})"
         single = single or next(iter(fitting), None)
     return single and f"set data.size={single}"
+
+
+def _check_losses(context: RunContext, model: nn.Module) -> None:
+    """Compute the losses of two images as in training; RecipeError if that fails, a message if logits look wrong."""
+    recipe, data = context.recipe, context.tensors("train")
+    images, targets = normalize(data.images[:2]), data.targets[:2]
+    if len(images) < 2:
+        return  # Norms without pixels need two images.
+    try:
+        model = copy.deepcopy(model)
+    except (RuntimeError, TypeError):
+        return  # The rehearsal says why.
+    for stage in ("train", "finetune"):
+        section: Training = getattr(recipe, stage)
+        if section.epochs:
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    build_loss(context, section)(model.train()(images), targets)
+            except RecipeError as error:
+                raise RecipeError(f"{stage}.{error}") from error
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                raise RecipeError(
+                    f"{stage}.loss: {section.loss.name} cannot be computed from what the model returns in training "
+                    f"({first_line(error)}); return a tensor, or a tuple or list of tensors"
+                ) from error
+    losses = {section.loss.name for section in (recipe.train, recipe.finetune)}
+    if context.task.takes_logits and losses <= {"task", "bce_iou", "structure"}:
+        with inference(model):
+            # The second input drives logits out of the range of probabilities.
+            outputs = [main_output(model(scale * images)) for scale in (1, 1000)]
+        if all(0 <= output.min() < output.max() <= 1 for output in outputs):
+            context.reporter.info(
+                f"backbone {recipe.backbone.name}: its outputs lie between 0 and 1, but the loss expects logits; "
+                "remove the sigmoid or softmax at its end"
+            )
 
 
 def _report_large_batches(context: RunContext) -> None:

@@ -30,7 +30,7 @@ from prunekit.pipeline.models import (
     read_plan,
     save_model,
 )
-from prunekit.pipeline.training_setup import build_decay, train_model
+from prunekit.pipeline.training_setup import build_decay, build_loss, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Builder, Group, Plan, digest
 from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch
@@ -298,7 +298,7 @@ def _limits(recipe: Recipe) -> dict[str, Any]:
 def _training_losses(context: RunContext, batches: int) -> Any:
     """Return a function from a model to its training losses on a few batches, the same ones at every call."""
     recipe, train = context.recipe, context.tensors("train")
-    loss = bind_options(registry.losses, recipe.train.loss)(context.task)
+    loss = build_loss(context, recipe.train)
     order = torch.randperm(len(train), generator=seeded_generator(recipe.seed, "criterion", 0))
 
     def losses(model: nn.Module) -> Iterator[Tensor]:

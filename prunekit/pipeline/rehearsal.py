@@ -27,7 +27,7 @@ from prunekit.pruning.surgery.slim import apply_plan, slim
 from prunekit.runs.run_dir import RunDir
 from prunekit.runs.state import new_state
 from prunekit.runs.worker_run_dir import WorkerRunDir
-from prunekit.tasks.base import compute_metrics, inference
+from prunekit.tasks.base import compute_metrics, inference, main_output
 from prunekit.utils.io import is_disk_failure, is_out_of_memory
 from prunekit.utils.progress import Reporter
 from prunekit.utils.text import first_line, join_names
@@ -124,7 +124,7 @@ def _evaluate(context: RunContext, model: nn.Module) -> None:
 def _export(context: RunContext, model: nn.Module, example: Tensor) -> None:
     wanted = [variant for variant in variants(context.recipe.export) if not variant.int8]
     with inference(model):
-        if not wanted or not torch.isfinite(model(example)).all():
+        if not wanted or not torch.isfinite(main_output(model(example))).all():
             return
     # A run folder in memory.
     run: RunDir = WorkerRunDir(Path("rehearsal"), new_state(), None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.config import registry
 from prunekit.config.schema import FineTuning, Training
@@ -15,6 +17,7 @@ from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.sparsity.progressive import ProgressivePruning
 from prunekit.runs.run_dir import RunDir
+from prunekit.tasks.losses import total_loss
 from prunekit.training.acceleration import channels_last
 from prunekit.training.distillation import TrainingLoss
 from prunekit.training.trackers import track
@@ -67,8 +70,13 @@ def train_model(
     return Trainer(model.to(context.device), job, groups, decay).fit().cpu().eval()
 
 
+def build_loss(context: RunContext, section: Training) -> Callable[[Any, Tensor], Tensor]:
+    """Return the loss of a model's outputs that a recipe names."""
+    return total_loss(bind_options(registry.losses, section.loss)(context.task), section.output_weights)
+
+
 def _training_loss(context: RunContext, run: RunDir, section: Training) -> TrainingLoss:
-    loss = bind_options(registry.losses, section.loss)(context.task)
+    loss = build_loss(context, section)
     if not (isinstance(section, FineTuning) and section.distill.weight):
         return TrainingLoss(loss)
     distill = section.distill

@@ -89,19 +89,23 @@ class Task(ABC):
         lower_is_better: those of them for which lower is better.
         dataset_type: the class of data sets for the task.
         predicts_images: whether :meth:`render` returns images.
+        takes_logits: whether the loss expects logits, so that a model must not end in a sigmoid or softmax.
     """
 
     metric_names: tuple[str, ...]
     lower_is_better: frozenset[str] = frozenset()
     dataset_type: type[ImageDataset]
     predicts_images: bool = False
+    takes_logits: bool = False
+
+    # Of a model that returns several outputs, the first is evaluated; the loss is the sum over all of them.
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a batch, a scalar with gradient.
 
         Args:
-            logits: output of the model, [B, …]; bfloat16 with ``precision: bf16``.
+            logits: an output of the model, [B, …]; bfloat16 with ``precision: bf16``.
             targets: as ``empty_targets`` and ``encode_target`` of the data set define them, [B, …].
         """
 
@@ -179,7 +183,7 @@ class Task(ABC):
             for images, targets in zip(
                 tensors.images.split(batch_size), tensors.targets.split(batch_size), strict=True
             ):
-                logits = model(normalize(images.to(device))).float()
+                logits = main_output(model(normalize(images.to(device)))).float()
                 if not torch.isfinite(logits).all():
                     return {}
                 for scores, target in zip(self.activation(logits).cpu(), targets.cpu(), strict=True):
@@ -241,6 +245,11 @@ class Task(ABC):
         return [self.postprocess(one, image.shape[:2]) for one, image in zip(scores, images, strict=True)]
 
 
+def main_output(output: Any) -> Any:
+    """Return the first output of a model with side outputs (a tuple or list of tensors), else the output."""
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
 def compute_metrics(metrics: Metrics) -> dict[str, float]:
     """Return the computed metrics; raise DataError if there is no image."""
     if not metrics.errors:
@@ -296,6 +305,7 @@ def own_size(height: int, width: int) -> tuple[int, int]:
 def _forward(model: nn.Module, batch: Tensor) -> Tensor:
     # Channels-last halves the time on CPUs; models that take views of their features may refuse it.
     try:
-        return model(batch.contiguous(memory_format=torch.channels_last)).float()
+        output = model(batch.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
-        return model(batch).float()
+        output = model(batch)
+    return main_output(output).float()

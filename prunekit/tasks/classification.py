@@ -44,6 +44,7 @@ class Classification(Task):
 
     metric_names = ("top1",)
     dataset_type = LabelDataset
+    takes_logits = True
 
     def check_output(self, output: Any, size: int, images: LabelDataset) -> str | None:
         classes = len(images.classes)

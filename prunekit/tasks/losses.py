@@ -6,18 +6,49 @@ function of logits and targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prunekit.config.registry import register_loss
-from prunekit.data.datasets import MaskDataset
+from prunekit.data.datasets import MaskDataset, resize
 from prunekit.errors import RecipeError
 from prunekit.tasks.base import Task
+from prunekit.utils.text import plural
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def total_loss(loss: Loss, weights: Sequence[float] = ()) -> Callable[[Any, Tensor], Tensor]:
+    """Return a loss of all outputs of a model: the weighted sum (deep supervision: Lee et al., AISTATS 2015).
+
+    Args:
+        loss: of one output. Maps of another size are resized to that of the masks.
+        weights: of each output; 1 each where empty.
+
+    Raises:
+        RecipeError: when called, the number of outputs is not that of the weights.
+    """
+
+    def total(outputs: Any, targets: Tensor) -> Tensor:
+        if not isinstance(outputs, tuple | list):
+            outputs = [outputs]
+        if weights and len(weights) != len(outputs):
+            raise RecipeError(
+                f"output_weights has {plural(len(weights), 'weight')}, and the model returns "
+                f"{plural(len(outputs), 'output')} in training; give as many"
+            )
+        losses = []
+        for output in outputs:
+            if output.ndim == targets.ndim == 4 and output.shape[-2:] != targets.shape[-2:]:
+                output = resize(output.float(), targets.shape[-2:])
+            losses.append(loss(output, targets))
+        return sum(w * one for w, one in zip(weights, losses, strict=True)) if weights else sum(losses[1:], losses[0])
+
+    return total
 
 
 @register_loss("task")

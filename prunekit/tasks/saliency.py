@@ -30,6 +30,7 @@ class Saliency(Task):
     lower_is_better = frozenset({"mae"})
     dataset_type = MaskDataset
     predicts_images = True
+    takes_logits = True
 
     def check_output(self, output: Any, size: int, images: MaskDataset) -> str | None:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -1,6 +1,7 @@
 import io
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from prunekit.config.recipe import load
@@ -29,6 +30,22 @@ class UNet(nn.Module):
 
 def unet(skip: bool = True):
     return UNet(skip)
+
+class Sides(UNet):
+    def __init__(self, kind, last, always):
+        super().__init__(True)
+        self.side, self.kind, self.last, self.always = nn.Conv2d(4, 1, 1), kind, last, always
+
+    def forward(self, x):
+        main, side = super().forward(x), self.side(self.deep(self.down(x)))
+        outputs = {"tuple": tuple, "list": list, "dict": lambda ts: dict(enumerate(ts))}[self.kind](
+            self.last(output) for output in (main, side)
+        )
+        return outputs if self.always or self.training else outputs[0]
+
+def sides(kind: str = "tuple", last: str = "identity", always: bool = True):
+    last = {"identity": lambda x: x, "sigmoid": torch.sigmoid, "hard": nn.functional.hardsigmoid}[last]
+    return Sides(kind, last, always)
 """
 
 
@@ -46,6 +63,8 @@ def check(tmp_path):
     def check(*overrides):
         backbone = f"backbone={{name: unet, file: {tmp_path / 'unet.py'}}}"
         data = ["data.size=16", "data.options={train: 4, val: 2}", "train.batch_size=2", "finetune.batch_size=2"]
+        if any("name: folder" in text for text in overrides):
+            data = data[2:]
         recipe = load("csnet", [backbone, *data, *overrides])
         out = io.StringIO()
         check_recipe(RunContext(recipe, Reporter(Console(file=out, width=200))), load_data=True)
@@ -77,3 +96,36 @@ def test_too_little_memory_is_not_a_wrong_size(check, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         check()
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list"])
+@pytest.mark.parametrize("always", ["true", "false"])
+def test_side_outputs(check, kind, always):
+    sides = ["backbone.name=sides", f"backbone.options={{kind: {kind}, always: {always}}}"]
+    assert check(*sides) == check(*sides, "train.output_weights=[1, 0.5]") == ""
+    with pytest.raises(RecipeError, match=r"^finetune\.output_weights has 3 weights, and the model returns 2 outputs"):
+        check(*sides, "finetune.output_weights=[1, 1, 1]")
+
+
+def test_outputs_that_no_loss_takes_are_refused_before_training(check):
+    with pytest.raises(RecipeError, match=r"^train\.loss: task cannot be computed .*a tuple or list of tensors$"):
+        check("backbone.name=sides", "backbone.options={kind: dict, always: false}")
+
+
+@pytest.mark.parametrize("last", ["sigmoid", "hard"])
+@pytest.mark.parametrize("loss", ["task", "bce_iou"])
+def test_probabilities_in_place_of_logits_are_reported(check, last, loss):
+    said = check("backbone.name=sides", f"backbone.options.last={last}", f"train.loss={loss}")
+    assert "backbone sides: its outputs lie between 0 and 1, but the loss expects logits; remove the sigmoid" in said
+    assert "logits" not in check("backbone.name=sides", f"train.loss={loss}")
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_masks_that_are_all_empty_or_full_are_reported(check, tmp_path, level):
+    for part, picture in {"images": Image.new("RGB", (16, 16)), "GT": Image.new("L", (16, 16), level)}.items():
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for number in range(4):
+            picture.save(tmp_path / "data" / part / f"{number}.png")
+    said = check(f"data={{name: folder, size: 16, root: {tmp_path / 'data'}, cache: none}}")
+    kind = "full" if level else "empty"
+    assert f"train: all 3 masks are {kind}; check" in said and f"val: all 1 masks are {kind}; check" in said

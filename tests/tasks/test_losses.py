@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from prunekit.config.recipe import load
 from prunekit.errors import RecipeError
 from prunekit.tasks.classification import Classification
-from prunekit.tasks.losses import bce_iou, structure, task_loss
+from prunekit.tasks.losses import bce_iou, structure, task_loss, total_loss
 from prunekit.tasks.saliency import Saliency
 
 MAKERS = {"bce_iou": bce_iou, "structure": structure}
@@ -105,3 +105,16 @@ def test_recipe_sets_loss_and_options():
     assert recipe.finetune.loss.options == {"iou": 0.5}
     with pytest.raises(RecipeError, match="unknown loss 'structur', did you mean 'structure'"):
         load("csnet", ["train.loss=structur"])
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_the_loss_of_side_outputs_is_a_weighted_sum(kind):
+    (main, masks), side = batch(), batch(1, size=8)[0]
+    loss = Saliency().loss
+    resized = F.interpolate(side, (16, 16), mode="bilinear", align_corners=False)
+    assert total_loss(loss)(main, masks) == loss(main, masks)
+    assert total_loss(loss)(kind([main, side]), masks) == loss(main, masks) + loss(resized, masks)
+    weighted = total_loss(loss, [1.0, 0.5])(kind([main, side]), masks)
+    assert weighted == pytest.approx(loss(main, masks) + 0.5 * loss(resized, masks))
+    with pytest.raises(RecipeError, match="output_weights has 1 weight, and the model returns 2 outputs in training"):
+        total_loss(loss, [1.0])(kind([main, side]), masks)

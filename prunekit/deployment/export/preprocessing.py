@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prunekit.data.datasets import DEVIATION, MEAN
 from prunekit.errors import ExportError
-from prunekit.tasks.base import Task
+from prunekit.tasks.base import Task, main_output
 from prunekit.tasks.saliency import Saliency
 
 
@@ -16,7 +16,7 @@ class PreprocessedModel(nn.Module):
     """A model that takes images as they are read from a file.
 
     Images are resized to a square (bilinear with half-pixel centers, no antialiasing) of ``size`` pixels a side, and
-    normalized with ImageNet's mean and standard deviation. The task's ``activation`` is applied to the output.
+    normalized with ImageNet's mean and standard deviation. The task's ``activation`` is applied to the first output.
 
     Shape:
         input: (N, H, W, 3) uint8, RGB, any H and W; output: for saliency (N, H, W) uint8 maps, 255 is salient; for
@@ -32,7 +32,7 @@ class PreprocessedModel(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         planes = _resize(image.permute(0, 3, 1, 2).float(), (self.size, self.size))
-        scores = self.activation(self.model((planes / 255 - self.mean) / self.deviation))
+        scores = self.activation(main_output(self.model((planes / 255 - self.mean) / self.deviation)))
         if not self.returns_maps:
             return scores
         maps = _resize(scores, (image.shape[1], image.shape[2]))
