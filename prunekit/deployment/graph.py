@@ -40,16 +40,16 @@ class InferenceGraph:
         try:
             self.module = fx.symbolic_trace(root)
         except Exception as error:  # The model's code may raise anything.
-            raise UntraceableError(f"torch.fx cannot trace the model: {first_line(error)}") from error
+            raise UntraceableError(f"torch.fx cannot trace the model: {first_line(error).split('. ')[0]}") from error
         for node in self.nodes:
             node.type = None  # A graph with string annotations cannot be pickled.
         self._simplify()
         try:
             with torch.inference_mode():
                 interpreter = Shapes(self.module)
-                output = interpreter.run(*self.example)
+                output = interpreter.run(*(value.clone() for value in self.example))
                 self.shapes = interpreter.shapes
-                equal = _equal(output, root(*self.example))
+                equal = _equal(output, root(*(value.clone() for value in self.example)))
         except Exception as error:
             raise UntraceableError(f"the traced model does not run: {first_line(error)}") from error
         if not equal:

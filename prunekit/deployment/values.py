@@ -33,7 +33,9 @@ def shape_text(inputs: Inputs) -> str:
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model in eval mode, in float32 on the CPU, without gradients."""
+    """A copy of the model in eval mode, in float32 on the CPU, without gradients and wrappers for training."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module  # The first is of torch.compile.
     if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
         raise ExportError("the model is on the meta device and has no weights; load them with load_state_dict first")
     try:
@@ -60,7 +62,8 @@ def compute(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     inputs = as_inputs(inputs)
     try:
         with torch.inference_mode():
-            outputs = output_tensors(model(*inputs))
+            # Clones, since a model may change its input.
+            outputs = output_tensors(model(*(value.clone() for value in inputs)))
     except ExportError:
         raise
     except Exception as error:  # The model's code may raise anything.

@@ -206,6 +206,14 @@ def test_scripted_model_is_returned_as_it_is():
     assert relative_difference(model, deployed, 4, 3, 32, 32) < 1e-5
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrappers_for_training_are_removed(wrap):
+    model, example = pruned_model("resnet", 0, 0.3, depth=8)
+    deployed, record = deploy(wrap(model), example, measure=False)
+    assert record.fallback_reason is None and record.folded_norms
+    assert relative_difference(model, deployed, 2, 3, 32, 32) < 1e-5
+
+
 def test_unknown_runtime_is_an_error():
     with pytest.raises(
         ExportError, match="unknown runtime 'tensorrt'; choose one of torch, pt2, onnxruntime, openvino"

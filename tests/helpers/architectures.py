@@ -128,6 +128,27 @@ class TwoInputs(nn.Module):
         return self.out(torch.cat([self.colour(photo), self.depth(depth)], 1))
 
 
+class Call(nn.Module):
+    """What a function makes of an input and a convolution."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 9, 3, padding=1), function
+
+    def forward(self, x):
+        return self.function(self.conv, x)
+
+
+class AnyInputs(Call):
+    def forward(self, *inputs):
+        return self.function(self.conv, *inputs)
+
+
+def in_place(conv, x):
+    x -= 0.5
+    return conv(x)
+
+
 class Keywords(nn.Module):
     """Inputs are passed by name."""
 
@@ -207,6 +228,9 @@ ARCHITECTURES = {
     "list": Case(lambda: TwoHeads(lambda a, b: [a, [b]]), _IMAGE, _OTHER),
     "dict": Case(lambda: TwoHeads(lambda a, b: {"out": a, "aux": b}), _IMAGE, _OTHER),
     "two_inputs": Case(TwoInputs, ((2, 3, 32, 32), (2, 1, 32, 32)), ((1, 3, 45, 38), (1, 1, 45, 38))),
+    "in_place": Case(lambda: Call(in_place), _IMAGE, _OTHER),
+    "split": Case(lambda: Call(lambda conv, x: conv(x).split(3, 1)), _IMAGE, _OTHER),
+    "any_inputs": Case(lambda: AnyInputs(lambda conv, x: conv(x)), _IMAGE, _OTHER, traceable=False),
     "keywords": Case(Keywords, _IMAGE, _OTHER),
     "self_sums": Case(SelfSums, _IMAGE, _OTHER),
     "mlp_of_images": Case(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,15 @@ def free_axes(value: Tensor, free: Free = "all") -> dict[int, str]:
     sides = _SIDES.get(value.dim(), ()) if free == "all" else ()
     first = 1 if value.dtype == torch.uint8 else 2
     return {0: "N", **{first + index: name for index, name in enumerate(sides)}}
+
+
+def dynamic_shapes(model: nn.Module, inputs: Sequence[Tensor], free: Free) -> tuple[Any, ...]:
+    """The free axes as torch.export wants them: those of ``*args`` of the model's forward in a tuple of their own."""
+    shapes = tuple(dict.fromkeys(free_axes(value, free), torch.export.Dim.DYNAMIC) for value in inputs)
+    for index, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return *shapes[:index], shapes[index:]
+    return shapes
 
 
 def other_sizes(inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:

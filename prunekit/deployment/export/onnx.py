@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.deployment.deployed_model import DeployedModel
-from prunekit.deployment.export.axes import Free, export_with_free_axes, free_axes
-from prunekit.deployment.export.onnx_writer import OPSET, UnsupportedOpError, graph_to_onnx
+from prunekit.deployment.export.axes import Free, dynamic_shapes, export_with_free_axes, free_axes
+from prunekit.deployment.export.onnx_writer import OPSET, graph_to_onnx
 from prunekit.deployment.export.subnormals import flush_subnormals, subnormal_count
 from prunekit.deployment.export.validate import max_abs_difference
 from prunekit.deployment.graph import InferenceGraph
@@ -65,11 +65,10 @@ def _export(model: nn.Module, example: Inputs, free: Free) -> Any:
         if inputs[0].is_floating_point() and free != "none":
             try:
                 return graph_to_onnx(InferenceGraph(model, inputs), fixed_size=free == "batch")
-            except (UnsupportedOpError, ExportError):
-                pass  # torch.onnx supports more operations.
+            except Exception:
+                pass  # torch.onnx supports more operations, and its errors are for the user.
     model, inputs = prepare_for_export(model, inputs, free)
     names = _input_names(model, len(inputs))
-    axes = [free_axes(value, free) for value in inputs]
     quiet = silence("torch.onnx", "onnxscript", "onnx_ir")
     with export_errors("ONNX", "onnx"), quiet, tempfile.TemporaryDirectory() as folder:
         program = torch.onnx.export(
@@ -79,14 +78,14 @@ def _export(model: nn.Module, example: Inputs, free: Free) -> Any:
             opset_version=OPSET,
             input_names=names,
             output_names=output_names(model, inputs),
-            dynamic_shapes=tuple(dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in axes),
+            dynamic_shapes=dynamic_shapes(model, inputs, free),
             external_data=False,
             verbose=False,
         )
         path = Path(folder) / "model.onnx"
         program.save(str(path), external_data=False)
         file = onnx.load(str(path))
-    _name_axes(file, axes)
+    _name_axes(file, [free_axes(value, free) for value in inputs])
     return file
 
 

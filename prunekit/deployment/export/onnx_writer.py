@@ -32,7 +32,7 @@ def graph_to_onnx(graph: InferenceGraph, fixed_size: bool = False) -> onnx.Model
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1 or not 2 <= len(graph.shapes[inputs[0]]) <= 5:
         raise UnsupportedOpError("other inputs than one of 2 to 5 dimensions")
-    if graph.output is None or graph.output in inputs:
+    if graph.output not in graph.shapes or graph.output in inputs:
         raise UnsupportedOpError("an output that is not a computed tensor")
     writer = _Writer(graph, fixed_size)
     in_shape, out_shape = graph.shapes[inputs[0]], graph.shapes[graph.output]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from prunekit.deployment.deployed_model import DeployedModel
-from prunekit.deployment.export.axes import Free, export_with_free_axes, free_axes
+from prunekit.deployment.export.axes import Free, dynamic_shapes, export_with_free_axes, free_axes
 from prunekit.deployment.export.onnx import Metadata, export_errors, prepare_for_export, silence
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.deployment.export.validate import max_abs_difference
@@ -47,13 +45,10 @@ def export_pt2(model: nn.Module, example: Inputs, metadata: Metadata | None = No
 def _export(model: nn.Module, example: Inputs, free: Free) -> tuple[list[str | int], torch.export.ExportedProgram]:
     """The shape of the first input, with names for free axes, and the program."""
     model, inputs = prepare_for_export(model, as_inputs(example), free)
-    axes = [free_axes(value, free) for value in inputs]
-    shapes: Any = tuple(dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in axes)
     with export_errors("pt2", "pt2"), silence("torch.export", "torch._export"):
-        takes_any = isinstance(model, DeployedModel)  # Its forward has *inputs.
-        program = torch.export.export(model, inputs, dynamic_shapes=(shapes,) if takes_any else shapes)
+        program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes(model, inputs, free))
         _strip(program)
-    return [axes[0].get(axis, length) for axis, length in enumerate(inputs[0].shape)], program
+    return [free_axes(inputs[0], free).get(axis, length) for axis, length in enumerate(inputs[0].shape)], program
 
 
 def check_pt2(file: bytes, model: nn.Module, inputs: Sequence[Inputs], name: str = "model.pt2") -> float:

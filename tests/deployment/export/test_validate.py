@@ -38,5 +38,26 @@ def test_other_outputs_are_rejected(compute, model, message):
         max_abs_difference("file", compute, model, IMAGES)
 
 
+class Random(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+def test_model_that_differs_from_itself_is_named():
+    with pytest.raises(ExportError, match="other outputs at each call"):
+        max_abs_difference("file", lambda image: image, Random(), IMAGES)
+
+
+def test_several_outputs_and_inputs():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return {"sum": x + y, "first": (x, None)}
+
+    pairs = [(torch.ones(1, 3), torch.ones(1, 3))]
+    assert max_abs_difference("file", lambda x, y: [x + y, x], Two(), pairs) == 0
+    with pytest.raises(ExportError, match="file has 1 outputs, the model 2"):
+        max_abs_difference("file", lambda x, y: x + y, Two(), pairs)
+
+
 def test_levels_may_differ_by_one():
     assert max_abs_difference("file", lambda image: image.astype(np.uint8) + 1, Levels(), IMAGES) == 1
