@@ -307,3 +307,23 @@ def test_lost_hooks_and_unused_parameters_are_listed():
 
 def test_public_api():
     assert prunekit.octavize is octavize
+
+
+class Centred(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x -= 0.5
+        return self.out(self.norm(self.conv(x)).relu())
+
+
+def test_example_is_not_changed_by_a_model_that_changes_its_input():
+    torch.manual_seed(0)
+    example = torch.randn(2, 3, 32, 32)
+    before = example.clone()
+    octavize(Centred().eval(), example)
+    assert torch.equal(example, before)
