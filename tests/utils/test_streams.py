@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import io
 import os
 import sys
 
@@ -42,6 +44,18 @@ def test_output_with_a_reader_is_written(capsys):
     assert tuple(capsys.readouterr()) == ("x\n", "y\n")
 
 
-def test_a_full_disk_is_not_an_error():
-    with open("/dev/full", "w") as stream, contextlib.redirect_stdout(stream), ignore_lost_readers():
-        print("x", flush=True)
+class Full(io.StringIO):
+    def __init__(self, file):
+        super().__init__()
+        self.fileno = file.fileno
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_not_an_error(tmp_path):
+    with (tmp_path / "out").open("w") as file, contextlib.redirect_stdout(Full(file)):
+        with pytest.raises(OSError, match="No space"):
+            print("x")
+        with ignore_lost_readers():
+            print("x", flush=True)
