@@ -60,7 +60,8 @@ def gate_cut(run: Run) -> GateCut:
     if isinstance(targets, dict) and any(value is not None for value in targets.values()):
         note = "The cut is the largest gate of a channel that was removed to meet the target. "
         return GateCut(made, "cut", note if made is not None else "", is_live=False)
-    if run.setting("slim.importance.name") not in (None, "gate"):
+    importance = run.setting("slim.importance")
+    if (importance.get("name") if isinstance(importance, dict) else importance) not in (None, "gate"):
         return GateCut(None)
     return GateCut(finite_number(run.setting("slim.threshold")))
 

@@ -173,7 +173,14 @@ def test_gates_of_a_target_are_divided_by_the_cut_that_was_made(run):
     assert "above the cut" in drawings["gates_map"].caption
 
 
-@pytest.mark.parametrize("change", [{"target": {"macs_ratio": 0.5}}, {"slim": {"importance": {"name": "taylor"}}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": {"macs_ratio": 0.5}},
+        {"slim": {"importance": {"name": "taylor"}, "threshold": LIMIT}},
+        {"slim": {"importance": "magnitude", "threshold": LIMIT}},
+    ],
+)
 def test_no_threshold_is_drawn_where_none_was_used(run, change):
     table = random_gates(run, 6, 5, 2)
     table = replace(table, recipe={**table.recipe, **change})
