@@ -108,7 +108,7 @@ def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argpa
                 (name, form, BenchJob(f"{name} {form}", runtime, path, *shape, precision))
                 for form, (runtime, path, precision) in files.items()
             ]
-        timings, products = measure([job for *_, job in jobs], args.seconds)
+        timings, products, _ = measure([job for *_, job in jobs], args.seconds)
     for (_, _, job), timing in zip(jobs, timings, strict=True):
         if timing.error:
             raise RuntimeError(f"{job.name}: {timing.error}")

@@ -74,7 +74,7 @@ def grow(points: Sequence[tuple[int, Builder, int, int]], args: argparse.Namespa
                 config = None if form == "eager" else deploy(model, example)[1].config
                 pack_model(path, model, builder, config, (3, size, size))
                 jobs.append(BenchJob(f"{form} {index}", "torch", path, batch, size, args.threads))
-        timings, _ = measure(jobs, args.seconds)
+        timings, *_ = measure(jobs, args.seconds)
     for job, timing in zip(jobs, timings, strict=True):
         if timing.error:
             raise RuntimeError(f"{job.name}: {timing.error}")

@@ -341,14 +341,17 @@ class _SpinnerView(_View):
 
 
 class _ProgressBarView(_View):
-    done = total = 0
+    done: float = 0
+    total: float = 0
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: float, total: float) -> None:
+        """Set the progress: counts, which are shown, or a share of 1.0."""
         self.done, self.total = done, total
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         tail = format_duration(self.elapsed)
         if self.done:
             tail = f"{format_duration(self.elapsed / self.done * (self.total - self.done))} left"
-        head = Text.assemble(self.title, f" {self.done}/{self.total}" if self.total else "")
+        is_count = isinstance(self.total, int) and self.total
+        head = Text.assemble(self.title, f" {self.done}/{self.total}" if is_count else "")
         yield from progress_line(head, self.done / self.total if self.total else None, Text(tail), options)

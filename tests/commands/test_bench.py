@@ -29,7 +29,8 @@ def test_rows_table_and_report(folder, tmp_path, capsys):
     assert memory["slim", "ort"] < memory["slim", "eager"]
     assert len(found["ratios"]) == 8 and all(0 < r["macs_ratio"] < 1 for r in found["ratios"])
     out = capsys.readouterr().out
-    assert "GFLOP/s" in out and max(map(len, out.split("saved to")[0].splitlines())) <= 80
+    assert "preparing dense\n" in out and "timing: 0 of 16 rows done\n" in out and "timing: 16 of 16 rows" in out
+    assert "GFLOP/s" in out and "MACs + " not in out and max(map(len, out.split("saved to")[0].splitlines())) <= 80
     run = load_run(folder)
     assert not [line for line in run.problems if "bench" in line]
     table = bench_table([run])
@@ -40,7 +41,7 @@ def test_ratios():
     row = {"form": "ort", "batch": 1, "size": 8, "threads": 1, "macs": 100, "params": 10, "median_ms": 4.0}
     slim = {**row, "model": "slim", "macs": 50, "params": 2, "median_ms": 2.4}
     (found,) = ratios([{**row, "model": "dense"}, slim])
-    assert (found["latency_ratio"], found["macs_ratio"], found["params_ratio"]) == (0.6, 0.5, 0.2) and found["within"]
+    assert (found["latency_ratio"], found["macs_ratio"], found["params_ratio"]) == (0.6, 0.5, 0.2)
     assert ratios([slim]) == []
 
 
@@ -58,3 +59,17 @@ def test_invalid_arguments(folder, message, arguments):
     with pytest.raises(RecipeError, match=message):
         bench_run(folder, Console(), **arguments)
     assert not (folder / "bench.json").exists()
+
+
+def test_a_stop_saves_what_was_measured(folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(folder, tmp_path / "tiny")
+
+    def stop(self, done, share):
+        if share:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("prunekit.commands.bench._TimingView.update", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench_run(folder, Console(), batches="1,2", threads="1", forms="eager", seconds=0.01)
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    assert [(row["model"], row["batch"]) for row in rows] == [("dense", 1), ("slim", 1)]

@@ -5,10 +5,10 @@ import json
 import onnxruntime
 import pytest
 import torch
+from helpers.toy_run import quiet
 
 from prunekit.config.recipe import load
 from prunekit.pipeline.runner import run_recipe
-from tests.helpers.toy_run import quiet
 
 SIDES = """
 import torch

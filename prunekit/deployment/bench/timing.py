@@ -8,10 +8,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -60,14 +60,29 @@ class Timing:
         return self.percentile(50)
 
 
-def measure(jobs: Sequence[BenchJob], seconds: float) -> tuple[list[Timing], dict[int, float]]:
+class Measurements(NamedTuple):
+    timings: list[Timing]  # of each job
+    gflops: dict[int, float]  # number of threads → of a float32 1024³ matrix product, timed in turns with the jobs
+    stopped: bool = False  # by Ctrl-C or SIGTERM; what was not measured has an error
+
+
+def measure(
+    jobs: Sequence[BenchJob], seconds: float, progress: Callable[[int, float], None] = lambda done, share: None
+) -> Measurements:
     """Time jobs: each for at least ``seconds`` and two turns. Those with the same shape and threads take turns.
 
-    The second value is number of threads → GFLOP/s of a float32 1024³ matrix product, timed in turns with the jobs.
+    Args:
+        progress: called after each round of turns with the number of jobs done and the share of the measurements done.
     """
     timings = [Timing() for _ in jobs]
     workers: dict[tuple[Any, ...], _Worker] = {}
     products: dict[int, list[float]] = {}
+    stopped = False
+
+    def report() -> None:
+        shares = [1.0 if t.error else min(1.0, sum(t.milliseconds) / 1000 / seconds) for t in timings]
+        progress(sum(share >= 1 for share in shares), sum(shares) / len(shares))
+
     # Small inputs first: where the system cannot reset a peak, the peak of larger ones is still right.
     shapes = sorted({job.shape for job in jobs}, key=lambda shape: (shape[0] * shape[1] ** 2, *shape))
     try:
@@ -75,18 +90,29 @@ def measure(jobs: Sequence[BenchJob], seconds: float) -> tuple[list[Timing], dic
             product = Timing()
             turns = [(job, timing) for job, timing in zip(jobs, timings, strict=True) if job.shape == shape]
             turns.append((BenchJob("matrix product", "matrix", None, *shape), product))
-            _take_turns(turns, workers, seconds)
+            try:
+                _take_turns(turns, workers, seconds, report)
+            finally:
+                products.setdefault(shape[2], []).extend(product.milliseconds)
             if product.error:
                 raise PrunekitError(f"the matrix product cannot be timed: {product.error}")
-            products.setdefault(shape[2], []).extend(product.milliseconds)
+    except KeyboardInterrupt:
+        stopped = True
     finally:
         for worker in workers.values():
             worker.close()
-    return timings, {t: 2 * MATRIX**3 / float(np.median(ms)) / 1e6 for t, ms in products.items()}
+    gflops = {t: 2 * MATRIX**3 / float(np.median(ms)) / 1e6 for t, ms in products.items() if ms}
+    for job, timing in zip(jobs, timings, strict=True):
+        if not timing.error and not (timing.milliseconds and job.threads in gflops):
+            timing.error = "not measured"
+    return Measurements(timings, gflops, stopped)
 
 
 def _take_turns(
-    jobs: Sequence[tuple[BenchJob, Timing]], workers: dict[tuple[Any, ...], _Worker], seconds: float
+    jobs: Sequence[tuple[BenchJob, Timing]],
+    workers: dict[tuple[Any, ...], _Worker],
+    seconds: float,
+    report: Callable[[], None],
 ) -> None:
     ready: list[tuple[Timing, _Worker, int]] = []
     for job, timing in jobs:
@@ -113,6 +139,7 @@ def _take_turns(
             timing.milliseconds += result["ms"]
             timing.peak_mb, timing.cores = max(timing.peak_mb, result["peak_mb"]), result["cores"]
         rounds += 1
+        report()
 
 
 class _WorkerError(Exception):
