@@ -314,11 +314,13 @@ class Centred(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm2, self.out = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
 
     def forward(self, x):
         x -= 0.5
-        return self.out(self.norm(self.conv(x)).relu())
+        x = self.norm(self.conv(x)).relu()
+        return self.out(self.norm2(self.conv2(x)).relu())
 
 
 def test_example_is_not_changed_by_a_model_that_changes_its_input():
