@@ -31,6 +31,7 @@ class Member(_Schema):
     offset: int = Field(0, ge=0)
     stride: int = Field(1, ge=1)
     reads: bool = False  # takes the channels as input; otherwise it produces them or passes them on
+    pads: bool = False  # what the axis reads is padded, before or by the module: border and interior differ
     next_norm: str | None = None  # after a reader; its running mean can absorb a shift of the reader's output
 
     @property

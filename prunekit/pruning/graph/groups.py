@@ -136,7 +136,7 @@ class _GroupBuilder:
         for use, start in uses:
             costs = self.costs[use.module]
             shared = {"offset": use.offset + start * use.stride, "stride": use.stride, "reads": use.reads}
-            shared["next_norm"] = costs.next_norm if use.reads else None
+            shared |= {"next_norm": costs.next_norm if use.reads else None, "pads": use.pads}
             # Output channels take their bias and statistics along.
             for name in list(costs.params)[:1] if use.reads else costs.params:
                 axis = use.axis if name == "weight" else 0
@@ -178,7 +178,7 @@ class _GroupBuilder:
         after = follow_chain(norm, ())
         if after is None:
             return None
-        name = after.name if after.op == "prelu" else ACTIVATIONS.get(after.op)
+        name = after.name if after.op == "prelu" else ACTIVATIONS.get(after.kind)
         # A function with the name of a PReLU module could not be told from that module.
         return None if after.op != "prelu" and name in self.nodes else name
 

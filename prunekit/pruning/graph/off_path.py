@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.pruning.graph.meta import FastShapes
+
 
 def off_path_readers(model: nn.Module, example: Tensor, on_path: set[str]) -> list[tuple[str, str]]:
     """Find modules that are called in eval or train mode but are not on the path from input to output.
@@ -19,7 +21,12 @@ def off_path_readers(model: nn.Module, example: Tensor, on_path: set[str]) -> li
     Returns:
         pairs (off-path module, the on-path module whose channels it reads).
     """
-    owners = {module: name for name, module in model.named_modules() if any(True for _ in module.parameters(False))}
+    # A single number acts on all channels equally.
+    owners = {
+        module: name
+        for name, module in model.named_modules()
+        if any(parameter.numel() > 1 for parameter in module.parameters(False))
+    }
     if on_path.issuperset(owners.values()):
         return []
     found: dict[tuple[str, str], None] = {}
@@ -40,7 +47,7 @@ def off_path_readers(model: nn.Module, example: Tensor, on_path: set[str]) -> li
         hooks = [module.register_forward_hook(record, with_kwargs=True) for module in owners]
         try:
             model.train(training)
-            with torch.enable_grad():
+            with torch.enable_grad(), FastShapes():
                 model(example.detach().clone().requires_grad_() * 1.0)
         except Exception:
             continue  # For example, a model that needs targets in train mode.

@@ -8,7 +8,7 @@ makes the channels that pass through it unprunable, with its name as the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,35 +19,31 @@ from prunekit.pruning.graph.trace import PRODUCT, SUMS, Graph, Node
 
 # Operations on each channel alone that keep the number of channels.
 ACTIVATIONS = {
-    "ReluBackward0": "relu",
-    "LeakyReluBackward0": "leaky_relu",
-    "HardtanhBackward0": "relu6",
-    "SiluBackward0": "silu",
-    "GeluBackward0": "gelu",
-    "EluBackward0": "elu",
-    "HardswishBackward0": "hardswish",
-    "SigmoidBackward0": "sigmoid",
-    "HardsigmoidBackward0": "hardsigmoid",
-    "TanhBackward0": "tanh",
-    "MishBackward0": "mish",
+    "Relu": "relu",
+    "LeakyRelu": "leaky_relu",
+    "Hardtanh": "relu6",
+    "Silu": "silu",
+    "Gelu": "gelu",
+    "Elu": "elu",
+    "Hardswish": "hardswish",
+    "Sigmoid": "sigmoid",
+    "Hardsigmoid": "hardsigmoid",
+    "Tanh": "tanh",
+    "Mish": "mish",
 }
 CHANNELWISE = {
     *ACTIVATIONS,
-    *(f"{name}Backward0" for name in ("Softplus", "Celu", "Threshold", "Hardshrink", "Softshrink", "LogSigmoid")),
-    *(f"{name}Backward0" for name in ("Abs", "Neg", "Exp", "Log", "Sqrt", "Pow", "Clamp", "ClampMin", "ClampMax")),
-    *("ClampBackward1", "PowBackward1"),
-    *("MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0", "AdaptiveMaxPool2DBackward0"),
-    *("AvgPool2DBackward0", "AvgPool3DBackward0", "AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0"),
-    *("UpsampleNearest1DBackward0", "UpsampleNearest2DBackward0", "UpsampleNearest3DBackward0"),
-    *("UpsampleLinear1DBackward0", "UpsampleBilinear2DBackward0", "UpsampleTrilinear3DBackward0"),
-    *("UpsampleBicubic2DBackward0", "NativeDropoutBackward0", "ExpandBackward0", "UnsqueezeBackward0"),
-    *(f"{kind}Pad{n}DBackward0" for kind in ("Reflection", "Replication") for n in (1, 2, 3)),
-    *("CloneBackward0", "ToCopyBackward0"),
+    *("Softplus", "Celu", "Threshold", "Hardshrink", "Softshrink", "LogSigmoid", "RreluWithNoise"),
+    *("Abs", "Neg", "Exp", "Log", "Sqrt", "Rsqrt", "Reciprocal", "Rsub", "Erf", "Pow", "Clamp", "ClampMin", "ClampMax"),
+    *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
+    *("AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"),
+    *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D"),
+    *("UpsampleTrilinear3D", "UpsampleBicubic2D", "NativeDropout", "Expand", "Unsqueeze", "Clone", "ToCopy", "Alias"),
+    *(f"{kind}Pad{n}D" for kind in ("Reflection", "Replication") for n in (1, 2, 3)),
 }
 # Reductions, over spatial axes or over channels.
 REDUCTIONS = {"MeanBackward1", "SumBackward1", "AmaxBackward0", "AminBackward0"}
-RESHAPES = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0", "SqueezeBackward1"}
-RESHAPES |= {"SqueezeBackward2"}
+RESHAPES = {"View", "UnsafeView", "ReshapeAlias", "Squeeze"}
 
 
 @dataclass
@@ -57,12 +53,13 @@ class Segment:
     ids: np.ndarray  # identities of the channels, (channels,)
     gate_expr: GateExpr  # the gates that they have passed, for the first of them (see ``shift``)
     stride: int = 1  # entries per channel; more than 1 after a flatten
+    padded: bool = False  # whether a padding, of any amount, may have set positions to another value
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> Segment:
-        return Segment(self.ids[part], shift(self.gate_expr, part.start), self.stride)
+        return replace(self, ids=self.ids[part], gate_expr=shift(self.gate_expr, part.start))
 
 
 Channels = list[Segment]
@@ -78,6 +75,7 @@ class Use:
     ids: np.ndarray  # identities of the channels, (channels,)
     stride: int = 1  # entries per channel
     gate_expr: GateExpr | None = None  # the gates passed by channels that the module reads; None for its outputs
+    pads: bool = False  # whether what it reads is padded, before or by the module
 
     @property
     def reads(self) -> bool:
@@ -131,8 +129,8 @@ def propagate(graph: Graph, in_channels: int) -> Propagation:
 
 
 def _label(node: Node) -> str:
-    """Return a module's name, or an operation's without autograd's suffix."""
-    return node.name or node.op.rstrip("0123456789").removesuffix("Backward")
+    """Return a module's name and class, or an operation's name."""
+    return f"{node.name} ({type(node.module).__name__})" if node.name else node.kind.removeprefix("torch::autograd::")
 
 
 def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channels: int) -> Channels:
@@ -168,8 +166,8 @@ def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channe
     if node.op == "CatBackward0" and _saved_axes(node, len(node.out_shape or ())) == {1}:
         return [segment for segments in inputs for segment in segments]
     if _keeps_channels(node, inputs):
-        return first
-    if node.op in RESHAPES:
+        return [replace(segment, padded=True) for segment in first] if _pads(node) else first
+    if node.kind in RESHAPES:
         reshaped = _reshape(node, first)
         if reshaped is not None:
             return reshaped
@@ -180,7 +178,7 @@ def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channe
 
 def _keeps_channels(node: Node, inputs: Sequence[Channels]) -> bool:
     """Return whether an operation works on each channel of one input alone."""
-    if node.op in CHANNELWISE:
+    if node.kind in CHANNELWISE:
         return len(inputs) == 1
     if node.op in REDUCTIONS:
         return bool(inputs) and not {0, 1} & _saved_axes(node, len(node.inputs[0].out_shape or ()))
@@ -189,6 +187,13 @@ def _keeps_channels(node: Node, inputs: Sequence[Channels]) -> bool:
     if node.op == "ConstantPadNdBackward0" and node.out_shape:
         return len(node.grad_fn._saved_pad) <= 2 * (len(node.out_shape) - 2)
     return False
+
+
+def _pads(node: Node) -> bool:
+    """Return whether an operation fills positions at the border, whatever the amount at this size."""
+    if node.kind.startswith("AvgPool"):
+        return node.grad_fn._saved_count_include_pad and any(node.grad_fn._saved_padding)
+    return node.kind == "ConstantPadNd"
 
 
 def _produce(node: Node, segments: Channels, state: Propagation) -> Channels:
@@ -208,8 +213,11 @@ def _produce(node: Node, segments: Channels, state: Propagation) -> Channels:
         state.lock(segments, f"read by {node.name}, which is not supported: {why}")
     else:
         offset = 0
+        pads = transposed or (node.op == "conv" and any(getattr(node.grad_fn, "_saved_padding", (1,))))
         for segment in segments:
-            state.uses.append(Use(node.name, in_axis, offset, segment.ids, segment.stride, segment.gate_expr))
+            state.uses.append(
+                Use(node.name, in_axis, offset, segment.ids, segment.stride, segment.gate_expr, pads or segment.padded)
+            )
             offset += len(segment) * segment.stride
     outputs = [Segment(state.new_ids(_out_channels(node)), UNGATED)]
     if why and groups > 1:
@@ -228,7 +236,7 @@ def _pass_on(node: Node, segments: Channels, state: Propagation) -> Channels:
         if not shared and channel_tensors(node.module):
             state.uses.append(Use(node.name, 0, offset, segment.ids))
         expr = append_gate(segment.gate_expr, node.name, offset) if gated else segment.gate_expr
-        outputs.append(Segment(segment.ids, expr))
+        outputs.append(replace(segment, gate_expr=expr))
         offset += len(segment)
     return outputs
 
@@ -243,7 +251,7 @@ def _reshape(node: Node, segments: Channels) -> Channels | None:
         return segments
     run = int(np.prod(before[2:]))
     if len(after) == 2 and after[1] == before[1] * run:
-        return [Segment(segment.ids, segment.gate_expr, segment.stride * run) for segment in segments]
+        return [replace(segment, stride=segment.stride * run) for segment in segments]
     return None
 
 
@@ -270,7 +278,7 @@ def _identify(
         x, y = _slice(a, start, stop), _slice(b, start, stop)
         if x.ids is not y.ids:
             state.same.append((x.ids, y.ids))
-        outputs.append(Segment(x.ids, combine(x.gate_expr, y.gate_expr), x.stride))
+        outputs.append(Segment(x.ids, combine(x.gate_expr, y.gate_expr), x.stride, x.padded or y.padded))
     return outputs
 
 

@@ -7,6 +7,7 @@ The trace follows autograd from the outputs back to the input, so it sees functi
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.axes import CONVS, NORMS, TRANSPOSED, is_channelwise
+from prunekit.pruning.graph.meta import FastShapes, to_meta
 from prunekit.pruning.graph.off_path import off_path_readers, used_elsewhere
 from prunekit.utils.text import first_line
 
@@ -32,6 +35,13 @@ LAYERS = (
     *(nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm),
     *(nn.Embedding, nn.MultiheadAttention, nn.LSTM),
 )
+
+# The functions that layers call.
+_PRIMITIVES = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), CONVS),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), TRANSPOSED),
+    **{F.linear: (nn.Linear,), F.prelu: (nn.PReLU,), F.batch_norm: NORMS, torch.batch_norm: NORMS},
+}
 
 # Linear operations that keep a constant channel constant: a shift before them can be moved to a norm after them.
 LINEAR_OPS = ("AddBackward0", "UpsampleBilinear2DBackward0", "UpsampleNearest2DBackward0", "UpsampleBicubic2DBackward0")
@@ -55,6 +65,11 @@ class Node:
 
     def __repr__(self) -> str:
         return f"Node({self.index}, {self.name or self.op})"
+
+    @property
+    def kind(self) -> str:
+        """The operation without autograd's suffix, which differs where it works in place."""
+        return self.op.rstrip("0123456789").removesuffix("Backward")
 
     @property
     def width(self) -> int | None:
@@ -84,7 +99,7 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
     _check_arguments(model, example)
     try:
         # Only shapes are needed, so a copy runs on the meta device, unless the model reads values.
-        copied, batch = _to_meta(model), example.detach().to("meta")
+        copied, batch = to_meta(model), example.detach().to("meta")
         graph = _trace(copied, batch)
     except Exception:
         with _restored(model):
@@ -138,25 +153,6 @@ def _check_arguments(model: nn.Module, example: Tensor) -> None:
         raise PlanError("the model has uninitialized lazy modules; run it once first")
 
 
-def _to_meta(model: nn.Module) -> nn.Module:
-    """Return a copy on the meta device.
-
-    Its norms and PReLUs are identities: PyTorch computes their meta shapes slowly, operation by operation.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and id(tensor) not in memo:
-                empty = torch.empty_like(tensor, device="meta")
-                is_parameter = name in module._parameters
-                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        if type(module) in (*NORMS, nn.PReLU):
-            module.forward = torch.clone
-    return copied
-
-
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Undo on exit what forward and the tracer change in a model: attributes, modes, buffers and hooks."""
@@ -182,50 +178,76 @@ def _restored(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer.copy_(value)  # forward may have put another tensor in its place
 
 
-class _ConstantTensors(TorchFunctionMode):
-    """Record sums and products with a tensor that has no gradient and differs between channels; to autograd it looks
-    like a number."""
+class _Recorder(TorchFunctionMode):
+    """Record which operation of a layer's forward is the layer itself, and which operations combine a feature map with
+    a tensor that has no gradient and differs between channels; to autograd such a tensor looks like a number."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.grad_fns: set[Any] = set()
+        self.model = model
+        self.calls: Counter[nn.Module] = Counter()  # of modules
+        self.used: Counter[nn.Module] = Counter()  # of the operations that layers are
+        self.layers: dict[Any, nn.Module] = {}  # autograd node → module
+        self.mixed: set[Any] = set()
+        self.without_layer: set[Any] = set()  # norms that belong to no module
+        self._running: list[nn.Module] = []
+        self._norms = {
+            id(tensor): module
+            for module in model.modules()
+            if isinstance(module, NORMS)
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.grad_fn is not None and out.grad_fn.name() in (*SUMS, PRODUCT):
-            for side in (*args, *(kwargs or {}).values()):
-                if isinstance(side, Tensor) and not side.requires_grad:
-                    axis = side.dim() - out.dim() + 1
-                    if axis >= 0 and side.shape[axis] != 1:
-                        self.grad_fns.add(out.grad_fn)
+        if not isinstance(out, Tensor) or out.grad_fn is None:
+            return out
+        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        kinds = _PRIMITIVES.get(func)
+        if kinds is None:
+            for side in tensors:
+                axis = side.dim() - out.dim() + 1
+                if not side.requires_grad and 0 <= axis < side.dim() and side.shape[axis] != 1:
+                    self.mixed.add(out.grad_fn)
+            return out
+        layer = self._running[-1] if self._running and isinstance(self._running[-1], kinds) else None
+        if layer is None and kinds is NORMS:
+            layer = next((self._norms[id(tensor)] for tensor in tensors if id(tensor) in self._norms), None)
+            if layer is None:
+                self.without_layer.add(out.grad_fn)
+        if layer is not None:
+            self.used[layer] += 1
+            self.layers[out.grad_fn] = layer
         return out
 
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Record the calls of modules."""
 
-class _NearestUpsampling(TorchFunctionMode):
-    """Replace bilinear and bicubic up-sampling, whose meta shapes are slow to compute, by nearest-neighbor."""
+        def enter(module: nn.Module, _: Any) -> None:
+            self._running.append(module)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.interpolate and kwargs.get("mode") in ("bilinear", "bicubic") and not kwargs.get("antialias"):
-            kwargs = {**kwargs, "mode": "nearest", "align_corners": None}
-        return func(*args, **kwargs)
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
+            self._running.pop()
+            self.calls[module] += 1
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(module, LAYERS) and isinstance(output, Tensor) and not self.used[module]:
+                self.layers[output.grad_fn] = module
+
+        hooked = [m for m in self.model.modules() if isinstance(m, LAYERS) or not any(True for _ in m.children())]
+        handles = [module.register_forward_pre_hook(enter) for module in hooked]
+        handles += [module.register_forward_hook(leave) for module in hooked]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _trace(model: nn.Module, example: Tensor) -> Graph:
-    calls: Counter[nn.Module] = Counter()
-    layers: dict[Any, nn.Module] = {}
-    constants = _ConstantTensors()
-
-    def record(module: nn.Module, _: Any, output: Any) -> None:
-        calls[module] += 1
-        output = output[0] if isinstance(output, tuple) else output
-        if isinstance(module, LAYERS) and isinstance(output, Tensor):
-            layers[output.grad_fn] = module
-
-    hooked = [m for m in model.modules() if isinstance(m, LAYERS) or not any(True for _ in m.children())]
-    hooks = [module.register_forward_hook(record) for module in hooked]
+    recorder = _Recorder(model)
     try:
-        with torch.enable_grad(), constants, _NearestUpsampling() if example.is_meta else nullcontext():
+        with torch.enable_grad(), FastShapes() if example.is_meta else nullcontext(), recorder, recorder.hooks():
             # With a gradient at the input, everything that depends on it has one, even if all parameters are frozen.
             # The multiplication gives the input itself a node in the graph.
             batch = example.detach().clone().requires_grad_() * 1.0
@@ -237,27 +259,28 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
             raise ValueError("no gradient reaches its output from its parameters; is it wrapped in no_grad?")
     except Exception as error:  # It is the user's code and may raise anything.
         raise PlanError(f"the model fails on an input of shape {tuple(example.shape)}: {first_line(error)}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     names = {module: name for name, module in model.named_modules()}
     start = batch.grad_fn
     nodes: dict[Any, Node] = {}
     for grad_fn in _topological(outputs):
-        sources = [source for source in _sources(grad_fn) if not _is_scalar(source)]
-        inputs = [nodes[source] for source in sources if source in nodes]
+        inputs = [nodes[source] for source in _sources(grad_fn) if source in nodes]
+        parameters = [source for source in _sources(grad_fn) if source not in nodes and not _is_scalar(source)]
         # What does not depend on the input, such as the reshaping of a weight, is left out.
         if inputs or grad_fn is start:
-            module = layers.get(grad_fn)
+            module = recorder.layers.get(grad_fn)
             op = "input" if grad_fn is start else _op(grad_fn, module, model, names)
             node = Node(len(nodes), names.get(module), op, module, grad_fn, _output_shape(grad_fn), inputs)
             node.is_output = grad_fn in outputs
-            node.mixes_parameter = module is None and len(inputs) < len(sources)
-            node.mixes_tensor = grad_fn in constants.grad_fns
+            node.mixes_parameter = module is None and (bool(parameters) or grad_fn in recorder.without_layer)
+            node.mixes_tensor = grad_fn in recorder.mixed
             for source in inputs:
                 source.outputs.append(node)
             nodes[grad_fn] = node
-    reused = {names[m] for m, count in calls.items() if count > 1 and any(True for _ in m.parameters())}
+    reused = {
+        names[m]
+        for m, count in (recorder.calls | recorder.used).items()
+        if count > 1 and any(True for _ in m.parameters())
+    }
     modules = {node.name: (node.module, node.op, node.grad_fn) for node in nodes.values() if node.name}
     return Graph(list(nodes.values()), reused, used_elsewhere(outputs, modules))
 
@@ -282,8 +305,9 @@ def _sources(grad_fn: Any) -> list[Any]:
 
 
 def _is_scalar(grad_fn: Any) -> bool:
-    """Return whether this is a parameter of one element, which acts on all channels equally."""
-    return hasattr(grad_fn, "variable") and grad_fn.variable.numel() == 1
+    """Return whether this is, or computes, a single number, which acts on all channels equally."""
+    shape = grad_fn.variable.shape if hasattr(grad_fn, "variable") else _output_shape(grad_fn)
+    return shape is not None and math.prod(shape) == 1
 
 
 def _op(grad_fn: Any, module: nn.Module | None, model: nn.Module, names: dict[nn.Module, str]) -> str:

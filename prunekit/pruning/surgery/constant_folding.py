@@ -41,7 +41,7 @@ class ConstantInput:
     @property
     def uniform(self) -> bool:
         """Whether a constant input shifts all positions of the output equally."""
-        return not isinstance(self.module, TRANSPOSED) and not pads_zeros(self.module)
+        return not self.member.pads
 
     @property
     def needs_carrier(self) -> bool:
@@ -250,15 +250,6 @@ def zero_inputs(model: nn.Module, groups: Sequence[Group], channels: Mapping[str
             for rows, _, offset in _read_by(model, member, kept):
                 runs = offset[:, None] + np.arange(member.stride)
                 _weight(module)[rows][:, torch.from_numpy(runs.ravel())] = 0
-
-
-def pads_zeros(module: nn.Module) -> bool:
-    padding = getattr(module, "padding", 0)
-    if getattr(module, "padding_mode", "zeros") != "zeros" or padding == "valid":
-        return False
-    if padding == "same":
-        return any(k > 1 for k in module.kernel_size)
-    return any(padding) if isinstance(padding, tuple) else bool(padding)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -1,7 +1,7 @@
 """The equivalence check: a slim model is compared with the dense model whose dead gates are zero.
 
-Both run in float64 on the CPU, on data at two sizes and on noise; they pass if max|a − b| ≤ 1e-6 · max(1, max|a|). An
-output that is not finite, or that hardly changes from input to input, fails, because the comparison says nothing.
+Both run in float64 on the CPU, on data at several sizes and on noise; they pass if max|a − b| ≤ 1e-6 · max(1, max|a|).
+An output that is not finite, or that hardly changes from input to input, fails, because the comparison says nothing.
 See docs/design/surgery.md for models that amplify rounding errors.
 """
 
@@ -19,6 +19,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import zeroing_masks
 from prunekit.pruning.graph.trace import tensors_in
 from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.surgery.check_sizes import varied_sizes
 from prunekit.pruning.surgery.copies import clone
 from prunekit.utils.text import first_line
 
@@ -26,6 +27,7 @@ TOLERANCE = 1e-6
 PERTURBATION = 1e-13  # of each weight, relative: some hundred times the rounding of float64
 MARGIN = 10.0  # rounding errors may move the output this many times as far as the perturbation does
 MAX_SENSITIVITY = 1e-4  # of an output, relative: an image on which rounding errors may move it further says nothing
+INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
 DEAD = "the output is the same for every input: the network is dead"
 SENSITIVE = "the dense model is too sensitive to be compared"
 
@@ -70,20 +72,20 @@ def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str
 
 
 def check_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tensor]:
-    """Return two batches in float64 on the CPU: the data, and the data at another, odd size if the model accepts it."""
+    """Return batches in float64 on the CPU: the data, and two of its images at each of ``varied_sizes``."""
     data = example.detach()[:limit].double().cpu()
     if len(data) == 1:
         # A second, different input.
         data = torch.cat([data, 0.5 * data.flip(-1)])
-    if data.dim() != 4:
-        return [data]
-    size = [side + side // 4 + 1 - side // 4 % 2 for side in data.shape[2:]]
-    resized = F.interpolate(data, size=size, mode="bilinear")
-    try:
-        outputs_of(model, resized)
-    except Exception:
-        return [data]  # A model of one size only; the shapes in the report show it.
-    return [data, resized]
+    batches = [data]
+    for size in varied_sizes(model, data) if data.dim() in INTERPOLATION else ():
+        batch = F.interpolate(data[:2], size=size, mode=INTERPOLATION[data.dim()])
+        try:
+            outputs_of(model, batch)
+        except Exception:
+            continue  # The shapes in the report show the sizes that the model accepts.
+        batches.append(batch)
+    return batches
 
 
 def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64) -> Tensor | None:

@@ -175,7 +175,7 @@ def test_meta_device_gives_the_same_groups(name, monkeypatch):
     def refuse(_):
         raise RuntimeError("wants to see numbers")
 
-    monkeypatch.setattr(trace, "_to_meta", refuse)
+    monkeypatch.setattr(trace, "to_meta", refuse)
     assert find_groups(model, example) == without
 
 

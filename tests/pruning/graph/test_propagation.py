@@ -1,0 +1,143 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prunekit.pruning.graph.groups import find_groups
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+        return F.leaky_relu(x, 0.1, inplace=True)
+
+
+class FunctionalNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        norm = self.norm
+        return F.batch_norm(x, norm.running_mean, norm.running_var, weight=norm.weight, bias=norm.bias)
+
+
+class OwnNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.var, self.scale)
+
+
+class Affine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return torch.exp(self.scale) * x + self.bias
+
+
+class SamePadding(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, [0, 1, 0, 1]), self.weight, self.bias)
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def first_group(*middle, reader=nn.Conv2d):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *middle, reader(8, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    return next(group for group in find_groups(model, torch.randn(2, 3, 9, 9)) if group.id == "0")
+
+
+@pytest.mark.parametrize("norm", [NormAct(8), FunctionalNorm()], ids=["subclass", "functional"])
+def test_subclasses_and_functional_norms_are_norms(norm):
+    group = first_group(norm)
+    assert group.reason is None and len(group.gates) == 1
+
+
+def test_activation_inside_of_a_norm():
+    assert [gate.activation for gate in first_group(NormAct(8)).gates] == ["leaky_relu"]
+
+
+def test_norm_of_unknown_parameters_is_unprunable():
+    assert "parameter that belongs to no known layer" in first_group(nn.BatchNorm2d(8), OwnNorm()).reason
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.LeakyReLU(0.1, True), nn.ELU(1, True), nn.SELU(True), nn.CELU(1, True), nn.Threshold(0, 0, True)]
+)
+def test_activations_in_place(activation):
+    assert first_group(nn.BatchNorm2d(8), activation).reason is None
+
+
+def test_learnable_scale_of_one_element():
+    assert first_group(nn.BatchNorm2d(8), Affine()).reason is None
+
+
+PER_CHANNEL = torch.rand(8, 1, 1) + 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x / PER_CHANNEL,
+        lambda x: PER_CHANNEL / x,
+        lambda x: x.div_(PER_CHANNEL),
+        lambda x: x.clamp(min=PER_CHANNEL),
+        lambda x: x.clamp_min(PER_CHANNEL),
+        lambda x: x.clamp_(max=PER_CHANNEL),
+        lambda x: x**PER_CHANNEL,
+        lambda x: PER_CHANNEL**x,
+        lambda x: torch.rsub(x, PER_CHANNEL),
+        lambda x: torch.where(x > 0, x, PER_CHANNEL),
+        lambda x: torch.lerp(x, PER_CHANNEL, 0.5),
+        lambda x: torch.addcmul(x, PER_CHANNEL, PER_CHANNEL),
+        lambda x: torch.maximum(x, PER_CHANNEL),
+    ],
+)
+def test_tensor_that_differs_between_channels_is_unprunable(function):
+    assert "differs between channels" in first_group(nn.BatchNorm2d(8), Apply(function)).reason
+
+
+@pytest.mark.parametrize("function", [lambda x: x / 2, lambda x: 1 - x, lambda x: x.clamp(0, torch.tensor(1.0).item())])
+def test_numbers_keep_channels(function):
+    assert first_group(nn.BatchNorm2d(8), Apply(function)).reason is None
+
+
+def test_vector_times_a_number_in_a_tensor():
+    """torchvision's detectors compute such scales."""
+    scaled = Apply(lambda x: x + 0 * (x.mean((1, 2, 3)) * torch.tensor(2.0)).view(-1, 1, 1, 1))
+    assert "Mean" in first_group(nn.BatchNorm2d(8), scaled).reason
+
+
+@pytest.mark.parametrize(
+    ("middle", "reader", "pads"),
+    [
+        ((), nn.Conv2d, False),
+        ((), SamePadding, True),
+        ((nn.ZeroPad2d(1), nn.ReLU()), nn.Conv2d, True),
+        ((Apply(lambda x: F.pad(x, [0, x.shape[2] % 2 - 1])),), nn.Conv2d, True),
+        ((nn.AvgPool2d(3, 1, 1),), nn.Conv2d, True),
+        ((nn.AvgPool2d(3, 1, 1, count_include_pad=False),), nn.Conv2d, False),
+        ((nn.MaxPool2d(3, 1, 1),), nn.Conv2d, False),
+        ((), nn.ConvTranspose2d, True),
+    ],
+)
+def test_readers_of_padded_maps(middle, reader, pads):
+    assert [member.pads for member in first_group(nn.BatchNorm2d(8), *middle, reader=reader).readers] == [pads]
+
+
+def test_unsupported_layer_is_named_with_its_class():
+    assert "passes 2 (GroupNorm), which" in first_group(nn.BatchNorm2d(8), nn.GroupNorm(2, 8)).reason
