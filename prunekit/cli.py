@@ -291,11 +291,13 @@ def bench(
         Option(metavar="NAME,...", help="Any of baseline, dense, slim, finetuned; default: dense,slim."),
     ] = None,
     seconds: Annotated[float, Option(help="Minimum measuring time of each row, in seconds.")] = 2.0,
+    out: ResultsFolder = None,
 ) -> None:
     """Measure the latency of a run's models in PyTorch, ONNX Runtime and OpenVINO; writes RUN/bench.json."""
     from prunekit.commands.bench import bench_run
 
-    bench_run(run, _console(), batches=batch, sizes=size, threads=threads, forms=forms, models=model, seconds=seconds)
+    options = {"batches": batch, "sizes": size, "threads": threads, "forms": forms, "models": model}
+    bench_run(run, _console(), **options, seconds=seconds, out=out)
 
 
 @app.command(name="import")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from prunekit.commands.results import simple_table
+from prunekit.commands.results import open_to_write, simple_table, write_result
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.model_transfer import pack_model
 from prunekit.deployment.bench.timing import BenchJob, Timing, measure
@@ -65,6 +65,7 @@ def bench_run(
     forms: str | None = None,
     models: str | None = None,
     seconds: float = 2.0,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Time a run's models in several forms, print tables, write ``bench.json`` and return its content.
 
@@ -75,6 +76,7 @@ def bench_run(
         forms: keys of ``_FORMS``; None for :data:`FORMS`.
         models: of "baseline", "dense", "slim" and "finetuned"; None for "dense" and the slim or newest model.
         seconds: minimum total time of the timed calls of each row.
+        out: folder for ``bench.json``; nothing is written into the run folder. None for the run folder.
 
     Raises:
         RecipeError: an argument is wrong.
@@ -87,7 +89,7 @@ def bench_run(
     chosen_models = _parse_names("--model", models, MODELS) if models else None
     if not 0 < seconds < math.inf:
         raise RecipeError(f"--seconds {seconds:g}: must be above 0")
-    with RunDir.open(folder, write=True) as run, tempfile.TemporaryDirectory() as scratch:
+    with open_to_write(folder, out) as run, tempfile.TemporaryDirectory() as scratch:
         recipe = read_recipe(run)
         image_sizes = _parse_numbers("--size", sizes or str(recipe.data.size))
         networks = _load_models(run, recipe, chosen_models, reporter)
@@ -128,10 +130,11 @@ def bench_run(
         }
         if stopped and not rows:
             raise KeyboardInterrupt
-        run.write_json(BENCH, result)
-        _update_summary(run, rows, recipe.data.size)
+        write_result(run, out, BENCH, result)
+        if out is None:
+            _update_summary(run, rows, recipe.data.size)
     _print(result, networks, console)
-    console.print(Text(f"saved to {folder / BENCH}"), soft_wrap=True)
+    console.print(Text(f"saved to {(out or folder) / BENCH}"), soft_wrap=True)
     if stopped:
         raise KeyboardInterrupt
     return result

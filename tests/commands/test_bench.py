@@ -73,3 +73,10 @@ def test_a_stop_saves_what_was_measured(folder, tmp_path, monkeypatch):
         bench_run(folder, Console(), batches="1,2", threads="1", forms="eager", seconds=0.01)
     rows = json.loads((folder / "bench.json").read_text())["rows"]
     assert [(row["model"], row["batch"]) for row in rows] == [("dense", 1), ("slim", 1)]
+
+
+def test_with_out_nothing_is_written_into_the_run_folder(folder, tmp_path):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    bench_run(folder, Console(), threads="1", forms="eager", seconds=0.01, out=tmp_path)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 2
