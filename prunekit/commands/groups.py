@@ -31,6 +31,7 @@ from prunekit.runs.run_dir import RunDir, is_run_folder
 from prunekit.utils.text import did_you_mean
 
 OPERATORS = {"serial": " → ", "parallel": " | "}
+MAX_DEPTH = 4  # of nested sums and products
 MAX_GATES = 4  # written out in one row or sum
 
 
@@ -120,21 +121,23 @@ def _check_recipe(source: str) -> None:
 def format_gates(group: Group) -> str:
     """How the gates of a group combine: "layer1.(bn1 → bn2)" for a product, "a | b" for a sum; shortened if long."""
 
-    def write(tree: Any, nested: bool) -> str:
+    def write(tree: Any, depth: int) -> str:
         if isinstance(tree, int):
             gate = group.gates[tree]
             return gate.norm if gate.slice[0] == 0 else f"{gate.norm}@{gate.slice[0]}"
         kind, parts = next(iter(tree.items()))
-        terms = [write(part, True) for part in parts]
+        if depth > MAX_DEPTH:
+            return "…"
+        terms = [write(part, depth + 1) for part in parts]
         prefix, suffix = "", ""
         if all(isinstance(part, int) for part in parts):
             prefix, terms, suffix = _factor_out(terms)
         if len(terms) > MAX_GATES:
             terms = [*terms[:2], f"… {len(terms) - 3} more …", terms[-1]]
         text = OPERATORS[kind].join(terms)
-        return f"{prefix}({text}){suffix}" if nested or prefix or suffix else text
+        return f"{prefix}({text}){suffix}" if depth or prefix or suffix else text
 
-    return "" if group.combine is None else write(group.combine, False)
+    return "" if group.combine is None else write(group.combine, 0)
 
 
 def _factor_out(names: list[str]) -> tuple[str, list[str], str]:

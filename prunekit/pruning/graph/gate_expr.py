@@ -11,26 +11,52 @@ expression is the largest of its parts.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from torch import nn
 
 from prunekit.pruning.plan import Gate, Group
 
-GateExpr = tuple  # ("ungated",) | ("gate", norm, offset) | ("serial", GateExpr, …) | ("parallel", GateExpr, …)
 T = TypeVar("T")
 
-UNGATED: GateExpr = ("ungated",)
+
+class GateExpr(tuple):
+    """("ungated",), ("gate", norm, offset), ("serial", GateExpr, …) or ("parallel", GateExpr, …).
+
+    Equal expressions are one object, so that what parallel branches have in common is stored and visited once.
+    """
+
+    _known: ClassVar[dict[GateExpr, GateExpr]] = {}
+
+    def __new__(cls, *parts: Any) -> GateExpr:
+        expr = super().__new__(cls, parts)
+        expr.hash = hash(parts)
+        return cls._known.setdefault(expr, expr)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+
+UNGATED = GateExpr("ungated")
+
+
+def forget() -> None:
+    """Release the expressions of earlier models."""
+    GateExpr._known.clear()
+    GateExpr._known[UNGATED] = UNGATED
+    shift.cache_clear()
 
 
 def append_gate(expr: GateExpr, norm: str, offset: int) -> GateExpr:
     """Return the expression of channels that pass one more norm, in which they start at ``offset``."""
-    gate = ("gate", norm, offset)
+    gate = GateExpr("gate", norm, offset)
     if expr == UNGATED:
         return gate
-    return (*expr, gate) if expr[0] == "serial" else ("serial", expr, gate)
+    return GateExpr(*expr, gate) if expr[0] == "serial" else GateExpr("serial", expr, gate)
 
 
 def parallel(exprs: Iterable[GateExpr]) -> GateExpr:
@@ -41,7 +67,7 @@ def parallel(exprs: Iterable[GateExpr]) -> GateExpr:
     if UNGATED in parts:
         return UNGATED
     parts = dict.fromkeys(_absorb(part, parts) for part in parts)
-    return next(iter(parts)) if len(parts) == 1 else ("parallel", *parts)
+    return next(iter(parts)) if len(parts) == 1 else GateExpr("parallel", *parts)
 
 
 def _absorb(expr: GateExpr, siblings: dict[GateExpr, None]) -> GateExpr:
@@ -50,7 +76,7 @@ def _absorb(expr: GateExpr, siblings: dict[GateExpr, None]) -> GateExpr:
     The branch is then dead in the same cases. Without this, the tree doubles with each residual block.
     """
     if expr[0] == "serial" and expr[1][0] == "parallel" and all(part in siblings for part in expr[1][1:]):
-        return ("serial", expr[1][1], *expr[2:])
+        return GateExpr("serial", expr[1][1], *expr[2:])
     return expr
 
 
@@ -58,22 +84,24 @@ def serial(a: GateExpr, b: GateExpr) -> GateExpr:
     """Return the expression of a product, which is zero when either factor is."""
     if UNGATED in (a, b):
         return b if a == UNGATED else a
-    return a if a == b else ("serial", a, b)
+    return a if a == b else GateExpr("serial", a, b)
 
 
+@cache
 def shift(expr: GateExpr, offset: int) -> GateExpr:
     """Return the expression of the channels from ``offset`` on."""
     if offset == 0 or expr == UNGATED:
         return expr
     if expr[0] == "gate":
-        return ("gate", expr[1], expr[2] + offset)
-    return (expr[0], *(shift(part, offset) for part in expr[1:]))
+        return GateExpr("gate", expr[1], expr[2] + offset)
+    return GateExpr(expr[0], *(shift(part, offset) for part in expr[1:]))
 
 
 def resolve(expr: GateExpr, channels: int) -> tuple[list[Gate], Any]:
     """Return the gates of an expression and its tree of gate indices, as in ``Group``; ([], None) for ``UNGATED``."""
     gates: dict[tuple[str, int], int] = {}
 
+    @cache
     def to_tree(part: GateExpr) -> Any:
         if part[0] == "gate":
             return gates.setdefault((part[1], part[2]), len(gates))
@@ -85,12 +113,20 @@ def resolve(expr: GateExpr, channels: int) -> tuple[list[Gate], Any]:
     return [Gate(norm=norm, slice=(start, start + channels)) for norm, start in gates], tree
 
 
-def _fold(tree: Any, leaf: Callable[[int], T], combine: Callable[[str, list[T]], T]) -> T:
-    """Evaluate the tree of a group bottom-up; ``combine`` gets "serial" or "parallel" and the values of the parts."""
+def _fold(
+    tree: Any, leaf: Callable[[int], T], combine: Callable[[str, list[T]], T], known: dict[int, T] | None = None
+) -> T:
+    """Evaluate the tree of a group bottom-up, parts that it shares once.
+
+    ``combine`` gets "serial" or "parallel" and the values of the parts; ``known`` gets each value by its part's id.
+    """
     if isinstance(tree, int):
         return leaf(tree)
-    ((kind, parts),) = tree.items()
-    return combine(kind, [_fold(part, leaf, combine) for part in parts])
+    known = {} if known is None else known
+    if id(tree) not in known:
+        ((kind, parts),) = tree.items()
+        known[id(tree)] = combine(kind, [_fold(part, leaf, combine, known) for part in parts])
+    return known[id(tree)]
 
 
 def effective_gates(norm: nn.Module) -> np.ndarray:
@@ -136,18 +172,37 @@ def zeroing_masks(model: nn.Module, group: Group, dead: Iterable[int]) -> list[n
     def is_dead(kind: str, parts: list[np.ndarray]) -> np.ndarray:
         return (np.logical_or if kind == "serial" else np.logical_and).reduce(parts)
 
-    def mark(tree: Any, channels: np.ndarray) -> None:
-        if isinstance(tree, int):
-            masks[tree] |= channels
-            return
+    if group.combine is None:
+        return masks
+    dead_parts: dict[int, np.ndarray] = {}
+    _fold(group.combine, zero.__getitem__, is_dead, dead_parts)
+    wanted_of: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(group.channels, bool))
+    wanted_of[id(group.combine)] = wanted
+    for tree in reversed(_inner_parts(group.combine)):
         ((kind, parts),) = tree.items()
-        channels = channels & ~_fold(tree, zero.__getitem__, is_dead)
+        channels = wanted_of[id(tree)] & ~dead_parts[id(tree)]
         for part in parts[-1:] if kind == "serial" else parts:
-            mark(part, channels)
-
-    if group.combine is not None:
-        mark(group.combine, wanted)
+            if isinstance(part, int):
+                masks[part] |= channels
+            else:
+                wanted_of[id(part)] |= channels
+    if isinstance(group.combine, int):
+        masks[group.combine] |= wanted
     return masks
+
+
+def _inner_parts(tree: Any) -> list[Any]:
+    """List the parts of a tree that have parts themselves, each once, after its own parts."""
+    found: dict[int, Any] = {}
+
+    def visit(part: Any) -> None:
+        if not isinstance(part, int) and id(part) not in found:
+            for below in next(iter(part.values())):
+                visit(below)
+            found[id(part)] = part
+
+    visit(tree)
+    return list(found.values())
 
 
 def last_gates(group: Group) -> list[int]:

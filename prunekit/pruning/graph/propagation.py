@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from prunekit.pruning.graph.axes import channel_tensors
-from prunekit.pruning.graph.gate_expr import UNGATED, GateExpr, append_gate, parallel, serial, shift
+from prunekit.pruning.graph.gate_expr import UNGATED, GateExpr, append_gate, forget, parallel, serial, shift
 from prunekit.pruning.graph.trace import PRODUCT, SUMS, Graph, Node
 
 # Operations on each channel alone that keep the number of channels.
@@ -112,6 +112,7 @@ def entries(segments: Channels) -> int:
 
 def propagate(graph: Graph, in_channels: int) -> Propagation:
     """Propagate channels through a graph whose input has ``in_channels``."""
+    forget()
     state = Propagation(graph)
     outputs: dict[int, Channels] = {}
     for node in graph.nodes:

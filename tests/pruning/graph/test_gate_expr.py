@@ -1,10 +1,12 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from prunekit.pruning.graph import gate_expr
+from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Gate, Group
 
 
@@ -62,3 +64,36 @@ def test_build_and_resolve_expressions():
 def test_parallel_is_dead_only_if_all_parts_are(values):
     assert (score({"parallel": [0, 1, 2]}, *[[v] for v in values])[0] == 0) == (not any(values))
     assert (score({"serial": [0, 1, 2]}, *[[v] for v in values])[0] == 0) == (not all(values))
+
+
+class Floors(nn.Module):
+    """Floors of four depthwise branches that are added, with or without an identity."""
+
+    def __init__(self, identity, floors=10):
+        super().__init__()
+        self.identity = identity
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.floors = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.BatchNorm2d(4)) for _ in range(4))
+            for _ in range(floors)
+        )
+        self.out = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for branches in self.floors:
+            x = sum((branch(x) for branch in branches), start=x if self.identity else 0.0)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_parallel_branches_share_what_they_have_in_common(identity):
+    """As a tree, the expression has 4 ** 10 parts."""
+    model = Floors(identity)
+    group = next(group for group in find_groups(model, torch.randn(2, 3, 8, 8)) if group.id == "stem.0")
+    assert len(group.gates) == 41 and len(gate_expr._inner_parts(group.combine)) <= 41 + 10
+    assert gate_expr.gate_scores(model, group).min() > 0
+    for gate, mask in zip(group.gates, gate_expr.zeroing_masks(model, group, [1]), strict=True):
+        model.get_submodule(gate.norm).weight.data[torch.from_numpy(mask)] = 0
+    assert (gate_expr.gate_scores(model, group) == 0).tolist() == [False, True, False, False]
+    assert len(gate_expr.last_gates(group)) == (41 if identity else 4)
