@@ -67,19 +67,12 @@ def count_modules(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, C
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Cost of a model for one input.
-
-    Attributes:
-        params: number of parameters.
-        macs: multiply-adds (one multiply-add is 1) of convolutions and linear layers.
-        paper_flops: FLOPs by the convention of the CSNet paper, always at 224×224; None if undefined.
-        uncounted: modules with parameters whose MACs are unknown; they count as 0.
-    """
+    """Cost of a model for one input."""
 
     params: int
-    macs: int
-    paper_flops: int | None
-    uncounted: tuple[str, ...] = ()
+    macs: int  # one multiply-add is 1
+    paper_flops: int | None  # by the convention of the CSNet paper, always at 224×224; None if undefined
+    uncounted: tuple[str, ...] = ()  # modules with parameters whose MACs are unknown; they count as 0
 
     def __str__(self) -> str:
         parts = [f"{_si(self.params)} params", f"{_si(self.macs)} MACs"]
@@ -128,11 +121,11 @@ def counters(model: nn.Module, shape: tuple[int, ...]) -> dict[str, dict[str, An
     counts, _ = count_modules(model, shape)
     sums = total(counts)
     modules = {name: one.macs for name, one in counts.items()}
+    others = {"fvcore": _count_fvcore, "thop": _count_thop, "torch": _count_torch}
+    # Copies, since thop adds buffers to the modules.
     return {
         "prunekit": {"params": sums["params"], "macs": sums["macs"], "modules": modules},
-        "fvcore": _count_fvcore(model, shape),
-        "thop": _count_thop(model, shape),
-        "torch": _count_torch(model, shape),
+        **{name: counter(copy.deepcopy(model).eval(), shape) for name, counter in others.items()},
     }
 
 
@@ -176,8 +169,8 @@ def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...
 def _layer_costs(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int | None]]:
     counts, _ = count_modules(model, shape)
     others = {
-        "fvcore_macs": _count_fvcore(model, shape)["modules"],
-        "thop_macs": _count_thop(model, shape)["modules"],
+        f"{name}_macs": counter(copy.deepcopy(model).eval(), shape)["modules"]
+        for name, counter in (("fvcore", _count_fvcore), ("thop", _count_thop))
     }
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     last: tuple[str, int] | None = None
@@ -274,7 +267,6 @@ def _zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
 def _count_fvcore(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     from fvcore.nn import FlopCountAnalysis
 
-    model = copy.deepcopy(model).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         analysis = FlopCountAnalysis(model, _zeros(model, shape))
@@ -290,9 +282,9 @@ def _count_thop(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     from thop import profile
     from thop.vision.basic_hooks import zero_ops
 
-    # thop counts norms, activations and poolings; it also adds buffers to the modules and disables logging.
+    # thop counts norms, activations and poolings; it also disables logging.
     uncounted = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU, nn.AdaptiveAvgPool2d)
-    model, logging_level = copy.deepcopy(model).eval(), logging.root.manager.disable
+    logging_level = logging.root.manager.disable
     try:
         macs, params, info = profile(
             model,
@@ -317,7 +309,6 @@ def _count_thop(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
 def _count_torch(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = copy.deepcopy(model).eval()
     with FlopCounterMode(display=False) as mode, torch.no_grad():
         model(_zeros(model, shape))
     return {"macs": int(mode.get_total_flops()) // 2}  # torch counts a multiply-add as 2

@@ -37,27 +37,18 @@ MAX_GATES = 4  # written out in one row or sum
 
 @dataclass
 class ModelGroups:
-    """The groups of a model.
+    """The groups of a model."""
 
-    Attributes:
-        source: the recipe or the run folder.
-        model: "baseline", "dense", "slim" or "finetuned"; for a recipe "dense", untrained.
-        shape: of one input, (C, H, W).
-        params, macs: of the whole model.
-        groups: in the order of computation.
-        alive: id of a prunable group → number of channels whose effective gate is above ``threshold``; None for a
-            recipe, whose gates are untrained.
-        threshold: the recipe's ``slim.threshold``.
-    """
-
-    source: str
-    model: str
-    shape: tuple[int, int, int]
-    params: int
+    source: str  # the recipe or the run folder
+    model: str  # "baseline", "dense", "slim" or "finetuned"; for a recipe "dense", untrained
+    shape: tuple[int, int, int]  # of one input, (C, H, W)
+    params: int  # of the whole model
     macs: int
-    groups: list[Group]
+    groups: list[Group]  # in the order of computation
+    # Id of a prunable group → number of channels whose effective gate is above ``threshold``; None for a recipe, whose
+    # gates are untrained.
     alive: dict[str, int] | None
-    threshold: float
+    threshold: float  # the recipe's ``slim.threshold``
 
 
 def dump(inspected: ModelGroups) -> str:

@@ -37,30 +37,18 @@ NUMBERS = ("loss", "penalty", "lambda", "alive", "of", "seconds")
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """The state of a run folder at one moment.
-
-    Attributes:
-        status: "running", "complete", "interrupted", "failed", "unknown", or "killed" (its process no longer exists).
-        stage: the last stage that started; None before the first.
-        process: process id and host.
-        epochs: training → number of epochs in the recipe.
-        lines: complete lines of ``metrics.jsonl``.
-        damaged: number of damaged lines, except for a last line that may be half written.
-        altered: whether ``metrics.jsonl`` does not match its checksum although all lines are complete.
-        age: seconds since the last line was written; None before the first.
-        last_log_line: of ``run.log``.
-    """
+    """The state of a run folder at one moment."""
 
     path: Path
-    status: str
-    stage: str | None
-    process: tuple[Any, Any]
-    epochs: dict[str, int] = field(default_factory=dict)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    damaged: int = 0
-    altered: bool = False
-    age: float | None = None
-    last_log_line: str = ""
+    status: str  # "running", "complete", "interrupted", "failed", "unknown", or "killed" (its process is gone)
+    stage: str | None  # the last that started; None before the first
+    process: tuple[Any, Any]  # id and host
+    epochs: dict[str, int] = field(default_factory=dict)  # training → number of epochs in the recipe
+    lines: list[dict[str, Any]] = field(default_factory=list)  # complete ones of metrics.jsonl
+    damaged: int = 0  # number of damaged lines, except for a last line that may be half written
+    altered: bool = False  # metrics.jsonl does not match its checksum although all lines are complete
+    age: float | None = None  # seconds since the last line was written; None before the first
+    last_log_line: str = ""  # of run.log
 
     @property
     def finished(self) -> bool:

@@ -169,17 +169,11 @@ class LabelDataset(ImageDataset):
 
 @dataclass(frozen=True)
 class Tensors:
-    """A whole data set in memory at one image size.
+    """A whole data set in memory at one image size."""
 
-    Attributes:
-        images: uint8 [N, 3, S, S], RGB.
-        targets: masks, uint8 [N, 1, S, S] of 0 and 1; or class labels, int64 [N].
-        sizes: float32 [N, 2], height and width of each original image in pixels.
-    """
-
-    images: torch.Tensor
-    targets: torch.Tensor
-    sizes: torch.Tensor
+    images: torch.Tensor  # uint8 [N, 3, S, S], RGB
+    targets: torch.Tensor  # masks, uint8 [N, 1, S, S] of 0 and 1; or class labels, int64 [N]
+    sizes: torch.Tensor  # float32 [N, 2], height and width of each original image in pixels
 
     def __len__(self) -> int:
         return len(self.images)

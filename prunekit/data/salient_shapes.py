@@ -74,17 +74,11 @@ def salient_shapes(
 
 @dataclass(frozen=True)
 class _Scene:
-    """What the parts of one image share.
+    """What the parts of one image share."""
 
-    Attributes:
-        palette: the colors of background and objects, float [3] each.
-        field: index into FIELDS of the texture of the first ground; no object uses it.
-        light: direction of the light in radians, from the column axis towards the row axis.
-    """
-
-    palette: list[np.ndarray]
-    field: int
-    light: float
+    palette: list[np.ndarray]  # the colors of background and objects, float [3] each
+    field: int  # index into FIELDS of the texture of the first ground; no object uses it
+    light: float  # its direction in radians, from the column axis towards the row axis
 
 
 def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:

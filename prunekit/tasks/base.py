@@ -28,32 +28,20 @@ Progress = Callable[[int, int], None]  # (images done, all images)
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics of a data set.
-
-    Attributes:
-        metrics: name → value.
-        curves: plain values for ``curves.json``.
-        errors: one value per image in the order of the data set; larger is worse.
-        names: of the images.
-        warning: see :meth:`Metrics.warning`.
-    """
+    """Metrics of a data set."""
 
     metrics: dict[str, float]
-    curves: dict[str, Any]
-    errors: list[float]
-    names: list[str] = field(default_factory=list)
-    warning: str | None = None
+    curves: dict[str, Any]  # plain values for curves.json
+    errors: list[float]  # one value per image in the order of the data set; larger is worse
+    names: list[str] = field(default_factory=list)  # of the images
+    warning: str | None = None  # see Metrics.warning
 
 
 class Metrics(ABC):
-    """Accumulates the metrics of a data set image by image.
-
-    Attributes:
-        errors: one value per image, larger is worse; :meth:`update` appends it.
-    """
+    """Accumulates the metrics of a data set image by image."""
 
     def __init__(self) -> None:
-        self.errors: list[float] = []
+        self.errors: list[float] = []  # one value per image, larger is worse; ``update`` appends it
 
     @abstractmethod
     def update(self, prediction: np.ndarray, target: Any) -> None:
