@@ -20,6 +20,7 @@ from prunekit.pruning.graph import gate_expr
 from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, channel_tensors, output_axis
 from prunekit.pruning.graph.propagation import ACTIVATIONS, Propagation, Use, propagate
 from prunekit.pruning.graph.trace import LINEAR_OPS, Node, follow_chain, trace
+from prunekit.pruning.graph.try_cut import lock_fixed_sizes
 from prunekit.pruning.plan import Group, Member
 from prunekit.utils.compiled import unwrap
 
@@ -40,7 +41,9 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
     model = unwrap(model)
     propagation = propagate(trace(model, example), example.shape[1])
     _lock_shared_weights(model, propagation)
-    return _build_groups(model, propagation)
+    groups = _build_groups(model, propagation)
+    lock_fixed_sizes(model, groups, example)
+    return groups
 
 
 def _lock_shared_weights(model: nn.Module, propagation: Propagation) -> None:
