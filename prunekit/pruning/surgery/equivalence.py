@@ -78,7 +78,9 @@ def check_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tens
         # A second, different input.
         data = torch.cat([data, 0.5 * data.flip(-1)])
     batches = [data]
-    for size in varied_sizes(model, data) if data.dim() in INTERPOLATION else ():
+    with torch.compiler.set_stance("force_eager"):  # compiled parts would hide their sizes
+        sizes = varied_sizes(model, data) if data.dim() in INTERPOLATION else ()
+    for size in sizes:
         batch = F.interpolate(data[:2], size=size, mode=INTERPOLATION[data.dim()])
         try:
             outputs_of(model, batch)
