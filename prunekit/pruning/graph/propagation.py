@@ -206,6 +206,8 @@ def _produce(node: Node, segments: Channels, state: Propagation) -> Channels:
     why = None
     if width != entries(segments):
         why = f"it reads {width} channels, not {entries(segments)}"
+    elif node.op == "linear" and len(node.out_shape or ()) > 2:
+        why = "it reads the last of more than two axes"
     elif groups > 1 and transposed:
         why = f"a transposed convolution with {groups} groups"
     elif 1 < groups == width:
@@ -221,7 +223,7 @@ def _produce(node: Node, segments: Channels, state: Propagation) -> Channels:
             )
             offset += len(segment) * segment.stride
     outputs = [Segment(state.new_ids(_out_channels(node)), UNGATED)]
-    if why and groups > 1:
+    if why and (groups > 1 or node.op == "linear"):
         state.lock(outputs, f"produced by {node.name}, {why}")
     state.uses.append(Use(node.name, out_axis, 0, outputs[0].ids))
     return outputs

@@ -141,3 +141,9 @@ def test_readers_of_padded_maps(middle, reader, pads):
 
 def test_unsupported_layer_is_named_with_its_class():
     assert "passes 2 (GroupNorm), which" in first_group(nn.BatchNorm2d(8), nn.GroupNorm(2, 8)).reason
+
+
+def test_tokens_and_features_of_one_length_are_not_confused():
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Conv1d(8, 2, 1))
+    reasons = {group.id: group.reason for group in find_groups(model, torch.randn(2, 3, 8))}
+    assert "last of more than two axes" in reasons["2"] and reasons["0"] is not None
