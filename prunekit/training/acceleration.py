@@ -21,13 +21,17 @@ from prunekit.layers.optional import DepthwiseModules
 from prunekit.native.library import NoKernels, load
 from prunekit.native.ops import depthwise, norm_act, usable
 from prunekit.pruning.plan import Group
+from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
+from prunekit.training.cuda_graphs import GraphedForward
 
 Forward = Callable[[Tensor], Tensor]
 Say = Callable[[str], None]
 
 
 @contextmanager
-def fast_steps(model: nn.Module, groups: Sequence[Group], config: Training, say: Say) -> Iterator[Forward]:
+def fast_steps(
+    model: nn.Module, groups: Sequence[Group], config: Training, say: Say, decay: Decay | None = None
+) -> Iterator[Forward]:
     """Yield an equivalent, faster forward of a model for training.
 
     In evaluation mode, for unsupported modules and without a C++ compiler, modules compute as usual.
@@ -35,8 +39,9 @@ def fast_steps(model: nn.Module, groups: Sequence[Group], config: Training, say:
     Args:
         model: on its training device.
         groups: of the model; they name the PReLUs that are the only readers of a norm.
-        config: ``fast`` and ``compile`` select the optimizations.
+        config: ``fast``, ``compile`` and ``cuda_graphs`` select the optimizations.
         say: receives a message for each optimization that is not available.
+        decay: whose hooks are on the model.
     """
     with ExitStack() as stack, ExitStack() as kernels:
         first = next(model.parameters(), None)
@@ -46,6 +51,10 @@ def fast_steps(model: nn.Module, groups: Sequence[Group], config: Training, say:
         if config.compile:
             compiled = _Compiled(model, on_cpu, say)
             yield compiled if on_cpu else channels_last(compiled, model, say)
+            return
+        if config.cuda_graphs and first is not None and first.is_cuda:
+            graphed = GraphedForward(model, decay or NoDecay(model, groups), config.precision == "bf16", say)
+            yield channels_last(graphed, model, say) if config.fast else graphed
             return
         if not config.fast:
             yield model
