@@ -155,10 +155,6 @@ class Training(Section):
     """Use prunekit's compiled CPU kernels where they apply."""
     compile: bool = False
     """Compile the model with `torch.compile` instead."""
-    cuda_graphs: bool = False
-    """Capture forward and backward as CUDA graphs; for models that do not branch on random numbers or tensor values."""
-    validate_every: Count = 1
-    """Epochs between two validations."""
     checkpoint: Checkpoint = Checkpoint()
 
 
@@ -311,11 +307,6 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
         conflicts.append((("finetune", "distill", "teacher"), message))
     for stage in ("train", "finetune"):
         training: Training = getattr(recipe, stage)
-        if training.compile and training.cuda_graphs:
-            conflicts.append(((stage, "cuda_graphs"), f"{stage}.compile captures CUDA graphs itself; drop one of them"))
-        if training.sync_norms and training.cuda_graphs:
-            message = f"CUDA graphs cannot synchronize processes; drop it or {stage}.cuda_graphs"
-            conflicts.append(((stage, "sync_norms"), message))
         if training.sync_norms and training.compile:
             message = f"a compiled model cannot synchronize processes; drop it or {stage}.compile"
             conflicts.append(((stage, "sync_norms"), message))

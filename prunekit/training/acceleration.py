@@ -21,17 +21,13 @@ from prunekit.layers.optional import DepthwiseModules
 from prunekit.native.library import NoKernels, load
 from prunekit.native.ops import depthwise, norm_act, usable
 from prunekit.pruning.plan import Group
-from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
-from prunekit.training.cuda_graphs import GraphedForward
 
 Forward = Callable[[Tensor], Tensor]
 Say = Callable[[str], None]
 
 
 @contextmanager
-def fast_steps(
-    model: nn.Module, groups: Sequence[Group], config: Training, say: Say, decay: Decay | None = None
-) -> Iterator[Forward]:
+def fast_steps(model: nn.Module, groups: Sequence[Group], config: Training, say: Say) -> Iterator[Forward]:
     """Yield an equivalent, faster forward of a model for training.
 
     In evaluation mode, for unsupported modules and without a C++ compiler, modules compute as usual.
@@ -39,9 +35,8 @@ def fast_steps(
     Args:
         model: on its training device.
         groups: of the model; they name the PReLUs that are the only readers of a norm.
-        config: ``fast``, ``compile`` and ``cuda_graphs`` select the optimizations.
+        config: ``fast`` and ``compile`` select the optimizations.
         say: receives a message for each optimization that is not available.
-        decay: whose hooks are on the model.
     """
     with ExitStack() as stack, ExitStack() as kernels:
         first = next(model.parameters(), None)
@@ -51,10 +46,6 @@ def fast_steps(
         if config.compile:
             compiled = _Compiled(model, on_cpu, say)
             yield compiled if on_cpu else channels_last(compiled, model, say)
-            return
-        if config.cuda_graphs and first is not None and first.is_cuda:
-            graphed = GraphedForward(model, decay or NoDecay(model, groups), config.precision == "bf16", say)
-            yield channels_last(graphed, model, say) if config.fast else graphed
             return
         if not config.fast:
             yield model

@@ -211,8 +211,7 @@ class Trainer:
     def _set_hooks(self) -> None:
         job = self.job
         self._hooks.enter_context(self.decay)
-        forward = fast_steps(self.model, self.groups, job.config, job.reporter.info, self.decay)
-        self.forward = self._hooks.enter_context(forward)
+        self.forward = self._hooks.enter_context(fast_steps(self.model, self.groups, job.config, job.reporter.info))
         if job.config.sync_norms and distributed.world_size() > 1:
             self._hooks.enter_context(sync_batch_norms(self.model))
 
@@ -262,11 +261,8 @@ class Trainer:
         }
 
     def _validate(self) -> dict[str, float]:
-        """Validation metrics of the model that the training would end with now, in the epochs that the recipe asks for;
-        only in the main process."""
-        epoch = self.position.epoch + 1
-        is_due = epoch == self.epochs or epoch % self.job.config.validate_every == 0
-        if not distributed.is_main_process() or not is_due:
+        """Validation metrics of the model that the training would end with now; only in the main process."""
+        if not distributed.is_main_process():
             return {}
         model = self.model if self.ema is None else self.ema.model
         return self.job.task.validate(model, self.job.val_data, 4 * self.batch_size)

@@ -28,14 +28,6 @@ class Decay(ABC):
     def penalty(self) -> Tensor:
         """Return the penalty for the forward passes since the last call, a scalar with gradients."""
 
-    def pop_responses(self) -> list[Tensor]:
-        """Remove and return what the hooks recorded in the last forward pass, for :meth:`add_responses`."""
-        return []
-
-    def add_responses(self, responses: Sequence[Tensor]) -> None:
-        """Record a forward pass that called no hooks, such as the replay of a CUDA graph."""
-        return None
-
     def __enter__(self) -> Self:
         return self
 
@@ -145,13 +137,6 @@ class DynamicWeightDecay(Decay):
             responses.clear()
         return 0.5 * self.weight * torch.dot(weights, gates * gates)
 
-    def pop_responses(self) -> list[Tensor]:
-        return [responses.pop() for responses in self._responses]
-
-    def add_responses(self, means: Sequence[Tensor]) -> None:
-        for responses, mean in zip(self._responses, means, strict=True):
-            responses.append(mean)
-
     @torch.no_grad()
     def _mean_responses(self) -> Tensor:
         """Means over the images of all forward passes, (gates,)."""
@@ -171,21 +156,11 @@ class _Responses:
         self.function = getattr(F, activation) if activation is not None and not is_prelu else None
         # Deep copies of the model (a weight average, a teacher) inherit the hook, which must ignore them.
         self.module = weakref.ref(model.get_submodule(activation if is_prelu else norm))
-        self.side = 0.0
         self.clear()
 
     def clear(self) -> None:
         self.means: list[Tensor] = []
-        self.images = 0
-
-    def append(self, means: Tensor) -> None:
-        self.means.append(means)
-        self.images += len(means)
-
-    def pop(self) -> Tensor:
-        means = self.means.pop()
-        self.images -= len(means)
-        return means
+        self.images, self.side = 0, 0.0
 
     def register_hook(self) -> Any:
         def hook(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -202,5 +177,6 @@ class _Responses:
             y = y.detach() if self.function is None else self.function(y.detach())
             y = y if y.dtype == torch.float64 else y.float()
             means = y.flatten(2).mean(2) if y.dim() > 2 else y
-        self.append(means)
+        self.means.append(means)
+        self.images += len(y)
         self.side = float(y[0, 0].numel()) ** 0.5
