@@ -75,7 +75,7 @@ def run_recipe(
         _check_different(Path(recipe.init).expanduser(), out)
     pending = _pending_stages(out, resume, start_from)
     context = RunContext(recipe, Reporter(console))
-    # Before the folder is made, so that a wrong recipe or a damaged image leaves nothing behind.
+    # Before the folder is made, so that a wrong recipe or a damaged image leaves no folder.
     check_recipe(
         context,
         load_data="train" in pending or "finetune" in pending,

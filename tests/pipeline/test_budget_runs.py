@@ -181,7 +181,7 @@ def test_unreachable_budget_is_refused_before_training(tmp_path):
         PlanError, match=r"budget of 50 params cannot be met; choose one between [\d,]+ and [\d,]+ params"
     ):
         run_it(tmp_path / "run", "target.params_ratio=null", "target.params=50")
-    assert not lines(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_lambda_control_without_decay_or_with_other_importance(tmp_path):

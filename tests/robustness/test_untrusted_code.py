@@ -135,7 +135,7 @@ def test_trust_is_asked_once_per_content(made, untrusted, capsys):
     text = (untrusted / "recipe.yaml").read_text()
     (untrusted / "state.json").unlink()
     (untrusted / "recipe.yaml").write_text(text.replace(str(made / "net.py"), str(untrusted.parent / "net.py")))
-    status, error = call(capsys, *COMMANDS["predict"])
+    status, error = call(capsys, *COMMANDS["predict"], "--overwrite")
     assert status == 2 and "has changed (expected sha256" in error and "--trust" in error
 
 
