@@ -44,7 +44,7 @@ def test_random_dead_gates_and_branches_slim_with_equivalence_check(name, seed):
     groups = find_groups(model, example)
     zero_gates(model, groups, 0.6 if name == "PreActivation" else 0.35, seed, whole=0.4)
     small, equivalence = slim(model, extract(model, groups), example, groups=groups)
-    assert equivalence.passed and len(equivalence.inputs) == 2 and params(small) < params(model)
+    assert equivalence.passed and len(equivalence.inputs) >= 2 and params(small) < params(model)
     # The plan, as JSON, and the builder are all that it takes.
     again = apply_plan(build(name, split), prunekit.Plan.from_json(equivalence.plan.to_json()), example)
     again.load_state_dict(small.state_dict())

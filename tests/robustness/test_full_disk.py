@@ -261,7 +261,9 @@ def _bench(run: Path, out: Path) -> None:
 
 
 COMMANDS = {
-    "predict": lambda run, out: predict(run, sorted(out.glob("photos/*/*.png")), out / "maps", console=quiet()),
+    "predict": lambda run, out: predict(
+        run, sorted(out.glob("photos/*/*.png")), out / "maps", None, quiet(), overwrite=True
+    ),
     "eval": lambda run, out: evaluate(run, [f"a={out / 'photos'}"], quiet()),
     "export": lambda run, out: export_run(run, "onnx", quiet()),
     "bench": _bench,
@@ -276,9 +278,9 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_failed_command_leaves_existing_files(small, tmp_path, name, monkeypatch):
-    def measured(jobs, seconds):
+    def measured(jobs, *_):
         timing = Timing([1.0], 1.0, 1.0, 1.0)
-        return [timing for _ in jobs], {1: 1.0}
+        return [timing for _ in jobs], {1: 1.0}, False
 
     monkeypatch.setattr(bench, "measure", measured)
     for digit in range(10):

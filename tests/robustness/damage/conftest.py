@@ -20,7 +20,9 @@ from prunekit.pipeline.runner import run_recipe
 def quick():
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
-        patch.setattr(bench, "measure", lambda jobs, _: ([Timing([1.0], 1.0, 1.0, 1.0) for _ in jobs], {1: 1.0}))
+        patch.setattr(
+            bench, "measure", lambda jobs, *_: ([Timing([1.0], 1.0, 1.0, 1.0) for _ in jobs], {1: 1.0}, False)
+        )
         yield
 
 
