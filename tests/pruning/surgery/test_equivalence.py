@@ -73,7 +73,7 @@ def test_models_that_change_their_input_in_place_are_compared_on_the_same_input(
     ],
 )
 def test_models_that_are_random_in_eval_mode_are_named_so(function):
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     with pytest.raises(PlanError, match="the dense model is random in eval mode: two runs on the same input differ"):
         slim(function)
 
