@@ -223,7 +223,7 @@ def _by_image(tensor: Tensor, count: int) -> Tensor:
 
 
 def check_repeatable(model: nn.Module, batch: Tensor) -> None:
-    """Raise PlanError where two of three runs of a model on the same input differ: nothing could be compared with it."""
+    """Raise PlanError where three runs of a model on the same input differ: nothing could be compared with it."""
     first, *others = (outputs_of(model, batch) for _ in range(3))
     same = all([a.shape for a in first] == [b.shape for b in other] for other in others)
     pairs = [pair for other in others for pair in zip(first, other, strict=True)] if same else []
