@@ -13,17 +13,29 @@ def handlers():
     return [signal.getsignal(number) for number in SIGNALS]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_deferred_and_the_second_is_not(number, capfd):
-    before = handlers()
-    with pytest.raises(KeyboardInterrupt), defer_interrupts() as stop:
+TWO_SIGNALS = """
+import signal, sys
+from prunekit.utils.signals import SIGNALS, defer_interrupts
+before = [signal.getsignal(number) for number in SIGNALS]
+try:
+    with defer_interrupts() as stop:
         assert not stop.requested
-        signal.raise_signal(number)
+        signal.raise_signal(int(sys.argv[1]))
         assert stop.requested
-        signal.raise_signal(number)
-        pytest.fail("the second signal was deferred too")
-    assert handlers() == before
-    assert "interrupt again to stop at once" in capfd.readouterr().err
+        signal.raise_signal(int(sys.argv[1]))
+        sys.exit("the second signal was deferred too")
+except KeyboardInterrupt:
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_deferred_and_the_second_is_not(number):
+    command = [sys.executable, "-c", TWO_SIGNALS, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+    assert "interrupt again to stop at once" in done.stderr
 
 
 def test_unhandled_interrupt_is_raised_at_the_end():
