@@ -1,9 +1,7 @@
 import numpy as np
-import pytest
 import torch
 from helpers.networks import Row
 
-from prunekit.backbones.csnet import csnet
 from prunekit.backbones.octresnet import octresnet
 from prunekit.backbones.resnet import resnet
 from prunekit.pruning.graph.groups import find_groups
@@ -14,18 +12,6 @@ from prunekit.pruning.graph.liveness import (
     group_by_layer,
     removable,
 )
-
-
-@pytest.fixture(scope="module")
-def row():
-    model = Row()
-    return model, find_groups(model, torch.randn(1, 3, 16, 16))
-
-
-@pytest.fixture(scope="module")
-def branched():
-    model = csnet(10)
-    return model, find_groups(model, torch.randn(1, 3, 32, 32))
 
 
 def test_branches_of_a_layer_are_removable(row, branched):

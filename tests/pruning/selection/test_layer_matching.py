@@ -1,24 +1,8 @@
 import pytest
-import torch
-from helpers.networks import Row
 from torch import nn
 
-from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
-from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.layer_matching import match_layers
-
-
-@pytest.fixture(scope="module")
-def row():
-    model = Row()
-    return model, find_groups(model, torch.randn(1, 3, 16, 16))
-
-
-@pytest.fixture(scope="module")
-def branched():
-    model = csnet(10)
-    return model, find_groups(model, torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
