@@ -158,13 +158,6 @@ class Training(Section):
     checkpoint: Checkpoint = Checkpoint()
 
 
-class SparseTraining(Training):
-    """Training with sparsity decay."""
-
-    prune_every: Count | None = None
-    """Epochs after which dead channels are removed during training (progressive pruning); null: never."""
-
-
 class Distill(Section):
     """Knowledge distillation while fine-tuning."""
 
@@ -271,7 +264,7 @@ class Recipe(Section):
     data: Data
     baseline: bool = False
     """Also train the model without decay, for comparison."""
-    train: SparseTraining
+    train: Training
     decay: Decay = Decay()
     target: Target = Target()
     slim: Slim = Slim()
@@ -297,9 +290,6 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
             conflicts.append((("slim", "steps"), f"{slim.steps} steps need a target; {add}"))
         if slim.scope == "layer":
             conflicts.append((("slim", "scope"), f"pruning the same share of each layer needs a target; {add}"))
-    if recipe.train.prune_every is not None and slim.scope == "layer":
-        message = "removes dead channels anywhere, but slim.scope 'layer' the same share of each layer; drop one"
-        conflicts.append((("train", "prune_every"), message))
     if recipe.init_weights == "fresh" and recipe.init is None:
         conflicts.append((("init_weights",), "'fresh' takes the channel counts of a run; name one with init=RUN"))
     if distill.weight and distill.teacher == "baseline" and not recipe.baseline:

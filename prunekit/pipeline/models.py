@@ -169,9 +169,6 @@ def save_model(run: RunDir, name: str, model: nn.Module, plan: Plan | None = Non
 
 def create_initial_model(run: RunDir, recipe: Recipe) -> tuple[nn.Module, Plan | None]:
     """Return the model that training begins with, and its plan: the builder's, or a copy of the newest of ``init``."""
-    if run.has("init/plan.json") and (recipe.init is None or not run.has("init/model.safetensors")):
-        # A run that was derived from another has the plan of that one's model, which is not the one to train.
-        run.remove("init")
     if recipe.init is None:
         return build_dense(recipe), None
     # The run may be gone later, so its model is copied.

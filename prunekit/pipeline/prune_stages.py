@@ -24,13 +24,12 @@ from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import (
     DENSE_WEIGHTS,
     build_dense,
-    build_with_plan,
     input_shape,
     load_model,
     read_plan,
     save_model,
 )
-from prunekit.pipeline.training_setup import build_decay, build_loss, train_model
+from prunekit.pipeline.training_setup import build_loss, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Builder, Group, Plan, digest
 from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch
@@ -39,7 +38,6 @@ from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
-from prunekit.pruning.sparsity.progressive import ProgressivePruning
 from prunekit.pruning.surgery.compose import compose
 from prunekit.pruning.surgery.equivalence import DEAD, EquivalenceReport, check_equivalence, output_difference
 from prunekit.pruning.surgery.slim import slim
@@ -56,7 +54,7 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
     groups = find_groups(dense, context.example())
     search = channel_search(context, dense, groups)
     of = sum(group.channels for group in groups if group.reason is None)
-    goal = _goals(context, run, dense, groups)[0]
+    goal = _goals(context, dense, groups)[0]
     if goal is None:
         choice = search.selector.select(threshold=recipe.slim.threshold)
         outcome = f"{choice.pruned} of {of} channels are dead at threshold {recipe.slim.threshold:g}"
@@ -118,7 +116,7 @@ def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slim
     if asked is None:
         raise CheckpointError(f"{run.path / 'extract/plan.json'} is missing; make it again with --from extract")
     model, groups, plan = dense, find_groups(dense, example), read_plan(run, "dense")
-    goals = _goals(context, run, dense, groups)
+    goals = _goals(context, dense, groups)
     rounds: list[dict[str, Any]] = []
     printed = asked.notes
     for number, goal in enumerate(goals, start=1):
@@ -172,13 +170,12 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
     run.update_summary("equivalence", {**equivalence.to_json(), **steps})
     largest, mean = output_difference(dense, model, [context.example()])
     run.update_summary("drift", {"max_abs_diff": largest, "mean_abs_diff": mean})
-    initial = build_with_plan(recipe, read_plan(run, "init"))
-    of = sum(group.channels for group in find_groups(initial, context.example()) if group.reason is None)
+    of = sum(group.channels for group in find_groups(dense, context.example()) if group.reason is None)
     summary = run.read_json("summary.json")
     ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
     cut = {} if slimmed.cut is None else {"cut": slimmed.cut}
     run.update_summary("kept", {"channels": slimmed.kept, "of": of, **ratios, **cut})
-    run.write_json("layers.json", layers_table(initial, model, context.shape))
+    run.write_json("layers.json", layers_table(dense, model, context.shape))
     given_back = f", {equivalence.given_back} channels given back" if equivalence.given_back else ""
     carriers = f", {equivalence.carriers} as carriers of constants" if equivalence.carriers else ""
     verdict = "passed" if equivalence.passed else f"failed ({equivalence.reason})"
@@ -208,37 +205,7 @@ def lambda_controller(
     context: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay
 ) -> LambdaController | None:
     """Return what adjusts λ towards the budget, None without a budget or λ; PlanError if it cannot be met."""
-    return _controller(context, model, groups, decay, absolute_budget(context, model, groups))
-
-
-def progressive_pruning(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> ProgressivePruning | None:
-    """Return what removes dead channels during training, if the recipe asks for it; PlanError as above."""
-    recipe = context.recipe
-    if recipe.train.prune_every is None:
-        return None
     budget = absolute_budget(context, model, groups)
-
-    def make_decay(pruned: nn.Module, pruned_groups: list[Group]) -> tuple[Decay, LambdaController | None]:
-        decay = build_decay(context, pruned, pruned_groups)
-        return decay, _controller(context, pruned, pruned_groups, decay, budget)
-
-    limits = {key: value for key, value in _limits(recipe).items() if key != "scope"}
-    return ProgressivePruning(
-        model,
-        groups,
-        context.example(),
-        every=recipe.train.prune_every,
-        threshold=recipe.slim.threshold,
-        make_decay=make_decay,
-        budget=budget,
-        constants=recipe.slim.constants,
-        **limits,
-    )
-
-
-def _controller(
-    context: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay, budget: Budget | None
-) -> LambdaController | None:
     slimming = context.recipe.slim
     if budget is None or slimming.importance.name != "gate" or not decay.weight > 0:
         return None
@@ -255,14 +222,12 @@ def _controller(
     )
 
 
-def _goals(context: RunContext, run: RunDir, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
+def _goals(context: RunContext, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
     """Return the budget of each round, in equal ratios from dense size to target; [None] without a target."""
     recipe = context.recipe
     if not _target(recipe):
         return [None]
-    # The target is relative to the model that training began with, of which progressive pruning may have left less.
-    initial = build_with_plan(recipe, read_plan(run, "init"))
-    last = absolute_budget(context, initial, find_groups(initial, context.example()))
+    last = absolute_budget(context, dense, groups)
     full, steps = last.size(SizeModel(dense, groups, context.shape).dense), recipe.slim.steps
     return [replace(last, goal=round(full * (last.goal / full) ** (k / steps))) for k in range(1, steps)] + [last]
 

@@ -24,10 +24,8 @@ from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import (
     CLASSES,
     DENSE_WEIGHTS,
-    build_with_plan,
     load_model,
     newest_model,
-    read_plan,
     read_recipe,
 )
 from prunekit.pipeline.preflight import check_classes, check_recipe
@@ -106,7 +104,6 @@ def slim_run(source: Path, recipe: Recipe, out: Path, console: Console, *, overw
         part = "dense" if old.has(DENSE_WEIGHTS) else newest_model(old)
         _copy_model(old, run, part, "dense")
         _copy_model(old, run, "baseline")
-        _copy(old, run, f"{'init' if part == 'dense' else part}/plan.json", "init/plan.json")
         _copy_figures(context, old, run, {part: "dense", "baseline": "baseline"})
         run.end("train")
         _run_stages(context, run, ("extract", "slim", "evaluate"))
@@ -123,8 +120,7 @@ def finetune_run(source: Path, recipe: Recipe, out: Path, console: Console, *, o
     with _derived_run(source, recipe, out, console, "finetune", overwrite) as (context, old, run):
         for name in ("baseline", "dense", "slim"):
             _copy_model(old, run, name)
-        for name in ("init/plan.json", "layers.json"):
-            _copy(old, run, name)
+        _copy(old, run, "layers.json")
         if not run.has("slim/model.safetensors"):
             _copy_model(run, run, "dense", "slim")
         _copy_figures(context, old, run, {part: part for part in ("baseline", "dense", "slim")})
@@ -257,9 +253,7 @@ def _copy_figures(context: RunContext, old: RunDir, run: RunDir, parts: dict[str
     for old_part, part in parts.items():
         if not run.has(f"{part}/model.safetensors"):
             continue
-        initial = part == "dense"
-        model = build_with_plan(context.recipe, read_plan(run, "init")) if initial else load_model(run, part)
-        context.measure(run, part, model)
+        context.measure(run, part, load_model(run, part))
         metrics = summary.get(old_part, {}).get("metrics")
         if data == old_data and metrics:
             run.update_summary(part, {**run.read_json("summary.json")[part], "metrics": metrics})

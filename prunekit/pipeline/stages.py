@@ -20,7 +20,6 @@ from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import Exporter, compared, variants
 from prunekit.pipeline.models import (
     CLASSES,
-    build_with_plan,
     create_initial_model,
     load_model,
     newest_model,
@@ -29,13 +28,7 @@ from prunekit.pipeline.models import (
     trained_models,
 )
 from prunekit.pipeline.preflight import check_classes
-from prunekit.pipeline.prune_stages import (
-    compose_with_builder,
-    extract_stage,
-    lambda_controller,
-    progressive_pruning,
-    slim_stage,
-)
+from prunekit.pipeline.prune_stages import extract_stage, lambda_controller, slim_stage
 from prunekit.pipeline.training_setup import build_decay, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.dynamic_decay import NoDecay
@@ -58,17 +51,11 @@ def train_stage(context: RunContext, run: RunDir) -> None:
     model, plan = create_initial_model(run, context.recipe)
     groups = find_groups(model, context.example())
     _record_skipped_images(context, run)
-    pruning = progressive_pruning(context, model, groups)
     decay = build_decay(context, model.to(context.device), groups)
     controller = lambda_controller(context, model, groups, decay)
-    model = train_model(context, run, "train", model, groups, decay, controller, pruning)
-    trained_plan = plan
-    if pruning is not None and pruning.plan is not None:
-        trained_plan = compose_with_builder(context.recipe, plan, pruning.initial_groups, pruning.plan)
-        run.update_summary("progressive_pruning", pruning.records)
-    save_model(run, "dense", model, trained_plan)
-    # "dense" in the summary is the size before any pruning.
-    context.measure(run, "dense", build_with_plan(context.recipe, plan))
+    train_model(context, run, "train", model, groups, decay, controller)
+    save_model(run, "dense", model, plan)
+    context.measure(run, "dense", model)
     if context.recipe.baseline:
         _train_baseline(context, run)
 
@@ -183,7 +170,7 @@ STAGE_FUNCTIONS: dict[str, Callable[[RunContext, RunDir], None]] = {
 def _train_baseline(context: RunContext, run: RunDir) -> None:
     model, plan = create_initial_model(run, context.recipe)
     groups = find_groups(model, context.example())
-    model = train_model(context, run, "baseline", model, groups, NoDecay(model.to(context.device), groups))
+    train_model(context, run, "baseline", model, groups, NoDecay(model.to(context.device), groups))
     save_model(run, "baseline", model, plan)
     context.measure(run, "baseline", model)
 

@@ -15,7 +15,6 @@ from prunekit.pipeline.models import load_model
 from prunekit.pruning.plan import Group
 from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
-from prunekit.pruning.sparsity.progressive import ProgressivePruning
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.losses import total_loss
 from prunekit.training.acceleration import channels_last
@@ -40,14 +39,12 @@ def train_model(
     groups: list[Group],
     decay: Decay,
     controller: LambdaController | None = None,
-    pruning: ProgressivePruning | None = None,
-) -> nn.Module:
-    """Train a model in place, resuming from the newest checkpoint; return what is left of it, in eval mode on the CPU.
+) -> None:
+    """Train a model in place, resuming from the newest checkpoint; it ends in eval mode on the CPU.
 
     Args:
         training: its name. "train" and "baseline" follow the recipe's section train, all others finetune.
         controller: adjusts λ towards the budget.
-        pruning: removes dead channels during training.
     """
     recipe = context.recipe
     section = recipe.train if training in ("train", "baseline") else recipe.finetune
@@ -64,10 +61,10 @@ def train_model(
         device=context.device,
         threshold=recipe.slim.threshold,
         lambda_controller=controller,
-        progressive_pruning=pruning,
         tracker=partial(track, recipe, run.path, training) if distributed.is_main_process() else no_tracker,
     )
-    return Trainer(model.to(context.device), job, groups, decay).fit().cpu().eval()
+    Trainer(model.to(context.device), job, groups, decay).fit()
+    model.cpu().eval()
 
 
 def build_loss(context: RunContext, section: Training) -> Callable[[Any, Tensor], Tensor]:

@@ -41,7 +41,6 @@ _SUMMARY = {
     **dict.fromkeys(MODELS, _MODEL),
     "kept": {"channels": v.COUNT, "of": v.COUNT, "params_ratio": v.NUMBER, "macs_ratio": v.NUMBER, "cut": v.NUMBER},
     "equivalence": {**_EQUIVALENCE, "steps": [_EQUIVALENCE]},
-    "progressive_pruning": [{**_EQUIVALENCE, **dict.fromkeys(("epoch", "channels"), v.COUNT), "seconds": v.DURATION}],
     "drift": {v.ANY_KEY: v.NUMBER},
     "recalibrated": {"batches": v.COUNT, "before": _METRICS, "after": _METRICS},
     "reference": {v.ANY_KEY: _METRICS},

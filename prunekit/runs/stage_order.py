@@ -27,7 +27,6 @@ FILE_STAGES = {
 SUMMARY_STAGES = {
     "baseline": "train",
     "dense": "train",
-    "progressive_pruning": "train",
     "slim": "slim",
     "kept": "slim",
     "equivalence": "slim",

@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: learning rate, λ control, progressive pruning, metrics, checkpoints, progress."""
+"""Callbacks of the training loop: learning rate, λ control, metrics, checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -74,34 +74,6 @@ class LambdaControl(Callback):
 
     def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
         return trainer.lambda_controller.metrics()
-
-
-class PruneDeadChannels(Callback):
-    """Removes channels that were dead throughout the second half of an epoch (``train.prune_every``)."""
-
-    def on_epoch_start(self, trainer: Trainer) -> None:
-        if self._is_due(trainer) and not trainer.position.step:
-            trainer.job.progressive_pruning.reset()
-
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        second_half = trainer.position.step > trainer.steps_per_epoch // 2
-        if trainer.is_log_step and second_half and self._is_due(trainer):
-            trainer.job.progressive_pruning.observe(trainer.model, trainer.groups)
-
-    def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
-        if not self._is_due(trainer):
-            return {}
-        with trainer.without_hooks():
-            pruning = trainer.job.progressive_pruning
-            pruned = pruning.prune(trainer.model, trainer.groups, trainer.decay, trainer.position.epoch + 1)
-            if pruned is None:
-                return {}
-            trainer.replace_model(pruned)
-        return {"pruned": {key: pruned.record[key] for key in ("channels", "params", "macs")}}
-
-    @staticmethod
-    def _is_due(trainer: Trainer) -> bool:
-        return trainer.job.progressive_pruning.is_due(trainer.position.epoch + 1, trainer.epochs)
 
 
 class MetricsLogger(Callback):

@@ -1,7 +1,7 @@
 """Training checkpoints: everything needed to resume as if the training had not been interrupted.
 
-Between epochs: model, weight average, optimizer, gate history, λ control and progressive pruning. Within an epoch also
-the position, running sums, gate observations of progressive pruning, and the random generators.
+Between epochs: model, weight average, optimizer, gate history and λ control. Within an epoch also the position, running
+sums and the random generators.
 """
 
 from __future__ import annotations
@@ -101,9 +101,6 @@ def save_checkpoint(trainer: Trainer) -> None:
                 f"{name.partition('/')[2]} is not finite after {position.epoch} epochs and {position.step} steps, so "
                 "no checkpoint is saved; try a lower train.lr or decay.weight"
             )
-    if position.step and job.progressive_pruning is not None:
-        # Not checked: channels without a deciding gate have the value ∞.
-        arrays |= {f"max_gates/{name}": values for name, values in job.progressive_pruning.max_gates.items()}
     state = {
         "epoch": position.epoch,
         "step": position.step,
@@ -120,8 +117,8 @@ def save_checkpoint(trainer: Trainer) -> None:
             {k: v for k, v in group.items() if isinstance(v, (bool, int, float))} for group in optimizer["param_groups"]
         ],
     }
-    parts = {"lambda_controller": trainer.lambda_controller, "progressive_pruning": job.progressive_pruning}
-    state |= {name: part.state_dict() for name, part in parts.items() if part is not None}
+    if trainer.lambda_controller is not None:
+        state["lambda_controller"] = trainer.lambda_controller.state_dict()
     config = job.config.checkpoint
     best = position.best[1] if config.best and position.best is not None else None
     job.run.save_checkpoint(job.stage, trainer.global_step, arrays, state, config.keep, best)
@@ -144,11 +141,11 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
             f"{_name(job)} has {state['steps']} steps an epoch, and the data now give {steps}; restore the missing "
             f"data, or {_restart(job)}"
         )
-    kinds = ("model", "average", "optimizer", "gates", "max_gates", "random")
+    kinds = ("model", "average", "optimizer", "gates", "random")
     parts: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for name, value in arrays.items():
         kind, _, key = name.partition("/")
-        parts[kind][key] = value if kind in ("gates", "max_gates") else torch.from_numpy(value.copy())
+        parts[kind][key] = value if kind == "gates" else torch.from_numpy(value.copy())
     optimizer_state: dict[int, dict[str, Any]] = {}
     for name, value in {**parts["optimizer"], **state.get("optimizer", {})}.items():
         index, _, key = name.partition("/")
@@ -174,8 +171,6 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
         position.step, position.seconds = int(state["step"]), state["seconds"]
         position.at_lambda_update = tuple(state["at_lambda_update"])
         position.sums, position.rng_states = torch.tensor(state["sums"], dtype=torch.float64), parts["random"]
-        if job.progressive_pruning is not None:
-            job.progressive_pruning.reset(parts["max_gates"])
     return position
 
 

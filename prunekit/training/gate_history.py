@@ -14,30 +14,16 @@ from prunekit.utils.text import join_names
 
 
 class GateHistory:
-    """Counts living channels and records the gates after each epoch.
-
-    With progressive pruning, both refer to the channels of the initial model; removed channels count as zero.
-    """
+    """Counts living channels and records the gates after each epoch."""
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], threshold: float):
-        self.threshold = threshold
-        self.set_model(model, groups)
-        self.channels = sum(group.channels for group in self.groups)
-        self.norms = list(dict.fromkeys(gate.norm for group in self.groups for gate in group.gates))
-        self.widths = {name: len(model.get_submodule(name).weight) for name in self.norms}
-        self.kept = {name: np.arange(width) for name, width in self.widths.items()}
-        self.history: dict[str, list[np.ndarray]] = {name: [] for name in self.norms}
-        self._warned: set[str] = set()
-
-    def set_model(
-        self, model: nn.Module, groups: Sequence[Group], kept: Mapping[str, np.ndarray] | None = None
-    ) -> None:
-        """Continue with this model; ``kept`` maps each norm to the initial indices of its remaining channels."""
-        self.model = model
+        self.model, self.threshold = model, threshold
         self.groups = [group for group in groups if group.reason is None]
         self.essential = essential_groups(model, self.groups)
-        if kept is not None:
-            self.kept = dict(kept)
+        self.channels = sum(group.channels for group in self.groups)
+        self.norms = list(dict.fromkeys(gate.norm for group in self.groups for gate in group.gates))
+        self.history: dict[str, list[np.ndarray]] = {name: [] for name in self.norms}
+        self._warned: set[str] = set()
 
     def count(self) -> tuple[int, int]:
         """Return the number of living channels and of all channels."""
@@ -60,10 +46,7 @@ class GateHistory:
     def record(self) -> None:
         """Append the current gates as those of one more epoch."""
         for name in self.norms:
-            row = np.zeros(self.widths[name], np.float32)
-            if len(self.kept[name]):
-                row[self.kept[name]] = effective_gates(self.model.get_submodule(name))
-            self.history[name].append(row)
+            self.history[name].append(effective_gates(self.model.get_submodule(name)).astype(np.float32))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the recorded gates: name of the norm → float32 (epochs, channels)."""

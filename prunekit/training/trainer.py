@@ -10,7 +10,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ from prunekit.errors import TrainingError
 from prunekit.native.library import load
 from prunekit.pruning.plan import Group
 from prunekit.pruning.sparsity.dynamic_decay import Decay
-from prunekit.pruning.sparsity.progressive import PrunedModel
-from prunekit.pruning.surgery.optimizer_state import slim_optimizer
 from prunekit.training import callbacks
 from prunekit.training.acceleration import fast_steps, flush_denormals, sync_batch_norms
 from prunekit.training.checkpoint import TrainingPosition, restore_checkpoint, split_micro_batches
@@ -45,21 +43,18 @@ class Trainer:
     """Trains a model through one stage; resumes from the newest checkpoint in the run folder.
 
     Args:
-        model: on ``job.device``; trained in place until progressive pruning replaces it.
+        model: on ``job.device``; trained in place.
         job: what to train with.
         groups: channel groups of the model.
         decay: penalty on the gates.
 
     Attributes:
-        model, groups, decay, optimizer, training_step, lambda_controller, ema: what trains now; progressive pruning
-            replaces them together.
         gates: history of the gates.
         position: finished epochs and steps, and the sums of the current epoch.
         callbacks: in the order in which their hooks are called.
         stopped_at: set by a callback to stop the training; where it stopped.
 
     Raises:
-        PlanError: the optimizer keeps state that cannot be pruned with its parameters.
         TrainingError: a loss, penalty or gradient is not finite, or another process of the run has ended.
         CheckpointError: the checkpoint does not fit the model or the data.
     """
@@ -70,12 +65,13 @@ class Trainer:
         self.model, self.groups, self.decay = model, list(groups), decay
         self.lambda_controller = job.lambda_controller
         self.gates = GateHistory(model, groups, job.threshold)
-        pruning, config = job.progressive_pruning, job.config
-        if pruning is not None and checkpoint is not None:
-            self.groups = pruning.restore(model, groups, checkpoint[1]["progressive_pruning"])
-            if pruning.plan is not None:
-                self._follow_pruned(model, self.groups)
-        self._use_optimizer(self._build_optimizer())
+        config = job.config
+        self.optimizer = bind_options(registry.optimizers, config.optimizer)(
+            param_groups(model, config.lr, config.gate_lr, decay.norms)
+        )
+        self.training_step = TrainingStep(model, self.optimizer, job, config.accumulate)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.ema = None if config.ema is None else WeightAverage(model, config.ema)
 
         micro_batches = self.training_step.micro_batches
         self.batch_size = min(config.batch_size, len(job.train_data) // micro_batches)
@@ -97,8 +93,6 @@ class Trainer:
         self.augment = bind_options(registry.augmentations, config.augment)
         schedule = bind_options(registry.schedules, config.schedule)
         self.callbacks: list[callbacks.Callback] = [callbacks.LearningRate(schedule)]
-        if pruning is not None:
-            self.callbacks.append(callbacks.PruneDeadChannels())
         if self.lambda_controller is not None:
             self.callbacks.append(callbacks.LambdaControl(schedule, self.total_steps))
         self.callbacks += [callbacks.MetricsLogger(), callbacks.Checkpointing(), callbacks.Progress()]
@@ -116,8 +110,8 @@ class Trainer:
         step = self.position.step
         return (step - 1) % LOG_EVERY == 0 or step == self.steps_per_epoch
 
-    def fit(self) -> nn.Module:
-        """Train to the last epoch; return the model, which is another one after progressive pruning."""
+    def fit(self) -> None:
+        """Train the model to the last epoch."""
         with self._session():
             for epoch in range(self.position.epoch, self.epochs):
                 self._start_epoch()
@@ -141,7 +135,6 @@ class Trainer:
         self.job.run.record_skipped_steps(self.job.stage)
         if self.job.stage == "train":
             self.job.run.write_arrays("gates.npz", self.gates.arrays())
-        return self.model
 
     def check_finite(self) -> None:
         """Raise TrainingError or report skipped steps if a step since the last check was not finite."""
@@ -150,41 +143,6 @@ class Trainer:
     def should_stop(self) -> bool:
         """Whether Ctrl-C or SIGTERM asks to stop; the same in all processes. Call once per step and epoch."""
         return self.training_step.should_stop(self.interrupts.requested)
-
-    @contextmanager
-    def without_hooks(self) -> Iterator[None]:
-        """Remove the hooks and fast forwards from the model, which may then be replaced; set them again at the end."""
-        self._hooks.close()
-        yield
-        self._set_hooks()
-
-    def replace_model(self, pruned: PrunedModel) -> None:
-        """Continue with a pruned model: new decay, optimizer with the old state, and a new weight average."""
-        self._follow_pruned(pruned.model, pruned.groups)
-        state = slim_optimizer(self.optimizer, self.model, pruned.model, self.groups, pruned.plan).state
-        self.model, self.groups = pruned.model, pruned.groups
-        # Built anew, so that its parameters are in the order in which a resumed training builds it.
-        optimizer = self._build_optimizer()
-        for group in optimizer.param_groups:
-            optimizer.state.update({p: state[p] for p in group["params"] if p in state})
-        self._use_optimizer(optimizer)
-
-    def _follow_pruned(self, model: nn.Module, groups: list[Group]) -> None:
-        pruning = self.job.progressive_pruning
-        self.decay, self.lambda_controller = pruning.continue_decay(model, groups, self.lambda_controller)
-        self.gates.set_model(model, groups, pruning.kept_channels(self.gates.norms))
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        config = self.job.config
-        groups = param_groups(self.model, config.lr, config.gate_lr, self.decay.norms)
-        return bind_options(registry.optimizers, config.optimizer)(groups)
-
-    def _use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        config = self.job.config
-        self.optimizer = optimizer
-        self.training_step = TrainingStep(self.model, optimizer, self.job, config.accumulate)
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.ema = None if config.ema is None else WeightAverage(self.model, config.ema)
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -196,24 +154,19 @@ class Trainer:
         job.reporter.start_training(job.stage, self.epochs, self.steps_per_epoch, first, losses, self.position.step)
         # A tracker drops what was logged after ``first``, which must stay when there is nothing to train.
         tracker = no_tracker if finished else job.tracker
+        synchronized = job.config.sync_norms and distributed.world_size() > 1
         try:
             with (
                 defer_interrupts() as self.interrupts,
-                ExitStack() as self._hooks,
                 flush_denormals(),
                 tracker(first) as self.track,
+                self.decay,
+                fast_steps(self.model, self.groups, job.config, job.reporter.info) as self.forward,
+                sync_batch_norms(self.model) if synchronized else nullcontext(),
             ):
-                self._set_hooks()
                 yield
         finally:
             job.reporter.end_training()
-
-    def _set_hooks(self) -> None:
-        job = self.job
-        self._hooks.enter_context(self.decay)
-        self.forward = self._hooks.enter_context(fast_steps(self.model, self.groups, job.config, job.reporter.info))
-        if job.config.sync_norms and distributed.world_size() > 1:
-            self._hooks.enter_context(sync_batch_norms(self.model))
 
     def _start_epoch(self) -> None:
         job, position = self.job, self.position

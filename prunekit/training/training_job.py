@@ -12,7 +12,6 @@ import torch
 from prunekit.config.schema import Training
 from prunekit.data.datasets import Tensors
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
-from prunekit.pruning.sparsity.progressive import ProgressivePruning
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
 from prunekit.training.distillation import TrainingLoss
@@ -43,7 +42,6 @@ class TrainingJob:
         device: of the model.
         threshold: effective gate at or below which a channel counts as dead.
         lambda_controller: adapts λ to a budget; None keeps λ constant.
-        progressive_pruning: removes dead channels between epochs; None removes none.
         tracker: logs metrics elsewhere, see :mod:`prunekit.training.trackers`.
     """
 
@@ -59,5 +57,4 @@ class TrainingJob:
     device: torch.device
     threshold: float = 0.0
     lambda_controller: LambdaController | None = None
-    progressive_pruning: ProgressivePruning | None = None
     tracker: Tracker = no_tracker

@@ -77,7 +77,6 @@ def format_epoch(line: dict[str, Any], epochs: int | None = None) -> str:
     parts = [f"{line['stage']} {line['epoch']:{len(str(epochs or 100))}}{total}", f"loss {line['loss']:.3f}"]
     parts += [f"pen {_format_penalty(line['penalty']):>5}"] if line["penalty"] else []
     parts += _format_sizes(line) or [f"alive {line['alive']:{len(str(line['of']))}}/{line['of']}"]
-    parts += [f"cut {line['pruned']['channels']}"] if "pruned" in line else []
     parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items()]
     seconds = line["seconds"]
     parts.append(f"{seconds:.{int(seconds < 9.95)}f} s" if seconds < 99.5 else format_duration(seconds))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunekit.config import registry
-from prunekit.config.schema import SparseTraining
+from prunekit.config.schema import Training
 from prunekit.data.datasets import load_tensors
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
@@ -74,7 +74,7 @@ def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
     torch.manual_seed(0)
     model, datasets, reporter = Small(), data(), Silent()
     groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
-    section = SparseTraining.model_validate({**OPTIONS, "epochs": epochs, "accumulate": accumulate, **changes})
+    section = Training.model_validate({**OPTIONS, "epochs": epochs, "accumulate": accumulate, **changes})
     job = TrainingJob(
         stage="train",
         config=section,
@@ -88,7 +88,8 @@ def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
         device=torch.device("cpu"),
         threshold=threshold,
     )
-    return Trainer(model, job, groups, DynamicWeightDecay(model, groups, 0.1)).fit(), reporter.messages
+    Trainer(model, job, groups, DynamicWeightDecay(model, groups, 0.1)).fit()
+    return model, reporter.messages
 
 
 # Run folder → training options: one step with each optimizer, and several epochs.

@@ -136,14 +136,6 @@ def test_restart_from_train_repeats_everything(run_it, whole, tmp_path):
     assert outcome(out) == outcome(whole)
 
 
-def test_ema_restarts_after_pruning(run_it, tmp_path):
-    out = run_it(tmp_path / "run", "train.epochs=5", "train.prune_every=1", "train.ema=0.99", "baseline=true")
-    assert summary(out)["progressive_pruning"] and summary(out)["baseline"]["params"] == summary(out)["dense"]["params"]
-    _, state = RunDir.open(out).load_checkpoint("train")
-    behind = max(cut["epoch"] for cut in summary(out)["progressive_pruning"] if cut["channels"])
-    assert state["ema_steps"] == (5 - behind) * state["steps"]
-
-
 def test_derived_runs_copy_the_baseline(whole, photos, tmp_path):
     slimmed = slim_run(whole, toy_recipe(photos, *CUTTING, *ALL, "slim.threshold=0.45"), tmp_path / "slim", quiet())
     tuned = finetune_run(slimmed, toy_recipe(photos, *CUTTING, *ALL, "finetune.epochs=2"), tmp_path / "tuned", quiet())

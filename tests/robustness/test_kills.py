@@ -33,7 +33,6 @@ TOY = [
 SHRINKING = [
     *TOY,
     "train.epochs=4",
-    "train.prune_every=1",
     "decay={name: dynamic, weight: 20, options: {branch_weights: flops}}",
     "slim.steps=2",
     "slim.recalibrate=0",

@@ -1,6 +1,5 @@
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +16,11 @@ from prunekit.training.gate_history import GateHistory
 CPU = torch.device("cpu")
 
 
-class StatefulPart:
-    """Stands in for the λ controller and for progressive pruning."""
+class Controller:
+    """Stands in for the λ controller."""
 
-    def __init__(self, state, max_gates=None):
-        self.held, self.max_gates = state, max_gates
+    def __init__(self, state):
+        self.held = state
 
     def state_dict(self):
         return self.held
@@ -30,15 +29,12 @@ class StatefulPart:
         self.held = state
         return 0.125
 
-    def reset(self, max_gates=None):
-        self.max_gates = max_gates
 
-
-def make_trainer(run, optimizer=torch.optim.SGD, position=None, controller=None, pruning=None):
+def make_trainer(run, optimizer=torch.optim.SGD, position=None, controller=None):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     position = position or TrainingPosition()
     return SimpleNamespace(
-        job=SimpleNamespace(stage="train", config=Training(epochs=3), run=run, progressive_pruning=pruning),
+        job=SimpleNamespace(stage="train", config=Training(epochs=3), run=run),
         model=model,
         optimizer=optimizer(model.parameters(), lr=1.0),
         gates=GateHistory(model, [], 0.0),
@@ -75,18 +71,12 @@ def test_checkpoint_within_an_epoch_restores_everything(run, epoch, step, sums, 
     torch.rand(drawn, generator=generator)
     torch.rand(drawn)
     position = TrainingPosition(epoch, step, torch.tensor(sums, dtype=torch.float64), at_lambda_update, seconds, best)
-    looks = {"a": np.array([0.5, np.inf]), "b.c": np.zeros(0)}
-    saved = make_trainer(
-        run,
-        position=position,
-        controller=StatefulPart({"value": seconds}),
-        pruning=StatefulPart({"records": []}, looks),
-    )
+    saved = make_trainer(run, position=position, controller=Controller({"value": seconds}))
     position.save_rng(generator, CPU)
     save_checkpoint(saved)
     expected = torch.rand(3, generator=generator), torch.rand(3)
 
-    trainer = make_trainer(run, controller=StatefulPart({}), pruning=StatefulPart({}))
+    trainer = make_trainer(run, controller=Controller({}))
     checkpoint = run.load_checkpoint("train")
     for path in (run.path / "checkpoints").iterdir():
         path.unlink(missing_ok=True)
@@ -95,17 +85,14 @@ def test_checkpoint_within_an_epoch_restores_everything(run, epoch, step, sums, 
     assert restored.at_lambda_update == at_lambda_update and torch.equal(restored.sums, position.sums)
     assert all(map(torch.equal, trainer.model.state_dict().values(), saved.model.state_dict().values()))
     assert trainer.lambda_controller.held == {"value": seconds} and trainer.decay.weight == 0.125
-    restored_looks = trainer.job.progressive_pruning.max_gates
-    assert sorted(restored_looks) == sorted(looks)
-    assert all(np.array_equal(restored_looks[name], looks[name]) for name in looks)
     other = torch.Generator()
     torch.rand(7)
     restored.restore_rng(other, CPU)
     assert torch.equal(torch.rand(3, generator=other), expected[0]) and torch.equal(torch.rand(3), expected[1])
 
 
-def test_checkpoint_between_epochs_holds_no_generators_and_no_observations(run):
-    trainer = make_trainer(run, position=TrainingPosition(1), pruning=StatefulPart({}, {"a": np.zeros(2)}))
+def test_checkpoint_between_epochs_holds_no_generators(run):
+    trainer = make_trainer(run, position=TrainingPosition(1))
     save_checkpoint(trainer)
     arrays, _ = run.load_checkpoint("train")
     assert {name.partition("/")[0] for name in arrays} == {"model"}

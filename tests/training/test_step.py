@@ -6,7 +6,7 @@ import torch
 from helpers import rank
 from torch import nn
 
-from prunekit.config.schema import SparseTraining
+from prunekit.config.schema import Training
 from prunekit.data.datasets import normalize
 from prunekit.errors import TrainingError
 from prunekit.pruning.graph.groups import find_groups
@@ -33,7 +33,7 @@ class Job:
     stage, device = "train", torch.device("cpu")
 
     def __init__(self, **changes):
-        self.config = SparseTraining.model_validate({"epochs": 1, **changes})
+        self.config = Training.model_validate({"epochs": 1, **changes})
         self.task, self.messages = MeanSquaredError(), []
         self.loss = TrainingLoss(self.task.loss)
         self.reporter = self

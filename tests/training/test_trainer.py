@@ -297,9 +297,10 @@ class Counting(torch.optim.SGD):
 
 
 def test_checkpoint_holds_the_numbers_of_an_optimizer(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(
-        Trainer, "_build_optimizer", lambda trainer: Counting(trainer.model.parameters(), lr=1e-3, momentum=0.9)
-    )
+    def build(groups, **_):
+        return Counting([group.settings(0, 1, 1) for group in groups], momentum=0.9)
+
+    monkeypatch.setattr(registry.optimizers, "get", lambda name: build)
     whole, _ = train(tmp_path / "whole", data, build=Tiny)
     with interrupted_after_checkpoint(global_step=4):
         train(tmp_path / "broken", data, build=Tiny, checkpoint={"steps": 2})

@@ -39,7 +39,6 @@ TOY = [
     "train.epochs=2",
     "train.batch_size=100",
     "train.gate_lr=0.1",
-    "train.prune_every=1",
     "target.params_ratio=0.5",
     "slim.steps=2",
     "finetune.epochs=1",

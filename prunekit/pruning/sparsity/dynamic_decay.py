@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
@@ -32,13 +32,6 @@ class Decay(ABC):
         return self
 
     def __exit__(self, *_: object) -> None:
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the decay of a pruned copy of the model needs to continue this one, as JSON."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         return None
 
 
@@ -96,16 +89,6 @@ class DynamicWeightDecay(Decay):
         self._gates = [model.get_submodule(name).weight for name in self.norms]
         self._responses = [_Responses(model, name, activations[name]) for name in self.norms]
         self._hooks: list[Any] = []
-        self._mean_side: float | None = None
-        # Relative to the mean over the initial gates: otherwise each pruning step would change the remaining weights.
-        self._mean_side_is_fixed = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._mean_side is None else {"mean_side": self._mean_side}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._mean_side = state.get("mean_side")
-        self._mean_side_is_fixed = self._mean_side is not None
 
     def __enter__(self) -> Self:
         self._hooks = [responses.register_hook() for responses in self._responses]
@@ -130,9 +113,8 @@ class DynamicWeightDecay(Decay):
         if self.branch_weights == "flops":
             sides = torch.tensor([responses.side for responses in self._responses])
             counts = torch.tensor([len(gate) for gate in self._gates])
-            if not self._mean_side_is_fixed:
-                self._mean_side = float((sides * counts).sum() / counts.sum())
-            weights = weights * (sides / self._mean_side).repeat_interleave(counts).to(weights)
+            mean_side = float((sides * counts).sum() / counts.sum())
+            weights = weights * (sides / mean_side).repeat_interleave(counts).to(weights)
         for responses in self._responses:
             responses.clear()
         return 0.5 * self.weight * torch.dot(weights, gates * gates)
