@@ -30,7 +30,7 @@ TOY = [
     "export.onnx=false",
 ]
 # All that a training can carry along, and rounds of cuts with trainings in between.
-SHRINKING = [
+ROUNDS = [
     *TOY,
     "train.epochs=4",
     "decay={name: dynamic, weight: 20, options: {branch_weights: flops}}",
@@ -136,14 +136,14 @@ def test_kill_at_chosen_write_then_resume_gives_same_result(launcher, whole, tmp
 
 @pytest.mark.slow
 def test_repeated_kills_in_training_steps_then_resume(launcher, whole, tmp_path):
-    folder, _ = whole(SHRINKING)
-    # From the middle of the second epoch, and of the fourth, after channels were removed.
-    assert killed_and_resumed(launcher, SHRINKING, tmp_path / "run", {"step": 8}, {"step": 13})
+    folder, _ = whole(ROUNDS)
+    # In the middle of the second epoch, and of the fourth.
+    assert killed_and_resumed(launcher, ROUNDS, tmp_path / "run", {"step": 8}, {"step": 13})
     same(tmp_path / "run", folder)
 
 
 @pytest.mark.skipif(not SOAK, reason="takes half an hour; PRUNEKIT_SOAK=1 runs it")
-@pytest.mark.parametrize("recipe", [TOY, SHRINKING], ids=["toy", "shrinking"])
+@pytest.mark.parametrize("recipe", [TOY, ROUNDS], ids=["toy", "rounds"])
 def test_kill_at_every_write(launcher, whole, tmp_path, capsys, recipe):
     folder, calls = whole(recipe)
     wrong = []
@@ -163,7 +163,7 @@ def test_kill_at_every_write(launcher, whole, tmp_path, capsys, recipe):
 
 
 @pytest.mark.skipif(not SOAK, reason="takes some minutes; PRUNEKIT_SOAK=1 runs it")
-@pytest.mark.parametrize("recipe", [EXPORTING, SHRINKING], ids=["exporting", "shrinking"])
+@pytest.mark.parametrize("recipe", [EXPORTING, ROUNDS], ids=["exporting", "rounds"])
 def test_kill_at_random_times(launcher, whole, tmp_path, capsys, recipe):
     folder, _ = whole(recipe)
     seconds = json.loads((folder / "summary.json").read_text())["seconds"]
