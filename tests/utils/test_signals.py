@@ -9,6 +9,15 @@ import pytest
 from prunekit.utils.signals import SIGNALS, defer_interrupts, sigterm_as_interrupt
 
 
+@pytest.fixture(autouse=True)
+def _python_handlers():
+    """Whoever started the tests may ignore these signals, or leave them to the system, which ends the process."""
+    before = [signal.signal(number, signal.default_int_handler) for number in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 def handlers():
     return [signal.getsignal(number) for number in SIGNALS]
 
