@@ -33,7 +33,7 @@ from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_mode
 from prunekit.pruning.plan import Builder
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.progress import Reporter, format_duration
-from prunekit.utils.text import closest_match, plural
+from prunekit.utils.text import plural, suggest
 
 BENCH, FORMAT = "bench.json", 1
 # Form → the runtime that runs it, the model or file it runs, the precision. What is compiled or computes in bf16 is
@@ -339,9 +339,7 @@ def _parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
     names = [part.strip() for part in text.split(",")]
     for name in names:
         if name not in known:
-            near = closest_match(name, list(known))
-            hint = f"did you mean {near!r}?" if near else f"choose from {', '.join(known)}"
-            raise RecipeError(f"{option} {name}: unknown; {hint}")
+            raise RecipeError(f"{option} {name}: unknown{suggest(name, known)} choose from {', '.join(known)}")
     return list(dict.fromkeys(names))
 
 
