@@ -158,6 +158,25 @@ class Training(Section):
     checkpoint: Checkpoint = Checkpoint()
 
 
+class GradualPruning(Section):
+    """Channels that shrink to zero during sparse training, so that their removal changes nothing."""
+
+    start: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the steps after which channels are chosen and the decay ends; null: choose only after training."""
+    end: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Share of the steps after which the chosen channels are zero."""
+    power: Positive = 2.0
+    """Power of the course to zero; 1 is linear."""
+    rounds: Count = 1
+    """Number of times channels are chosen between start and end; more than one needs a target."""
+
+
+class SparseTraining(Training):
+    """Training with sparsity decay."""
+
+    gradual_pruning: GradualPruning = GradualPruning()
+
+
 class Distill(Section):
     """Knowledge distillation while fine-tuning."""
 
@@ -264,7 +283,7 @@ class Recipe(Section):
     data: Data
     baseline: bool = False
     """Also train the model without decay, for comparison."""
-    train: Training
+    train: SparseTraining
     decay: Decay = Decay()
     target: Target = Target()
     slim: Slim = Slim()
@@ -288,8 +307,18 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
             conflicts.append((("slim", "importance"), f"{name!r} ranks channels but has no threshold; {add}"))
         if slim.steps > 1:
             conflicts.append((("slim", "steps"), f"{slim.steps} steps need a target; {add}"))
+        if recipe.train.gradual_pruning.rounds > 1:
+            conflicts.append((("train", "gradual_pruning", "rounds"), f"several rounds need a target; {add}"))
         if slim.scope == "layer":
             conflicts.append((("slim", "scope"), f"pruning the same share of each layer needs a target; {add}"))
+    gradual = recipe.train.gradual_pruning
+    if gradual.start is not None:
+        if gradual.start >= gradual.end:
+            message = f"{gradual.end:g} is not above train.gradual_pruning.start ({gradual.start:g}); raise it"
+            conflicts.append((("train", "gradual_pruning", "end"), message))
+        if slim.steps > 1:
+            message = "gradual pruning reaches the target in training; drop it, or use train.gradual_pruning.rounds"
+            conflicts.append((("slim", "steps"), message))
     if recipe.init_weights == "fresh" and recipe.init is None:
         conflicts.append((("init_weights",), "'fresh' takes the channel counts of a run; name one with init=RUN"))
     if distill.weight and distill.teacher == "baseline" and not recipe.baseline:

@@ -28,7 +28,7 @@ from prunekit.pipeline.models import (
     trained_models,
 )
 from prunekit.pipeline.preflight import check_classes
-from prunekit.pipeline.prune_stages import extract_stage, lambda_controller, slim_stage
+from prunekit.pipeline.prune_stages import extract_stage, gradual_pruning, lambda_controller, slim_stage
 from prunekit.pipeline.training_setup import build_decay, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.dynamic_decay import NoDecay
@@ -53,7 +53,8 @@ def train_stage(context: RunContext, run: RunDir) -> None:
     _record_skipped_images(context, run)
     decay = build_decay(context, model.to(context.device), groups)
     controller = lambda_controller(context, model, groups, decay)
-    train_model(context, run, "train", model, groups, decay, controller)
+    gradual = gradual_pruning(context, model, groups)
+    train_model(context, run, "train", model, groups, decay, controller, gradual)
     save_model(run, "dense", model, plan)
     context.measure(run, "dense", model)
     if context.recipe.baseline:

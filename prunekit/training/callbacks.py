@@ -76,6 +76,14 @@ class LambdaControl(Callback):
         return trainer.lambda_controller.metrics()
 
 
+class PruneGradually(Callback):
+    """Shrinks the chosen channels after each step; the decay ends when the first are chosen."""
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        if trainer.gradual_pruning.step():
+            trainer.end_decay()
+
+
 class MetricsLogger(Callback):
     """Appends the row of each epoch to ``metrics.jsonl`` and passes it to the tracker.
 

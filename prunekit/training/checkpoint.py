@@ -119,6 +119,8 @@ def save_checkpoint(trainer: Trainer) -> None:
     }
     if trainer.lambda_controller is not None:
         state["lambda_controller"] = trainer.lambda_controller.state_dict()
+    if trainer.gradual_pruning is not None:
+        state["gradual_pruning"] = trainer.gradual_pruning.state_dict()
     config = job.config.checkpoint
     best = position.best[1] if config.best and position.best is not None else None
     job.run.save_checkpoint(job.stage, trainer.global_step, arrays, state, config.keep, best)
@@ -164,6 +166,10 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
     trainer.gates.load(parts["gates"])
     if trainer.lambda_controller is not None and state.get("lambda_controller") is not None:
         trainer.decay.weight = trainer.lambda_controller.load_state_dict(state["lambda_controller"])
+    if trainer.gradual_pruning is not None and state.get("gradual_pruning") is not None:
+        trainer.gradual_pruning.load_state_dict(state["gradual_pruning"])
+        if trainer.gradual_pruning.round:
+            trainer.end_decay()
     position = TrainingPosition(int(state["epoch"]))
     if state.get("best") is not None:
         position.best = (float(state["best"][0]), int(state["best"][1]))

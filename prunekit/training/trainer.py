@@ -22,7 +22,7 @@ from prunekit.data.cache import to_device
 from prunekit.errors import TrainingError
 from prunekit.native.library import load
 from prunekit.pruning.plan import Group
-from prunekit.pruning.sparsity.dynamic_decay import Decay
+from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
 from prunekit.training import callbacks
 from prunekit.training.acceleration import fast_steps, flush_denormals, sync_batch_norms
 from prunekit.training.checkpoint import TrainingPosition, restore_checkpoint, split_micro_batches
@@ -82,6 +82,7 @@ class Trainer:
             )
         self.epochs, self.steps_per_epoch = config.epochs, len(job.train_data) // (self.batch_size * micro_batches)
         self.total_steps = max(1, self.epochs * self.steps_per_epoch)
+        self.gradual_pruning = None if job.gradual_pruning is None else job.gradual_pruning(self.total_steps)
         self.position = restore_checkpoint(self, checkpoint)
         if distributed.world_size() > 1 and config.fast and job.device.type == "cpu":
             with distributed.main_process_first():
@@ -93,6 +94,8 @@ class Trainer:
         self.augment = bind_options(registry.augmentations, config.augment)
         schedule = bind_options(registry.schedules, config.schedule)
         self.callbacks: list[callbacks.Callback] = [callbacks.LearningRate(schedule)]
+        if self.gradual_pruning is not None:
+            self.callbacks.append(callbacks.PruneGradually())
         if self.lambda_controller is not None:
             self.callbacks.append(callbacks.LambdaControl(schedule, self.total_steps))
         self.callbacks += [callbacks.MetricsLogger(), callbacks.Checkpointing(), callbacks.Progress()]
@@ -143,6 +146,11 @@ class Trainer:
     def should_stop(self) -> bool:
         """Whether Ctrl-C or SIGTERM asks to stop; the same in all processes. Call once per step and epoch."""
         return self.training_step.should_stop(self.interrupts.requested)
+
+    def end_decay(self) -> None:
+        """Train without a penalty from now on."""
+        self.decay.__exit__(None, None, None)
+        self.decay = NoDecay(self.model, self.groups)
 
     @contextmanager
     def _session(self) -> Iterator[None]:

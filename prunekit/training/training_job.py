@@ -11,6 +11,7 @@ import torch
 
 from prunekit.config.schema import Training
 from prunekit.data.datasets import Tensors
+from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
@@ -42,6 +43,7 @@ class TrainingJob:
         device: of the model.
         threshold: effective gate at or below which a channel counts as dead.
         lambda_controller: adapts λ to a budget; None keeps λ constant.
+        gradual_pruning: given the number of steps, returns what shrinks channels to zero; None shrinks none.
         tracker: logs metrics elsewhere, see :mod:`prunekit.training.trackers`.
     """
 
@@ -57,4 +59,5 @@ class TrainingJob:
     device: torch.device
     threshold: float = 0.0
     lambda_controller: LambdaController | None = None
+    gradual_pruning: Callable[[int], GradualPruning] | None = None
     tracker: Tracker = no_tracker

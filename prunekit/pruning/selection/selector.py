@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from prunekit.errors import PlanError
+from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.liveness import essential_groups, group_by_layer, removable
 from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.explain import Request, explain
@@ -97,7 +98,7 @@ class Selector:
         self.preset[self.ignored] = 0
         self.competes = ~self.ignored & np.array([group.id not in ratios for group in self.groups], bool)
         self.removable = np.array([removable(model, group) for group in self.groups], bool)
-        self.scores = [_check_scores(group, scores) for group in self.groups]
+        self.scores = _zeros_first(model, self.groups, [_check_scores(group, scores) for group in self.groups])
         self.blocks = np.array([self._conv_blocks(group) for group in self.groups], int)
         self.multiples = np.lcm(self.blocks, round_to)
         ordered = [_prune_order(values, blocks) for values, blocks in zip(self.scores, self.blocks, strict=True)]
@@ -237,6 +238,12 @@ class Selector:
                 if any(member.axis == 0 and member.tensor in readers for member in group.members)
             }
         return sorted(starved)
+
+
+def _zeros_first(model: nn.Module, groups: Sequence[Group], scores: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Give channels whose gates are zero the lowest score: whatever their weights, removing them changes nothing."""
+    lowest = min((float(values.min()) for values in scores if values.size), default=0.0)
+    return [np.where(gate_scores(model, g) == 0, min(lowest, 0.0), s) for g, s in zip(groups, scores, strict=True)]
 
 
 def _check_scores(group: Group, scores: Scores) -> np.ndarray:
