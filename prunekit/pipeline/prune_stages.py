@@ -7,7 +7,7 @@ equivalence check. The two may differ, since channels are kept whose removal wou
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
+from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.surgery.compose import compose
 from prunekit.pruning.surgery.equivalence import DEAD, EquivalenceReport, check_equivalence, output_difference
@@ -56,8 +57,10 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
     of = sum(group.channels for group in groups if group.reason is None)
     goal = _goals(context, dense, groups)[0]
     if goal is None:
-        choice = search.selector.select(threshold=recipe.slim.threshold)
-        outcome = f"{choice.pruned} of {of} channels are dead at threshold {recipe.slim.threshold:g}"
+        # Gradual pruning has chosen the channels by the threshold already, and they are zero.
+        threshold = recipe.slim.threshold if recipe.train.gradual_pruning.start is None else 0.0
+        choice = search.selector.select(threshold=threshold)
+        outcome = f"{choice.pruned} of {of} channels are dead at threshold {threshold:g}"
     else:
         choice = search.select(goal)
         size = goal.size(search.size_model.size_without(choice.dead))
@@ -207,7 +210,8 @@ def lambda_controller(
     """Return what adjusts λ towards the budget, None without a budget or λ; PlanError if it cannot be met."""
     budget = absolute_budget(context, model, groups)
     slimming = context.recipe.slim
-    if budget is None or slimming.importance.name != "gate" or not decay.weight > 0:
+    gradual = context.recipe.train.gradual_pruning.start is not None
+    if budget is None or slimming.importance.name != "gate" or not decay.weight > 0 or gradual:
         return None
     search = _size_search(context, model, groups)
     return LambdaController(
@@ -220,6 +224,39 @@ def lambda_controller(
         weight=decay.weight,
         limits={group.id: int(n) for group, n in zip(search.selector.groups, search.selector.limits, strict=True)},
     )
+
+
+def gradual_pruning(
+    context: RunContext, model: nn.Module, groups: Sequence[Group]
+) -> Callable[[int], GradualPruning] | None:
+    """Return what, given the number of steps, shrinks channels during training; None if the recipe asks for none.
+
+    Raises:
+        PlanError: the target cannot be met.
+    """
+    recipe, section = context.recipe, context.recipe.train.gradual_pruning
+    if section.start is None:
+        return None
+    budget = absolute_budget(context, model, groups)
+    of = sum(group.channels for group in groups if group.reason is None)
+    # Chosen on a copy, since the model in training is on the device and has other forwards.
+    copied = copy.deepcopy(model).cpu().eval()
+
+    def choose(trained: nn.Module, share: float) -> Mapping[str, set[int]]:
+        copied.load_state_dict(trained.state_dict())
+        search = channel_search(context, copied, groups)
+        if budget is None:
+            choice, reason = search.selector.select(threshold=recipe.slim.threshold), f"<= {recipe.slim.threshold:g}"
+        else:
+            full = budget.size(search.size_model.dense)
+            goal = replace(budget, goal=round(full * (budget.goal / full) ** share))
+            choice = search.select(goal)
+            reason = f"{goal.size(search.size_model.size_without(choice.dead)):,} {goal.measure} without them"
+        context.reporter.info(f"train: {choice.pruned} of {of} channels chosen to shrink to zero ({reason})")
+        return {group.id: choice.dead[group.id] for group in groups if group.gates and choice.dead.get(group.id)}
+
+    options = section.model_dump()
+    return lambda total_steps: GradualPruning(model, groups, choose, total_steps, **options)
 
 
 def _goals(context: RunContext, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:

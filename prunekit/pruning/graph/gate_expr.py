@@ -203,3 +203,12 @@ def _inner_parts(tree: Any) -> list[Any]:
 
     visit(tree)
     return list(found.values())
+
+
+def last_gates(group: Group) -> list[int]:
+    """Return the indices into ``group.gates`` of the gates that no later gate of the expression follows."""
+
+    def last(kind: str, parts: list[set[int]]) -> set[int]:
+        return parts[-1] if kind == "serial" else set().union(*parts)
+
+    return [] if group.combine is None else sorted(_fold(group.combine, lambda index: {index}, last))
