@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.config import recipe, registry, yaml
-from prunekit.config.schema import Training
+from prunekit.config.schema import SparseTraining
 from prunekit.config.sources import find_recipe
 from prunekit.errors import RecipeError
 
@@ -24,7 +24,7 @@ def test_load_fills_in_defaults_of_schema_and_builders(write):
     assert r.backbone.options == {"width": 3, "depth": 2, "split": [0.5, 0.5], "mode": None}
     assert r.data == recipe.Data(name="shapes", options={"count": 10})
     assert (r.data.size, r.data.on_error) == (224, "raise")
-    assert r.train == Training(
+    assert r.train == SparseTraining(
         epochs=2,
         optimizer=recipe.Component(name="adam", options={"rate": 0.5}),
         schedule="constant",
