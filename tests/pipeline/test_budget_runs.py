@@ -114,6 +114,28 @@ def test_resumed_training_with_budget_equals_uninterrupted_one(whole, tmp_path, 
     assert lines(tmp_path / "run") == lines(whole)
 
 
+GRADUAL = ["train.gradual_pruning={start: 0.3, end: 0.7}", "train.ema=0.9", "finetune.epochs=0"]
+
+
+def test_gradual_pruning_leaves_nothing_to_lose(tmp_path):
+    folder = run_it(tmp_path / "run", *GRADUAL)
+    found, dense = summary(folder), load_model(RunDir.open(folder), "dense")
+    assert 0.294 <= found["kept"]["params_ratio"] <= 0.3 and found["kept"]["cut"] == 0.0
+    assert found["drift"]["max_abs_diff"] <= 1e-5
+    assert found["equivalence"]["passed"] and not found["equivalence"]["given_back"]
+    removed = sum(
+        int((gates == 0).sum()) for gates in gate(dense, find_groups(dense, torch.zeros(1, 3, 8, 8))).values()
+    )
+    assert removed == found["kept"]["of"] - found["kept"]["channels"]
+    # λ is not controlled, and the decay ends with the choice.
+    assert [bool(line["lambda"]) for line in lines(folder, "train")] == [False, False, False]
+    with interrupted_after_checkpoint(epoch=1):
+        run_it(tmp_path / "again", *GRADUAL)
+    run_it(tmp_path / "again", *GRADUAL, resume=True)
+    assert same_models(tmp_path / "again", folder, "dense", "slim")
+    assert lines(tmp_path / "again") == lines(folder)
+
+
 @pytest.mark.slow
 def test_repeated_slimming_gives_same_result(run, whole):
     run_it(run, resume=True, start_from="extract")
@@ -201,9 +223,22 @@ def test_no_lambda_control_without_decay_or_with_other_importance(tmp_path):
         ),
         ("slim.steps=2", r"slim\.steps: 2 steps need a target; add target\.params"),
         ("slim.scope=layer", r"slim\.scope: pruning the same share of each layer needs a target"),
+        ("train.gradual_pruning.rounds=2", r"train\.gradual_pruning\.rounds: several rounds need a target"),
     ],
 )
 def test_settings_that_need_a_target(change, words):
     with pytest.raises(RecipeError, match=words):
         recipe("target.params_ratio=null", change)
     recipe(change)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["train.gradual_pruning.start=0.8"], r"gradual_pruning\.end: 0\.75 is not above"),
+        (["train.gradual_pruning.start=0.2", "slim.steps=2"], r"slim\.steps: gradual pruning reaches the target"),
+    ],
+)
+def test_settings_that_conflict_with_gradual_pruning(changes, words):
+    with pytest.raises(RecipeError, match=words):
+        recipe(*changes)
