@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from prunekit.pruning.graph.meta import FastShapes, to_meta
 
-PERIOD = 32  # sizes are tried up to this much above the example's, so that all remainders of common strides occur
+# How much above the example's size the sizes are: each remainder of a division by 2 to 8 occurs, also after halvings.
+OFFSETS = (*range(1, 9), 11, 13, 15, 16, 23, 29, 31, 32)
 MAX_SIZES = 6
 MAX_VALUES = 4  # an argument with more values than this over all sizes is the size itself
 _TORCH = os.path.dirname(torch.__file__)
 
-Behavior = dict[tuple, Any]  # (module, line, function, number of the call, what) → value
+Call = tuple[str, tuple[str, int], str, int]  # module, line, function, number of the call
+Behavior = dict[Call, tuple]  # what each call does: pairs (what, value)
 
 
 def varied_sizes(model: nn.Module, example: Tensor) -> list[tuple[int, ...]]:
@@ -34,33 +35,31 @@ def varied_sizes(model: nn.Module, example: Tensor) -> list[tuple[int, ...]]:
     size = tuple(example.shape[2:])
     try:
         runner, batch = to_meta(model), example[:1].to("meta")
-        base = _behavior(runner, batch)
+        base = _behaviors(runner, batch, [size])
     except Exception:  # It reads values.
+        base = {}
+    if not base:
         runner, batch = model, example[:1]
-        try:
-            base = _behavior(runner, batch)
-        except Exception:
-            return []  # The check on the data names the error.
-    behaviors = {size: base}
-    sides = [tuple(side + more for side in size) for more in range(1, PERIOD + 1)]
+        base = _behaviors(runner, batch, [size])
+    if not base:
+        return []  # The check on the data names the error.
+    sides = [tuple(side + more for side in size) for more in OFFSETS]
     sides += [tuple(side + 9 * (axis == longer) for axis, side in enumerate(size)) for longer in range(len(size))]
-    for other in dict.fromkeys(sides):
-        try:
-            behaviors[other] = _behavior(runner, batch.new_zeros((*batch.shape[:2], *other)))
-        except Exception:
-            continue  # The model does not accept this size.
-    return _cover(size, behaviors)
+    return _cover(size, base | _behaviors(runner, batch, list(dict.fromkeys(sides))))
 
 
 def _cover(first: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) -> list[tuple[int, ...]]:
-    values = defaultdict(set)
-    for behavior in behaviors.values():
-        for key, value in behavior.items():
-            values[key].add(value)
-    kinds = {
-        size: {item for item in behavior.items() if len(values[item[0]]) <= MAX_VALUES}
+    calls = dict.fromkeys(call for behavior in behaviors.values() for call in behavior)
+    # What is the same at every size chooses none.
+    varying = [call for call in calls if len({behavior.get(call) for behavior in behaviors.values()}) > 1]
+    items = {
+        size: {((call, what), value) for call in varying for what, value in behavior.get(call, ())}
         for size, behavior in behaviors.items()
     }
+    values = defaultdict(set)
+    for key, value in set().union(*items.values()):
+        values[key].add(value)
+    kinds = {size: {item for item in own if len(values[item[0]]) <= MAX_VALUES} for size, own in items.items()}
     seen, chosen = kinds.pop(first), []
     while kinds and len(chosen) < MAX_SIZES:
         best = max(kinds, key=lambda size: (len(kinds[size] - seen), [-side for side in size]))
@@ -72,12 +71,22 @@ def _cover(first: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) -
 
 
 @torch.inference_mode()
-def _behavior(model: nn.Module, batch: Tensor) -> Behavior:
-    """Run a model and return what its operations do at this size."""
-    recorder = _Recorder()
+def _behaviors(model: nn.Module, batch: Tensor, sizes: list[tuple[int, ...]]) -> dict[tuple[int, ...], Behavior]:
+    """Run a model and return what its operations do at each size that it accepts."""
+    found, recorder = {}, _Recorder()
+    # Each run has its own input, since the model may change it.
+    inputs = {
+        size: batch.clone() if size == batch.shape[2:] else batch.new_zeros((*batch.shape[:2], *size)) for size in sizes
+    }
     with _called_modules(model, recorder), FastShapes(), recorder:
-        model(batch.clone())  # it may change its input
-    return recorder.found
+        for size, image in inputs.items():
+            recorder.start()
+            try:
+                model(image)
+            except Exception:
+                continue
+            found[size] = recorder.found
+    return found
 
 
 @contextmanager
@@ -95,31 +104,42 @@ def _called_modules(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
+    def start(self) -> None:
         self.modules: list[str] = [""]
         self.calls: Counter[tuple] = Counter()
         self.found: Behavior = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        leaves = tree_leaves((args, kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        leaves = list(_leaves((args, kwargs)))
         shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
         if not isinstance(out, Tensor) and not any(shape[2:] for shape in shapes):
             return out
         site = (self.modules[-1], _line(), getattr(func, "__name__", str(func)))
         self.calls[site] += 1
-        key = (*site, self.calls[site])
+        does: list[tuple[Any, Any]] = []
         for number, leaf in enumerate(leaves):
             if leaf is None or isinstance(leaf, int | float | str | bool):
-                self.found[*key, number] = leaf
-                self.found[*key, number, "sign"] = isinstance(leaf, int | float) and (leaf > 0) - (leaf < 0)
+                sign = isinstance(leaf, int | float) and (leaf > 0) - (leaf < 0)
+                does += [(number, leaf), ((number, "sign"), sign)]
         after = out.shape if isinstance(out, Tensor) else ()
         for axis in range(2, len(shapes[0]) if shapes else 0):
             side, result = shapes[0][axis], after[axis] if len(after) == len(shapes[0]) else 0
             ratios = (result and side % result == 0, side and result % side == 0)
-            self.found[*key, "axis", axis] = (side % 2, (side > result) - (side < result), *ratios)
+            does.append((("axis", axis), (side % 2, (side > result) - (side < result), *ratios)))
+        self.found[*site, self.calls[site]] = tuple(does)
         return out
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
 
 
 def _line() -> tuple[str, int]:
