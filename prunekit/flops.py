@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import warnings
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.layers import GOctConv, layer_of
+from prunekit.utils.copying import copy_module
 
 PAPER_SIZE = (224, 224)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -125,7 +125,7 @@ def counters(model: nn.Module, shape: tuple[int, ...]) -> dict[str, dict[str, An
     # Copies, since thop adds buffers to the modules.
     return {
         "prunekit": {"params": sums["params"], "macs": sums["macs"], "modules": modules},
-        **{name: counter(copy.deepcopy(model).eval(), shape) for name, counter in others.items()},
+        **{name: counter(copy_module(model).eval(), shape) for name, counter in others.items()},
     }
 
 
@@ -169,7 +169,7 @@ def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...
 def _layer_costs(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int | None]]:
     counts, _ = count_modules(model, shape)
     others = {
-        f"{name}_macs": counter(copy.deepcopy(model).eval(), shape)["modules"]
+        f"{name}_macs": counter(copy_module(model).eval(), shape)["modules"]
         for name, counter in (("fvcore", _count_fvcore), ("thop", _count_thop))
     }
     rows: dict[tuple[str, int], dict[str, Any]] = {}

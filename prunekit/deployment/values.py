@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from prunekit.errors import ExportError
+from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
 TOLERANCE = 1e-4  # Runtimes add in another order.
@@ -40,7 +40,7 @@ def eval_copy(model: nn.Module) -> nn.Module:
         raise ExportError("the model is on the meta device and has no weights; load them with load_state_dict first")
     try:
         with torch.no_grad():
-            model = copy.deepcopy(model).cpu().float().eval()
+            model = copy_module(model).cpu().float().eval()
         return model if isinstance(model, torch.jit.ScriptModule) else model.requires_grad_(False)
     except Exception as error:  # Modules may hold anything.
         raise ExportError(f"the model cannot be copied: {first_line(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from prunekit.tasks.base import inference, main_output
 from prunekit.training.optimizers import param_groups
 from prunekit.training.trackers import check_tracker
 from prunekit.training.trainer import bind_options
+from prunekit.utils.copying import copy_module
 from prunekit.utils.io import is_out_of_memory
 from prunekit.utils.text import first_line
 
@@ -135,7 +135,7 @@ def _check_losses(context: RunContext, model: nn.Module) -> None:
     if len(images) < 2:
         return  # Norms without pixels need two images.
     try:
-        model = copy.deepcopy(model)
+        model = copy_module(model)
     except (RuntimeError, TypeError):
         return  # The rehearsal says why.
     for stage in ("train", "finetune"):

@@ -6,7 +6,6 @@ equivalence check. The two may differ, since channels are kept whose removal wou
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +43,7 @@ from prunekit.pruning.surgery.equivalence import DEAD, EquivalenceReport, check_
 from prunekit.pruning.surgery.slim import slim
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.trainer import bind_options, seeded_generator
+from prunekit.utils.copying import copy_module
 
 LOSS_BATCHES = 8  # of training data, for criteria that evaluate the loss
 
@@ -99,7 +99,7 @@ def slim_stage(context: RunContext, run: RunDir) -> None:
 
 def _dead_network(context: RunContext, run: RunDir, dense: nn.Module) -> str:
     example, target = context.example().double(), next(iter(_target(context.recipe)), None)
-    if check_equivalence(copy.deepcopy(dense).double(), copy.deepcopy(dense).double(), [example]).reason == DEAD:
+    if check_equivalence(copy_module(dense).double(), copy_module(dense).double(), [example]).reason == DEAD:
         keys = f"target.{target} is too small for this training: raise it" if target else "lower decay.weight"
         return (
             f"{DEAD}, already as trained; {keys}, or set a lower train.lr or more train.epochs, and start again with "
@@ -240,7 +240,7 @@ def gradual_pruning(
     budget = absolute_budget(context, model, groups)
     of = sum(group.channels for group in groups if group.reason is None)
     # Chosen on a copy, since the model in training is on the device and has other forwards.
-    copied = copy.deepcopy(model).cpu().eval()
+    copied = copy_module(model).cpu().eval()
 
     def choose(trained: nn.Module, share: float) -> Mapping[str, set[int]]:
         copied.load_state_dict(trained.state_dict())

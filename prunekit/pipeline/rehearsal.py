@@ -28,6 +28,7 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.runs.state import new_state
 from prunekit.runs.worker_run_dir import WorkerRunDir
 from prunekit.tasks.base import compute_metrics, inference, main_output
+from prunekit.utils.copying import copy_module
 from prunekit.utils.io import is_disk_failure, is_out_of_memory
 from prunekit.utils.progress import Reporter
 from prunekit.utils.text import first_line, join_names
@@ -48,7 +49,7 @@ def rehearse(context: RunContext, model: nn.Module, *, prune: bool = True) -> No
     quiet.reporter = Reporter(Console(quiet=True))
     example = context.example()[:IMAGES]
     with _failures("copying the model", "keep no computed tensors in it"):
-        model = copy.deepcopy(model).eval()
+        model = copy_module(model).eval()
     with torch.random.fork_rng(devices=[]), context.reporter.spinner("rehearsal"):
         if prune:
             _randomize(model, example)
@@ -86,7 +87,7 @@ def _prune(context: RunContext, model: nn.Module, example: Tensor) -> nn.Module:
             # Without training, an output may be constant, or too sensitive for noise.
             if DEAD not in str(error) and "on noise" not in str(error):
                 raise
-            return apply_plan(copy.deepcopy(model), plan, example)
+            return apply_plan(copy_module(model), plan, example)
 
     try:
         return attempt(first)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from torch import nn
+
+from prunekit.utils.copying import copy_module
 
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
@@ -25,7 +25,7 @@ def flush_subnormals(values: np.ndarray) -> np.ndarray:
 
 def without_subnormals(model: nn.Module) -> nn.Module:
     """A copy of the model in which no parameter or buffer is subnormal. Its outputs change by rounding only."""
-    model = copy.deepcopy(model)
+    model = copy_module(model)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.dtype == torch.float32:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from prunekit.deployment.values import Inputs, as_inputs, compute, difference, shape_text
 from prunekit.errors import ExportError
+from prunekit.utils.copying import copy_module
 
 
 def max_abs_difference(name: str, function: Callable[..., Any], model: nn.Module, inputs: Sequence[Inputs]) -> float:
@@ -27,7 +27,7 @@ def max_abs_difference(name: str, function: Callable[..., Any], model: nn.Module
         ExportError: the model or the file cannot be run, an output has another dtype or shape, or floats differ by more
             than 1e-4 · max(1, max|output|), or levels by more than 1.
     """
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy_module(model).cpu().eval()
     largest = 0.0
     for batch in inputs:
         expected = [value.numpy() for value in compute(model, batch)]

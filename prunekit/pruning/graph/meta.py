@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from prunekit.utils.copying import copy_module
 
 
 def to_meta(model: nn.Module) -> nn.Module:
@@ -20,7 +21,7 @@ def to_meta(model: nn.Module) -> nn.Module:
                 empty = torch.empty_like(tensor, device="meta")
                 is_parameter = name in module._parameters
                 memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, memo)
+    return copy_module(model, memo)
 
 
 class FastShapes(TorchFunctionMode):

@@ -6,7 +6,6 @@ The trace follows autograd from the outputs back to the input, so it sees functi
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.axes import CONVS, NORMS, TRANSPOSED, is_channelwise
 from prunekit.pruning.graph.meta import FastShapes, to_meta
 from prunekit.pruning.graph.off_path import off_path_readers, used_elsewhere
+from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
 SUMS = ("AddBackward0", "SubBackward0")
@@ -105,7 +105,7 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
         with _restored(model):
             graph = _trace(model, example)
         try:
-            copied, batch = copy.deepcopy(model), example
+            copied, batch = copy_module(model), example
         except Exception:
             return graph
     nodes = graph.by_name()

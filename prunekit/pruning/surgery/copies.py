@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunekit.errors import PlanError
+from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
 _OWN = frozenset(vars(nn.Module()))
@@ -24,7 +24,7 @@ def clone(model: nn.Module) -> nn.Module:
     kept = [leaf for _, _, value in _attributes(model) for leaf in tree_leaves(value)]
     computed = {id(leaf): leaf.detach().clone() for leaf in kept if isinstance(leaf, Tensor) and not leaf.is_leaf}
     try:
-        return copy.deepcopy(model, computed)
+        return copy_module(model, computed)
     except Exception as error:  # It is the user's code and may raise anything.
         raise PlanError(
             f"the model cannot be copied ({first_line(error)}); copy.deepcopy(model) has to work: remove attributes "

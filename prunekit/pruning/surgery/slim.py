@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ from prunekit.pruning.surgery.equivalence import (
 from prunekit.pruning.surgery.plan_builder import dead_channels, plan_from_dead
 from prunekit.pruning.surgery.training_check import check_training
 from prunekit.utils.compiled import unwrap
+from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line, join_names, plural
 
 CONSTANTS = ("carrier", "fold", "keep", "drop")
@@ -201,7 +201,7 @@ class _Attempt:
     def _slim(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
         dead = self.cutter.complete(dead)[0]
         self.gated = zero_dead_gates(self.model, self.groups, dead)
-        slimmed = copy.deepcopy(self.gated)
+        slimmed = copy_module(self.gated)
         plan, folding = rebuild(slimmed, self.groups, dead, [*self.inputs, *self.noise], self.constants)
         self.lost |= folding.lost
         return slimmed, self._check(slimmed, plan, folding)

@@ -1,0 +1,30 @@
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from prunekit.utils.copying import copy_module
+
+
+def test_copies_share_nothing_and_hooks_are_kept():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[0].cache, model[1].cache = (shared := OrderedDict()), shared
+    called = []
+    model[1].register_forward_hook(lambda *_: called.append(1))
+    copied = copy_module(model)
+    copied[0].register_forward_hook(lambda *_: called.append(2))
+    copied[0].cache["a"] = 1
+    assert copied[1].cache == {"a": 1} and not shared and not model[0]._forward_hooks
+    copied.register_buffer("more", torch.zeros(1))
+    assert not model._buffers
+    copied(torch.ones(1, 3, 2, 2))
+    assert called == [2, 1]
+    assert all(vars(a).keys() == vars(b).keys() for a, b in zip(model, copy.deepcopy(model), strict=True))
+
+
+def test_values_in_the_memo_are_used():
+    model = nn.Linear(2, 2)
+    weight = nn.Parameter(torch.zeros(2, 2))
+    copied = copy_module(model, {id(model.weight): weight})
+    assert copied.weight is weight and copied.bias is not model.bias
