@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.interruption import interrupted_after_checkpoint
+from helpers.small_run import skip_rehearsal
 from rich.console import Console
 
 from prunekit.config.recipe import load
 from prunekit.errors import PlanError, RecipeError
 from prunekit.pipeline import runner
 from prunekit.pipeline.models import load_model
+from prunekit.pipeline.rehearsal import rehearse
 from prunekit.pipeline.runner import run_recipe, slim_run
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.importance import gate
@@ -39,11 +41,12 @@ def recipe(*overrides):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Skip the stages after fine-tuning, which take longest and are tested elsewhere."""
+    """Skip the rehearsal and the stages after fine-tuning, which take longest and are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         for stage in ("evaluate", "export", "report"):
             patch.setitem(runner.STAGE_FUNCTIONS, stage, lambda *_: None)
         patch.setattr(runner, "report", lambda *_: None)
+        skip_rehearsal(patch)
         yield
 
 
@@ -198,7 +201,8 @@ def test_interrupted_rounds_resume_to_same_result(tmp_path, monkeypatch):
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
 
 
-def test_unreachable_budget_is_refused_before_training(tmp_path):
+def test_unreachable_budget_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("prunekit.pipeline.preflight.rehearse", rehearse)
     with pytest.raises(
         PlanError, match=r"budget of 50 params cannot be met; choose one between [\d,]+ and [\d,]+ params"
     ):
