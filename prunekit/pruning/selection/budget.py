@@ -20,6 +20,7 @@ from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
+from prunekit.pruning.selection.explain import describe_unprunable
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.selection.layer_matching import Layer
@@ -113,9 +114,13 @@ class BudgetSearch:
     def budget(self, **target: float | None) -> Budget:
         """Return the budget given by one of ``TARGETS``; raise PlanError, which says what can be met, if it cannot."""
         budget = Budget.from_target(self.size_model.dense, **target)
-        least = budget.size(self.smallest)
+        least, selector = budget.size(self.smallest), self.selector
+        if not selector.groups:
+            raise PlanError(
+                f"the budget of {budget} cannot be met: {describe_unprunable(self.groups)}; a layer can be pruned if a "
+                "BatchNorm follows it"
+            )
         if least > budget.goal:
-            selector = self.selector
             limited = selector.min_channels > 1 or selector.round_to > 1 or not selector.competes.all()
             raise PlanError(
                 f"the budget of {budget} cannot be met; choose one between {least:,} and "

@@ -197,6 +197,12 @@ def test_unreachable_budgets_name_the_possible_range(given, words):
         fit_budget(model, groups, example, **given)
 
 
+def test_model_without_norms_says_why_nothing_can_be_pruned():
+    model, example = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)), torch.randn(2, 3, 8, 8)
+    with pytest.raises(PlanError, match=r"cannot be met: 3 groups cannot be pruned: 1 no gate: .* if a BatchNorm"):
+        fit_budget(model, find_groups(model, example), example, macs_ratio=0.5)
+
+
 def test_smallest_possible_budget_is_reached():
     model, groups, example = made("resnet")
     search = BudgetSearch(model, groups, example.shape[1:], None)
