@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from prunekit.utils.text import first_line
 
 ADDS = {torch.add, torch.Tensor.add, "add"}
 POOLS = {F.max_pool2d, F.avg_pool2d}
+COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 PURE_FUNCTIONS = {*POOLS, F.interpolate}
 
 
@@ -54,6 +57,7 @@ class InferenceGraph:
             raise UntraceableError(f"the traced model does not run: {first_line(error)}") from error
         if not equal:
             raise UntraceableError("the traced model gives other outputs than the model")
+        self._simplify_by_shape()
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -186,6 +190,51 @@ class InferenceGraph:
                 self.replace(node, self.insert_function(node, torch.squeeze, (pooled, -2), None))
         self.recompile()
 
+    def _simplify_by_shape(self) -> None:
+        """Drop checks of the number of axes, which count as users of a value, and make F.batch_norm a module."""
+        for node in self.nodes:
+            shape = self.shapes.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+            if shape is not None and (node.target in ("dim", "ndimension") or _is_attribute(node, "ndim")):
+                self._replace_by_value(node, len(shape))
+            elif self.is_function(node, COMPARISONS) and not node.all_input_nodes:
+                self._replace_by_value(node, node.target(*node.args))
+            elif self.is_function(node, [torch._assert]) and node.args[:1] == (True,):
+                self.module.graph.erase_node(node)
+            elif self.is_function(node, [F.batch_norm]) and shape is not None and len(shape) == 4:
+                call = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+                call.apply_defaults()
+                if (norm := self._norm(call.arguments)) is not None:
+                    name = call.arguments["running_mean"].target.rpartition(".")[0] or "norm"
+                    self.replace(node, self.insert_module(node, norm, (node.args[0],), name, self.shapes[node]))
+        self.recompile()
+
+    def _replace_by_value(self, node: fx.Node, value: Any) -> None:
+        for user in list(node.users):
+            user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda used: value if used is node else used)
+        self.module.graph.erase_node(node)
+
+    def _norm(self, options: Mapping[str, Any]) -> nn.BatchNorm2d | None:
+        """The norm with these arguments of F.batch_norm; None if it has no statistics or computes its tensors."""
+        names = ("running_mean", "running_var", "weight", "bias")
+        nodes = [options[name] for name in names]
+        if (
+            options["training"]
+            or None in nodes[:2]
+            or any(node is not None and node.op != "get_attr" for node in nodes)
+        ):
+            return None
+        tensors = [None if node is None else self._attribute(node.target) for node in nodes]
+        norm = nn.BatchNorm2d(len(tensors[0]), options["eps"])
+        with torch.no_grad():
+            for name, tensor in zip(names, tensors, strict=True):
+                if tensor is not None:
+                    getattr(norm, name).copy_(tensor)
+        return norm
+
+    def _attribute(self, target: str) -> Tensor:
+        owner, _, name = target.rpartition(".")
+        return getattr(self.module.get_submodule(owner), name)
+
     @staticmethod
     def _is_pure_relu(node: fx.Node) -> bool:
         return (node.op, node.target) in (("call_function", torch.relu), ("call_method", "relu"))
@@ -211,6 +260,10 @@ def _equal(output: Any, expected: Any) -> bool:
     if isinstance(expected, list | tuple):
         return len(output) == len(expected) and all(map(_equal, output, expected))
     return output == expected
+
+
+def _is_attribute(node: fx.Node, name: str) -> bool:
+    return (node.op, node.target) == ("call_function", getattr) and node.args[1:] == (name,)
 
 
 def _casts(view: fx.Node) -> bool:

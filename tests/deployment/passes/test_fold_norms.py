@@ -51,6 +51,28 @@ def test_norm_is_kept(case):
     assert relative_difference(model, graph.module, 2, 3, 16, 16) == 0
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """A norm with an activation inside, which checks its input."""
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4 axes, not {x.ndim}")
+        statistics = self.running_mean, self.running_var
+        return F.silu(F.batch_norm(x, *statistics, self.weight, bias=self.bias, training=False, eps=self.eps))
+
+
+def test_norm_with_an_activation_inside_is_folded():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), NormAndActivation(4, eps=1e-2), nn.Conv2d(4, 2, 1))
+    model, example = settled(model)
+    graph = InferenceGraph(model, example)
+    assert fold_norms(graph) == (["1_"], [])
+    assert [node.op for node in graph.nodes if node.op.startswith("call")] == [
+        "call_module",
+        "call_function",
+        "call_module",
+    ]
+    assert relative_difference(model, graph.module, 2, 3, 16, 16) < 1e-6
+
+
 def test_norms_without_statistics_or_weights():
     without_statistics, example = settled(Net(FOLDABLE["sum"][0], track_running_stats=False))
     assert fold_norms(InferenceGraph(without_statistics, example)) == ([], ["norm"])
