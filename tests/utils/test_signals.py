@@ -2,25 +2,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+from pathlib import Path
 
 import pytest
 
-from prunekit.utils.signals import SIGNALS, defer_interrupts, sigterm_as_interrupt
-
-
-@pytest.fixture(autouse=True)
-def _python_handlers():
-    """Whoever started the tests may ignore these signals, or leave them to the system, which ends the process."""
-    before = [signal.signal(number, signal.default_int_handler) for number in SIGNALS]
-    yield
-    for number, handler in zip(SIGNALS, before, strict=True):
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def handlers():
-    return [signal.getsignal(number) for number in SIGNALS]
-
+from prunekit.utils.signals import SIGNALS
 
 TWO_SIGNALS = """
 import signal, sys
@@ -47,42 +33,23 @@ def test_the_first_signal_is_deferred_and_the_second_is_not(number):
     assert "interrupt again to stop at once" in done.stderr
 
 
-def test_unhandled_interrupt_is_raised_at_the_end():
-    with pytest.raises(KeyboardInterrupt), defer_interrupts():
-        signal.raise_signal(signal.SIGINT)
-    with pytest.raises(ValueError, match="first"), defer_interrupts():
-        signal.raise_signal(signal.SIGINT)
-        raise ValueError("the first error")
-
-
-def test_sigterm_raises_keyboard_interrupt():
-    before = handlers()
-    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
-        signal.raise_signal(signal.SIGTERM)
-    assert handlers() == before
-
-
-def test_ignored_signals_stay_ignored():
-    held = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with defer_interrupts() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert not stop.requested
-    finally:
-        signal.signal(signal.SIGINT, held)
-
-
-def test_other_threads_get_no_signals():
-    found = []
-
-    def work():
-        with defer_interrupts() as stop:
-            found.append(stop.requested)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [False]
+@pytest.mark.parametrize(
+    "case",
+    [
+        "unhandled_interrupt_is_raised_at_the_end",
+        "sigterm_raises_keyboard_interrupt",
+        "ignored_signals_stay_ignored",
+        "other_threads_get_no_signals",
+        "signal_repeated_by_the_launcher_counts_once",
+    ],
+)
+def test_signals_in_a_process(case):
+    code = (
+        f"import signal_cases, signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal_cases.{case}()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "helpers")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
 
 
 def test_signal_during_a_print():
@@ -102,16 +69,3 @@ def test_signal_during_a_print():
     out, error = process.communicate(timeout=600)
     assert out == b"stopped\n" and b"reentrant" not in error
     assert process.returncode != 0 and b"KeyboardInterrupt" in error
-
-
-def test_signal_repeated_by_the_launcher_counts_once(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("prunekit.utils.signals._ECHO_SECONDS", 1e9)
-    with pytest.raises(KeyboardInterrupt), defer_interrupts() as stop:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.requested
-        monkeypatch.setattr("prunekit.utils.signals._ECHO_SECONDS", 0.0)
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError
