@@ -41,6 +41,7 @@ def make_trainer(run, optimizer=torch.optim.SGD, position=None, controller=None)
         decay=NoDecay(model, []),
         ema=None,
         lambda_controller=controller,
+        gradual_pruning=None,
         position=position,
         steps_per_epoch=100,
         global_step=100 * position.epoch + position.step,
