@@ -38,9 +38,11 @@ from torch import Tensor, nn
 
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.surgery.constant_folding import measure_constants
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.plan_builder import dead_channels, make_plan
-from prunekit.pruning.surgery.slim import rebuild, slim
+from prunekit.pruning.surgery.rebuild import rebuild
+from prunekit.pruning.surgery.slim import slim
 
 DEEP = {"resnet": deep_resnet, "densenet": deep_densenet}
 
@@ -60,8 +62,10 @@ class Case:
         return sum(group.channels - len(self.plan.kept(group)) for group in self.groups if group.reason is None)
 
 
-def prepare(build: Callable[[], nn.Module], size: int, share: float, beta: float, seed: int = 0) -> Case:
-    """Return a network with running statistics, a random share of zero gates and β of deviation ``beta``."""
+def prepare(
+    build: Callable[[], nn.Module], size: int, share: float, beta: float, seed: int = 0, gate: float = 0.0
+) -> Case:
+    """Return a network with running statistics, β of deviation ``beta``, and a random share of gates up to ``gate``."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = build()
@@ -78,8 +82,9 @@ def prepare(build: Callable[[], nn.Module], size: int, share: float, beta: float
             if group.reason is None:
                 count = min(round(share * group.channels), group.channels - 1)
                 dead[group.id] = torch.randperm(group.channels, generator=generator)[:count].sort().values.tolist()
-                for gate in group.gates:
-                    model.get_submodule(gate.norm).weight[gate.slice[0] : gate.slice[1]][dead[group.id]] = 0
+                for norm in group.gates:
+                    small = gate * torch.rand(count, generator=generator)
+                    model.get_submodule(norm.norm).weight[norm.slice[0] : norm.slice[1]][dead[group.id]] = small
         model.train()
         for batch in (torch.randn(4, 3, size, size, generator=generator), pink(4, size, generator)):
             model(batch)
@@ -103,7 +108,8 @@ def pink(count: int, size: int, generator: torch.Generator) -> Tensor:
 def cut(model: nn.Module, groups: Sequence[Group], case: Case) -> nn.Module:
     """Remove channels with prunekit, with constant folding, in place and without the equivalence check."""
     dead, _ = Cutter(model, groups).complete(dead_channels(groups, case.plan))
-    rebuild(model, groups, dead, [resize(case.example)])
+    constants = measure_constants(model, groups, dead, [resize(case.example)])
+    rebuild(model, groups, dead, constants, carry=True)
     return model
 
 
@@ -196,7 +202,7 @@ def compare(name: str, build: Callable[[], nn.Module], args: argparse.Namespace)
     result["params_ours"], result["params_theirs"] = count(mine), count(other)
     result["seconds"] = {key: spread(values) for key, values in seconds.items()}
     result["ratio"] = result["seconds"]["ours"]["median"] / result["seconds"]["theirs"]["median"]
-    checked, _ = clock(lambda: slim(case.model, case.plan, case.example, groups=case.groups))
+    checked, _ = clock(lambda: slim(case.model, case.plan, case.example, groups=case.groups, exact=True))
     result["seconds_with_equivalence"] = checked + result["seconds"]["find"]["median"]
     if not args.quick:
         copies = [copy.deepcopy(case.model) for _ in range(2)]

@@ -236,10 +236,9 @@ class Slim(Section):
     """Pruning steps, with fine-tuning in between; more than one needs a target."""
     threshold: NonNegative = 1e-3
     """Effective gate up to which a channel is pruned; used with importance "gate" and no target."""
-    constants: Literal["carrier", "fold", "keep", "drop"] = "carrier"
-    """What happens to the constant outputs of dead channels. "carrier": fold them into the next layers, and keep one
-    dead channel per group where zero padding makes folding inexact; "fold": fold them everywhere; "keep": keep channels
-    with a nonzero constant; "drop": discard the constants."""
+    exact: bool = False
+    """Keep channels until the slim model equals the dense model with its dead gates at zero, instead of replacing what
+    they emit by its mean. The model may stay larger than the target."""
     min_channels: Count = 1
     """Smallest number of channels kept in a layer."""
     round_to: Count = 1

@@ -75,7 +75,7 @@ class ConfigTree:
     def merge(self, upper: ConfigTree, drop_options: bool = True) -> None:
         """Merge ``upper`` over this tree: mappings recursively, other values are replaced.
 
-        With ``drop_options``, a new ``name`` removes the ``options`` of the old one.
+        With ``drop_options``, a new ``name`` removes the ``options`` of the old one, and a new target the old target.
         """
         self.value = _merge(self.value, upper.value, (), drop_options)
         self.locations |= upper.locations
@@ -85,6 +85,8 @@ class ConfigTree:
 
 def _merge(old: Any, new: Any, path: yaml.Path, drop_options: bool) -> Any:
     if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    if drop_options and path == ("target",) and any(value is not None for value in new.values()):
         return new
     if drop_options and path in schema.REGISTRIES and "name" in new:
         name = old.get("name", schema.default_name(path))

@@ -1,7 +1,7 @@
 """The stages extract and slim: which channels are removed, by threshold or to meet a budget, at once or in rounds.
 
 Extract writes the plan that the recipe asks for. Slim rebuilds the model by it and writes the plan that passed the
-equivalence check. The two may differ, since channels are kept whose removal would change the output.
+equivalence check. With ``slim.exact`` the two may differ: channels are kept whose removal would change the output.
 """
 
 from __future__ import annotations
@@ -153,13 +153,13 @@ def _slim_once(
     context: RunContext, model: nn.Module, groups: Sequence[Group], goal: Budget | None, plan: Plan | None
 ) -> tuple[nn.Module, EquivalenceReport]:
     """Slim a model by the given plan; without one, or where that misses the budget, by a search for the budget."""
-    example, constants = context.example(), context.recipe.slim.constants
+    example, exact = context.example(), context.recipe.slim.exact
     if plan is not None:
-        small, equivalence = slim(model, plan, example, groups=groups, constants=constants)
+        small, equivalence = slim(model, plan, example, groups=groups, exact=exact)
         sizes = total(count_modules(small, context.shape)[0])
         if goal is None or -TOLERANCE <= goal.deviation(sizes[goal.measure]) <= 0:
             return small, equivalence
-    return channel_search(context, model, groups).slim(goal, example, constants)[:2]
+    return channel_search(context, model, groups).slim(goal, example, exact)[:2]
 
 
 def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimmed: _Slimmed) -> None:
@@ -181,10 +181,10 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
     run.write_json("layers.json", layers_table(dense, model, context.shape))
     given_back = f", {equivalence.given_back} channels given back" if equivalence.given_back else ""
     carriers = f", {equivalence.carriers} as carriers of constants" if equivalence.carriers else ""
-    verdict = "passed" if equivalence.passed else f"failed ({equivalence.reason})"
     context.reporter.info(
-        f"slim: {slimmed.kept} of {of} channels kept{carriers}{given_back}; equivalence check {verdict}: largest "
-        f"difference {equivalence.max_abs_diff:.1e} (tolerance {equivalence.tolerance:.0e}); drift {largest:.3g}"
+        f"slim: {slimmed.kept} of {of} channels kept{carriers}{given_back}; equivalence check passed: largest "
+        f"difference {equivalence.max_abs_diff:.1e} (tolerance {equivalence.tolerance:.0e}); "
+        f"{replace(equivalence, drift=largest, drift_mean=mean).describe_drift()}"
     )
 
 

@@ -82,7 +82,7 @@ def _prune(context: RunContext, model: nn.Module, example: Tensor) -> nn.Module:
     def attempt(some: Sequence[Group]) -> nn.Module:
         plan = make_plan(model, groups, {group.id: {0} for group in some})
         try:
-            return slim(model, plan, example, groups=groups, constants=context.recipe.slim.constants, noise=2)[0]
+            return slim(model, plan, example, groups=groups, exact=context.recipe.slim.exact, noise=2)[0]
         except PlanError as error:
             # Without training, an output may be constant, or too sensitive for noise.
             if DEAD not in str(error) and "on noise" not in str(error):

@@ -22,7 +22,7 @@ from prunekit.pruning.selection.layer_matching import Layer, match_layers
 from prunekit.pruning.selection.selector import Scores, Selector
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
-from prunekit.pruning.surgery.slim import CONSTANTS, slim
+from prunekit.pruning.surgery.slim import slim
 from prunekit.utils.compiled import unwrap
 from prunekit.utils.text import suggest
 
@@ -49,12 +49,12 @@ class PruningReport:
 
     def __str__(self) -> str:
         check = self.equivalence
-        verdict = "passed" if check.passed else f"failed ({check.reason})"
         lines = [
             f"step {self.step}/{self.steps}",
             f"  params  {_change(self.before.params, self.after.params)}",
             f"  MACs    {_change(self.before.macs, self.after.macs)}",
-            f"  equivalence check {verdict}: largest difference {check.max_abs_diff:.1e}",
+            f"  equivalence check passed: largest difference {check.max_abs_diff:.1e}",
+            f"  {check.describe_drift()}",
         ]
         if changed := {name: sizes for name, sizes in self.layers.items() if sizes[0] != sizes[1]}:
             width = max(map(len, changed))
@@ -88,7 +88,7 @@ class Pruner:
         min_channels: number of channels to keep in each layer.
         steps: number of calls of ``step()`` in which to reach the ratio or target.
         loss: for ``"taylor"``: a function of the model that yields its loss on a few batches, or returns one loss.
-        constants: see :func:`prunekit.slim`.
+        exact: see :func:`prunekit.slim`.
 
     Attributes:
         model: the current model: the one to prune next. Assign to it to continue from a trained copy.
@@ -113,14 +113,14 @@ class Pruner:
         min_channels: int = 1,
         steps: int = 1,
         loss: Loss | None = None,
-        constants: str = "carrier",
+        exact: bool = False,
     ):
-        _check_arguments(model, example_inputs, pruning_ratio, target, per_layer_ratio, steps, constants)
+        _check_arguments(model, example_inputs, pruning_ratio, target, per_layer_ratio, steps)
         self.example_inputs, self.steps, self.current_step = example_inputs, steps, 0
         self._model = model = unwrap(model)
         self._importance = _importance_function(importance, loss)
         self._ratio, self._target = pruning_ratio or 0.0, dict(target or {})
-        self._global, self._constants = global_pruning, constants
+        self._global, self._exact = global_pruning, exact
         self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
         self._groups = find_groups(model, example_inputs)
         self._ignored = match_layers(model, self._groups, ignored_layers, "ignored_layers")
@@ -177,7 +177,7 @@ class Pruner:
         limits = {**self._limits, "ignored_groups": self._ignored, "ratios": self._remaining_ratios(step) | own}
         selection = Selector(self._model, self._groups, scores, **limits).select(pruning_ratio=share)
         plan = plan_from_selection(self._model, self._groups, selection)
-        slim_model, check = slim(self._model, plan, self.example_inputs, groups=self._groups, constants=self._constants)
+        slim_model, check = slim(self._model, plan, self.example_inputs, groups=self._groups, exact=self._exact)
         return slim_model, check, selection.warnings
 
     def _slim_to_target(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
@@ -185,7 +185,7 @@ class Pruner:
         # Equal ratios between the sizes after each step.
         goal = round(full * (goal / full) ** (step / self.steps)) if step < self.steps else goal
         budget = replace(self._budget, goal=goal)
-        return self._search(scores, step).slim(budget, self.example_inputs, self._constants)
+        return self._search(scores, step).slim(budget, self.example_inputs, self._exact)
 
     def _search(self, scores: Scores, step: int) -> BudgetSearch:
         return BudgetSearch(
@@ -229,7 +229,6 @@ def _check_arguments(
     target: Mapping[str, float] | None,
     per_layer_ratio: Mapping[Layer, float] | None,
     steps: int,
-    constants: str,
 ) -> None:
     ratios = {} if pruning_ratio is None else {"pruning_ratio": pruning_ratio}
     for layer, ratio in (per_layer_ratio or {}).items():
@@ -250,11 +249,10 @@ def _check_arguments(
         raise PlanError(f'target={target!r}: must be a dict such as {{"macs_ratio": 0.5}}')
     if not isinstance(steps, int) or steps < 1:
         raise PlanError(f"steps={steps!r}: must be a whole number of at least 1")
-    choices: list[tuple[str, Any, Sequence[str]]] = [("target", key, TARGETS) for key in target or {}]
-    for argument, value, known in [*choices, ("constants", constants, CONSTANTS)]:
-        if value not in known:
-            hint = suggest(str(value), list(known))
-            raise PlanError(f"unknown {argument} {value!r}{hint} known: {', '.join(known)}")
+    for key in target or {}:
+        if key not in TARGETS:
+            hint = suggest(str(key), list(TARGETS))
+            raise PlanError(f"unknown target {key!r}{hint} known: {', '.join(TARGETS)}")
 
 
 def _importance_function(importance: Importance, loss: Loss | None) -> Callable[[nn.Module, Sequence[Group]], Scores]:

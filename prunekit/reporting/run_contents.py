@@ -28,7 +28,7 @@ GALLERY_PARTS = ("image", "truth", *MODELS)
 _METRICS = {v.ANY_KEY: v.OPTIONAL_NUMBER}
 _MODEL = {"params": v.COUNT, "macs": v.COUNT, "paper_flops": v.OPTIONAL_COUNT, "metrics": _METRICS}
 _EQUIVALENCE = {
-    **dict.fromkeys(("max_abs_diff", "tolerance", "float32_diff"), v.NUMBER),
+    **dict.fromkeys(("max_abs_diff", "tolerance", "float32_diff", "drift", "drift_mean", "output_size"), v.NUMBER),
     **dict.fromkeys(("given_back", "folded", "carriers", "params", "macs"), v.COUNT),
     "passed": v.BOOL,
     "reason": v.STRING,

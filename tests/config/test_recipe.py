@@ -33,7 +33,7 @@ def test_load_fills_in_defaults_of_schema_and_builders(write):
     assert (r.train.batch_size, r.train.lr, r.train.gate_lr, r.train.precision) == (16, 1e-3, None, "float32")
     assert r.train.checkpoint == recipe.Checkpoint(every=1, keep=2)
     assert r.decay == recipe.Decay(name="dynamic", weight=1e-2, options={"momentum": 0.0})
-    assert r.slim == recipe.Slim(threshold=1e-3, constants="carrier", min_channels=1)
+    assert r.slim == recipe.Slim(threshold=1e-3, exact=False, min_channels=1)
     assert r.finetune.epochs == 1 and r.export.onnx is True and r.log == "none"
 
 
@@ -121,7 +121,7 @@ trees = st.fixed_dictionaries(
         "seed": st.integers(0, (1 << 32) - 1),
         "init": paths,
         "decay": st.fixed_dictionaries({}, optional={"name": st.just("l1"), "weight": rates}),
-        "slim": st.fixed_dictionaries({}, optional={"threshold": rates, "constants": st.just("fold")}),
+        "slim": st.fixed_dictionaries({}, optional={"threshold": rates, "exact": st.booleans()}),
         "export": st.fixed_dictionaries({}, optional={"onnx": st.booleans(), "int8": st.booleans()}),
         "log": st.sampled_from(["none", "tensorboard"]),
     },

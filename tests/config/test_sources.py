@@ -206,3 +206,10 @@ def test_an_unreadable_file(write, monkeypatch):
     write(GOOD)
     monkeypatch.setattr(Path, "open", refuse)  # The tests may run as root.
     assert load_error("r.yaml") == "r.yaml: cannot be read (Permission denied); fix its permissions or path"
+
+
+def test_a_new_target_replaces_the_old_one(write):
+    recipe = write(GOOD + "target: {params_ratio: 0.5}\n")
+    assert sources.load_tree(recipe, ["target.macs=1M"]).get(("target",)) == {"macs": "1M"}
+    assert sources.load_tree(recipe, ["target.params_ratio=0.2"]).get(("target",)) == {"params_ratio": 0.2}
+    assert sources.load_tree(recipe, ["target.macs=null"]).get(("target",)) == {"params_ratio": 0.5, "macs": None}

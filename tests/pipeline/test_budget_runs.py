@@ -151,7 +151,7 @@ def test_repeated_slimming_gives_same_result(run, whole):
     [
         ["target.params_ratio=null", "target.macs=120k"],
         ["target.params_ratio=0.5", "slim.importance=magnitude", "slim.scope=layer"],
-        ["target.params_ratio=0.5", "slim.constants=fold", "slim.min_channels=2"],
+        ["target.params_ratio=0.5", "slim.exact=true", "slim.min_channels=2"],
         ["target.params_ratio=0.4", "slim.round_to=4", "slim.ignored_layers=[stage1.*]"],
         ["target.params_ratio=0.4", "slim.importance=random"],
     ],

@@ -67,7 +67,7 @@ def test_padding_is_found_on_one_pixel_maps():
     example = init_norms(model, 0, 16)
     with torch.no_grad():
         model[13].weight[:4], model[13].bias[:4] = 0, 1  # before the depthwise convolution
-    small, equivalence = slim(model, extract(model, find_groups(model, example)), example)
+    small, equivalence = slim(model, extract(model, find_groups(model, example)), example, exact=True)
     other = torch.randn(2, 3, 80, 64, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(model.double()(other), small.double()(other), rtol=0, atol=1e-6)
@@ -101,6 +101,17 @@ def test_untraced_layer_is_listed():
 
     groups = {group.id: group for group in find_groups(Frozen(), torch.randn(2, 3, 16, 16))}
     assert "no_grad" in groups["conv1"].reason and groups["conv1"].channels == 8
+
+
+def test_layer_whose_weight_a_function_reads_is_listed_as_such():
+    class Functional(Row):
+        def forward(self, x):
+            return F.linear(super().forward(x).mean((2, 3)), self.head.weight)
+
+    model = Functional()
+    model.head = nn.Linear(model.out.out_channels, 3)
+    groups = {group.id: group for group in find_groups(model, torch.randn(2, 3, 16, 16))}
+    assert "weight is read by a function" in groups["head"].reason
 
 
 def test_weight_used_outside_of_its_layer_is_unprunable():

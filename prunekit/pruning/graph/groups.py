@@ -108,7 +108,8 @@ def _untraced_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
             id=name,
             channels=module.weight.shape[output_axis(module)],
             members=[Member(tensor=f"{name}.weight", axis=output_axis(module))],
-            reason="not on the path from input to output (it is called in train mode only, under no_grad, or never)",
+            reason="not on the path from input to output (called in train mode only, under no_grad, or never, or its "
+            "weight is read by a function)",
         )
         for name, module in model.named_modules()
         if isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)) and name not in traced

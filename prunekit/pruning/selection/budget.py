@@ -1,8 +1,8 @@
 """Plans and slim models of a given size.
 
 Channels are pruned in the order of their scores, and a binary search finds how many: :class:`SizeModel` predicts the
-size without building the model. A slim model can differ in size from its plan (carriers of constants, folded biases,
-channels given back), so it is counted, and the search is repeated with the difference.
+size without building the model. A slim model can differ in size from its plan (by added biases and, with ``exact``, by
+channels that are kept), so it is counted, and the search is repeated with the difference.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class BudgetSearch:
         return selection
 
     def slim(
-        self, budget: Budget, example: Tensor, constants: str = "carrier"
+        self, budget: Budget, example: Tensor, exact: bool = False
     ) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         """Build a slim model that meets the budget within 2%, and is at or below it where possible.
 
@@ -157,7 +157,7 @@ class BudgetSearch:
                 continue
             seen.add(dead)
             plan = plan_from_selection(self.model, self.groups, selection)
-            model, equivalence = slim(self.model, plan, example, groups=self.groups, constants=constants)
+            model, equivalence = slim(self.model, plan, example, groups=self.groups, exact=exact)
             size = total(count_modules(model, self.shape)[0])[budget.measure]
             deviation = budget.deviation(size)
             # Within the tolerance first, then below rather than above.
@@ -239,7 +239,7 @@ def _search(
 def fit_budget(model: nn.Module, groups: Sequence[Group], example: Tensor, **options: Unpack[BudgetOptions]) -> Plan:
     """Return the plan whose slim model is at or just below a budget.
 
-    What slimming adds to a plan (a few carriers of constants) is not counted; ``slim_to_budget`` counts it.
+    What slimming adds to a plan (biases, and channels with ``exact``) is not counted; ``slim_to_budget`` counts it.
 
     Args:
         model: the dense model.
@@ -264,7 +264,7 @@ def slim_to_budget(
     example: Tensor,
     *,
     groups: Sequence[Group] | None = None,
-    constants: str = "carrier",
+    exact: bool = False,
     **options: Unpack[BudgetOptions],
 ) -> tuple[nn.Module, EquivalenceReport]:
     """Return the slim model that meets a budget within 2%, and its equivalence check.
@@ -274,7 +274,7 @@ def slim_to_budget(
     """
     groups = find_groups(model, example) if groups is None else groups
     search, budget = _search(model, groups, example, **options)
-    slim_model, equivalence, notes = search.slim(budget, example, constants)
+    slim_model, equivalence, notes = search.slim(budget, example, exact)
     for note in notes:
         warnings.warn(note, PrunekitWarning, stacklevel=2)
     return slim_model, equivalence

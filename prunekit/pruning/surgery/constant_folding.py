@@ -1,12 +1,14 @@
-"""Constant folding: what dead channels still emit is moved into the modules that read them.
+"""Constant folding: the mean response of dead channels is moved into the modules that read them (mean replacement,
+Evci et al., 2018).
 
 Three steps: ``measure_constants``, ``plan_folding``, ``apply_folding``. See docs/design/surgery.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from prunekit.pruning.graph.axes import TRANSPOSED, conv_groups
 from prunekit.pruning.plan import Group, Member
 from prunekit.pruning.surgery.cutter import channel_index, entries
+from prunekit.pruning.surgery.equivalence import outputs_of
 
 CONSTANT_TOLERANCE = 1e-9  # a channel whose values differ by less than this, relative to their size, is constant
 NEGLIGIBLE = 1e-9  # a smaller constant is dropped instead of carried; the equivalence check decides if that is allowed
@@ -31,12 +34,12 @@ class ConstantInput:
     rows: slice  # its output channels
     index: np.ndarray  # which of the group's dead channels are read, (channels,)
     offset: np.ndarray  # where each starts along the input axis of these rows, (channels,)
-    value: np.ndarray  # center of the measured range of each channel, (channels,)
-    spread: np.ndarray  # width of that range, (channels,)
+    value: np.ndarray  # mean of each entry of each channel, (channels, stride)
+    spread: np.ndarray  # width of its range, (channels, stride)
 
     @property
     def size(self) -> np.ndarray:
-        return np.abs(self.value) + self.spread
+        return (np.abs(self.value) + self.spread).max(1)
 
     @property
     def uniform(self) -> bool:
@@ -47,15 +50,15 @@ class ConstantInput:
     def needs_carrier(self) -> bool:
         return not self.uniform and self.member.stride == 1 and float(np.abs(self.value).max()) > NEGLIGIBLE
 
-    def inexact(self, carried: bool) -> np.ndarray:
-        """Mask of the channels that neither a fold nor (with ``carried``) a carrier replaces exactly, (channels,)."""
-        varying = self.spread > CONSTANT_TOLERANCE * np.maximum(np.abs(self.value), 1)
-        return varying if carried or self.uniform else varying | (self.value != 0)
+    @property
+    def inexact(self) -> np.ndarray:
+        """Mask of the channels that neither a fold nor a carrier replaces exactly, (channels,)."""
+        return (self.spread > CONSTANT_TOLERANCE * np.maximum(np.abs(self.value), 1)).any(1)
 
     def entries(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The input entries of some channels, and the value of each entry."""
         runs = self.offset[mask][:, None] + np.arange(self.member.stride)
-        return runs.ravel(), self.value[mask].repeat(self.member.stride)
+        return runs.ravel(), self.value[mask].ravel()
 
 
 @dataclass
@@ -64,32 +67,27 @@ class Constants:
 
     dead: dict[str, np.ndarray]  # the dead channels
     inputs: dict[str, list[ConstantInput]]  # where they are read
+    means: dict[str, np.ndarray]  # of all entries of axis 1 at the inputs of these readers
+    outputs: list[Tensor]  # of the model, on the first batch
 
-    def inexact(self, carried: bool, removed: Collection[str] = ()) -> list[tuple[float, str, int]]:
-        """Dead channels that cannot be replaced exactly, or whose reader is ``removed``: (size of the error, group,
-        channel), largest first."""
-        return self._largest(lambda c: np.where(c.inexact(carried) | (c.member.module in removed), c.size, 0.0), 0.0)
-
-    def nonzero(self) -> list[tuple[float, str, int]]:
-        """Dead channels that some reader does not see as zero, in the form of ``inexact``."""
-        return self._largest(lambda c: c.size, NEGLIGIBLE)
-
-    def _largest(self, size: Callable[[ConstantInput], np.ndarray], minimum: float) -> list[tuple[float, str, int]]:
+    def inexact(self, lost: Collection[str]) -> list[tuple[float, str, int]]:
+        """Dead channels that cannot be replaced exactly, or whose reader is ``lost``: (size, group, channel), largest
+        first."""
         found = []
         for name, dead in self.dead.items():
             largest = np.zeros(len(dead))
             for constant in self.inputs[name]:
-                largest[constant.index] = np.maximum(largest[constant.index], size(constant))
-            found += [(s, name, k) for s, k in zip(largest.tolist(), dead.tolist(), strict=True) if s > minimum]
+                size = np.where(constant.inexact | (constant.member.module in lost), constant.size, 0.0)
+                largest[constant.index] = np.maximum(largest[constant.index], size)
+            found += [(s, name, k) for s, k in zip(largest.tolist(), dead.tolist(), strict=True) if s > 0]
         return sorted(found, key=lambda item: (-item[0], item[1], item[2]))
 
-    def output_shifts(self, carried: bool, dropped: bool = False) -> dict[str, float]:
-        """How far the inexact channels (``dropped``: all of them) would move the output of each reader."""
+    def output_shifts(self) -> dict[str, float]:
+        """How far the inexact channels would move the output of each reader."""
         shifts: dict[str, float] = {}
         for constant in (c for inputs in self.inputs.values() for c in inputs):
-            lost = constant.inexact(carried) | (dropped & (np.abs(constant.value) > NEGLIGIBLE))
-            if lost.any():
-                shift = _output_shift(_weight(constant.module)[constant.rows], *constant.entries(lost))
+            if constant.inexact.any():
+                shift = _output_shift(constant.module, constant.rows, *constant.entries(constant.inexact))
                 name = constant.member.module
                 shifts[name] = max(shifts.get(name, 0.0), float(shift.abs().max()))
         return shifts
@@ -98,18 +96,17 @@ class Constants:
 def measure_constants(
     model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Collection[int]], inputs: Sequence[Tensor]
 ) -> Constants:
-    """Run a model, in eval mode with its dead gates at zero, and measure what dead channels emit at their readers."""
-    constants = Constants({g.id: channel_index(dead[g.id]) for g in groups if dead.get(g.id)}, defaultdict(list))
-    members = [(group.id, member) for group in groups if group.id in constants.dead for member in group.readers]
-    ranges = _input_ranges(model, {member.module for _, member in members}, inputs)
+    """Run a model, in eval mode, and measure what dead channels emit at their readers: the mean and the range."""
+    indices = {group.id: channel_index(dead[group.id]) for group in groups if dead.get(group.id)}
+    members = [(group.id, member) for group in groups if group.id in indices for member in group.readers]
+    measured, outputs = _input_statistics(model, {member.module for _, member in members}, inputs)
+    constants = Constants(indices, defaultdict(list), {name: means for name, (means, _) in measured.items()}, outputs)
     for group, member in members:
         channels, module = constants.dead[group], model.get_submodule(member.module)
-        if member.module in ranges:
-            low, high = (bound[entries(member, channels)].reshape(-1, member.stride) for bound in ranges[member.module])
-            low, high = low.min(1), high.max(1)
-        else:  # it is never called
-            low = high = np.zeros(len(channels))
-        value, spread = (low + high) / 2, high - low
+        value = spread = np.zeros((len(channels), member.stride))
+        if member.module in measured:  # else it is never called
+            means, ranges = measured[member.module]
+            value, spread = (x[entries(member, channels)].reshape(-1, member.stride) for x in (means, ranges))
         constants.inputs[group] += [
             ConstantInput(module, member, rows, index, offset, value[index], spread[index])
             for rows, index, offset in _read_by(model, member, channels)
@@ -117,29 +114,35 @@ def measure_constants(
     return constants
 
 
-def _input_ranges(
+def _input_statistics(
     model: nn.Module, names: Collection[str], inputs: Sequence[Tensor]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The least and the largest value of each entry of axis 1 at the inputs of modules, over some batches."""
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[Tensor]]:
+    """The mean and the width of the range of each entry of axis 1 at the inputs of modules, over some batches; and the
+    model's outputs on the first."""
     modules = {model.get_submodule(name): name for name in names}
-    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, list[Tensor]] = {}
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
         axes = [axis for axis in range(given.dim()) if axis != 1]
-        low, high = given.amin(axes), given.amax(axes)
-        before = ranges.get(modules[module], (low, high))
-        ranges[modules[module]] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+        number = torch.tensor(given.numel() / given.shape[1])
+        low, high, total = given.amin(axes), given.amax(axes), given.sum(axes)
+        before = found.get(modules[module], [low, high, torch.zeros_like(total), torch.zeros_like(number)])
+        found[modules[module]] = [
+            low.minimum(before[0]),
+            high.maximum(before[1]),
+            total + before[2],
+            number + before[3],
+        ]
 
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:
-        with torch.inference_mode():
-            for batch in inputs:
-                model(batch.clone())  # it may change its input
+        outputs, *_ = [outputs_of(model, batch) for batch in inputs]
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: tuple(bound.double().cpu().numpy() for bound in bounds) for name, bounds in ranges.items()}
+    statistics = {name: [x.double().cpu().numpy() for x in values] for name, values in found.items()}
+    return {name: (total / number, high - low) for name, (low, high, total, number) in statistics.items()}, outputs
 
 
 def _read_by(model: nn.Module, member: Member, channels: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
@@ -158,7 +161,7 @@ def _read_by(model: nn.Module, member: Member, channels: np.ndarray) -> Iterator
 
 @dataclass
 class Folding:
-    """How the constants of dead channels are replaced."""
+    """How the responses of dead channels are replaced."""
 
     # (input, mask of the channels to replace, index of the carrier that takes over their weights)
     transfers: list[tuple[ConstantInput, np.ndarray, int]] = field(default_factory=list)
@@ -166,12 +169,11 @@ class Folding:
     unread: int = 0  # number of dead channels that are kept with weights of zero
     folded: int = 0  # number of dead channels in the groups that are folded
     carriers: dict[str, list[int]] = field(default_factory=dict)  # dead channels of each group, kept as constants
-    inexact: dict[str, float] = field(default_factory=dict)  # reader → movement of its output that is not compensated
-    lost: set[str] = field(default_factory=set)  # readers that were to get a bias but are removed
+    lost: set[str] = field(default_factory=set)  # removed readers whose constant no later norm can take over
 
 
 def plan_folding(constants: Constants, carry: bool) -> Folding:
-    """Decide which constants are folded, and (with ``carry``) which channels carry constants to readers that pad."""
+    """Decide what is folded, and (with ``carry``) which channels carry constants to readers that pad."""
     folding = Folding()
     for name, dead in constants.dead.items():
         inputs = constants.inputs[name]
@@ -185,7 +187,7 @@ def plan_folding(constants: Constants, carry: bool) -> Folding:
             if not others.any():
                 continue
             if carrying.any() and constant.needs_carrier:
-                largest = int(np.where(carrying, np.abs(constant.value), -1.0).argmax())
+                largest = int(np.where(carrying, np.abs(constant.value[:, 0]), -1.0).argmax())
                 folding.transfers.append((constant, others, largest))
             else:
                 folding.shifts.append((constant, others))
@@ -199,7 +201,7 @@ def _choose_carriers(inputs: Sequence[ConstantInput], count: int) -> list[int]:
     padded = [constant for constant in inputs if constant.needs_carrier]
     size = np.zeros((len(padded), count))
     for row, constant in zip(size, padded, strict=True):
-        row[constant.index] = np.abs(constant.value)
+        row[constant.index] = np.abs(constant.value[:, 0])
     chosen: list[int] = []
     while len(size):
         usable = size > np.maximum(MIN_CARRIER_RATIO * size.max(1, keepdims=True), NEGLIGIBLE)
@@ -212,8 +214,12 @@ def _choose_carriers(inputs: Sequence[ConstantInput], count: int) -> list[int]:
     return chosen
 
 
-def apply_folding(model: nn.Module, folding: Folding) -> dict[str, Tensor]:
-    """Change weights, biases and running means in place; return the biases to add to readers that have none."""
+def apply_folding(model: nn.Module, folding: Folding, removed: Collection[str] = ()) -> dict[str, Tensor]:
+    """Change weights, biases and running means in place; return the biases to add to readers that have none.
+
+    Args:
+        removed: modules that are removed next. What such a reader still emits moves into the norm after it.
+    """
     for constant, mask, carrier in folding.transfers:
         index, value = constant.entries(mask)
         weight = _weight(constant.module)[constant.rows]
@@ -225,15 +231,19 @@ def apply_folding(model: nn.Module, folding: Folding) -> dict[str, Tensor]:
     shifts: dict[str, tuple[ConstantInput, Tensor]] = {}
     for (name, _), part in parts.items():
         index, value = (np.concatenate(arrays) for arrays in zip(*(c.entries(mask) for c, mask in part), strict=True))
-        if value.any():
+        if value.any() or name in removed:
             constant = part[0][0]
             weight = _weight(constant.module)
             _, shift = shifts.setdefault(name, (constant, weight.new_zeros(len(weight))))
-            shift[constant.rows] += _output_shift(weight[constant.rows], index, value)
+            shift[constant.rows] += _output_shift(constant.module, constant.rows, index, value)
     biases = {}
     for name, (constant, shift) in shifts.items():
+        if name in removed and constant.module.bias is not None:
+            shift = shift + constant.module.bias.data
         if constant.member.next_norm is not None:
             model.get_submodule(constant.member.next_norm).running_mean -= shift
+        elif name in removed:
+            folding.lost |= {name} if shift.any() else set()
         elif constant.module.bias is not None:
             constant.module.bias.data += shift
         else:
@@ -265,6 +275,9 @@ def _contract(weight: Tensor, index: np.ndarray, value: np.ndarray) -> Tensor:
     return (row @ weight.flatten(2)).view(weight[:, 0].shape) if weight.dim() > 2 else weight @ row
 
 
-def _output_shift(weight: Tensor, index: np.ndarray, value: np.ndarray) -> Tensor:
-    """What constant input entries add to an output away from the border, (out,)."""
-    return _contract(weight, index, value).reshape(len(weight), -1).sum(1)
+def _output_shift(module: nn.Module, rows: slice, index: np.ndarray, value: np.ndarray) -> Tensor:
+    """What constant input entries add to an output away from the border, on average, (out,)."""
+    weight = _weight(module)[rows]
+    # A transposed convolution spreads its kernel over as many positions as it makes of one.
+    positions = math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1
+    return _contract(weight, index, value).reshape(len(weight), -1).sum(1) / positions

@@ -1,4 +1,4 @@
-"""The equivalence check: a slim model is compared with the dense model whose dead gates are zero.
+"""The equivalence check: a slim model is compared with the dense model in which the same channels are replaced.
 
 Both run in float64 on the CPU, on data at several sizes and on noise; they pass if max|a − b| ≤ 1e-6 · max(1, max|a|).
 An output that is not finite, or that hardly changes from input to input, fails, because the comparison says nothing.
@@ -34,7 +34,8 @@ SENSITIVE = "the dense model is too sensitive to be compared"
 
 @dataclass
 class EquivalenceReport:
-    """The measured difference between the slim model and the dense one with its dead gates at zero."""
+    """The measured differences between the slim model, the dense one with the same channels replaced, and the dense one
+    as given (the drift)."""
 
     max_abs_diff: float  # in float64, over all inputs and outputs
     tolerance: float  # its limit: 1e-6 · max(1, max|dense|), or the sensitivity where that is larger
@@ -42,15 +43,30 @@ class EquivalenceReport:
     float32_diff: float = float("nan")  # the same difference in float32
     passed: bool = False
     reason: str | None = None  # why it does not pass
+    drift: float = float("nan")  # largest difference from the dense model as given, on the data
+    drift_mean: float = float("nan")  # mean absolute difference from it
+    output_size: float = float("nan")  # its largest absolute output
     sensitivity: float | None = None  # how far rounding errors move the dense model's output, where that was measured
     given_back: int = 0  # dead channels that are kept because cutting them changes the output
     folded: int = 0  # dead channels whose constants are folded
     carriers: int = 0  # dead channels kept as constants
     unread: int = 0  # dead channels kept, with weights of zero, so that the groups of a convolution stay of one size
-    # For each module whose constants are not replaced (channels are given back for that, or constants dropped), how far
-    # its output would move.
+    # For each module that channels are given back for, how far its output would move without them.
     inexact: dict[str, float] = field(default_factory=dict)
     plan: Plan | None = field(default=None, repr=False)  # of the slim model
+
+    def measure_drift(self, dense: Sequence[Tensor], slim: Sequence[Tensor]) -> None:
+        """Set ``drift``, ``drift_mean`` and ``output_size`` from the outputs of the model as given and the slim one."""
+        self.drift, self.drift_mean = _largest_and_mean(
+            [a.double() - b.double() for a, b in zip(dense, slim, strict=True)]
+        )
+        self.output_size = max(float(tensor.double().abs().max()) for tensor in dense)
+
+    def describe_drift(self) -> str:
+        return (
+            f"drift from the dense model: at most {self.drift:.2g}, {self.drift_mean:.2g} on average, of outputs up to "
+            f"{self.output_size:.2g}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
@@ -155,6 +171,19 @@ def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor
     return report
 
 
+def check_all(
+    gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor], noise: Sequence[Tensor]
+) -> EquivalenceReport:
+    """``check_equivalence`` on data, then on batches of noise, where a dead output says nothing."""
+    report = check_equivalence(gated, slim, inputs)
+    for batch in noise if report.passed else ():
+        # Checked apart, because its outputs may be larger and allow a larger tolerance.
+        other = check_equivalence(gated, slim, [batch])
+        if other.reason not in (None, DEAD):
+            report.passed, report.reason = False, f"on noise {other.reason}"
+    return report
+
+
 def _judge(
     report: EquivalenceReport, gated: nn.Module, inputs: Sequence[Tensor], differences: list[_Difference]
 ) -> None:
@@ -238,12 +267,14 @@ def check_repeatable(model: nn.Module, batch: Tensor) -> None:
 
 def output_difference(a: nn.Module, b: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, float]:
     """Return the largest and the mean absolute difference between two models' outputs, in their own precision."""
-    largest, total, count = 0.0, 0.0, 0
-    for batch in inputs:
-        for x, y in zip(outputs_of(a, batch), outputs_of(b, batch), strict=True):
-            gap = (x.double() - y.double()).abs()
-            largest, total, count = max(largest, float(gap.max())), total + float(gap.sum()), count + gap.numel()
-    return largest, total / max(count, 1)
+    pairs = [pair for batch in inputs for pair in zip(outputs_of(a, batch), outputs_of(b, batch), strict=True)]
+    return _largest_and_mean([x.double() - y.double() for x, y in pairs])
+
+
+def _largest_and_mean(gaps: Sequence[Tensor]) -> tuple[float, float]:
+    """The largest and the mean absolute value over all tensors."""
+    values = torch.cat([gap.abs().flatten() for gap in gaps])
+    return float(values.max()), float(values.mean())
 
 
 @torch.inference_mode()

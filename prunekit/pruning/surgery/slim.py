@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +13,26 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.liveness import dead_layers
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.provenance import record_plan
-from prunekit.pruning.surgery.constant_folding import (
-    Constants,
-    Folding,
-    apply_folding,
-    measure_constants,
-    plan_folding,
-    zero_inputs,
-)
+from prunekit.pruning.surgery.constant_folding import measure_constants
 from prunekit.pruning.surgery.copies import clone, copy_as, transfer
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import (
     DEAD,
-    SENSITIVE,
     EquivalenceReport,
-    check_equivalence,
+    check_all,
     check_inputs,
     check_repeatable,
     noise_batch,
     output_difference,
-    zero_dead_gates,
+    outputs_of,
 )
-from prunekit.pruning.surgery.plan_builder import dead_channels, plan_from_dead
+from prunekit.pruning.surgery.exact import ExactSlimming
+from prunekit.pruning.surgery.plan_builder import dead_channels
+from prunekit.pruning.surgery.rebuild import mask_responses, rebuild
 from prunekit.pruning.surgery.training_check import check_training
 from prunekit.utils.compiled import unwrap
 from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line, join_names, plural
-
-CONSTANTS = ("carrier", "fold", "keep", "drop")
 
 
 def slim(
@@ -52,48 +41,56 @@ def slim(
     example: Tensor,
     *,
     groups: Sequence[Group] | None = None,
-    constants: str = "carrier",
+    exact: bool = False,
     noise: int = 16,
 ) -> tuple[nn.Module, EquivalenceReport]:
-    """Rebuild a model with only the channels that a plan keeps, and check that it computes the same.
+    """Rebuild a model with only the channels that a plan keeps, and check the result.
+
+    What the readers of a cut channel see is replaced by its mean over the data, which is folded into the norm after the
+    reader or into a bias (mean replacement, Evci et al., 2018). The check compares with the dense model in which the
+    same inputs are replaced, and the report states the drift: the difference from the dense model as given.
 
     Args:
         model: the dense model; it is left unchanged.
         plan: from ``extract``.
-        example: a batch of data, (N, C, H, W), for the equivalence check.
+        example: a batch of data, (N, C, H, W), for the means and the equivalence check.
         groups: of the model, if already known.
-        constants: how to handle the constants that dead channels emit. "carrier": fold them into the modules that read
-            them; where such a module pads with zeros, keep one dead channel of the group to carry them. "fold": fold
-            them as if nothing padded. "keep": keep dead channels that emit a nonzero constant. With these three, dead
-            channels are given back, largest constant first, until the check passes. "drop": cut them with their
-            channels; the check reports the difference and may fail.
+        exact: compare with the dense model with its dead gates at zero, and keep channels until both are equal: those
+            that do not emit a constant (largest first), and a carrier of the constants where a reader pads with zeros.
         noise: number of noise images in the check besides the data, at least 2.
 
     Returns:
         The slim model, in the dense model's precision, device, memory format and mode, and the report of the
-        equivalence check. Its ``plan``, not the plan of ``extract``, is that of the slim model, since channels may have
-        been given back; ``save`` stores both together. For the optimizer see ``slim_optimizer``.
+        equivalence check. Its ``plan``, not the plan of ``extract``, is that of the slim model, since it names the
+        biases that were added and, with ``exact``, has the channels that were given back; ``save`` stores both
+        together. For the optimizer see ``slim_optimizer``.
 
     Raises:
         PlanError: the plan does not fit the model, the equivalence check fails, or the slim model cannot be trained.
     """
-    if constants not in CONSTANTS:
-        raise PlanError(f"constants={constants!r}: must be one of {', '.join(CONSTANTS)}")
     model = unwrap(model)
     groups = find_groups(model, example) if groups is None else groups
     plan.check(list(groups))
     reference = copy_as(model, torch.float64)
     inputs = check_inputs(reference, example)
-    attempt = _Attempt(reference, groups, inputs, _noise(reference, inputs, noise), constants)
-    slimmed, report = attempt.run(dead_channels(groups, plan))
-    if not report.passed and not (constants == "drop" and math.isfinite(report.max_abs_diff)):
+    batches = _noise(reference, inputs, noise)
+    dead = dead_channels(groups, plan)
+    if exact:
+        attempt = ExactSlimming(reference, groups, inputs, batches)
+        slimmed, report = attempt.run(dead)
+        masked, outputs, replaced = attempt.gated, outputs_of(reference, inputs[0]), "its dead gates at zero"
+    else:
+        slimmed, masked, outputs, report = _replace_by_means(reference, groups, dead, inputs, batches)
+        replaced = "the same inputs replaced by their means"
+    if not report.passed:
         raise PlanError(
-            f"the slim model is not equivalent to the dense model with its dead gates at zero: {report.reason}"
+            f"the slim model is not equivalent to the dense model with {replaced}: {report.reason}"
             + (_dead_network_hint(model, groups) if report.reason == DEAD else "")
         )
     report.float32_diff, _ = output_difference(
-        copy_as(attempt.gated, torch.float32), copy_as(slimmed, torch.float32), [batch.float() for batch in inputs]
+        copy_as(masked, torch.float32), copy_as(slimmed, torch.float32), [batch.float() for batch in inputs]
     )
+    report.measure_drift(outputs, outputs_of(slimmed, inputs[0]))
     # The plan is applied to a fresh copy: the checked one may have kept something of the check, such as a cache.
     result = _shape_like(clone(model), groups, report.plan)
     transfer(slimmed, result)
@@ -101,6 +98,24 @@ def slim(
     report.plan.notes = [*plan.notes, *_notes(groups, plan, report)]
     record_plan(result, model, report.plan, example.shape[1:])
     return result, report
+
+
+def _replace_by_means(
+    model: nn.Module,
+    groups: Sequence[Group],
+    dead: Mapping[str, set[int]],
+    inputs: Sequence[Tensor],
+    noise: Sequence[Tensor],
+) -> tuple[nn.Module, nn.Module, list[Tensor], EquivalenceReport]:
+    """Return the slim model, the masked dense model, the outputs of the model as given, and the comparison."""
+    dead, removed = Cutter(model, groups).complete(dead)
+    slimmed = copy_module(model)
+    constants = measure_constants(slimmed, groups, dead, inputs[:1])
+    masked = mask_responses(model, groups, dead, constants, removed)
+    plan, folding = rebuild(slimmed, groups, dead, constants)
+    report = check_all(masked, slimmed, inputs, noise)
+    report.folded, report.plan = folding.folded, plan
+    return slimmed, masked, constants.outputs, report
 
 
 def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -117,117 +132,6 @@ def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tenso
     return [] if noise is None else [noise]
 
 
-def rebuild(
-    gated: nn.Module,
-    groups: Sequence[Group],
-    dead: Mapping[str, set[int]],
-    inputs: Sequence[Tensor],
-    constants: str = "carrier",
-) -> tuple[Plan, Folding]:
-    """Cut dead channels in place and replace their constants, without an equivalence check.
-
-    Args:
-        gated: in eval mode, with the gates of the dead channels at zero (``zero_dead_gates``); becomes the slim model.
-        groups: of that model.
-        dead: by group, from ``Cutter.complete``.
-        inputs: varied batches in the model's precision, with borders and interiors, to measure the constants on.
-        constants: "carrier", "fold" or "drop", as for ``slim``.
-    """
-    measured, cutter = measure_constants(gated, groups, dead, inputs), Cutter(gated, groups)
-    if constants == "drop":
-        folding = Folding(inexact=measured.output_shifts(carried=False, dropped=True))
-    else:
-        folding = plan_folding(measured, constants == "carrier")
-    biases = apply_folding(gated, folding)
-    cut = {name: set(channels) - set(folding.carriers.get(name, ())) for name, channels in dead.items()}
-    # A carrier keeps its group, but not what depends on the group, nor the balance of grouped convolutions.
-    completed, removed = cutter.complete(cut)
-    if constants != "drop":
-        unread = {name: channels - completed[name] for name, channels in cut.items()}
-        zero_inputs(gated, groups, unread)
-        folding.unread = sum(map(len, unread.values()))
-    plan = plan_from_dead(gated, groups, completed, removed)
-    plan.added_bias, plan.carriers = cutter.cut(gated, completed, removed, biases), folding.carriers
-    folding.lost = set(biases) - set(plan.added_bias)
-    return plan, folding
-
-
-@dataclass
-class _Attempt:
-    """Slims one model with different sets of dead channels until the equivalence check passes."""
-
-    model: nn.Module
-    groups: Sequence[Group]
-    inputs: Sequence[Tensor]
-    noise: Sequence[Tensor]
-    constants: str
-
-    def __post_init__(self) -> None:
-        self.cutter = Cutter(self.model, self.groups)
-        self.gated = self.model  # the reference of the last check
-        self.lost: set[str] = set()
-
-    def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
-        """Slim with all dead channels that can be cut."""
-        kept = []
-        if self.constants == "keep":
-            kept = self._measure(dead).nonzero()
-            dead = _without(self.cutter.complete(dead)[0], kept)
-        slimmed, report = self._slim(dead)
-        if not report.passed and self.constants != "drop" and SENSITIVE not in (report.reason or ""):
-            slimmed, report = self._give_back(dead)
-        report.given_back += len(kept)
-        return slimmed, report
-
-    def _give_back(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
-        """Keep as few dead channels that cannot be replaced as the check needs, largest constant first."""
-        carried, given_back, shifts = self.constants == "carrier", 0, {}
-        while True:
-            measured = self._measure(dead)
-            dead = self.cutter.complete(dead)[0]
-            inexact = measured.inexact(carried, self.lost)
-            shifts |= measured.output_shifts(carried)
-            # Each channel given back brings the models closer, so bisection finds the number.
-            number = bisect_left(
-                range(len(inexact)), True, key=lambda n, d=dead, i=inexact: self._slim(_without(d, i[:n]))[1].passed
-            )
-            dead, given_back = _without(dead, inexact[:number]), given_back + number
-            slimmed, report = self._slim(dead)
-            # A channel given back may make another one vary that was constant, as in a squeeze-and-excitation.
-            if report.passed or not number:
-                report.given_back, report.inexact = given_back, shifts
-                return slimmed, report
-
-    def _slim(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
-        dead = self.cutter.complete(dead)[0]
-        self.gated = zero_dead_gates(self.model, self.groups, dead)
-        slimmed = copy_module(self.gated)
-        plan, folding = rebuild(slimmed, self.groups, dead, [*self.inputs, *self.noise], self.constants)
-        self.lost |= folding.lost
-        return slimmed, self._check(slimmed, plan, folding)
-
-    def _check(self, slimmed: nn.Module, plan: Plan, folding: Folding) -> EquivalenceReport:
-        report = check_equivalence(self.gated, slimmed, self.inputs)
-        for batch in self.noise if report.passed else ():
-            # Checked apart, because its outputs may be larger and allow a larger tolerance.
-            other = check_equivalence(self.gated, slimmed, [batch])
-            if other.reason not in (None, DEAD):
-                report.passed, report.reason = False, f"on noise {other.reason}"
-        report.folded, report.carriers = folding.folded, sum(map(len, folding.carriers.values()))
-        report.inexact, report.unread, report.plan = folding.inexact, folding.unread, plan
-        return report
-
-    def _measure(self, dead: Mapping[str, set[int]]) -> Constants:
-        dead = self.cutter.complete(dead)[0]
-        gated = zero_dead_gates(self.model, self.groups, dead)
-        return measure_constants(gated, self.groups, dead, [*self.inputs, *self.noise])
-
-
-def _without(dead: Mapping[str, set[int]], kept: Sequence[tuple[float, str, int]]) -> dict[str, set[int]]:
-    kept = {(name, channel) for _, name, channel in kept}
-    return {name: {k for k in channels if (name, k) not in kept} for name, channels in dead.items()}
-
-
 def _dead_network_hint(model: nn.Module, groups: Sequence[Group]) -> str:
     if layers := dead_layers(model, groups):
         return f", every gate of {join_names(layers)} is zero; train with a lower decay.weight"
@@ -235,7 +139,7 @@ def _dead_network_hint(model: nn.Module, groups: Sequence[Group]) -> str:
 
 
 def _notes(groups: Sequence[Group], plan: Plan, report: EquivalenceReport) -> list[str]:
-    """Notes on channels that are kept, or constants that are dropped, because they cannot be replaced."""
+    """Notes on channels that are kept because they cannot be replaced."""
     notes = []
     largest = sorted(report.inexact.items(), key=lambda item: -item[1])
     names = ", ".join(f"{name} by up to {size:.2g}" for name, size in largest[:3])
@@ -243,8 +147,6 @@ def _notes(groups: Sequence[Group], plan: Plan, report: EquivalenceReport) -> li
     if report.given_back:
         shifts = f"; their constants would move {names}" if largest else ""
         notes.append(f"{report.given_back} dead channels stay, since cutting them would change the output{shifts}")
-    elif largest:
-        notes.append(f"constants are dropped, which moves {names}")
     if report.unread:
         channels = plural(report.unread, "dead channel")
         notes.append(f"{channels} kept with weights of zero, so that the groups of a convolution stay of one size")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import prunekit
 from prunekit.errors import PlanError
-from prunekit.pruning.surgery import slim as slim_module
+from prunekit.pruning.surgery import rebuild
 from prunekit.pruning.surgery.equivalence import check_equivalence, check_inputs
 
 
@@ -139,13 +139,13 @@ def logistic(steps, above=0.0):
 
 def spoil(monkeypatch):
     """Let the surgery change one weight by a hundred-thousandth."""
-    fold = slim_module.apply_folding
+    fold = rebuild.apply_folding
 
-    def wrong(model, folding):
+    def wrong(model, *args):
         model.net[3].weight.data[:, :, 1, 1] *= 1 + 1e-5
-        return fold(model, folding)
+        return fold(model, *args)
 
-    monkeypatch.setattr(slim_module, "apply_folding", wrong)
+    monkeypatch.setattr(rebuild, "apply_folding", wrong)
 
 
 @pytest.mark.parametrize(("steps", "above"), [(25, 0.0), (60, 6.0)])

@@ -1,11 +1,12 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers.marks import seeds
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, params, zero_gates
-from helpers.zoo import ZOO
+from helpers.zoo import ZOO, mobilenet_v3
 
 import prunekit
 from prunekit.backbones.csnet import csnet
@@ -13,24 +14,25 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection import importance
 from prunekit.pruning.selection.extract import extract
+from prunekit.pruning.surgery import constant_folding, cutter, rebuild
 from prunekit.pruning.surgery.equivalence import check_equivalence, check_inputs, zero_dead_gates
 from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan, slim
 
 
-@pytest.mark.parametrize("constants", ["carrier", "fold"])
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("seed", seeds(6))
-def test_csnet_with_random_dead_gates(seed, constants):
+def test_csnet_with_random_dead_gates(seed, exact):
     model, groups, example = csnet_with_dead_gates(seed, share=0.2 + 0.1 * seed, whole=0.3 * (seed % 2))
     plan = extract(model, groups)
-    small, equivalence = slim(model, plan, example, groups=groups, constants=constants)
+    small, equivalence = slim(model, plan, example, groups=groups, exact=exact)
     assert equivalence.passed and equivalence.max_abs_diff <= equivalence.tolerance
     assert equivalence.float32_diff < 1e-4
     sizes = [tuple(shape[2:]) for shape in equivalence.inputs]
     assert len(set(sizes)) == len(sizes) > 1
     assert params(small) < params(model)
-    if constants == "carrier":
-        assert equivalence.given_back == 0 and equivalence.max_abs_diff < 1e-12
+    assert equivalence.given_back == 0 and equivalence.max_abs_diff < 1e-12
+    assert exact or (equivalence.carriers == 0 and equivalence.plan.groups == plan.groups)
     # The plan is enough to build the slim model again.
     again = apply_plan(csnet(10), prunekit.Plan.from_json(equivalence.plan.to_json()), example)
     again.load_state_dict(small.state_dict())
@@ -39,17 +41,18 @@ def test_csnet_with_random_dead_gates(seed, constants):
 
 
 @pytest.mark.parametrize("network", [Row, Residual, Concat, lambda: Row(padding=1)])
-@pytest.mark.parametrize("constants", ["carrier", "fold"])
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_other_networks(network, constants, seed):
+def test_other_networks(network, exact, seed):
     torch.manual_seed(seed)
     model = network()
     example = init_norms(model, seed)
     groups = find_groups(model, example)
     zero_gates(model, groups, 0.5, seed)
-    small, equivalence = slim(model, extract(model, groups), example, constants=constants)
-    assert equivalence.passed
-    assert params(small) < params(model) or equivalence.given_back
+    plan = extract(model, groups)
+    small, equivalence = slim(model, plan, example, exact=exact)
+    assert equivalence.passed and equivalence.max_abs_diff < 1e-12
+    assert equivalence.plan.groups == plan.groups if not exact else params(small) < params(model)
 
 
 def test_constant_is_folded_into_the_next_norm():
@@ -103,31 +106,10 @@ def padded_with_constants():
 
 def test_padded_reader_gets_one_carrier():
     model, example, groups = padded_with_constants()
-    small, equivalence = slim(model, extract(model, groups), example, constants="carrier")
+    small, equivalence = slim(model, extract(model, groups), example, exact=True)
     assert equivalence.carriers == 1 and equivalence.plan.carriers == {"conv1": [4]}
     assert equivalence.given_back == 0 and equivalence.max_abs_diff < 1e-12
     assert small.conv1.out_channels == 6
-
-
-def test_channels_are_given_back_without_carriers():
-    model, example, groups = padded_with_constants()
-    small, equivalence = slim(model, extract(model, groups), example, constants="fold")
-    # Only the channel without a constant can be cut.
-    assert equivalence.given_back == 2 and equivalence.passed
-    assert equivalence.plan.groups["conv1"] == [0, 1, 2, 3, 4, 5, 7]
-    assert small.conv1.out_channels == 7
-
-
-def test_no_more_channels_are_given_back_than_needed():
-    model, example, groups = padded_with_constants()
-    with torch.no_grad():
-        model.bn2.bias[1] = 1e-9  # a constant that the tolerance covers
-    _, equivalence = slim(model, extract(model, groups), example, constants="fold")
-    assert (
-        equivalence.given_back == 1
-        and 4 in equivalence.plan.groups["conv1"]
-        and 1 not in equivalence.plan.groups["conv1"]
-    )
 
 
 def test_dead_branch_is_removed_with_its_paths_norm_and_activation():
@@ -159,7 +141,7 @@ def test_dense_model_is_unchanged_and_modes_are_kept():
 
 def gated_pair(seed=3):
     model, groups, example = csnet_with_dead_gates(seed)
-    small, _equivalence = slim(model, extract(model, groups), example, groups=groups)
+    small, _ = slim(model, extract(model, groups), example, groups=groups, exact=True)
     gated = zero_dead_gates(model.double(), groups, {})
     return gated, small.double().eval(), check_inputs(gated, example)
 
@@ -205,13 +187,34 @@ def test_dead_network_error_suggests_a_fix():
 
 
 def test_failed_check_raises_plan_error(monkeypatch):
-    from prunekit.pruning.surgery import slim as slim_module
-
-    # Without folding, the slim model lacks the constants of the dead channels.
-    monkeypatch.setattr(slim_module, "apply_folding", lambda *_: {})
+    # Without folding, the slim model lacks the responses of the dead channels.
+    monkeypatch.setattr(rebuild, "apply_folding", lambda *_: {})
     model, groups, example = csnet_with_dead_gates(2)
     with pytest.raises(PlanError, match="is not equivalent to the dense model"):
         slim(model, extract(model, groups), example, groups=groups)
+
+
+@pytest.mark.parametrize("network", [Row, Residual, Concat, ZOO["mobilenet_v3"], ZOO["unet_transposed"]])
+@pytest.mark.parametrize("wrong", ["channel", "shift"])
+def test_a_wrong_surgery_is_detected(monkeypatch, network, wrong):
+    """Another channel is cut than its readers lose, or a reader gets a wrong shift."""
+    slice_module, output_shift = cutter._slice_module, constant_folding._output_shift
+
+    def cut_another(module, masks):
+        masks = {name: {axis: np.roll(m, axis == 0) for axis, m in axes.items()} for name, axes in masks.items()}
+        slice_module(module, masks)
+
+    if wrong == "channel":
+        monkeypatch.setattr(cutter, "_slice_module", cut_another)
+    else:
+        monkeypatch.setattr(constant_folding, "_output_shift", lambda *args: 1.001 * output_shift(*args) + 1e-4)
+    torch.manual_seed(0)
+    model = network()
+    example = init_norms(model)
+    groups = find_groups(model, example)
+    plan = extract(model, groups, scores=importance.random(model, groups), pruning_ratio=0.3)
+    with pytest.raises(PlanError, match=r"with the same inputs replaced by their means: the outputs differ by"):
+        slim(model, plan, example, groups=groups)
 
 
 def test_apply_plan_rejects_plan_of_another_model():
@@ -257,24 +260,24 @@ def test_channels_are_given_back_until_nothing_else_moves():
     scores = importance.random(model, groups)
     # Channels given back change the squeeze, and so make others vary that were constant.
     plan = extract(model, groups, scores=scores, pruning_ratio=0.5)
-    small, report = slim(model, plan, example, groups=groups, constants="fold")
+    small, report = slim(model, plan, example, groups=groups, exact=True)
     assert report.passed and report.given_back > 0 and params(small) < params(model)
     assert f"{report.given_back} dead channels stay" in " ".join(report.plan.notes)
 
 
 def test_a_slim_model_with_channels_given_back_is_saved_and_rebuilt(tmp_path):
     torch.manual_seed(0)
-    model = Row()
-    example = init_norms(model, size=16)
+    model = mobilenet_v3()
+    example = init_norms(model)
     groups = find_groups(model, example)
     plan = extract(model, groups, scores=importance.random(model, groups), pruning_ratio=0.4)
-    small, report = slim(model, plan, example, groups=groups, constants="keep")
+    small, report = slim(model, plan, example, groups=groups, exact=True)
     assert report.given_back and report.plan.groups != plan.groups
-    prunekit.save(small, tmp_path / "slim", builder=Row)
-    assert torch.equal(prunekit.load(tmp_path / "slim", builder=Row)(example), small(example))
-    apply_plan(Row(), report.plan, example).load_state_dict(small.state_dict())
+    prunekit.save(small, tmp_path / "slim", builder=mobilenet_v3)
+    assert torch.equal(prunekit.load(tmp_path / "slim", builder=mobilenet_v3)(example), small(example))
+    apply_plan(mobilenet_v3(), report.plan, example).load_state_dict(small.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch"):
-        apply_plan(Row(), plan, example).load_state_dict(small.state_dict())
+        apply_plan(mobilenet_v3(), plan, example).load_state_dict(small.state_dict())
 
 
 class Grouped(torch.nn.Module):
@@ -297,7 +300,7 @@ def slim_grouped(padding, dead, silent=()):
         model.norm.bias.fill_(0.2)
         model.norm.bias[list(silent)] = -0.2
     groups = find_groups(model, example)
-    return slim(model, make_plan(model, groups, {"first": dead}), example, groups=groups)
+    return slim(model, make_plan(model, groups, {"first": dead}), example, groups=groups, exact=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""Slimming without drift: dead channels whose constants cannot be replaced exactly are given back."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from prunekit.pruning.plan import Group
+from prunekit.pruning.surgery.constant_folding import measure_constants
+from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.pruning.surgery.equivalence import SENSITIVE, EquivalenceReport, check_all, zero_dead_gates
+from prunekit.pruning.surgery.rebuild import rebuild
+from prunekit.utils.copying import copy_module
+
+
+@dataclass
+class ExactSlimming:
+    """Slims one model with different sets of dead channels until it equals the model with their gates at zero."""
+
+    model: nn.Module
+    groups: Sequence[Group]
+    inputs: Sequence[Tensor]
+    noise: Sequence[Tensor]
+
+    def __post_init__(self) -> None:
+        self.cutter = Cutter(self.model, self.groups)
+        self.gated = self.model  # the reference of the last check
+        self.lost: set[str] = set()
+
+    def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
+        """Slim with all dead channels that can be cut."""
+        slimmed, report = self._slim(dead)
+        if not report.passed and SENSITIVE not in (report.reason or ""):
+            slimmed, report = self._give_back(dead)
+        return slimmed, report
+
+    def _give_back(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
+        """Keep as few dead channels that cannot be replaced as the check needs, largest constant first."""
+        given_back, shifts = 0, {}
+        while True:
+            dead = self.cutter.complete(dead)[0]
+            gated = zero_dead_gates(self.model, self.groups, dead)
+            measured = measure_constants(gated, self.groups, dead, [*self.inputs, *self.noise])
+            inexact = measured.inexact(self.lost)
+            shifts |= measured.output_shifts()
+            # Each channel given back brings the models closer, so bisection finds the number.
+            number = bisect_left(
+                range(len(inexact)), True, key=lambda n, d=dead, i=inexact: self._slim(_without(d, i[:n]))[1].passed
+            )
+            dead, given_back = _without(dead, inexact[:number]), given_back + number
+            slimmed, report = self._slim(dead)
+            # A channel given back may make another one vary that was constant, as in a squeeze-and-excitation.
+            if report.passed or not number:
+                report.given_back, report.inexact = given_back, shifts
+                return slimmed, report
+
+    def _slim(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
+        dead = self.cutter.complete(dead)[0]
+        self.gated = zero_dead_gates(self.model, self.groups, dead)
+        slimmed = copy_module(self.gated)
+        constants = measure_constants(slimmed, self.groups, dead, [*self.inputs, *self.noise])
+        plan, folding = rebuild(slimmed, self.groups, dead, constants, carry=True)
+        self.lost |= folding.lost
+        report = check_all(self.gated, slimmed, self.inputs, self.noise)
+        report.folded, report.carriers = folding.folded, sum(map(len, folding.carriers.values()))
+        report.unread, report.plan = folding.unread, plan
+        return slimmed, report
+
+
+def _without(dead: Mapping[str, set[int]], kept: Sequence[tuple[float, str, int]]) -> dict[str, set[int]]:
+    kept = {(name, channel) for _, name, channel in kept}
+    return {name: {k for k in channels if (name, k) not in kept} for name, channels in dead.items()}
