@@ -130,7 +130,7 @@ def report(
     ] = None,
     layers: Annotated[bool, Option("--layers", help="Also print the layers.")] = False,
     published: Annotated[bool, Option("--published", help="Add the published CSNet models (ECSSD).")] = False,
-    formats: Annotated[str, Option(metavar="A,B,...", help="Formats of the figures.")] = "png,svg,pdf",
+    formats: Annotated[str, Option(metavar="A,B,...", help="Formats of the figures: png, svg, pdf.")] = "png,svg",
     width: Annotated[
         float | None, Option(min=1, max=50, help="Width of the figures in inches; a column of a paper has about 3.3.")
     ] = None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from prunekit.utils.copying import copy_module
 PAPER_SIZE = (224, 224)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = nn.modules.batchnorm._BatchNorm
+
+_LayerCosts = dict[tuple[str, int], dict[str, Any]]  # by layer and branch
 
 
 @dataclass
@@ -135,12 +138,15 @@ def layer_rows(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...])
     Each row has ``layer``, ``branch`` and, each as {"before", "after"}, channels, params, MACs, paper FLOPs and the
     MACs of fvcore and thop.
     """
-    before = _layer_costs(dense, shape)
-    after = _layer_costs(slim, shape) if slim is not None else {}
+    models = [model for model in (dense, slim) if model is not None]
+    return _layer_rows([_layer_costs(model, shape, counters(model, shape)) for model in models])
+
+
+def _layer_rows(costs_of_models: Sequence[_LayerCosts]) -> list[dict[str, Any]]:
+    before, *others = costs_of_models
     rows = []
     for (layer, branch), costs in before.items():
-        removed = dict.fromkeys(costs, None if slim is None else 0)
-        slim_costs = after.get((layer, branch), removed)
+        slim_costs = others[0].get((layer, branch), dict.fromkeys(costs, 0)) if others else dict.fromkeys(costs)
         row: dict[str, Any] = {"layer": layer, "branch": branch}
         for key, value in costs.items():
             row[key] = {"before": value, "after": slim_costs[key] if value is not None else None}
@@ -150,29 +156,25 @@ def layer_rows(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...])
 
 def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...]) -> dict[str, Any]:
     """Return the content of ``layers.json``: :func:`layer_rows`, and the totals of all counters for each model."""
-    models = {"dense": dense, "slim": slim}
+    models = {side: model for side, model in (("dense", dense), ("slim", slim)) if model is not None}
+    counted = {side: counters(model, shape) for side, model in models.items()}
     return {
         "format": 1,
         "size": list(shape[1:]),
-        "layers": layer_rows(dense, slim, shape),
+        "layers": _layer_rows([_layer_costs(model, shape, counted[side]) for side, model in models.items()]),
         "counters": {
             side: {
-                name: {key: value for key, value in one.items() if key != "modules"}
-                for name, one in counters(model, shape).items()
+                name: {key: value for key, value in one.items() if key != "modules"} for name, one in results.items()
             }
-            for side, model in models.items()
-            if model is not None
+            for side, results in counted.items()
         },
     }
 
 
-def _layer_costs(model: nn.Module, shape: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int | None]]:
+def _layer_costs(model: nn.Module, shape: tuple[int, ...], counted: dict[str, dict[str, Any]]) -> _LayerCosts:
     counts, _ = count_modules(model, shape)
-    others = {
-        f"{name}_macs": counter(copy_module(model).eval(), shape)["modules"]
-        for name, counter in (("fvcore", _count_fvcore), ("thop", _count_thop))
-    }
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    others = {f"{name}_macs": counted[name]["modules"] for name in ("fvcore", "thop")}
+    rows: _LayerCosts = {}
     last: tuple[str, int] | None = None
     for name, one in counts.items():
         module = model.get_submodule(name)

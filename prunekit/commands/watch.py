@@ -275,11 +275,12 @@ def _is_epoch(line: dict[str, Any]) -> bool:
         training_position(line["stage"])
     except (PrunekitError, KeyError, TypeError, AttributeError):
         return False
-    parts = (line.get("metrics"), line.get("size", {}), line.get("budget", {}))
+    metrics = line.get("metrics")
     return (
         isinstance(line.get("epoch"), int)
         and all(_is_number(line.get(key)) for key in NUMBERS)
-        and all(isinstance(part, dict) and all(map(_is_number, part.values())) for part in parts)
+        and isinstance(metrics, dict)
+        and all(map(_is_number, metrics.values()))
     )
 
 

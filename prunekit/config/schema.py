@@ -200,7 +200,7 @@ class Decay(Named):
     name: str = "dynamic"
     """Registered name of the decay."""
     weight: NonNegative = 1e-2
-    """Strength λ of the penalty; with a target and no gradual pruning, its initial value."""
+    """Strength λ of the penalty."""
     options: Options = {}
     """Options of the decay."""
 

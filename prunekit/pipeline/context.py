@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from prunekit.data.datasets import ImageDataset, Tensors, normalize
 from prunekit.errors import DataError
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import input_shape
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group
+from prunekit.pruning.surgery.equivalence import check_sizes
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
 from prunekit.utils import distributed
@@ -37,6 +41,8 @@ class RunContext:
         reporter.training_epochs = training_epochs(*epochs, recipe.slim.steps, recipe.baseline)
         self._datasets: dict[str, ImageDataset] = {}
         self._tensors: dict[str, Tensors] = {}
+        self._dense_groups: list[Group] | None = None
+        self._check_sizes: Sequence[tuple[int, ...]] | None = None
 
     def dataset(self, split: str) -> ImageDataset:
         """Return the data set of a split, "train" or "val"."""
@@ -68,6 +74,18 @@ class RunContext:
     def example(self) -> Tensor:
         """Return a few normalised validation images, (N, 3, S, S), for tracing and equivalence checks."""
         return normalize(self.tensors("val").images[:EXAMPLE_IMAGES])
+
+    def dense_groups(self, model: nn.Module) -> list[Group]:
+        """Return the groups of the model that training begins with, in any state of its weights; traced once."""
+        if self._dense_groups is None:
+            self._dense_groups = find_groups(model, self.example())
+        return self._dense_groups
+
+    def check_sizes(self, model: nn.Module) -> Sequence[tuple[int, ...]]:
+        """Return the image sizes of equivalence checks for the dense model and those cut from it; found once."""
+        if self._check_sizes is None:
+            self._check_sizes = check_sizes(model, self.example())
+        return self._check_sizes
 
     def measure(self, run: RunDir, part: str, model: nn.Module) -> None:
         """Write a model's params, MACs and paper FLOPs into its part of the summary."""

@@ -35,9 +35,8 @@ from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch
 from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
-from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
+from prunekit.pruning.sparsity.dynamic_decay import NoDecay
 from prunekit.pruning.sparsity.gradual import GradualPruning
-from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.pruning.surgery.compose import compose
 from prunekit.pruning.surgery.equivalence import DEAD, EquivalenceReport, check_equivalence, output_difference
 from prunekit.pruning.surgery.slim import slim
@@ -52,7 +51,7 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
     """Choose the channels to remove from the dense model and write ``extract/plan.json``."""
     recipe = context.recipe
     dense = load_model(run, "dense", recipe)
-    groups = find_groups(dense, context.example())
+    groups = context.dense_groups(dense)
     search = channel_search(context, dense, groups)
     of = sum(group.channels for group in groups if group.reason is None)
     goal = _goals(context, dense, groups)[0]
@@ -118,7 +117,7 @@ def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slim
     asked = read_plan(run, "extract")
     if asked is None:
         raise CheckpointError(f"{run.path / 'extract/plan.json'} is missing; make it again with --from extract")
-    model, groups, plan = dense, find_groups(dense, example), read_plan(run, "dense")
+    model, groups, plan = dense, context.dense_groups(dense), read_plan(run, "dense")
     goals = _goals(context, dense, groups)
     rounds: list[dict[str, Any]] = []
     printed = asked.notes
@@ -132,8 +131,9 @@ def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slim
         plan = compose_with_builder(recipe, plan, groups, checked)
         sizes = total(count_modules(small, context.shape)[0])
         rounds.append({"params": sizes["params"], "macs": sizes["macs"], **equivalence.to_json()})
-        model, groups = small, find_groups(small, example)
+        model = small
         if number < len(goals):
+            groups = find_groups(small, example)
             context.reporter.info(f"slim: round {number} of {len(goals)}: {sizes[goal.measure]:,} {goal.measure}")
             train_model(context, run, f"step{number}", model, groups, NoDecay(model, groups))
     return _Slimmed(model, plan, kept, cut if len(goals) == 1 else None, rounds, equivalence)
@@ -155,11 +155,11 @@ def _slim_once(
     """Slim a model by the given plan; without one, or where that misses the budget, by a search for the budget."""
     example, exact = context.example(), context.recipe.slim.exact
     if plan is not None:
-        small, equivalence = slim(model, plan, example, groups=groups, exact=exact)
+        small, equivalence = slim(model, plan, example, groups=groups, exact=exact, sizes=context.check_sizes(model))
         sizes = total(count_modules(small, context.shape)[0])
         if goal is None or -TOLERANCE <= goal.deviation(sizes[goal.measure]) <= 0:
             return small, equivalence
-    return channel_search(context, model, groups).slim(goal, example, exact)[:2]
+    return channel_search(context, model, groups).slim(goal, example, exact, context.check_sizes(model))[:2]
 
 
 def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimmed: _Slimmed) -> None:
@@ -173,7 +173,7 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
     run.update_summary("equivalence", {**equivalence.to_json(), **steps})
     largest, mean = output_difference(dense, model, [context.example()])
     run.update_summary("drift", {"max_abs_diff": largest, "mean_abs_diff": mean})
-    of = sum(group.channels for group in find_groups(dense, context.example()) if group.reason is None)
+    of = sum(group.channels for group in context.dense_groups(dense) if group.reason is None)
     summary = run.read_json("summary.json")
     ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
     cut = {} if slimmed.cut is None else {"cut": slimmed.cut}
@@ -202,28 +202,6 @@ def compose_with_builder(recipe: Recipe, first: Plan | None, groups: Sequence[Gr
     plan = compose(builder, find_groups(builder, torch.zeros(1, *input_shape(recipe))), first, groups, second)
     plan.notes = second.notes
     return plan
-
-
-def lambda_controller(
-    context: RunContext, model: nn.Module, groups: Sequence[Group], decay: Decay
-) -> LambdaController | None:
-    """Return what adjusts λ towards the budget, None without a budget or λ; PlanError if it cannot be met."""
-    budget = absolute_budget(context, model, groups)
-    slimming = context.recipe.slim
-    gradual = context.recipe.train.gradual_pruning.start is not None
-    if budget is None or slimming.importance.name != "gate" or not decay.weight > 0 or gradual:
-        return None
-    search = _size_search(context, model, groups)
-    return LambdaController(
-        model,
-        groups,
-        search.size_model,
-        budget.measure,
-        budget.goal,
-        threshold=slimming.threshold,
-        weight=decay.weight,
-        limits={group.id: int(n) for group, n in zip(search.selector.groups, search.selector.limits, strict=True)},
-    )
 
 
 def gradual_pruning(

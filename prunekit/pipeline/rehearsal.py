@@ -18,7 +18,6 @@ from prunekit.errors import PlanError, PrunekitError, RecipeError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import Exporter, variants
 from prunekit.pipeline.prune_stages import absolute_budget, channel_search
-from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.equivalence import DEAD
 from prunekit.pruning.surgery.plan_builder import make_plan
@@ -72,17 +71,19 @@ def _randomize(model: nn.Module, example: Tensor) -> None:
 
 
 def _prune(context: RunContext, model: nn.Module, example: Tensor) -> nn.Module:
-    groups = find_groups(model, example)
+    groups = context.dense_groups(model)
     absolute_budget(context, model, groups)
     with _failures(f"slim.importance={context.recipe.slim.importance.name}", "choose another one"):
         search = channel_search(context, model, groups, batches=1)
     limits = zip(search.selector.groups, search.selector.limits, strict=True)
     first = [group for group, limit in limits if limit and group.channels > 1]
 
+    sizes = context.check_sizes(model)
+
     def attempt(some: Sequence[Group]) -> nn.Module:
         plan = make_plan(model, groups, {group.id: {0} for group in some})
         try:
-            return slim(model, plan, example, groups=groups, exact=context.recipe.slim.exact, noise=2)[0]
+            return slim(model, plan, example, groups=groups, exact=context.recipe.slim.exact, noise=2, sizes=sizes)[0]
         except PlanError as error:
             # Without training, an output may be constant, or too sensitive for noise.
             if DEAD not in str(error) and "on noise" not in str(error):

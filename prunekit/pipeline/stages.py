@@ -28,7 +28,7 @@ from prunekit.pipeline.models import (
     trained_models,
 )
 from prunekit.pipeline.preflight import check_classes
-from prunekit.pipeline.prune_stages import extract_stage, gradual_pruning, lambda_controller, slim_stage
+from prunekit.pipeline.prune_stages import extract_stage, gradual_pruning, slim_stage
 from prunekit.pipeline.training_setup import build_decay, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.dynamic_decay import NoDecay
@@ -49,12 +49,11 @@ def train_stage(context: RunContext, run: RunDir) -> None:
     """Train with decay, and without it where the recipe asks for a baseline."""
     _record_classes(context, run)
     model, plan = create_initial_model(run, context.recipe)
-    groups = find_groups(model, context.example())
+    groups = context.dense_groups(model)
     _record_skipped_images(context, run)
     decay = build_decay(context, model.to(context.device), groups)
-    controller = lambda_controller(context, model, groups, decay)
     gradual = gradual_pruning(context, model, groups)
-    train_model(context, run, "train", model, groups, decay, controller, gradual)
+    train_model(context, run, "train", model, groups, decay, gradual)
     save_model(run, "dense", model, plan)
     context.measure(run, "dense", model)
     if context.recipe.baseline:
@@ -170,7 +169,7 @@ STAGE_FUNCTIONS: dict[str, Callable[[RunContext, RunDir], None]] = {
 
 def _train_baseline(context: RunContext, run: RunDir) -> None:
     model, plan = create_initial_model(run, context.recipe)
-    groups = find_groups(model, context.example())
+    groups = context.dense_groups(model)
     train_model(context, run, "baseline", model, groups, NoDecay(model.to(context.device), groups))
     save_model(run, "baseline", model, plan)
     context.measure(run, "baseline", model)

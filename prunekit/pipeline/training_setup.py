@@ -15,7 +15,6 @@ from prunekit.pipeline.models import load_model
 from prunekit.pruning.plan import Group
 from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.pruning.sparsity.gradual import GradualPruning
-from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.losses import total_loss
 from prunekit.training.acceleration import channels_last
@@ -39,14 +38,12 @@ def train_model(
     model: nn.Module,
     groups: list[Group],
     decay: Decay,
-    controller: LambdaController | None = None,
     gradual: Callable[[int], GradualPruning] | None = None,
 ) -> None:
     """Train a model in place, resuming from the newest checkpoint; it ends in eval mode on the CPU.
 
     Args:
         training: its name. "train" and "baseline" follow the recipe's section train, all others finetune.
-        controller: adjusts λ towards the budget.
         gradual: given the number of steps, returns what shrinks channels to zero during training.
     """
     recipe = context.recipe
@@ -63,7 +60,6 @@ def train_model(
         reporter=context.reporter,
         device=context.device,
         threshold=recipe.slim.threshold,
-        lambda_controller=controller,
         gradual_pruning=gradual,
         tracker=partial(track, recipe, run.path, training) if distributed.is_main_process() else no_tracker,
     )

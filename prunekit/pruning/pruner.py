@@ -16,14 +16,16 @@ from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.flops import ModelCost, count
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.budget import TARGETS, BudgetSearch
+from prunekit.pruning.selection.budget import TARGETS, Budget, BudgetSearch
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
-from prunekit.pruning.selection.selector import Scores, Selector
+from prunekit.pruning.selection.selector import Scores, Selection, Selector
+from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import slim
 from prunekit.utils.compiled import unwrap
+from prunekit.utils.copying import copy_module
 from prunekit.utils.text import suggest
 
 Importance = str | Callable[[nn.Module, Sequence[Group]], Scores]
@@ -131,7 +133,7 @@ class Pruner:
         if not self._target:
             Selector(model, self._groups, zeros, **self._limits)  # checks the limits
         else:
-            search = self._search(zeros, steps)
+            search = self._search(zeros, 1.0)
             self._dense_size = search.size_model.dense
             self._budget = search.budget(**self._target)
 
@@ -160,7 +162,8 @@ class Pruner:
             raise PlanError(f"all {self.steps} steps of this Pruner are done; make a new one to prune further")
         step, before = self.current_step + 1, self._model
         scores = _as_arrays(self._importance(before, self._groups))
-        slim_model, check, notes = (self._slim_to_target if self._target else self._slim_to_ratio)(scores, step)
+        prune = self._slim_to_target if self._target else self._slim_to_ratio
+        slim_model, check, notes = prune(scores, step / self.steps)
         assert check.plan is not None
         for note in notes:
             warnings.warn(note, PrunekitWarning, stacklevel=2)
@@ -170,24 +173,57 @@ class Pruner:
         self._advance(slim_model, check.plan)
         return slim_model, report
 
-    def _slim_to_ratio(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
-        free = [g for g in self._groups if g.reason is None and g.id not in self._ignored and g.id not in self._ratios]
-        share = self._remaining_share(free, self._ratio, step) if self._global else 0.0
-        own = {} if self._global else {g.id: self._remaining_share([g], self._ratio, step) for g in free}
-        limits = {**self._limits, "ignored_groups": self._ignored, "ratios": self._remaining_ratios(step) | own}
-        selection = Selector(self._model, self._groups, scores, **limits).select(pruning_ratio=share)
+    def gradual(
+        self, total_steps: int, *, start: float = 0.0, end: float = 0.75, power: float = 2.0, rounds: int = 1
+    ) -> GradualPruning:
+        """Shrink to zero what ``step()`` will prune, while you train ``pruner.model``; then ``step()`` changes nothing.
+
+        Args:
+            total_steps, start, end, power, rounds: see :class:`GradualPruning`. Call its ``step()`` after each step of
+                the optimizer.
+
+        Raises:
+            PlanError: an argument is out of range, or the pruner takes several steps.
+        """
+        if self.steps > 1:
+            raise PlanError(f"gradual() needs a Pruner with steps=1, not {self.steps}; use its rounds instead")
+
+        def choose(model: nn.Module, share: float) -> dict[str, set[int]]:
+            # On a copy: an importance may run the model, in eval mode.
+            scores = _as_arrays(self._importance(copy_module(model).eval(), self._groups))
+            if self._target:
+                dead = self._search(scores, share).select(self._budget_at(share)).dead
+            else:
+                dead = self._select_ratio(scores, share).dead
+            return {group.id: dead[group.id] for group in self._groups if group.gates and dead.get(group.id)}
+
+        options: dict[str, Any] = {"start": start, "end": end, "power": power, "rounds": rounds}
+        return GradualPruning(self._model, self._groups, choose, total_steps, **options)
+
+    def _slim_to_ratio(self, scores: Scores, share: float) -> tuple[nn.Module, EquivalenceReport, list[str]]:
+        selection = self._select_ratio(scores, share)
         plan = plan_from_selection(self._model, self._groups, selection)
         slim_model, check = slim(self._model, plan, self.example_inputs, groups=self._groups, exact=self._exact)
         return slim_model, check, selection.warnings
 
-    def _slim_to_target(self, scores: Scores, step: int) -> tuple[nn.Module, EquivalenceReport, list[str]]:
+    def _slim_to_target(self, scores: Scores, share: float) -> tuple[nn.Module, EquivalenceReport, list[str]]:
+        return self._search(scores, share).slim(self._budget_at(share), self.example_inputs, self._exact)
+
+    # ``share`` is that of the way to the ratio or target: the step's number ÷ steps.
+
+    def _select_ratio(self, scores: Scores, share: float) -> Selection:
+        free = [g for g in self._groups if g.reason is None and g.id not in self._ignored and g.id not in self._ratios]
+        ratio = self._remaining_ratio(free, self._ratio, share) if self._global else 0.0
+        own = {} if self._global else {g.id: self._remaining_ratio([g], self._ratio, share) for g in free}
+        limits = {**self._limits, "ignored_groups": self._ignored, "ratios": self._remaining_ratios(share) | own}
+        return Selector(self._model, self._groups, scores, **limits).select(pruning_ratio=ratio)
+
+    def _budget_at(self, share: float) -> Budget:
         full, goal = self._budget.size(self._dense_size), self._budget.goal
         # Equal ratios between the sizes after each step.
-        goal = round(full * (goal / full) ** (step / self.steps)) if step < self.steps else goal
-        budget = replace(self._budget, goal=goal)
-        return self._search(scores, step).slim(budget, self.example_inputs, self._exact)
+        return replace(self._budget, goal=round(full * (goal / full) ** share)) if share < 1 else self._budget
 
-    def _search(self, scores: Scores, step: int) -> BudgetSearch:
+    def _search(self, scores: Scores, share: float) -> BudgetSearch:
         return BudgetSearch(
             self._model,
             self._groups,
@@ -195,20 +231,20 @@ class Pruner:
             scores,
             scope="global" if self._global else "layer",
             ignored_groups=self._ignored,
-            ratios=self._remaining_ratios(step),
+            ratios=self._remaining_ratios(share),
             **self._limits,
         )
 
-    def _remaining_ratios(self, step: int) -> dict[str, float]:
-        """The share of their current channels to prune from the groups of ``per_layer_ratio``."""
+    def _remaining_ratios(self, share: float) -> dict[str, float]:
+        """The ratio of their current channels to prune from the groups of ``per_layer_ratio``."""
         return {
-            g.id: self._remaining_share([g], self._ratios[g.id], step) for g in self._groups if g.id in self._ratios
+            g.id: self._remaining_ratio([g], self._ratios[g.id], share) for g in self._groups if g.id in self._ratios
         }
 
-    def _remaining_share(self, groups: Sequence[Group], ratio: float, step: int) -> float:
-        """The share of the current channels to prune so that ``ratio``·step/steps of the original ones are gone."""
+    def _remaining_ratio(self, groups: Sequence[Group], ratio: float, share: float) -> float:
+        """The ratio of the current channels to prune so that ``ratio``·``share`` of the original ones are gone."""
         original, current = sum(self._widths[g.id] for g in groups), sum(g.channels for g in groups)
-        kept = original - math.floor(ratio * step / self.steps * original + 1e-9)
+        kept = original - math.floor(ratio * share * original + 1e-9)
         return max(current - kept, 0) / max(current, 1)
 
     def _advance(self, slim_model: nn.Module, plan: Plan) -> None:

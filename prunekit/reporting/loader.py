@@ -43,8 +43,7 @@ class Run:
             macs, paper_flops, fvcore_macs and thop_macs, ``<quantity>_before`` and ``<quantity>_after``.
         counters: a row per model (dense, slim) and counter (prunekit, fvcore, thop, torch): ``params``, ``macs``.
         metrics: a row per epoch of each training: ``stage``, ``epoch``, ``step``, ``loss``, ``penalty``, ``lambda``,
-            ``lr``, ``alive``, ``of``, ``seconds``; ``metrics.<name>`` for each metric of the task, and with a budget
-            ``size.<measure>`` and ``budget.<measure>``.
+            ``lr``, ``alive``, ``of``, ``seconds``; ``metrics.<name>`` for each metric of the task.
         plan: ``slim/plan.json``, or before that stage ``extract/plan.json``; None without either.
         recipe, environment: ``recipe.yaml`` and ``environment.json``.
         problems: files that are missing, damaged or inconsistent, a line each.

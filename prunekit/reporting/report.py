@@ -34,7 +34,7 @@ def report(
     sort: str | None = None,
     layers: bool = False,
     published: bool = False,
-    formats: Sequence[FigureKind] = ("png", "svg", "pdf"),
+    formats: Sequence[FigureKind] = ("png", "svg"),
     size: FigureSize = DEFAULT_SIZE,
 ) -> list[Path]:
     """Write the tables, the figures and the page of the runs, and print the summary.

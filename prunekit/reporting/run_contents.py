@@ -69,7 +69,7 @@ _EPOCH = {
     **dict.fromkeys(("epoch", "step", "alive", "of", "skipped"), v.COUNT),
     **dict.fromkeys(("loss", "penalty", "lambda", "lr"), v.NUMBER),
     "seconds": v.DURATION,
-    **dict.fromkeys(("metrics", "size", "budget"), _METRICS),
+    "metrics": _METRICS,
 }
 _CURVES = {
     **{key: [v.FRACTION] for key in ("precision", "recall", "f")},

@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: learning rate, λ control, metrics, checkpoints, progress."""
+"""Callbacks of the training loop: learning rate, gradual pruning, metrics, checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from prunekit.training.checkpoint import save_checkpoint
 from prunekit.training.step import StepResult
@@ -54,26 +52,6 @@ class LearningRate(Callback):
 
     def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
         return {"lr": trainer.job.config.lr * self.factor}
-
-
-class LambdaControl(Callback):
-    """Adapts λ to the budget. Progress is measured as the integral of the learning rate, not in steps."""
-
-    def __init__(self, schedule: Callable[[float], float], total_steps: int):
-        self.lr_sums = np.cumsum([schedule(step / total_steps) for step in range(total_steps)])
-
-    def on_step_start(self, trainer: Trainer) -> None:
-        controller, position = trainer.lambda_controller, trainer.position
-        if position.step % controller.update_interval(trainer.total_steps) == 0:
-            loss, _, steps = position.sums.tolist()
-            previous_loss, previous_steps = position.at_lambda_update
-            mean_loss = (loss - previous_loss) / (steps - previous_steps) if steps > previous_steps else None
-            position.at_lambda_update = loss, steps
-            progress = float(self.lr_sums[trainer.global_step] / self.lr_sums[-1])
-            trainer.decay.weight = controller.update(progress, mean_loss)
-
-    def on_epoch_end(self, trainer: Trainer) -> dict[str, Any]:
-        return trainer.lambda_controller.metrics()
 
 
 class PruneGradually(Callback):

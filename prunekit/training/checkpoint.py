@@ -34,7 +34,6 @@ class TrainingPosition:
         epoch: finished epochs.
         step: finished steps of the next epoch.
         sums: loss, penalty and number of its steps that were finite, float64 (3,).
-        at_lambda_update: sum of losses and number of steps at the last update of λ.
         seconds: duration of these steps.
         best: best validation score so far, larger is better, and the number of its checkpoint.
         rng_states: of the random generators after the last step; empty between epochs, since each epoch seeds them.
@@ -43,7 +42,6 @@ class TrainingPosition:
     epoch: int = 0
     step: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    at_lambda_update: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0
     best: tuple[float, int] | None = None
     rng_states: dict[str, Tensor] = field(default_factory=dict)
@@ -107,7 +105,6 @@ def save_checkpoint(trainer: Trainer) -> None:
         "steps": trainer.steps_per_epoch,
         "batches": job.config.accumulate * distributed.world_size(),
         "sums": position.sums.tolist(),
-        "at_lambda_update": position.at_lambda_update,
         "seconds": position.seconds,
         "best": position.best,
         "ema_steps": 0 if ema is None else ema.steps,
@@ -117,8 +114,6 @@ def save_checkpoint(trainer: Trainer) -> None:
             {k: v for k, v in group.items() if isinstance(v, (bool, int, float))} for group in optimizer["param_groups"]
         ],
     }
-    if trainer.lambda_controller is not None:
-        state["lambda_controller"] = trainer.lambda_controller.state_dict()
     if trainer.gradual_pruning is not None:
         state["gradual_pruning"] = trainer.gradual_pruning.state_dict()
     config = job.config.checkpoint
@@ -164,8 +159,6 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
         reason = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{_name(job)} does not fit the model ({reason}); {_restart(job)}") from error
     trainer.gates.load(parts["gates"])
-    if trainer.lambda_controller is not None and state.get("lambda_controller") is not None:
-        trainer.decay.weight = trainer.lambda_controller.load_state_dict(state["lambda_controller"])
     if trainer.gradual_pruning is not None and state.get("gradual_pruning") is not None:
         trainer.gradual_pruning.load_state_dict(state["gradual_pruning"])
         if trainer.gradual_pruning.round:
@@ -175,7 +168,6 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
         position.best = (float(state["best"][0]), int(state["best"][1]))
     if state.get("step"):
         position.step, position.seconds = int(state["step"]), state["seconds"]
-        position.at_lambda_update = tuple(state["at_lambda_update"])
         position.sums, position.rng_states = torch.tensor(state["sums"], dtype=torch.float64), parts["random"]
     return position
 

@@ -63,7 +63,6 @@ class Trainer:
         checkpoint = job.run.load_checkpoint(job.stage)
         self.job = job = split_micro_batches(job, checkpoint)
         self.model, self.groups, self.decay = model, list(groups), decay
-        self.lambda_controller = job.lambda_controller
         self.gates = GateHistory(model, groups, job.threshold)
         config = job.config
         self.optimizer = bind_options(registry.optimizers, config.optimizer)(
@@ -96,8 +95,6 @@ class Trainer:
         self.callbacks: list[callbacks.Callback] = [callbacks.LearningRate(schedule)]
         if self.gradual_pruning is not None:
             self.callbacks.append(callbacks.PruneGradually())
-        if self.lambda_controller is not None:
-            self.callbacks.append(callbacks.LambdaControl(schedule, self.total_steps))
         self.callbacks += [callbacks.MetricsLogger(), callbacks.Checkpointing(), callbacks.Progress()]
         self.stopped_at: str | None = None
         self.data = to_device(job.train_data, job.device)

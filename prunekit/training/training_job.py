@@ -12,7 +12,6 @@ import torch
 from prunekit.config.schema import Training
 from prunekit.data.datasets import Tensors
 from prunekit.pruning.sparsity.gradual import GradualPruning
-from prunekit.pruning.sparsity.lambda_controller import LambdaController
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
 from prunekit.training.distillation import TrainingLoss
@@ -42,7 +41,6 @@ class TrainingJob:
         reporter: receives progress and messages.
         device: of the model.
         threshold: effective gate at or below which a channel counts as dead.
-        lambda_controller: adapts λ to a budget; None keeps λ constant.
         gradual_pruning: given the number of steps, returns what shrinks channels to zero; None shrinks none.
         tracker: logs metrics elsewhere, see :mod:`prunekit.training.trackers`.
     """
@@ -58,6 +56,5 @@ class TrainingJob:
     reporter: Reporter
     device: torch.device
     threshold: float = 0.0
-    lambda_controller: LambdaController | None = None
     gradual_pruning: Callable[[int], GradualPruning] | None = None
     tracker: Tracker = no_tracker

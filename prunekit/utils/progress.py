@@ -63,20 +63,12 @@ def _format_penalty(number: float) -> str:
     return format_count(number) if abs(number) >= 1000 else f"{number:.2g}"
 
 
-def _format_sizes(line: dict[str, Any]) -> list[str]:
-    budget = line.get("budget", {})
-    return [
-        f"{name} {format_count(size)}" + (f"/{format_count(budget[name])}" if name in budget else "")
-        for name, size in line.get("size", {}).items()
-    ]
-
-
 def format_epoch(line: dict[str, Any], epochs: int | None = None) -> str:
     """Return a line of ``metrics.jsonl`` as text, at most 80 columns wide with two metrics."""
     total = f"/{epochs}" if epochs else ""
     parts = [f"{line['stage']} {line['epoch']:{len(str(epochs or 100))}}{total}", f"loss {line['loss']:.3f}"]
     parts += [f"pen {_format_penalty(line['penalty']):>5}"] if line["penalty"] else []
-    parts += _format_sizes(line) or [f"alive {line['alive']:{len(str(line['of']))}}/{line['of']}"]
+    parts += [f"alive {line['alive']:{len(str(line['of']))}}/{line['of']}"]
     parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items()]
     seconds = line["seconds"]
     parts.append(f"{seconds:.{int(seconds < 9.95)}f} s" if seconds < 99.5 else format_duration(seconds))
@@ -107,7 +99,6 @@ class TrainingStatus:
                 parts.append(f"{'lambda' if ascii_only else 'λ'} {line['lambda']:.3g}")
         if "alive" in line:
             parts.append(f"alive {line['alive']}/{line['of']}")
-        parts += _format_sizes(line)
         for name, values in self.histories.items():
             parts.append(f"{name} {values[-1]:.3f} {sparkline(values, ascii_only=ascii_only)}")
         if self.run_seconds_left is not None:

@@ -104,11 +104,11 @@ def test_training_in_progress(tmp_path, monkeypatch):
 def test_trainings_within_the_slim_stage(tmp_path):
     with started(tmp_path / "run", "train", "slim", epochs=4) as run:
         assert [status.seconds_left for status in read_snapshot(run.path).trainings()] == [None]
-        run.append_metrics(line("step1", 1, size={"params": 1_200}, budget={"params": 1_000}))
+        run.append_metrics(line("step1", 1))
         first, second = read_snapshot(run.path).trainings()
         assert first.seconds_left is None and second.seconds_left > 0 and second.run_seconds_left > second.seconds_left
         text = shown(run.path)
-        assert "train epoch 4/4  loss 0.500" in text and "step1 epoch 2/2 ━" in text and "params 1.2k/1k" in text
+        assert "train epoch 4/4  loss 0.500" in text and "step1 epoch 2/2 ━" in text
         run.begin("finetune")
         assert [status.stage for status in read_snapshot(run.path).trainings()] == ["train", "step1", "finetune"]
         assert [status.seconds_left for status in read_snapshot(run.path).trainings()] == [None] * 3
@@ -174,10 +174,11 @@ def test_half_written_and_damaged_lines(tmp_path):
             line("nowhere", 3),
             {**line("train", 1), "epoch": "x"},
             line("train", 3, metrics=[1]),
+            line("train", 3, metrics={"mae": "x"}),
             [],
             7,
         ]
-        bad += [line("train", 3, size={"params": "x"}), line(["train"], 3), line("train", 3, seconds="long")]
+        bad += [line(["train"], 3), line("train", 3, seconds="long")]
         text = b"".join(json.dumps(one).encode() + b"\n" for one in bad) + b"\xff\n{\n"
         (run.path / "metrics.jsonl").write_bytes(text + written)
         assert len(read_snapshot(run.path).lines) == 2 and f"{len(bad) + 2} damaged lines skipped" in shown(

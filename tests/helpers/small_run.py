@@ -10,15 +10,20 @@ from prunekit.pipeline.models import save_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.slim import slim
+from prunekit.reporting import report
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.environment import environment
+
+# Shipped recipes prune gradually, to a target.
+BY_THRESHOLD = ["train.gradual_pruning.start=null", "target.params_ratio=null"]
 
 OPTIONS = {"depth": 8, "width": 4, "classes": 10}
 
 
 def skip_export(monkeypatch):
-    """Replace the export by something quick, and skip its rehearsal."""
+    """Replace the export by something quick, and skip the rehearsal and the figures."""
     skip_rehearsal(monkeypatch)
+    skip_figures(monkeypatch)
     monkeypatch.setattr("prunekit.pipeline.export.deploy", lambda model, *_, **__: (model, NoRecord))
     monkeypatch.setattr("prunekit.pipeline.export.export_onnx", lambda *_: b"a file")
     monkeypatch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
@@ -27,6 +32,12 @@ def skip_export(monkeypatch):
 def skip_rehearsal(monkeypatch):
     for module in ("preflight", "runner"):
         monkeypatch.setattr(f"prunekit.pipeline.{module}.rehearse", lambda *_, **__: None)
+
+
+def skip_figures(monkeypatch):
+    """Reports without figures and with an empty page."""
+    monkeypatch.setitem(report.__globals__, "report_figures", lambda *_: iter(()))
+    monkeypatch.setitem(report.__globals__, "render_page", lambda *_: "")
 
 
 class NoRecord:

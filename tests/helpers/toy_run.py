@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from helpers.small_run import NoRecord, skip_rehearsal
+from helpers.small_run import BY_THRESHOLD, NoRecord, skip_figures, skip_rehearsal
 from prunekit.config.recipe import load
 from prunekit.config.schema import Recipe
-from prunekit.reporting import load_run, report
+from prunekit.reporting import load_run
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.io import TEMP_PREFIX
 
@@ -38,6 +38,7 @@ def toy_recipe(photos: Path, *overrides: str) -> Recipe:
     return load(
         "digits_resnet",
         [
+            *BY_THRESHOLD,
             "backbone.options={depth: 8, width: 4, classes: 2}",
             f"data={{name: image_folder, root: {photos}, val_holdout: 0.25, size: 8, cache: none}}",
             *("train.epochs=2", "train.batch_size=6", "train.gate_lr=0.1", "decay.weight=20", "slim.threshold=0.5"),
@@ -58,8 +59,7 @@ def shorten(patch) -> None:
     patch.setattr("prunekit.pipeline.export.deploy", lambda model, *_, **__: (model, NoRecord))
     patch.setattr("prunekit.pipeline.export.export_onnx", weights)
     patch.setattr("prunekit.pipeline.export.check_onnx", lambda *_: 0.0)
-    patch.setitem(report.__globals__, "report_figures", lambda *_: iter(()))
-    patch.setitem(report.__globals__, "render_page", lambda *_: "")
+    skip_figures(patch)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.fake_run import without_checksum, write_run
-from helpers.small_run import skip_export
+from helpers.small_run import BY_THRESHOLD, skip_export
 from PIL import Image
 from rich.console import Console
 
@@ -26,6 +26,7 @@ from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.reporting import load_run, report, summary_table
 
 QUICK = [
+    *BY_THRESHOLD,
     "backbone.options={depth: 8, width: 4}",
     "train.epochs=2",
     "train.batch_size=48",

@@ -1,6 +1,7 @@
 import io
 
 import pytest
+from helpers.small_run import BY_THRESHOLD
 from PIL import Image
 from rich.console import Console
 
@@ -65,7 +66,7 @@ def check(tmp_path):
         data = ["data.size=16", "data.options={train: 4, val: 2}", "train.batch_size=2", "finetune.batch_size=2"]
         if any("name: folder" in text for text in overrides):
             data = data[2:]
-        recipe = load("csnet", [backbone, *data, *overrides])
+        recipe = load("csnet", [*BY_THRESHOLD, backbone, *data, *overrides])
         out = io.StringIO()
         check_recipe(RunContext(recipe, Reporter(Console(file=out, width=200))), load_data=True)
         return out.getvalue()
@@ -85,7 +86,7 @@ def test_sizes_that_work_are_proposed(check, skip, size, advice):
 
 def test_a_batch_larger_than_the_set_is_reported(check):
     assert "batch_size" not in check() and "batch_size" not in check("finetune.batch_size=4")
-    said = check("finetune.batch_size=5")
+    said = check("finetune.batch_size=5", "finetune.epochs=1")
     assert "finetune.batch_size=5 is larger than the 4 training images: an epoch is one step" in said
     assert "batch_size" not in check("finetune.batch_size=5", "finetune.epochs=0")
 

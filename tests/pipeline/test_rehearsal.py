@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.small_run import skip_figures
 from helpers.toy_run import quiet
 from torch import nn
 
@@ -100,6 +101,7 @@ def test_evaluation_that_fails_is_named_before_the_run(tmp_path, monkeypatch):
 
 def test_resumed_run_is_not_rehearsed(tmp_path, monkeypatch):
     called = []
+    skip_figures(monkeypatch)
     monkeypatch.setattr("prunekit.pipeline.preflight.rehearse", lambda *_: called.append(1))
     for flags in ({}, {"resume": True}, {"overwrite": True}):
         run_recipe(load("digits_resnet", PLAIN), tmp_path / "run", quiet(), **flags)

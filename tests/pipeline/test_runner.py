@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.small_run import skip_export
+from helpers.small_run import BY_THRESHOLD, skip_export
 from PIL import Image
 from rich.console import Console
 
@@ -21,6 +21,7 @@ from prunekit.runs.stage_order import STAGES
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 QUICK = [
+    *BY_THRESHOLD,
     "backbone.options.width=10",
     "data.size=32",
     "data.options={train: 24, val: 9}",
@@ -230,15 +231,13 @@ def test_report_needs_only_the_folder(whole):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the photographs for tests are not beside this checkout")
-def test_real_photographs(tmp_path):
+def test_real_photographs(tmp_path, without_export):
     """Real pairs: some masks are RGB, 1-bit or graded, and sizes vary."""
     out = tmp_path / "real"
     overrides = [o for o in QUICK if not o.startswith("data.")]
     folders = [f"data.root={REAL}/DUTS-TR-mini", f"data.val_root={REAL}/DUTS-TR-mini"]
     run_recipe(
-        load(
-            "csnet", [*overrides, "data.name=folder", "data.size=32", *folders, "train.epochs=1", "export.onnx=false"]
-        ),
+        load("csnet", [*overrides, "data.name=folder", "data.size=32", *folders, "train.epochs=1"]),
         out,
         quiet(),
     )

@@ -40,6 +40,7 @@ def test_a_model_with_side_outputs(tmp_path):
         "train={epochs: 1, batch_size: 3, output_weights: [1, 0.5]}",
         "finetune={epochs: 1, batch_size: 3, distill: {weight: 0.5}}",
         "slim.importance=taylor",
+        "train.gradual_pruning.start=null",
         "target.params_ratio=0.7",
         "export={onnx: true, preprocess: true}",
     ]

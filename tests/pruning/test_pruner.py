@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import numpy as np
@@ -97,6 +98,38 @@ def test_steps_continue_from_the_trained_model(model):
     _, second = pruner.step()
     assert second.before == first.after
     assert second.after.macs == pytest.approx(0.5 * first.before.macs, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": {"macs_ratio": 0.5}, "importance": "gate"},
+        {"pruning_ratio": 0.4},
+        {"pruning_ratio": 0.4, "global_pruning": False, "importance": "taylor", "loss": loss},
+    ],
+)
+def test_gradual_pruning_leaves_nothing_to_lose(model, options):
+    trained = copy.deepcopy(model).train()
+    pruner = prunekit.Pruner(trained, IMAGES, **{"importance": "magnitude", **options})
+    gradual = pruner.gradual(8, start=0.25, end=0.75, rounds=2)
+    optimizer = torch.optim.Adam(trained.parameters(), 1e-2)
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss(trained)[0].backward()
+        optimizer.step()
+        gradual.step()
+    slim, report = pruner.step()
+    with torch.no_grad():
+        dense, slimmed = trained.eval()(IMAGES), slim.eval()(IMAGES)
+    assert torch.allclose(dense, slimmed, atol=1e-5 * float(dense.abs().max()))
+    assert report.after.params < report.before.params
+    if "target" in options:
+        assert 0.49 <= report.after.macs / report.before.macs <= 0.5
+
+
+def test_gradual_pruning_needs_one_step(model):
+    with pytest.raises(PrunekitError, match=r"gradual\(\) needs a Pruner with steps=1, not 3"):
+        prunekit.Pruner(model, IMAGES, pruning_ratio=0.5, steps=3).gradual(10)
 
 
 def test_a_trained_copy_replaces_the_model(model):

@@ -30,7 +30,7 @@ def files(*stems, kinds=KINDS):
 
 
 COMMON = files("summary", "seconds", "notes")
-ABOUT_A_RUN = [*files("counters", "layers"), "epochs.csv", *files("dot", kinds=("png", "svg", "pdf"))]
+ABOUT_A_RUN = [*files("counters", "layers"), "epochs.csv", *files("dot", kinds=("png", "svg"))]
 
 
 @pytest.fixture
@@ -60,9 +60,8 @@ def test_report_of_one_run_is_written_to_its_folder(make_run, console):
         "epochs.csv",
         "index.html",
         "channels.svg",
-        "channels.pdf",
     }
-    assert {p.suffix for p in written} == {".csv", ".json", ".md", ".tex", ".png", ".svg", ".pdf", ".html"}
+    assert {p.suffix for p in written} == {".csv", ".json", ".md", ".tex", ".png", ".svg", ".html"}
     assert set((path / "report").iterdir()) == set(written)
     text = console.file.getvalue()
     table, _, listed = text.partition("written to")
@@ -317,7 +316,7 @@ def test_failed_figures_are_reported_and_others_written(make_run, console, monke
     monkeypatch.setattr("prunekit.reporting.figures.tradeoff_figures", lambda runs: iter(()))
     monkeypatch.setattr("prunekit.reporting.figures.RUN_FIGURES", (first_figures, last_figures))
     names = {p.name for p in report([make_run(units=UNITS)], None, console)}
-    drawn = {f"{name}.{kind}" for name in ("one", "three", "four") for kind in ("png", "svg", "pdf")}
+    drawn = {f"{name}.{kind}" for name in ("one", "three", "four") for kind in ("png", "svg")}
     assert {*drawn, "index.html", "layers.csv"} <= names
     assert not {"two.png", "two.svg"} & names
     text = console.file.getvalue()

@@ -12,10 +12,12 @@ import signal
 import numpy as np
 import pytest
 from helpers.killing import Launcher
+from helpers.small_run import BY_THRESHOLD
 
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 TOY = [
     "digits_resnet",
+    *BY_THRESHOLD,
     "backbone.options={depth: 8, width: 4}",
     "data.size=16",
     "train.epochs=2",

@@ -40,7 +40,6 @@ RUNS = (
     "exports/csnet.pth.tar",
     "report/channels.png",
     "report/channels.svg",
-    "report/channels.pdf",
     "report/index.html",
     "run.log",
     "tensorboard/train/events.out.tfevents.1.host",

@@ -16,23 +16,22 @@ from prunekit.training.gate_history import GateHistory
 CPU = torch.device("cpu")
 
 
-class Controller:
-    """Stands in for the λ controller."""
+class Gradual:
+    """Stands in for the gradual pruning."""
 
     def __init__(self, state):
-        self.held = state
+        self.held, self.round = state, 0
 
     def state_dict(self):
         return self.held
 
     def load_state_dict(self, state):
-        self.held = state
-        return 0.125
+        self.held, self.round = state, 1
 
 
-def make_trainer(run, optimizer=torch.optim.SGD, position=None, controller=None):
+def make_trainer(run, optimizer=torch.optim.SGD, position=None, gradual=None):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    position = position or TrainingPosition()
+    position, ended = position or TrainingPosition(), []
     return SimpleNamespace(
         job=SimpleNamespace(stage="train", config=Training(epochs=3), run=run),
         model=model,
@@ -40,8 +39,9 @@ def make_trainer(run, optimizer=torch.optim.SGD, position=None, controller=None)
         gates=GateHistory(model, [], 0.0),
         decay=NoDecay(model, []),
         ema=None,
-        lambda_controller=controller,
-        gradual_pruning=None,
+        ended=ended,
+        gradual_pruning=gradual,
+        end_decay=lambda: ended.append(run),
         position=position,
         steps_per_epoch=100,
         global_step=100 * position.epoch + position.step,
@@ -62,30 +62,29 @@ numbers = st.floats(allow_nan=False, allow_infinity=False)
     epoch=st.integers(0, 9),
     step=st.integers(1, 99),
     sums=st.tuples(numbers, numbers, numbers),
-    at_lambda_update=st.tuples(numbers, numbers),
     seconds=numbers,
     best=st.none() | st.tuples(numbers, st.integers(0, 9)),
     drawn=st.integers(0, 5),
 )
-def test_checkpoint_within_an_epoch_restores_everything(run, epoch, step, sums, at_lambda_update, seconds, best, drawn):
+def test_checkpoint_within_an_epoch_restores_everything(run, epoch, step, sums, seconds, best, drawn):
     generator = torch.Generator().manual_seed(1)
     torch.rand(drawn, generator=generator)
     torch.rand(drawn)
-    position = TrainingPosition(epoch, step, torch.tensor(sums, dtype=torch.float64), at_lambda_update, seconds, best)
-    saved = make_trainer(run, position=position, controller=Controller({"value": seconds}))
+    position = TrainingPosition(epoch, step, torch.tensor(sums, dtype=torch.float64), seconds, best)
+    saved = make_trainer(run, position=position, gradual=Gradual({"value": seconds}))
     position.save_rng(generator, CPU)
     save_checkpoint(saved)
     expected = torch.rand(3, generator=generator), torch.rand(3)
 
-    trainer = make_trainer(run, controller=Controller({}))
+    trainer = make_trainer(run, gradual=Gradual({}))
     checkpoint = run.load_checkpoint("train")
     for path in (run.path / "checkpoints").iterdir():
         path.unlink(missing_ok=True)
     restored = restore_checkpoint(trainer, checkpoint)
     assert (restored.epoch, restored.step, restored.seconds, restored.best) == (epoch, step, seconds, best)
-    assert restored.at_lambda_update == at_lambda_update and torch.equal(restored.sums, position.sums)
+    assert torch.equal(restored.sums, position.sums)
     assert all(map(torch.equal, trainer.model.state_dict().values(), saved.model.state_dict().values()))
-    assert trainer.lambda_controller.held == {"value": seconds} and trainer.decay.weight == 0.125
+    assert trainer.gradual_pruning.held == {"value": seconds} and trainer.ended and not saved.ended
     other = torch.Generator()
     torch.rand(7)
     restored.restore_rng(other, CPU)

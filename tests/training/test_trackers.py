@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+from helpers.small_run import BY_THRESHOLD
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
@@ -13,6 +14,7 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.training.trackers import FOLDER, check_tracker, flatten, scalars, track
 
 QUICK = [
+    *BY_THRESHOLD,
     "backbone.options={depth: 8, width: 4}",
     "train.epochs=3",
     "train.batch_size=128",
@@ -59,13 +61,11 @@ def series(folder, tag):
 
 
 def test_row_becomes_scalars():
-    given = line("step1", 2, size={"params": 5}, budget={"params": 4}, **{"lambda": 0.5})
+    given = line("step1", 2, **{"lambda": 0.5})
     assert scalars(given) == {
         "step1/loss": 1.0,
         "step1/alive": 7.0,
         "step1/metrics/mae": 0.5,
-        "step1/size/params": 5.0,
-        "step1/budget/params": 4.0,
         "step1/lambda": 0.5,
     }
 

@@ -35,6 +35,7 @@ cli.main()
 """
 TOY = [
     "digits_resnet",
+    "train.gradual_pruning.start=null",
     "backbone.options={depth: 8, width: 4}",
     "train.epochs=2",
     "train.batch_size=100",

@@ -31,7 +31,6 @@ LINE = {
     "metrics": {"mae": 0.48531, "max_f": 0.37411},
     "seconds": 27.4,
 }
-BUDGET = {"size": {"params": 145_020}, "budget": {"params": 100_000}}
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 
@@ -116,10 +115,8 @@ def test_one_line_per_epoch_without_a_terminal(plain, tmp_path):
     assert (tmp_path / "run.log").read_text().endswith(f"  {text}")
 
 
-def test_format_epoch_with_budget_and_without_decay():
-    assert format_epoch({**LINE, **BUDGET}, 300) == (
-        "train 299/300 loss 0.734 pen 2.24k params 145k/100k mae 0.485 max_f 0.374 27 s"
-    )
+def test_format_epoch_with_and_without_decay():
+    assert format_epoch(LINE, 300) == "train 299/300 loss 0.734 pen 2.24k alive 1235/1235 mae 0.485 max_f 0.374 27 s"
     line = {**LINE, "stage": "finetune", "epoch": 2, "penalty": 0.0, "seconds": 0.42}
     assert format_epoch(line, 12) == "finetune  2/12 loss 0.734 alive 1235/1235 mae 0.485 max_f 0.374 0.4 s"
     assert format_epoch({**line, "seconds": 754}).endswith(" 12:34")
@@ -153,25 +150,20 @@ def test_stage_reports_duration_and_logs_errors(plain, tmp_path, now):
 def test_display_fits_the_terminal(width, encoding):
     console, screen = terminal(width, encoding)
     histories = {"mae": [1, 2]}
-    for share, left, run_left, extra in itertools.product((0.0, 0.999, 1.0), (None, 9e6), (None, 3.0), ({}, BUDGET)):
-        console.print(
-            TrainingStatus(
-                "finetune", 299, 300, share, left, run_left, [3.0, 2.0, 1.0] * 9, {**LINE, **extra}, histories
-            )
-        )
+    for share, left, run_left in itertools.product((0.0, 0.999, 1.0), (None, 9e6), (None, 3.0)):
+        console.print(TrainingStatus("finetune", 299, 300, share, left, run_left, [3.0, 2.0, 1.0] * 9, LINE, histories))
     console.print(TrainingStatus("train", 1, 9))
     assert max(map(len, screen.lines())) <= width
     assert encoding == "utf-8" or screen.text().isascii()
 
 
 def test_display_in_80_and_40_columns():
-    status = TrainingStatus("train", 4, 9, 0.5, 42, 131, [8.0, 4.0, 1.0], {**LINE, **BUDGET})
+    status = TrainingStatus("train", 4, 9, 0.5, 42, 131, [8.0, 4.0, 1.0], LINE)
     console, screen = terminal(80)
     console.print(status)
     assert [line.rstrip() for line in screen.lines()] == [
         "train epoch 4/9 ━━━━━━━━━━━━━━━━━━━━──────────────────── 0:42 left",
-        "loss 0.734 █▄▁  penalty 2.24k  λ 12.5  alive 1235/1235  params 145k/100k",
-        "run ~2:11 left",
+        "loss 0.734 █▄▁  penalty 2.24k  λ 12.5  alive 1235/1235  run ~2:11 left",
         "",
     ]
     console, screen = terminal(40, "ascii")
@@ -180,7 +172,7 @@ def test_display_in_80_and_40_columns():
         "train epoch 4/9 #######....... 0:42 left",
         "loss 0.734 #~_  penalty 2.24k",
         "lambda 12.5  alive 1235/1235",
-        "params 145k/100k  run ~2:11 left",
+        "run ~2:11 left",
         "",
     ]
 

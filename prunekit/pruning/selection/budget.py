@@ -25,7 +25,7 @@ from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.selection.layer_matching import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
-from prunekit.pruning.surgery.equivalence import EquivalenceReport
+from prunekit.pruning.surgery.equivalence import EquivalenceReport, check_sizes
 from prunekit.pruning.surgery.slim import slim
 from prunekit.utils.compiled import unwrap
 
@@ -138,15 +138,20 @@ class BudgetSearch:
         return selection
 
     def slim(
-        self, budget: Budget, example: Tensor, exact: bool = False
+        self, budget: Budget, example: Tensor, exact: bool = False, sizes: Sequence[tuple[int, ...]] | None = None
     ) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         """Build a slim model that meets the budget within 2%, and is at or below it where possible.
+
+        Args:
+            budget: the size of the slim model.
+            example, exact, sizes: as for ``prunekit.slim``.
 
         Returns:
             the model, its equivalence check (see ``prunekit.slim``), and the notes that the user should see.
         """
         goal, seen = budget.goal, set()
         best: tuple[tuple[bool, bool, float], int, nn.Module, EquivalenceReport, list[str]] | None = None
+        sizes = check_sizes(self.model, example) if sizes is None else sizes
         for _ in range(MAX_ATTEMPTS):
             goal = min(max(goal, budget.size(self.smallest)), budget.size(self.size_model.dense))
             selection = self._search(Budget(budget.measure, goal))
@@ -157,7 +162,7 @@ class BudgetSearch:
                 continue
             seen.add(dead)
             plan = plan_from_selection(self.model, self.groups, selection)
-            model, equivalence = slim(self.model, plan, example, groups=self.groups, exact=exact)
+            model, equivalence = slim(self.model, plan, example, groups=self.groups, exact=exact, sizes=sizes)
             size = total(count_modules(model, self.shape)[0])[budget.measure]
             deviation = budget.deviation(size)
             # Within the tolerance first, then below rather than above.

@@ -1,1 +1,1 @@
-"""Sparse training: decays and penalties, the controller of λ, pruning while training."""
+"""Sparse training: decays and penalties, gradual pruning."""

@@ -87,16 +87,22 @@ def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str
     return copied
 
 
-def check_inputs(model: nn.Module, example: Tensor, limit: int = 8) -> list[Tensor]:
-    """Return batches in float64 on the CPU: the data, and two of its images at each of ``varied_sizes``."""
+def check_sizes(model: nn.Module, example: Tensor) -> Sequence[tuple[int, ...]]:
+    """Return ``varied_sizes`` of a model, none where images of this dimension cannot be resized."""
+    with torch.compiler.set_stance("force_eager"):  # compiled parts would hide their sizes
+        return varied_sizes(model, example) if example.dim() in INTERPOLATION else ()
+
+
+def check_inputs(
+    model: nn.Module, example: Tensor, sizes: Sequence[tuple[int, ...]] | None = None, limit: int = 8
+) -> list[Tensor]:
+    """Return batches in float64 on the CPU: the data, and two of its images at each size (``check_sizes``)."""
     data = example.detach()[:limit].double().cpu()
     if len(data) == 1:
         # A second, different input.
         data = torch.cat([data, 0.5 * data.flip(-1)])
     batches = [data]
-    with torch.compiler.set_stance("force_eager"):  # compiled parts would hide their sizes
-        sizes = varied_sizes(model, data) if data.dim() in INTERPOLATION else ()
-    for size in sizes:
+    for size in check_sizes(model, data) if sizes is None else sizes:
         batch = F.interpolate(data[:2], size=size, mode=INTERPOLATION[data.dim()])
         try:
             outputs_of(model, batch)

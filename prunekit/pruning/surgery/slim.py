@@ -43,6 +43,7 @@ def slim(
     groups: Sequence[Group] | None = None,
     exact: bool = False,
     noise: int = 16,
+    sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> tuple[nn.Module, EquivalenceReport]:
     """Rebuild a model with only the channels that a plan keeps, and check the result.
 
@@ -58,6 +59,7 @@ def slim(
         exact: compare with the dense model with its dead gates at zero, and keep channels until both are equal: those
             that do not emit a constant (largest first), and a carrier of the constants where a reader pads with zeros.
         noise: number of noise images in the check besides the data, at least 2.
+        sizes: of images, besides that of the example, at which both models are compared, if already known.
 
     Returns:
         The slim model, in the dense model's precision, device, memory format and mode, and the report of the
@@ -72,7 +74,7 @@ def slim(
     groups = find_groups(model, example) if groups is None else groups
     plan.check(list(groups))
     reference = copy_as(model, torch.float64)
-    inputs = check_inputs(reference, example)
+    inputs = check_inputs(reference, example, sizes)
     batches = _noise(reference, inputs, noise)
     dead = dead_channels(groups, plan)
     if exact:

@@ -1,4 +1,4 @@
-"""Figures of training: losses, λ, metrics and budget by epoch, and the history of the gates."""
+"""Figures of training: losses, λ and metrics by epoch, and the history of the gates."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def training_figures(run: Run) -> Iterator[ReportFigure]:
 
 
 def training_figure(run: Run) -> Figure:
-    """Plot what changes of loss, penalty, λ, metrics and, with a budget, size, over the epochs of each training."""
+    """Plot what changes of loss, penalty, λ and metrics over the epochs of each training."""
     table = run.metrics
     stages = list(dict.fromkeys(table["stage"]))
     rows, _ = _training_rows(table)
@@ -102,16 +102,13 @@ def _training_rows(table: pd.DataFrame) -> tuple[dict[str, dict[str, str]], list
         "penalty (with λ)": {"penalty": "penalty"},
         "λ (weight)": {"lambda": "λ"},
         next(iter(metrics.values())) if len(metrics) == 1 else "metrics (validation)": metrics,
-        "parameters": {"size.params": "if pruned now", "budget.params": "budget"},
-        "MACs": {"size.macs": "if pruned now", "budget.macs": "budget"},
     }
     changing, constant = {}, []
     for title, columns in rows.items():
         known = {c: escape_text(shorten(n, 32)) for c, n in columns.items() if _numbers(table, c).notna().any()}
         values = {c: _numbers(table, c).groupby(table["stage"]).agg(["min", "max", "count"]) for c in known}
-        # The size is compared with its budget; a single epoch is worth a point.
-        is_compared = any(c.startswith("budget") for c in known)
-        if is_compared or any((v["min"] < v["max"]).any() or v["count"].max() < 2 for v in values.values()):
+        # A single epoch is worth a point.
+        if any((v["min"] < v["max"]).any() or v["count"].max() < 2 for v in values.values()):
             changing[title] = known
             continue
         for column, own in values.items():
@@ -135,9 +132,6 @@ def _style_value_axis(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
-    elif title in ("parameters", "MACs") and len(positive):
-        style.format_counts(axes.yaxis)
-        axes.set_ylim(0, 1.08 * values.max())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=3 if title.startswith("λ") else 5))
         axes.margins(y=0.08)
@@ -153,11 +147,11 @@ def _plot_epochs(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str], ti
             values = values.where(values > 0)
         if not values.notna().any():
             continue
-        empty, is_budget = False, column.startswith("budget")
+        empty = False
         axes.plot(
-            epochs, values, color="black" if is_budget else COLOURS[index % len(COLOURS)],
+            epochs, values, color=COLOURS[index % len(COLOURS)],
             linestyle=DASHES[index % len(DASHES)], linewidth=1.3, markersize=3, label=label,
-            marker=None if is_budget or len(epochs) > 30 else style.MARKERS[index % len(style.MARKERS)],
+            marker=None if len(epochs) > 30 else style.MARKERS[index % len(style.MARKERS)],
         )  # fmt: skip
     style_axes(axes)
     _style_epoch_axis(axes, nbins=6)

@@ -57,18 +57,6 @@ def test_training_lines_match_data(run):
     assert {axes.get_xlabel() for axes in panels[-1]} == {"epoch"}
 
 
-def test_size_and_budget_lines(run):
-    steered = run.metrics["stage"] == "train"
-    table = run.metrics.assign(
-        **{"size.params": np.where(steered, 9e5, np.nan), "budget.params": np.where(steered, 5e5, np.nan)}
-    )
-    figure = training_figure(replace(run, metrics=table))
-    axes = figure.axes[-2]
-    assert axes.get_ylabel() == "parameters"
-    assert set(lines(axes)["budget"]) == {5e5} and set(lines(axes)["if pruned now"]) == {9e5}
-    assert_readable(figure)
-
-
 def test_constant_rows_are_in_the_caption(run):
     drawing = next(training_figures(run))
     assert "λ 30" in drawing.caption and "λ (weight)" not in [axes.get_ylabel() for axes in drawing.figure.axes]
