@@ -66,7 +66,7 @@ def regularized_pruner(way: str, model: nn.Module, example: torch.Tensor, ratio:
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     kinds = {
         "bn_scale": (tp.pruner.BNScalePruner, tp.importance.BNScaleImportance, 1e-5),
-        "group_norm": (tp.pruner.GroupNormPruner, tp.importance.GroupNormImportance, 1e-4),
+        "group_norm": (tp.pruner.GroupNormPruner, tp.importance.GroupMagnitudeImportance, 1e-4),
     }
     kind, importance, reg = kinds[way]
     options = {"global_pruning": True, "pruning_ratio": ratio, "ignored_layers": last, "reg": reg}
