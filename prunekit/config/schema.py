@@ -163,7 +163,7 @@ class GradualPruning(Section):
 
     start: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the steps after which channels are chosen and the decay ends; null: choose only after training."""
-    end: Annotated[float, Field(gt=0, le=1)] = 0.75
+    end: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the steps after which the chosen channels are zero."""
     power: Positive = 2.0
     """Power of the course to zero; 1 is linear."""

@@ -174,7 +174,7 @@ class Pruner:
         return slim_model, report
 
     def gradual(
-        self, total_steps: int, *, start: float = 0.0, end: float = 0.75, power: float = 2.0, rounds: int = 1
+        self, total_steps: int, *, start: float = 0.0, end: float = 0.5, power: float = 2.0, rounds: int = 1
     ) -> GradualPruning:
         """Shrink to zero what ``step()`` will prune, while you train ``pruner.model``; then ``step()`` changes nothing.
 

@@ -14,8 +14,8 @@ from prunekit.reporting import report
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.environment import environment
 
-# Shipped recipes prune gradually, to a target.
-BY_THRESHOLD = ["train.gradual_pruning.start=null", "target.params_ratio=null"]
+# Shipped recipes prune gradually, to a target, and need no fine-tuning.
+BY_THRESHOLD = ["train.gradual_pruning.start=null", "target.params_ratio=null", "finetune.epochs=1"]
 
 OPTIONS = {"depth": 8, "width": 4, "classes": 10}
 

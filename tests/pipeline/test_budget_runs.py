@@ -222,7 +222,7 @@ def test_settings_that_need_a_target(change, words):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (["train.gradual_pruning.start=0.8"], r"gradual_pruning\.end: 0\.75 is not above"),
+        (["train.gradual_pruning.start=0.8"], r"gradual_pruning\.end: 0\.5 is not above"),
         (["train.gradual_pruning.start=0.2", "slim.steps=2"], r"slim\.steps: gradual pruning reaches the target"),
     ],
 )

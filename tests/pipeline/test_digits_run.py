@@ -26,8 +26,8 @@ from prunekit.pipeline.runner import finetune_run, run_recipe, slim_run
 from prunekit.reporting import load_run, report, summary_table
 
 QUICK = [
-    *BY_THRESHOLD,
     "backbone.options={depth: 8, width: 4}",
+    *BY_THRESHOLD,
     "train.epochs=2",
     "train.batch_size=48",
     "train.gate_lr=0.1",

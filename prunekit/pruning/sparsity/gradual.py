@@ -55,7 +55,7 @@ class GradualPruning:
         total_steps: int,
         *,
         start: float = 0.0,
-        end: float = 0.75,
+        end: float = 0.5,
         power: float = 2.0,
         rounds: int = 1,
     ):
