@@ -75,15 +75,10 @@ def first_stage(key: yaml.Path, recipes: list[Recipe]) -> str | None:
     if section == "finetune":
         return "slim" if any(recipe.slim.steps > 1 for recipe in recipes) else "finetune"
     if section in ("slim", "target"):
-        return "train" if any(map(_controls_lambda, recipes)) else "extract"
+        return "train" if any(recipe.train.gradual_pruning.start is not None for recipe in recipes) else "extract"
     if section in ("train", "decay", "baseline", "log"):
         return "train"
     return section if section in STAGES else None
-
-
-def _controls_lambda(recipe: Recipe) -> bool:
-    has_target = any(recipe.target.model_dump().values())
-    return has_target and recipe.slim.importance.name == "gate"
 
 
 def _changed_keys(recipes: list[Recipe]) -> list[yaml.Path]:

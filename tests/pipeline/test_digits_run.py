@@ -31,6 +31,7 @@ QUICK = [
     "train.epochs=2",
     "train.batch_size=48",
     "train.gate_lr=0.1",
+    "decay.weight=50",
     "slim.threshold=0.5",
     "finetune.epochs=1",
 ]

@@ -125,7 +125,8 @@ def test_target_that_cannot_be_met_leaves_no_folder(tmp_path):
 
 
 def test_network_without_prunable_groups_passes():
-    rehearse(context_of("export.onnx=false"), nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    context = context_of("export.onnx=false", "target.params_ratio=null")
+    rehearse(context, nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
 def test_no_group_is_blamed_where_the_whole_network_fails():

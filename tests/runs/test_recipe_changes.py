@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.small_run import BY_THRESHOLD
 
 from prunekit.config.recipe import load
 from prunekit.config.schema import Recipe, all_keys, get_section
@@ -13,14 +14,14 @@ from prunekit.runs.stage_order import STAGES
 
 def started(path, done, *overrides):
     """A run folder with these stages done."""
-    run = RunDir.start(path, load("csnet", overrides).dump(), {})
+    run = RunDir.start(path, load("csnet", [*BY_THRESHOLD, *overrides]).dump(), {})
     for stage in done:
         run.end(stage)
     run.close()
 
 
 def resume(path, *overrides, **flags):
-    recipe = load("csnet", overrides).dump()
+    recipe = load("csnet", [*BY_THRESHOLD, *overrides]).dump()
     with RunDir.start(path, recipe, {}, resume=True, **flags) as run:
         assert run.read_text("recipe.yaml") == recipe
 
@@ -86,15 +87,22 @@ def test_a_training_in_progress_keeps_its_keys(tmp_path):
 
 
 def test_first_stage_depends_on_other_keys():
-    plain, stepped, target = (
-        load("csnet", overrides)
-        for overrides in ((), ("slim.steps=3", "target.params_ratio=0.5"), ("target.params_ratio=0.5",))
+    plain, stepped, target, gradual = (
+        load("csnet", [*BY_THRESHOLD, *overrides])
+        for overrides in (
+            (),
+            ("slim.steps=3", "target.params_ratio=0.5"),
+            ("target.params_ratio=0.5",),
+            ("train.gradual_pruning.start=0.25",),
+        )
     )
     assert first_stage(("finetune", "lr"), [plain, plain]) == "finetune"
     assert first_stage(("finetune", "lr"), [plain, stepped]) == "slim"
     assert first_stage(("slim", "min_channels"), [plain, plain]) == "extract"
-    assert first_stage(("slim", "min_channels"), [target, target]) == "train", "λ is adjusted to the target"
-    assert first_stage(("target", "params_ratio"), [plain, target]) == "train"
+    assert first_stage(("target", "params_ratio"), [plain, target]) == "extract"
+    # Channels are chosen during training.
+    assert first_stage(("slim", "min_channels"), [plain, gradual]) == "train"
+    assert first_stage(("target", "params_ratio"), [gradual, gradual]) == "train"
 
 
 def test_every_section_has_a_stage_or_is_what_a_run_starts_from():
