@@ -1,4 +1,4 @@
-"""Pruning without training: the size that is reached, and the drift of the output for three replacements.
+"""Pruning at once and during training: the size that is reached, and the drift of the output.
 
     python benchmarks/one_shot.py                       # the table of benchmarks/README.md; some minutes
     python benchmarks/one_shot.py --networks mobilenet_v2 --size 64
@@ -7,7 +7,7 @@ The networks have random weights, β of a given deviation, and running statistic
 gates is small, and these channels are cut. What their readers see is replaced by its mean over 8 images (what ``slim``
 does), by the mean of what the channels emit with their gates at zero, or by zero. The drift is the largest difference
 from the dense model on other images, relative to its largest logit. With ``exact``, ``slim`` keeps channels instead.
-The target is that of a second pruning of the same network.
+The target is that of a second pruning of the same network, and of a third one, gradually over a few steps of training.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from architectures import MOBILE, TINY
 from surgery import pink, prepare, table
 from torch import Tensor, nn
 
+import prunekit
 from prunekit.flops import count
 from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.budget import BudgetSearch
@@ -51,6 +52,20 @@ def drift_of(
     return found
 
 
+def prune_gradually(model: nn.Module, example: Tensor, target: float, steps: int = 8) -> tuple[float, float]:
+    """Train with gradual pruning; return the share of the multiply-adds that is left, and the relative drift."""
+    model = copy.deepcopy(model).train()
+    pruner = prunekit.Pruner(model, example, target={"macs_ratio": target})
+    gradual, optimizer = pruner.gradual(steps), torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(example).square().mean().backward()
+        optimizer.step()
+        gradual.step()
+    _, report = pruner.step()
+    return report.after.macs / report.before.macs, report.equivalence.drift / report.equivalence.output_size
+
+
 def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     """Prune one network to the target, with and without ``exact``."""
     case = prepare((MOBILE | TINY)[name], args.size, args.share, args.beta, gate=args.gate)
@@ -65,6 +80,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     search = BudgetSearch(case.model, case.groups, example.shape[1:], None)
     small, *_ = search.slim(search.budget(macs_ratio=args.target), example)
     result["target"] = count(small, example).macs / dense
+    result["gradual"], result["gradual_drift"] = prune_gradually(case.model, example, args.target)
     model, dead = copy.deepcopy(case.model).double(), dead_channels(case.groups, case.plan)
     result["drift"] = drift_of(model, case.groups, dead, example.double(), test.double())
     return result
@@ -82,16 +98,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, object]]:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", module="torch_pruning")
     torch.set_num_threads(1)
-    results, rows = (
-        [],
-        [["Network", "Channels", "MACs", "exact: MACs", "given back", "target", "mean", "constant", "zero"]],
-    )
+    header = ["Network", "Channels", "MACs", "exact: MACs", "given back", "target", "gradual", "drift"]
+    results, rows = [], [[*header, "mean", "constant", "zero"]]
     for name in args.networks:
         print(name, file=sys.stderr)
         result = measure(name, args)
         results.append(result)
-        shares = [f"{result[key]:.1%}" for key in ("macs", "macs_exact", "target")]
+        shares = [f"{result[key]:.1%}" for key in ("macs", "macs_exact", "target", "gradual")]
         shares.insert(2, f"{result['given_back']:,}")
+        shares.append(f"{result['gradual_drift']:.1e}")
         rows.append([name, f"{result['channels']:,}", *shares, *(f"{v:.2g}" for v in result["drift"].values())])
     print(table(rows))
     return results

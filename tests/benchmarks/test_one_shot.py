@@ -6,5 +6,6 @@ def test_on_a_tiny_network(capsys):
     out = capsys.readouterr().out
     assert out.count("|\n") == 3 and "tiny-resnet" in out
     assert result["macs"] < result["macs_exact"] < 1 and abs(result["target"] / 0.5 - 1) <= 0.02
+    assert abs(result["gradual"] / 0.5 - 1) <= 0.02 and result["gradual_drift"] < 1e-5
     drift = result["drift"]
     assert 0 < drift["mean"] < 0.5 * drift["zero"] and 0 < drift["constant"] < 0.5 * drift["zero"]
