@@ -19,6 +19,7 @@ from prunekit.config.schema import Training
 from prunekit.data.datasets import load_tensors
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
+from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.runs.run_dir import RunDir
 from prunekit.runs.worker_run_dir import WorkerRunDir
 from prunekit.training.distillation import TrainingLoss
@@ -69,11 +70,17 @@ def data():
     return {split: load_tensors(build(split, size=SIZE, train=IMAGES, val=4), SIZE) for split in ("train", "val")}
 
 
-def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
+def train(run, epochs, accumulate=1, threshold=1e-3, gradual=False, **changes):
     """Return the trained model and the info messages."""
     torch.manual_seed(0)
     model, datasets, reporter = Small(), data(), Silent()
     groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
+
+    def prune(total_steps):
+        # The main process chooses for all.
+        choice = {group.id: {distributed.rank()} for group in groups if group.gates}
+        return GradualPruning(model, groups, lambda *_: choice, total_steps, start=0.3, end=0.7)
+
     section = Training.model_validate({**OPTIONS, "epochs": epochs, "accumulate": accumulate, **changes})
     job = TrainingJob(
         stage="train",
@@ -87,6 +94,7 @@ def train(run, epochs, accumulate=1, threshold=1e-3, **changes):
         reporter=reporter,
         device=torch.device("cpu"),
         threshold=threshold,
+        gradual_pruning=prune if gradual else None,
     )
     Trainer(model, job, groups, DynamicWeightDecay(model, groups, 0.1)).fit()
     return model, reporter.messages
@@ -97,6 +105,7 @@ RUNS = {
     "sgd": {"epochs": 1, "batch_size": IMAGES // 2},
     "adam": {"epochs": 1, "batch_size": IMAGES // 2, "optimizer": "adam"},
     "many": {"epochs": 3, "ema": 0.9},
+    "gradual": {"epochs": 3, "gradual": True},
 }
 
 
