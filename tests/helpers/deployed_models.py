@@ -1,5 +1,8 @@
 """Pruned models to deploy, and the comparison of their outputs."""
 
+import copy
+import functools
+
 import torch
 from torch import nn
 
@@ -12,6 +15,11 @@ from prunekit.pruning.surgery.slim import slim
 
 def pruned_model(name: str, seed: int, share: float = 0.5, **options) -> tuple[nn.Module, torch.Tensor]:
     """A slim model with odd channel counts, absent branches and all kinds of PReLU slopes; and a batch for it."""
+    return copy.deepcopy(_pruned_model(name, seed, share, **options))
+
+
+@functools.cache
+def _pruned_model(name: str, seed: int, share: float, **options) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(seed)
     model = registry.backbones.get(name)(**options)
     for module in model.modules():
