@@ -238,7 +238,7 @@ def test_page_links_to_the_files(make_run, console, tmp_path, quick_figures):
         written = report(paths, tmp_path / "out", console, html=html)
         page = html or tmp_path / "out" / "index.html"
         links = re.findall(r'<a href="([^"#]+)">([^<]+)</a>', page.read_text())
-        assert {kind for _, kind in links} == {"CSV", "JSON", "Markdown", "LaTeX", "PNG", "SVG", "PDF"}
+        assert {kind for _, kind in links} == {"CSV", "JSON", "Markdown", "LaTeX", "PNG", "SVG"}
         targets = {(page.parent / unquote(address)).resolve() for address, _ in links}
         named = {p for p in written if p.suffix != ".html" and not p.name.endswith("epochs.csv")}
         # The notes are in the sections of their runs.
