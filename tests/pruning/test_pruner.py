@@ -111,6 +111,7 @@ def test_steps_continue_from_the_trained_model(model):
 def test_gradual_pruning_leaves_nothing_to_lose(model, options):
     trained = copy.deepcopy(model).train()
     pruner = prunekit.Pruner(trained, IMAGES, **{"importance": "magnitude", **options})
+    pruner_groups = [group for group in prunekit.find_groups(trained, IMAGES) if group.reason is None]
     gradual = pruner.gradual(8, start=0.25, end=0.75, rounds=2)
     optimizer = torch.optim.Adam(trained.parameters(), 1e-2)
     for _ in range(8):
@@ -125,6 +126,9 @@ def test_gradual_pruning_leaves_nothing_to_lose(model, options):
     assert report.after.params < report.before.params
     if "target" in options:
         assert 0.49 <= report.after.macs / report.before.macs <= 0.5
+    zeros = sum(int((v == 0).sum()) for v in prunekit.importance.gate(trained, pruner_groups).values())
+    pruned = sum(group.channels - len(report.plan.kept(group)) for group in pruner_groups)
+    assert zeros == pruned and not any(" tie " in note for note in report.notes)
 
 
 def test_gradual_pruning_needs_one_step(model):

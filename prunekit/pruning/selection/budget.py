@@ -182,6 +182,10 @@ class BudgetSearch:
         return model, equivalence, notes
 
     def _search(self, budget: Budget) -> Selection:
+        # After gradual pruning exactly these are to be pruned. Fewer may meet the budget, but the others emit nothing.
+        zeros = self.selector.select(threshold=0.0, searched=True)
+        if -TOLERANCE <= budget.deviation(budget.size(self.size_model.size_without(zeros.dead))) <= 0:
+            return zeros
         low, high = 0, len(self._values) - 1
         while low < high:
             middle = (low + high) // 2
