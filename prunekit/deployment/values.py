@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from prunekit.errors import ExportError
 from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
-TOLERANCE = 1e-4  # Runtimes add in another order.
+_TOLERANCE = ContextVar("tolerance", default=1e-4)  # Runtimes add in another order.
 Inputs = Tensor | Sequence[Tensor]
 
 
@@ -96,8 +97,18 @@ def accepted(model: nn.Module, batches: Sequence[Inputs]) -> list[tuple[Tensor, 
     return taken
 
 
+@contextmanager
+def tolerance(relative: float) -> Iterator[None]:
+    """Compare outputs with another relative tolerance than 1e-4 within the block."""
+    token = _TOLERANCE.set(relative)
+    try:
+        yield
+    finally:
+        _TOLERANCE.reset(token)
+
+
 def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, bool]:
-    """The largest absolute difference, and whether each is at most 1e-4 · max(1, max|expected|)."""
+    """The largest absolute difference, and whether each is at most ``tolerance`` · max(1, max|expected|)."""
     if [value.shape for value in outputs] != [value.shape for value in expected]:
         return float("inf"), False
     largest, close = 0.0, True
@@ -105,6 +116,6 @@ def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[f
         if not wanted.numel():
             continue
         worst = float((value.double() - wanted.double()).abs().max())
-        close &= worst <= TOLERANCE * max(1.0, float(wanted.double().abs().max()))
+        close &= worst <= _TOLERANCE.get() * max(1.0, float(wanted.double().abs().max()))
         largest = largest if worst <= largest or largest != largest else worst  # NaN is kept.
     return largest, close

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from prunekit.deployment.values import tolerance
 from prunekit.errors import PlanError, PrunekitError, RecipeError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import Exporter, variants
@@ -33,6 +34,7 @@ from prunekit.utils.progress import Reporter
 from prunekit.utils.text import first_line, join_names
 
 IMAGES = 2
+UNTRAINED_TOLERANCE = 1e-2  # of exports; an untrained network may amplify rounding errors
 
 
 def rehearse(context: RunContext, model: nn.Module, *, prune: bool = True) -> None:
@@ -135,7 +137,7 @@ def _export(context: RunContext, model: nn.Module, example: Tensor) -> None:
     exporter = Exporter(context, run, "slim", model, measure=False)
     for variant in wanted:
         key = f"export.{'preprocess' if variant.preprocess else variant.form}"
-        with _failures(key, f"set {key}=false"):
+        with _failures(key, f"set {key}=false"), tolerance(UNTRAINED_TOLERANCE):
             exporter.write(variant)
 
 

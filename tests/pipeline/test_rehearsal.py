@@ -1,5 +1,6 @@
 """What would fail after training is named before it, and nothing is written."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.small_run import skip_figures
@@ -7,6 +8,7 @@ from helpers.toy_run import quiet
 from torch import nn
 
 from prunekit.config.recipe import load
+from prunekit.deployment.export import onnx
 from prunekit.errors import ExportError, PlanError, RecipeError
 from prunekit.pipeline import export, rehearsal
 from prunekit.pipeline.context import RunContext
@@ -137,3 +139,20 @@ def test_no_group_is_blamed_where_the_whole_network_fails():
     with pytest.raises(RecipeError, match=r"^backbone resnet: the equivalence check fails .*float64") as error:
         rehearse(context_of("export.onnx=false"), network(Single()))
     assert "one channel" not in str(error.value)
+
+
+@pytest.mark.parametrize("error, passes", [(1e-3, True), (0.1, False)])
+def test_rounding_errors_of_an_untrained_network_are_no_failure(monkeypatch, error, passes):
+    compile_file = onnx.onnx_function
+
+    def rough(file):
+        function = compile_file(file)
+        return lambda *inputs: function(*inputs) + np.float32(error)
+
+    monkeypatch.setattr(onnx, "onnx_function", rough)
+    context, model = context_of(), network()
+    if passes:
+        rehearse(context, model)
+    else:
+        with pytest.raises(RecipeError, match=r"^export\.onnx fails"):
+            rehearse(context, model)
