@@ -28,8 +28,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PRUNEKIT = [sys.executable, "-m", "prunekit.cli"]
 COMPARE, LONG_ONE = "csnet_duts_compare", "csnet_duts_cpu"
-WHOLE = ["decay.name=none", "slim.importance=gate", "slim.threshold=0", "target.params_ratio=null"]
-WHOLE_LONG = [*WHOLE, "train.gradual_pruning.start=null"]
+WHOLE = [
+    *("decay.name=none", "slim.importance=gate", "slim.threshold=0", "target.params_ratio=null"),
+    "train.gradual_pruning.start=null",
+]
 WAYS = {
     "dynamic": [],
     "magnitude": ["decay.name=none", "slim.importance=magnitude"],
@@ -50,7 +52,7 @@ OPTIONS = {
     "resized_crop": ["train.augment=resized_crop", "finetune.augment=resized_crop"],
 }
 TUNED = {"ema": ["finetune.ema=0.99"], "distill": ["finetune.distill.weight=0.5"]}
-LONG = {"cpu": [], "cpu_uncut": ["baseline=false", *WHOLE_LONG]}
+LONG = {"cpu": [], "cpu_uncut": ["baseline=false", *WHOLE]}
 ALL = (*WAYS, *UNCUT, *OPTIONS, *TUNED, *LONG)
 # Run → the run whose folder it reads.
 AFTER = {"scratch": "dynamic", **dict.fromkeys(TUNED, "plain")}

@@ -132,17 +132,12 @@ def counters(model: nn.Module, shape: tuple[int, ...]) -> dict[str, dict[str, An
     }
 
 
-def layer_rows(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Return a row for each layer and branch of the dense model, in its order.
+def _layer_rows(costs_of_models: Sequence[_LayerCosts]) -> list[dict[str, Any]]:
+    """Return a row for each layer and branch of the dense model, in its order; costs of the slim one may be missing.
 
     Each row has ``layer``, ``branch`` and, each as {"before", "after"}, channels, params, MACs, paper FLOPs and the
     MACs of fvcore and thop.
     """
-    models = [model for model in (dense, slim) if model is not None]
-    return _layer_rows([_layer_costs(model, shape, counters(model, shape)) for model in models])
-
-
-def _layer_rows(costs_of_models: Sequence[_LayerCosts]) -> list[dict[str, Any]]:
     before, *others = costs_of_models
     rows = []
     for (layer, branch), costs in before.items():
@@ -155,7 +150,7 @@ def _layer_rows(costs_of_models: Sequence[_LayerCosts]) -> list[dict[str, Any]]:
 
 
 def layers_table(dense: nn.Module, slim: nn.Module | None, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return the content of ``layers.json``: :func:`layer_rows`, and the totals of all counters for each model."""
+    """Return the content of ``layers.json``: the rows of layers and branches, and the totals of all counters."""
     models = {side: model for side, model in (("dense", dense), ("slim", slim)) if model is not None}
     counted = {side: counters(model, shape) for side, model in models.items()}
     return {

@@ -4,7 +4,7 @@ from helpers.networks import Row, csnet_with_dead_gates
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.flops import count_modules, counters, layer_rows, total
+from prunekit.flops import count_modules, counters, layers_table, total
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.slim import slim
 
@@ -77,9 +77,9 @@ def test_parameters_of_container_modules_are_counted():
     model = nn.Sequential(Scaled())
     counts, unknown = count_modules(model, (3, 8, 8))
     assert total(counts)["params"] == 20 and unknown == ["0"]
-    assert sum(row["params"]["before"] for row in layer_rows(model, None, (3, 8, 8))) == 20
+    assert sum(row["params"]["before"] for row in layers_table(model, None, (3, 8, 8))["layers"]) == 20
     assert total(count_modules(Scaled(), (3, 8, 8))[0])["params"] == 20
-    assert sum(row["params"]["before"] for row in layer_rows(Scaled(), None, (3, 8, 8))) == 20
+    assert sum(row["params"]["before"] for row in layers_table(Scaled(), None, (3, 8, 8))["layers"]) == 20
 
 
 def test_macs_match_hand_computed_values():
@@ -102,7 +102,7 @@ def test_counting_does_not_change_the_model():
 def test_layer_rows_sum_to_model_totals_before_and_after_slimming():
     model, groups, example = csnet_with_dead_gates(1)
     small, _ = slim(model, extract(model, groups), example, groups=groups)
-    rows = layer_rows(model, small, (3, 32, 32))
+    rows = layers_table(model, small, (3, 32, 32))["layers"]
     for when, one in (("before", model), ("after", small)):
         sums = total(count_modules(one, (3, 32, 32))[0])
         for key, value in sums.items():
@@ -115,7 +115,7 @@ def test_layer_rows_sum_to_model_totals_before_and_after_slimming():
 
 @pytest.mark.parametrize("width", [20])
 def test_layer_rows_has_one_row_per_layer_and_branch(width):
-    rows = layer_rows(csnet(width), None, (3, 32, 32))
+    rows = layers_table(csnet(width), None, (3, 32, 32))["layers"]
     assert [(r["layer"], r["branch"]) for r in rows[:3]] == [("stage0.0", 0), ("stage0.0", 1), ("stage1.0", 0)]
     assert rows[0]["channels"] == {"before": 10, "after": None}
     assert rows[-1]["layer"] == "classifier"

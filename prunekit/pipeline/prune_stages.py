@@ -226,12 +226,11 @@ def gradual_pruning(
         if budget is None:
             choice, reason = search.selector.select(threshold=recipe.slim.threshold), f"<= {recipe.slim.threshold:g}"
         else:
-            full = budget.size(search.size_model.dense)
-            goal = replace(budget, goal=round(full * (budget.goal / full) ** share))
+            goal = budget.at(share, search.size_model.dense)
             choice = search.select(goal)
             reason = f"{goal.size(search.size_model.size_without(choice.dead)):,} {goal.measure} without them"
         context.reporter.info(f"train: {choice.pruned} of {of} channels chosen to shrink to zero ({reason})")
-        return {group.id: choice.dead[group.id] for group in groups if group.gates and choice.dead.get(group.id)}
+        return choice.dead
 
     options = section.model_dump()
     return lambda total_steps: GradualPruning(model, groups, choose, total_steps, **options)
@@ -243,8 +242,8 @@ def _goals(context: RunContext, dense: nn.Module, groups: Sequence[Group]) -> li
     if not _target(recipe):
         return [None]
     last = absolute_budget(context, dense, groups)
-    full, steps = last.size(SizeModel(dense, groups, context.shape).dense), recipe.slim.steps
-    return [replace(last, goal=round(full * (last.goal / full) ** (k / steps))) for k in range(1, steps)] + [last]
+    full, steps = SizeModel(dense, groups, context.shape).dense, recipe.slim.steps
+    return [last.at(k / steps, full) for k in range(1, steps + 1)]
 
 
 def absolute_budget(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:

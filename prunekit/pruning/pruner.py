@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.flops import ModelCost, count
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.budget import TARGETS, Budget, BudgetSearch
+from prunekit.pruning.selection.budget import TARGETS, BudgetSearch
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
 from prunekit.pruning.selection.selector import Scores, Selection, Selector
@@ -192,13 +192,12 @@ class Pruner:
             # On a copy: an importance may run the model, in eval mode.
             scores = _as_arrays(self._importance(copy_module(model).eval(), self._groups))
             if self._target:
-                dead = self._search(scores, share).select(self._budget_at(share)).dead
-            else:
-                dead = self._select_ratio(scores, share).dead
-            return {group.id: dead[group.id] for group in self._groups if group.gates and dead.get(group.id)}
+                return self._search(scores, share).select(self._budget.at(share, self._dense_size)).dead
+            return self._select_ratio(scores, share).dead
 
-        options: dict[str, Any] = {"start": start, "end": end, "power": power, "rounds": rounds}
-        return GradualPruning(self._model, self._groups, choose, total_steps, **options)
+        return GradualPruning(
+            self._model, self._groups, choose, total_steps, start=start, end=end, power=power, rounds=rounds
+        )
 
     def _slim_to_ratio(self, scores: Scores, share: float) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         selection = self._select_ratio(scores, share)
@@ -207,7 +206,8 @@ class Pruner:
         return slim_model, check, selection.warnings
 
     def _slim_to_target(self, scores: Scores, share: float) -> tuple[nn.Module, EquivalenceReport, list[str]]:
-        return self._search(scores, share).slim(self._budget_at(share), self.example_inputs, self._exact)
+        budget = self._budget.at(share, self._dense_size)
+        return self._search(scores, share).slim(budget, self.example_inputs, self._exact)
 
     # ``share`` is that of the way to the ratio or target: the step's number ÷ steps.
 
@@ -217,11 +217,6 @@ class Pruner:
         own = {} if self._global else {g.id: self._remaining_ratio([g], self._ratio, share) for g in free}
         limits = {**self._limits, "ignored_groups": self._ignored, "ratios": self._remaining_ratios(share) | own}
         return Selector(self._model, self._groups, scores, **limits).select(pruning_ratio=ratio)
-
-    def _budget_at(self, share: float) -> Budget:
-        full, goal = self._budget.size(self._dense_size), self._budget.goal
-        # Equal ratios between the sizes after each step.
-        return replace(self._budget, goal=round(full * (goal / full) ** share)) if share < 1 else self._budget
 
     def _search(self, scores: Scores, share: float) -> BudgetSearch:
         return BudgetSearch(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
@@ -68,6 +68,11 @@ class Budget:
 
     def size(self, size: ModelSize) -> int:
         return getattr(size, self.measure)
+
+    def at(self, share: float, dense: ModelSize) -> Budget:
+        """The budget after a share, 0 to 1, of the way from the dense model's size, in equal ratios."""
+        full = self.size(dense)
+        return replace(self, goal=round(full * (self.goal / full) ** share))
 
     def is_met(self, size: ModelSize) -> bool:
         return self.size(size) <= self.goal
