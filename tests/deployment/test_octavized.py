@@ -7,7 +7,7 @@ from helpers.octave_networks import Residual
 
 from prunekit.backbones.octresnet import octresnet
 from prunekit.deployment.export.onnx import check_onnx, export_onnx
-from prunekit.flops import counters, layer_rows
+from prunekit.flops import counters, layers_table
 from prunekit.layers.octavize import octavize
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
@@ -29,7 +29,7 @@ def test_counters_agree_on_dense_and_slim():
             found["prunekit"]["macs"] == found["fvcore"]["macs"] == found["thop"]["macs"] == found["torch"]["macs"] > 0
         )
         assert found["prunekit"]["params"] == found["fvcore"]["params"] == found["thop"]["params"] == params(one)
-    rows = layer_rows(model, small, (3, 17, 22))
+    rows = layers_table(model, small, (3, 17, 22))["layers"]
     channels = {(row["layer"], row["branch"]): row["channels"]["before"] for row in rows}
     assert channels == {
         **{(layer, b): n for layer, split in make_plan(model, groups, {}).splits.items() for b, n in enumerate(split)},
