@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.networks import Row, csnet_with_dead_gates
+from helpers.networks import Row, csnet_with_dead_gates, small_csnet
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
@@ -92,7 +92,7 @@ def test_macs_match_hand_computed_values():
 
 
 def test_counting_does_not_change_the_model():
-    model = csnet(10).train()
+    model = small_csnet().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     counters(model, (3, 32, 32))
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
+from helpers.networks import small_csnet
 from thop import profile
 from torch import nn
 
-from prunekit.backbones.csnet import csnet
 from prunekit.flops import count_modules, counters, total
 
 SHAPE = (4, 8, 8)
@@ -144,7 +144,7 @@ def test_unfiltered_totals_include_norms_activations_and_resizing():
 
 
 def test_unfiltered_csnet_totals_equal_macs_plus_known_extras():
-    model, shape = csnet(10), (3, 32, 32)
+    model, shape = small_csnet(), (3, 32, 32)
     ours, _ = count_modules(model, shape)
     modules = dict(model.named_modules())
     convolutions = total(ours)["macs"]

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.backbones.csnet import STAGES, csnet
+from prunekit.backbones.csnet import BLOCKS as DEPTHS
+from prunekit.backbones.csnet import csnet
 from prunekit.errors import CheckpointError, ExportError
 from prunekit.layers import OptionalModules, layer_of
 from prunekit.layers.blocks import STEP_SCALE
@@ -26,7 +27,6 @@ from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan
 
-DEPTHS = [depth for depth, _ in STAGES]
 BLOCKS = [(0, 0), *((stage, i) for stage, depth in enumerate(DEPTHS, start=1) for i in range(depth))]
 DILATIONS = (1, 2, 4, 8, 16)
 WIDTHS = (20, 40)
@@ -52,8 +52,8 @@ class CSNetLayout:
             raise CheckpointError(f"{source}: a layout has {count} entries, this one {len(entries)}")
         pairs = [_parse_pair(entry, f"{source}: entry {i}") for i, entry in enumerate(entries[:-1])]
         depths = entries[-1] if isinstance(entries[-1], list) else []
-        if depths != DEPTHS:
-            raise CheckpointError(f"{source}: the numbers of blocks must be {DEPTHS}, this layout has {depths}")
+        if depths != list(DEPTHS):
+            raise CheckpointError(f"{source}: the numbers of blocks must be {list(DEPTHS)}, this layout has {depths}")
         for i in range(1, len(BLOCKS)):
             if pairs[i][0] != pairs[i - 1][1]:
                 raise CheckpointError(
@@ -152,6 +152,9 @@ def export_csnet(model: nn.Module) -> tuple[dict[str, Tensor], CSNetLayout]:
     """
     if type(model).__name__ != "CSNet":
         raise ExportError(f"only a CSNet can be written in the published form, not a {type(model).__name__}")
+    depths = [len(getattr(model, f"stage{stage}")) for stage in range(1, len(DEPTHS) + 1)]
+    if depths != list(DEPTHS):
+        raise ExportError(f"the published form has {list(DEPTHS)} blocks, this model has {depths}")
     model = _without_biases(model)
     norms = (re.fullmatch(r"stage\d+\.\d+\.depthwise2_out\.norms\.(\d+)", name) for name, _ in model.named_modules())
     layout = CSNetLayout.from_model(model, 1 + max([1, *(int(match[1]) for match in norms if match)]))

@@ -24,6 +24,18 @@ def test_any_image_size(size):
     assert model(torch.randn(2, 3, *size)).shape == (2, 1, *size)
 
 
+def test_blocks_of_the_stages():
+    model = csnet(10, blocks=(1, 1, 2, 3))
+    assert [len(getattr(model, f"stage{stage}")) for stage in range(5)] == [1, 1, 1, 2, 3]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 1, 32, 32)
+
+
+@pytest.mark.parametrize("blocks", [(3, 4, 6), (3, 4, 6, 0), (3, 4, 6, 4.5), (3, 4, 6, True)])
+def test_invalid_blocks_are_refused(blocks):
+    with pytest.raises(ValueError, match=r"must be four whole numbers above 0 \(published: \[3, 4, 6, 4\]\)"):
+        csnet(10, blocks=blocks)
+
+
 def test_split_with_three_branches_or_one():
     assert csnet(20, [0.5, 0.25, 0.25])(torch.randn(2, 3, 32, 32)).shape == (2, 1, 32, 32)
     one = csnet(20, [1.0])

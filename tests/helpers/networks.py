@@ -10,6 +10,8 @@ from prunekit.backbones.csnet import csnet
 from prunekit.layers import layer_of
 from prunekit.pruning.graph.groups import find_groups
 
+BLOCKS = (3, 2, 2, 2)  # of a small CSNet
+
 
 class Row(nn.Module):
     """Convolution, norm, activation, depthwise convolution, norm and a reader: gates in series."""
@@ -82,12 +84,18 @@ class Shared(nn.Module):
 def init_norms(model: nn.Module, seed: int = 0, size: int = 32, beta: float = 0.1) -> torch.Tensor:
     """Give the norms running statistics, γ and β; return a batch (4, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(4, 3, size, size, generator=generator) for _ in range(20)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1 - (1 - norm.momentum) ** 5  # the statistics after 20 batches, from every fifth one
     model.train()
-    for _ in range(20):
-        model(torch.randn(4, 3, size, size, generator=generator))
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.affine:
+        for batch in batches[4::5]:
+            model(batch)
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.momentum = momentum
+            if module.affine:
                 module.bias.normal_(0, beta, generator=generator)
                 module.weight.uniform_(0.5, 1.5, generator=generator)
     model.eval()
@@ -117,10 +125,15 @@ def zero_gates(model: nn.Module, groups: list, share: float, seed: int = 0, whol
     return killed
 
 
+def small_csnet() -> nn.Module:
+    """A CSNet with a block of each kind."""
+    return csnet(10, blocks=BLOCKS)
+
+
 def csnet_with_dead_gates(seed: int, share: float = 0.5, whole: float = 0.1, size: int = 32):
     """A small CSNet with a share of dead gates and some dead branches, its groups and a batch."""
     torch.manual_seed(seed)
-    model = csnet(width=10)
+    model = small_csnet()
     example = init_norms(model, seed, size)
     groups = find_groups(model, example)
     zero_gates(model, groups, share, seed, whole)

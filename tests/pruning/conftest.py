@@ -1,8 +1,7 @@
 import pytest
 import torch
-from helpers.networks import Row
+from helpers.networks import Row, small_csnet
 
-from prunekit.backbones.csnet import csnet
 from prunekit.pruning.graph.groups import find_groups
 
 
@@ -14,5 +13,5 @@ def row():
 
 @pytest.fixture(scope="module")
 def branched():
-    model = csnet(10)
+    model = small_csnet()
     return model, find_groups(model, torch.randn(1, 3, 32, 32))

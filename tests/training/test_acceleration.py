@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.networks import small_csnet
 from torch import nn
 
-from prunekit.backbones.csnet import csnet
 from prunekit.backbones.octresnet import octresnet
 from prunekit.backbones.resnet import resnet
 from prunekit.config.schema import Training
@@ -45,7 +45,7 @@ def recorder():
 @kernels
 @pytest.mark.parametrize(
     "build",
-    [lambda: csnet(10), lambda: octresnet(8, 8), lambda: resnet(8, 8)],
+    [small_csnet, lambda: octresnet(8, 8), lambda: resnet(8, 8)],
     ids=["csnet", "octresnet", "resnet"],
 )
 def test_fast_step_equals_plain_step(build):
@@ -69,7 +69,7 @@ def test_fast_step_equals_plain_step(build):
 
 @kernels
 def test_kernels_are_used_only_within_the_context(monkeypatch):
-    model, groups, _ = prepared(lambda: csnet(10))
+    model, groups, _ = prepared(small_csnet)
     calls = []
     held = acceleration.norm_act, acceleration.depthwise
     monkeypatch.setattr(acceleration, "norm_act", lambda *a: calls.append("norm") or held[0](*a))
@@ -77,7 +77,7 @@ def test_kernels_are_used_only_within_the_context(monkeypatch):
     x = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.float64)
     with fast_steps(model, groups, Training(epochs=1), print) as forward:
         forward(x)
-        assert (calls.count("norm"), calls.count("depthwise")) == (106, 66)
+        assert (calls.count("norm"), calls.count("depthwise")) == (58, 34)
         pairs = [m.forward.__self__ for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert all(pair.act is not None for pair in pairs)
         model.eval()
@@ -115,7 +115,7 @@ def test_norm_with_a_hook_returns_its_own_output():
 
 def test_training_without_kernels_is_reported(monkeypatch):
     monkeypatch.setattr(acceleration, "load", lambda: NoKernels("there is no C++ compiler"))
-    model, groups, optimizer = prepared(lambda: csnet(10))
+    model, groups, optimizer = prepared(small_csnet)
     messages, say = recorder()
     with (
         DynamicWeightDecay(model, groups) as decay,
@@ -126,7 +126,7 @@ def test_training_without_kernels_is_reported(monkeypatch):
 
 
 def test_fast_false_yields_the_model():
-    model, groups, _ = prepared(lambda: csnet(10))
+    model, groups, _ = prepared(small_csnet)
     with fast_steps(model, groups, Training(epochs=1, fast=False), print) as forward:
         assert forward is model and not any("forward" in vars(m) for m in model.modules())
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.interruption import interrupted_after_checkpoint
+from helpers.networks import small_csnet
 from helpers.toy_run import killed_in
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from prunekit.backbones.csnet import csnet
 from prunekit.config import registry
 from prunekit.config.schema import Training
 from prunekit.data.datasets import load_tensors
@@ -73,7 +73,7 @@ class Tiny(nn.Module):
         return self.last(self.noise(self.act(self.norm(self.first(x)))))
 
 
-def train(folder, data, *, stop_after=None, resume=False, build=lambda: csnet(width=10), weight=0.1, **changes):
+def train(folder, data, *, stop_after=None, resume=False, build=small_csnet, weight=0.1, **changes):
     """Train a small CSNet in this folder; return the model and the rows of its epochs."""
     torch.manual_seed(0)
     model = build()

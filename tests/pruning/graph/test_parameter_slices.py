@@ -1,9 +1,9 @@
 import pytest
 import torch
+from helpers.networks import small_csnet
 from helpers.zoo import ZOO
 from torch import nn
 
-from prunekit.backbones.csnet import csnet
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.parameter_slices import ParameterSlices
 
@@ -12,7 +12,7 @@ from prunekit.pruning.graph.parameter_slices import ParameterSlices
 @pytest.mark.parametrize("name", ["vgg", "resnext", "mobilenet_v2", "shufflenet_v1", "unet_transposed", "csnet"])
 def test_sizes_equal_what_pruning_removes(name, norms):
     """The sum of ones is the size; so is the sum over the members."""
-    model = csnet(10) if name == "csnet" else ZOO[name]()
+    model = small_csnet() if name == "csnet" else ZOO[name]()
     groups = [group for group in find_groups(model, torch.randn(2, 3, 32, 32)) if group.reason is None]
     slices = ParameterSlices(model, groups, norms)
     assert torch.equal(slices.sum(torch.ones_like).double(), slices.sizes)

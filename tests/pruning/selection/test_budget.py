@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import csnet_with_dead_gates, init_norms
+from helpers.networks import csnet_with_dead_gates, init_norms, small_csnet
 from torch import nn
 
 import prunekit
-from prunekit.backbones.csnet import csnet
 from prunekit.backbones.resnet import resnet
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.flops import count_modules, total
@@ -36,7 +35,7 @@ class Grouped(nn.Module):
         return self.out(F.relu(self.bn3(self.up(x))))
 
 
-NETWORKS = {"csnet": lambda: csnet(10), "resnet": lambda: resnet(depth=8, width=8), "grouped": Grouped}
+NETWORKS = {"csnet": small_csnet, "resnet": lambda: resnet(depth=8, width=8), "grouped": Grouped}
 
 
 @functools.cache

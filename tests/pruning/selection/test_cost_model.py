@@ -3,10 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.marks import seeds
-from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, zero_gates
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, small_csnet, zero_gates
 from torch import nn
 
-from prunekit.backbones.csnet import csnet
 from prunekit.flops import count_modules, total
 from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.groups import find_groups
@@ -98,7 +97,7 @@ def test_csnet_with_dead_branches(seed):
     sizes = SizeModel(model, groups, shape)
     assert sizes.dense == real(model, shape)
     plan = extract(model, groups)
-    made = apply_plan(csnet(10), plan, example)
+    made = apply_plan(small_csnet(), plan, example)
     assert sizes.size_without(dead_channels(groups, plan)) == real(made, shape)
     if seed:
         assert sizes.size_without(dead_channels(groups, plan)).params < sizes.dense.params
@@ -107,7 +106,7 @@ def test_csnet_with_dead_branches(seed):
 def test_modules_without_producers_or_readers_are_removed():
     """Branches are killed whole, so that others are left without makers or readers."""
     torch.manual_seed(0)
-    model = csnet(10)
+    model = small_csnet()
     groups = find_groups(model, torch.zeros(1, 3, 32, 32))
     sizes, cutter = SizeModel(model, groups, (3, 32, 32)), Cutter(model, groups)
     free = [group for group in groups if group.reason is None]

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.marks import seeds
-from helpers.networks import Residual, Row, csnet_with_dead_gates, init_norms, params
+from helpers.networks import Residual, Row, csnet_with_dead_gates, init_norms, params, small_csnet
 from helpers.zoo import ZOO
 
 import prunekit
-from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract, plan_from_selection
@@ -59,7 +58,7 @@ def test_best_channel_of_an_essential_layer_is_kept():
 
 
 def test_branch_may_be_removed_but_not_a_layer():
-    model = csnet(10)
+    model = small_csnet()
     example = init_norms(model)
     for branch in "01":
         gate(model, f"stage1.1.depthwise2_out.norms.{branch}", [0.0] * 5)
@@ -74,7 +73,7 @@ def test_branch_may_be_removed_but_not_a_layer():
 
 def test_layers_whose_live_branches_do_not_meet_keep_a_common_one():
     """One layer of the head keeps its fine branch and the next its coarse one: alone, each would starve the other."""
-    model = csnet(10)
+    model = small_csnet()
     example = init_norms(model)
     with torch.no_grad():
         for b in "12":
@@ -134,7 +133,7 @@ def test_non_finite_norm_is_named_with_every_importance():
 @pytest.mark.parametrize("gates, seed", [(0.0, 0), (0.0, 2), (1e-5, 0)])
 def test_layer_without_a_live_channel_is_named(gates, seed):
     torch.manual_seed(seed)
-    model = csnet(10)
+    model = small_csnet()
     example = init_norms(model)
     for branch in "01":
         gate(model, f"stage1.1.depthwise2_out.norms.{branch}", [gates] * 5)

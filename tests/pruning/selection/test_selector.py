@@ -3,13 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.networks import Concat, Residual, Row, init_norms
+from helpers.networks import Concat, Residual, Row, init_norms, small_csnet
 from helpers.zoo import ZOO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
@@ -27,7 +26,7 @@ def build(network):
 
 
 NETS = {"row": build(Row), "residual": build(Residual), "concat": build(Concat)}
-BRANCHED = build(lambda: csnet(10))
+BRANCHED = build(small_csnet)
 GROUPED = build(ZOO["resnext"])
 
 

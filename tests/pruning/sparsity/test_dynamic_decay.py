@@ -3,10 +3,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import Row, csnet_with_dead_gates
+from helpers.networks import Row, csnet_with_dead_gates, small_csnet
 from torch import nn
 
-from prunekit.backbones.csnet import csnet
 from prunekit.errors import TrainingError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
@@ -116,18 +115,18 @@ def test_copies_of_the_model_are_ignored(two):
 
 
 def test_excluded_norms_are_not_decayed():
-    model = csnet(10)
+    model = small_csnet()
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
-    assert len(DynamicWeightDecay(model, groups).norms) == 106
+    assert len(DynamicWeightDecay(model, groups).norms) == 58
     blocks = DynamicWeightDecay(model, groups, exclude=["head.*"]).norms
-    assert len(blocks) == 99 and not any(name.startswith("head") for name in blocks)
+    assert len(blocks) == 51 and not any(name.startswith("head") for name in blocks)
     with pytest.raises(TrainingError, match="no gate to decay"):
         DynamicWeightDecay(model, groups, exclude=["*"])
 
 
 def test_flops_weights_double_with_the_side_length():
     torch.manual_seed(0)
-    model = csnet(10).train()
+    model = small_csnet().train()
     groups = find_groups(model, torch.randn(1, 3, 32, 32))
     x = torch.randn(2, 3, 32, 32)
     gradients = {}

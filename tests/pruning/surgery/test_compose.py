@@ -1,9 +1,8 @@
 import pytest
 import torch
 from helpers.marks import seeds
-from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, zero_gates
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, small_csnet, zero_gates
 
-from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Plan
@@ -26,7 +25,7 @@ def test_composed_plan_equals_two_plans_in_sequence(seed):
     model, groups, example = csnet_with_dead_gates(seed, share=0.4, whole=0.4 * (seed % 2))
     first, between, second, smaller = twice(model, groups, example, seed)
     whole = compose(model, groups, first, between, second)
-    again = apply_plan(csnet(10), Plan.from_json(whole.to_json()), example)
+    again = apply_plan(small_csnet(), Plan.from_json(whole.to_json()), example)
     again.load_state_dict(smaller.state_dict())
     with torch.no_grad():
         assert torch.equal(again.eval()(example), smaller.eval()(example))

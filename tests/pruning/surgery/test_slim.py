@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.marks import seeds
-from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, params, zero_gates
+from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, params, small_csnet, zero_gates
 from helpers.zoo import ZOO, mobilenet_v3
 
 import prunekit
-from prunekit.backbones.csnet import csnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection import importance
@@ -34,7 +33,7 @@ def test_csnet_with_random_dead_gates(seed, exact):
     assert equivalence.given_back == 0 and equivalence.max_abs_diff < 1e-12
     assert exact or (equivalence.carriers == 0 and equivalence.plan.groups == plan.groups)
     # The plan is enough to build the slim model again.
-    again = apply_plan(csnet(10), prunekit.Plan.from_json(equivalence.plan.to_json()), example)
+    again = apply_plan(small_csnet(), prunekit.Plan.from_json(equivalence.plan.to_json()), example)
     again.load_state_dict(small.state_dict())
     with torch.no_grad():
         assert torch.equal(again.eval()(example), small.eval()(example))
@@ -113,7 +112,7 @@ def test_padded_reader_gets_one_carrier():
 
 
 def test_dead_branch_is_removed_with_its_paths_norm_and_activation():
-    model = csnet(10)
+    model = small_csnet()
     example = init_norms(model)
     groups = find_groups(model, example)
     group = next(g for g in groups if g.id == "stage1.1.mix.paths.0to0")
@@ -224,15 +223,15 @@ def test_apply_plan_rejects_plan_of_another_model():
         apply_plan(Row(), plan, example)
     plan.groups["classifier"] = []
     with pytest.raises(PlanError, match="cannot be pruned: the model's output"):
-        apply_plan(csnet(10), plan, example)
+        apply_plan(small_csnet(), plan, example)
     plan = extract(model, groups)
     plan.groups["stage1.0.mix.paths.0to0"] = [0, 99]
     with pytest.raises(PlanError, match="does not have"):
-        apply_plan(csnet(10), plan, example)
+        apply_plan(small_csnet(), plan, example)
     plan = extract(model, groups)
     plan.removed = [*plan.removed, "stage1.0"]
     with pytest.raises(PlanError, match=r"disagree about stage1\.0"):
-        apply_plan(csnet(10), plan, example)
+        apply_plan(small_csnet(), plan, example)
 
 
 def test_slim_a_slim_model():
