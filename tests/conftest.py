@@ -29,3 +29,11 @@ os.environ["PRUNEKIT_CACHE"] = str(Path(tempfile.gettempdir()) / f"prunekit-test
 def pytest_runtest_setup(item):
     """Seed each test by its name, since the tests that ran before it in the same process vary."""
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_timing():
+    """Time the candidates of a deployed form once each: which of them is the fastest is no matter to the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunekit.deployment.deploy.ROUNDS", 1)
+        yield

@@ -118,12 +118,12 @@ def _fastest(
             calls[config] = call
     if len(calls) < 2:
         return [], next(iter(graphs))
-    times = dict(zip(calls, time_interleaved(list(calls.values())), strict=True))
+    times = dict(zip(calls, time_interleaved(list(calls.values()), ROUNDS), strict=True))
     rows = [{**asdict(config), "median_ms": round(ms, 3)} for config, ms in times.items()]
     return rows, min(times, key=times.__getitem__)
 
 
-def time_interleaved(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[float]:
+def time_interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     """The median time of each call in milliseconds. The calls take turns; each turn starts with an untimed call."""
     times: list[list[float]] = [[] for _ in calls]
     with torch.inference_mode():

@@ -16,7 +16,8 @@ from prunekit.config.schema import Recipe
 from prunekit.config.user_module import UserModule
 from prunekit.data.datasets import LabelDataset
 from prunekit.errors import CheckpointError, PrunekitError, RecipeError
-from prunekit.pruning.plan import Builder, Plan
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Builder, Group, Plan
 from prunekit.pruning.provenance import Provenance, set_provenance
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.artifacts import RECIPE
@@ -96,10 +97,25 @@ def build_with_plan(recipe: Recipe, plan: Plan | None) -> nn.Module:
     """Build the dense model of a recipe and give it the shape of a plan; its weights are to be loaded next."""
     model, shape, backbone = build_dense(recipe), input_shape(recipe), recipe.backbone
     if plan is not None:
-        apply_plan(model, plan, torch.zeros(1, *shape))
+        example = torch.zeros(1, *shape)
+        apply_plan(model, plan, example, _groups(recipe, model, example))
     builder = Builder(name=backbone.name, options=backbone.options, file=backbone.file)
     set_provenance(model, Provenance(builder, () if plan is None else (plan,), shape))
     return model
+
+
+# The groups of dense models by builder and shape: a command loads several models of a run.
+_known_groups: dict[tuple[object, ...], list[Group]] = {}
+
+
+def _groups(recipe: Recipe, model: nn.Module, example: torch.Tensor) -> list[Group]:
+    if recipe.backbone.file is not None:
+        return find_groups(model, example)  # the file may change
+    builder = registry.backbones.get(recipe.backbone.name)
+    key = builder, recipe.backbone.model_dump_json(), tuple(example.shape)
+    if key not in _known_groups:
+        _known_groups[key] = find_groups(model, example)
+    return _known_groups[key]
 
 
 def input_shape(recipe: Recipe) -> tuple[int, int, int]:

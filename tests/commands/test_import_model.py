@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.networks import init_norms
+from helpers.small_run import skip_export
 from PIL import Image
 
 from prunekit.backbones.csnet import csnet
@@ -82,7 +83,8 @@ def test_imported_run_folder(imported):
     assert not list(imported.rglob("*.pth*")) and (imported / "slim/model.safetensors").is_file()
 
 
-def test_dense_import(published, tmp_path):
+def test_dense_import(published, tmp_path, monkeypatch):
+    skip_export(monkeypatch)
     run("import", "csnet", published / "dense.pth.tar", "--out", tmp_path / "dense")
     summary = summary_of(tmp_path / "dense")
     assert summary["dense"] == {"params": 210_985, "macs": 432_819_744, "paper_flops": 610_638_784}
@@ -100,16 +102,19 @@ def test_import_export_round_trip(folder, tmp_path):
     assert {**plans[0], "recipe_hash": 0} == {**plans[1], "recipe_hash": 0}
 
 
-def test_commands_on_an_imported_run(folder, tmp_path):
+def test_commands_on_an_imported_run(folder, tmp_path, monkeypatch):
     before = summary_of(folder)
-    run("slim", folder, *QUICK, "slim.threshold=0.9")
+    with monkeypatch.context() as patch:
+        skip_export(patch)
+        run("slim", folder, *QUICK, "slim.threshold=0.9")
+        run("finetune", "published-slim", *QUICK)
+        run("export", folder, "--format", "onnx")
     thin = summary_of("published-slim")
     # The same model, its MACs at the new size of the images.
     changed = {key: thin["dense"][key] for key in ("macs", "metrics")}
     assert thin["dense"] == {**before["slim"], **changed}
     assert thin["dense"]["macs"] < 0.05 * before["slim"]["macs"]
     assert thin["slim"]["params"] < thin["dense"]["params"] and thin["equivalence"]["passed"]
-    run("finetune", "published-slim", *QUICK)
     tuned = summary_of("published-slim-finetuned")
     assert tuned["status"] == "complete" and set(tuned["finetuned"]["metrics"]) == {
         "max_f",
@@ -125,14 +130,14 @@ def test_commands_on_an_imported_run(folder, tmp_path):
     assert not torch.equal(weights[0].classifier.weight, weights[1].classifier.weight)
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "photo.png")
     run("predict", "published-slim-finetuned", tmp_path / "photo.png", "--out", tmp_path / "maps")
-    run("export", folder, "--format", "onnx")
     assert summary_of(folder)["export"]["path"] == "model.onnx"
     run("report", folder, "published-slim", "published-slim-finetuned", "--out", tmp_path / "report")
     assert (tmp_path / "report/summary.csv").is_file()
     assert summary_of(folder)["slim"] == before["slim"]
 
 
-def test_finetune_without_slim(folder):
+def test_finetune_without_slim(folder, monkeypatch):
+    skip_export(monkeypatch)
     run("finetune", folder, *QUICK, "--out", "tuned")
     tuned = summary_of("tuned")
     assert tuned["slim"]["params"] == tuned["finetuned"]["params"] == summary_of(folder)["slim"]["params"]

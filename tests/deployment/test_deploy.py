@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers.deployed_models import pruned_model, relative_difference
+from helpers.marks import seeds
 from helpers.networks import init_norms
 from torch import nn
 
@@ -23,7 +24,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_every_config_gives_equal_outputs_on_a_pruned_csnet(seed):
     model, example = pruned_model("csnet", seed, width=10)
     for config in CONFIGS:
@@ -53,7 +54,7 @@ def test_all_norms_are_folded_and_channels_padded_in_csnet():
 
 def test_fastest_config_is_chosen_and_all_are_recorded(monkeypatch):
     model, example = pruned_model("csnet", 0, width=10)
-    monkeypatch.setattr("prunekit.deployment.deploy.time_interleaved", lambda calls: [5.0, 4.0, 1.0, 2.0])
+    monkeypatch.setattr("prunekit.deployment.deploy.time_interleaved", lambda calls, rounds: [5.0, 4.0, 1.0, 2.0])
     _, record = deploy(model, example, runtime="pt2")
     assert record.config == CANDIDATES["pt2"][2]
     assert [row["median_ms"] for row in record.candidates] == [5.0, 4.0, 1.0, 2.0]
@@ -163,7 +164,7 @@ def test_pass_that_changes_the_outputs_is_left_out(monkeypatch):
 
     model, example = pruned_model("octresnet", 0, 0.3, depth=8, width=8)
     monkeypatch.setattr("prunekit.deployment.rewrite.merge_sums", change)
-    monkeypatch.setattr("prunekit.deployment.deploy.time_interleaved", lambda calls: [*range(len(calls))])
+    monkeypatch.setattr("prunekit.deployment.deploy.time_interleaved", lambda calls, rounds: [*range(len(calls))])
     deployed, record = deploy(model, example, runtime="openvino")
     assert len(record.rejected) == 2 and "merge_sums: the outputs differ by" in record.rejected[0]
     assert relative_difference(model, deployed, 2, 3, 32, 32) < 1e-5

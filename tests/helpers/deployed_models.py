@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import nn
 
-from helpers.networks import init_norms, zero_gates
+from helpers.networks import BLOCKS, init_norms, zero_gates
 from prunekit.config import registry
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
@@ -15,6 +15,8 @@ from prunekit.pruning.surgery.slim import slim
 
 def pruned_model(name: str, seed: int, share: float = 0.5, **options) -> tuple[nn.Module, torch.Tensor]:
     """A slim model with odd channel counts, absent branches and all kinds of PReLU slopes; and a batch for it."""
+    if name == "csnet":
+        options = {"width": 10, "blocks": BLOCKS, **options}
     return copy.deepcopy(_pruned_model(name, seed, share, **options))
 
 

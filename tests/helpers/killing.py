@@ -69,6 +69,9 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for name in WARM:
         importlib.import_module(name)
+    if not os.environ.get("PRUNEKIT_SOAK"):
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        importlib.import_module("helpers.small_run").skip_figures(importlib.import_module("pytest").MonkeyPatch())
     assert threading.active_count() == 1
     for line in sys.stdin:
         request = json.loads(line)

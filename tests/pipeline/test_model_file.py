@@ -40,6 +40,11 @@ def prune(model, steps=1):
     return slim.eval()
 
 
+@functools.cache
+def pruned_resnet():
+    return prune(resnet(8))
+
+
 @pytest.fixture
 def user_file(tmp_path):
     """A module file with a ``build`` function, and the file that its import creates."""
@@ -58,7 +63,7 @@ def test_registered_builder_round_trip(tmp_path, steps):
 
 
 def test_loading_in_another_process_gives_the_same_outputs(tmp_path):
-    slim = prune(resnet(8))
+    slim = pruned_resnet()
     prunekit.save(slim, tmp_path / "slim.prunekit", builder="resnet", options={"depth": 8})
     save_file({"images": IMAGES}, tmp_path / "images.safetensors")
     code = (
@@ -73,7 +78,7 @@ def test_loading_in_another_process_gives_the_same_outputs(tmp_path):
 
 def test_loaded_model_can_be_pruned_and_saved_again(tmp_path):
     path = tmp_path / "slim.prunekit"
-    prunekit.save(prune(resnet(8)), path, builder="resnet", options={"depth": 8})
+    prunekit.save(pruned_resnet(), path, builder="resnet", options={"depth": 8})
     slimmer = prune(prunekit.load(path))
     prunekit.save(slimmer, path)
     assert torch.equal(prunekit.load(path)(IMAGES), slimmer(IMAGES))
@@ -122,7 +127,7 @@ def test_newest_model_of_a_run_folder_is_loaded_and_saved(tmp_path):
 
 
 def test_random_state_is_left_alone(tmp_path):
-    slim = prune(resnet(8))
+    slim = pruned_resnet()
     torch.manual_seed(3)
     expected = torch.randn(2)
     torch.manual_seed(3)
@@ -133,14 +138,14 @@ def test_random_state_is_left_alone(tmp_path):
 
 def test_unknown_builder_proposes_one(tmp_path):
     with pytest.raises(CheckpointError, match=r"save needs to know how .* pass builder='timm/resnet18', 'my_net.py:bu"):
-        prunekit.save(prune(resnet(8)), tmp_path / "slim")
+        prunekit.save(pruned_resnet(), tmp_path / "slim")
     with pytest.raises(CheckpointError, match="options are given without a builder"):
         model = prunekit.load(saved(tmp_path))
         prunekit.save(model, tmp_path / "slim", options={"depth": 8})
 
 
 def saved(folder):
-    prunekit.save(prune(resnet(8)), folder / "slim.prunekit", builder="resnet", options={"depth": 8})
+    prunekit.save(pruned_resnet(), folder / "slim.prunekit", builder="resnet", options={"depth": 8})
     return folder / "slim.prunekit"
 
 
@@ -158,7 +163,7 @@ def saved(folder):
 )
 def test_unusable_builders_are_refused_before_writing(tmp_path, builder, options, message):
     with pytest.raises(PrunekitError, match=message):
-        prunekit.save(prune(resnet(8)), tmp_path / "slim", builder=builder, options=options)
+        prunekit.save(pruned_resnet(), tmp_path / "slim", builder=builder, options=options)
     assert not (tmp_path / "slim").exists()
 
 

@@ -22,7 +22,7 @@ from prunekit.runs.stage_order import STAGES
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 QUICK = [
     *BY_THRESHOLD,
-    "backbone.options.width=10",
+    "backbone.options={width: 10, blocks: [1, 2, 2, 1]}",
     "data.size=32",
     "data.options={train: 24, val: 9}",
     "train.epochs=2",
@@ -110,7 +110,11 @@ def test_layers_and_plan_agree(whole):
     for layer, split in plan["splits"].items():
         assert [after[layer, b] for b in range(len(split))] == split
     assert sum(row["params"]["after"] for row in rows) == summary_of(whole)["slim"]["params"]
-    assert plan["builder"] == {"name": "csnet", "options": {"width": 10, "split": [0.5, 0.5]}, "file": None}
+    assert plan["builder"] == {
+        "name": "csnet",
+        "options": {"width": 10, "split": [0.5, 0.5], "blocks": [1, 2, 2, 1]},
+        "file": None,
+    }
 
 
 def test_models_load_from_folder(whole):
@@ -227,7 +231,7 @@ def test_unreadable_image_is_named_and_others_predicted(whole, tmp_path):
 
 def test_report_needs_only_the_folder(whole):
     run = load_run(whole)
-    assert not run.problems and len(run.metrics) == 3 and len(run.layers) == 41
+    assert not run.problems and len(run.metrics) == 3 and len(run.layers) == 19
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the photographs for tests are not beside this checkout")
@@ -237,7 +241,9 @@ def test_real_photographs(tmp_path, without_export):
     overrides = [o for o in QUICK if not o.startswith("data.")]
     folders = [f"data.root={REAL}/DUTS-TR-mini", f"data.val_root={REAL}/DUTS-TR-mini"]
     run_recipe(
-        load("csnet", [*overrides, "data.name=folder", "data.size=32", *folders, "train.epochs=1"]),
+        load(
+            "csnet", [*overrides, "data.name=folder", "data.size=32", *folders, "train.epochs=1", "slim.threshold=0.7"]
+        ),
         out,
         quiet(),
     )

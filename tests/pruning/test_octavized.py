@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.marks import seeds
+from helpers.marks import seeds, slow
 from helpers.networks import init_norms, params, zero_gates
 from helpers.octave_networks import NETWORKS, PreActivation, Residual
 
@@ -85,8 +85,8 @@ def agrees(model, small, groups_off):
 @pytest.mark.parametrize(
     "layer, branch",
     [
-        *(("conv", 0), ("conv", 1), ("stage1.0.conv1", 0), ("stage2.0.conv2", 0), ("stage2.0.conv2", 1)),
-        *(("stage3.0.conv1", 1), ("stage3.0.conv2", 0), ("stage3.0.conv2", 1)),
+        *(("conv", 0), slow("conv", 1), slow("stage1.0.conv1", 0), slow("stage2.0.conv2", 0), ("stage2.0.conv2", 1)),
+        *(slow("stage3.0.conv1", 1), ("stage3.0.conv2", 0), slow("stage3.0.conv2", 1)),
     ],
 )
 def test_any_branch_of_any_layer_can_be_removed(layer, branch):

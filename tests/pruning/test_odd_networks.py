@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.marks import seeds
 from helpers.networks import init_norms
 from torch import nn
 
@@ -174,7 +175,7 @@ def first(output):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_slim_model_is_equivalent_on_other_inputs(name, seed, exact):
     torch.manual_seed(seed)

@@ -46,6 +46,17 @@ def quick_figures(monkeypatch):
 
 
 @pytest.fixture
+def few_figures(monkeypatch):
+    """Draw bars, lines and pictures, to save time."""
+    figures = report.__globals__["report_figures"]
+
+    def few(*args):
+        return (figure for figure in figures(*args) if figure.name in ("channels", "training", "gallery"))
+
+    monkeypatch.setitem(report.__globals__, "report_figures", few)
+
+
+@pytest.fixture
 def console():
     return Console(width=80, file=io.StringIO(), color_system=None)
 
@@ -199,7 +210,7 @@ def test_failed_write_keeps_previous_report(make_run, console, monkeypatch, quic
 # ---- figures for papers
 
 
-def test_figures_have_the_formats_and_the_size_asked_for(make_run, console, tmp_path):
+def test_figures_have_the_formats_and_the_size_asked_for(make_run, console, tmp_path, few_figures):
     path = make_run(units=UNITS)
     size = FigureSize(width=3.3, font_size=7, dpi=100)
     written = report([path], tmp_path / "out", console, formats=("png", "pdf"), size=size)
@@ -217,7 +228,7 @@ def test_figures_have_the_formats_and_the_size_asked_for(make_run, console, tmp_
     assert found[0] == found[1] and len(found[0]) == len(stems)
 
 
-def test_pdfs_are_deterministic(make_run, console, tmp_path):
+def test_pdfs_are_deterministic(make_run, console, tmp_path, few_figures):
     path = make_run(units=UNITS)
     for name in "ab":
         report([path], tmp_path / name, console, formats=["pdf"])

@@ -82,11 +82,11 @@ def test_kernels_are_used_only_within_the_context(monkeypatch):
         assert all(pair.act is not None for pair in pairs)
         model.eval()
         wanted = copy.deepcopy(model)(x)
-        assert torch.equal(model(x), wanted) and len(calls) == 172
+        assert torch.equal(model(x), wanted) and len(calls) == 92
         model.train()
     assert not any("forward" in vars(m) for m in model.modules())
     model(x)
-    assert len(calls) == 172
+    assert len(calls) == 92
 
 
 @kernels

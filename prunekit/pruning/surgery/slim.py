@@ -161,17 +161,18 @@ def _notes(groups: Sequence[Group], plan: Plan, report: EquivalenceReport) -> li
     return notes
 
 
-def apply_plan(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, example: Tensor, groups: Sequence[Group] | None = None) -> nn.Module:
     """Give a dense model the shape of a plan, in place, to load the slim model's weights next.
 
-    The plan is that of the check (``EquivalenceReport.plan``). ``save`` and ``load`` do both steps at once.
+    The plan is that of the check (``EquivalenceReport.plan``); groups are those of the model, if already known.
+    ``save`` and ``load`` do both steps at once.
 
     Raises:
         PlanError: the plan does not fit the model.
     """
     model = unwrap(model)
-    groups = find_groups(model, example)
-    plan.check(groups)
+    groups = find_groups(model, example) if groups is None else groups
+    plan.check(list(groups))
     return _shape_like(model, groups, plan)
 
 

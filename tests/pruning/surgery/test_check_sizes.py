@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.marks import seeds
 from helpers.networks import init_norms, zero_gates
 from torch import nn
 
@@ -131,7 +132,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(2))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_slim_model_holds_at_sizes_that_were_not_checked(name, seed):
     torch.manual_seed(seed)

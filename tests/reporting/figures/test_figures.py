@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from helpers.figure_checks import assert_labelled, assert_readable
+from helpers.marks import slow
 from PIL import Image
 
 from prunekit.reporting.figures import encode_figure, report_figures, training_figures, write_figure
@@ -67,7 +68,7 @@ def test_all_texts_are_readable_and_axes_labelled(run):
         assert_labelled(drawing.figure)
 
 
-@pytest.mark.parametrize("width, font_size", [(3.3, None), (3.5, 7), (6.9, 8), (14, 12)])
+@pytest.mark.parametrize("width, font_size", [(3.3, None), slow(3.5, 7), slow(6.9, 8), (14, 12)])
 def test_figures_of_any_size_are_readable(run, width, font_size):
     with figure_size(FigureSize(width, font_size)):
         for drawing in report_figures([run, replace(run, name="other")]):
