@@ -1,6 +1,7 @@
 import pytest
 import torch
 from helpers.deployed_models import pruned_model, relative_difference
+from helpers.networks import BLOCKS
 from safetensors.torch import load_file, save_file
 
 from prunekit.deployment.bench.model_transfer import pack_model, unpack_model
@@ -15,7 +16,7 @@ CONFIGS = [None, DeployConfig(8, merge_sums=True, channels_last=True)]
 @pytest.mark.parametrize("config", CONFIGS, ids=["eager", "deployed"])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("csnet", {"width": 10}), ("octresnet", {"depth": 8, "width": 8}), ("resnet", {"depth": 8})],
+    [("csnet", {"width": 10, "blocks": BLOCKS}), ("octresnet", {"depth": 8, "width": 8}), ("resnet", {"depth": 8})],
 )
 def test_slim_model_is_restored(tmp_path, name, options, config):
     model, _ = pruned_model(name, 0, 0.5, **options)
