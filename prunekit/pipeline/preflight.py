@@ -15,7 +15,7 @@ from prunekit.errors import PlanError, RecipeError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import CLASSES, build_dense, load_model, newest_model, open_initial_run, read_classes
 from prunekit.pipeline.rehearsal import rehearse
-from prunekit.pipeline.training_setup import build_loss
+from prunekit.pipeline.training_setup import build_loss, gates_out_of_reach
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.layer_matching import match_layers
 from prunekit.runs.run_dir import RunDir
@@ -53,6 +53,8 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
             if warning := context.dataset(split).target_warning(context.tensors(split).targets):
                 context.reporter.info(f"{split}: {warning}")
         _report_large_batches(context)
+        if warning := gates_out_of_reach(context, initial, context.dense_groups(initial)):
+            context.reporter.info(f"train: {warning}")
         _check_losses(context, initial)
     if recipe.finetune.distill.weight:
         nothing = torch.zeros(1, 1, 1, 1)

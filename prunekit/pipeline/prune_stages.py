@@ -28,7 +28,7 @@ from prunekit.pipeline.models import (
     read_plan,
     save_model,
 )
-from prunekit.pipeline.training_setup import build_loss, train_model
+from prunekit.pipeline.training_setup import build_loss, gates_out_of_reach, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Builder, Group, Plan, digest
 from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch
@@ -67,6 +67,9 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
     plan = plan_from_selection(dense, groups, choice)
     context.reporter.info(f"extract: {outcome}")
     _print_notes(context, "extract", plan.notes)
+    untrained = None if choice.pruned or recipe.init is not None else build_dense(recipe)
+    if untrained is not None and (reason := gates_out_of_reach(context, untrained, groups)):
+        context.reporter.info(f"extract: {reason}")
     _record_origin(context, run, plan)
     run.write_json("extract/plan.json", plan.to_json())
 

@@ -13,6 +13,7 @@ from prunekit.config.schema import FineTuning, Training
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import load_model
 from prunekit.pruning.plan import Group
+from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.runs.run_dir import RunDir
@@ -23,6 +24,7 @@ from prunekit.training.trackers import track
 from prunekit.training.trainer import Trainer, bind_options
 from prunekit.training.training_job import TrainingJob, no_tracker
 from prunekit.utils import distributed
+from prunekit.utils.text import plural
 
 
 def build_decay(context: RunContext, model: nn.Module, groups: list[Group]) -> Decay:
@@ -65,6 +67,32 @@ def train_model(
     )
     Trainer(model.to(context.device), job, groups, decay).fit()
     model.cpu().eval()
+
+
+def gates_out_of_reach(context: RunContext, model: nn.Module, groups: list[Group]) -> str | None:
+    """Return a sentence if training is too short for any gate of its first model to fall to the threshold.
+
+    Adam's steps are at most about the learning rate, however large the decay.
+    """
+    recipe, section = context.recipe, context.recipe.train
+    scores = [float(gates.min()) for gates in gate(model, groups).values()]
+    by_threshold = recipe.slim.threshold > 0 and not any(recipe.target.model_dump().values())
+    if section.optimizer.name not in ("adam", "adamw") or not by_threshold or not scores:
+        return None
+    schedule = bind_options(registry.schedules, section.schedule)
+    batch = section.batch_size * section.accumulate * distributed.world_size()
+    steps = section.epochs * max(1, len(context.tensors("train")) // batch)
+    if (start := section.gradual_pruning.start) is not None:
+        steps = round(start * steps)
+    rate = section.gate_lr or section.lr
+    fall = rate * sum(schedule(step / steps) for step in range(steps))
+    if min(scores) - fall <= recipe.slim.threshold:
+        return None
+    return (
+        f"with {section.optimizer.name}, a gate falls by about {fall:.2g} at most in {plural(steps, 'step')} at "
+        f"train.gate_lr={rate:g}, and the smallest begins at {min(scores):.2g}: none reaches "
+        f"slim.threshold={recipe.slim.threshold:g}; raise train.gate_lr or train.epochs"
+    )
 
 
 def build_loss(context: RunContext, section: Training) -> Callable[[Any, Tensor], Tensor]:

@@ -1,14 +1,19 @@
-"""A model with side outputs goes through a whole run."""
+"""A model with side outputs goes through a whole run; gates that cannot fall to the threshold."""
 
 import json
 
 import onnxruntime
 import pytest
 import torch
-from helpers.toy_run import quiet
+from helpers.toy_run import quiet, shorten, toy_recipe, write_photos
+from rich.console import Console
 
 from prunekit.config.recipe import load
+from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.models import build_dense
 from prunekit.pipeline.runner import run_recipe
+from prunekit.pipeline.training_setup import gates_out_of_reach
+from prunekit.utils.progress import Reporter
 
 SIDES = """
 import torch
@@ -53,3 +58,38 @@ def test_a_model_with_side_outputs(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "run/exports/finetuned-image.onnx")
     (maps,) = session.run(None, {"image": torch.zeros(1, 20, 24, 3, dtype=torch.uint8).numpy()})
     assert maps.shape == (1, 20, 24)
+
+
+REACH = ["slim.threshold=0.5", "train.gate_lr=0.04"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ([], 4),  # 12 images for training, in batches of 6, two epochs
+        (["train.epochs=3"], 6),
+        (["train.accumulate=2"], 2),
+        (["train.epochs=7"], None),
+        (["train.gate_lr=0.2"], None),
+        (["train.optimizer={name: sgd}"], None),
+        (["target.params_ratio=0.5"], None),
+        (["train.epochs=8", "train.gradual_pruning={start: 0.5, end: 0.75}"], 8),
+    ],
+)
+def test_threshold_that_no_gate_can_reach(tmp_path, overrides, steps):
+    recipe = toy_recipe(write_photos(tmp_path / "photos"), *REACH, "train.schedule=constant", *overrides)
+    context, model = RunContext(recipe, Reporter(quiet())), build_dense(recipe)
+    found = gates_out_of_reach(context, model, context.dense_groups(model))
+    assert (found is None) == (steps is None)
+    if steps is not None:
+        assert found.startswith(f"with adam, a gate falls by about {0.04 * steps:.2g} at most in {steps} steps")
+        assert found.endswith("none reaches slim.threshold=0.5; raise train.gate_lr or train.epochs")
+
+
+def test_training_too_short_for_the_threshold_is_reported_before_and_after(tmp_path, monkeypatch, capsys):
+    shorten(monkeypatch)
+    recipe = toy_recipe(write_photos(tmp_path / "photos"), *REACH, "export.onnx=false", "train.schedule=constant")
+    run_recipe(recipe, tmp_path / "run", Console(width=300))
+    out = capsys.readouterr().out
+    for stage in ("train", "extract"):
+        assert f"{stage}: with adam, a gate falls by about 0.16 at most in 4 steps at train.gate_lr=0.04" in out
