@@ -39,6 +39,7 @@ from torch import nn
 
 from prunekit.config import registry
 from prunekit.config.recipe import load
+from prunekit.data.datasets import normalize
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.models import build_dense
@@ -114,7 +115,7 @@ def train(context: RunContext, model: nn.Module, stage: str, epochs: int, pruner
                 group["lr"] = lr * schedule(done / (epochs * steps))
             images, targets = augment(data.images[rows], data.targets[rows], data.sizes[rows], generator)
             optimizer.zero_grad()
-            loss(model(images), targets).backward()
+            loss(model(normalize(images)), targets).backward()
             if pruner is not None:
                 pruner.regularize(model)
             optimizer.step()

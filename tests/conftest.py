@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# Of the processes that tests start, too: threads of several processes on one core wait for each other.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 # Plain pytest draws the same examples every time and never fails for being slow; the long forms explore.
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

@@ -100,7 +100,7 @@ def test_weights_are_slices_of_the_original():
             assert branch.num_features == channels[conv.out_channels][int(b)]
             for key in ("weight", "bias", "running_mean", "running_var"):
                 assert torch.equal(getattr(branch, key), part(getattr(norm, key), 0, conv.out_channels, int(b)))
-            assert branch.num_batches_tracked == norm.num_batches_tracked == 20
+            assert branch.num_batches_tracked == norm.num_batches_tracked == 4
             seen += 1
     assert seen == 2 * 7
     assert [act.num_parameters for act in made.get_submodule("b1.0").acts.values()] == [1, 1]

@@ -95,11 +95,13 @@ def check_onnx(file: bytes, model: nn.Module, inputs: Sequence[Inputs], name: st
 
 
 def onnx_function(file: bytes) -> Callable[..., Any]:
-    """The file in ONNX Runtime on all CPU cores, as a function of its inputs; it returns a list of several outputs."""
+    """The file in ONNX Runtime with as many threads as PyTorch, as a function of its inputs; it returns a list of
+    several outputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # Errors are raised, too.
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from prunekit.deployment.export.onnx import export_errors
@@ -43,7 +44,11 @@ def openvino_function(file: bytes, weights: bytes | None = None, precision: str 
     openvino = import_openvino()
     core = openvino.Core()
     parts = [file] if weights is None else [file, openvino.Tensor(np.frombuffer(weights, np.uint8))]
-    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
     compiled = core.compile_model(core.read_model(*parts), "CPU", options)
 
     def run(*arrays: np.ndarray) -> Any:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning
 def compute(file: onnx.ModelProto, image: torch.Tensor) -> np.ndarray:
     onnx.checker.check_model(file, full_check=True)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
     session = onnxruntime.InferenceSession(file.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"image": image.numpy()})[0]
 
