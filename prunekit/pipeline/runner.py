@@ -33,7 +33,7 @@ from prunekit.pipeline.rehearsal import rehearse
 from prunekit.pipeline.stages import STAGE_FUNCTIONS
 from prunekit.pipeline.workers import main_process_command, stage_trains
 from prunekit.reporting import report
-from prunekit.runs.run_dir import DATA, RunDir, is_run_folder
+from prunekit.runs.run_dir import DATA, RunDir, check_usable, is_run_folder
 from prunekit.runs.stage_order import STAGES
 from prunekit.utils import distributed
 from prunekit.utils.environment import environment
@@ -71,6 +71,7 @@ def run_recipe(
     out, console = Path(out), console or Console()
     if overwrite and recipe.init is not None:
         _check_different(Path(recipe.init).expanduser(), out)
+    check_usable(out, resume=resume, overwrite=overwrite)
     pending = _pending_stages(out, resume, start_from)
     context = RunContext(recipe, Reporter(console))
     # Before the folder is made, so that a wrong recipe or a damaged image leaves no folder.

@@ -70,9 +70,8 @@ class RunDir(ArtifactStore):
             CheckpointError: a file cannot be written, or the state of the run to resume is damaged.
         """
         path = Path(path)
-        if resume and overwrite:
-            raise RunFolderError("--resume and --overwrite exclude each other; give one of them")
-        _check_usable(path)
+        check_usable(path, resume=resume, overwrite=overwrite)
+        _make_usable(path)
         if not overwrite:
             # Overwriting removes links without following them.
             check_no_external_links(path)
@@ -363,7 +362,15 @@ def is_run_folder(path: Path) -> bool:
     return (path / RECIPE).is_file() and ((path / STATE).is_file() or (path / SUMMARY).is_file())
 
 
-def _check_usable(path: Path) -> None:
+def check_usable(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise RunFolderError where a folder, which need not exist yet, cannot become or be that of a run."""
+    if resume and overwrite:
+        raise RunFolderError("--resume and --overwrite exclude each other; give one of them")
+    if path.exists():
+        _make_usable(path)
+
+
+def _make_usable(path: Path) -> None:
     """Create the folder where it is missing; raise RunFolderError where it holds something other than a run."""
     try:
         make_folder(path)
