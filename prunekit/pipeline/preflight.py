@@ -53,14 +53,14 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
             if warning := context.dataset(split).target_warning(context.tensors(split).targets):
                 context.reporter.info(f"{split}: {warning}")
         _report_large_batches(context)
-        if warning := gates_out_of_reach(context, initial, context.dense_groups(initial)):
-            context.reporter.info(f"train: {warning}")
         _check_losses(context, initial)
     if recipe.finetune.distill.weight:
         nothing = torch.zeros(1, 1, 1, 1)
         context.task.distillation_loss(nothing, nothing, 1.0)
     _check_training_options(context, model)
     if rehearsal:
+        if warning := gates_out_of_reach(context, initial, context.dense_groups(initial)):
+            context.reporter.info(f"train: {warning}")
         rehearse(context, initial)
 
 

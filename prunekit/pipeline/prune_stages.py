@@ -67,7 +67,9 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
     plan = plan_from_selection(dense, groups, choice)
     context.reporter.info(f"extract: {outcome}")
     _print_notes(context, "extract", plan.notes)
-    untrained = None if choice.pruned or recipe.init is not None else build_dense(recipe)
+    # Derived runs have no training of their own, and those with ``init`` began with other gates.
+    trained_here = recipe.init is None and run.is_done("train") and run.latest_checkpoint("train") is not None
+    untrained = build_dense(recipe) if trained_here and not choice.pruned else None
     if untrained is not None and (reason := gates_out_of_reach(context, untrained, groups)):
         context.reporter.info(f"extract: {reason}")
     _record_origin(context, run, plan)

@@ -101,7 +101,7 @@ def test_dense_model_round_trip_without_layout(width):
     assert import_csnet(state, CSNetLayout.parse(layout.dump(), "x"), "file")[1].removed == []
 
 
-@pytest.mark.parametrize("seed", seeds(6, plain=2))
+@pytest.mark.parametrize("seed", seeds(6))
 def test_slim_model_round_trip(seed):
     """Odd splits, branches and dilations of no channels."""
     model, groups, example = settled(20, seed, share=0.3 + 0.1 * seed, whole=0.2 * seed)

@@ -20,7 +20,7 @@ def twice(model, groups, example, seed):
     return first.plan, between, second.plan, smaller
 
 
-@pytest.mark.parametrize("seed", seeds(6, plain=2))
+@pytest.mark.parametrize("seed", seeds(6))
 def test_composed_plan_equals_two_plans_in_sequence(seed):
     model, groups, example = csnet_with_dead_gates(seed, share=0.4, whole=0.4 * (seed % 2))
     first, between, second, smaller = twice(model, groups, example, seed)
