@@ -83,12 +83,12 @@ def test_plugin_package_is_declared_in_setup_cfg():
 
 
 @pytest.mark.parametrize(
-    ("name", "metrics"), [("segmentation", ["miou", "pixel_accuracy"]), ("regression", ["mae", "rmse"])]
+    ("name", "metrics", "onnx"),
+    [("segmentation", ["miou", "pixel_accuracy"], "true"), ("regression", ["mae", "rmse"], "false")],
 )
-def test_task_example_runs_to_the_end(name, metrics, tmp_path):
+def test_task_example_runs_to_the_end(name, metrics, onnx, tmp_path):
     tiny = ["train.epochs=1", "finetune.epochs=1", "data.size=16", "data.options={train: 32, val: 4}"]
-    if name == "regression":
-        tiny.append("export.onnx=false")
+    tiny.append(f"export.onnx={onnx}")
     command = [sys.executable, "-m", "prunekit.cli", "run", EXAMPLES / "tasks" / f"{name}.yaml", *tiny]
     done = subprocess.run([*command, "--out", tmp_path / "run"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

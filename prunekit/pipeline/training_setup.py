@@ -75,15 +75,17 @@ def gates_out_of_reach(context: RunContext, model: nn.Module, groups: list[Group
     Adam's steps are at most about the learning rate, however large the decay.
     """
     recipe, section = context.recipe, context.recipe.train
-    scores = [float(gates.min()) for gates in gate(model, groups).values()]
     by_threshold = recipe.slim.threshold > 0 and not any(recipe.target.model_dump().values())
-    if section.optimizer.name not in ("adam", "adamw") or not by_threshold or not scores:
+    if section.optimizer.name not in ("adam", "adamw") or not by_threshold:
         return None
     schedule = bind_options(registry.schedules, section.schedule)
     batch = section.batch_size * section.accumulate * distributed.world_size()
     steps = section.epochs * max(1, len(context.tensors("train")) // batch)
     if (start := section.gradual_pruning.start) is not None:
         steps = round(start * steps)
+    scores = [float(gates.min()) for gates in gate(model, groups).values()]
+    if not steps or not scores:
+        return None
     rate = section.gate_lr or section.lr
     fall = rate * sum(schedule(step / steps) for step in range(steps))
     if min(scores) - fall <= recipe.slim.threshold:

@@ -6,14 +6,14 @@ import pytest
 
 @pytest.mark.parametrize("way", gradual.TORCH_PRUNING)
 def test_torch_pruning_reaches_the_size(tmp_path, way):
-    tiny = ["backbone.options={depth: 8, width: 8}", "train.epochs=4", "train.batch_size=256"]
+    tiny = ["backbone.options={depth: 8, width: 8}", "train.epochs=4", "train.batch_size=64"]
     keys = gradual.overrides_of(way, "digits_resnet", 0.5, 0, tiny)
     gradual.run_torch_pruning(way, "digits_resnet", keys, tmp_path / f"digits_resnet-{way}-0.5-0")
     ((*_, params, macs, trained, slim, finetuned, drift, seeds),) = gradual.rows(
         tmp_path, [("digits_resnet", way, 0.5)], [0, 1]
     )
     assert 0.4 <= float(params) <= 0.5 and 0 < float(macs) < 1 and seeds == "1" and not drift
-    assert all(0 <= float(value) <= 1 for value in (trained, slim, finetuned))
+    assert 0 <= float(slim) <= 1 and min(float(trained), float(finetuned)) > 0.5
 
 
 def test_epochs_are_equal():

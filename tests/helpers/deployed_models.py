@@ -16,7 +16,7 @@ from prunekit.pruning.surgery.slim import slim
 def pruned_model(name: str, seed: int, share: float = 0.5, **options) -> tuple[nn.Module, torch.Tensor]:
     """A slim model with odd channel counts, absent branches and all kinds of PReLU slopes; and a batch for it."""
     if name == "csnet":
-        options = {"width": 10, "blocks": BLOCKS, **options}
+        options = {"blocks": BLOCKS, **options}
     return copy.deepcopy(_pruned_model(name, seed, share, **options))
 
 

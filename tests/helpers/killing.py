@@ -71,7 +71,11 @@ def _serve() -> None:
         importlib.import_module(name)
     if not os.environ.get("PRUNEKIT_SOAK"):
         sys.path.insert(0, str(Path(__file__).parents[1]))
-        importlib.import_module("helpers.small_run").skip_figures(importlib.import_module("pytest").MonkeyPatch())
+        import pytest
+
+        from helpers.small_run import skip_figures
+
+        skip_figures(pytest.MonkeyPatch())
     assert threading.active_count() == 1
     for line in sys.stdin:
         request = json.loads(line)

@@ -70,6 +70,7 @@ REACH = ["slim.threshold=0.5", "train.gate_lr=0.04"]
         (["train.epochs=3"], 6),
         (["train.accumulate=2"], 2),
         (["train.epochs=7"], None),
+        (["train.epochs=0"], None),
         (["train.gate_lr=0.2"], None),
         (["train.optimizer={name: sgd}"], None),
         (["target.params_ratio=0.5"], None),
