@@ -9,7 +9,7 @@ from accelerate import PartialState
 from torch import nn
 
 from prunekit.config import registry
-from prunekit.config.schema import Recipe, Training
+from prunekit.config.schema import Recipe, Slim, Training
 from prunekit.data.datasets import normalize
 from prunekit.errors import PlanError, RecipeError
 from prunekit.pipeline.context import RunContext
@@ -53,6 +53,7 @@ def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = Fals
             if warning := context.dataset(split).target_warning(context.tensors(split).targets):
                 context.reporter.info(f"{split}: {warning}")
         _report_large_batches(context)
+        _report_unused_threshold(context)
         _check_losses(context, initial)
     if recipe.finetune.distill.weight:
         nothing = torch.zeros(1, 1, 1, 1)
@@ -153,7 +154,7 @@ def _check_losses(context: RunContext, model: nn.Module) -> None:
                     raise
                 raise RecipeError(
                     f"{stage}.loss: {section.loss.name} cannot be computed from what the model returns in training "
-                    f"({first_line(error)}); return a tensor, or a tuple or list of tensors"
+                    f"({first_line(error)}); return a tensor, or a tuple, list or dict of tensors"
                 ) from error
     losses = {section.loss.name for section in (recipe.train, recipe.finetune)}
     if context.task.takes_logits and losses <= {"task", "bce_iou", "structure"}:
@@ -175,6 +176,16 @@ def _report_large_batches(context: RunContext) -> None:
             context.reporter.info(
                 f"{stage}.batch_size={section.batch_size} is larger than the {count} training images: an epoch is one "
                 "step; lower it for more steps"
+            )
+
+
+def _report_unused_threshold(context: RunContext) -> None:
+    recipe, default = context.recipe, Slim.model_fields["threshold"].default
+    for key, value in recipe.target.model_dump().items():
+        if value is not None and recipe.slim.threshold != default:
+            context.reporter.info(
+                f"slim.threshold={recipe.slim.threshold:g} has no effect with target.{key}; to prune by threshold, set "
+                f"target.{key}=null"
             )
 
 

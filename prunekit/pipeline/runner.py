@@ -32,7 +32,6 @@ from prunekit.pipeline.preflight import check_classes, check_recipe
 from prunekit.pipeline.rehearsal import rehearse
 from prunekit.pipeline.stages import STAGE_FUNCTIONS
 from prunekit.pipeline.workers import main_process_command, stage_trains
-from prunekit.reporting import report
 from prunekit.runs.run_dir import DATA, RunDir, check_usable, is_run_folder
 from prunekit.runs.stage_order import STAGES
 from prunekit.utils import distributed
@@ -157,6 +156,9 @@ def _derived_run(
 
 
 def _report(out: Path, console: Console, failed_export: ExportError | None = None) -> Path:
+    # Imported here: pandas and Matplotlib take a second, which a command that fails early does not need.
+    from prunekit.reporting import report
+
     report([out], None, console)
     if failed_export is not None:
         raise failed_export

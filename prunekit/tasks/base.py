@@ -7,7 +7,7 @@ normalized with ImageNet's mean and standard deviation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -234,7 +234,8 @@ class Task(ABC):
 
 
 def main_output(output: Any) -> Any:
-    """Return the first output of a model with side outputs (a tuple or list of tensors), else the output."""
+    """Return the first output of a model with side outputs (a tuple, list or dict of tensors), else the output."""
+    output = tuple(output.values()) if isinstance(output, Mapping) else output
     return output[0] if isinstance(output, tuple | list) and output else output
 
 

@@ -6,7 +6,7 @@ function of logits and targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,9 @@ def total_loss(loss: Loss, weights: Sequence[float] = ()) -> Callable[[Any, Tens
     """
 
     def total(outputs: Any, targets: Tensor) -> Tensor:
-        if not isinstance(outputs, tuple | list):
+        if isinstance(outputs, Mapping):
+            outputs = list(outputs.values())
+        elif not isinstance(outputs, tuple | list):
             outputs = [outputs]
         if weights and len(weights) != len(outputs):
             raise RecipeError(

@@ -148,10 +148,11 @@ def _prepare(request: dict, counts: int) -> None:
 
     for name in CALLS:
         setattr(os, name, counted(name))
+    from prunekit import reporting
     from prunekit.pipeline import runner
 
-    # The report takes longer than the run.
-    runner.report = lambda *_: None
+    # It takes longer than the run.
+    reporting.report = lambda *_: None
     if "step" in request or "at" in request:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 

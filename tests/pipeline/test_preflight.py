@@ -39,9 +39,13 @@ class Sides(UNet):
 
     def forward(self, x):
         main, side = super().forward(x), self.side(self.deep(self.down(x)))
-        outputs = {"tuple": tuple, "list": list, "dict": lambda ts: dict(enumerate(ts))}[self.kind](
-            self.last(output) for output in (main, side)
-        )
+        kinds = {
+            "tuple": tuple,
+            "list": list,
+            "dict": lambda ts: dict(enumerate(ts)),
+            "nested": lambda ts: [(t,) for t in ts],
+        }
+        outputs = kinds[self.kind](self.last(output) for output in (main, side))
         return outputs if self.always or self.training else outputs[0]
 
 def sides(kind: str = "tuple", last: str = "identity", always: bool = True):
@@ -91,6 +95,13 @@ def test_a_batch_larger_than_the_set_is_reported(check):
     assert "batch_size" not in check("finetune.batch_size=5", "finetune.epochs=0")
 
 
+def test_a_threshold_without_effect_is_reported(check):
+    assert "no effect" not in check("target.params_ratio=0.5")
+    reported = check("target.params_ratio=0.5", "slim.threshold=0.02")
+    assert "slim.threshold=0.02 has no effect with target.params_ratio; to prune by threshold, set" in reported
+    assert "no effect" not in check("target.params_ratio=null", "slim.threshold=0.02")
+
+
 def test_too_little_memory_is_not_a_wrong_size(check, monkeypatch):
     monkeypatch.setattr(
         "torch.nn.Upsample.forward", failing(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
@@ -99,7 +110,7 @@ def test_too_little_memory_is_not_a_wrong_size(check, monkeypatch):
         check()
 
 
-@pytest.mark.parametrize("kind", ["tuple", "list"])
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict"])
 @pytest.mark.parametrize("always", ["true", "false"])
 def test_side_outputs(check, kind, always):
     sides = ["backbone.name=sides", f"backbone.options={{kind: {kind}, always: {always}}}"]
@@ -109,8 +120,8 @@ def test_side_outputs(check, kind, always):
 
 
 def test_outputs_that_no_loss_takes_are_refused_before_training(check):
-    with pytest.raises(RecipeError, match=r"^train\.loss: task cannot be computed .*a tuple or list of tensors$"):
-        check("backbone.name=sides", "backbone.options={kind: dict, always: false}")
+    with pytest.raises(RecipeError, match=r"^train\.loss: task cannot be computed .*a tuple, list or dict of tensors$"):
+        check("backbone.name=sides", "backbone.options={kind: nested, always: false}")
 
 
 @pytest.mark.parametrize("last", ["sigmoid", "hard"])
