@@ -1,5 +1,6 @@
 """The equivalence check on models that change their input, are random, or amplify rounding errors."""
 
+import copy
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 
@@ -185,3 +186,19 @@ def test_sensitive_images_are_left_out_and_the_others_decide():
         small.net[3].weight[0] *= 1 + 1e-4
     report = check_equivalence(gated, small, mixed)
     assert not report.passed and "the outputs differ by" in report.reason and report.tolerance < 1e-4
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e6])
+@pytest.mark.parametrize("same_batch", [False, True])
+def test_each_image_has_its_own_tolerance(factor, same_batch):
+    torch.manual_seed(0)
+    dense = nn.Linear(3, 2).double()
+    wrong = copy.deepcopy(dense)
+    with torch.no_grad():
+        wrong.bias[0] += 1e-3
+    images = torch.randn(2, 3, dtype=torch.float64)
+    large = torch.full_like(images, factor)
+    inputs = [torch.cat([images, large])] if same_batch else [images, large]
+    report = check_equivalence(dense, wrong, inputs)
+    assert not report.passed and "the outputs differ by 0.001, more than" in report.reason
+    assert report.tolerance < 1e-5
