@@ -12,7 +12,7 @@ from prunekit.deployment.values import compute, difference
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 CONFIGS = list(dict.fromkeys(config for configs in CANDIDATES.values() for config in configs))
 # The others take seconds in torch.onnx.
-QUICK = "one_size lenet adaptive_max resize_if_needed dict two_inputs split any_inputs audio mlp resnet_basic".split()
+QUICK = "one_size adaptive_max resize_if_needed dict two_inputs audio resnet_basic".split()
 
 
 @pytest.mark.parametrize("name", [name for name, case in ARCHITECTURES.items() if case.traceable])

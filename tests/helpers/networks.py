@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -132,6 +135,11 @@ def small_csnet() -> nn.Module:
 
 def csnet_with_dead_gates(seed: int, share: float = 0.5, whole: float = 0.1, size: int = 32):
     """A small CSNet with a share of dead gates and some dead branches, its groups and a batch."""
+    return copy.deepcopy(_csnet_with_dead_gates(seed, share, whole, size))
+
+
+@functools.cache
+def _csnet_with_dead_gates(seed: int, share: float, whole: float, size: int):
     torch.manual_seed(seed)
     model = small_csnet()
     example = init_norms(model, seed, size)

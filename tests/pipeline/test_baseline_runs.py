@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers.interruption import interrupted_after_checkpoint
+from helpers.marks import slow
 from helpers.toy_run import outcome, quiet, shorten, toy_recipe, write_photos
 
 from prunekit.errors import RecipeError
@@ -98,7 +99,7 @@ def broken_off(run_it, out, stage, step, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("stage", "step"), [("train", 3), ("baseline", 1), ("baseline", 2), ("baseline", 4), ("finetune", 1)]
+    ("stage", "step"), [("train", 3), ("baseline", 1), slow("baseline", 2), slow("baseline", 4), ("finetune", 1)]
 )
 def test_resumed_run_equals_uninterrupted_run(run_it, whole, tmp_path, stage, step):
     out = tmp_path / "run"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.small_run import skip_figures
 from helpers.toy_run import quiet
 from torch import nn
@@ -79,9 +80,13 @@ def test_ignored_layers_are_not_rehearsed():
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("mat1 and mat2\nshapes"), ExportError("no such operator"), KeyError("_5")]
+    ("error", "key"),
+    [
+        (RuntimeError("mat1 and mat2\nshapes"), "onnx"),
+        (ExportError("no such operator"), "preprocess"),
+        slow(KeyError("_5"), "onnx"),
+    ],
 )
-@pytest.mark.parametrize("key", ["onnx", "preprocess"])
 def test_export_that_fails_is_named_before_the_run(tmp_path, monkeypatch, error, key):
     def failing(file, model, inputs, path):
         if ("image" in path) == (key == "preprocess"):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from helpers.marks import slow
 from helpers.toy_run import killed_in, outcome, quiet, shorten, toy_recipe, write_photos
 
 from prunekit.errors import CheckpointError, ExportError, RunError, RunFolderError
@@ -74,8 +75,13 @@ def test_export_keys_may_change_after_a_failed_export(tmp_path, photos, monkeypa
     assert RunDir.open(out).is_done("export") and not (out / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("place", ["append_metrics", "update_summary", "end"])
-@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(
+    ("place", "replaced"),
+    [
+        *[("append_metrics", False), slow("append_metrics", True), slow("update_summary", False)],
+        *[("update_summary", True), ("end", False), slow("end", True)],
+    ],
+)
 def test_folder_moved_during_the_run(tmp_path, photos, monkeypatch, place, replaced):
     out, moved = tmp_path / "run", tmp_path / "moved"
     call = getattr(RunDir, place)

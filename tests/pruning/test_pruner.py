@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning
+from helpers.marks import slow
 from helpers.networks import init_norms
 from helpers.zoo import ZOO
 from torch import nn
@@ -56,7 +57,7 @@ def test_global_ratio_lets_layers_compete(model):
 
 
 @pytest.mark.parametrize(
-    "target", [{"macs_ratio": 0.5}, {"params_ratio": 0.4}, {"params": 30_000}, {"macs": 5_000_000}]
+    "target", [{"macs_ratio": 0.5}, slow({"params_ratio": 0.4}), {"params": 30_000}, slow({"macs": 5_000_000})]
 )
 def test_target_is_reached(model, target):
     slim, report = step(model, target=target)
@@ -67,7 +68,7 @@ def test_target_is_reached(model, target):
     assert report.after == prunekit.count(slim, IMAGES)
 
 
-@pytest.mark.parametrize("options", [{"pruning_ratio": 0.5}, {"pruning_ratio": 0.5, "global_pruning": False}])
+@pytest.mark.parametrize("options", [{"pruning_ratio": 0.5}, slow({"pruning_ratio": 0.5, "global_pruning": False})])
 def test_steps_end_at_the_ratio_of_one_step(model, options):
     _, at_once = step(model, importance="random", **options)
     pruner = prunekit.Pruner(model, IMAGES, importance="random", steps=3, **options)
@@ -155,7 +156,7 @@ def test_ignored_layers_keep_their_channels(model):
         assert report.layers["stage3.0.conv1"][0] < 64
 
 
-@pytest.mark.parametrize("options", [{}, {"pruning_ratio": 0.25}, {"target": {"params_ratio": 0.4}}])
+@pytest.mark.parametrize("options", [slow({}), {"pruning_ratio": 0.25}, {"target": {"params_ratio": 0.4}}])
 def test_per_layer_ratio_overrides_the_ranking(model, options):
     ratios = {model.stage1[0].conv1: 0.5, "stage3.0.conv1": 0.75}
     _, report = step(model, per_layer_ratio=ratios, **options)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from prunekit.pruning.graph.meta import FastShapes, to_meta
 
@@ -50,19 +49,21 @@ def varied_sizes(model: nn.Module, example: Tensor) -> list[tuple[int, ...]]:
 
 def _cover(first: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) -> list[tuple[int, ...]]:
     calls = dict.fromkeys(call for behavior in behaviors.values() for call in behavior)
-    # What is the same at every size chooses none.
-    varying = [call for call in calls if len({behavior.get(call) for behavior in behaviors.values()}) > 1]
-    items = {
-        size: {((call, what), value) for call in varying for what, value in behavior.get(call, ())}
-        for size, behavior in behaviors.items()
-    }
-    values = defaultdict(set)
-    for key, value in set().union(*items.values()):
-        values[key].add(value)
-    kinds = {size: {item for item in own if len(values[item[0]]) <= MAX_VALUES} for size, own in items.items()}
+    # Calls that do the same at all sizes count as one, with their number; what is the same everywhere chooses no size.
+    counts = Counter(tuple(behavior.get(call, ()) for behavior in behaviors.values()) for call in calls)
+    rows = [row for row in counts if len(set(row)) > 1]
+    kinds: dict[tuple[int, ...], set] = {size: set() for size in behaviors}
+    for number, row in enumerate(rows):
+        values = defaultdict(set)
+        for what, value in set().union(*row):
+            values[what].add(value)
+        few = {what for what, own in values.items() if len(own) <= MAX_VALUES}
+        for own, does in zip(kinds.values(), row, strict=True):
+            own |= {(number, what, value) for what, value in does if what in few}
     seen, chosen = kinds.pop(first), []
     while kinds and len(chosen) < MAX_SIZES:
-        best = max(kinds, key=lambda size: (len(kinds[size] - seen), [-side for side in size]))
+        new = {size: sum(counts[rows[number]] for number, _, _ in own - seen) for size, own in kinds.items()}
+        best = max(kinds, key=lambda size: (new[size], [-side for side in size]))
         if chosen and kinds[best] <= seen:
             break
         seen |= kinds.pop(best)
@@ -78,7 +79,7 @@ def _behaviors(model: nn.Module, batch: Tensor, sizes: list[tuple[int, ...]]) ->
     inputs = {
         size: batch.clone() if size == batch.shape[2:] else batch.new_zeros((*batch.shape[:2], *size)) for size in sizes
     }
-    with _called_modules(model, recorder), FastShapes(), recorder:
+    with _called_modules(model, recorder), recorder:
         for size, image in inputs.items():
             recorder.start()
             try:
@@ -103,7 +104,7 @@ def _called_modules(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             hook.remove()
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(FastShapes):
     def start(self) -> None:
         self.modules: list[str] = [""]
         self.calls: Counter[tuple] = Counter()
@@ -111,7 +112,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = super().__torch_function__(func, types, args, kwargs)
         leaves = list(_leaves((args, kwargs)))
         shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
         if not isinstance(out, Tensor) and not any(shape[2:] for shape in shapes):

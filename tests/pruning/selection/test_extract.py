@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers.marks import seeds
+from helpers.marks import seeds, slow
 from helpers.networks import Residual, Row, csnet_with_dead_gates, init_norms, params, small_csnet
 from helpers.zoo import ZOO
 
@@ -197,7 +197,7 @@ def test_effective_gates_are_the_default_scores():
     )
 
 
-@pytest.mark.parametrize("name", ["resnet_basic", "mobilenet_v2", "resnext", "densenet"])
+@pytest.mark.parametrize("name", ["resnet_basic", slow("mobilenet_v2"), "resnext", slow("densenet")])
 def test_every_importance_gives_a_plan_that_passes_the_equivalence_check(name):
     model, groups, example = ready(name)
     for scores in (

@@ -68,7 +68,7 @@ def test_all_texts_are_readable_and_axes_labelled(run):
         assert_labelled(drawing.figure)
 
 
-@pytest.mark.parametrize("width, font_size", [(3.3, None), slow(3.5, 7), slow(6.9, 8), (14, 12)])
+@pytest.mark.parametrize("width, font_size", [(3.3, None), slow(3.5, 7), slow(6.9, 8), slow(14, 12)])
 def test_figures_of_any_size_are_readable(run, width, font_size):
     with figure_size(FigureSize(width, font_size)):
         for drawing in report_figures([run, replace(run, name="other")]):
