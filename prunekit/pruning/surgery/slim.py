@@ -20,6 +20,7 @@ from prunekit.pruning.surgery.equivalence import (
     DEAD,
     EquivalenceReport,
     check_all,
+    check_equivalence,
     check_inputs,
     check_repeatable,
     noise_batch,
@@ -87,7 +88,7 @@ def slim(
     if not report.passed:
         raise PlanError(
             f"the slim model is not equivalent to the dense model with {replaced}: {report.reason}"
-            + (_dead_network_hint(model, groups) if report.reason == DEAD else "")
+            + (_dead_network_hint(reference, groups, inputs) if report.reason == DEAD else "")
         )
     report.float32_diff, _ = output_difference(
         copy_as(masked, torch.float32), copy_as(slimmed, torch.float32), [batch.float() for batch in inputs]
@@ -134,9 +135,11 @@ def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tenso
     return [] if noise is None else [noise]
 
 
-def _dead_network_hint(model: nn.Module, groups: Sequence[Group]) -> str:
+def _dead_network_hint(model: nn.Module, groups: Sequence[Group], inputs: Sequence[Tensor]) -> str:
     if layers := dead_layers(model, groups):
         return f", every gate of {join_names(layers)} is zero; train with a lower decay.weight"
+    if check_equivalence(model, model, inputs).reason == DEAD:
+        return ", already before pruning; train it first, or pass real images as the example"
     return "; prune fewer channels, or train with a lower rate or decay.weight"
 
 

@@ -186,10 +186,17 @@ def test_check_fails_if_the_output_hardly_varies(gated_pair, share):
 
 
 def test_dead_network_error_suggests_a_fix():
-    model, groups, example = csnet_with_dead_gates(0)
-    model.classifier.weight.data.mul_(1e-12)
+    model = Concat()
+    example = init_norms(model)
+    model.bn.weight.data[[0, 5]] = 0
+    groups = find_groups(model, example)
+    # What is left emits constants.
+    plan = make_plan(model, groups, {"a": {1, 2, 3, 4}, "b": {1, 2}})
     with pytest.raises(PlanError, match=r"the network is dead; prune fewer channels, or train with a lower rate"):
-        slim(model, extract(model, groups), example, groups=groups)
+        slim(model, plan, example, groups=groups)
+    model.out.weight.data.mul_(1e-12)
+    with pytest.raises(PlanError, match=r"the network is dead, already before pruning; train it first, or pass real"):
+        slim(model, plan, example, groups=groups)
 
 
 def test_failed_check_raises_plan_error(monkeypatch):
