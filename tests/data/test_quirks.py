@@ -104,7 +104,7 @@ def made(everything, tmp_path_factory):
     (home / "net.py").write_text(NET)
     (home / "quirks.yaml").write_text(RECIPE)
     patch = pytest.MonkeyPatch()
-    patch.setattr("prunekit.pipeline.runner.report", lambda *_: None)
+    patch.setattr("prunekit.reporting.report", lambda *_: None)
     try:
         with pytest.raises(SystemExit) as stop:
             main(["run", str(home / "quirks.yaml"), f"data.root={everything}", "--out", str(home / "run")])
@@ -159,7 +159,7 @@ def test_prediction_reports_unreadable_images_and_does_the_others(made, everythi
 
 def test_image_folder_skips_and_counts_invalid_files(tmp_path, monkeypatch):
     skip_export(monkeypatch)
-    monkeypatch.setattr("prunekit.pipeline.runner.report", lambda *_: None)
+    monkeypatch.setattr("prunekit.reporting.report", lambda *_: None)
     kinds = [kind for kind, quirk in QUIRKS.items() if quirk.error is None or quirk.photo]
     make(tmp_path / "pairs", kinds)
     random = np.random.default_rng(0)

@@ -46,7 +46,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         for stage in ("evaluate", "export", "report"):
             patch.setitem(runner.STAGE_FUNCTIONS, stage, lambda *_: None)
-        patch.setattr(runner, "report", lambda *_: None)
+        patch.setattr("prunekit.reporting.report", lambda *_: None)
         skip_rehearsal(patch)
         yield
 

@@ -40,7 +40,7 @@ def made(tmp_path_factory):
     home = tmp_path_factory.mktemp("theirs")
     patch = pytest.MonkeyPatch()
     patch.setenv("PRUNEKIT_CACHE", str(home / "cache"))
-    patch.setattr("prunekit.pipeline.runner.report", lambda *_: None)
+    patch.setattr("prunekit.reporting.report", lambda *_: None)
     (home / "net.py").write_text(NET.format(mark=str(home / "mark")))
     (home / "mine.yaml").write_text(RECIPE)
     with pytest.raises(SystemExit) as stop:

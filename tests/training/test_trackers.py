@@ -150,7 +150,7 @@ def test_interrupted_run_is_one_series(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe(), out, Console(quiet=True), resume=True)
     monkeypatch.setattr(Reporter, "log_epoch", epoch)
-    monkeypatch.setattr(sys.modules["prunekit.pipeline.runner"], "report", lambda *_, **__: None)
+    monkeypatch.setattr("prunekit.reporting.report", lambda *_, **__: None)
     run_recipe(recipe(), out, Console(quiet=True), resume=True)
     lines = RunDir.open(out).read_metrics()
     assert [line["epoch"] for line in lines] == [1, 2, 3, 1, 2]
