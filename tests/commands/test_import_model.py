@@ -102,6 +102,7 @@ def test_import_export_round_trip(folder, tmp_path):
     assert {**plans[0], "recipe_hash": 0} == {**plans[1], "recipe_hash": 0}
 
 
+@pytest.mark.slow
 def test_commands_on_an_imported_run(folder, tmp_path, monkeypatch):
     before = summary_of(folder)
     with monkeypatch.context() as patch:

@@ -177,6 +177,7 @@ def test_rounds_with_finetuning_between(whole, tmp_path):
     assert found["drift"]["max_abs_diff"] > 0
 
 
+@pytest.mark.slow
 def test_interrupted_rounds_resume_to_same_result(tmp_path, monkeypatch):
     steps = ["slim.steps=3", "train.epochs=1", "finetune.epochs=2"]
     run_it(tmp_path / "whole", *steps)
