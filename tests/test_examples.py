@@ -65,7 +65,7 @@ def test_plugin_is_listed_with_its_origin(installed):
 def test_plugin_recipe_runs(installed):
     tiny = ["train.epochs=1", "finetune.epochs=1", "data.size=32", "data.options={train: 32, val: 8}"]
     # After two steps the gates are slightly above or below 1.
-    tiny += ["backbone.options.width=4", "decay.weight=0", "slim.threshold=0.99", "export.onnx=false", "--out", "run"]
+    tiny += ["backbone.options.width=4", "decay.weight=0", "slim.threshold=0.99", "--out", "run"]
     out = installed("run", "package/mobile.yaml", *tiny)
     kept, of = map(int, re.search(r"slim: (\d+) of (\d+) channels kept.*equivalence check passed", out).groups())
     assert 0 < kept < of and "run (complete)" in out

@@ -233,10 +233,16 @@ class Task(ABC):
         return [self.postprocess(one, image.shape[:2]) for one, image in zip(scores, images, strict=True)]
 
 
+def all_outputs(output: Any) -> list[Any]:
+    """Return the outputs of a model with side outputs (a tuple, list or dict of tensors), the main one first."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(output) if isinstance(output, tuple | list) else [output]
+
+
 def main_output(output: Any) -> Any:
-    """Return the first output of a model with side outputs (a tuple, list or dict of tensors), else the output."""
-    output = tuple(output.values()) if isinstance(output, Mapping) else output
-    return output[0] if isinstance(output, tuple | list) and output else output
+    """Return the first output of a model with side outputs, else the output."""
+    return next(iter(all_outputs(output)), output)
 
 
 def compute_metrics(metrics: Metrics) -> dict[str, float]:

@@ -6,7 +6,7 @@ function of logits and targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from prunekit.config.registry import register_loss
 from prunekit.data.datasets import MaskDataset, resize
 from prunekit.errors import RecipeError
-from prunekit.tasks.base import Task
+from prunekit.tasks.base import Task, all_outputs
 from prunekit.utils.text import plural
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -34,10 +34,7 @@ def total_loss(loss: Loss, weights: Sequence[float] = ()) -> Callable[[Any, Tens
     """
 
     def total(outputs: Any, targets: Tensor) -> Tensor:
-        if isinstance(outputs, Mapping):
-            outputs = list(outputs.values())
-        elif not isinstance(outputs, tuple | list):
-            outputs = [outputs]
+        outputs = all_outputs(outputs)
         if weights and len(weights) != len(outputs):
             raise RecipeError(
                 f"output_weights has {plural(len(weights), 'weight')}, and the model returns "

@@ -28,7 +28,9 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _SUMS = (torch.add, Tensor.add, Tensor.__add__)
 
 
-def _output_sides(x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> list:
+def _output_sides(
+    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> list[int]:
     """Sides of a convolution's output; none where PyTorch decides, such as whether the input is an error."""
     if not (x.is_meta and weight.is_meta and x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * groups):
         return []

@@ -64,6 +64,7 @@ def real(model, example):
         *[("resnet", 0, given) for given in ("params_ratio", "macs_ratio", "params", "macs")],
         *[slow("resnet", seed, given) for seed in (1, 2) for given in ("params_ratio", "macs_ratio", "params", "macs")],
         *[("grouped", 0, "params_ratio"), ("grouped", 1, "macs"), slow("grouped", 2, "params_ratio")],
+        *[slow("grouped", 0, "macs"), slow("grouped", 1, "params_ratio"), slow("grouped", 2, "macs")],
     ],
 )
 def test_plan_is_just_below_its_budget(name, seed, given):

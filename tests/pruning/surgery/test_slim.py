@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers.marks import seeds
+from helpers.marks import seeds, slow
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, params, small_csnet, zero_gates
 from helpers.zoo import ZOO, mobilenet_v3
 
@@ -248,8 +248,9 @@ def test_apply_plan_rejects_plan_of_another_model():
         apply_plan(small_csnet(), plan, example)
 
 
-def test_slim_a_slim_model():
-    model = Residual()
+@pytest.mark.parametrize("network", [Residual, slow(small_csnet)])
+def test_slim_a_slim_model(network):
+    model = network()
     example = init_norms(model)
     groups = find_groups(model, example)
     zero_gates(model, groups, 0.3)

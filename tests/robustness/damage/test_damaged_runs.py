@@ -82,7 +82,7 @@ def cases(names: list[str]) -> list[tuple[str, str, str]]:
     kinds, cheap = list(DAMAGES), ["report", "predict", "groups", "eval", "export"]
     out = []
     for number, name in enumerate(names):
-        out.append((name, kinds[number % len(kinds)], "report"))
+        out += [(name, damage, "report") for damage in ("swapped", kinds[number % len(kinds)])]
         out += [(name, kinds[(number + 1) % len(kinds)], cheap[1 + number % 4])]
     return out
 
