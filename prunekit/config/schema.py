@@ -217,11 +217,15 @@ class Target(Section):
     macs_ratio: Ratio | None = None
     """MACs of the slim model as a share of the dense model's."""
 
+    @property
+    def given(self) -> dict[str, float]:
+        """The key that is set with its value; empty without a target."""
+        return {key: value for key, value in self.model_dump().items() if value is not None}
+
     @model_validator(mode="after")
     def _at_most_one(self) -> Target:
-        given = [key for key in type(self).model_fields if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise ValueError(f"gives {' and '.join(given)}; keep one of them")
+        if len(self.given) > 1:
+            raise ValueError(f"gives {' and '.join(self.given)}; keep one of them")
         return self
 
 
@@ -230,6 +234,9 @@ class Slim(Section):
 
     importance: Component = Component(name="gate")
     """Importance by which channels are ranked."""
+    cost_power: NonNegative = 0.0
+    """Divides the importance of a channel by this power of its share of the target's params or MACs; 0: off, 1: rank by
+    importance per param or MAC."""
     scope: Literal["global", "layer"] = "global"
     """Rank channels over the whole model, or prune the same share of each layer."""
     steps: Count = 1
@@ -300,16 +307,21 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
     """Return the keys that are valid alone but conflict with other keys, each with a message that proposes the fix."""
     conflicts: list[tuple[yaml.Path, str]] = []
     slim, distill = recipe.slim, recipe.finetune.distill
-    if all(value is None for value in recipe.target.model_dump().values()):
+    if not recipe.target.given:
         add = "add target.params, target.macs, target.params_ratio or target.macs_ratio"
         if (name := slim.importance.name) != "gate":
             conflicts.append((("slim", "importance"), f"{name!r} ranks channels but has no threshold; {add}"))
+        if slim.cost_power:
+            conflicts.append((("slim", "cost_power"), f"costs are shares of a target's measure; {add}"))
         if slim.steps > 1:
             conflicts.append((("slim", "steps"), f"{slim.steps} steps need a target; {add}"))
         if recipe.train.gradual_pruning.rounds > 1:
             conflicts.append((("train", "gradual_pruning", "rounds"), f"several rounds need a target; {add}"))
         if slim.scope == "layer":
             conflicts.append((("slim", "scope"), f"pruning the same share of each layer needs a target; {add}"))
+    elif slim.cost_power and slim.scope == "layer":
+        message = "costs compare layers, and slim.scope=layer prunes the same share of each; drop one of the two"
+        conflicts.append((("slim", "cost_power"), message))
     gradual = recipe.train.gradual_pruning
     if gradual.start is not None:
         if gradual.start >= gradual.end:

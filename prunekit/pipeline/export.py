@@ -206,23 +206,28 @@ class Exporter:
         )
         return written
 
-    def _write_int8(self, path: str) -> list[Path]:
+    def quantize(self, images: int) -> tuple[bytes, bytes, int]:
+        """Return the ONNX file, its int8 form, and how many training images, at most ``images``, calibrated it."""
         try:
-            train, val = self.context.dataset("train"), self.context.dataset("val")
+            train = self.context.dataset("train")
         except PrunekitError as error:
             raise ExportError(f"int8 is calibrated on the recipe's data: {error}") from error
-        rows = np.unique(np.linspace(0, len(train) - 1, min(CALIBRATION, len(train))).astype(int))
+        rows = np.unique(np.linspace(0, len(train) - 1, min(images, len(train))).astype(int))
         batches = [self._prepare([train.image(int(row))], (self.size, self.size)).numpy() for row in rows]
         variant = Variant("onnx", int8=True)
         source = export_onnx(self.form("int8", False), self.example, partial(self._metadata, variant))
-        file = quantize_onnx(source, batches, self._metadata(variant, self.shapes[variant]))
+        return source, quantize_onnx(source, batches, self._metadata(variant, self.shapes[variant])), len(batches)
+
+    def _write_int8(self, path: str) -> list[Path]:
+        val = self.context.dataset("val")
+        source, file, calibration = self.quantize(CALIBRATION)
         # Both in ONNX Runtime, so that only the precision differs.
         metrics = {"float32": self._evaluate(source, val, "float32"), "int8": self._evaluate(file, val, "int8")}
         written = self.run.write_bytes(path, file)
-        self._update_summary({"int8": {"path": path, "images": len(val), "calibration": len(batches), **metrics}})
+        self._update_summary({"int8": {"path": path, "images": len(val), "calibration": calibration, **metrics}})
         change = compared(metrics["float32"], metrics["int8"])
         self.context.reporter.info(
-            f"{written}: {self.name} model in int8, {len(file) / 1000:.0f} kB; calibrated on {len(batches)} "
+            f"{written}: {self.name} model in int8, {len(file) / 1000:.0f} kB; calibrated on {calibration} "
             f"training images; on {len(val)} validation images {change}"
         )
         return [written]

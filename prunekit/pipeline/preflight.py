@@ -181,8 +181,8 @@ def _report_large_batches(context: RunContext) -> None:
 
 def _report_unused_threshold(context: RunContext) -> None:
     recipe, default = context.recipe, Slim.model_fields["threshold"].default
-    for key, value in recipe.target.model_dump().items():
-        if value is not None and recipe.slim.threshold != default:
+    for key in recipe.target.given:
+        if recipe.slim.threshold != default:
             context.reporter.info(
                 f"slim.threshold={recipe.slim.threshold:g} has no effect with target.{key}; to prune by threshold, set "
                 f"target.{key}=null"

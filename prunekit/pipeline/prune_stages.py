@@ -31,7 +31,7 @@ from prunekit.pipeline.models import (
 from prunekit.pipeline.training_setup import build_loss, gates_out_of_reach, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Builder, Group, Plan, digest
-from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch
+from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch, target_measure
 from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
@@ -102,7 +102,7 @@ def slim_stage(context: RunContext, run: RunDir) -> None:
 
 
 def _dead_network(context: RunContext, run: RunDir, dense: nn.Module) -> str:
-    example, target = context.example().double(), next(iter(_target(context.recipe)), None)
+    example, target = context.example().double(), next(iter(context.recipe.target.given), None)
     if check_equivalence(copy_module(dense).double(), copy_module(dense).double(), [example]).reason == DEAD:
         keys = f"target.{target} is too small for this training: raise it" if target else "lower decay.weight"
         return (
@@ -146,7 +146,7 @@ def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slim
 
 def _largest_removed_gate(context: RunContext, model: nn.Module, groups: Sequence[Group], plan: Plan) -> float | None:
     pruning = context.recipe.slim
-    if pruning.importance.name != "gate" or pruning.scope != "global":
+    if pruning.importance.name != "gate" or pruning.scope != "global" or pruning.cost_power:
         return None
     scores = gate(model, groups)
     removed = [np.delete(scores[group.id], np.asarray(plan.kept(group), int)) for group in groups if group.id in scores]
@@ -244,7 +244,7 @@ def gradual_pruning(
 def _goals(context: RunContext, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
     """Return the budget of each round, in equal ratios from dense size to target; [None] without a target."""
     recipe = context.recipe
-    if not _target(recipe):
+    if not recipe.target.given:
         return [None]
     last = absolute_budget(context, dense, groups)
     full, steps = SizeModel(dense, groups, context.shape).dense, recipe.slim.steps
@@ -253,12 +253,8 @@ def _goals(context: RunContext, dense: nn.Module, groups: Sequence[Group]) -> li
 
 def absolute_budget(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> Budget | None:
     """Return the recipe's target in absolute numbers, for a run that begins with this model, or raise PlanError."""
-    target = _target(context.recipe)
+    target = context.recipe.target.given
     return _size_search(context, model, groups).budget(**target) if target else None
-
-
-def _target(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in recipe.target.model_dump().items() if value is not None}
 
 
 def _size_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
@@ -270,9 +266,12 @@ def channel_search(
     context: RunContext, model: nn.Module, groups: Sequence[Group], batches: int = LOSS_BATCHES
 ) -> BudgetSearch:
     """Return a search for channels, ranked by the recipe's criterion on so many batches of training data."""
-    importance = bind_options(registry.importances, context.recipe.slim.importance)
+    recipe = context.recipe
+    importance = bind_options(registry.importances, recipe.slim.importance)
     scores = importance(model, groups, _training_losses(context, batches))
-    return BudgetSearch(model, groups, context.shape, scores, **_limits(context.recipe))
+    measure = target_measure(next(iter(recipe.target.given), "macs"))
+    cost: dict[str, Any] = {"cost_power": recipe.slim.cost_power, "measure": measure}
+    return BudgetSearch(model, groups, context.shape, scores, **cost, **_limits(recipe))
 
 
 def _limits(recipe: Recipe) -> dict[str, Any]:

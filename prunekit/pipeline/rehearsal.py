@@ -126,7 +126,7 @@ def _evaluate(context: RunContext, model: nn.Module) -> None:
 
 
 def _export(context: RunContext, model: nn.Module, example: Tensor) -> None:
-    wanted = [variant for variant in variants(context.recipe.export) if not variant.int8]
+    wanted = variants(context.recipe.export)
     with inference(model):
         if not wanted or not torch.isfinite(main_output(model(example))).all():
             return
@@ -136,9 +136,12 @@ def _export(context: RunContext, model: nn.Module, example: Tensor) -> None:
     run.write_bytes("slim/model.safetensors", b"")
     exporter = Exporter(context, run, "slim", model, measure=False)
     for variant in wanted:
-        key = f"export.{'preprocess' if variant.preprocess else variant.form}"
+        key = f"export.{'int8' if variant.int8 else 'preprocess' if variant.preprocess else variant.form}"
         with _failures(key, f"set {key}=false"), tolerance(UNTRAINED_TOLERANCE):
-            exporter.write(variant)
+            if variant.int8:
+                exporter.quantize(IMAGES)  # what it costs in accuracy is known only after training
+            else:
+                exporter.write(variant)
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def trivial_warning(
     best, metric = task.best(reference), task.metric_names[0]
     # Of equal scores the first wins.
     failing = [name for name, values in metrics.items() if task.best({best: reference[best], name: values}) == best]
-    target = next((f"target.{key}" for key, value in recipe.target.model_dump().items() if value is not None), None)
+    target = next((f"target.{key}" for key in recipe.target.given), None)
     if "baseline" in failing or ("dense" in failing and not recipe.decay.weight):
         advice = "train longer (train.epochs), or with another train.lr"
     elif "dense" in failing:

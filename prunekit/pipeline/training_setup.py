@@ -75,7 +75,7 @@ def gates_out_of_reach(context: RunContext, model: nn.Module, groups: list[Group
     Adam's steps are at most about the learning rate, however large the decay.
     """
     recipe, section = context.recipe, context.recipe.train
-    by_threshold = recipe.slim.threshold > 0 and not any(recipe.target.model_dump().values())
+    by_threshold = recipe.slim.threshold > 0 and not recipe.target.given
     if section.optimizer.name not in ("adam", "adamw") or not by_threshold:
         return None
     schedule = bind_options(registry.schedules, section.schedule)

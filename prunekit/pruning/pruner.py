@@ -16,7 +16,7 @@ from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.flops import ModelCost, count
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.budget import TARGETS, BudgetSearch
+from prunekit.pruning.selection.budget import TARGETS, BudgetSearch, target_measure
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
 from prunekit.pruning.selection.selector import Scores, Selection, Selector
@@ -83,6 +83,8 @@ class Pruner:
         target: size to reach instead of a ratio, within 2%: ``{"macs_ratio": 0.5}`` keeps half of the multiply-adds;
             or ``params_ratio``, ``macs`` or ``params``.
         ignored_layers: layers whose output channels are all kept: modules, or patterns of names such as ``"stem*"``.
+        cost_power: with a target, divides the score of a channel by this power of its share of the parameters or
+            multiply-adds that the target limits; 1 ranks by importance per multiply-add.
         per_layer_ratio: for some layers (modules or patterns) the share of their own channels to prune;
             ``ignored_layers`` takes precedence.
         global_pruning: whether channels compete across all layers, or each layer loses the same share.
@@ -108,6 +110,7 @@ class Pruner:
         importance: Importance = "gate",
         pruning_ratio: float | None = None,
         target: Mapping[str, float] | None = None,
+        cost_power: float = 0.0,
         ignored_layers: Sequence[Layer] = (),
         per_layer_ratio: Mapping[Layer, float] | None = None,
         global_pruning: bool = True,
@@ -118,11 +121,13 @@ class Pruner:
         exact: bool = False,
     ):
         _check_arguments(model, example_inputs, pruning_ratio, target, per_layer_ratio, steps)
+        if cost_power and not target:
+            raise PlanError('cost_power needs a target, such as target={"macs_ratio": 0.5}')
         self.example_inputs, self.steps, self.current_step = example_inputs, steps, 0
         self._model = model = unwrap(model)
         self._importance = _importance_function(importance, loss)
         self._ratio, self._target = pruning_ratio or 0.0, dict(target or {})
-        self._global, self._exact = global_pruning, exact
+        self._global, self._exact, self._cost_power = global_pruning, exact, cost_power
         self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
         self._groups = find_groups(model, example_inputs)
         self._ignored = match_layers(model, self._groups, ignored_layers, "ignored_layers")
@@ -224,6 +229,8 @@ class Pruner:
             self._groups,
             self.example_inputs.shape[1:],
             scores,
+            cost_power=self._cost_power,
+            measure=target_measure(next(iter(self._target))),
             scope="global" if self._global else "layer",
             ignored_groups=self._ignored,
             ratios=self._remaining_ratios(share),

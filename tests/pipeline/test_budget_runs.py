@@ -211,6 +211,7 @@ def test_unreachable_budget_is_refused_before_training(tmp_path, monkeypatch):
         ),
         ("slim.steps=2", r"slim\.steps: 2 steps need a target; add target\.params"),
         ("slim.scope=layer", r"slim\.scope: pruning the same share of each layer needs a target"),
+        ("slim.cost_power=1", r"slim\.cost_power: costs are shares of a target's measure; add target\.params"),
         ("train.gradual_pruning.rounds=2", r"train\.gradual_pruning\.rounds: several rounds need a target"),
     ],
 )
@@ -225,8 +226,9 @@ def test_settings_that_need_a_target(change, words):
     [
         (["train.gradual_pruning.start=0.8"], r"gradual_pruning\.end: 0\.5 is not above"),
         (["train.gradual_pruning.start=0.2", "slim.steps=2"], r"slim\.steps: gradual pruning reaches the target"),
+        (["slim.cost_power=1", "slim.scope=layer"], r"slim\.cost_power: costs compare layers, and slim\.scope=layer"),
     ],
 )
-def test_settings_that_conflict_with_gradual_pruning(changes, words):
+def test_settings_that_conflict(changes, words):
     with pytest.raises(RecipeError, match=words):
         recipe(*changes)

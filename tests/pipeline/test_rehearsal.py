@@ -100,6 +100,16 @@ def test_export_that_fails_is_named_before_the_run(tmp_path, monkeypatch, error,
     assert str(refused.value).count("\n") == 0 and not (tmp_path / "run").exists()
 
 
+def test_int8_export_that_fails_is_named_before_the_run(tmp_path, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("no such type")
+
+    monkeypatch.setattr(export, "quantize_onnx", failing)
+    with pytest.raises(RecipeError, match=r"^export\.int8 fails \(.*no such type\); set export\.int8=false"):
+        run_recipe(load("digits_resnet", [*PLAIN, "export.int8=true"]), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluation_that_fails_is_named_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Classification, "postprocess", lambda self, scores, size: scores.numpy().reshape(3, 3))
     with pytest.raises(RecipeError, match=r"^evaluating one image with task classification fails"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
+from prunekit.pruning.selection.cost_model import Measure, ModelSize, SizeModel
 from prunekit.pruning.selection.explain import describe_unprunable
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
@@ -34,7 +34,10 @@ MAX_ATTEMPTS = 5  # at compensating for what slimming adds
 
 TARGETS = ("params", "macs", "params_ratio", "macs_ratio")
 
-Measure = Literal["params", "macs"]
+
+def target_measure(name: str) -> Measure:
+    """What one of ``TARGETS`` limits."""
+    return "params" if name.startswith("params") else "macs"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Budget:
                 + (f"{' and '.join(given)} are given" if given else "none is given")
             )
         ((name, value),) = given.items()
-        measure: Measure = "params" if name.startswith("params") else "macs"
+        measure = target_measure(name)
         dense_size, is_ratio = getattr(dense, measure), name.endswith("_ratio")
         if is_ratio and not 0 < value < 1:
             raise PlanError(f"{name}={value:g}: must be above 0 and below 1, the size relative to the dense model")
@@ -95,6 +98,7 @@ class BudgetSearch:
     Args:
         shape: of one input without the batch, (C, H, W) or (C,).
         scores: for each group its channels' scores; by default the effective gates.
+        cost_power: divides each score by this power of the channel's share of ``measure``.
         limits: keyword arguments of :class:`Selector`.
 
     Attributes:
@@ -102,11 +106,24 @@ class BudgetSearch:
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], shape: Sequence[int], scores: Scores | None, **limits: Any
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        shape: Sequence[int],
+        scores: Scores | None,
+        *,
+        cost_power: float = 0.0,
+        measure: Measure = "macs",
+        **limits: Any,
     ):
         self.model, self.groups, self.shape = unwrap(model), list(groups), tuple(shape)
-        self.selector = Selector(self.model, groups, gate(model, groups) if scores is None else scores, **limits)
         self.size_model = SizeModel(self.model, groups, shape)
+        scores = gate(model, groups) if scores is None else scores
+        if cost_power:
+            scores = self.size_model.per_cost(scores, measure, cost_power)
+        self.selector = Selector(self.model, groups, scores, **limits)
+        if cost_power and self.selector.scope == "layer":
+            raise PlanError("cost_power compares layers, and all lose the same share; drop one of the two")
         # The values between which the search decides: ratios at which the count of some layer changes, or counts.
         self._values: list[Any]
         if self.selector.scope == "layer":
@@ -236,6 +253,7 @@ class BudgetOptions(TypedDict, total=False):
     params_ratio: float | None
     macs_ratio: float | None
     scores: Scores | None
+    cost_power: float
     scope: Scope
     min_channels: int
     round_to: int
@@ -246,7 +264,8 @@ def _search(
     model: nn.Module, groups: Sequence[Group], example: Tensor, scores: Scores | None = None, **options: Any
 ) -> tuple[BudgetSearch, Budget]:
     target = {name: options.pop(name, None) for name in TARGETS}
-    search = BudgetSearch(model, groups, example.shape[1:], scores, **options)
+    measure = target_measure(next((name for name, value in target.items() if value is not None), "macs"))
+    search = BudgetSearch(model, groups, example.shape[1:], scores, measure=measure, **options)
     return search, search.budget(**target)
 
 
@@ -261,6 +280,8 @@ def fit_budget(model: nn.Module, groups: Sequence[Group], example: Tensor, **opt
         example: a batch of inputs; multiply-adds are counted for one input of its size.
         params, macs: the budget as a number of parameters or multiply-adds …
         params_ratio, macs_ratio: … or relative to the dense model.
+        cost_power: prefers channels that cost much: divides each score by this power of the share of the parameters or
+            multiply-adds (whichever the budget limits) that goes with the channel.
         scores, scope, min_channels, round_to, ignored_layers: as for ``extract``.
 
     Raises:

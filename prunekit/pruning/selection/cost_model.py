@@ -10,14 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 from torch import nn
 
+from prunekit.errors import PlanError
 from prunekit.flops import count_modules
 from prunekit.pruning.graph.axes import conv_groups
 from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.cutter import Cutter
+
+Measure = Literal["params", "macs"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,29 @@ class SizeModel:
         sizes = self._fixed * lengths[self._axes].prod(0) // self._shared
         sizes[gone[self._owner]] = 0
         return ModelSize(int(sizes.sum()), int(sizes @ self._positions))
+
+    def per_cost(self, scores: Mapping[str, np.ndarray], measure: Measure, power: float) -> dict[str, np.ndarray]:
+        """Divide the scores of channels by a power of the share of the measure that goes with one channel alone.
+
+        The order of value per weight is Dantzig's greedy rule for knapsacks (1957); the problem is that of HALP
+        (NeurIPS 2022), with parameters or multiply-adds for latency.
+
+        Args:
+            scores: for each group its channels' scores, (channels,), at least 0.
+            power: 0 leaves the scores as they are; 1 is importance per parameter or multiply-add.
+
+        Raises:
+            PlanError: a score or the power is negative.
+        """
+        if not power >= 0:
+            raise PlanError(f"cost_power={power}: must be at least 0; 1 ranks by importance per parameter or MAC")
+        dense = getattr(self.dense, measure)
+        divided = {}
+        for name, values in scores.items():
+            values = np.asarray(values, float)
+            if values.min(initial=0) < 0:
+                raise PlanError(f"a score of {name} is negative; cost_power needs an importance of at least 0")
+            # A channel that costs nothing of this measure is pruned last.
+            cost = max(dense - getattr(self.size_without({name: 1}), measure), 1) / dense
+            divided[name] = values / cost**power
+        return divided

@@ -97,6 +97,21 @@ def test_lowest_scores_are_pruned(seed):
     assert max(gone) <= np.quantile(kept, 0.2)
 
 
+@pytest.mark.parametrize("target", ["params_ratio", "macs_ratio"])
+def test_costly_channels_are_preferred(target):
+    """Where the cost counts, less importance goes for the same size."""
+    model, groups, example = made("resnet")
+    draw = np.random.default_rng(0)
+    scores = {g.id: draw.random(g.channels) for g in groups if g.reason is None}
+    lost = {}
+    for power in (0.0, 1.0):
+        plan = fit_budget(model, groups, example, scores=scores, cost_power=power, **{target: 0.5})
+        lost[power] = sum(scores[name][list(dead)].sum() for name, dead in dead_channels(groups, plan).items() if dead)
+    assert lost[1.0] < lost[0.0]
+    with pytest.raises(PlanError, match="cost_power compares layers, and all lose the same share"):
+        fit_budget(model, groups, example, cost_power=1.0, scope="layer", **{target: 0.5})
+
+
 @pytest.mark.filterwarnings("ignore::prunekit.PrunekitWarning")
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("scope", ["global", "layer"])

@@ -6,6 +6,7 @@ from helpers.marks import seeds
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, small_csnet, zero_gates
 from torch import nn
 
+from prunekit.errors import PlanError
 from prunekit.flops import count_modules, total
 from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.groups import find_groups
@@ -154,3 +155,32 @@ def test_sizes_agree_with_hand_counts():
     # By hand: 4 of 6 channels at 15×15 positions, 4 of 7 hidden units.
     assert size.macs == 15 * 15 * 4 * 27 + 4 * 15 * 15 * 4 + 4 * 2
     assert size.params == 4 * 28 + 4 * 2 + 1 + (4 * 225 * 4 + 4) + 4 * 2 + (4 * 2 + 2)
+
+
+@pytest.mark.parametrize("network", [Row, Residual, Concat, Flat, Dense])
+@pytest.mark.parametrize("measure", ["params", "macs"])
+def test_scores_per_cost(network, measure):
+    torch.manual_seed(0)
+    model = network()
+    example = init_norms(model, 0)
+    groups = [group for group in find_groups(model, example) if group.reason is None]
+    sizes, draw = SizeModel(model, groups, (3, 32, 32)), np.random.default_rng(0)
+    scores = {group.id: draw.random(group.channels) for group in groups}
+    found = {power: sizes.per_cost(scores, measure, power) for power in (0, 0.5, 1)}
+    dense = getattr(real(model, (3, 32, 32)), measure)
+    for group in groups:
+        cut = apply_plan(network(), make_plan(model, groups, {group.id: {0}}), example)
+        share = 1 - getattr(real(cut, (3, 32, 32)), measure) / dense
+        for power, divided in found.items():
+            np.testing.assert_allclose(divided[group.id], scores[group.id] / share**power)
+
+
+@pytest.mark.parametrize(
+    "score, power, words", [(-1, 1, "a score of .* is negative"), (1, -1, "cost_power=-1: must be at least 0")]
+)
+def test_scores_per_cost_must_not_be_negative(score, power, words):
+    model = Row()
+    groups = [group for group in find_groups(model, init_norms(model, 0)) if group.reason is None]
+    with pytest.raises(PlanError, match=words):
+        scores = {group.id: np.full(group.channels, score) for group in groups}
+        SizeModel(model, groups, (3, 32, 32)).per_cost(scores, "macs", power)
