@@ -45,8 +45,8 @@ class ModelGroups:
     params: int  # of the whole model
     macs: int
     groups: list[Group]  # in the order of computation
-    # Id of a prunable group → number of channels whose effective gate is above ``threshold``; None for a recipe, whose
-    # gates are untrained.
+    # Id of a prunable group with gates → number of channels whose effective gate is above ``threshold``; None for a
+    # recipe, whose gates are untrained.
     alive: dict[str, int] | None
     threshold: float  # the recipe's ``slim.threshold``
 
@@ -94,7 +94,7 @@ def inspect_groups(source: str, overrides: Sequence[str] = (), model: str | None
         network = build_dense(recipe)
     shape, threshold = input_shape(recipe), recipe.slim.threshold
     groups = find_groups(network, torch.zeros(1, *shape))
-    alive = {g.id: int((gate_scores(network, g) > threshold).sum()) for g in groups if g.reason is None}
+    alive = {g.id: int((gate_scores(network, g) > threshold).sum()) for g in groups if g.reason is None and g.gates}
     cost = total(count_modules(network, shape)[0])
     return ModelGroups(source, name, shape, cost["params"], cost["macs"], groups, alive if is_run else None, threshold)
 
@@ -128,7 +128,7 @@ def format_gates(group: Group) -> str:
         text = OPERATORS[kind].join(terms)
         return f"{prefix}({text}){suffix}" if depth or prefix or suffix else text
 
-    return "" if group.combine is None else write(group.combine, 0)
+    return "no gate" if group.combine is None else write(group.combine, 0)
 
 
 def _factor_out(names: list[str]) -> tuple[str, list[str], str]:
@@ -186,8 +186,9 @@ def _totals(inspected: ModelGroups) -> list[str]:
     count = len(inspected.groups)
     lines = [f"{len(prunable)} of {count} groups can be pruned, {_channels(prunable)}"]
     if inspected.alive is not None:
-        alive = sum(inspected.alive.values())
-        lines[0] += f", {alive:,} of them alive (effective gate above {inspected.threshold:g})"
+        alive, gated = sum(inspected.alive.values()), sum(group.channels for group in prunable if group.gates)
+        of = "them" if len(inspected.alive) == len(prunable) else f"the {gated:,} with gates"
+        lines[0] += f", {alive:,} of {of} alive (effective gate above {inspected.threshold:g})"
     if fixed:
         lines.append(f"{len(fixed)} of {count} groups cannot be pruned, {_channels(fixed)}:")
         reasons = Counter(group.reason for group in fixed)

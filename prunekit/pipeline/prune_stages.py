@@ -258,8 +258,10 @@ def absolute_budget(context: RunContext, model: nn.Module, groups: Sequence[Grou
 
 
 def _size_search(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> BudgetSearch:
-    # Ranked by gates, since sizes and limits do not depend on scores.
-    return BudgetSearch(model, groups, context.shape, None, **_limits(context.recipe))
+    # Sizes and limits do not depend on scores, only on which groups have some.
+    by_gate = context.recipe.slim.importance.name == "gate"
+    scores = {group.id: np.zeros(group.channels) for group in groups if group.gates or not by_gate}
+    return BudgetSearch(model, groups, context.shape, scores, **_limits(context.recipe))
 
 
 def channel_search(

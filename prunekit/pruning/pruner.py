@@ -134,7 +134,8 @@ class Pruner:
         self._ratios = _ratios_by_group(model, self._groups, per_layer_ratio or {})
         # The number of channels of each group before the first step.
         self._widths = {group.id: group.channels for group in self._groups}
-        zeros = {g.id: np.zeros(g.channels) for g in self._groups if g.reason is None}
+        ranked = [g for g in self._groups if g.reason is None and (importance != "gate" or g.gates)]
+        zeros = {g.id: np.zeros(g.channels) for g in ranked}
         if not self._target:
             Selector(model, self._groups, zeros, **self._limits)  # checks the limits
         else:

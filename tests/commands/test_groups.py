@@ -94,7 +94,8 @@ def test_alive_channels_of_a_run(folder):
     run = RunDir.open(folder / "runs" / "one")
     found = inspect_groups(str(folder / "runs" / "one"), model="dense")
     model = load_model(run, "dense")
-    assert found.alive == {g.id: int((gate_scores(model, g) > 0.5).sum()) for g in found.groups if g.reason is None}
+    gated = [group for group in found.groups if group.reason is None and group.gates]
+    assert found.alive == {group.id: int((gate_scores(model, group) > 0.5).sum()) for group in gated}
     first = found.groups[0]
     assert found.alive[first.id] <= first.channels - 3
     none = inspect_groups(str(folder / "runs" / "one"), ["slim.threshold=1e9"], model="dense")
@@ -126,10 +127,10 @@ def test_table_fits_the_width_and_has_every_group(folder):
 
 def test_totals(folder):
     text = " ".join(shown(inspect_groups(str(folder / "mine.yaml"))).split())
-    assert "1 of 4 groups can be pruned, 8 channels 3 of 4 groups cannot be pruned, 10 channels:" in text
+    assert "2 of 4 groups can be pruned, 14 channels 2 of 4 groups cannot be pruned, 4 channels:" in text
     assert "1 × the model's output" in text
     run = inspect_groups(str(folder / "runs" / "one"), model="dense")
-    expected = f"8 channels, {run.alive['stem']} of them alive (effective gate above 0.5)"
+    expected = f"14 channels, {run.alive['stem']} of the 8 with gates alive (effective gate above 0.5)"
     assert expected in " ".join(shown(run).split()) and run.alive["stem"] <= 5
 
 
@@ -158,7 +159,7 @@ def group(combine, *norms):
 @pytest.mark.parametrize(
     ("combine", "names", "text"),
     [
-        (None, [], ""),
+        (None, [], "no gate"),
         (0, ["bn"], "bn"),
         ({"serial": [0, 1]}, ["bn1", "bn2"], "bn1 → bn2"),
         ({"parallel": [0, 1]}, ["a.bn", "b.bn"], "(a | b).bn"),

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from torch import nn
 
+from prunekit.pruning.graph.silence import silent_channels
 from prunekit.pruning.plan import Gate, Group
 
 T = TypeVar("T")
@@ -143,9 +144,9 @@ def _zero_gates(model: nn.Module, group: Group) -> list[np.ndarray]:
 
 
 def gate_scores(model: nn.Module, group: Group) -> np.ndarray:
-    """Return the score of each channel of a group, (channels,) float64: 0 is dead, ∞ means that it passes no gate."""
+    """Return the score of each channel of a group, (channels,) float64: 0 is dead; ∞ is alive and passes no gate."""
     if group.combine is None:
-        return np.full(group.channels, np.inf)
+        return np.where(silent_channels(model, group), 0.0, np.inf)
     effective = [effective_gates(model.get_submodule(gate.norm))[slice(*gate.slice)] for gate in group.gates]
     leaves = list(zip(effective, _zero_gates(model, group), strict=True))
 

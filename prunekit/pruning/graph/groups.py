@@ -153,9 +153,8 @@ class _GroupBuilder:
         gates, combine = gate_expr.resolve(gate_expr.parallel(exprs) if exprs else gate_expr.UNGATED, channels)
         for gate in gates:
             gate.activation = self._activation(self.nodes[gate.norm])
-        if reason is None and combine is None:
-            kind = "linear layer" if self.nodes[uses[0][0].module].op == "linear" else "convolution"
-            reason = f"no gate: no BatchNorm between this {kind} and the next" if exprs else "no gate: nothing reads it"
+        if reason is None and not exprs:
+            reason = "nothing reads it"
         first = members[0]
         name = "input" if first.reads else first.module
         name = f"{name}@{first.offset}" if first.offset else name

@@ -20,7 +20,7 @@ from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.cost_model import Measure, ModelSize, SizeModel
-from prunekit.pruning.selection.explain import describe_unprunable
+from prunekit.pruning.selection.explain import OTHER_IMPORTANCE, describe_unprunable, describe_unscored
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.selection.layer_matching import Layer
@@ -138,16 +138,16 @@ class BudgetSearch:
         budget = Budget.from_target(self.size_model.dense, **target)
         least, selector = budget.size(self.smallest), self.selector
         if not selector.groups:
-            raise PlanError(
-                f"the budget of {budget} cannot be met: {describe_unprunable(self.groups)}; a layer can be pruned if a "
-                "BatchNorm follows it"
-            )
+            raise PlanError(f"the budget of {budget} cannot be met: {describe_unprunable(self.groups)}")
+        if selector.unscored.all():
+            raise PlanError(f"the budget of {budget} cannot be met: {describe_unscored(selector)}; {OTHER_IMPORTANCE}")
         if least > budget.goal:
-            limited = selector.min_channels > 1 or selector.round_to > 1 or not selector.competes.all()
+            limited = selector.min_channels > 1 or selector.round_to > 1 or selector.ignored.any()
             raise PlanError(
                 f"the budget of {budget} cannot be met; choose one between {least:,} and "
                 f"{budget.size(self.size_model.dense):,} {budget.measure}"
                 + (", or relax min_channels, round_to and ignored_layers" if limited else "")
+                + (f"; {describe_unscored(selector)}: {OTHER_IMPORTANCE}" if selector.unscored.any() else "")
             )
         return budget
 

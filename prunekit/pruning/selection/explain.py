@@ -16,6 +16,7 @@ from prunekit.utils.text import join_names, plural
 if TYPE_CHECKING:
     from prunekit.pruning.selection.selector import Selection, Selector
 
+OTHER_IMPORTANCE = "choose an importance that needs none, such as magnitude or taylor"
 Note = tuple[str, bool]  # a sentence, and whether to warn
 
 
@@ -93,13 +94,24 @@ def explain(
     if selector.ignored.any():
         groups, channels = selector.ignored.sum(), selector.widths[selector.ignored].sum()
         yield f"ignored_layers keeps {plural(groups, 'group')} whole, with {plural(channels, 'channel')}", False
+    if selection.pruned and selector.unscored.any():
+        yield f"{describe_unscored(selector)}; {OTHER_IMPORTANCE}", False
     if unprunable := describe_unprunable(selector.all_groups):
         yield unprunable, False
+
+
+def describe_unscored(selector: Selector) -> str:
+    groups, channels = selector.unscored.sum(), selector.widths[selector.unscored].sum()
+    return (
+        f"{plural(groups, 'group')} of {plural(channels, 'channel')} kept whole, since no gate (BatchNorm) ranks them"
+    )
 
 
 def _why_nothing(selector: Selector, request: Request, kept: str) -> str:
     if not selector.groups:
         return "no group can be pruned"
+    if selector.unscored.all():
+        return f"{describe_unscored(selector)}; {OTHER_IMPORTANCE}"
     if selector.ignored.all():
         return "ignored_layers keeps every group whole"
     if kept:

@@ -30,9 +30,14 @@ Normalizer = Literal["mean", "sum", "max", "none"]
 
 @register_importance("gate")
 def gate(model: nn.Module, groups: Sequence[Group], losses: Losses | None = None) -> dict[str, np.ndarray]:
-    """Effective gates: |γ|·√(v/(v+ε)) of the last norm of a channel, the largest of its branches."""
+    """Effective gates: |γ|·√(v/(v+ε)) of the last norm of a channel, the largest of its branches.
+
+    Groups without gates have no scores, and keep their channels.
+    """
     scores = {}
     for group in _prunable(groups):
+        if group.combine is None:
+            continue
         scores[group.id] = gate_scores(model, group)
         _check_scores(model, f"a gate of {group.id}", scores[group.id], {gate.norm for gate in group.gates})
     return scores

@@ -17,7 +17,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.liveness import essential_groups, group_by_layer, removable
 from prunekit.pruning.plan import Group
-from prunekit.pruning.selection.explain import Request, explain
+from prunekit.pruning.selection.explain import OTHER_IMPORTANCE, Request, explain
 from prunekit.pruning.selection.importance import check_finite
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
 from prunekit.pruning.surgery.cutter import Cutter
@@ -54,6 +54,7 @@ class Selector:
     """Selects the channels of one model to prune; prepared once, for any number of selections.
 
     Args (others as for ``extract``):
+        scores: for each group its channels' scores; groups without gates that have none keep all channels.
         ignored_groups: ids of groups whose channels are all kept.
         ratios: for some groups the share of their own channels to prune; they do not compete with the others.
 
@@ -61,6 +62,7 @@ class Selector:
         groups: those that can be pruned; all lists and arrays have an entry for each of them.
         limits: the largest number of channels to prune of those that compete; ``max_count`` is their sum.
         candidates: number of channels that compete.
+        unscored: which groups have no scores.
 
     Raises:
         PlanError: scores that are missing or not finite, a limit out of range, or a pattern that matches nothing.
@@ -96,9 +98,13 @@ class Selector:
         # Number of channels to prune whatever the ranking says; 0 in ignored groups.
         self.preset = np.array([_floor(ratios.get(group.id, 0) * group.channels) for group in self.groups], int)
         self.preset[self.ignored] = 0
-        self.competes = ~self.ignored & np.array([group.id not in ratios for group in self.groups], bool)
+        self.unscored = np.array([group.combine is None and group.id not in scores for group in self.groups], bool)
+        for group in (self.groups[index] for index in np.flatnonzero(self.unscored & (self.preset > 0))):
+            raise PlanError(f"the channels of {group.id} pass no gate to rank them by; {OTHER_IMPORTANCE}")
+        has_ratio = np.array([group.id in ratios for group in self.groups], bool)
+        self.competes = ~(self.ignored | self.unscored | has_ratio)
         self.removable = np.array([removable(model, group) for group in self.groups], bool)
-        self.scores = _zeros_first(model, self.groups, [_check_scores(group, scores) for group in self.groups])
+        self.scores = _zeros_first(model, self.groups, [self._scores(group, scores) for group in self.groups])
         self.blocks = np.array([self._conv_blocks(group) for group in self.groups], int)
         self.multiples = np.lcm(self.blocks, round_to)
         ordered = [_prune_order(values, blocks) for values, blocks in zip(self.scores, self.blocks, strict=True)]
@@ -107,6 +113,9 @@ class Selector:
         self.essential = essential_groups(model, self.groups)
         self.candidates = int(self.widths[self.competes].sum())
         self._rank()
+
+    def _scores(self, group: Group, scores: Scores) -> np.ndarray:
+        return np.full(group.channels, np.inf) if self.unscored[self.index[group.id]] else _check_scores(group, scores)
 
     def _rank(self) -> None:
         # The most that may be pruned of each group, as one limit after another applies.

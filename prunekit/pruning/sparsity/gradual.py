@@ -7,14 +7,17 @@ channel with a bias would still emit a constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import last_gates
+from prunekit.pruning.graph.silence import Rows, silencing_rows
 from prunekit.pruning.plan import Group
 from prunekit.utils import distributed
 
@@ -26,8 +29,8 @@ class GradualPruning:
     """Limits the gates and biases of chosen channels more and more after each optimizer step, down to zero.
 
     A channel that is chosen when the share t of its round is over has |γ| ≤ (1 − t)^power · |γ at the choice|, and its
-    norm's bias likewise; the last norms that the channel passes are limited. Call :meth:`step` after each optimizer
-    step.
+    norm's bias likewise; the last norms that the channel passes are limited. Where it passes none, the L2 norm of the
+    weights that produce it is limited in the same way, and the bias. Call :meth:`step` after each optimizer step.
 
     Args:
         model: in training.
@@ -67,18 +70,14 @@ class GradualPruning:
         self._choose, self._start, self._end, self._power, self._rounds = choose, start, end, power, rounds
         self._steps = 0
         self._groups = {group.id: group for group in groups if group.reason is None}
-        norms = {group.gates[index].norm for group in self._groups.values() for index in last_gates(group)}
-        self._parameters: list[nn.Parameter] = []
-        self._offsets: dict[str, list[int]] = {}  # of the weight and the bias of each norm in one vector of all
-        length = 0
-        for norm in sorted(norms):
-            module = model.get_submodule(norm)
-            for parameter in (module.weight, module.bias):
-                if parameter is not None:
-                    self._parameters.append(parameter)
-                    self._offsets.setdefault(norm, []).append(length)
-                    length += len(parameter)
-        self._limits = torch.full((length,), torch.inf)  # at the start of the round; ∞: not chosen
+        self._rows = {group.id: list(_shrinking_rows(model, group)) for group in self._groups.values()}
+        by_tensor = {rows.tensor: rows for own in self._rows.values() for rows in own}
+        self._slices = [by_tensor[name] for name in sorted(by_tensor)]
+        lengths = [rows.parameter.shape[rows.axis] for rows in self._slices]
+        # Where each tensor begins in one vector of all.
+        self._offsets = dict(zip([rows.tensor for rows in self._slices], [0, *accumulate(lengths)], strict=False))
+        self._lengths = lengths
+        self._limits = torch.full((sum(lengths),), torch.inf)  # at the start of the round; ∞: not chosen
 
     @property
     def is_finished(self) -> bool:
@@ -119,21 +118,43 @@ class GradualPruning:
         self.round += 1
         chosen = torch.zeros(len(self._limits))
         for group_id, channels in self._choose(self.model, self.round / self._rounds).items():
-            group = self._groups[group_id]
-            index = torch.tensor(sorted(channels), dtype=torch.int64)
-            for gate in (group.gates[number] for number in last_gates(group)):
-                for offset in self._offsets[gate.norm]:
-                    chosen[offset + gate.slice[0] + index] = 1.0
+            index = np.array(sorted(channels), np.int64)
+            for rows in self._rows[group_id]:
+                chosen[self._offsets[rows.tensor] + rows.of(index).cpu()] = 1.0
         chosen = distributed.broadcast(chosen).bool()
-        values = torch.cat([parameter.detach().float().abs() for parameter in self._parameters]).cpu()
+        values = torch.cat([_sizes(rows).cpu() for rows in self._slices])
         self._limits = torch.where(chosen, values, torch.inf)
 
     @torch.no_grad()
     def _apply(self) -> None:
-        first = self._parameters[0]
-        self._limits = self._limits.to(first.device)
+        self._limits = self._limits.to(self._slices[0].parameter.device)
         limits = torch.where(self._limits.isinf(), self._limits, self._limits * self._remaining())
-        parts = limits.split([len(parameter) for parameter in self._parameters])
-        parts = [part.to(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
-        torch._foreach_minimum_(self._parameters, parts)
-        torch._foreach_maximum_(self._parameters, torch._foreach_neg(parts))
+        pairs = list(zip(self._slices, limits.split(self._lengths), strict=True))
+        vectors = [(rows.parameter, part.to(rows.parameter)) for rows, part in pairs if rows.parameter.dim() == 1]
+        if vectors:
+            parameters, parts = map(list, zip(*vectors, strict=True))
+            torch._foreach_minimum_(parameters, parts)
+            torch._foreach_maximum_(parameters, torch._foreach_neg(parts))
+        for rows, part in pairs:
+            if rows.parameter.dim() > 1:
+                sizes = _sizes(rows)
+                factor = torch.where(sizes > part, part / sizes, 1.0).to(rows.parameter)
+                rows.parameter.mul_(factor.view([-1 if d == rows.axis else 1 for d in range(rows.parameter.dim())]))
+
+
+def _shrinking_rows(model: nn.Module, group: Group) -> Iterator[Rows]:
+    """Yield what shrinks with a channel: the weight and bias of its last norms; without gates, what it is made by."""
+    if group.combine is None:
+        yield from silencing_rows(model, group)
+    for gate in (group.gates[number] for number in last_gates(group)):
+        module = model.get_submodule(gate.norm)
+        for name, parameter in (("weight", module.weight), ("bias", module.bias)):
+            if parameter is not None:
+                yield Rows(f"{gate.norm}.{name}", parameter, 0, gate.slice[0], 1)
+
+
+def _sizes(rows: Rows) -> Tensor:
+    """The L2 norm of each entry of the axis, (length,)."""
+    other = [axis for axis in range(rows.parameter.dim()) if axis != rows.axis]
+    weights = rows.parameter.detach().float()
+    return torch.linalg.vector_norm(weights, dim=other) if other else weights.abs()

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import zeroing_masks
+from prunekit.pruning.graph.silence import silence
 from prunekit.pruning.graph.trace import tensors_in
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.check_sizes import varied_sizes
@@ -76,11 +78,15 @@ class EquivalenceReport:
 
 
 def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> nn.Module:
-    """Return a copy of a model in eval mode whose dead channels have a gate of zero (see ``zeroing_masks``)."""
+    """Return a copy of a model in eval mode whose dead channels have a gate of zero (see ``zeroing_masks``), or, where
+    they have none, weights and biases of zero (see ``silence``)."""
     copied = clone(model).eval()
     with torch.no_grad():
         for group in groups:
             if not dead.get(group.id):
+                continue
+            if group.combine is None:
+                silence(copied, group, np.array(sorted(dead[group.id])))
                 continue
             for gate, mask in zip(group.gates, zeroing_masks(model, group, dead[group.id]), strict=True):
                 weight = copied.get_submodule(gate.norm).weight

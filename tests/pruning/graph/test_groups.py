@@ -85,9 +85,10 @@ def test_parameter_outside_of_layers_is_unprunable():
     assert "parameter that belongs to no known layer" in by_id(Scaled())["conv"].reason
 
 
-def test_no_gate_without_a_norm():
+def test_group_without_a_norm_has_no_gate():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
-    assert by_id(model)["0"].reason.startswith("no gate: no BatchNorm between this")
+    group = by_id(model)["0"]
+    assert (group.reason, group.combine, group.gates) == (None, None, [])
 
 
 def test_csnet_groups():

@@ -216,8 +216,11 @@ def test_unreachable_budgets_name_the_possible_range(given, words):
 
 def test_model_without_norms_says_why_nothing_can_be_pruned():
     model, example = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)), torch.randn(2, 3, 8, 8)
-    with pytest.raises(PlanError, match=r"cannot be met: 3 groups cannot be pruned: 1 no gate: .* if a BatchNorm"):
+    with pytest.raises(PlanError, match=r"cannot be met: 1 group of 8 channels kept whole, since no gate .* taylor$"):
         fit_budget(model, find_groups(model, example), example, macs_ratio=0.5)
+    groups = find_groups(nn.Sequential(nn.Conv2d(3, 8, 3)), example)
+    with pytest.raises(PlanError, match=r"cannot be met: 2 groups cannot be pruned: 1 the model's output"):
+        fit_budget(nn.Sequential(nn.Conv2d(3, 8, 3)), groups, example, macs_ratio=0.5)
 
 
 def test_smallest_possible_budget_is_reached():

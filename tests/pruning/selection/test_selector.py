@@ -318,8 +318,22 @@ def test_unusable_scores_are_refused():
             Selector(model, groups, wrong)
 
 
+def test_groups_without_gates_need_scores():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1))
+    groups = find_groups(model, torch.randn(1, 3, 8, 8))
+    selection = Selector(model, groups, {"0": np.arange(4.0)}).select(pruning_ratio=0.5)
+    assert selection.dead == {"0": {0, 1}, "3": set()}
+    assert selection.notes[0].startswith("1 group of 6 channels kept whole, since no gate") and not selection.warnings
+    scored = Selector(model, groups, {"0": np.arange(4.0), "3": np.arange(6.0)}).select(pruning_ratio=0.5)
+    assert scored.dead == {"0": {0, 1}, "3": {0, 1, 2}}
+    with pytest.raises(PlanError, match="the channels of 3 pass no gate to rank them by; choose an importance that"):
+        Selector(model, groups, {"0": np.arange(4.0)}, ratios={"3": 0.5})
+    with pytest.raises(PlanError, match="importance gives no scores for 0"):
+        Selector(model, groups, {"3": np.arange(6.0)})
+
+
 def test_model_without_prunable_groups_is_noted():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     groups = find_groups(model, torch.randn(1, 3, 8, 8))
     selection = Selector(model, groups, {}).select(pruning_ratio=0.5)
     assert selection.warnings == ["nothing is pruned: no group can be pruned"] and selection.pruned == 0

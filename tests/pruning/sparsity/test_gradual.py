@@ -1,10 +1,12 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from prunekit.errors import PlanError
+from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.sparsity.gradual import GradualPruning
@@ -112,3 +114,33 @@ def test_state_continues_the_course(after):
 def test_options_out_of_range(options, words):
     with pytest.raises(PlanError, match=words):
         trained(0, lambda _: set(), **options)
+
+
+def test_channels_without_gates_shrink_by_the_weights_that_make_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    )
+    example = torch.randn(4, 3, 8, 8)
+    groups = find_groups(model, example)
+    pruning = GradualPruning(model, groups, lambda *_: {"0": {1, 5}, "2": {0}}, 8, start=0.25, end=0.75)
+    optimizer, course = torch.optim.Adam(model.parameters(), 0.01), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        images = torch.randn(4, 3, 8, 8)
+        (model(images) - images[:, :2]).square().mean().backward()
+        optimizer.step()
+        pruning.step()
+        with torch.no_grad():
+            course.append([float(model[0].weight[5].norm()), float(model[2].weight[:, 0].norm())])
+    for sizes in zip(*course, strict=True):
+        first = sizes[1]
+        assert all(
+            size <= (1 - t) ** 2 * first * 1.001 for size, t in zip(sizes[1:6], (0, 0.25, 0.5, 0.75, 1), strict=True)
+        )
+        assert sizes[5:] == (0, 0, 0) and sizes[2] > 0.5 * first
+    assert not model[0].bias[[1, 5]].any() and model[0].weight[[0, 2, 3, 4, 6, 7]].flatten(1).norm(dim=1).min() > 0.1
+    scores = {group.id: np.minimum(gate_scores(model, group), 1e9) for group in groups}
+    plan = extract(model, groups, 0.0, scores=scores)
+    _, report = slim(model, plan, example, groups=groups)
+    assert report.drift <= 1e-12 and sum(len(kept) for kept in report.plan.groups.values()) == 6 + 5
