@@ -9,8 +9,8 @@ fine-tunes spends a quarter of the epochs on it.
 
     dense       without decay and pruning
     gradual     the recipe
-    threshold   sparse training, then pruning at once, then fine-tuning
-    l1          as gradual, with the penalty of network slimming
+    threshold   sparse training, then pruning at once by gates, then fine-tuning
+    l1          as gradual by gates, with the penalty of network slimming
     magnitude   as gradual, without a penalty, channels ranked by the size of their weights
     bn_scale    BNScalePruner of torch-pruning by its manual: regularize in every step, prune, fine-tune
     group_norm  GroupNormPruner of torch-pruning likewise
@@ -49,12 +49,13 @@ from prunekit.training.trainer import bind_options
 from prunekit.utils.progress import Reporter
 
 NO_TARGET = ["train.gradual_pruning.start=null", "target.params_ratio=null", "target.macs_ratio=null"]
+BY_GATES = ["slim.importance=gate", "slim.cost_power=0"]
 WAYS = {
     "dense": [*NO_TARGET, "decay.name=none", "slim.threshold=0"],
     "gradual": [],
-    "threshold": ["train.gradual_pruning.start=null"],
-    "l1": ["decay.name=l1", "decay.weight=1e-3"],
-    "magnitude": ["decay.name=none", "slim.importance=magnitude"],
+    "threshold": ["train.gradual_pruning.start=null", *BY_GATES],
+    "l1": ["decay.name=l1", "decay.weight=1e-3", *BY_GATES],
+    "magnitude": ["decay.name=none", "slim.importance=magnitude", "slim.cost_power=0"],
 }
 TORCH_PRUNING = ("bn_scale", "group_norm")
 STEPS = 1000  # torch-pruning takes a ratio of channels; the one for the size is found in steps of 1 ÷ STEPS
@@ -155,6 +156,8 @@ def overrides_of(way: str, name: str, ratio: float | None, seed: int, given: Seq
     if ratio is not None:
         key = next(key for key, value in recipe.target.model_dump().items() if value is not None)
         keys.append(f"target.{key}={ratio}")
+    if way == "threshold" and recipe.decay.name == "none":
+        keys += ["decay.name=dynamic", "decay.weight=1"]
     if way in ("threshold", *TORCH_PRUNING):
         tuning = max(1, recipe.train.epochs // 4)
         keys += [f"train.epochs={recipe.train.epochs - tuning}", f"finetune.epochs={tuning}"]

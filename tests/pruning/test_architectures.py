@@ -6,6 +6,7 @@ import torch
 from helpers.marks import seeds
 from helpers.networks import init_norms, params
 from helpers.zoo import ZOO
+from helpers.zoo_tokens import TOKENS
 
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
@@ -15,13 +16,18 @@ from prunekit.pruning.surgery.slim import slim
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
 
+NETWORKS = {**ZOO, **TOKENS}
 # Substrings of the reasons of the unprunable groups.
 REASONS = {
+    "convnext": {"LayerNorm"},
     "googlenet_aux": {"path to the output", "in train mode only"},
+    "mixer": {"LayerNorm", "Add"},
     "resnet_option_a": {"ConstantPadNd"},
     "shared_head": {"called more than once"},
     "shufflenet_v1": {"View"},
     "shufflenet_v2": {"View", "Split"},
+    "transformer_encoder": {"no known layer", "not on the path"},
+    "vit": {"no known layer", "View"},
     "weight_tied": {"called more than once"},
 }
 # Networks with grouped convolutions, in which not all dead channels can be cut.
@@ -30,7 +36,7 @@ GROUPED = {"resnext", "shufflenet_v1"}
 
 def prepared(name, seed):
     torch.manual_seed(seed)
-    model = ZOO[name]()
+    model = NETWORKS[name]()
     example = init_norms(model, seed)
     return model, example, find_groups(model, example)
 
@@ -52,7 +58,7 @@ def zero_some_gates(model, group, channels, rng):
 
 
 @pytest.mark.parametrize("seed", seeds(3))
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_random_dead_gates(name, seed):
     model, example, groups = prepared(name, seed)
     rng, dead = np.random.default_rng(seed), 0
@@ -81,7 +87,7 @@ def test_random_dead_gates(name, seed):
     assert cut + equivalence.carriers + equivalence.given_back >= dead or name in GROUPED
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_unprunable_groups_have_the_expected_reasons(name):
     _, _, groups = prepared(name, 0)
     own = {"the model's input", "the model's output"}

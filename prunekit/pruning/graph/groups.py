@@ -165,7 +165,7 @@ class _GroupBuilder:
         # A transposed convolution multiplies once for each input position, the others for each output position.
         shape = node.inputs[0].out_shape if node.op == "transposed" else node.out_shape
         counted = node.op in ("conv", "depthwise", "linear", "transposed") and shape
-        positions = math.prod(shape[2:]) if counted else 0
+        positions = math.prod(shape[1:-1] if node.op == "linear" else shape[2:]) if counted else 0
         tensors = channel_tensors(module)
         weight = _numbers_per_entry(module, tensors[0])
         params = {name: _numbers_per_entry(module, name) if name in module._parameters else (0, 0) for name in tensors}
@@ -173,6 +173,8 @@ class _GroupBuilder:
 
     def _next_norm(self, reader: Node) -> str | None:
         norm = follow_chain(reader, LINEAR_OPS)
+        if reader.op == "linear" and len(reader.out_shape or ()) != 2:
+            return None  # a norm after it has another axis
         if norm is None or norm.op != "norm" or norm.name in self.reused or norm.module.running_mean is None:
             return None
         return norm.name

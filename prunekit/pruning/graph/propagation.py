@@ -1,12 +1,14 @@
 """Propagation of channels through a graph: the identity and the gate expression of each channel of each tensor.
 
-A convolution produces new channels. Norms, activations and depthwise convolutions pass them on, sums and products
-identify the channels of both sides, a concatenation places them side by side. An operation that is not known here
-makes the channels that pass through it unprunable, with its name as the reason.
+Of each tensor one axis is followed: the second from a convolution on, the last from a linear layer on. A convolution
+produces new channels. Norms, activations and depthwise convolutions pass them on, sums and products identify the
+channels of both sides, a concatenation places them side by side, permutations and reshapes move the axis. An operation
+that is not known here makes the channels that pass through it unprunable, with its name as the reason.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,7 +19,7 @@ from prunekit.pruning.graph.axes import channel_tensors
 from prunekit.pruning.graph.gate_expr import UNGATED, GateExpr, append_gate, forget, parallel, serial, shift
 from prunekit.pruning.graph.trace import PRODUCT, SUMS, Graph, Node
 
-# Operations on each channel alone that keep the number of channels.
+# Operations on each entry alone.
 ACTIVATIONS = {
     "Relu": "relu",
     "LeakyRelu": "leaky_relu",
@@ -31,14 +33,18 @@ ACTIVATIONS = {
     "Tanh": "tanh",
     "Mish": "mish",
 }
-CHANNELWISE = {
+ELEMENTWISE = {
     *ACTIVATIONS,
     *("Softplus", "Celu", "Threshold", "Hardshrink", "Softshrink", "LogSigmoid", "RreluWithNoise"),
     *("Abs", "Neg", "Exp", "Log", "Sqrt", "Rsqrt", "Reciprocal", "Rsub", "Erf", "Pow", "Clamp", "ClampMin", "ClampMax"),
+    *("NativeDropout", "Clone", "ToCopy", "Alias"),
+}
+# Operations on each channel of (N, C, …) alone.
+CHANNELWISE = {
     *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
     *("AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"),
     *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D"),
-    *("UpsampleTrilinear3D", "UpsampleBicubic2D", "NativeDropout", "Expand", "Unsqueeze", "Clone", "ToCopy", "Alias"),
+    *("UpsampleTrilinear3D", "UpsampleBicubic2D", "Expand"),
     *(f"{kind}Pad{n}D" for kind in ("Reflection", "Replication") for n in (1, 2, 3)),
 }
 # Reductions, over spatial axes or over channels.
@@ -62,7 +68,17 @@ class Segment:
         return replace(self, ids=self.ids[part], gate_expr=shift(self.gate_expr, part.start))
 
 
-Channels = list[Segment]
+@dataclass
+class Channels:
+    """The channels of one axis of a tensor."""
+
+    segments: list[Segment]
+    axis: int = 1
+
+    @property
+    def entries(self) -> int:
+        """The length of the axis."""
+        return sum(len(segment) * segment.stride for segment in self.segments)
 
 
 @dataclass
@@ -96,18 +112,13 @@ class Propagation:
         self.total += count
         return np.arange(self.total - count, self.total)
 
-    def lock(self, segments: Channels, reason: str) -> None:
-        self.locked += [(segment.ids, reason) for segment in segments]
+    def lock(self, channels: Channels, reason: str) -> None:
+        self.locked += [(segment.ids, reason) for segment in channels.segments]
 
     def new_locked(self, count: int, reason: str) -> Channels:
-        segments = [Segment(self.new_ids(count), UNGATED)]
-        self.lock(segments, reason)
-        return segments
-
-
-def entries(segments: Channels) -> int:
-    """Return the length of the axis that carries these channels."""
-    return sum(len(segment) * segment.stride for segment in segments)
+        channels = Channels([Segment(self.new_ids(count), UNGATED)])
+        self.lock(channels, reason)
+        return channels
 
 
 def propagate(graph: Graph, in_channels: int) -> Propagation:
@@ -116,14 +127,14 @@ def propagate(graph: Graph, in_channels: int) -> Propagation:
     state = Propagation(graph)
     outputs: dict[int, Channels] = {}
     for node in graph.nodes:
-        segments = _visit(node, [outputs[n.index] for n in node.inputs], state, in_channels)
-        if node.width not in (None, entries(segments)):
+        channels = _visit(node, [outputs[n.index] for n in node.inputs], state, in_channels)
+        if node.length(channels.axis) not in (None, channels.entries):
             # An operation that changes the number of channels, such as a mean over them.
-            state.lock(segments, f"passes {_label(node)}, which is not supported")
-            segments = state.new_locked(node.width, f"produced by {_label(node)}, which is not supported")
-        outputs[node.index] = segments
+            state.lock(channels, f"passes {_label(node)}, which is not supported")
+            channels = state.new_locked(node.length(1) or 0, f"produced by {_label(node)}, which is not supported")
+        outputs[node.index] = channels
         if node.is_output:
-            state.lock(segments, "the model's output")
+            state.lock(channels, "the model's output")
     for name, node in graph.off_path:
         state.lock(outputs[node.index], f"read by {name}, which is not on the path to the output")
     return state
@@ -136,126 +147,186 @@ def _label(node: Node) -> str:
 
 def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channels: int) -> Channels:
     """Return the channels of a node's output."""
-    first = inputs[0] if inputs else []
+    first = inputs[0] if inputs else Channels([])
     if node.op == "input":
         return state.new_locked(in_channels, "the model's input")
     if node.name in state.graph.reused:
-        for segments in inputs:
-            state.lock(segments, f"read by {node.name}, which is called more than once")
-        width = _out_channels(node) or sum(map(len, first))
-        return state.new_locked(width, f"produced by {node.name}, which is called more than once")
+        for channels in inputs:
+            state.lock(channels, f"read by {node.name}, which is called more than once")
+        width, axis = _out_channels(node) or first.entries, _out_axis(node) if _out_channels(node) else first.axis
+        produced = state.new_locked(width, f"produced by {node.name}, which is called more than once")
+        return replace(produced, axis=axis)
     if node.op in ("conv", "linear", "transposed"):
         return _produce(node, first, state)
-    if node.op in ("depthwise", "norm", "prelu") and all(segment.stride == 1 for segment in first):
+    is_plain = first.axis == 1 and all(segment.stride == 1 for segment in first.segments)
+    if node.op in ("depthwise", "norm", "prelu") and is_plain:
         return _pass_on(node, first, state)
     if node.mixes_parameter:
         state.lock(first, "combined with a parameter that belongs to no known layer")
         return first
-    if node.mixes_tensor:
+    if any(_differs(shape, node, first.axis) for shape in node.constants):
         state.lock(first, "combined with a tensor that is not a parameter and differs between channels")
         return first
-    if node.op in (*SUMS, PRODUCT, "DivBackward0"):
-        if len(inputs) == 1:
-            return first  # with a number
-        if len(inputs) == 2 and node.op != "DivBackward0" and _same_layout(*inputs):
-            return _identify(*inputs, state, serial if node.op == PRODUCT else lambda a, b: parallel([a, b]))
-    if node.op == PRODUCT and len(inputs) == 2 and 1 in map(entries, inputs):
+    several = len(inputs) > 1 or node.op == "CatBackward0"
+    channels = _combine(node, inputs, state) if several else _carry(node, first)
+    if channels is not None:
+        return channels
+    for channels in inputs:
+        state.lock(channels, f"passes {_label(node)}, which is not supported")
+    same_shape = bool(node.inputs) and node.out_shape == node.inputs[0].out_shape
+    return first if same_shape else Channels(first.segments)
+
+
+def _differs(shape: tuple[int, ...], node: Node, axis: int) -> bool:
+    """Return whether a tensor of this shape, combined with the operation's input, differs along an axis of it."""
+    rank = len(node.out_shape or (node.inputs[0].out_shape if node.inputs else None) or shape)
+    index = axis - rank + len(shape)
+    return 0 <= index < len(shape) and shape[index] != 1
+
+
+def _combine(node: Node, inputs: Sequence[Channels], state: Propagation) -> Channels | None:
+    """Sums, products and concatenations; None where the operation is not known."""
+    rank = len(node.out_shape or ())
+    # Shapes are aligned at their ends.
+    ranks = [len(source.out_shape) if source.out_shape else rank for source in node.inputs]
+    axes = {channels.axis - own + rank for channels, own in zip(inputs, ranks, strict=False)}
+    if len(axes) != 1 or len(ranks) != len(inputs):
+        return None
+    (axis,) = axes
+    if node.op == "CatBackward0":
+        if _saved_axes(node, rank) == {axis}:
+            return Channels([segment for channels in inputs for segment in channels.segments], axis)
+        combined = inputs[0]
+        for other in inputs[1:]:
+            if not _same_layout(combined, other):
+                return None
+            combined = _identify(combined, other, state, lambda a, b: parallel([a, b]))
+        return replace(combined, axis=axis)
+    if len(inputs) != 2 or node.op not in (*SUMS, PRODUCT):
+        return None
+    if _same_layout(*inputs):
+        combine = serial if node.op == PRODUCT else lambda a, b: parallel([a, b])
+        return replace(_identify(*inputs, state, combine), axis=axis)
+    if node.op == PRODUCT and 1 in (inputs[0].entries, inputs[1].entries):
         # One weight for all channels, such as spatial attention.
-        narrow, wide = sorted(inputs, key=entries)
+        narrow, wide = sorted(inputs, key=lambda channels: channels.entries)
         state.lock(narrow, "scales all channels of another tensor")
-        return wide
-    if node.op == "CatBackward0" and _saved_axes(node, len(node.out_shape or ())) == {1}:
-        return [segment for segments in inputs for segment in segments]
-    if _keeps_channels(node, inputs):
-        return [replace(segment, padded=True) for segment in first] if _pads(node) else first
-    if node.kind in RESHAPES:
-        reshaped = _reshape(node, first)
-        if reshaped is not None:
-            return reshaped
-    for segments in inputs:
-        state.lock(segments, f"passes {_label(node)}, which is not supported")
-    return first
+        return replace(wide, axis=axis)
+    return None
 
 
-def _keeps_channels(node: Node, inputs: Sequence[Channels]) -> bool:
-    """Return whether an operation works on each channel of one input alone."""
-    if node.kind in CHANNELWISE:
-        return len(inputs) == 1
-    if node.op in REDUCTIONS:
-        return bool(inputs) and not {0, 1} & _saved_axes(node, len(node.inputs[0].out_shape or ()))
-    if node.op == "SliceBackward0":
-        return getattr(node.grad_fn, "_saved_dim", 1) in (0, *range(2, 8))
+def _carry(node: Node, channels: Channels) -> Channels | None:
+    """Operations on one input that keep its channels or move their axis; None where the operation is not known."""
+    axis, rank = channels.axis, len(node.inputs[0].out_shape or ()) if node.inputs else 0
+    if node.op in (*SUMS, PRODUCT, "DivBackward0") or node.kind in ELEMENTWISE:
+        return channels  # with a number
+    if node.kind in CHANNELWISE and axis == 1:
+        return replace(channels, segments=_padded(channels)) if _pads(node) else channels
     if node.op == "ConstantPadNdBackward0" and node.out_shape:
-        return len(node.grad_fn._saved_pad) <= 2 * (len(node.out_shape) - 2)
-    return False
+        inside = len(node.grad_fn._saved_pad) <= 2 * (len(node.out_shape) - 1 - axis)
+        return replace(channels, segments=_padded(channels)) if inside else None
+    if node.kind in RESHAPES:
+        return _reshape(node, channels)
+    if node.kind in ("Permute", "Transpose", "T"):
+        return replace(channels, axis=_permutation(node, rank).index(axis))
+    axes = _saved_axes(node, rank)
+    if node.kind == "Unsqueeze":
+        return replace(channels, axis=axis + sum(other <= axis for other in _saved_axes(node, rank + 1)))
+    if axis in axes:
+        return None
+    if node.op == "SliceBackward0":
+        return channels
+    if (node.op in REDUCTIONS or node.kind == "Select") and 0 not in axes and node.out_shape:
+        return replace(channels, axis=axis - sum(other < axis for other in axes) * (len(node.out_shape) < rank))
+    return None
+
+
+def _padded(channels: Channels) -> list[Segment]:
+    return [replace(segment, padded=True) for segment in channels.segments]
 
 
 def _pads(node: Node) -> bool:
-    """Return whether an operation fills positions at the border, whatever the amount at this size."""
-    if node.kind.startswith("AvgPool"):
-        return node.grad_fn._saved_count_include_pad and any(node.grad_fn._saved_padding)
-    return node.kind == "ConstantPadNd"
+    """Return whether a pooling fills positions at the border, whatever the amount at this size."""
+    is_average = node.kind.startswith("AvgPool")
+    return is_average and node.grad_fn._saved_count_include_pad and any(node.grad_fn._saved_padding)
 
 
-def _produce(node: Node, segments: Channels, state: Propagation) -> Channels:
+def _produce(node: Node, channels: Channels, state: Propagation) -> Channels:
     """A convolution or a linear layer reads the channels of its input and produces new ones."""
     groups = getattr(node.module, "groups", 1)
     transposed = node.op == "transposed"
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
     width = node.module.weight.shape[in_axis] * (1 if transposed else groups)
-    why = None
-    if width != entries(segments):
-        why = f"it reads {width} channels, not {entries(segments)}"
-    elif node.op == "linear" and len(node.out_shape or ()) > 2:
-        why = "it reads the last of more than two axes"
+    read_axis, why = _out_axis(node), None
+    if channels.axis != read_axis:
+        why = f"it computes along axis {read_axis}, and the channels are axis {channels.axis}"
+    elif width != channels.entries:
+        why = f"it reads {width} channels, not {channels.entries}"
     elif groups > 1 and transposed:
         why = f"a transposed convolution with {groups} groups"
     elif 1 < groups == width:
         why = "a depthwise convolution with several outputs per channel"
     if why:
-        state.lock(segments, f"read by {node.name}, which is not supported: {why}")
+        state.lock(channels, f"read by {node.name}, which is not supported: {why}")
     else:
         offset = 0
         pads = transposed or (node.op == "conv" and any(getattr(node.grad_fn, "_saved_padding", (1,))))
-        for segment in segments:
+        for segment in channels.segments:
             state.uses.append(
                 Use(node.name, in_axis, offset, segment.ids, segment.stride, segment.gate_expr, pads or segment.padded)
             )
             offset += len(segment) * segment.stride
-    outputs = [Segment(state.new_ids(_out_channels(node)), UNGATED)]
-    if why and (groups > 1 or node.op == "linear"):
+    outputs = Channels([Segment(state.new_ids(_out_channels(node)), UNGATED)], read_axis)
+    if why and groups > 1:
         state.lock(outputs, f"produced by {node.name}, {why}")
-    state.uses.append(Use(node.name, out_axis, 0, outputs[0].ids))
+    state.uses.append(Use(node.name, out_axis, 0, outputs.segments[0].ids))
     return outputs
 
 
-def _pass_on(node: Node, segments: Channels, state: Propagation) -> Channels:
+def _pass_on(node: Node, channels: Channels, state: Propagation) -> Channels:
     """A layer with parameters for each channel passes its channels on."""
     outputs, offset = [], 0
     # A single slope is shared, unless there is a single channel (which may be all that pruning has left).
-    shared = node.op == "prelu" and node.module.num_parameters == 1 and entries(segments) > 1
+    shared = node.op == "prelu" and node.module.num_parameters == 1 and channels.entries > 1
     gated = node.op == "norm" and node.module.affine
-    for segment in segments:
+    for segment in channels.segments:
         if not shared and channel_tensors(node.module):
             state.uses.append(Use(node.name, 0, offset, segment.ids))
         expr = append_gate(segment.gate_expr, node.name, offset) if gated else segment.gate_expr
         outputs.append(replace(segment, gate_expr=expr))
         offset += len(segment)
-    return outputs
+    return Channels(outputs)
 
 
-def _reshape(node: Node, segments: Channels) -> Channels | None:
-    """A view keeps the channels, or flattens (N, C, …) to (N, C·…), where each channel has several entries."""
+def _reshape(node: Node, channels: Channels) -> Channels | None:
+    """A view that keeps the axis of channels, or merges it with those after it: each channel has several entries."""
     before = tuple(int(side) for side in getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
-    after = node.out_shape
-    if not before or not after or len(before) < 2 or len(after) < 2 or before[0] != after[0]:
+    after, axis = node.out_shape, channels.axis
+    if not before or not after or len(before) <= axis:
         return None
-    if before[1] == after[1]:
-        return segments
-    run = int(np.prod(before[2:]))
-    if len(after) == 2 and after[1] == before[1] * run:
-        return [replace(segment, stride=segment.stride * run) for segment in segments]
+    ahead, length = math.prod(before[:axis]), before[axis]
+    for index in range(len(after)):
+        if math.prod(after[:index]) != ahead:
+            continue
+        if after[index] == length and (length > 1 or index == axis):
+            return replace(channels, axis=index)
+        behind = math.prod(before[axis + 1 :])
+        if index == len(after) - 1 and after[index] == length * behind:
+            merged = [replace(segment, stride=segment.stride * behind) for segment in channels.segments]
+            return Channels(merged, index)
     return None
+
+
+def _permutation(node: Node, rank: int) -> list[int]:
+    """Return the input axis that each output axis is."""
+    if node.kind == "Permute":
+        return [int(axis) % rank for axis in node.grad_fn._saved_dims]
+    order = list(range(rank))
+    swapped = (0, 1) if node.kind == "T" else (node.grad_fn._saved_dim0, node.grad_fn._saved_dim1)
+    # Autograd saves a negative axis as an unsigned number.
+    a, b = ((int(axis) + 2**63) % 2**64 - 2**63 for axis in swapped)
+    order[a], order[b] = order[b], order[a]
+    return order
 
 
 def _saved_axes(node: Node, dims: int) -> set[int]:
@@ -268,24 +339,24 @@ def _saved_axes(node: Node, dims: int) -> set[int]:
 
 
 def _same_layout(a: Channels, b: Channels) -> bool:
-    return entries(a) == entries(b) and len({segment.stride for segment in (*a, *b)}) == 1
+    return a.entries == b.entries and len({segment.stride for segment in (*a.segments, *b.segments)}) == 1
 
 
 def _identify(
     a: Channels, b: Channels, state: Propagation, combine: Callable[[GateExpr, GateExpr], GateExpr]
 ) -> Channels:
     """The channels of both sides of a sum or a product are the same from now on."""
-    outputs = []
-    bounds = sorted({0, *np.cumsum([len(s) for s in a]).tolist(), *np.cumsum([len(s) for s in b]).tolist()})
+    outputs, lengths = [], [[len(segment) for segment in side.segments] for side in (a, b)]
+    bounds = sorted({0, *np.cumsum(lengths[0]).tolist(), *np.cumsum(lengths[1]).tolist()})
     for start, stop in pairwise(bounds):
-        x, y = _slice(a, start, stop), _slice(b, start, stop)
+        x, y = _slice(a.segments, start, stop), _slice(b.segments, start, stop)
         if x.ids is not y.ids:
             state.same.append((x.ids, y.ids))
         outputs.append(Segment(x.ids, combine(x.gate_expr, y.gate_expr), x.stride, x.padded or y.padded))
-    return outputs
+    return replace(a, segments=outputs)
 
 
-def _slice(segments: Channels, start: int, stop: int) -> Segment:
+def _slice(segments: list[Segment], start: int, stop: int) -> Segment:
     """Return [start, stop), which lies within one segment."""
     for segment in segments:
         if start < len(segment):
@@ -296,3 +367,8 @@ def _slice(segments: Channels, start: int, stop: int) -> Segment:
 
 def _out_channels(node: Node) -> int:
     return getattr(node.module, "out_channels", None) or getattr(node.module, "out_features", None) or 0
+
+
+def _out_axis(node: Node) -> int:
+    """Return the axis of a layer's input and output that it computes along."""
+    return len(node.out_shape) - 1 if node.op == "linear" and node.out_shape else 1

@@ -61,7 +61,8 @@ class Node:
     outputs: list[Node] = field(default_factory=list)
     is_output: bool = False  # it computes an output of the model
     mixes_parameter: bool = False  # it combines a feature map with a parameter that belongs to no known layer
-    mixes_tensor: bool = False  # it adds or multiplies a constant tensor that differs between channels
+    # Shapes of constant tensors that it combines with a feature map, such as by a sum or a product.
+    constants: list[tuple[int, ...]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Node({self.index}, {self.name or self.op})"
@@ -71,10 +72,9 @@ class Node:
         """The operation without autograd's suffix, which differs where it works in place."""
         return self.op.rstrip("0123456789").removesuffix("Backward")
 
-    @property
-    def width(self) -> int | None:
-        """The number of output channels; None where it is unknown."""
-        return self.out_shape[1] if self.out_shape and len(self.out_shape) > 1 else None
+    def length(self, axis: int) -> int | None:
+        """The length of an axis of the output; None where it is unknown, or there is no such axis."""
+        return self.out_shape[axis] if self.out_shape and len(self.out_shape) > axis else None
 
 
 @dataclass
@@ -178,9 +178,21 @@ def _restored(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer.copy_(value)  # forward may have put another tensor in its place
 
 
+class _Linear(torch.autograd.Function):
+    """A linear layer as one operation; autograd reshapes inputs of more than two axes before and after it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty((*x.shape[:-1], len(weight))) if x.is_meta else F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError
+
+
 class _Recorder(TorchFunctionMode):
     """Record which operation of a layer's forward is the layer itself, and which operations combine a feature map with
-    a tensor that has no gradient and differs between channels; to autograd such a tensor looks like a number."""
+    a tensor that has no gradient; to autograd such a tensor looks like a number."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -188,7 +200,7 @@ class _Recorder(TorchFunctionMode):
         self.calls: Counter[nn.Module] = Counter()  # of modules
         self.used: Counter[nn.Module] = Counter()  # of the operations that layers are
         self.layers: dict[Any, nn.Module] = {}  # autograd node → module
-        self.mixed: set[Any] = set()
+        self.constants: dict[Any, list[tuple[int, ...]]] = {}  # autograd node → shapes
         self.without_layer: set[Any] = set()  # norms that belong to no module
         self._running: list[nn.Module] = []
         self._norms = {
@@ -199,16 +211,15 @@ class _Recorder(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _linear(*args, **(kwargs or {})) if func is F.linear else func(*args, **(kwargs or {}))
         if not isinstance(out, Tensor) or out.grad_fn is None:
             return out
         tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         kinds = _PRIMITIVES.get(func)
         if kinds is None:
-            for side in tensors:
-                axis = side.dim() - out.dim() + 1
-                if not side.requires_grad and 0 <= axis < side.dim() and side.shape[axis] != 1:
-                    self.mixed.add(out.grad_fn)
+            shapes = [tuple(side.shape) for side in tensors if not side.requires_grad and side.numel() > 1]
+            if shapes:
+                self.constants[out.grad_fn] = shapes
             return out
         layer = self._running[-1] if self._running and isinstance(self._running[-1], kinds) else None
         if layer is None and kinds is NORMS:
@@ -244,6 +255,11 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    fits = input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
+    return _Linear.apply(input, weight, bias) if fits else F.linear(input, weight, bias)
+
+
 def _trace(model: nn.Module, example: Tensor) -> Graph:
     recorder = _Recorder(model)
     try:
@@ -272,7 +288,7 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
             node = Node(len(nodes), names.get(module), op, module, grad_fn, _output_shape(grad_fn), inputs)
             node.is_output = grad_fn in outputs
             node.mixes_parameter = module is None and (bool(parameters) or grad_fn in recorder.without_layer)
-            node.mixes_tensor = grad_fn in recorder.mixed
+            node.constants = recorder.constants.get(grad_fn, [])
             for source in inputs:
                 source.outputs.append(node)
             nodes[grad_fn] = node

@@ -67,7 +67,7 @@ class Constants:
 
     dead: dict[str, np.ndarray]  # the dead channels
     inputs: dict[str, list[ConstantInput]]  # where they are read
-    means: dict[str, np.ndarray]  # of all entries of axis 1 at the inputs of these readers
+    means: dict[str, np.ndarray]  # of all entries of the axis of channels at the inputs of these readers
     outputs: list[Tensor]  # of the model, on the first batch
 
     def inexact(self, lost: Collection[str]) -> list[tuple[float, str, int]]:
@@ -117,15 +117,16 @@ def measure_constants(
 def _input_statistics(
     model: nn.Module, names: Collection[str], inputs: Sequence[Tensor]
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[Tensor]]:
-    """The mean and the width of the range of each entry of axis 1 at the inputs of modules, over some batches; and the
-    model's outputs on the first."""
+    """The mean and the width of the range of each entry of the axis of channels (the last of a linear layer, else the
+    second) at the inputs of modules, over some batches; and the model's outputs on the first."""
     modules = {model.get_submodule(name): name for name in names}
     found: dict[str, list[Tensor]] = {}
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
-        axes = [axis for axis in range(given.dim()) if axis != 1]
-        number = torch.tensor(given.numel() / given.shape[1])
+        own = given.dim() - 1 if isinstance(module, nn.Linear) else 1
+        axes = [axis for axis in range(given.dim()) if axis != own]
+        number = torch.tensor(given.numel() / given.shape[own])
         low, high, total = given.amin(axes), given.amax(axes), given.sum(axes)
         before = found.get(modules[module], [low, high, torch.zeros_like(total), torch.zeros_like(number)])
         found[modules[module]] = [
