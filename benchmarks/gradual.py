@@ -174,7 +174,7 @@ def run(way: str, name: str, keys: Sequence[str], out: Path, threads: int) -> No
         command = [sys.executable, "-m", "prunekit.cli", *words]
         print(f"prunekit {shlex.join(words)}\n", end="", flush=True)  # one write, since two runs may print at once
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".log").open("a") as log:
+    with out.with_name(f"{out.name}.log").open("a") as log:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode:
             print(f"failed; see {out.with_suffix('.log')}", flush=True)

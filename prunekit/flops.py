@@ -24,7 +24,7 @@ from prunekit.utils.copying import copy_module
 
 PAPER_SIZE = (224, 224)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = nn.modules.batchnorm._BatchNorm
+_NORMS = nn.modules.batchnorm._NormBase
 
 _LayerCosts = dict[tuple[str, int], dict[str, Any]]  # by layer and branch
 

@@ -59,9 +59,7 @@ def param_groups(
     scales = getattr(model, "step_scales", dict)()
     penalized = {f"{name}.weight" for name in decayed_norms}
     gates = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)
     }
     groups: dict[tuple[bool, float, bool], ParamGroup] = {}
     for name, parameter in model.named_parameters():

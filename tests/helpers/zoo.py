@@ -284,6 +284,26 @@ def efficientnet() -> nn.Module:
     return MobileNet([(6, 4, 1, 1, 3, se), (4, 6, 2, 3, 5, se), (6, 6, 1, 3, 3, se)], nn.SiLU, drop=0.2)
 
 
+class StyleTransfer(nn.Module):
+    """Johnson et al., ECCV 2016: instance norms, a residual block, grouped and transposed convolutions."""
+
+    def __init__(self, width: int = 8, classes: int = 10):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.InstanceNorm2d(width, affine=True), nn.ReLU())
+        self.block = nn.Sequential(
+            nn.Conv2d(width, 2 * width, 3, padding=1, groups=4), nn.InstanceNorm2d(2 * width, affine=True), nn.ReLU(),
+            nn.Conv2d(2 * width, width, 3, padding=1), nn.InstanceNorm2d(width, affine=True),
+        )  # fmt: skip
+        self.up = nn.Sequential(
+            nn.ConvTranspose2d(width, 12, 3, 2, 1, output_padding=1), nn.InstanceNorm2d(12, affine=True), nn.ReLU()
+        )
+        self.out = nn.Conv2d(12, classes, 1)
+
+    def forward(self, x):
+        x = self.down(x)
+        return self.out(self.up(x + self.block(x))).amax((2, 3))
+
+
 ZOO = {
     "vgg": VGG,
     "resnet_basic": lambda: ResNet(BasicBlock),
@@ -296,5 +316,6 @@ ZOO = {
     "mobilenet_v2": mobilenet_v2,
     "mobilenet_v3": mobilenet_v3,
     "efficientnet": efficientnet,
+    "style_transfer": StyleTransfer,
     **BRANCHES,
 }

@@ -23,15 +23,13 @@ REASONS = {
     "googlenet_aux": {"path to the output", "in train mode only"},
     "mixer": {"LayerNorm", "Add"},
     "resnet_option_a": {"ConstantPadNd"},
-    "shared_head": {"called more than once"},
     "shufflenet_v1": {"View"},
     "shufflenet_v2": {"View", "Split"},
     "transformer_encoder": {"no known layer", "not on the path"},
     "vit": {"no known layer", "View"},
-    "weight_tied": {"called more than once"},
 }
 # Networks with grouped convolutions, in which not all dead channels can be cut.
-GROUPED = {"resnext", "shufflenet_v1"}
+GROUPED = {"resnext", "shufflenet_v1", "style_transfer"}
 
 
 def prepared(name, seed):

@@ -131,14 +131,26 @@ class _GroupBuilder:
     def __init__(self, model: nn.Module, propagation: Propagation):
         self.reused = propagation.graph.reused
         self.nodes = propagation.graph.by_name()
+        self.calls: dict[str, list[Node]] = defaultdict(list)
+        for node in propagation.graph.nodes:
+            self.calls[node.name or ""].append(node)
         names = dict.fromkeys(use.module for use in propagation.uses)
-        self.costs = {name: self._costs(model.get_submodule(name), self.nodes[name]) for name in names}
+        self.costs = {name: self._costs(model.get_submodule(name), self.calls[name]) for name in names}
 
     def __call__(self, uses: Sequence[tuple[Use, int]], channels: int, reason: str | None) -> Group:
         """Build a group from its uses, each with the index of the group's first channel in it."""
-        members, params, macs, exprs = [], 0, 0, []
+        members: list[Member] = []
+        params, macs, exprs = 0, 0, []
+        known: dict[tuple[str, int, int], list[Member]] = {}  # those of a module that is called several times
         for use, start in uses:
             costs = self.costs[use.module]
+            if use.gate_expr is not None:
+                exprs.append(gate_expr.shift(use.gate_expr, start))
+            key = use.module, use.axis, use.offset + start * use.stride
+            if key in known:
+                for member in known[key]:
+                    member.pads |= use.pads
+                continue
             shared = {"offset": use.offset + start * use.stride, "stride": use.stride, "reads": use.reads}
             shared |= {"next_norm": costs.next_norm if use.reads else None, "pads": use.pads}
             # Output channels take their bias and statistics along.
@@ -146,10 +158,9 @@ class _GroupBuilder:
                 axis = use.axis if name == "weight" else 0
                 # Not validated: a dense network has thousands, all of them from here.
                 members.append(Member.model_construct(tensor=f"{use.module}.{name}", axis=axis, **shared))
+                known.setdefault(key, []).append(members[-1])
                 params += costs.params[name][axis] * use.stride
             macs += costs.macs[use.axis] * use.stride
-            if use.gate_expr is not None:
-                exprs.append(gate_expr.shift(use.gate_expr, start))
         gates, combine = gate_expr.resolve(gate_expr.parallel(exprs) if exprs else gate_expr.UNGATED, channels)
         for gate in gates:
             gate.activation = self._activation(self.nodes[gate.norm])
@@ -161,20 +172,17 @@ class _GroupBuilder:
         costs = {"params": params, "macs": macs}
         return Group(id=name, channels=channels, members=members, gates=gates, combine=combine, reason=reason, **costs)
 
-    def _costs(self, module: nn.Module, node: Node) -> _ModuleCosts:
-        # A transposed convolution multiplies once for each input position, the others for each output position.
-        shape = node.inputs[0].out_shape if node.op == "transposed" else node.out_shape
-        counted = node.op in ("conv", "depthwise", "linear", "transposed") and shape
-        positions = math.prod(shape[1:-1] if node.op == "linear" else shape[2:]) if counted else 0
+    def _costs(self, module: nn.Module, calls: Sequence[Node]) -> _ModuleCosts:
+        positions = sum(map(_positions, calls))
         tensors = channel_tensors(module)
         weight = _numbers_per_entry(module, tensors[0])
         params = {name: _numbers_per_entry(module, name) if name in module._parameters else (0, 0) for name in tensors}
-        return _ModuleCosts(params, (positions * weight[0], positions * weight[1]), self._next_norm(node))
+        return _ModuleCosts(params, (positions * weight[0], positions * weight[1]), self._next_norm(calls[0]))
 
     def _next_norm(self, reader: Node) -> str | None:
         norm = follow_chain(reader, LINEAR_OPS)
-        if reader.op == "linear" and len(reader.out_shape or ()) != 2:
-            return None  # a norm after it has another axis
+        if reader.name in self.reused or (reader.op == "linear" and len(reader.out_shape or ()) != 2):
+            return None  # it has several, or one of another axis
         if norm is None or norm.op != "norm" or norm.name in self.reused or norm.module.running_mean is None:
             return None
         return norm.name
@@ -186,6 +194,15 @@ class _GroupBuilder:
         name = after.name if after.op == "prelu" else ACTIVATIONS.get(after.kind)
         # A function with the name of a PReLU module could not be told from that module.
         return None if after.op != "prelu" and name in self.nodes else name
+
+
+def _positions(node: Node) -> int:
+    """Return how often a call multiplies with its weight, for one input of the model."""
+    # A transposed convolution does once for each input position, the others for each output position.
+    shape = node.inputs[0].out_shape if node.op == "transposed" else node.out_shape
+    if node.op not in ("conv", "depthwise", "linear", "transposed") or not shape:
+        return 0
+    return math.prod(shape[1:-1] if node.op == "linear" else shape[2:])
 
 
 def _numbers_per_entry(module: nn.Module, name: str) -> tuple[int, int]:

@@ -52,7 +52,11 @@ class FastShapes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (F.batch_norm, F.prelu) and args and all(t.is_meta for t in args if isinstance(t, Tensor)):
+        if (
+            func in (F.batch_norm, F.instance_norm, F.prelu)
+            and args
+            and all(t.is_meta for t in args if isinstance(t, Tensor))
+        ):
             return args[0].clone()
         if not torch.is_grad_enabled() and not kwargs:
             if func in _CONVOLUTIONS and len(args) == 7 and (sides := _output_sides(*args)):

@@ -60,12 +60,12 @@ def off_path_readers(model: nn.Module, example: Tensor, on_path: set[str]) -> li
     return list(found)
 
 
-def used_elsewhere(ends: Collection[Any], modules: dict[str, tuple[nn.Module, str, Any]]) -> set[str]:
+def used_elsewhere(ends: Collection[Any], modules: dict[str, tuple[nn.Module, str, set[Any]]]) -> set[str]:
     """Return the modules with a parameter that something other than the module itself computes with.
 
     Args:
         ends: the autograd nodes of the model's outputs.
-        modules: name → (module, kind of operation, autograd node of its output).
+        modules: name → (module, kind of operation, autograd nodes of its outputs).
     """
     users: dict[int, list[Any]] = {}
     for grad_fn in _ancestors(ends):
@@ -73,11 +73,12 @@ def used_elsewhere(ends: Collection[Any], modules: dict[str, tuple[nn.Module, st
             if hasattr(before, "variable"):
                 users.setdefault(id(before.variable), []).append(grad_fn)
     found = set()
-    for name, (module, op, grad_fn) in modules.items():
+    for name, (module, op, calls) in modules.items():
         for parameter in module.parameters(False):
-            others = [user for user in users.get(id(parameter), ()) if user is not grad_fn]
+            others = [user for user in users.get(id(parameter), ()) if user not in calls]
             # A linear layer transposes its weight and a PReLU reshapes it before use.
-            own = len(others) == 1 and (op, others[0].name()) in (("linear", "TBackward0"), ("prelu", "ViewBackward0"))
+            kinds = {(op, other.name()) for other in others}
+            own = len(others) <= len(calls) and kinds <= {("linear", "TBackward0"), ("prelu", "ViewBackward0")}
             if others and not own:
                 found.add(name)
     return found

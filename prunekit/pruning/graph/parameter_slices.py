@@ -49,7 +49,7 @@ class ParameterSlices:
                 module_name, _, name = member.tensor.rpartition(".")
                 module = model.get_submodule(module_name)
                 weight = getattr(module, name)
-                norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                norm = isinstance(module, nn.modules.batchnorm._NormBase)
                 if name != "weight" or isinstance(module, nn.PReLU) or (norm and not norms):
                     continue
                 key = member.tensor, member.axis

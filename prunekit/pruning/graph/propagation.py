@@ -107,10 +107,18 @@ class Propagation:
     same: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # identities that are one channel
     uses: list[Use] = field(default_factory=list)
     locked: list[tuple[np.ndarray, str]] = field(default_factory=list)  # identities that cannot be pruned, and why
+    # The identities of the entries of each axis of modules that are called more than once, by module and axis.
+    shared: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
 
     def new_ids(self, count: int) -> np.ndarray:
         self.total += count
         return np.arange(self.total - count, self.total)
+
+    def share(self, node: Node, axis: int, channels: Channels) -> None:
+        """What calls of one module read with the same entry of a weight are the same channels."""
+        if node.name in self.graph.reused:
+            ids = np.concatenate([segment.ids.repeat(segment.stride) for segment in channels.segments])
+            self.same.append((self.shared.setdefault((node.name, axis), ids), ids))
 
     def lock(self, channels: Channels, reason: str) -> None:
         self.locked += [(segment.ids, reason) for segment in channels.segments]
@@ -150,12 +158,6 @@ def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channe
     first = inputs[0] if inputs else Channels([])
     if node.op == "input":
         return state.new_locked(in_channels, "the model's input")
-    if node.name in state.graph.reused:
-        for channels in inputs:
-            state.lock(channels, f"read by {node.name}, which is called more than once")
-        width, axis = _out_channels(node) or first.entries, _out_axis(node) if _out_channels(node) else first.axis
-        produced = state.new_locked(width, f"produced by {node.name}, which is called more than once")
-        return replace(produced, axis=axis)
     if node.op in ("conv", "linear", "transposed"):
         return _produce(node, first, state)
     is_plain = first.axis == 1 and all(segment.stride == 1 for segment in first.segments)
@@ -269,6 +271,7 @@ def _produce(node: Node, channels: Channels, state: Propagation) -> Channels:
     if why:
         state.lock(channels, f"read by {node.name}, which is not supported: {why}")
     else:
+        state.share(node, in_axis, channels)
         offset = 0
         pads = transposed or (node.op == "conv" and any(getattr(node.grad_fn, "_saved_padding", (1,))))
         for segment in channels.segments:
@@ -276,7 +279,9 @@ def _produce(node: Node, channels: Channels, state: Propagation) -> Channels:
                 Use(node.name, in_axis, offset, segment.ids, segment.stride, segment.gate_expr, pads or segment.padded)
             )
             offset += len(segment) * segment.stride
-    outputs = Channels([Segment(state.new_ids(_out_channels(node)), UNGATED)], read_axis)
+    ids = state.shared.get((node.name, out_axis))
+    outputs = Channels([Segment(state.new_ids(_out_channels(node)) if ids is None else ids, UNGATED)], read_axis)
+    state.share(node, out_axis, outputs)
     if why and groups > 1:
         state.lock(outputs, f"produced by {node.name}, {why}")
     state.uses.append(Use(node.name, out_axis, 0, outputs.segments[0].ids))
@@ -289,6 +294,8 @@ def _pass_on(node: Node, channels: Channels, state: Propagation) -> Channels:
     # A single slope is shared, unless there is a single channel (which may be all that pruning has left).
     shared = node.op == "prelu" and node.module.num_parameters == 1 and channels.entries > 1
     gated = node.op == "norm" and node.module.affine
+    if not shared:
+        state.share(node, 0, channels)
     for segment in channels.segments:
         if not shared and channel_tensors(node.module):
             state.uses.append(Use(node.name, 0, offset, segment.ids))

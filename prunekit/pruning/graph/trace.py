@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ PRODUCT = "MulBackward0"
 # The modules that are nodes. All other modules are seen through to their operations.
 LAYERS = (
     *(*CONVS, *TRANSPOSED, *NORMS, nn.Linear, nn.PReLU),
-    *(nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm),
+    *(nn.LayerNorm, nn.GroupNorm),
     *(nn.Embedding, nn.MultiheadAttention, nn.LSTM),
 )
 
@@ -41,6 +41,7 @@ _PRIMITIVES = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), CONVS),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), TRANSPOSED),
     **{F.linear: (nn.Linear,), F.prelu: (nn.PReLU,), F.batch_norm: NORMS, torch.batch_norm: NORMS},
+    **{F.instance_norm: NORMS},
 }
 
 # Linear operations that keep a constant channel constant: a shift before them can be moved to a norm after them.
@@ -178,16 +179,39 @@ def _restored(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer.copy_(value)  # forward may have put another tensor in its place
 
 
-class _Linear(torch.autograd.Function):
-    """A linear layer as one operation; autograd reshapes inputs of more than two axes before and after it."""
+class _OneOperation(torch.autograd.Function):
+    """A function that is one operation to autograd, whatever it consists of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return x.new_empty((*x.shape[:-1], len(weight))) if x.is_meta else F.linear(x, weight, bias)
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        return function(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise NotImplementedError
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _OneOperation.apply(F.linear, input, weight, bias) if input.dim() > 1 else F.linear(input, weight, bias)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *options: Any,
+    **named: Any,
+) -> Tensor:
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, *options, **named)
+
+    return _OneOperation.apply(call, input, weight, bias)
+
+
+# Functions that autograd would decompose into reshapes and others.
+_WHOLE = {F.linear: _linear, F.instance_norm: _instance_norm}
 
 
 class _Recorder(TorchFunctionMode):
@@ -211,7 +235,7 @@ class _Recorder(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _linear(*args, **(kwargs or {})) if func is F.linear else func(*args, **(kwargs or {}))
+        out = _WHOLE.get(func, func)(*args, **(kwargs or {}))
         if not isinstance(out, Tensor) or out.grad_fn is None:
             return out
         tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
@@ -255,11 +279,6 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    fits = input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
-    return _Linear.apply(input, weight, bias) if fits else F.linear(input, weight, bias)
-
-
 def _trace(model: nn.Module, example: Tensor) -> Graph:
     recorder = _Recorder(model)
     try:
@@ -297,7 +316,10 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
         for m, count in (recorder.calls | recorder.used).items()
         if count > 1 and any(True for _ in m.parameters())
     }
-    modules = {node.name: (node.module, node.op, node.grad_fn) for node in nodes.values() if node.name}
+    modules: dict[str, tuple[nn.Module, str, set[Any]]] = {}
+    for node in nodes.values():
+        if node.name and node.module is not None:
+            modules.setdefault(node.name, (node.module, node.op, set()))[2].add(node.grad_fn)
     return Graph(list(nodes.values()), reused, used_elsewhere(outputs, modules))
 
 

@@ -241,7 +241,7 @@ def _slice_module(module: nn.Module, masks: Mapping[str, Mapping[int, np.ndarray
         tensor = getattr(module, name)
         kept = slice_tensor(module, name, tensor.detach(), axes)
         setattr(module, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, nn.modules.batchnorm._NormBase):
         # One without affine parameters has statistics alone.
         module.num_features = len(getattr(module, next(iter(masks))))
     elif isinstance(module, nn.PReLU):

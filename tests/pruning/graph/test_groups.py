@@ -55,9 +55,37 @@ def test_concatenation_gives_each_part_an_offset():
     assert groups["b"].readers[0].offset == 5
 
 
-def test_module_called_twice_is_unprunable():
-    groups = by_id(Shared())
-    assert "twice" in groups["stem"].reason and "more than once" in groups["stem"].reason
+def test_calls_of_one_module_share_their_channels():
+    """What the second call reads is what the first one returns."""
+    group = by_id(Shared())["stem"]
+    axes = [(member.tensor, member.axis) for member in group.members if "weight" in member.tensor]
+    assert axes == [("stem.weight", 0), ("bn.weight", 0), ("twice.weight", 0), ("twice.weight", 1), ("out.weight", 1)]
+    # The second call reads and returns channels without a gate.
+    assert group.reason is None and group.combine is None
+    assert group.macs == 16 * 16 * (3 + 2 * (4 + 4) + 1)
+
+
+def test_calls_of_one_module_on_different_channels_identify_them():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in "ab")
+            self.head = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.PReLU(6))
+            self.out = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            return self.out(self.head(self.a(x))) + self.out(self.head(self.b(x)))
+
+    groups = by_id(Twice())
+    assert groups["a.0"].producers == ["a.0", "a.1", "b.0", "b.1"]
+    assert groups["a.0"].combine == {"parallel": [0, 1]} and {gate.norm for gate in groups["a.0"].gates} == {
+        "a.1",
+        "b.1",
+    }
+    assert [(m.tensor, m.axis) for m in groups["a.0"].readers] == [("head.0.weight", 1)]
+    assert [gate.norm for gate in groups["head.0"].gates] == ["head.1"] and "head.2.weight" in {
+        member.tensor for member in groups["head.0"].members
+    }
 
 
 def test_unknown_operation_is_named_in_the_reason():
