@@ -185,7 +185,7 @@ def _totals(inspected: ModelGroups) -> list[str]:
     prunable = [group for group in inspected.groups if group.reason is None]
     count = len(inspected.groups)
     lines = [f"{len(prunable)} of {count} groups can be pruned, {_channels(prunable)}"]
-    if inspected.alive is not None:
+    if inspected.alive:
         alive, gated = sum(inspected.alive.values()), sum(group.channels for group in prunable if group.gates)
         of = "them" if len(inspected.alive) == len(prunable) else f"the {gated:,} with gates"
         lines[0] += f", {alive:,} of {of} alive (effective gate above {inspected.threshold:g})"
