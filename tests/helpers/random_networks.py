@@ -19,7 +19,7 @@ OWN = {
     "tokens": ("linear", "mlp", "layer_norm", "token_norm", "swap"),
     "sequence": ("conv", "batch_norm", "mix", "swap", "split"),
 }
-ANYWHERE = ("activation", "save", "add", "multiply", "concatenate", "again")
+ANYWHERE = ("activation", "save", "add", "multiply", "concatenate", "again", "gate", "rotate")
 
 
 class RandomNetwork(nn.Module):
@@ -100,6 +100,17 @@ class RandomNetwork(nn.Module):
         square = [isinstance(x, nn.Linear) and x.in_features == x.out_features == self.width for x in self.layers]
         if any(square) and AXIS[self.layout] == -1:
             self._call(self.random.choice([index for index, fits in enumerate(square) if fits]))
+
+    def _gate(self) -> None:
+        axis = AXIS[self.layout]
+        if self.width % 2 == 0:
+            self._step(lambda x: torch.mul(*x.chunk(2, axis)))
+            self.width //= 2
+
+    def _rotate(self) -> None:
+        axis = AXIS[self.layout]
+        if self.width % 2 == 0:
+            self._step(lambda x: torch.cat(x.chunk(2, axis)[::-1], axis))
 
     def _last(self) -> None:
         self._step(lambda x: x.permute(0, 2, 3, 1), "channels last")

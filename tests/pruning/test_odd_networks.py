@@ -195,7 +195,6 @@ def test_slim_model_is_equivalent_on_other_inputs(name, seed, exact):
         ("buffer added", "conv1", "tensor that is not a parameter"),
         ("frozen parameter added", "conv1", "tensor that is not a parameter"),
         ("mean over channels", "conv1", "passes Mean"),
-        ("halves side by side", "conv1", "passes Split"),
         ("weight norm", "conv1", "the weight of conv2 is computed"),
     ],
 )

@@ -133,18 +133,23 @@ def propagate(graph: Graph, in_channels: int) -> Propagation:
     """Propagate channels through a graph whose input has ``in_channels``."""
     forget()
     state = Propagation(graph)
-    outputs: dict[int, Channels] = {}
+    outputs: dict[int, list[Channels]] = {}  # one for each output, or for all
     for node in graph.nodes:
-        channels = _visit(node, [outputs[n.index] for n in node.inputs], state, in_channels)
+        pairs = zip(node.inputs, node.parts, strict=True)
+        inputs = [outputs[source.index][min(part, len(outputs[source.index]) - 1)] for source, part in pairs]
+        several = _split(node, inputs[0], state) if node.kind in ("Split", "Unbind") else []
+        channels = several[0] if several else _visit(node, inputs, state, in_channels)
         if node.length(channels.axis) not in (None, channels.entries):
             # An operation that changes the number of channels, such as a mean over them.
             state.lock(channels, f"passes {_label(node)}, which is not supported")
             channels = state.new_locked(node.length(1) or 0, f"produced by {_label(node)}, which is not supported")
-        outputs[node.index] = channels
-        if node.is_output:
+            several = []
+        outputs[node.index] = several or [channels]
+        for channels in outputs[node.index] if node.is_output else ():
             state.lock(channels, "the model's output")
     for name, node in graph.off_path:
-        state.lock(outputs[node.index], f"read by {name}, which is not on the path to the output")
+        for channels in outputs[node.index]:
+            state.lock(channels, f"read by {name}, which is not on the path to the output")
     return state
 
 
@@ -241,6 +246,31 @@ def _carry(node: Node, channels: Channels) -> Channels | None:
     if (node.op in REDUCTIONS or node.kind == "Select") and 0 not in axes and node.out_shape:
         return replace(channels, axis=axis - sum(other < axis for other in axes) * (len(node.out_shape) < rank))
     return None
+
+
+def _split(node: Node, channels: Channels, state: Propagation) -> list[Channels]:
+    """The outputs of a split into parts of equal length; one for all parts where they have all channels, and none where
+    it is not followed. Parts of the channels must stay of equal length, so they lose the same ones."""
+    axis, rank = channels.axis, len(node.inputs[0].out_shape or ())
+    (along,) = _saved_axes(node, rank)
+    if node.kind == "Unbind":
+        return [replace(channels, axis=axis - (along < axis))] if along not in (0, axis) else []
+    if along != axis:
+        return [channels]
+    size, total = int(node.grad_fn._saved_split_size), channels.entries
+    if total % size or any(segment.stride > 1 for segment in channels.segments):
+        return []
+    parts = []
+    for start in range(0, total, size):
+        segments, offset = [], 0
+        for segment in channels.segments:
+            first, last = max(start - offset, 0), min(start + size - offset, len(segment))
+            segments += [segment[first:last]] if first < last else []
+            offset += len(segment)
+        parts.append(Channels(segments, axis))
+    ids = [np.concatenate([segment.ids for segment in part.segments]) for part in parts]
+    state.same += [(ids[0], other) for other in ids[1:]]
+    return parts
 
 
 def _padded(channels: Channels) -> list[Segment]:

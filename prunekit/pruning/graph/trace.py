@@ -59,6 +59,7 @@ class Node:
     grad_fn: Any
     out_shape: tuple[int, ...] | None  # of the first output; None where autograd does not report it
     inputs: list[Node]
+    parts: list[int]  # which output of each input node it reads
     outputs: list[Node] = field(default_factory=list)
     is_output: bool = False  # it computes an output of the model
     mixes_parameter: bool = False  # it combines a feature map with a parameter that belongs to no known layer
@@ -298,17 +299,18 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
     start = batch.grad_fn
     nodes: dict[Any, Node] = {}
     for grad_fn in _topological(outputs):
-        inputs = [nodes[source] for source in _sources(grad_fn) if source in nodes]
-        parameters = [source for source in _sources(grad_fn) if source not in nodes and not _is_scalar(source)]
+        known = [(source, part) for source, part in _sources(grad_fn) if source in nodes]
+        inputs, parts = [nodes[source] for source, _ in known], [part for _, part in known]
+        parameters = [source for source, _ in _sources(grad_fn) if source not in nodes and not _is_scalar(source)]
         # What does not depend on the input, such as the reshaping of a weight, is left out.
         if inputs or grad_fn is start:
             module = recorder.layers.get(grad_fn)
             op = "input" if grad_fn is start else _op(grad_fn, module, model, names)
-            node = Node(len(nodes), names.get(module), op, module, grad_fn, _output_shape(grad_fn), inputs)
+            node = Node(len(nodes), names.get(module), op, module, grad_fn, _output_shape(grad_fn), inputs, parts)
             node.is_output = grad_fn in outputs
             node.mixes_parameter = module is None and (bool(parameters) or grad_fn in recorder.without_layer)
             node.constants = recorder.constants.get(grad_fn, [])
-            for source in inputs:
+            for source in {source.index: source for source in inputs}.values():
                 source.outputs.append(node)
             nodes[grad_fn] = node
     reused = {
@@ -334,12 +336,13 @@ def _topological(outputs: list[Any]) -> list[Any]:
         elif grad_fn not in seen:
             seen.add(grad_fn)
             stack.append((grad_fn, True))
-            stack += [(source, False) for source in _sources(grad_fn)]
+            stack += [(source, False) for source, _ in _sources(grad_fn)]
     return ordered
 
 
-def _sources(grad_fn: Any) -> list[Any]:
-    return list(dict.fromkeys(source for source, _ in grad_fn.next_functions if source is not None))
+def _sources(grad_fn: Any) -> list[tuple[Any, int]]:
+    """Return the autograd nodes that one reads, each with the number of the output that is read."""
+    return list(dict.fromkeys((source, part) for source, part in grad_fn.next_functions if source is not None))
 
 
 def _is_scalar(grad_fn: Any) -> bool:
