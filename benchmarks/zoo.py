@@ -157,8 +157,6 @@ def prune(tool: str, model: nn.Module, example: Tensor, ratio: float) -> nn.Modu
 
 
 def worker(which: str, name: str, tool: str, ratio: float) -> dict[str, Any]:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     model, example = build(which, name)
     before, shapes = sum(p.numel() for p in model.parameters()), outputs(model, example)
     if before > LARGEST:
@@ -238,6 +236,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "TOOL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
         print(json.dumps(worker(args.lists[0], *args.worker, args.ratio)))
         return
     with ThreadPoolExecutor(args.jobs) as pool:
