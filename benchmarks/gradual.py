@@ -51,7 +51,7 @@ from prunekit.utils.progress import Reporter
 NO_TARGET = ["train.gradual_pruning.start=null", "target.params_ratio=null", "target.macs_ratio=null"]
 BY_GATES = ["slim.importance=gate", "slim.cost_power=0"]
 WAYS = {
-    "dense": [*NO_TARGET, "decay.name=none", "slim.threshold=0"],
+    "dense": [*NO_TARGET, "decay.name=none", "slim.threshold=0", *BY_GATES],
     "gradual": [],
     "threshold": ["train.gradual_pruning.start=null", *BY_GATES],
     "l1": ["decay.name=l1", "decay.weight=1e-3", *BY_GATES],
@@ -177,7 +177,7 @@ def run(way: str, name: str, keys: Sequence[str], out: Path, threads: int) -> No
     with out.with_name(f"{out.name}.log").open("a") as log:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode:
-            print(f"failed; see {out.with_suffix('.log')}", flush=True)
+            print(f"failed; see {out.with_name(f'{out.name}.log')}", flush=True)
 
 
 def rows(runs: Path, cases: Sequence[tuple[str, str, float | None]], seeds: Sequence[int]) -> list[list[str]]:

@@ -57,6 +57,7 @@ class Group(_Schema):
         gates: the gates that decide whether a channel is dead.
         combine: the gate expression: an index into ``gates``, {"serial": [...]} (dead if any part is) or
             {"parallel": [...]} (dead if all parts are), nested; None without gates.
+        counts: attributes of modules, such as "norm.num_features", that are one less with each channel.
         params, macs: cost of one channel, in parameters and in multiply-adds at the example's size.
         reason: why the group cannot be pruned; None where it can.
     """
@@ -66,6 +67,7 @@ class Group(_Schema):
     members: list[Member]
     gates: list[Gate] = []
     combine: Any = None
+    counts: list[str] = []
     params: int = 0
     macs: int = 0
     reason: str | None = None

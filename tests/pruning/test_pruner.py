@@ -238,7 +238,7 @@ def test_the_model_given_is_not_changed(model):
         ({"pruning_ratio": 0.5, "ignored_layers": "conv"}, r"ignored_layers is a list of .*; write \['conv'\]"),
         ({"per_layer_ratio": {"conv": 0.5, "stage1.0.conv2": 0.25}}, "the ratios 0.5 and 0.25, and they can only be"),
         ({"pruning_ratio": 0.5, "cost_power": 1}, "cost_power needs a target, such as"),
-        ({"target": {"macs_ratio": 0.5}, "cost_power": -1}, "cost_power=-1: must be at least 0"),
+        ({"target": {"macs_ratio": 0.5}, "cost_power": -1}, "cost_power=-1: must be a number of at least 0"),
         ({"pruning_ratio": 0.5, "steps": 0}, "steps=0: must be a whole number of at least 1"),
         ({"pruning_ratio": 0.5, "round_to": 0}, "round_to=0: must be at least 1"),
     ],

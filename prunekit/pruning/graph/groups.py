@@ -76,7 +76,8 @@ def _build_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
     _, label = connected_components(matrix, directed=False)
     # Consecutive channels that appear together in every use are one group.
     starts = np.zeros(label.max(initial=-1) + 2, bool)
-    for ids in [*(use.ids for use in propagation.uses), *(ids for ids, _ in propagation.locked)]:
+    others = [ids for ids, _ in (*propagation.locked, *propagation.counts)]
+    for ids in [*(use.ids for use in propagation.uses), *others]:
         labels = label[ids]
         breaks = np.flatnonzero(np.diff(labels) != 1) + 1
         starts[labels[0]] = True
@@ -97,6 +98,11 @@ def _build_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
             uses[int(group_of[labels[start]])].append((use, int(start)))
     build = _GroupBuilder(model, propagation)
     groups = [build(uses[g], int(bounds[g + 1] - bounds[g]), reasons.get(g)) for g in uses]
+    by_number = dict(zip(uses, groups, strict=True))
+    for ids, attribute in propagation.counts:
+        for g in np.unique(group_of[label[ids]]).tolist():
+            if g in by_number:
+                by_number[g].counts.append(attribute)
     return groups + _untraced_groups(model, propagation)
 
 

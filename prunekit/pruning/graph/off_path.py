@@ -60,12 +60,13 @@ def off_path_readers(model: nn.Module, example: Tensor, on_path: set[str]) -> li
     return list(found)
 
 
-def used_elsewhere(ends: Collection[Any], modules: dict[str, tuple[nn.Module, str, set[Any]]]) -> set[str]:
+def used_elsewhere(ends: Collection[Any], modules: dict[str, tuple[nn.Module, str, set[Any]]], whole: bool) -> set[str]:
     """Return the modules with a parameter that something other than the module itself computes with.
 
     Args:
         ends: the autograd nodes of the model's outputs.
         modules: name → (module, kind of operation, autograd nodes of its outputs).
+        whole: whether a linear layer is one autograd node.
     """
     users: dict[int, list[Any]] = {}
     for grad_fn in _ancestors(ends):
@@ -76,9 +77,9 @@ def used_elsewhere(ends: Collection[Any], modules: dict[str, tuple[nn.Module, st
     for name, (module, op, calls) in modules.items():
         for parameter in module.parameters(False):
             others = [user for user in users.get(id(parameter), ()) if user not in calls]
-            # A linear layer transposes its weight and a PReLU reshapes it before use.
-            kinds = {(op, other.name()) for other in others}
-            own = len(others) <= len(calls) and kinds <= {("linear", "TBackward0"), ("prelu", "ViewBackward0")}
+            # A PReLU reshapes its weight before use, and a linear layer that is not one node transposes it.
+            usual = {("prelu", "ViewBackward0"), *([] if whole else [("linear", "TBackward0")])}
+            own = len(others) <= len(calls) and {(op, other.name()) for other in others} <= usual
             if others and not own:
                 found.add(name)
     return found

@@ -47,6 +47,8 @@ CHANNELWISE = {
     *("UpsampleTrilinear3D", "UpsampleBicubic2D", "Expand"),
     *(f"{kind}Pad{n}D" for kind in ("Reflection", "Replication") for n in (1, 2, 3)),
 }
+# Those that are not zero at zero; so is a sum with a number.
+SHIFTS = {"Sigmoid", "Hardsigmoid", "LogSigmoid", "Softplus", "Exp", "Log", "Reciprocal", "Rsqrt", "Rsub"}
 # Reductions, over spatial axes or over channels.
 REDUCTIONS = {"MeanBackward1", "SumBackward1", "AmaxBackward0", "AminBackward0"}
 RESHAPES = {"View", "UnsafeView", "ReshapeAlias", "Squeeze"}
@@ -60,6 +62,7 @@ class Segment:
     gate_expr: GateExpr  # the gates that they have passed, for the first of them (see ``shift``)
     stride: int = 1  # entries per channel; more than 1 after a flatten
     padded: bool = False  # whether a padding, of any amount, may have set positions to another value
+    shifted: bool = False  # whether what was zero after the last gate may not be now
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -106,6 +109,7 @@ class Propagation:
     total: int = 0
     same: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # identities that are one channel
     uses: list[Use] = field(default_factory=list)
+    counts: list[tuple[np.ndarray, str]] = field(default_factory=list)  # attributes that are numbers of channels
     locked: list[tuple[np.ndarray, str]] = field(default_factory=list)  # identities that cannot be pruned, and why
     # The identities of the entries of each axis of modules that are called more than once, by module and axis.
     shared: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
@@ -116,7 +120,7 @@ class Propagation:
 
     def share(self, node: Node, axis: int, channels: Channels) -> None:
         """What calls of one module read with the same entry of a weight are the same channels."""
-        if node.name in self.graph.reused:
+        if node.name in self.graph.reused and channels.segments:
             ids = np.concatenate([segment.ids.repeat(segment.stride) for segment in channels.segments])
             self.same.append((self.shared.setdefault((node.name, axis), ids), ids))
 
@@ -124,7 +128,7 @@ class Propagation:
         self.locked += [(segment.ids, reason) for segment in channels.segments]
 
     def new_locked(self, count: int, reason: str) -> Channels:
-        channels = Channels([Segment(self.new_ids(count), UNGATED)])
+        channels = Channels([Segment(self.new_ids(count), UNGATED)] if count else [])
         self.lock(channels, reason)
         return channels
 
@@ -168,6 +172,8 @@ def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channe
     is_plain = first.axis == 1 and all(segment.stride == 1 for segment in first.segments)
     if node.op in ("depthwise", "norm", "prelu") and is_plain:
         return _pass_on(node, first, state)
+    if node.op == "prelu" and node.module.num_parameters == 1 < first.entries:
+        return first
     if node.mixes_parameter:
         state.lock(first, "combined with a parameter that belongs to no known layer")
         return first
@@ -225,9 +231,14 @@ def _combine(node: Node, inputs: Sequence[Channels], state: Propagation) -> Chan
 def _carry(node: Node, channels: Channels) -> Channels | None:
     """Operations on one input that keep its channels or move their axis; None where the operation is not known."""
     axis, rank = channels.axis, len(node.inputs[0].out_shape or ()) if node.inputs else 0
-    if node.op in (*SUMS, PRODUCT, "DivBackward0") or node.kind in ELEMENTWISE:
+    if node.kind in SHIFTS or node.op in SUMS:
+        return replace(channels, segments=[replace(segment, shifted=True) for segment in channels.segments])
+    if node.op in (PRODUCT, "DivBackward0") or node.kind in ELEMENTWISE:
         return channels  # with a number
-    if node.kind in CHANNELWISE and axis == 1:
+    if axis >= rank:
+        return None
+    sides = next((int(letter) for letter in node.kind if letter in "123"), 0)  # of AvgPool2D, along the last axes
+    if node.kind in CHANNELWISE and axis == 1 < rank - sides:
         return replace(channels, segments=_padded(channels)) if _pads(node) else channels
     if node.op == "ConstantPadNdBackward0" and node.out_shape:
         inside = len(node.grad_fn._saved_pad) <= 2 * (len(node.out_shape) - 1 - axis)
@@ -249,16 +260,20 @@ def _carry(node: Node, channels: Channels) -> Channels | None:
 
 
 def _split(node: Node, channels: Channels, state: Propagation) -> list[Channels]:
-    """The outputs of a split into parts of equal length; one for all parts where they have all channels, and none where
-    it is not followed. Parts of the channels must stay of equal length, so they lose the same ones."""
+    """The outputs of a chunk; one for all parts where they have all channels, and none where it is not followed.
+
+    Parts of the channels must stay of equal length, so they lose the same ones.
+    """
     axis, rank = channels.axis, len(node.inputs[0].out_shape or ())
+    if axis >= rank:
+        return []
     (along,) = _saved_axes(node, rank)
     if node.kind == "Unbind":
         return [replace(channels, axis=axis - (along < axis))] if along not in (0, axis) else []
     if along != axis:
         return [channels]
     size, total = int(node.grad_fn._saved_split_size), channels.entries
-    if total % size or any(segment.stride > 1 for segment in channels.segments):
+    if not node.is_chunk or total % size or any(segment.stride > 1 for segment in channels.segments):
         return []
     parts = []
     for start in range(0, total, size):
@@ -294,6 +309,8 @@ def _produce(node: Node, channels: Channels, state: Propagation) -> Channels:
         why = f"it computes along axis {read_axis}, and the channels are axis {channels.axis}"
     elif width != channels.entries:
         why = f"it reads {width} channels, not {channels.entries}"
+    elif groups > 1 and any(segment.stride > 1 for segment in channels.segments):
+        why = "a convolution with groups after a flatten"
     elif groups > 1 and transposed:
         why = f"a transposed convolution with {groups} groups"
     elif 1 < groups == width:
@@ -330,8 +347,12 @@ def _pass_on(node: Node, channels: Channels, state: Propagation) -> Channels:
         if not shared and channel_tensors(node.module):
             state.uses.append(Use(node.name, 0, offset, segment.ids))
         expr = append_gate(segment.gate_expr, node.name, offset) if gated else segment.gate_expr
-        outputs.append(replace(segment, gate_expr=expr))
+        outputs.append(replace(segment, gate_expr=expr, shifted=segment.shifted and not gated))
         offset += len(segment)
+    if node.op == "norm" and not channel_tensors(node.module):
+        state.counts.append(
+            (np.concatenate([segment.ids for segment in channels.segments]), f"{node.name}.num_features")
+        )
     return Channels(outputs)
 
 
@@ -359,6 +380,8 @@ def _permutation(node: Node, rank: int) -> list[int]:
     if node.kind == "Permute":
         return [int(axis) % rank for axis in node.grad_fn._saved_dims]
     order = list(range(rank))
+    if rank < 2:
+        return order
     swapped = (0, 1) if node.kind == "T" else (node.grad_fn._saved_dim0, node.grad_fn._saved_dim1)
     # Autograd saves a negative axis as an unsigned number.
     a, b = ((int(axis) + 2**63) % 2**64 - 2**63 for axis in swapped)
@@ -389,7 +412,12 @@ def _identify(
         x, y = _slice(a.segments, start, stop), _slice(b.segments, start, stop)
         if x.ids is not y.ids:
             state.same.append((x.ids, y.ids))
-        outputs.append(Segment(x.ids, combine(x.gate_expr, y.gate_expr), x.stride, x.padded or y.padded))
+        exprs = x.gate_expr, y.gate_expr
+        if combine is serial and x.shifted != y.shifted:
+            # The gate of a factor such as sigmoid(bn(x)) does not make the product zero.
+            exprs = (UNGATED, y.gate_expr) if x.shifted else (x.gate_expr, UNGATED)
+        expr, shifted = combine(*exprs), x.shifted and y.shifted if combine is serial else x.shifted or y.shifted
+        outputs.append(Segment(x.ids, expr, x.stride, x.padded or y.padded, shifted))
     return replace(a, segments=outputs)
 
 

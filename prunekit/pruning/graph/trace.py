@@ -66,6 +66,8 @@ class Node:
     # Shapes of constant tensors that it combines with a feature map, such as by a sum or a product.
     constants: list[tuple[int, ...]] = field(default_factory=list)
 
+    is_chunk: bool = False  # it splits into so many parts, not at so many channels
+
     def __repr__(self) -> str:
         return f"Node({self.index}, {self.name or self.op})"
 
@@ -105,7 +107,11 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
         graph = _trace(copied, batch)
     except Exception:
         with _restored(model):
-            graph = _trace(model, example)
+            try:
+                graph = _trace(model, example)
+            except PlanError:
+                # It differentiates in its forward, or calls layers under torch.vmap.
+                graph = _trace(model, example, whole=False)
         try:
             copied, batch = copy_module(model), example
         except Exception:
@@ -185,7 +191,7 @@ class _OneOperation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        return function(*tensors)
+        return function(*tensors).clone()  # not a view, since autograd lets nothing change a view in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -193,7 +199,7 @@ class _OneOperation(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _OneOperation.apply(F.linear, input, weight, bias) if input.dim() > 1 else F.linear(input, weight, bias)
+    return _OneOperation.apply(F.linear, input, weight, bias)
 
 
 def _instance_norm(
@@ -211,17 +217,25 @@ def _instance_norm(
     return _OneOperation.apply(call, input, weight, bias)
 
 
+def _einsum(equation: str, *operands: Any) -> Tensor:
+    return _OneOperation.apply(lambda *tensors: torch.einsum(equation, *tensors), *operands)
+
+
 # Functions that autograd would decompose into reshapes and others.
-_WHOLE = {F.linear: _linear, F.instance_norm: _instance_norm}
+_WHOLE = {F.linear: _linear, F.instance_norm: _instance_norm, torch.einsum: _einsum}
+_CHUNK = (torch.chunk, Tensor.chunk)
 
 
 class _Recorder(TorchFunctionMode):
     """Record which operation of a layer's forward is the layer itself, and which operations combine a feature map with
     a tensor that has no gradient; to autograd such a tensor looks like a number."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole: bool) -> None:
         super().__init__()
         self.model = model
+        self.whole = _WHOLE if whole else {}
+        self.names: dict[Any, str] = {}  # autograd node of a function of ``whole`` → its name
+        self.chunks: set[Any] = set()  # autograd nodes
         self.calls: Counter[nn.Module] = Counter()  # of modules
         self.used: Counter[nn.Module] = Counter()  # of the operations that layers are
         self.layers: dict[Any, nn.Module] = {}  # autograd node → module
@@ -236,9 +250,13 @@ class _Recorder(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _WHOLE.get(func, func)(*args, **(kwargs or {}))
+        out = self.whole.get(func, func)(*args, **(kwargs or {}))
+        if func in _CHUNK:
+            self.chunks.add(out[0].grad_fn)
         if not isinstance(out, Tensor) or out.grad_fn is None:
             return out
+        if func in self.whole:
+            self.names[out.grad_fn] = f"functional {func.__name__}"
         tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         kinds = _PRIMITIVES.get(func)
         if kinds is None:
@@ -280,8 +298,8 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
 
-def _trace(model: nn.Module, example: Tensor) -> Graph:
-    recorder = _Recorder(model)
+def _trace(model: nn.Module, example: Tensor, whole: bool = True) -> Graph:
+    recorder = _Recorder(model, whole)
     try:
         with torch.enable_grad(), FastShapes() if example.is_meta else nullcontext(), recorder, recorder.hooks():
             # With a gradient at the input, everything that depends on it has one, even if all parameters are frozen.
@@ -305,24 +323,26 @@ def _trace(model: nn.Module, example: Tensor) -> Graph:
         # What does not depend on the input, such as the reshaping of a weight, is left out.
         if inputs or grad_fn is start:
             module = recorder.layers.get(grad_fn)
-            op = "input" if grad_fn is start else _op(grad_fn, module, model, names)
+            name = recorder.names.get(grad_fn) or grad_fn.name()
+            op = "input" if grad_fn is start else _op(name, module, model, names)
             node = Node(len(nodes), names.get(module), op, module, grad_fn, _output_shape(grad_fn), inputs, parts)
             node.is_output = grad_fn in outputs
             node.mixes_parameter = module is None and (bool(parameters) or grad_fn in recorder.without_layer)
             node.constants = recorder.constants.get(grad_fn, [])
+            node.is_chunk = grad_fn in recorder.chunks
             for source in {source.index: source for source in inputs}.values():
                 source.outputs.append(node)
             nodes[grad_fn] = node
     reused = {
         names[m]
         for m, count in (recorder.calls | recorder.used).items()
-        if count > 1 and any(True for _ in m.parameters())
+        if count > 1 and any(True for _ in (*m.parameters(), *m.buffers()))
     }
     modules: dict[str, tuple[nn.Module, str, set[Any]]] = {}
     for node in nodes.values():
         if node.name and node.module is not None:
             modules.setdefault(node.name, (node.module, node.op, set()))[2].add(node.grad_fn)
-    return Graph(list(nodes.values()), reused, used_elsewhere(outputs, modules))
+    return Graph(list(nodes.values()), reused, used_elsewhere(outputs, modules, whole))
 
 
 def _topological(outputs: list[Any]) -> list[Any]:
@@ -351,11 +371,11 @@ def _is_scalar(grad_fn: Any) -> bool:
     return shape is not None and math.prod(shape) == 1
 
 
-def _op(grad_fn: Any, module: nn.Module | None, model: nn.Module, names: dict[nn.Module, str]) -> str:
+def _op(name: str, module: nn.Module | None, model: nn.Module, names: dict[nn.Module, str]) -> str:
     if isinstance(module, CONVS):
         return "depthwise" if is_channelwise(model, names[module]) else "conv"
     kinds = {"transposed": TRANSPOSED, "linear": nn.Linear, "norm": NORMS, "prelu": nn.PReLU}
-    return next((op for op, types in kinds.items() if isinstance(module, types)), grad_fn.name())
+    return next((op for op, types in kinds.items() if isinstance(module, types)), name)
 
 
 def _output_shape(grad_fn: Any) -> tuple[int, ...] | None:

@@ -123,7 +123,10 @@ class BudgetSearch:
             scores = self.size_model.per_cost(scores, measure, cost_power)
         self.selector = Selector(self.model, groups, scores, **limits)
         if cost_power and self.selector.scope == "layer":
-            raise PlanError("cost_power compares layers, and all lose the same share; drop one of the two")
+            raise PlanError(
+                "cost_power compares layers, and with scope 'layer' (global_pruning=False) all lose the same share; "
+                "drop one of the two"
+            )
         # The values between which the search decides: ratios at which the count of some layer changes, or counts.
         self._values: list[Any]
         if self.selector.scope == "layer":

@@ -99,8 +99,10 @@ class SizeModel:
         Raises:
             PlanError: a score or the power is negative.
         """
-        if not power >= 0:
-            raise PlanError(f"cost_power={power}: must be at least 0; 1 ranks by importance per parameter or MAC")
+        if not isinstance(power, int | float) or not 0 <= power < math.inf:
+            raise PlanError(
+                f"cost_power={power!r}: must be a number of at least 0; 1 ranks by importance per parameter or MAC"
+            )
         dense = getattr(self.dense, measure)
         divided = {}
         for name, values in scores.items():

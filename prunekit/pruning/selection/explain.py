@@ -103,7 +103,7 @@ def explain(
 def describe_unscored(selector: Selector) -> str:
     groups, channels = selector.unscored.sum(), selector.widths[selector.unscored].sum()
     return (
-        f"{plural(groups, 'group')} of {plural(channels, 'channel')} kept whole, since no gate (BatchNorm) ranks them"
+        f"{plural(channels, 'channel')} in {plural(groups, 'group')} kept, since no gate (a norm's weight) ranks them"
     )
 
 

@@ -39,7 +39,7 @@ def gates_to_decay(groups: Sequence[Group], exclude: Sequence[str]) -> list[Gate
     """Return the gates of the groups that can be pruned, without norms that match a pattern (as in a shell)."""
     gates = [gate for group in groups if group.reason is None for gate in group.gates]
     if not gates and any(group.reason is None for group in groups):
-        raise TrainingError("no gate to decay: no channel passes a BatchNorm; use the decay group_norm, or none")
+        raise TrainingError("no gate to decay: no channel passes a norm with a gate; use the decay group_norm, or none")
     gates = [gate for gate in gates if not any(fnmatchcase(gate.norm, pattern) for pattern in exclude)]
     if not gates:
         raise TrainingError("no gate to decay: every group is excluded or cannot be pruned; see decay.options.exclude")

@@ -89,20 +89,25 @@ class GradualPruning:
         begins = self.round < self._rounds and self._progress() >= self.round
         if begins:
             self._begin_round()
-        if self.round:
+        if self.round and self._slices:
             self._apply()
         return begins
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to continue, as JSON."""
-        chosen = self._limits.isfinite().nonzero().flatten()
-        limits = {"chosen": chosen.tolist(), "limits": self._limits[chosen].tolist()}
-        return {"steps": self._steps, "round": self.round, **limits}
+        limits = {}
+        for rows, own in zip(self._slices, self._limits.cpu().split(self._lengths), strict=True):
+            chosen = own.isfinite().nonzero().flatten()
+            if len(chosen):
+                limits[rows.tensor] = {"entries": chosen.tolist(), "limits": own[chosen].tolist()}
+        return {"steps": self._steps, "round": self.round, "limits": limits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._steps, self.round = state["steps"], state["round"]
         self._limits = torch.full_like(self._limits, torch.inf)
-        self._limits[state["chosen"]] = torch.tensor(state["limits"], dtype=self._limits.dtype)
+        for tensor, own in state["limits"].items():
+            entries = self._offsets[tensor] + torch.tensor(own["entries"])
+            self._limits[entries] = torch.tensor(own["limits"], dtype=self._limits.dtype)
 
     def _progress(self) -> float:
         """Rounds that are over."""
@@ -122,7 +127,7 @@ class GradualPruning:
             for rows in self._rows[group_id]:
                 chosen[self._offsets[rows.tensor] + rows.of(index).cpu()] = 1.0
         chosen = distributed.broadcast(chosen).bool()
-        values = torch.cat([_sizes(rows).cpu() for rows in self._slices])
+        values = torch.cat([torch.zeros(0), *(_sizes(rows).cpu() for rows in self._slices)])
         self._limits = torch.where(chosen, values, torch.inf)
 
     @torch.no_grad()

@@ -186,6 +186,12 @@ class Cutter:
         for name, cuts in by_module.items():
             if name not in removed:
                 _slice_module(model.get_submodule(name), cuts)
+        for group in self.groups:
+            for attribute in group.counts if dead.get(group.id) else ():
+                module, _, name = attribute.rpartition(".")
+                if module not in removed:
+                    owner = model.get_submodule(module)
+                    setattr(owner, name, getattr(owner, name) - len(channel_index(dead[group.id])))
         for name in removed:
             _remove_module(model, name)
         added = [name for name in biases or {} if name not in removed]

@@ -123,7 +123,7 @@ def _replace_by_means(
 
 def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
     try:
-        check_repeatable(model, inputs[0][:2])
+        check_repeatable(model, inputs[0])
     except PlanError:
         raise
     except Exception as error:

@@ -3,7 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.surgery.plan_builder import make_plan
+from prunekit.pruning.surgery.slim import slim
 
 
 class NormAct(nn.BatchNorm2d):
@@ -147,3 +150,107 @@ def test_tokens_and_features_of_one_length_are_not_confused():
     model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Conv1d(8, 2, 1))
     reasons = {group.id: group.reason for group in find_groups(model, torch.randn(2, 3, 8))}
     assert "passes 3 (BatchNorm1d)" in reasons["2"] and "computes along axis 2" in reasons["0"]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 12), nn.Linear(12, 6), nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.last(F.linear(F.relu(self.second(F.relu(self.first(x)))), self.second.weight.t()).relu())
+
+
+def test_weight_of_another_layer_is_used_elsewhere():
+    groups = {group.id: group for group in find_groups(Tied(), torch.randn(4, 8))}
+    assert "a parameter of second is used outside of it" in groups["first"].reason
+    assert groups["second"].reason is not None
+
+
+@pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Hardswish(inplace=True), nn.PReLU()])
+def test_layers_of_tokens_are_followed(after):
+    model = nn.Sequential(nn.Linear(8, 12), after, nn.Linear(12, 8), nn.Flatten(), nn.Linear(48, 5))
+    groups = {group.id: group for group in find_groups(model, torch.randn(4, 6, 8))}
+    assert groups["0"].reason is None and [member.tensor for member in groups["0"].readers] == ["2.weight"]
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (lambda x: torch.cat(x.split(4, 1)[::-1], 1), "passes Split"),
+        (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), None),
+        (lambda x: torch.cat(x.chunk(3, 1)[::-1], 1), "passes Split"),
+        (lambda x: torch.einsum("nchw,c->nchw", x, torch.linspace(0, 1, 8)), "passes functional einsum"),
+        (lambda x: F.avg_pool2d(x.flatten(2), 3, 1, 1).unflatten(2, (7, 7)), "passes AvgPool2D"),
+        (lambda x: torch.vmap(nn.Identity())(x), None),
+    ],
+)
+def test_operations_in_between(middle, reason):
+    found = first_group(nn.BatchNorm2d(8), Apply(middle)).reason
+    assert found is None if reason is None else reason in found
+
+
+def test_norm_without_parameters_is_shared_by_its_calls():
+    class Twice(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.a, self.b, self.norm, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.out(self.norm(self.a(x))) * self.out(self.norm(self.b(x)))
+
+    for norm in (nn.BatchNorm2d(8, affine=False), nn.InstanceNorm2d(8, track_running_stats=True)):
+        (group,) = [group for group in find_groups(Twice(norm), torch.randn(2, 3, 8, 8)) if group.reason is None]
+        assert {"a", "b"} <= set(group.producers) and len({m.tensor for m in group.members}) == len(group.members)
+
+
+def test_number_of_features_follows_the_channels():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    example = torch.randn(2, 3, 8, 8)
+    groups = find_groups(model, example)
+    assert groups[0].counts == ["1.num_features"]
+    plan = make_plan(model, groups, {"0": {1, 2, 5}})
+    assert slim(model, plan, example, groups=groups)[0][1].num_features == 5
+
+
+def test_gate_of_a_sigmoid_does_not_make_a_product_zero():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.out = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            value, gate = self.norm(self.conv(x)).chunk(2, 1)
+            return self.out(value * torch.sigmoid(gate))
+
+    model = Gated()
+    model.norm.weight.data = torch.tensor([1.0, 2, 3, 0, 0, 0, 0, 0])
+    (group,) = [group for group in find_groups(model, torch.randn(2, 3, 8, 8)) if group.reason is None]
+    assert [gate.slice for gate in group.gates] == [(0, 4)]
+    assert gate_scores(model, group).round(3).tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda x: torch.cat([x.view(-1)] * 2)[None],
+        lambda x: x.view(-1)[torch.tensor([0, 1, 2, 3])].repeat(6)[None],
+        lambda x: x.view(-1).t().repeat(2)[None],
+    ],
+)
+def test_tensors_without_a_batch_axis(end):
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), Apply(lambda x: x.mean((2, 3))), Apply(end), nn.Linear(24, 6))
+    assert {group.id for group in find_groups(model, torch.randn(1, 3, 8, 8))} >= {"0", "3"}
+
+
+def test_model_that_differentiates_is_traced():
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 1)
+
+        def forward(self, x):
+            energy = self.last(torch.tanh(self.first(x)))
+            return torch.autograd.grad(energy.sum(), x, create_graph=True)[0] if x.requires_grad else energy
+
+    assert all(group.reason is not None for group in find_groups(Energy(), torch.randn(4, 8)))

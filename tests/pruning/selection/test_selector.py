@@ -323,7 +323,7 @@ def test_groups_without_gates_need_scores():
     groups = find_groups(model, torch.randn(1, 3, 8, 8))
     selection = Selector(model, groups, {"0": np.arange(4.0)}).select(pruning_ratio=0.5)
     assert selection.dead == {"0": {0, 1}, "3": set()}
-    assert selection.notes[0].startswith("1 group of 6 channels kept whole, since no gate") and not selection.warnings
+    assert selection.notes[0].startswith("6 channels in 1 group kept, since no gate") and not selection.warnings
     scored = Selector(model, groups, {"0": np.arange(4.0), "3": np.arange(6.0)}).select(pruning_ratio=0.5)
     assert scored.dead == {"0": {0, 1}, "3": {0, 1, 2}}
     with pytest.raises(PlanError, match="the channels of 3 pass no gate to rank them by; choose an importance that"):

@@ -163,5 +163,5 @@ def test_a_slim_model_can_be_decayed_again():
 def test_model_without_norms_has_no_gate_to_decay():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     groups = find_groups(model, torch.randn(1, 3, 8, 8))
-    with pytest.raises(TrainingError, match="no channel passes a BatchNorm; use the decay group_norm, or none"):
+    with pytest.raises(TrainingError, match="no channel passes a norm with a gate; use the decay group_norm, or none"):
         DynamicWeightDecay(model, groups)
