@@ -176,7 +176,8 @@ def test_scores_per_cost(network, measure):
 
 
 @pytest.mark.parametrize(
-    "score, power, words", [(-1, 1, "a score of .* is negative"), (1, -1, "cost_power=-1: must be a number of at least 0")]
+    "score, power, words",
+    [(-1, 1, "a score of .* is negative"), (1, -1, "cost_power=-1: must be a number of at least 0")],
 )
 def test_scores_per_cost_must_not_be_negative(score, power, words):
     model = Row()
