@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from prunekit.pruning.graph import gate_expr
 from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, channel_tensors, output_axis
-from prunekit.pruning.graph.propagation import ACTIVATIONS, Propagation, Use, propagate
+from prunekit.pruning.graph.axis_ops import ACTIVATIONS
+from prunekit.pruning.graph.propagation import Propagation, Use, propagate
 from prunekit.pruning.graph.trace import LINEAR_OPS, Node, follow_chain, trace
 from prunekit.pruning.graph.try_cut import lock_fixed_sizes
 from prunekit.pruning.plan import Group, Member

@@ -8,7 +8,6 @@ that is not known here makes the channels that pass through it unprunable, with 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,72 +15,9 @@ from itertools import pairwise
 import numpy as np
 
 from prunekit.pruning.graph.axes import channel_tensors
-from prunekit.pruning.graph.gate_expr import UNGATED, GateExpr, append_gate, forget, parallel, serial, shift
+from prunekit.pruning.graph.axis_ops import Channels, Segment, keep_or_move, saved_axes
+from prunekit.pruning.graph.gate_expr import UNGATED, GateExpr, append_gate, forget, parallel, serial
 from prunekit.pruning.graph.trace import PRODUCT, SUMS, Graph, Node
-
-# Operations on each entry alone.
-ACTIVATIONS = {
-    "Relu": "relu",
-    "LeakyRelu": "leaky_relu",
-    "Hardtanh": "relu6",
-    "Silu": "silu",
-    "Gelu": "gelu",
-    "Elu": "elu",
-    "Hardswish": "hardswish",
-    "Sigmoid": "sigmoid",
-    "Hardsigmoid": "hardsigmoid",
-    "Tanh": "tanh",
-    "Mish": "mish",
-}
-ELEMENTWISE = {
-    *ACTIVATIONS,
-    *("Softplus", "Celu", "Threshold", "Hardshrink", "Softshrink", "LogSigmoid", "RreluWithNoise"),
-    *("Abs", "Neg", "Exp", "Log", "Sqrt", "Rsqrt", "Reciprocal", "Rsub", "Erf", "Pow", "Clamp", "ClampMin", "ClampMax"),
-    *("NativeDropout", "Clone", "ToCopy", "Alias"),
-}
-# Operations on each channel of (N, C, …) alone.
-CHANNELWISE = {
-    *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
-    *("AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D"),
-    *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleLinear1D", "UpsampleBilinear2D"),
-    *("UpsampleTrilinear3D", "UpsampleBicubic2D", "Expand"),
-    *(f"{kind}Pad{n}D" for kind in ("Reflection", "Replication") for n in (1, 2, 3)),
-}
-# Those that are not zero at zero; so is a sum with a number.
-SHIFTS = {"Sigmoid", "Hardsigmoid", "LogSigmoid", "Softplus", "Exp", "Log", "Reciprocal", "Rsqrt", "Rsub"}
-# Reductions, over spatial axes or over channels.
-REDUCTIONS = {"MeanBackward1", "SumBackward1", "AmaxBackward0", "AminBackward0"}
-RESHAPES = {"View", "UnsafeView", "ReshapeAlias", "Squeeze"}
-
-
-@dataclass
-class Segment:
-    """Consecutive channels of a tensor with one gate expression."""
-
-    ids: np.ndarray  # identities of the channels, (channels,)
-    gate_expr: GateExpr  # the gates that they have passed, for the first of them (see ``shift``)
-    stride: int = 1  # entries per channel; more than 1 after a flatten
-    padded: bool = False  # whether a padding, of any amount, may have set positions to another value
-    shifted: bool = False  # whether what was zero after the last gate may not be now
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, part: slice) -> Segment:
-        return replace(self, ids=self.ids[part], gate_expr=shift(self.gate_expr, part.start))
-
-
-@dataclass
-class Channels:
-    """The channels of one axis of a tensor."""
-
-    segments: list[Segment]
-    axis: int = 1
-
-    @property
-    def entries(self) -> int:
-        """The length of the axis."""
-        return sum(len(segment) * segment.stride for segment in self.segments)
 
 
 @dataclass
@@ -181,7 +117,7 @@ def _visit(node: Node, inputs: Sequence[Channels], state: Propagation, in_channe
         state.lock(first, "combined with a tensor that is not a parameter and differs between channels")
         return first
     several = len(inputs) > 1 or node.op == "CatBackward0"
-    channels = _combine(node, inputs, state) if several else _carry(node, first)
+    channels = _combine(node, inputs, state) if several else keep_or_move(node, first)
     if channels is not None:
         return channels
     for channels in inputs:
@@ -207,7 +143,7 @@ def _combine(node: Node, inputs: Sequence[Channels], state: Propagation) -> Chan
         return None
     (axis,) = axes
     if node.op == "CatBackward0":
-        if _saved_axes(node, rank) == {axis}:
+        if saved_axes(node, rank) == {axis}:
             return Channels([segment for channels in inputs for segment in channels.segments], axis)
         combined = inputs[0]
         for other in inputs[1:]:
@@ -228,37 +164,6 @@ def _combine(node: Node, inputs: Sequence[Channels], state: Propagation) -> Chan
     return None
 
 
-def _carry(node: Node, channels: Channels) -> Channels | None:
-    """Operations on one input that keep its channels or move their axis; None where the operation is not known."""
-    axis, rank = channels.axis, len(node.inputs[0].out_shape or ()) if node.inputs else 0
-    if node.kind in SHIFTS or node.op in SUMS:
-        return replace(channels, segments=[replace(segment, shifted=True) for segment in channels.segments])
-    if node.op in (PRODUCT, "DivBackward0") or node.kind in ELEMENTWISE:
-        return channels  # with a number
-    if axis >= rank:
-        return None
-    sides = next((int(letter) for letter in node.kind if letter in "123"), 0)  # of AvgPool2D, along the last axes
-    if node.kind in CHANNELWISE and axis == 1 < rank - sides:
-        return replace(channels, segments=_padded(channels)) if _pads(node) else channels
-    if node.op == "ConstantPadNdBackward0" and node.out_shape:
-        inside = len(node.grad_fn._saved_pad) <= 2 * (len(node.out_shape) - 1 - axis)
-        return replace(channels, segments=_padded(channels)) if inside else None
-    if node.kind in RESHAPES:
-        return _reshape(node, channels)
-    if node.kind in ("Permute", "Transpose", "T"):
-        return replace(channels, axis=_permutation(node, rank).index(axis))
-    axes = _saved_axes(node, rank)
-    if node.kind == "Unsqueeze":
-        return replace(channels, axis=axis + sum(other <= axis for other in _saved_axes(node, rank + 1)))
-    if axis in axes:
-        return None
-    if node.op == "SliceBackward0":
-        return channels
-    if (node.op in REDUCTIONS or node.kind == "Select") and 0 not in axes and node.out_shape:
-        return replace(channels, axis=axis - sum(other < axis for other in axes) * (len(node.out_shape) < rank))
-    return None
-
-
 def _split(node: Node, channels: Channels, state: Propagation) -> list[Channels]:
     """The outputs of a chunk; one for all parts where they have all channels, and none where it is not followed.
 
@@ -267,7 +172,7 @@ def _split(node: Node, channels: Channels, state: Propagation) -> list[Channels]
     axis, rank = channels.axis, len(node.inputs[0].out_shape or ())
     if axis >= rank:
         return []
-    (along,) = _saved_axes(node, rank)
+    (along,) = saved_axes(node, rank)
     if node.kind == "Unbind":
         return [replace(channels, axis=axis - (along < axis))] if along not in (0, axis) else []
     if along != axis:
@@ -286,16 +191,6 @@ def _split(node: Node, channels: Channels, state: Propagation) -> list[Channels]
     ids = [np.concatenate([segment.ids for segment in part.segments]) for part in parts]
     state.same += [(ids[0], other) for other in ids[1:]]
     return parts
-
-
-def _padded(channels: Channels) -> list[Segment]:
-    return [replace(segment, padded=True) for segment in channels.segments]
-
-
-def _pads(node: Node) -> bool:
-    """Return whether a pooling fills positions at the border, whatever the amount at this size."""
-    is_average = node.kind.startswith("AvgPool")
-    return is_average and node.grad_fn._saved_count_include_pad and any(node.grad_fn._saved_padding)
 
 
 def _produce(node: Node, channels: Channels, state: Propagation) -> Channels:
@@ -354,48 +249,6 @@ def _pass_on(node: Node, channels: Channels, state: Propagation) -> Channels:
             (np.concatenate([segment.ids for segment in channels.segments]), f"{node.name}.num_features")
         )
     return Channels(outputs)
-
-
-def _reshape(node: Node, channels: Channels) -> Channels | None:
-    """A view that keeps the axis of channels, or merges it with those after it: each channel has several entries."""
-    before = tuple(int(side) for side in getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
-    after, axis = node.out_shape, channels.axis
-    if not before or not after or len(before) <= axis:
-        return None
-    ahead, length = math.prod(before[:axis]), before[axis]
-    for index in range(len(after)):
-        if math.prod(after[:index]) != ahead:
-            continue
-        if after[index] == length and (length > 1 or index == axis):
-            return replace(channels, axis=index)
-        behind = math.prod(before[axis + 1 :])
-        if index == len(after) - 1 and after[index] == length * behind:
-            merged = [replace(segment, stride=segment.stride * behind) for segment in channels.segments]
-            return Channels(merged, index)
-    return None
-
-
-def _permutation(node: Node, rank: int) -> list[int]:
-    """Return the input axis that each output axis is."""
-    if node.kind == "Permute":
-        return [int(axis) % rank for axis in node.grad_fn._saved_dims]
-    order = list(range(rank))
-    if rank < 2:
-        return order
-    swapped = (0, 1) if node.kind == "T" else (node.grad_fn._saved_dim0, node.grad_fn._saved_dim1)
-    # Autograd saves a negative axis as an unsigned number.
-    a, b = ((int(axis) + 2**63) % 2**64 - 2**63 for axis in swapped)
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
-def _saved_axes(node: Node, dims: int) -> set[int]:
-    """Return the axes that an operation has saved, counted from the front; {1} where it has saved none."""
-    saved = getattr(node.grad_fn, "_saved_dim", 1)
-    saved = saved if isinstance(saved, list | tuple) else (saved,)
-    # Autograd saves a negative axis as an unsigned number.
-    axes = {int(axis) - (2**64 if axis >= 2**63 else 0) for axis in saved}
-    return {axis + dims if axis < 0 else axis for axis in axes} or {1}
 
 
 def _same_layout(a: Channels, b: Channels) -> bool:
