@@ -122,15 +122,15 @@ def _reshape(node: Node, channels: Channels) -> Channels | None:
     after, axis = node.out_shape, channels.axis
     if not before or not after or len(before) <= axis:
         return None
-    ahead, length = math.prod(before[:axis]), before[axis]
+    outer, length = math.prod(before[:axis]), before[axis]
     for index in range(len(after)):
-        if math.prod(after[:index]) != ahead:
+        if math.prod(after[:index]) != outer:
             continue
         if after[index] == length and (length > 1 or index == axis):
             return replace(channels, axis=index)
-        behind = math.prod(before[axis + 1 :])
-        if index == len(after) - 1 and after[index] == length * behind:
-            merged = [replace(segment, stride=segment.stride * behind) for segment in channels.segments]
+        inner = math.prod(before[axis + 1 :])
+        if index == len(after) - 1 and after[index] == length * inner:
+            merged = [replace(segment, stride=segment.stride * inner) for segment in channels.segments]
             return Channels(merged, index)
     return None
 
