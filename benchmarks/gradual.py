@@ -128,7 +128,7 @@ def run_torch_pruning(way: str, name: str, overrides: Sequence[str], out: Path) 
     """Train with torch-pruning's regularization, prune, fine-tune, and write what a run's summary has."""
     warnings.filterwarnings("ignore", module="torch_pruning")
     recipe = load(name, list(overrides))
-    ((key, goal),) = [(key, value) for key, value in recipe.target.model_dump().items() if value is not None]
+    ((key, goal),) = recipe.target.given.items()
     context = RunContext(recipe, Reporter(Console(stderr=True)))
     model, example = build_dense(recipe), context.example()[:1]
     train(context, model, "train", recipe.train.epochs, regularized_pruner(way, model, example, 0.5))
@@ -154,7 +154,7 @@ def overrides_of(way: str, name: str, ratio: float | None, seed: int, given: Seq
     recipe = load(name, list(given))
     keys = [*given, f"seed={seed}", *WAYS.get(way, WAYS["threshold"])]
     if ratio is not None:
-        key = next(key for key, value in recipe.target.model_dump().items() if value is not None)
+        (key,) = recipe.target.given
         keys.append(f"target.{key}={ratio}")
     if way == "threshold" and recipe.decay.name == "none":
         keys += ["decay.name=dynamic", "decay.weight=1"]

@@ -143,8 +143,7 @@ def _permutation(node: Node, rank: int) -> list[int]:
     if rank < 2:
         return order
     swapped = (0, 1) if node.kind == "T" else (node.grad_fn._saved_dim0, node.grad_fn._saved_dim1)
-    # Autograd saves a negative axis as an unsigned number.
-    a, b = ((int(axis) + 2**63) % 2**64 - 2**63 for axis in swapped)
+    a, b = map(_signed, swapped)
     order[a], order[b] = order[b], order[a]
     return order
 
@@ -153,6 +152,10 @@ def saved_axes(node: Node, dims: int) -> set[int]:
     """Return the axes that an operation has saved, counted from the front; {1} where it has saved none."""
     saved = getattr(node.grad_fn, "_saved_dim", 1)
     saved = saved if isinstance(saved, list | tuple) else (saved,)
-    # Autograd saves a negative axis as an unsigned number.
-    axes = {int(axis) - (2**64 if axis >= 2**63 else 0) for axis in saved}
+    axes = {_signed(axis) for axis in saved}
     return {axis + dims if axis < 0 else axis for axis in axes} or {1}
+
+
+def _signed(axis: int) -> int:
+    """Autograd saves a negative axis as an unsigned number."""
+    return int(axis) - (2**64 if axis >= 2**63 else 0)
