@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunekit.config.yaml import format_path
@@ -20,16 +22,39 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Member(_Schema):
-    """An axis of a parameter or buffer from which a group's channels are removed.
+class Span(_Schema):
+    """Where an axis has the channels of a group.
 
-    Channel k has the entries offset + k·stride … offset + (k+1)·stride − 1.
+    Channel k has the entries offset + k·stride … offset + (k+1)·stride − 1, and again ``period`` entries later, for
+    each of ``repeats``: pairs (count, period). Where two groups have the same entries, an entry disappears with a
+    channel of either, as with heads and the channels of each head.
     """
 
-    tensor: str
     axis: int = Field(ge=0)  # the input axis of a grouped convolution counts the channels of all its groups
     offset: int = Field(0, ge=0)
     stride: int = Field(1, ge=1)
+    repeats: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def times(self) -> int:
+        """How many entries a channel has."""
+        return self.stride * math.prod(count for count, _ in self.repeats)
+
+    def entries(self, channels: np.ndarray) -> np.ndarray:
+        """Return the entries of some channels, those of one channel after another."""
+        first = self.offset + channels * self.stride
+        if self.times == 1:
+            return first
+        places = np.zeros(1, np.int64)
+        for count, period in (*self.repeats, (self.stride, 1)):
+            places = (places[:, None] + np.arange(count) * period).ravel()
+        return (first[:, None] + places).ravel()
+
+
+class Member(Span):
+    """An axis of a parameter or buffer from which a group's channels are removed."""
+
+    tensor: str
     reads: bool = False  # takes the channels as input; otherwise it produces them or passes them on
     pads: bool = False  # what the axis reads is padded, before or by the module: border and interior differ
     next_norm: str | None = None  # after a reader; its running mean can absorb a shift of the reader's output
@@ -37,6 +62,15 @@ class Member(_Schema):
     @property
     def module(self) -> str:
         return self.tensor.rpartition(".")[0]
+
+
+class Statistic(Span):
+    """An axis over which an operation computes a statistic, such as the mean of a norm: after the cut over the channels
+    that are left."""
+
+    module: str  # that calls the operation
+    operation: str
+    call: int  # its number among the module's calls of this operation
 
 
 class Gate(_Schema):
@@ -57,6 +91,8 @@ class Group(_Schema):
         gates: the gates that decide whether a channel is dead.
         combine: the gate expression: an index into ``gates``, {"serial": [...]} (dead if any part is) or
             {"parallel": [...]} (dead if all parts are), nested; None without gates.
+        statistics: the operations that compute a statistic over the channels.
+        zeroed: whether something other than a layer reads the channels, so that they must be zero to be pruned.
         counts: attributes of modules, such as "norm.num_features", that are one less with each channel.
         params, macs: cost of one channel, in parameters and in multiply-adds at the example's size.
         reason: why the group cannot be pruned; None where it can.
@@ -67,6 +103,8 @@ class Group(_Schema):
     members: list[Member]
     gates: list[Gate] = []
     combine: Any = None
+    statistics: list[Statistic] = []
+    zeroed: bool = False
     counts: list[str] = []
     params: int = 0
     macs: int = 0

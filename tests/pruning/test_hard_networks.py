@@ -92,7 +92,7 @@ def test_compose_two_cuts_of_a_grouped_convolution():
         torch.testing.assert_close(made.eval()(example), smaller(example))
 
 
-def test_untraced_layer_is_listed():
+def test_layer_under_no_grad_is_traced():
     class Frozen(Row):
         def forward(self, x):
             with torch.no_grad():
@@ -100,10 +100,17 @@ def test_untraced_layer_is_listed():
             return self.out(F.relu(self.bn3(self.conv2(self.bn2(self.depthwise(x))))))
 
     groups = {group.id: group for group in find_groups(Frozen(), torch.randn(2, 3, 16, 16))}
-    assert "no_grad" in groups["conv1"].reason and groups["conv1"].channels == 8
+    assert groups["conv1"].reason is None and len(groups["conv1"].gates) == 2
 
 
-def test_layer_whose_weight_a_function_reads_is_listed_as_such():
+def test_layer_that_is_not_called_is_listed():
+    model = Row()
+    model.unused = nn.Conv2d(3, 5, 1)
+    groups = {group.id: group for group in find_groups(model, torch.randn(2, 3, 16, 16))}
+    assert "train mode only, or never" in groups["unused"].reason and groups["unused"].channels == 5
+
+
+def test_layer_whose_weight_a_function_reads():
     class Functional(Row):
         def forward(self, x):
             return F.linear(super().forward(x).mean((2, 3)), self.head.weight)
@@ -111,10 +118,12 @@ def test_layer_whose_weight_a_function_reads_is_listed_as_such():
     model = Functional()
     model.head = nn.Linear(model.out.out_channels, 3)
     groups = {group.id: group for group in find_groups(model, torch.randn(2, 3, 16, 16))}
-    assert "weight is read by a function" in groups["head"].reason
+    assert groups["head"].reason == "the model's output"
+    # The function has no input that could be measured, so what it reads is zero.
+    assert groups["out"].reason is None and groups["out"].zeroed
 
 
-def test_weight_used_outside_of_its_layer_is_unprunable():
+def test_standardized_weight():
     class Standardised(nn.Conv2d):
         def forward(self, x):
             weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -130,7 +139,7 @@ def test_weight_used_outside_of_its_layer_is_unprunable():
     )
     example = init_norms(model)
     groups = {group.id: group for group in find_groups(model, example)}
-    assert "used outside of it" in groups["3"].reason and groups["6"].reason is None
+    assert groups["0"].reason is None and groups["0"].zeroed and groups["6"].reason is None
     with torch.no_grad():
         model[7].weight[:2] = 0
     assert slim(model, extract(model, list(groups.values())), example)[1].passed

@@ -25,10 +25,10 @@ def is_channelwise(model: nn.Module, name: str) -> bool:
     """Return whether a module maps each channel to itself: a norm, a PReLU or a depthwise convolution."""
     module = model.get_submodule(name)
     weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() < 2:
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
         return True
     parent = model.get_submodule(name.rpartition(".")[0])
-    groups = getattr(module, "groups", 1)
+    groups = getattr(module, "groups", 1) if isinstance(module, CONVS + TRANSPOSED) else 1
     return isinstance(parent, DepthwiseModules) or (groups > 1 and groups == module.in_channels == module.out_channels)
 
 

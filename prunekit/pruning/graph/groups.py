@@ -1,7 +1,6 @@
 """Groups: channels that can only be pruned together, their gates, and what a channel costs.
 
-Channels that propagation has found to be identical everywhere form a group. The work is linear in the number of
-channels that pass through the operations.
+Each leaf of the axes of parameters and buffers is a group, unless something forbids it.
 """
 
 from __future__ import annotations
@@ -9,21 +8,29 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from prunekit.pruning.graph import gate_expr
-from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, channel_tensors, output_axis
-from prunekit.pruning.graph.axis_ops import ACTIVATIONS
-from prunekit.pruning.graph.propagation import Propagation, Use, propagate
-from prunekit.pruning.graph.trace import LINEAR_OPS, Node, follow_chain, trace
+from prunekit.pruning.graph.axes import CONVS, NORMS, TRANSPOSED, axis_length, output_axis
+from prunekit.pruning.graph.axis_terms import Leaf, Term, lock, spans
+from prunekit.pruning.graph.gate_expr import GateExpr
+from prunekit.pruning.graph.propagation import INPUT, LAYERS, consumers, propagate
+from prunekit.pruning.graph.recorder import Op, Record, Value
+from prunekit.pruning.graph.rules.base import AxisGraph, Read
+from prunekit.pruning.graph.trace import record_call, trace
 from prunekit.pruning.graph.try_cut import lock_fixed_sizes
-from prunekit.pruning.plan import Group, Member
+from prunekit.pruning.graph.zero_states import ZeroStates
+from prunekit.pruning.plan import Group, Member, Statistic
 from prunekit.utils.compiled import unwrap
+
+ACTIVATIONS = {
+    **{name: name for name in ("relu", "leaky_relu", "silu", "gelu", "elu", "hardswish", "sigmoid", "tanh", "mish")},
+    **{"hardtanh": "relu6", "hardsigmoid": "hardsigmoid", "relu6": "relu6"},
+}
+# Linear operations that keep a constant channel constant: a shift before them can be moved to a norm after them.
+LINEAR_OPS = ("add", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d")
 
 
 def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
@@ -40,181 +47,264 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
         PlanError: the model fails on the example.
     """
     model = unwrap(model)
-    propagation = propagate(trace(model, example), example.shape[1])
-    _lock_shared_weights(model, propagation)
-    groups = _build_groups(model, propagation)
-    lock_fixed_sizes(model, groups, example)
-    return groups
-
-
-def _lock_shared_weights(model: nn.Module, propagation: Propagation) -> None:
-    """Lock the channels of weights that cannot be sliced in place: computed ones and those of several modules."""
-    owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
-    reasons: dict[str, str | None] = {}
-    for use in propagation.uses:
-        if use.module not in reasons:
-            module, reasons[use.module] = model.get_submodule(use.module), None
-            if use.module in propagation.graph.used_elsewhere:
-                reasons[use.module] = f"a parameter of {use.module} is used outside of it"
-            for name in channel_tensors(module):
-                if name not in module._parameters and name not in module._buffers:
-                    reasons[use.module] = (
-                        f"the {name} of {use.module} is computed from other tensors (a parametrization)"
-                    )
-                elif owners[id(getattr(module, name))] > 1:
-                    reasons[use.module] = f"the {name} of {use.module} is shared with another module"
-        reason = reasons[use.module]
-        if reason is not None:
-            propagation.locked.append((use.ids, reason))
-
-
-def _build_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
-    """Merge identical channels and split all uses where their neighbors differ."""
-    pairs = (
-        np.concatenate([np.stack(pair) for pair in propagation.same], 1) if propagation.same else np.zeros((2, 0), int)
-    )
-    matrix = coo_matrix((np.ones(pairs.shape[1]), (pairs[0], pairs[1])), (propagation.total, propagation.total))
-    _, label = connected_components(matrix, directed=False)
-    # Consecutive channels that appear together in every use are one group.
-    starts = np.zeros(label.max(initial=-1) + 2, bool)
-    others = [ids for ids, _ in (*propagation.locked, *propagation.counts)]
-    for ids in [*(use.ids for use in propagation.uses), *others]:
-        labels = label[ids]
-        breaks = np.flatnonzero(np.diff(labels) != 1) + 1
-        starts[labels[0]] = True
-        starts[labels[breaks]] = True
-        starts[np.append(labels[breaks - 1], labels[-1]) + 1] = True
-    group_of = np.cumsum(starts[:-1]) - 1
-    bounds = np.flatnonzero(starts)
-    reasons: dict[int, str] = {}
-    for ids, reason in propagation.locked:
-        for g in np.unique(group_of[label[ids]]):
-            reasons.setdefault(int(g), reason)
-    uses: dict[int, list[tuple[Use, int]]] = defaultdict(list)
-    # In the model's order, so that names and order do not depend on the tracer.
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    for use in sorted(propagation.uses, key=lambda use: (use.reads, order[use.module], use.offset)):
-        labels = label[use.ids]
-        for start in np.flatnonzero(starts[labels]):
-            uses[int(group_of[labels[start]])].append((use, int(start)))
-    build = _GroupBuilder(model, propagation)
-    groups = [build(uses[g], int(bounds[g + 1] - bounds[g]), reasons.get(g)) for g in uses]
-    by_number = dict(zip(uses, groups, strict=True))
-    for ids, attribute in propagation.counts:
-        for g in np.unique(group_of[label[ids]]).tolist():
-            if g in by_number:
-                by_number[g].counts.append(attribute)
-    return groups + _untraced_groups(model, propagation)
-
-
-def _untraced_groups(model: nn.Module, propagation: Propagation) -> list[Group]:
-    """Return a group that cannot be pruned for each layer that the trace does not contain."""
-    traced = {use.module for use in propagation.uses} | propagation.graph.reused
-    return [
-        Group(
-            id=name,
-            channels=module.weight.shape[output_axis(module)],
-            members=[Member(tensor=f"{name}.weight", axis=output_axis(module))],
-            reason="not on the path from input to output (called in train mode only, under no_grad, or never, or its "
-            "weight is read by a function)",
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear)) and name not in traced
-    ]
+    gate_expr.forget()
+    found = trace(model, example)
+    graph = propagate(found.model, found.record, found.train_record)
+    builder = _GroupBuilder(model, found.record, graph)
+    groups = builder.build()
+    if found.batch.is_meta:  # else it reads values, and the equivalence check decides
+        lock_fixed_sizes(found.model, found.record, groups, lambda cut: record_call(cut, found.batch))
+    return [*groups.values(), *builder.untraced_groups()]
 
 
 @dataclass
-class _ModuleCosts:
-    """Costs of a module per entry of axis 0 and of axis 1."""
+class _Channels:
+    """What is known of one leaf."""
 
-    params: dict[str, tuple[int, int]]  # trained parameters, for each tensor
-    macs: tuple[int, int]  # multiply-adds
-    next_norm: str | None  # see ``Member``
+    leaf: Leaf
+    members: list[Member] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
+    exprs: list[GateExpr] = field(default_factory=list)
+    zeroed: bool = False
+    counts: list[str] = field(default_factory=list)
 
 
 class _GroupBuilder:
-    """Builds the groups of one model from their uses."""
+    """Builds the groups of one model."""
 
-    def __init__(self, model: nn.Module, propagation: Propagation):
-        self.reused = propagation.graph.reused
-        self.nodes = propagation.graph.by_name()
-        self.calls: dict[str, list[Node]] = defaultdict(list)
-        for node in propagation.graph.nodes:
-            self.calls[node.name or ""].append(node)
-        names = dict.fromkeys(use.module for use in propagation.uses)
-        self.costs = {name: self._costs(model.get_submodule(name), self.calls[name]) for name in names}
+    def __init__(self, model: nn.Module, record: Record, graph: AxisGraph):
+        self.model, self.record, self.graph = model, record, graph
+        self.consumers = consumers(record)
+        self.modules = dict(model.named_modules())
+        self.order = {name: index for index, name in enumerate(self.modules)}
+        self.outputs = set(record.outputs)
+        gates = {
+            value: name.rpartition(".")[0]
+            for name, value in record.tensors.items()
+            if name.endswith(".weight") and isinstance(self.modules[name.rpartition(".")[0]], NORMS)
+        }
+        self.norm_ops = {
+            gates[op.args[1]]: op
+            for op in record.ops
+            if op.name in ("batch_norm", "instance_norm") and op.args[1] in gates
+        }
+        contractions = {read.op for read in graph.reads} | {op for op, _ in graph.zeroed}
+        self.states = ZeroStates(record, gates, contractions)
+        self.reads: dict[tuple[Value, int], list[Read]] = defaultdict(list)
+        for read in graph.reads:
+            self.reads[read.tensor, read.axis].append(read)
+        self.used = {value for op in graph.on_path for value in op.inputs if value.name is not None}
+        self.grouped = {name for name, _ in graph.virtual}
+        self.channels: dict[Leaf, _Channels] = {}
 
-    def __call__(self, uses: Sequence[tuple[Use, int]], channels: int, reason: str | None) -> Group:
-        """Build a group from its uses, each with the index of the group's first channel in it."""
-        members: list[Member] = []
-        params, macs, exprs = 0, 0, []
-        known: dict[tuple[str, int, int], list[Member]] = {}  # those of a module that is called several times
-        for use, start in uses:
-            costs = self.costs[use.module]
-            if use.gate_expr is not None:
-                exprs.append(gate_expr.shift(use.gate_expr, start))
-            key = use.module, use.axis, use.offset + start * use.stride
-            if key in known:
-                for member in known[key]:
-                    member.pads |= use.pads
-                continue
-            shared = {"offset": use.offset + start * use.stride, "stride": use.stride, "reads": use.reads}
-            shared |= {"next_norm": costs.next_norm if use.reads else None, "pads": use.pads}
-            # Output channels take their bias and statistics along.
-            for name in list(costs.params)[:1] if use.reads else costs.params:
-                axis = use.axis if name == "weight" else 0
+    def build(self) -> dict[Leaf, Group]:
+        for name, value in self.record.tensors.items():
+            if value in self.used:
+                self._add_members(name, value)
+        self._add_reads()
+        self._add_zeroed()
+        self._add_statistics()
+        for attribute, term in self.graph.counts:
+            for span in spans(term):
+                self._of(span.leaf).counts.append(attribute)
+        found = [channels for channels in self.channels.values() if channels.members]
+        for channels in found:
+            channels.members.sort(key=self._member_order)
+        found.sort(key=lambda channels: self._member_order(channels.members[0]))
+        names: Counter[str] = Counter()
+        return {channels.leaf: self._group(channels, names) for channels in found}
+
+    def _axis(self, name: str, value: Value, axis: int) -> Term:
+        return self.graph.virtual.get((name, axis), value.axes[axis])
+
+    def _of(self, leaf: Leaf) -> _Channels:
+        return self.channels.setdefault(leaf, _Channels(leaf))
+
+    def _add_members(self, name: str, value: Value) -> None:
+        for axis in range(len(value.axes)):
+            reads = self.reads.get((value, axis), [])
+            # An embedding that is tied to the last layer makes what that layer reads.
+            is_read = bool(reads) and {read.op for read in reads} >= set(self.consumers[value]) & self.graph.on_path
+            for span in spans(self._axis(name, value, axis)):
+                channels = self._of(span.leaf)
+                channels.zeroed |= bool(reads) and not is_read
+                layout = {"offset": span.offset, "stride": span.stride, "repeats": span.repeats}
+                if name in self.grouped and (span.stride > 1 or span.repeats) and axis < 2:
+                    lock(span.leaf, f"regrouped between convolutions with groups ({name.rpartition('.')[0]})")
                 # Not validated: a dense network has thousands, all of them from here.
-                members.append(Member.model_construct(tensor=f"{use.module}.{name}", axis=axis, **shared))
-                known.setdefault(key, []).append(members[-1])
-                params += costs.params[name][axis] * use.stride
-            macs += costs.macs[use.axis] * use.stride
-        gates, combine = gate_expr.resolve(gate_expr.parallel(exprs) if exprs else gate_expr.UNGATED, channels)
+                member = Member.model_construct(tensor=name, axis=axis, reads=is_read, **layout)
+                channels.members.append(member)
+
+    def _add_reads(self) -> None:
+        for read in self.graph.reads:
+            if read.op not in self.graph.on_path:
+                continue
+            name = read.tensor.name or ""
+            module = self.modules[name.rpartition(".")[0]]
+            is_layer = isinstance(module, LAYERS) and read.op.module == name.rpartition(".")[0]
+            own = list(spans(self._axis(name, read.tensor, read.axis)))
+            states = self.states.of(read.value, read.value_axis)
+            if [span.leaf for span in own] != [
+                span.leaf for span in self.states.spans(read.value.axes[read.value_axis])
+            ]:
+                for span in own:
+                    lock(span.leaf, f"regrouped by {self.graph.label(read.op)}")
+                continue
+            pads = self._pads(read.op)
+            next_norm = self._next_norm(read.op)
+            for span, state in zip(own, states, strict=True):
+                channels = self._of(span.leaf)
+                channels.exprs.append(state.gate_expr)
+                if not is_layer or span.repeats:
+                    self._require_zero(channels, read.op, [state])
+                for member in channels.members:
+                    if member.tensor == name and member.axis == read.axis and member.offset == span.offset:
+                        member.pads |= pads or state.padded
+                        member.next_norm = next_norm
+
+    def _add_zeroed(self) -> None:
+        for op, sides in self.graph.zeroed:
+            if op not in self.graph.on_path:
+                continue
+            rows = [list(self.states.spans(value.axes[axis])) for value, axis in sides]
+            states = [self.states.of(value, axis) for value, axis in sides]
+            if any([s.leaf for s in row] != [s.leaf for s in rows[0]] for row in rows):
+                for row in rows:
+                    for span in row:
+                        lock(span.leaf, f"regrouped by {self.graph.label(op)}")
+                continue
+            for number, span in enumerate(rows[0]):
+                self._require_zero(self._of(span.leaf), op, [own[number] for own in states])
+
+    def _require_zero(self, channels: _Channels, op: Op, states: Sequence) -> None:
+        channels.zeroed = True
+        if all(state.shifted for state in states):
+            lock(channels.leaf, f"read by {self.graph.label(op)}, where a channel without weights is not zero")
+
+    def _add_statistics(self) -> None:
+        for statistic in self.graph.statistics:
+            op = statistic.op
+            for span in spans(statistic.term):
+                layout = {"axis": statistic.axis, "offset": span.offset, "stride": span.stride, "repeats": span.repeats}
+                self._of(span.leaf).statistics.append(
+                    Statistic(module=op.module, operation=op.name, call=op.number, **layout)
+                )
+
+    def _member_order(self, member: Member) -> tuple:
+        key = member.tensor.rpartition(".")[2]
+        tensors = ("weight", "bias", "running_mean", "running_var")
+        rank = tensors.index(key) if key in tensors else len(tensors) + key.endswith("bias")
+        module = self.modules[member.module]
+        # A group is named after a layer, rather than after a parameter beside it.
+        bare = not isinstance(module, (*LAYERS, *NORMS, nn.PReLU))
+        return member.reads, bare, self.order[member.module], member.offset, -member.stride, rank, key, member.axis
+
+    def _group(self, channels: _Channels, names: Counter[str]) -> Group:
+        leaf, members = channels.leaf, channels.members
+        exprs = [] if channels.zeroed else channels.exprs
+        expr = gate_expr.parallel(exprs) if exprs else gate_expr.UNGATED
+        gates, combine = gate_expr.resolve(expr, leaf.size)
         for gate in gates:
-            gate.activation = self._activation(self.nodes[gate.norm])
-        if reason is None and not exprs:
+            gate.activation = self._activation(self.norm_ops[gate.norm])
+        reason = leaf.reason
+        if reason is None and not channels.exprs and not channels.zeroed:
             reason = "nothing reads it"
         first = members[0]
-        name = "input" if first.reads else first.module
+        name = first.module if first.tensor.endswith(".weight") else first.tensor
+        if first.reads:
+            name = "input" if reason == INPUT else f"{first.module}.input"
         name = f"{name}@{first.offset}" if first.offset else name
-        costs = {"params": params, "macs": macs}
-        return Group(id=name, channels=channels, members=members, gates=gates, combine=combine, reason=reason, **costs)
+        names[name] += 1
+        params, macs = self._cost(members)
+        return Group(
+            id=name if names[name] == 1 else f"{name}#{names[name]}",
+            channels=leaf.size,
+            members=members,
+            gates=gates,
+            combine=combine,
+            statistics=channels.statistics,
+            zeroed=channels.zeroed,
+            counts=channels.counts,
+            params=params,
+            macs=macs,
+            reason=reason,
+        )
 
-    def _costs(self, module: nn.Module, calls: Sequence[Node]) -> _ModuleCosts:
-        positions = sum(map(_positions, calls))
-        tensors = channel_tensors(module)
-        weight = _numbers_per_entry(module, tensors[0])
-        params = {name: _numbers_per_entry(module, name) if name in module._parameters else (0, 0) for name in tensors}
-        return _ModuleCosts(params, (positions * weight[0], positions * weight[1]), self._next_norm(calls[0]))
+    def _cost(self, members: Sequence[Member]) -> tuple[int, int]:
+        """The parameters and multiply-adds of one channel."""
+        params = macs = 0
+        for member in members:
+            module, key = self.modules[member.module], member.tensor.rpartition(".")[2]
+            tensor = self.record.tensors[member.tensor]
+            numbers = math.prod(tensor.shape) // max(axis_length(module, key, member.axis), 1) * member.times
+            params += numbers if key in module._parameters else 0
+            macs += numbers * sum(map(_positions, self.consumers[tensor])) if key == "weight" else 0
+        return params, macs
 
-    def _next_norm(self, reader: Node) -> str | None:
-        norm = follow_chain(reader, LINEAR_OPS)
-        if reader.name in self.reused or (reader.op == "linear" and len(reader.out_shape or ()) != 2):
+    def _pads(self, op: Op) -> bool:
+        if not op.name.startswith("conv"):
+            return False
+        padding = op.arg(4, "padding", 0)
+        if isinstance(padding, str):
+            return padding == "same" and math.prod(op.args[1].shape[2:]) > 1
+        return "transpose" in op.name or any(padding if isinstance(padding, list | tuple) else [padding])
+
+    def _follow(self, op: Op, names: Sequence[str]) -> Op | None:
+        """The first operation after ``op`` that is not one of ``names``; None where the chain branches, or an addition
+        scales a term."""
+        while len(op.outputs) == 1 and op.outputs[0] not in self.outputs and op.kwargs.get("alpha", 1) == 1:
+            after = self.consumers[op.outputs[0]]
+            if len(after) != 1:
+                return None
+            op = after[0]
+            if op.name.rstrip("_") not in names:
+                return op
+        return None
+
+    def _next_norm(self, reader: Op) -> str | None:
+        norm = self._follow(reader, LINEAR_OPS)
+        if self.record.calls[reader.module] > 1 or (reader.name == "linear" and len(reader.outputs[0].shape) != 2):
             return None  # it has several, or one of another axis
-        if norm is None or norm.op != "norm" or norm.name in self.reused or norm.module.running_mean is None:
+        if norm is None or norm.name not in ("batch_norm", "instance_norm"):
             return None
-        return norm.name
+        name = norm.module
+        module = self.modules[name]
+        if not isinstance(module, NORMS) or self.record.calls[name] > 1 or module.running_mean is None:
+            return None
+        return name
 
-    def _activation(self, norm: Node) -> str | None:
-        after = follow_chain(norm, ())
+    def _activation(self, norm: Op) -> str | None:
+        after = self._follow(norm, ())
         if after is None:
             return None
-        name = after.name if after.op == "prelu" else ACTIVATIONS.get(after.kind)
+        is_prelu = after.name.rstrip("_") == "prelu" and isinstance(self.modules[after.module], nn.PReLU)
+        name = after.module if is_prelu else ACTIVATIONS.get(after.name.rstrip("_"))
         # A function with the name of a PReLU module could not be told from that module.
-        return None if after.op != "prelu" and name in self.nodes else name
+        return None if not is_prelu and isinstance(self.modules.get(name or ""), nn.PReLU) else name
+
+    def untraced_groups(self) -> list[Group]:
+        """Return a group that cannot be pruned for each layer that the trace does not contain."""
+        names = {value.name for value in self.used}
+        return [
+            Group(
+                id=name,
+                channels=module.weight.shape[output_axis(module)],
+                members=[Member(tensor=f"{name}.weight", axis=output_axis(module))],
+                reason="not on the path from input to output (called in train mode only, or never)",
+            )
+            for name, module in self.modules.items()
+            if isinstance(module, (*CONVS, *TRANSPOSED, nn.Linear))
+            and f"{name}.weight" in self.record.tensors
+            and f"{name}.weight" not in names
+        ]
 
 
-def _positions(node: Node) -> int:
+def _positions(op: Op) -> int:
     """Return how often a call multiplies with its weight, for one input of the model."""
-    # A transposed convolution does once for each input position, the others for each output position.
-    shape = node.inputs[0].out_shape if node.op == "transposed" else node.out_shape
-    if node.op not in ("conv", "depthwise", "linear", "transposed") or not shape:
-        return 0
-    return math.prod(shape[1:-1] if node.op == "linear" else shape[2:])
-
-
-def _numbers_per_entry(module: nn.Module, name: str) -> tuple[int, int]:
-    """Return how many numbers of a tensor belong to an entry of axis 0 and of axis 1."""
-    tensor = getattr(module, name)
-    return tuple(
-        tensor.numel() // max(axis_length(module, name, axis), 1) if axis < tensor.dim() else 0 for axis in (0, 1)
-    )
+    if op.name == "linear":
+        return math.prod(op.outputs[0].shape[1:-1])
+    if op.name.startswith("conv"):
+        # A transposed convolution does once for each input position, the others for each output position.
+        shape = op.args[0].shape if "transpose" in op.name else op.outputs[0].shape
+        return math.prod(shape[2:])
+    return 0

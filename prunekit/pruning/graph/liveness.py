@@ -20,7 +20,7 @@ def removable(model: nn.Module, group: Group) -> bool:
         if isinstance(model.get_submodule(member.module.rpartition(".")[0]), OptionalModules):
             continue
         length = axis_length(model.get_submodule(member.module), member.tensor.rpartition(".")[2], member.axis)
-        if not member.reads or group.channels * member.stride == length:
+        if not member.reads or group.channels * member.times == length:
             return False
     return True
 

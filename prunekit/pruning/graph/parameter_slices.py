@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from prunekit.pruning.plan import Group
 
 
 class ParameterSlices:
-    """The weights of convolutions, linear layers and norms, per channel.
+    """The weights of layers and norms and bare parameters, per channel.
 
     The channels of all groups are numbered consecutively, so that a statistic of each of them takes a few operations
     per weight instead of per channel. Biases and PReLU slopes are left out, because their size says little about the
@@ -41,32 +43,35 @@ class ParameterSlices:
         self.members = torch.zeros(self.total, dtype=torch.float64)
         self.sizes = torch.zeros(self.total, dtype=torch.float64)
         tensor_index: dict[str, int] = {}
-        owners: dict[tuple[str, int], Tensor] = {}
+        owners: dict[tuple[str, int, int], Tensor] = {}
         axes: list[tuple[int, int, int, Tensor]] = []
         for group in groups:
             channels = torch.arange(group.channels) + self.start[group.id]
             for member in group.members:
                 module_name, _, name = member.tensor.rpartition(".")
                 module = model.get_submodule(module_name)
-                weight = getattr(module, name)
-                norm = isinstance(module, nn.modules.batchnorm._NormBase)
-                if name != "weight" or isinstance(module, nn.PReLU) or (norm and not norms):
+                weight = module._parameters.get(name)
+                if weight is None or name.endswith("bias") or isinstance(module, nn.PReLU):
                     continue
-                key = member.tensor, member.axis
+                if weight.dim() == 1 and not norms:
+                    continue
+                entries = torch.from_numpy(member.entries(np.arange(group.channels)))
                 length = axis_length(module, name, member.axis)
                 if member.tensor not in tensor_index:
                     tensor_index[member.tensor] = len(self.tensors)
                     self.tensors.append(weight)
+                # Where an entry belongs to a channel of several groups, such as a head, each has its own owners.
+                layers = (key for layer in count() if (key := (member.tensor, member.axis, layer)) is not None)
+                key = next(k for k in layers if k not in owners or bool((owners[k][entries] == self.total).all()))
                 if key not in owners:
                     # Entries of other groups are attributed to an extra channel.
                     owners[key] = torch.full((length,), self.total)
                     axes.append(
                         (tensor_index[member.tensor], member.axis, length // weight.shape[member.axis], owners[key])
                     )
-                stop = member.offset + group.channels * member.stride
-                owners[key][member.offset : stop] = channels.repeat_interleave(member.stride)
+                owners[key][entries] = channels.repeat_interleave(member.times)
                 self.members[channels] += 1
-                self.sizes[channels] += member.stride * weight.numel() / length
+                self.sizes[channels] += member.times * weight.numel() / length
         # On the device once, because a penalty is computed at every step.
         self._axes = [(*axis, owner.to(self.tensors[axis[0]].device)) for *axis, owner in axes]
         self._owners = torch.cat([owner for *_, owner in self._axes]) if self._axes else torch.zeros(0, dtype=int)

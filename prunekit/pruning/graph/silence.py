@@ -9,23 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.pruning.plan import Group
+from prunekit.pruning.plan import Group, Span
 
 
 @dataclass
 class Rows:
-    """Entries ``start`` … ``start`` + channels · ``stride`` − 1 of an axis of a parameter, ``stride`` for a channel."""
+    """The entries of a parameter's axis that belong to the channels of a group."""
 
     tensor: str
     parameter: nn.Parameter
-    axis: int
-    start: int
-    stride: int
+    span: Span
+
+    @property
+    def axis(self) -> int:
+        return self.span.axis
 
     def of(self, channels: np.ndarray) -> Tensor:
-        """The entries of some channels."""
-        runs = self.start + channels[:, None] * self.stride + np.arange(self.stride)
-        return torch.from_numpy(runs.ravel()).to(self.parameter.device)
+        """The entries of some channels, those of one channel after another."""
+        return torch.from_numpy(self.span.entries(channels)).to(self.parameter.device)
 
 
 def silencing_rows(model: nn.Module, group: Group) -> Iterator[Rows]:
@@ -36,7 +37,7 @@ def silencing_rows(model: nn.Module, group: Group) -> Iterator[Rows]:
         module = model.get_submodule(member.module)
         parameter = module._parameters.get(member.tensor.rpartition(".")[2])
         if parameter is not None and not isinstance(module, nn.PReLU):
-            yield Rows(member.tensor, parameter, member.axis, member.offset, member.stride)
+            yield Rows(member.tensor, parameter, member)
 
 
 def silent_channels(model: nn.Module, group: Group) -> np.ndarray:
@@ -47,7 +48,7 @@ def silent_channels(model: nn.Module, group: Group) -> np.ndarray:
             break
         other = [axis for axis in range(rows.parameter.dim()) if axis != rows.axis]
         entries = rows.parameter.detach().index_select(rows.axis, rows.of(silent)) != 0
-        used = (entries.any(dim=other) if other else entries).view(-1, rows.stride).any(1)
+        used = (entries.any(dim=other) if other else entries).view(-1, rows.span.times).any(1)
         silent = silent[~used.cpu().numpy()]
     mask = np.zeros(group.channels, bool)
     mask[silent] = True

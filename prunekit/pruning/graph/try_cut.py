@@ -1,84 +1,129 @@
-"""Groups that cannot be pruned because the model's code relies on their number of channels."""
+"""Groups that cannot be pruned because the model's code relies on their number of channels.
+
+The model runs without the first channel of each group, and every operation must give the shape that follows from the
+axes. One that does not is named with its line.
+"""
 
 from __future__ import annotations
 
 import traceback
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, conv_groups, output_axis
-from prunekit.pruning.graph.meta import FastShapes, to_meta
-from prunekit.pruning.graph.trace import tensors_in
+from prunekit.pruning.graph.axes import conv_groups
+from prunekit.pruning.graph.axis_terms import Cat, Fixed, Leaf, Prod, Term, leaves, resolve
+from prunekit.pruning.graph.recorder import Op, Record
+from prunekit.pruning.graph.slicing import slice_model
 from prunekit.pruning.plan import Group
+from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
-_OWN = str(Path(torch.__file__).parent)
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 
 
-def lock_fixed_sizes(model: nn.Module, groups: Sequence[Group], example: Tensor) -> None:
-    """Try the cut of each group's first channel on the meta device; give groups on which the model fails a reason."""
-    candidates = [
-        group
-        for group in groups
+def lock_fixed_sizes(
+    model: nn.Module, record: Record, groups: Mapping[Leaf, Group], rerun: Callable[[nn.Module], Record]
+) -> None:
+    """Give groups on which the model fails a reason.
+
+    Args:
+        model: on the meta device.
+        record: of the model, with axes.
+        groups: all of them, by their leaves.
+        rerun: records a copy of the model; what fails has an attribute ``ops`` with the operations before.
+    """
+    tried = {
+        leaf: group
+        for leaf, group in groups.items()
         if group.reason is None
         and group.channels > 1
         and all(conv_groups(model, member.module) == 1 for member in group.members)
-    ]
-    try:
-        shapes = _shapes(to_meta(model), example)
-    except Exception:  # It reads values; the equivalence check decides.
-        return
-    pending = [candidates] if candidates else []
-    while pending:
-        tried = pending.pop()
-        try:
-            fault = None if _shapes(_cut(model, tried), example) == shapes else "its output has another shape"
-        except Exception as error:  # It is the user's code and may raise anything.
-            fault = f"{_line(error)} fails: {first_line(error)}"
-        if fault is not None and len(tried) == 1:
-            tried[0].reason = f"the code relies on its number of channels: {fault}"
+    }
+    trial = _Trial(model, record, rerun)
+    # First without all groups that an operation fails for, then each of those.
+    left, suspects = dict(tried), []
+    while left and (fault := trial.run(left)) is not None:
+        blamed = {leaf: left[leaf] for leaf in fault.leaves if leaf in left} or left
+        suspects.append(blamed)
+        left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
+    while suspects:
+        some = suspects.pop()
+        fault = trial.run(some)
+        if fault is not None and len(some) == 1:
+            (group,) = some.values()
+            group.reason = f"the code relies on its number of channels: {fault.text}"
         elif fault is not None:
-            pending += [tried[: len(tried) // 2], tried[len(tried) // 2 :]]
+            items = list(some.items())
+            suspects += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
 
 
-def _shapes(model: nn.Module, example: Tensor) -> list[torch.Size]:
-    with torch.no_grad(), FastShapes():
-        return [tensor.shape for tensor in tensors_in(model.eval()(example.detach().to("meta")))]
+@dataclass
+class _Fault:
+    text: str
+    leaves: list[Leaf]  # of the operation
 
 
-def _cut(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
-    """Return a copy on the meta device without the first channel of each group."""
-    copied = to_meta(model)
-    lost: dict[tuple[str, int], int] = defaultdict(int)
-    for group in groups:
-        for member in group.members:
-            lost[member.tensor, member.axis] += member.stride
-    for (tensor, axis), count in lost.items():
-        module, name = copied.get_submodule(tensor.rpartition(".")[0]), tensor.rpartition(".")[2]
-        old = getattr(module, name)
-        new = old.narrow(axis, 0, old.shape[axis] - count).detach()
-        setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-    for name in {tensor.rpartition(".")[0] for tensor, _ in lost}:
-        module = copied.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, CONVS + TRANSPOSED):
-            module.groups = len(module.weight) if module.groups > 1 else 1  # depthwise, or not grouped
-            out, sides = output_axis(module), module.weight.shape
-            module.out_channels, module.in_channels = sides[out], sides[1 - out] * module.groups
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = len(module.weight)
-        elif getattr(module, "num_features", None):
-            module.num_features = len(module.weight if module.affine else module.running_mean)
-    return copied
+@dataclass
+class _Trial:
+    model: nn.Module
+    record: Record
+    rerun: Callable[[nn.Module], Record]
+
+    def run(self, groups: Mapping[Leaf, Group]) -> _Fault | None:
+        copied = copy_module(self.model)
+        slice_model(copied, list(groups.values()), {group.id: {0} for group in groups.values()})
+        error = None
+        try:
+            ops = self.rerun(copied).ops
+        except Exception as raised:  # It is the user's code and may raise anything.
+            error, ops = raised, getattr(raised, "ops", [])
+        cut: set[Leaf] = set(groups)
+        for before, after in zip(self.record.ops, ops, strict=False):
+            if before.name != after.name:
+                return _Fault(f"{after.line} runs {after.name} instead of {before.name}", _leaves(before))
+            for old, new in zip(before.outputs, after.outputs, strict=False):
+                expected = tuple(_length(term, cut) for term in old.axes)
+                if new.shape != expected:
+                    text = f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
+                    return _Fault(text, _leaves(before))
+        if error is None and len(ops) == len(self.record.ops):
+            return None
+        failing = self.record.ops[min(len(ops), len(self.record.ops) - 1)]
+        text = "it runs other operations" if error is None else f"{_line(error)} fails: {first_line(error)}"
+        return _Fault(text, _leaves(failing))
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _leaves(op: Op) -> list[Leaf]:
+    terms = [term for value in (*op.inputs, *op.outputs) for term in value.axes]
+    return list(dict.fromkeys(leaf for term in terms for leaf in leaves(term)))
+
+
+def _length(term: Term, cut: set[Leaf]) -> int:
+    """The length of an axis without one channel of some leaves."""
+    term = resolve(term)
+    if isinstance(term, Fixed):
+        return term.size
+    if isinstance(term, Leaf):
+        return term.size - (term in cut)
+    if isinstance(term, Cat):
+        return sum(_length(part, cut) for part in term.parts)
+    assert isinstance(term, Prod)
+    length = 1
+    for factor in term.factors:
+        length *= _length(factor, cut)
+    return length
 
 
 def _line(error: Exception) -> str:
     """The line of the user's code that failed."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith((_OWN, str(Path(__file__).parents[2])))] or list(frames)
+    own = [frame for frame in frames if not frame.filename.startswith(_OWN)] or list(frames)
     return f"{Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].line})"

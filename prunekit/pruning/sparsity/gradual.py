@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import last_gates
 from prunekit.pruning.graph.silence import Rows, silencing_rows
-from prunekit.pruning.plan import Group
+from prunekit.pruning.plan import Group, Span
 from prunekit.utils import distributed
 
 # (the model, k ÷ rounds in round k) → the channels to prune by group, also those of earlier rounds.
@@ -71,11 +71,11 @@ class GradualPruning:
         self._steps = 0
         self._groups = {group.id: group for group in groups if group.reason is None}
         self._rows = {group.id: list(_shrinking_rows(model, group)) for group in self._groups.values()}
-        by_tensor = {rows.tensor: rows for own in self._rows.values() for rows in own}
-        self._slices = [by_tensor[name] for name in sorted(by_tensor)]
+        by_axis = {_key(rows): rows for own in self._rows.values() for rows in own}
+        self._slices = [by_axis[key] for key in sorted(by_axis)]
         lengths = [rows.parameter.shape[rows.axis] for rows in self._slices]
         # Where each tensor begins in one vector of all.
-        self._offsets = dict(zip([rows.tensor for rows in self._slices], [0, *accumulate(lengths)], strict=False))
+        self._offsets = dict(zip(map(_key, self._slices), [0, *accumulate(lengths)], strict=False))
         self._lengths = lengths
         self._limits = torch.full((sum(lengths),), torch.inf)  # at the start of the round; ∞: not chosen
 
@@ -99,14 +99,14 @@ class GradualPruning:
         for rows, own in zip(self._slices, self._limits.cpu().split(self._lengths), strict=True):
             chosen = own.isfinite().nonzero().flatten()
             if len(chosen):
-                limits[rows.tensor] = {"entries": chosen.tolist(), "limits": own[chosen].tolist()}
+                limits[_key(rows)] = {"entries": chosen.tolist(), "limits": own[chosen].tolist()}
         return {"steps": self._steps, "round": self.round, "limits": limits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._steps, self.round = state["steps"], state["round"]
         self._limits = torch.full_like(self._limits, torch.inf)
-        for tensor, own in state["limits"].items():
-            entries = self._offsets[tensor] + torch.tensor(own["entries"])
+        for key, own in state["limits"].items():
+            entries = self._offsets[key] + torch.tensor(own["entries"])
             self._limits[entries] = torch.tensor(own["limits"], dtype=self._limits.dtype)
 
     def _progress(self) -> float:
@@ -125,7 +125,7 @@ class GradualPruning:
         for group_id, channels in self._choose(self.model, self.round / self._rounds).items():
             index = np.array(sorted(channels), np.int64)
             for rows in self._rows[group_id]:
-                chosen[self._offsets[rows.tensor] + rows.of(index).cpu()] = 1.0
+                chosen[self._offsets[_key(rows)] + rows.of(index).cpu()] = 1.0
         chosen = distributed.broadcast(chosen).bool()
         values = torch.cat([torch.zeros(0), *(_sizes(rows).cpu() for rows in self._slices)])
         self._limits = torch.where(chosen, values, torch.inf)
@@ -155,7 +155,12 @@ def _shrinking_rows(model: nn.Module, group: Group) -> Iterator[Rows]:
         module = model.get_submodule(gate.norm)
         for name, parameter in (("weight", module.weight), ("bias", module.bias)):
             if parameter is not None:
-                yield Rows(f"{gate.norm}.{name}", parameter, 0, gate.slice[0], 1)
+                yield Rows(f"{gate.norm}.{name}", parameter, Span(axis=0, offset=gate.slice[0]))
+
+
+def _key(rows: Rows) -> str:
+    """The name of an axis of a tensor; of most, only the first has entries of channels that shrink."""
+    return f"{rows.tensor}:{rows.axis}" if rows.axis else rows.tensor
 
 
 def _sizes(rows: Rows) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from prunekit.errors import PlanError
-from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.plan import Group, Member, Plan
 from prunekit.pruning.surgery.plan_builder import make_plan
 
 
@@ -39,20 +39,26 @@ def match_groups(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Gro
     Groups are matched by the position of their channels in a tensor, because ids may differ: a group is named after
     its first module, which may be removed.
     """
-    dense_uses: dict[str, list[tuple[int, Group]]] = defaultdict(list)
-    slim_offsets: dict[str, list[int]] = defaultdict(list)
+    dense_uses: dict[tuple[str, int], list[tuple[tuple[int, int], Group]]] = defaultdict(list)
+    slim_places: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for group in groups:
         for member in group.members if group.reason is None and first.kept(group) else ():
             if not member.reads:
-                dense_uses[member.tensor].append((member.offset, group))
+                dense_uses[member.tensor, member.axis].append((_place(member), group))
     for member in (member for group in slim_groups for member in group.members if not member.reads):
-        slim_offsets[member.tensor].append(member.offset)
+        slim_places[member.tensor, member.axis].append(_place(member))
     pairs = []
     for slim_group in (group for group in slim_groups if group.reason is None):
         member = slim_group.members[0]
-        candidates = sorted(dense_uses[member.tensor], key=lambda use: use[0])
-        index = sorted(slim_offsets[member.tensor]).index(member.offset)
+        axis = member.tensor, member.axis
+        candidates = sorted(dense_uses[axis], key=lambda use: use[0])
+        index = sorted(slim_places[axis]).index(_place(member))
         if index >= len(candidates) or len(first.kept(candidates[index][1])) != slim_group.channels:
             raise PlanError(f"the plan does not make this slim model: {slim_group.id} differs; pass the plan it has")
         pairs.append((candidates[index][1], slim_group))
     return pairs
+
+
+def _place(member: Member) -> tuple[int, int]:
+    """Outer factors of a product come before the inner ones."""
+    return member.offset, -member.stride

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.pruning.graph.axes import TRANSPOSED, conv_groups
+from prunekit.pruning.graph.slicing import channel_index
 from prunekit.pruning.plan import Group, Member
-from prunekit.pruning.surgery.cutter import channel_index, entries
 from prunekit.pruning.surgery.equivalence import outputs_of
 
 CONSTANT_TOLERANCE = 1e-9  # a channel whose values differ by less than this, relative to their size, is constant
@@ -98,7 +98,9 @@ def measure_constants(
 ) -> Constants:
     """Run a model, in eval mode, and measure what dead channels emit at their readers: the mean and the range."""
     indices = {group.id: channel_index(dead[group.id]) for group in groups if dead.get(group.id)}
-    members = [(group.id, member) for group in groups if group.id in indices for member in group.readers]
+    # What is zero has no constant.
+    found = [group for group in groups if group.id in indices and not group.zeroed]
+    members = [(group.id, member) for group in found for member in group.readers]
     measured, outputs = _input_statistics(model, {member.module for _, member in members}, inputs)
     constants = Constants(indices, defaultdict(list), {name: means for name, (means, _) in measured.items()}, outputs)
     for group, member in members:
@@ -106,7 +108,7 @@ def measure_constants(
         value = spread = np.zeros((len(channels), member.stride))
         if member.module in measured:  # else it is never called
             means, ranges = measured[member.module]
-            value, spread = (x[entries(member, channels)].reshape(-1, member.stride) for x in (means, ranges))
+            value, spread = (x[member.entries(channels)].reshape(-1, member.stride) for x in (means, ranges))
         constants.inputs[group] += [
             ConstantInput(module, member, rows, index, offset, value[index], spread[index])
             for rows, index, offset in _read_by(model, member, channels)
@@ -256,7 +258,7 @@ def zero_inputs(model: nn.Module, groups: Sequence[Group], channels: Mapping[str
     """Set the weights that read these channels to zero, in place: their constants are folded, but they are kept."""
     for group in groups:
         kept = channel_index(channels.get(group.id, ()))
-        for member in group.readers if len(kept) else ():
+        for member in group.readers if len(kept) and not group.zeroed else ():
             module = model.get_submodule(member.module)
             for rows, _, offset in _read_by(model, member, kept):
                 runs = offset[:, None] + np.arange(member.stride)

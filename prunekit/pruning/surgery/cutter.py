@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from prunekit.errors import PlanError
 from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.axes import axis_length, conv_groups, is_channelwise, output_axis
+from prunekit.pruning.graph.slicing import channel_index, slice_model
 from prunekit.pruning.plan import Group, Member
 
 MAX_ROUNDS = 100
@@ -54,7 +56,12 @@ class Cutter:
         self._length = np.array(list(self.lengths.values()), np.int64)
         self._module = np.array([self.module_index[owner] for owner in owners], np.int64)
         rows = {axis: row for row, axis in enumerate(self.lengths)}
-        strides = [(rows[m.tensor, m.axis], g, m.stride) for g, group in enumerate(groups) for m in group.members]
+        numbers = {id(group): g for g, group in enumerate(groups)}
+        strides, self._products = [], []
+        for axis, members in self.members.items():
+            alone, shared = _owners(self.lengths[axis], [(numbers[id(group)], group, m) for group, m in members])
+            strides += [(rows[axis], g, times) for g, times in alone]
+            self._products += [(rows[axis], owners, count) for owners, count in shared]
         self._strides = _matrix(strides, (len(rows), len(groups)))
         # The modules that produce, and those that read, each group's channels.
         producers, readers = set(), set()
@@ -75,7 +82,7 @@ class Cutter:
         for group, member in self.members[axis]:
             if len(channels := dead.get(group.id, ())):
                 mask = np.ones(self.lengths[axis], bool) if mask is None else mask
-                mask[entries(member, channel_index(channels))] = False
+                mask[member.entries(channel_index(channels))] = False
         return mask
 
     def complete(self, dead: Mapping[str, Iterable[int]]) -> tuple[dict[str, set[int]], list[str]]:
@@ -115,6 +122,9 @@ class Cutter:
         """
         while True:
             kept = self._length - self._strides @ dead
+            for row, owners, number in self._products:
+                left = math.prod(int(self._width[g] - dead[g]) for g in owners)
+                kept[row] -= number - number // math.prod(int(self._width[g]) for g in owners) * left
             gone = np.zeros(len(self.module_index), bool)
             gone[self._module[kept == 0]] = True
             lost = np.zeros(len(dead), bool)
@@ -179,19 +189,7 @@ class Cutter:
                 f"nothing would be left of {essential[0]}, and the model cannot do without it; keep a channel of it"
             )
         masks = self.masks(dead)
-        by_module: dict[str, dict[str, dict[int, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
-        for (tensor, axis), mask in masks.items():
-            module, _, name = tensor.rpartition(".")
-            by_module[module][name][axis] = mask
-        for name, cuts in by_module.items():
-            if name not in removed:
-                _slice_module(model.get_submodule(name), cuts)
-        for group in self.groups:
-            for attribute in group.counts if dead.get(group.id) else ():
-                module, _, name = attribute.rpartition(".")
-                if module not in removed:
-                    owner = model.get_submodule(module)
-                    setattr(owner, name, getattr(owner, name) - len(channel_index(dead[group.id])))
+        slice_model(model, self.groups, dead, masks, removed)
         for name in removed:
             _remove_module(model, name)
         added = [name for name in biases or {} if name not in removed]
@@ -207,58 +205,23 @@ def _matrix(entries: list[tuple[int, int, int]], shape: tuple[int, int]) -> csr_
     return csr_matrix((np.array(values, np.int64), (rows, columns)), shape)
 
 
-def channel_index(channels: Iterable[int] | np.ndarray) -> np.ndarray:
-    return channels if isinstance(channels, np.ndarray) else np.array(sorted(channels), np.int64)
-
-
-def entries(member: Member, channels: np.ndarray) -> np.ndarray:
-    first = member.offset + channels * member.stride
-    return first if member.stride == 1 else (first[:, None] + np.arange(member.stride)).ravel()
-
-
-def slice_tensor(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:
-    """Return the kept entries of a tensor that has the shape of the module's tensor ``name``; a mask for each axis."""
-    if not masks:
-        return tensor
-    groups = getattr(module, "groups", 1)
-    # Each group of a convolution reads its own channels, and keeps as many as the others.
-    blocks = groups if name == "weight" and groups > 1 and not _is_depthwise(module) else 1
-    parts = list(tensor.chunk(blocks))
-    for axis, mask in masks.items():
-        kept = mask.reshape(blocks, -1)
-        parts = [_select(part, axis, kept[block]) for block, part in enumerate(parts)]
-    # In the memory layout of the tensor, such as channels last.
-    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
-    back = [order.index(axis) for axis in range(tensor.dim())]
-    return torch.cat(parts).permute(order).contiguous().permute(back)
-
-
-def _select(tensor: torch.Tensor, axis: int, mask: np.ndarray) -> torch.Tensor:
-    return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(mask)).to(tensor.device))
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return module.groups == module.in_channels == module.out_channels
-
-
-def _slice_module(module: nn.Module, masks: Mapping[str, Mapping[int, np.ndarray]]) -> None:
-    depthwise = getattr(module, "groups", 1) > 1 and _is_depthwise(module)
-    for name, axes in masks.items():
-        tensor = getattr(module, name)
-        kept = slice_tensor(module, name, tensor.detach(), axes)
-        setattr(module, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        # One without affine parameters has statistics alone.
-        module.num_features = len(getattr(module, next(iter(masks))))
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    else:
-        if depthwise:
-            module.groups = len(module.weight)
-        out = output_axis(module)
-        module.out_channels, module.in_channels = module.weight.shape[out], module.weight.shape[1 - out] * module.groups
+def _owners(
+    length: int, members: Sequence[tuple[int, Group, Member]]
+) -> tuple[list[tuple[int, int]], list[tuple[tuple[int, ...], int]]]:
+    """Return the groups that an axis has entries of: those alone, with the number of entries of a channel, and those
+    that share entries, with the number of these entries."""
+    total = sum(group.channels * member.times for _, group, member in members)
+    if total <= length and not any(member.repeats for _, _, member in members):
+        return [(g, member.times) for g, _, member in members], []
+    owners: dict[int, list[int]] = defaultdict(list)
+    for g, group, member in members:
+        for entry in member.entries(np.arange(group.channels)).tolist():
+            owners[entry].append(g)
+    alone, shared = Counter(), Counter()
+    for groups in map(tuple, owners.values()):
+        (alone if len(groups) == 1 else shared)[groups] += 1
+    widths = {g: group.channels for g, group, _ in members}
+    return [(g, number // widths[g]) for (g,), number in alone.items()], list(shared.items())
 
 
 def _remove_module(model: nn.Module, name: str) -> None:

@@ -12,6 +12,7 @@ from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.constant_folding import measure_constants
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import SENSITIVE, EquivalenceReport, check_all, zero_dead_gates
+from prunekit.pruning.surgery.masked_statistics import mask_statistics
 from prunekit.pruning.surgery.rebuild import rebuild
 from prunekit.utils.copying import copy_module
 
@@ -64,7 +65,8 @@ class ExactSlimming:
         constants = measure_constants(slimmed, self.groups, dead, [*self.inputs, *self.noise])
         plan, folding = rebuild(slimmed, self.groups, dead, constants, carry=True)
         self.lost |= folding.lost
-        report = check_all(self.gated, slimmed, self.inputs, self.noise)
+        masked = mask_statistics(self.gated, self.groups, dead)
+        report = check_all(masked, slimmed, self.inputs, self.noise)
         report.folded, report.carriers = folding.folded, sum(map(len, folding.carriers.values()))
         report.unread, report.plan = folding.unread, plan
         return slimmed, report

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError
+from prunekit.pruning.graph.slicing import slice_tensor
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.surgery.cutter import Cutter, slice_tensor
+from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.utils.compiled import unwrap
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunekit.pruning.graph.axes import TRANSPOSED
+from prunekit.pruning.graph.slicing import channel_index
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.constant_folding import Constants, Folding, apply_folding, plan_folding, zero_inputs
 from prunekit.pruning.surgery.copies import clone
-from prunekit.pruning.surgery.cutter import Cutter, channel_index, entries
+from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.plan_builder import plan_from_dead
 
 CONVOLUTIONS = {3: (F.conv1d, F.conv_transpose1d), 4: (F.conv2d, F.conv_transpose2d), 5: (F.conv3d, F.conv_transpose3d)}
@@ -66,8 +67,8 @@ def mask_responses(
     zero_inputs(masked, groups, dead)
     values: dict[str, np.ndarray] = {}
     for group in groups:
-        for member in group.readers if dead.get(group.id) else ():
-            index = entries(member, channel_index(dead[group.id]))
+        for member in group.readers if dead.get(group.id) and not group.zeroed else ():
+            index = member.entries(channel_index(dead[group.id]))
             means = constants.means.get(member.module)
             if member.module in removed and member.next_norm is None:
                 masked.get_submodule(member.module).bias = None

@@ -11,6 +11,8 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.axes import output_axis
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.liveness import dead_layers
+from prunekit.pruning.graph.silence import silence
+from prunekit.pruning.graph.slicing import channel_index
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.provenance import record_plan
 from prunekit.pruning.surgery.constant_folding import measure_constants
@@ -28,6 +30,7 @@ from prunekit.pruning.surgery.equivalence import (
     outputs_of,
 )
 from prunekit.pruning.surgery.exact import ExactSlimming
+from prunekit.pruning.surgery.masked_statistics import mask_statistics
 from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.pruning.surgery.rebuild import mask_responses, rebuild
 from prunekit.pruning.surgery.training_check import check_training
@@ -113,12 +116,18 @@ def _replace_by_means(
     """Return the slim model, the masked dense model, the outputs of the model as given, and the comparison."""
     dead, removed = Cutter(model, groups).complete(dead)
     slimmed = copy_module(model)
+    outputs = None
+    if any(group.zeroed and dead.get(group.id) for group in groups):
+        outputs = outputs_of(model, inputs[0])
+        for group in groups:
+            if group.zeroed and dead.get(group.id):
+                silence(slimmed, group, channel_index(dead[group.id]))
     constants = measure_constants(slimmed, groups, dead, inputs[:1])
-    masked = mask_responses(model, groups, dead, constants, removed)
+    masked = mask_statistics(mask_responses(slimmed, groups, dead, constants, removed), groups, dead)
     plan, folding = rebuild(slimmed, groups, dead, constants)
     report = check_all(masked, slimmed, inputs, noise)
     report.folded, report.plan = folding.folded, plan
-    return slimmed, masked, constants.outputs, report
+    return slimmed, masked, outputs or constants.outputs, report
 
 
 def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:

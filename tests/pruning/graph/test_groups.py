@@ -100,7 +100,7 @@ def test_unknown_operation_is_named_in_the_reason():
     assert "not supported" in by_id(Odd())["conv"].reason
 
 
-def test_parameter_outside_of_layers_is_unprunable():
+def test_parameter_outside_of_layers_follows():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -110,7 +110,8 @@ def test_parameter_outside_of_layers_is_unprunable():
         def forward(self, x):
             return self.out(self.bn(self.conv(x)) * self.scale)
 
-    assert "parameter that belongs to no known layer" in by_id(Scaled())["conv"].reason
+    group = by_id(Scaled())["conv"]
+    assert group.reason is None and ("scale", 0) in {(m.tensor, m.axis) for m in group.members}
 
 
 def test_group_without_a_norm_has_no_gate():

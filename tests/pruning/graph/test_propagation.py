@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,13 @@ def test_activation_inside_of_a_norm():
     assert [gate.activation for gate in first_group(NormAct(8)).gates] == ["leaky_relu"]
 
 
-def test_norm_of_unknown_parameters_is_unprunable():
-    assert "parameter that belongs to no known layer" in first_group(nn.BatchNorm2d(8), OwnNorm()).reason
+def test_parameters_of_an_own_norm_follow():
+    group = first_group(OwnNorm())
+    assert group.reason is None and {m.tensor for m in group.members if m.module == "1"} == {
+        "1.scale",
+        "1.mean",
+        "1.var",
+    }
 
 
 @pytest.mark.parametrize(
@@ -122,7 +128,8 @@ def test_numbers_keep_channels(function):
 def test_vector_times_a_number_in_a_tensor():
     """torchvision's detectors compute such scales."""
     scaled = Apply(lambda x: x + 0 * (x.mean((1, 2, 3)) * torch.tensor(2.0)).view(-1, 1, 1, 1))
-    assert "Mean" in first_group(nn.BatchNorm2d(8), scaled).reason
+    group = first_group(nn.BatchNorm2d(8), scaled)
+    assert group.reason is None and group.zeroed and [s.operation for s in group.statistics] == ["mean"]
 
 
 @pytest.mark.parametrize(
@@ -143,13 +150,21 @@ def test_readers_of_padded_maps(middle, reader, pads):
 
 
 def test_unsupported_layer_is_named_with_its_class():
-    assert "passes 2 (GroupNorm), which" in first_group(nn.BatchNorm2d(8), nn.GroupNorm(2, 8)).reason
+    assert "passes 2 (LocalResponseNorm), which" in first_group(nn.BatchNorm2d(8), nn.LocalResponseNorm(3)).reason
+
+
+def test_groups_of_a_group_norm_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 1))
+    outer, inner, *_ = find_groups(model, torch.randn(2, 3, 8, 8))
+    assert outer.reason == "passes 1 (GroupNorm), whose number of groups stays" and outer.channels == 2
+    assert inner.reason is None and inner.channels == 4 and inner.members[0].repeats == ((2, 4),)
+    assert inner.members[0].entries(np.array([1])).tolist() == [1, 5]
 
 
 def test_tokens_and_features_of_one_length_are_not_confused():
     model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Conv1d(8, 2, 1))
     reasons = {group.id: group.reason for group in find_groups(model, torch.randn(2, 3, 8))}
-    assert "passes 3 (BatchNorm1d)" in reasons["2"] and "computes along axis 2" in reasons["0"]
+    assert reasons["2"] == "passes 4 (Conv1d), as positions" and reasons["0"] is None
 
 
 class Tied(nn.Module):
@@ -163,8 +178,13 @@ class Tied(nn.Module):
 
 def test_weight_of_another_layer_is_used_elsewhere():
     groups = {group.id: group for group in find_groups(Tied(), torch.randn(4, 8))}
-    assert "a parameter of second is used outside of it" in groups["first"].reason
-    assert groups["second"].reason is not None
+    # The function makes what ``last`` reads of the weight that ``second`` reads with.
+    assert groups["first"].reason is None and groups["first"].zeroed
+    assert {m.tensor for m in groups["first"].members} >= {"first.weight", "second.weight", "last.weight"}
+    model, example = Tied(), torch.randn(4, 8)
+    plan = make_plan(model, find_groups(model, example), {"first": {0, 5}, "second": {1}})
+    small, report = slim(model, plan, example)
+    assert report.passed and small.second.weight.shape == (5, 10)
 
 
 @pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Hardswish(inplace=True), nn.PReLU()])
@@ -177,11 +197,11 @@ def test_layers_of_tokens_are_followed(after):
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
-        (lambda x: torch.cat(x.split(4, 1)[::-1], 1), "passes Split"),
+        (lambda x: torch.cat(x.split(4, 1)[::-1], 1), "split (test_propagation.py"),
         (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), None),
-        (lambda x: torch.cat(x.chunk(3, 1)[::-1], 1), "passes Split"),
-        (lambda x: torch.einsum("nchw,c->nchw", x, torch.linspace(0, 1, 8)), "passes functional einsum"),
-        (lambda x: F.avg_pool2d(x.flatten(2), 3, 1, 1).unflatten(2, (7, 7)), "passes AvgPool2D"),
+        (lambda x: torch.cat(x.chunk(3, 1)[::-1], 1), "passes chunk (test_propagation.py"),
+        (lambda x: torch.einsum("nchw,c->nchw", x, torch.linspace(0, 1, 8)), "differs between channels"),
+        (lambda x: F.avg_pool2d(x.flatten(2), 3, 1, 1).unflatten(2, (7, 7)), "passes avg_pool2d (test_propagation.py"),
         (lambda x: torch.vmap(nn.Identity())(x), None),
     ],
 )
@@ -250,7 +270,13 @@ def test_model_that_differentiates_is_traced():
             self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 1)
 
         def forward(self, x):
-            energy = self.last(torch.tanh(self.first(x)))
-            return torch.autograd.grad(energy.sum(), x, create_graph=True)[0] if x.requires_grad else energy
+            with torch.inference_mode(False), torch.enable_grad():
+                x = x.clone().requires_grad_()
+                energy = self.last(torch.tanh(self.first(x)))
+                return torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
 
-    assert all(group.reason is not None for group in find_groups(Energy(), torch.randn(4, 8)))
+    model, example = Energy(), torch.randn(4, 8)
+    groups = find_groups(model, example)
+    assert {group.id for group in groups if group.reason is None} == {"first"}
+    small, report = slim(model, make_plan(model, groups, {"first": {0, 7}}), example)
+    assert report.passed and small.last.in_features == 10

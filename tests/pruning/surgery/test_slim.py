@@ -10,10 +10,11 @@ from helpers.zoo import ZOO, mobilenet_v3
 
 import prunekit
 from prunekit.errors import PlanError
+from prunekit.pruning.graph import slicing
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection import importance
 from prunekit.pruning.selection.extract import extract
-from prunekit.pruning.surgery import constant_folding, cutter, rebuild
+from prunekit.pruning.surgery import constant_folding, rebuild
 from prunekit.pruning.surgery.equivalence import check_equivalence, check_inputs, zero_dead_gates
 from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan, slim
@@ -211,14 +212,14 @@ def test_failed_check_raises_plan_error(monkeypatch):
 @pytest.mark.parametrize("wrong", ["channel", "shift"])
 def test_a_wrong_surgery_is_detected(monkeypatch, network, wrong):
     """Another channel is cut than its readers lose, or a reader gets a wrong shift."""
-    slice_module, output_shift = cutter._slice_module, constant_folding._output_shift
+    slice_module, output_shift = slicing._slice_module, constant_folding._output_shift
 
-    def cut_another(module, masks):
+    def cut_another(module, masks, owners):
         masks = {name: {axis: np.roll(m, axis == 0) for axis, m in axes.items()} for name, axes in masks.items()}
-        slice_module(module, masks)
+        slice_module(module, masks, owners)
 
     if wrong == "channel":
-        monkeypatch.setattr(cutter, "_slice_module", cut_another)
+        monkeypatch.setattr(slicing, "_slice_module", cut_another)
     else:
         monkeypatch.setattr(constant_folding, "_output_shift", lambda *args: 1.001 * output_shift(*args) + 1e-4)
     torch.manual_seed(0)

@@ -1,0 +1,259 @@
+"""A record of the operations of a model, as a dispatch mode sees them.
+
+In inference mode nothing is decomposed: a linear layer, a norm and an attention are one operation each. The operations
+run on the meta device, so that they cost no arithmetic, unless the model reads values. Gradients, dtypes and the
+structure of the input do not matter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from prunekit.pruning.graph.axis_terms import Term
+
+_TORCH = os.path.dirname(torch.__file__)
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of the record. One that an operation changes in place is another value after it."""
+
+    shape: tuple[int, ...]
+    name: str | None = None  # of the parameter or buffer that it is
+    is_constant: bool = True  # whether it does not depend on the input
+    is_mask: bool = False  # of booleans
+    axes: list[Term] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Op:
+    """A call of an operation."""
+
+    name: str  # without the namespace and the overload: "conv2d", "add_"
+    func: Any
+    args: tuple[Any, ...]  # tensors are values
+    kwargs: dict[str, Any]
+    outputs: list[Value]  # those that are tensors, in order
+    module: str  # the innermost module that is running
+    number: int  # of the calls of this operation by this module, from 0
+    line: str  # of the user's code
+
+    @property
+    def inputs(self) -> list[Value]:
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Value)]
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def __repr__(self) -> str:
+        return f"Op({self.name}, {self.module}, {[value.shape for value in self.outputs]})"
+
+
+@dataclass
+class Record:
+    """What a model does."""
+
+    ops: list[Op]
+    inputs: list[Value]
+    outputs: list[Value]
+    tensors: dict[str, Value]  # parameters and buffers by name, one name each
+    aliases: dict[str, list[str]]  # further names of a tensor
+    calls: Counter[str]  # of modules
+    returned: str  # the type of what the model returns
+
+
+def record(
+    model: nn.Module,
+    args: Sequence[Any],
+    outputs_of: Callable[[Any], list[Tensor]],
+    is_known: Callable[[str, Any], bool],
+) -> Record:
+    """Run a model and record what it does.
+
+    What the model raises gets an attribute ``ops``: the operations before.
+
+    Args:
+        model: in the mode in which it should run; it may be on the meta device.
+        args: of its forward.
+        outputs_of: the tensors in what the model returns.
+        is_known: whether an operation is recorded as it is; others are as the operations that they consist of.
+    """
+    mode = _RecordingMode(model, is_known)
+    inputs = [mode.add(leaf, Value(tuple(leaf.shape), is_constant=False)) for leaf in tree_leaves(args) if _is(leaf)]
+    try:
+        with mode.hooks(), mode:
+            result = model(*args)
+    except Exception as error:
+        error.ops = mode.ops  # type: ignore[attr-defined]
+        raise
+    outputs = [value for tensor in outputs_of(result) if (value := mode.values.get(id(tensor))) is not None]
+    return Record(mode.ops, inputs, outputs, mode.tensors, mode.aliases, mode.calls, type(result).__name__)
+
+
+def _is(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Run the attention of PyTorch operation by operation; its fast path would be one operation."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def operation_name(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
+
+
+class OperationKeys:
+    """Identifies each call of an operation by the module that calls it and the number of its calls there."""
+
+    def __init__(self, model: nn.Module):
+        self.names = {module: name for name, module in model.named_modules()}
+        self.running: list[str] = [""]
+        self.calls: Counter[str] = Counter()
+        self._numbers: Counter[tuple[str, str]] = Counter()
+
+    def next(self, operation: str) -> tuple[str, str, int]:
+        key = self.running[-1], operation
+        self._numbers[key] += 1
+        return *key, self._numbers[key] - 1
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            self.running.append(self.names[module])
+            self.calls[self.names[module]] += 1
+
+        def leave(*_: Any) -> None:
+            self.running.pop()
+
+        handles = [module.register_forward_pre_hook(enter) for module in self.names]
+        handles += [module.register_forward_hook(leave, always_call=True) for module in self.names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _RecordingMode(TorchDispatchMode, OperationKeys):
+    def __init__(self, model: nn.Module, is_known: Callable[[str, Any], bool]):
+        TorchDispatchMode.__init__(self)
+        OperationKeys.__init__(self, model)
+        self.is_known = is_known
+        self.ops: list[Op] = []
+        self.values: dict[int, Value] = {}  # by the id of the tensor
+        self.tensors: dict[str, Value] = {}
+        self.aliases: dict[str, list[str]] = defaultdict(list)
+        self._alive: dict[int, Tensor] = {}  # so that no id is used twice
+        self._roots: dict[int, int] = {}  # tensor → the tensor that it is a view of
+        self._views: dict[int, list[Tensor]] = defaultdict(list)
+        first: dict[int, str] = {}
+        pairs = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        for name, tensor in pairs:
+            if id(tensor) in first:
+                self.aliases[first[id(tensor)]].append(name)
+            else:
+                first[id(tensor)] = name
+                self.tensors[name] = self.add(tensor, Value(tuple(tensor.shape), name))
+
+    def add(self, tensor: Tensor, value: Value) -> Value:
+        self._alive[id(tensor)] = tensor
+        self.values[id(tensor)] = value
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = operation_name(func)
+        if not self.is_known(name, func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        given = tree_map_only(Tensor, self._value, (args, kwargs))
+        result = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Value)]
+        is_constant = all(value.is_constant for value in inputs)
+        written = self._written(func, args, kwargs)
+        # Some return what they are given, such as ``contiguous`` of what is contiguous.
+        new = [t for t in tensors if id(t) not in self.values or any(t is other for other in written)]
+        outputs = [
+            self.add(tensor, Value(tuple(tensor.shape), is_constant=is_constant, is_mask=tensor.dtype == torch.bool))
+            for tensor in new
+        ]
+        if outputs:
+            _, _, number = key = self.next(name)
+            self.ops.append(Op(name, func, *given, outputs, key[0], number, _line()))
+        self._follow_views(func, args, tensors, written)
+        return result
+
+    def _value(self, tensor: Tensor) -> Value:
+        known = self.values.get(id(tensor))
+        return known or self.add(tensor, Value(tuple(tensor.shape), is_mask=tensor.dtype == torch.bool))
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        schema = func._schema
+        if not schema.is_mutable:
+            return []
+        values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+        written = [values.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        return [tensor for tensor in tree_leaves(written) if isinstance(tensor, Tensor)]
+
+    def _follow_views(self, func: Any, args: Any, results: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """Remember what shares memory; what shares it with a tensor that was written to has changed, too."""
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        aliasing = any(argument.alias_info is not None for argument in func._schema.returns)
+        if first is not None and aliasing and not written:
+            root = self._roots.get(id(first), id(first))
+            for tensor in results:
+                if id(tensor) != root:
+                    self._roots[id(tensor)] = root
+                    self._views[root].append(tensor)
+        for tensor in written:
+            root = self._roots.get(id(tensor), id(tensor))
+            if not self._views[root]:
+                continue
+            for other in (self._alive[root], *self._views[root]):
+                if other is not tensor:
+                    before = self.values[id(other)]
+                    after = self.add(other, Value(before.shape, is_constant=False))
+                    self.ops.append(
+                        Op(
+                            "_mutated",
+                            None,
+                            (before, self.values[id(tensor)]),
+                            {},
+                            [after],
+                            self.running[-1],
+                            0,
+                            _line(),
+                        )
+                    )
+
+
+def _line() -> str:
+    """The line of the user's code that is running."""
+    frame: Any = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -1,0 +1,316 @@
+"""What becomes of a channel that is zero: by which gates it is made zero, and whether it stays zero.
+
+Runs after propagation, when the terms of all axes are known. The states of an axis are aligned with its spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from prunekit.pruning.graph.axis_terms import Leaf, Span, Term, spans
+from prunekit.pruning.graph.gate_expr import UNGATED, GateExpr, append_gate, parallel, serial
+from prunekit.pruning.graph.recorder import Op, Record, Value
+from prunekit.pruning.graph.rules.base import RULES, is_elementwise
+
+NORMS = ("batch_norm", "instance_norm")
+STATISTICAL = ("layer_norm", "group_norm", "rms_norm")
+UNCHANGED = {
+    *("clone", "contiguous", "to", "_to_copy", "type_as", "float", "lift_fresh", "lift", "alias", "detach"),
+    *("dropout", "alpha_dropout", "feature_dropout", "native_dropout", "positive"),
+}
+# Of operations that are not elementwise, those that are not zero where their input is.
+SHIFTING = {
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "logsumexp",
+    "argmax",
+    "argmin",
+    "argsort",
+    "_safe_softmax",
+}
+SHIFTING |= {"fill", "normal", "uniform", "exponential", "bernoulli", "random"}
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of channels that one span of an axis holds."""
+
+    gate_expr: GateExpr = UNGATED  # the gates that they have passed
+    shifted: bool = False  # whether what was zero after the last gate, or where it was made, may not be now
+    padded: bool = False  # whether a padding, of any amount, may have set positions to another value
+
+
+PRODUCTS = ("matmul", "bmm", "mm", "mv", "dot")
+
+UNKNOWN = State(shifted=True)
+MADE = State()
+
+
+class ZeroStates:
+    """The states of all values of a record.
+
+    Args:
+        record: with axes.
+        gates: the weights of norms that are gates, with the norms' names.
+        contractions: the operations that sum over channels, whose outputs' channels are new.
+    """
+
+    def __init__(self, record: Record, gates: dict[Value, str], contractions: set[Op]):
+        self._spans: dict[int, tuple[Term, list[Span]]] = {}
+        self._states: dict[Value, list[list[State]]] = {}
+        self._gates = gates
+        self._contractions = contractions
+        names = set(record.tensors.values())
+        for op in record.ops:
+            for value in op.inputs:
+                if value not in self._states:
+                    self._set(value, MADE if value in names else UNKNOWN)
+            self._apply(op)
+
+    def spans(self, term: Term) -> list[Span]:
+        if id(term) not in self._spans:
+            self._spans[id(term)] = term, list(spans(term))
+        return self._spans[id(term)][1]
+
+    def of(self, value: Value, axis: int) -> list[State]:
+        return self._states[value][axis]
+
+    def _set(self, value: Value, state: State) -> None:
+        self._states[value] = [[state] * len(self.spans(term)) for term in value.axes]
+
+    def _apply(self, op: Op) -> None:
+        tensors = [value for value in op.inputs if value.axes]
+        elementwise = is_elementwise(op.name, op.func) and op.name.removesuffix("_") not in RULES
+        for number, output in enumerate(op.outputs):
+            states = []
+            for axis, term in enumerate(output.axes):
+                own = self.spans(term)
+                if not own:
+                    states.append([])
+                elif elementwise and op.name.removesuffix("_") not in UNCHANGED:
+                    states.append(self._elementwise(op, output, axis, own))
+                else:
+                    states.append(self._carried(op, tensors, number, axis, own))
+            self._states[output] = states
+
+    def _elementwise(self, op: Op, output: Value, axis: int, own: Sequence[Span]) -> list[State]:
+        rank = len(output.axes)
+        sides: list[list[State] | None] = []
+        for value in op.inputs:
+            index = axis - rank + len(value.axes)
+            matches = index >= 0 and value.axes[index].size == output.axes[axis].size
+            sides.append(self._aligned(value, index, own) if matches else None)
+        zeroing, keeps_zero = _zero_profile(op)
+        result = []
+        for number in range(len(own)):
+            states = [side[number] if side is not None else None for side in sides]
+            result.append(_combined(states, zeroing, keeps_zero))
+        return result
+
+    def _aligned(self, value: Value, axis: int, own: Sequence[Span]) -> list[State]:
+        known = self.spans(value.axes[axis])
+        if [span.leaf for span in known] == [span.leaf for span in own]:
+            return self._states[value][axis]
+        return [UNKNOWN] * len(own)
+
+    def _carried(self, op: Op, tensors: Sequence[Value], number: int, axis: int, own: Sequence[Span]) -> list[State]:
+        output = op.outputs[number]
+        if op.name.rstrip("_") == "_mutated" or op.name in ("empty", "arange"):
+            return [UNKNOWN] * len(own)
+        if not tensors:
+            return [MADE if op.name in ("zeros", "new_zeros", "zeros_like") else UNKNOWN] * len(own)
+        if op.name in NORMS:
+            return self._normed(op, axis)
+        if op in self._contractions and op.name.startswith(("conv", "linear")):
+            weight = op.args[1]
+            made = len(output.axes) - (1 if op.name == "linear" else len(weight.axes) - 1)
+            if axis == made:
+                return [MADE] * len(own)
+            tensors = [op.args[0]]
+        elif op.name not in PRODUCTS and op.args and isinstance(op.args[0], Value):
+            tensors = [op.args[0], *(value for value in tensors if value is not op.args[0])]
+        states = self._found(op, tensors, number, axis, own)
+        if op.name in STATISTICAL:
+            # What is pruned does not come out of the reference, whatever goes in.
+            return [State() for _ in own]
+        if op.name.removesuffix("_") in SHIFTING:
+            return [replace(state, shifted=True) for state in states]
+        return [replace(state, padded=True) for state in states] if _pads(op, axis) else states
+
+    def _normed(self, op: Op, axis: int) -> list[State]:
+        value, weight = op.args[0], op.args[1]
+        states = self._states[value][axis]
+        if axis != 1:
+            return states
+        name = self._gates.get(weight) if isinstance(weight, Value) else None
+        if name is None:
+            return [replace(state, shifted=True) for state in states]
+        own = self.spans(value.axes[1])
+        return [
+            State(_gated(state.gate_expr, name, span), False, state.padded)
+            for state, span in zip(states, own, strict=True)
+        ]
+
+    def _found(self, op: Op, tensors: Sequence[Value], number: int, axis: int, own: Sequence[Span]) -> list[State]:
+        """The states of the axis of an input that this axis is, or is part of."""
+        wanted, output = [span.leaf for span in own], op.outputs[number]
+        if op.name in ("cat", "concat", "concatenate"):
+            sides = [value for value in op.args[0] if len(value.axes) == len(output.axes)]
+            joined = [state for value in sides for state in self._states[value][axis]]
+            if [span.leaf for value in sides for span in self.spans(value.axes[axis])] == wanted:
+                return joined
+            aligned = [self._aligned(value, axis, own) for value in sides]
+            return [
+                State(
+                    parallel(s.gate_expr for s in states), any(s.shifted for s in states), any(s.padded for s in states)
+                )
+                for states in zip(*aligned, strict=True)
+            ]
+        candidates: list[list[State]] = []
+        preferred = [op.args[2]] if op.name == "scaled_dot_product_attention" else []
+        for value in preferred or tensors:
+            for other, term in enumerate(value.axes):
+                known = [span.leaf for span in self.spans(term)]
+                start = _offset(op, number, other, self.spans(term))
+                for first in _places(known, wanted) if start is None else [start]:
+                    if known[first : first + len(wanted)] == wanted:
+                        candidates.append(self._states[value][other][first : first + len(wanted)])
+        if not candidates:
+            return [self._anywhere(tensors, leaf) for leaf in wanted]
+        if op.name in PRODUCTS:
+            # A product over another axis: zero where either side is.
+            return [
+                State(UNGATED, all(s.shifted for s in states), any(s.padded for s in states))
+                for states in zip(*candidates, strict=True)
+            ]
+        return candidates[0]  # of the data, not of what the parameters of a layer have of it
+
+    def _anywhere(self, tensors: Sequence[Value], leaf: Leaf) -> State:
+        found = {
+            state
+            for value in tensors
+            for axis, term in enumerate(value.axes)
+            for span, state in zip(self.spans(term), self._states[value][axis], strict=True)
+            if span.leaf is leaf
+        }
+        return next(iter(found)) if len(found) == 1 else UNKNOWN
+
+
+def _gated(expr: GateExpr, norm: str, span: Span) -> GateExpr:
+    """The expression after a norm: a channel with several entries is zero when the gates of all of them are."""
+    if span.stride > 1 or len(span.repeats) > 1:
+        return expr  # its gates are not side by side
+    starts = [span.offset]
+    for count, period in span.repeats:
+        starts = [span.offset + number * period for number in range(count)]
+    return parallel(append_gate(expr, norm, start) for start in starts)
+
+
+def _offset(op: Op, number: int, axis: int, known: Sequence[Span]) -> int | None:
+    """Where a slice, or a part of a split, begins among the spans of the axis that it cuts."""
+    is_split = "split" in op.name or op.name.endswith("chunk")
+    if not is_split and op.name not in ("slice", "narrow"):
+        return None
+    if op.arg(2 if is_split else 1, "dim", 0) % len(op.args[0].axes) != axis:
+        return None
+    if is_split:
+        start = sum(output.shape[axis] for output in op.outputs[:number])
+    else:
+        start, size = op.arg(2, "start") or 0, op.args[0].shape[axis]
+        start = max(start + size if start < 0 else start, 0)
+    return next((number for number, span in enumerate(known) if span.offset == start), 0)
+
+
+def _places(known: Sequence[Leaf], wanted: Sequence[Leaf]) -> list[int]:
+    return [first for first, leaf in enumerate(known) if leaf is wanted[0]]
+
+
+def _pads(op: Op, axis: int) -> bool:
+    """Return whether an operation may fill positions of other axes with a value that is not the channel's."""
+    if op.name in ("constant_pad_nd", "pad"):
+        return True
+    if op.name.startswith("avg_pool"):
+        padding, counts = op.arg(3, "padding", 0), op.arg(5, "count_include_pad", True)
+        return bool(counts) and any(padding if isinstance(padding, list | tuple) else [padding])
+    return False
+
+
+def _combined(states: Sequence[State | None], zeroing: Sequence[bool], keeps_zero: bool) -> State:
+    known = [state for state in states if state is not None]
+    padded = any(state.padded for state in known)
+    killers = [state for state, zeroes in zip(states, zeroing, strict=True) if state is not None and zeroes]
+    if killers:
+        expr, shifted = killers[0].gate_expr, killers[0].shifted
+        for other in killers[1:]:
+            if shifted != other.shifted:
+                # The gate of a factor such as sigmoid(bn(x)) does not make the product zero.
+                expr = serial(UNGATED, other.gate_expr) if shifted else serial(expr, UNGATED)
+            else:
+                expr = serial(expr, other.gate_expr)
+            shifted = shifted and other.shifted
+        return State(expr, shifted, padded)
+    all_known = len(known) == len(states)
+    shifted = any(state.shifted for state in known) or not (keeps_zero and all_known)
+    return State(parallel(state.gate_expr for state in known), shifted, padded)
+
+
+def _zero_profile(op: Op) -> tuple[tuple[bool, ...], bool]:
+    """Return, for each tensor of an elementwise operation, whether its zeros alone make zeros of the result, and
+    whether zeros in all of them do. The operation is tried on a few numbers."""
+    inputs = op.inputs
+    masks = tuple(value.is_mask for value in inputs)
+    numbers = iter(range(len(inputs)))
+    template = tree_map_only(Value, lambda _: _Slot(next(numbers)), (op.args, op.kwargs))
+    try:
+        key = repr(template)
+        return _profile(op.func, key, masks, _Template(key, template))
+    except Exception:  # such as an overload with an output tensor
+        return (False,) * len(inputs), False
+
+
+class _Slot(int):
+    """The place of a tensor among the arguments."""
+
+    def __repr__(self) -> str:
+        return f"<{int(self)}>"
+
+
+class _Template:
+    """Arguments that are compared by their text."""
+
+    def __init__(self, key: str, arguments: Any):
+        self.key, self.arguments = key, arguments
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Template) and self.key == other.key
+
+
+@cache
+def _profile(func: Any, key: str, masks: tuple[bool, ...], template: _Template) -> tuple[tuple[bool, ...], bool]:
+    generator = torch.Generator().manual_seed(0)
+
+    def run(zeros: set[int]) -> bool:
+        tensors = [
+            torch.rand(64, generator=generator, dtype=torch.float64) * 4 - 2 if not mask else torch.arange(64) % 2 == 0
+            for mask in masks
+        ]
+        for number in zeros:
+            tensors[number] = torch.zeros_like(tensors[number])
+        args, kwargs = tree_map_only(_Slot, lambda slot: tensors[slot], template.arguments)
+        with torch.no_grad():
+            result = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return all(not leaf.isnan().any() and not leaf.any() for leaf in result)
+
+    return tuple(run({number}) for number in range(len(masks))), run(set(range(len(masks))))
