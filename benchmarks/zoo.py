@@ -38,13 +38,13 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "resnet": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2]},
     "mobilenet_v1": {},
     "mobilenet_v2": {},
-    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "image_size": 224},
+    "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.5, "image_size": 224, "hidden_dim": 1280},
     "regnet": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 2], "groups_width": 8},
     "levit": {},
     "segformer": {},
     "convnext": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
     "convnextv2": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
-    "bit": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 2]},
+    "bit": {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [1, 2]},
     "poolformer": {"hidden_sizes": [16, 32, 40, 64], "depths": [1, 1, 1, 1]},
     "vit": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
     "deit": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
@@ -56,12 +56,19 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "focalnet": {"embed_dim": 24, "depths": [1, 2], "hidden_sizes": [48, 96], "focal_levels": [2, 2]},
     "mobilevit": {},
 }
-TOKENS: dict[str, dict[str, Any]] = {
-    name: {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-    for name in "bert roberta electra deberta-v2 llama mistral qwen2 gemma opt gpt_neox phi".split()
-}
-TOKENS |= {"gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4}, "distilbert": {"dim": 64, "n_layers": 2, "n_heads": 4}}
-TOKENS |= {name: {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4} for name in ("t5", "mt5")}
+# Model types that take tokens, with a head that classifies sequences.
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+SIZES |= {"vocab_size": 1000, "pad_token_id": 0}
+FEWER_KEYS = {"num_key_value_heads": 2, "head_dim": 16}
+TOKENS: dict[str, dict[str, Any]] = dict.fromkeys(
+    "bert roberta electra deberta-v2 camembert xlm-roberta mpnet gpt_neox phi".split(), SIZES
+)
+TOKENS |= dict.fromkeys("llama mistral qwen2 qwen3 gemma gemma2 stablelm".split(), SIZES | FEWER_KEYS)
+TOKENS["opt"] = {**SIZES, "word_embed_proj_dim": 64, "ffn_dim": 256}
+TOKENS["albert"] = {**SIZES, "embedding_size": 32}
+TOKENS["gpt2"] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 1000, "pad_token_id": 0}
+TOKENS["distilbert"] = {"dim": 64, "hidden_dim": 256, "n_layers": 2, "n_heads": 4, "vocab_size": 1000}
+TOKENS["bloom"] = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 1000, "pad_token_id": 3}
 
 
 def names(which: str) -> list[str]:
@@ -113,12 +120,13 @@ def build(which: str, name: str) -> tuple[nn.Module, Tensor]:
         model = timm.create_model(name)
         size = model.default_cfg["input_size"][-1] if getattr(model, "default_cfg", None) else 224
     else:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
         config = AutoConfig.for_model(name, **{**TRANSFORMERS, **TOKENS}[name])
-        model, size = AutoModel.from_config(config), getattr(config, "image_size", 224)
         if name in TOKENS:
-            return model.eval(), torch.randint(5, 90, (2, 16))
+            return AutoModelForSequenceClassification.from_config(config).eval(), torch.randint(5, 90, (2, 16))
+        model, size = AutoModelForImageClassification.from_config(config), getattr(config, "image_size", 224)
+        size = size if isinstance(size, int) else size[-1]
     images = torch.randn(2, 3, size, size)
     settle(model, images)
     return model.eval(), images

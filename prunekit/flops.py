@@ -38,12 +38,15 @@ class Count:
     paper_flops: int | None = 0
 
 
-def count_modules(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, Count], list[str]]:
+def count_modules(
+    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> tuple[dict[str, Count], list[str]]:
     """Count the cost of each module.
 
     Args:
         model: not changed.
         shape: of one input without the batch, such as (C, H, W).
+        dtype: of the input, such as int64 for tokens; by default that of the parameters.
 
     Returns:
         the counts of all modules with parameters of their own, by name in the model's order, and the names of those
@@ -57,7 +60,7 @@ def count_modules(model: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, C
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     }
-    macs, _ = _trace(model, leaves, shape)
+    macs, _ = _trace(model, leaves, shape, dtype)
     for name, value in macs.items():
         counts[name].macs = value
     if defined:
@@ -91,9 +94,9 @@ def count(model: nn.Module, example: Tensor) -> ModelCost:
 
     Args:
         model: not changed.
-        example: a batch of inputs, (N, C, H, W) or (N, C); the count is for one of them.
+        example: a batch of inputs, (N, C, H, W) or (N, C), or of tokens, (N, L); the count is for one of them.
     """
-    counts, uncounted = count_modules(model, tuple(example.shape[1:]))
+    counts, uncounted = count_modules(model, tuple(example.shape[1:]), input_dtype(example))
     return ModelCost(**total(counts), uncounted=tuple(uncounted))
 
 
@@ -203,7 +206,7 @@ def _has_paper_flops(model: nn.Module, leaves: dict[str, nn.Module]) -> bool:
 
 @torch.no_grad()
 def _trace(
-    model: nn.Module, leaves: dict[str, nn.Module], shape: tuple[int, ...]
+    model: nn.Module, leaves: dict[str, nn.Module], shape: tuple[int, ...], dtype: torch.dtype | None = None
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return MACs and paper FLOPs of each leaf module that a forward calls."""
     macs: dict[str, int] = {}
@@ -247,7 +250,7 @@ def _trace(
     hooks += [m.register_forward_hook(count_resizing) for m in model.modules() if isinstance(m, GOctConv)]
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(_zeros(model, shape))
+        model.eval()(_zeros(model, shape, dtype))
     finally:
         for hook in hooks:
             hook.remove()
@@ -256,9 +259,14 @@ def _trace(
     return macs, paper_flops
 
 
-def _zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+def _zeros(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     first = next(model.parameters())
-    return torch.zeros(1, *shape, device=first.device, dtype=first.dtype)
+    return torch.zeros(1, *shape, device=first.device, dtype=dtype or first.dtype)
+
+
+def input_dtype(example: Tensor) -> torch.dtype | None:
+    """Return the dtype that an input needs whatever the model's; None for floats, which have that of the model."""
+    return None if example.is_floating_point() else example.dtype
 
 
 def _count_fvcore(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -73,6 +73,22 @@ class Statistic(Span):
     call: int  # its number among the module's calls of this operation
 
 
+class Attribute(_Schema):
+    """A number of a module that is the length of an axis, such as "head_dim"."""
+
+    module: str
+    name: str
+    index: int | None = None  # in a tuple or a list
+    size: int
+    lost: int = 1  # what goes with each channel
+
+    def after(self, kept: int, channels: int, size: int) -> int:
+        """Its value after a cut that keeps so many of a group's channels; ``size`` is the one before."""
+        if self.lost * channels == self.size:
+            return size * kept // channels  # other groups may be factors of it, too
+        return size - self.lost * (channels - kept)
+
+
 class Gate(_Schema):
     """The weights γ of a BatchNorm that scale a group's channels."""
 
@@ -93,7 +109,7 @@ class Group(_Schema):
             {"parallel": [...]} (dead if all parts are), nested; None without gates.
         statistics: the operations that compute a statistic over the channels.
         zeroed: whether something other than a layer reads the channels, so that they must be zero to be pruned.
-        counts: attributes of modules, such as "norm.num_features", that are one less with each channel.
+        attributes: numbers that modules keep, which follow.
         params, macs: cost of one channel, in parameters and in multiply-adds at the example's size.
         reason: why the group cannot be pruned; None where it can.
     """
@@ -105,7 +121,7 @@ class Group(_Schema):
     combine: Any = None
     statistics: list[Statistic] = []
     zeroed: bool = False
-    counts: list[str] = []
+    attributes: list[Attribute] = []
     params: int = 0
     macs: int = 0
     reason: str | None = None

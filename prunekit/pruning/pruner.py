@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit.config import registry
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.flops import ModelCost, count
+from prunekit.flops import ModelCost, count, input_dtype
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import TARGETS, BudgetSearch, target_measure
@@ -75,7 +75,8 @@ class Pruner:
 
     Args:
         model: any model that takes one tensor.
-        example_inputs: a batch of real data, (N, C, H, W) or (N, C). Shapes, MACs and the equivalence check need it.
+        example_inputs: a batch of real data, (N, C, H, W) or (N, C), or of tokens, (N, L). Shapes, MACs and the
+            equivalence check need it.
         importance: scores the channels, and the lowest are pruned: ``"gate"`` (BatchNorm weights), ``"magnitude"``,
             ``"taylor"`` (needs ``loss``), ``"random"``, a name registered with ``register_importance``, or a function
             of the model and its groups that returns an array of scores for each ``group.id``.
@@ -232,6 +233,7 @@ class Pruner:
             scores,
             cost_power=self._cost_power,
             measure=target_measure(next(iter(self._target))),
+            dtype=input_dtype(self.example_inputs),
             scope="global" if self._global else "layer",
             ignored_groups=self._ignored,
             ratios=self._remaining_ratios(share),

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from prunekit.pruning.graph import gate_expr
 from prunekit.pruning.graph.axes import CONVS, NORMS, TRANSPOSED, axis_length, output_axis
-from prunekit.pruning.graph.axis_terms import Leaf, Term, lock, spans
+from prunekit.pruning.graph.axis_terms import Leaf, Term, lock, spans, unify
 from prunekit.pruning.graph.gate_expr import GateExpr
 from prunekit.pruning.graph.propagation import INPUT, LAYERS, consumers, propagate
 from prunekit.pruning.graph.recorder import Op, Record, Value
 from prunekit.pruning.graph.rules.base import AxisGraph, Read
 from prunekit.pruning.graph.trace import record_call, trace
-from prunekit.pruning.graph.try_cut import lock_fixed_sizes
+from prunekit.pruning.graph.try_cut import FixedSizes
 from prunekit.pruning.graph.zero_states import ZeroStates
-from prunekit.pruning.plan import Group, Member, Statistic
+from prunekit.pruning.plan import Attribute, Group, Member, Statistic
 from prunekit.utils.compiled import unwrap
 
 ACTIVATIONS = {
@@ -50,11 +50,20 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
     gate_expr.forget()
     found = trace(model, example)
     graph = propagate(found.model, found.record, found.train_record)
-    builder = _GroupBuilder(model, found.record, graph)
-    groups = builder.build()
-    if found.batch.is_meta:  # else it reads values, and the equivalence check decides
-        lock_fixed_sizes(found.model, found.record, groups, lambda cut: record_call(cut, found.batch))
-    return [*groups.values(), *builder.untraced_groups()]
+    sizes = FixedSizes(found.model, found.record, lambda cut: record_call(cut, found.batch))
+    attributes: dict[Leaf, list[Attribute]] = {}
+    while True:
+        builder = _GroupBuilder(model, found.record, graph)
+        groups = builder.build()
+        for leaf, group in groups.items():
+            group.attributes = attributes.get(leaf, group.attributes)
+        # Of a model that reads values, the equivalence check decides.
+        ties = sizes.lock(groups) if found.batch.is_meta else []
+        if not ties:
+            return [*groups.values(), *builder.untraced_groups()]
+        attributes = {leaf: group.attributes for leaf, group in groups.items()}
+        for a, b in ties:
+            unify(a, b, "a number that is the length of both")
 
 
 @dataclass
@@ -66,7 +75,7 @@ class _Channels:
     statistics: list[Statistic] = field(default_factory=list)
     exprs: list[GateExpr] = field(default_factory=list)
     zeroed: bool = False
-    counts: list[str] = field(default_factory=list)
+    attributes: list[Attribute] = field(default_factory=list)
 
 
 class _GroupBuilder:
@@ -104,9 +113,11 @@ class _GroupBuilder:
         self._add_reads()
         self._add_zeroed()
         self._add_statistics()
-        for attribute, term in self.graph.counts:
+        for name, term in self.graph.counts:
+            module, _, key = name.rpartition(".")
             for span in spans(term):
-                self._of(span.leaf).counts.append(attribute)
+                attribute = Attribute(module=module, name=key, size=term.size, lost=span.stride)
+                self._of(span.leaf).attributes.append(attribute)
         found = [channels for channels in self.channels.values() if channels.members]
         for channels in found:
             channels.members.sort(key=self._member_order)
@@ -224,7 +235,7 @@ class _GroupBuilder:
             combine=combine,
             statistics=channels.statistics,
             zeroed=channels.zeroed,
-            counts=channels.counts,
+            attributes=channels.attributes,
             params=params,
             macs=macs,
             reason=reason,

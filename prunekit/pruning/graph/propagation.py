@@ -36,7 +36,7 @@ def propagate(model: nn.Module, record: Record, train_record: Record | None = No
     _lock_computed(model, record)
     for value in record.inputs:
         # Channels are the second axis, or the last of tokens.
-        channels = (1,) if len(value.shape) != 3 else (1, 2)
+        channels = () if value.is_index else (1, 2) if len(value.shape) == 3 else (1,)
         value.axes = [Leaf(side, INPUT) if a in channels else Fixed(side) for a, side in enumerate(value.shape)]
     on_path = path_to_outputs(record)
     _run(graph, record, on_path)

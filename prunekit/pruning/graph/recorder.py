@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from prunekit.pruning.graph.axis_terms import Term
+from prunekit.pruning.graph.shapes import fast_result
 
 _TORCH = os.path.dirname(torch.__file__)
 
@@ -33,6 +34,7 @@ class Value:
     name: str | None = None  # of the parameter or buffer that it is
     is_constant: bool = True  # whether it does not depend on the input
     is_mask: bool = False  # of booleans
+    is_index: bool = False  # of whole numbers
     axes: list[Term] = field(default_factory=list)
 
 
@@ -48,10 +50,7 @@ class Op:
     module: str  # the innermost module that is running
     number: int  # of the calls of this operation by this module, from 0
     line: str  # of the user's code
-
-    @property
-    def inputs(self) -> list[Value]:
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Value)]
+    inputs: list[Value]  # the values among its arguments
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
@@ -90,7 +89,10 @@ def record(
         is_known: whether an operation is recorded as it is; others are as the operations that they consist of.
     """
     mode = _RecordingMode(model, is_known)
-    inputs = [mode.add(leaf, Value(tuple(leaf.shape), is_constant=False)) for leaf in tree_leaves(args) if _is(leaf)]
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    inputs = [
+        mode.add(t, Value(tuple(t.shape), is_constant=False, is_index=not t.is_floating_point())) for t in tensors
+    ]
     try:
         with mode.hooks(), mode:
             result = model(*args)
@@ -99,10 +101,6 @@ def record(
         raise
     outputs = [value for tensor in outputs_of(result) if (value := mode.values.get(id(tensor))) is not None]
     return Record(mode.ops, inputs, outputs, mode.tensors, mode.aliases, mode.calls, type(result).__name__)
-
-
-def _is(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
 
 
 @contextmanager
@@ -189,10 +187,12 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        given = tree_map_only(Tensor, self._value, (args, kwargs))
-        result = func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        inputs = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Value)]
+        inputs: list[Value] = []
+        given = self._with_values((args, kwargs), inputs)
+        result = fast_result(name, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
+        tensors = [result] if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         is_constant = all(value.is_constant for value in inputs)
         written = self._written(func, args, kwargs)
         # Some return what they are given, such as ``contiguous`` of what is contiguous.
@@ -203,9 +203,20 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
         ]
         if outputs:
             _, _, number = key = self.next(name)
-            self.ops.append(Op(name, func, *given, outputs, key[0], number, _line()))
+            self.ops.append(Op(name, func, *given, outputs, key[0], number, _line(), inputs))
         self._follow_views(func, args, tensors, written)
         return result
+
+    def _with_values(self, argument: Any, found: list[Value]) -> Any:
+        """Return an argument with values in place of tensors, which are added to ``found``."""
+        if isinstance(argument, Tensor):
+            found.append(self._value(argument))
+            return found[-1]
+        if isinstance(argument, tuple | list):
+            return type(argument)([self._with_values(part, found) for part in argument])
+        if isinstance(argument, dict):
+            return {key: self._with_values(part, found) for key, part in argument.items()}
+        return argument
 
     def _value(self, tensor: Tensor) -> Value:
         known = self.values.get(id(tensor))
@@ -237,18 +248,8 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
                 if other is not tensor:
                     before = self.values[id(other)]
                     after = self.add(other, Value(before.shape, is_constant=False))
-                    self.ops.append(
-                        Op(
-                            "_mutated",
-                            None,
-                            (before, self.values[id(tensor)]),
-                            {},
-                            [after],
-                            self.running[-1],
-                            0,
-                            _line(),
-                        )
-                    )
+                    both, module = [before, self.values[id(tensor)]], self.running[-1]
+                    self.ops.append(Op("_mutated", None, tuple(both), {}, [after], module, 0, _line(), both))
 
 
 def _line() -> str:

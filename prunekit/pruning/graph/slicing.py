@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, output_axis
-from prunekit.pruning.plan import Group
+from prunekit.pruning.plan import Attribute, Group
 
 Axis = tuple[str, int]  # the name of a tensor and an axis of it
 
@@ -41,11 +41,20 @@ def slice_model(
             _slice_module(model.get_submodule(name), cuts, owners)
     _cut_statistics(model, groups, dead, removed)
     for group in groups:
-        for attribute in group.counts if dead.get(group.id) else ():
-            module, _, name = attribute.rpartition(".")
-            if module not in removed:
-                owner = model.get_submodule(module)
-                setattr(owner, name, getattr(owner, name) - len(channel_index(dead[group.id])))
+        for attribute in group.attributes if dead.get(group.id) else ():
+            if attribute.module not in removed:
+                kept = group.channels - len(channel_index(dead[group.id]))
+                _set_attribute(model.get_submodule(attribute.module), attribute, kept, group.channels)
+
+
+def _set_attribute(module: nn.Module, attribute: Attribute, kept: int, channels: int) -> None:
+    value = getattr(module, attribute.name)
+    if attribute.index is None:
+        setattr(module, attribute.name, attribute.after(kept, channels, value))
+    else:
+        parts = list(value)
+        parts[attribute.index] = attribute.after(kept, channels, parts[attribute.index])
+        setattr(module, attribute.name, type(value)(parts))
 
 
 def _masks(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> dict[Axis, np.ndarray]:
@@ -92,6 +101,11 @@ def slice_tensor(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapp
     """Return the kept entries of a tensor that has the shape of the module's tensor ``name``; a mask for each axis."""
     if not masks:
         return tensor
+    if tensor.is_meta:
+        sides = list(tensor.shape)
+        for axis, mask in masks.items():
+            sides[axis] = int(mask.sum()) * sides[axis] // len(mask)
+        return tensor.new_empty(sides)
     groups = getattr(module, "groups", 1) if isinstance(module, CONVS + TRANSPOSED) else 1
     # Each group of a convolution reads its own channels, and keeps as many as the others.
     blocks = groups if name == "weight" and groups > 1 and not _is_depthwise(module) else 1

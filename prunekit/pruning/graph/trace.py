@@ -37,8 +37,9 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     _check_arguments(model, example)
     try:
         # Only shapes are needed, so a copy runs on the meta device, unless the model reads values.
-        runner, batch = to_meta(model), example.detach().to("meta")
-        found = record_call(runner.eval(), batch)
+        runner, batch = to_meta(model).eval(), example.detach().to("meta")
+        # A copy of it runs, since the model may keep something.
+        found = record_call(copy_module(runner), batch)
     except Exception:
         runner, batch = model, example.detach().clone()
         with _restored(model):
@@ -109,8 +110,9 @@ def _check_arguments(model: nn.Module, example: Tensor) -> None:
             f"the example is a {type(example).__name__}; pass one tensor, a batch (for a model with several inputs, "
             "wrap it in a module that takes one)"
         )
-    if example.dim() < 2 or not example.is_floating_point():
-        raise PlanError(f"the example is {tuple(example.shape)} of {example.dtype}; pass a batch (N, C, …) of floats")
+    if example.dim() < 2 or example.dtype == torch.bool:
+        what = f"the example is {tuple(example.shape)} of {example.dtype}"
+        raise PlanError(f"{what}; pass a batch (N, C, …) of floats, or (N, L) of tokens")
     if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise PlanError("the model has uninitialized lazy modules; run it once first")
 

@@ -1,70 +1,171 @@
 """Groups that cannot be pruned because the model's code relies on their number of channels.
 
 The model runs without the first channel of each group, and every operation must give the shape that follows from the
-axes. One that does not is named with its line.
+axes. Where one does not, numbers that modules keep, such as ``head_dim``, are tried as the cause; the others are named
+with their line.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from prunekit.pruning.graph.axes import conv_groups
-from prunekit.pruning.graph.axis_terms import Cat, Fixed, Leaf, Prod, Term, leaves, resolve
+from prunekit.pruning.graph.axis_terms import Cat, Fixed, Leaf, Prod, Term, leaves, prod, resolve
 from prunekit.pruning.graph.recorder import Op, Record
+from prunekit.pruning.graph.rules.base import is_elementwise
 from prunekit.pruning.graph.slicing import slice_model
-from prunekit.pruning.plan import Group
+from prunekit.pruning.plan import Attribute, Group
 from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
+MAX_MODULES = 200  # whose attributes follow one group
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
 
 
-def lock_fixed_sizes(
-    model: nn.Module, record: Record, groups: Mapping[Leaf, Group], rerun: Callable[[nn.Module], Record]
-) -> None:
-    """Give groups on which the model fails a reason.
+class FixedSizes:
+    """Finds the groups on which a model's code relies, and the attributes that follow groups.
 
     Args:
         model: on the meta device.
         record: of the model, with axes.
-        groups: all of them, by their leaves.
         rerun: records a copy of the model; what fails has an attribute ``ops`` with the operations before.
     """
-    tried = {
-        leaf: group
-        for leaf, group in groups.items()
-        if group.reason is None
-        and group.channels > 1
-        and all(conv_groups(model, member.module) == 1 for member in group.members)
-    }
-    trial = _Trial(model, record, rerun)
-    # First without all groups that an operation fails for, then each of those.
-    left, suspects = dict(tried), []
-    while left and (fault := trial.run(left)) is not None:
-        blamed = {leaf: left[leaf] for leaf in fault.leaves if leaf in left} or left
-        suspects.append(blamed)
-        left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
-    while suspects:
-        some = suspects.pop()
-        fault = trial.run(some)
-        if fault is not None and len(some) == 1:
-            (group,) = some.values()
-            group.reason = f"the code relies on its number of channels: {fault.text}"
-        elif fault is not None:
-            items = list(some.items())
-            suspects += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
+
+    def __init__(self, model: nn.Module, record: Record, rerun: Callable[[nn.Module], Record]):
+        self._trial = _Trial(model, record, rerun)
+        self._model = model
+        self._hopeless: set[tuple] = set()  # faults that nothing helped against
+        self._tied: list[Term] = []
+        self._guesses: dict[Leaf, list[Attribute]] = {}
+
+    def lock(self, groups: Mapping[Leaf, Group]) -> list[tuple[Term, Term]]:
+        """Give groups on which the model fails a reason, and others their attributes.
+
+        Returns:
+            pairs of terms that must be the same. The groups have to be built again where there are any.
+        """
+        tried = {
+            leaf: group
+            for leaf, group in groups.items()
+            if group.reason is None
+            and group.channels > 1
+            and all(conv_groups(self._model, member.module) == 1 for member in group.members)
+        }
+        trial = self._trial
+        trial.ties = []
+        # First without all groups that an operation fails for, then each of those.
+        left, suspects = dict(tried), []
+        while left and (fault := trial.run(left)) is not None:
+            blamed = {leaf: left[leaf] for leaf in fault.leaves if leaf in left} or left
+            suspects.append(blamed)
+            left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
+        followed: dict[Leaf, Group] = {}
+        failing: list[tuple[Leaf, Group, _Fault]] = []
+        while suspects:
+            some = suspects.pop()
+            for leaf in some.keys() & self._guesses.keys():
+                some[leaf].attributes += self._guesses.pop(leaf)
+            fault = trial.run(some)
+            if fault is None:
+                followed |= {leaf: group for leaf, group in some.items() if group.attributes}
+            elif len(some) == 1:
+                ((leaf, group),) = some.items()
+                # What was tied to a product before is as long as other products, too.
+                terms = [leaf, *(term for term in self._tied if leaf in set(leaves(term)))]
+                products = [pair for op in trial.alike(fault.op) for pair in _products(terms, op)]
+                trial.ties += [(leaf, *pair) for pair in products]
+                failing += [] if products else [(leaf, group, fault)]
+            else:
+                items = list(some.items())
+                suspects += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
+        # Those that fail with what is tied now are tried again.
+        for leaf, group, fault in failing if not trial.ties else ():
+            if self._follow(leaf, group, fault, groups):
+                followed[leaf] = group
+        while followed and not trial.ties and (fault := trial.run(followed)) is not None:
+            # Their attributes cannot follow all of them.
+            blamed = {leaf: followed[leaf] for leaf in fault.leaves if leaf in followed} or dict(followed)
+            for leaf, group in blamed.items():
+                _lock(leaf, group, fault)
+                del followed[leaf]
+        self._tied += [a for _, a, _ in trial.ties]
+        return [(a, b) for _, a, b in trial.ties]
+
+    def _follow(self, leaf: Leaf, group: Group, fault: _Fault, groups: Mapping[Leaf, Group]) -> bool:
+        """Give a group the attributes that follow it, or a reason; return whether it has attributes."""
+        kind = type(self._trial.model.get_submodule(fault.modules[0])) if fault.modules else None
+        known = fault.op.line, fault.op.name, kind, _role(leaf, fault.op), leaf.size
+        attributes, group.attributes = None, []
+        if known not in self._hopeless:
+            attributes = _follow(self._trial, leaf, group, fault, groups)
+        if any(leaf is tie[0] for tie in self._trial.ties):
+            return False
+        if attributes is None:
+            self._hopeless.add(known)
+            _lock(leaf, group, fault)
+            return False
+        group.attributes += attributes
+        self._guess(leaf, fault.op, attributes)
+        return True
+
+    def _guess(self, leaf: Leaf, op: Op, attributes: Sequence[Attribute]) -> None:
+        """What follows a leaf in one layer will follow that in the same place of the others of its kind."""
+        levels = _enclosing(op.module)
+        if not all(attribute.module in levels for attribute in attributes):
+            return
+        for other in self._trial.alike(op):
+            twin = _at(other, _role(leaf, op))
+            own = _enclosing(other.module)
+            if twin is not None and twin is not leaf and len(own) == len(levels):
+                places = [(attribute, own[levels.index(attribute.module)]) for attribute in attributes]
+                self._guesses[twin] = [a.model_copy(update={"module": name}) for a, name in places]
+
+
+def _at(op: Op, role: tuple) -> Leaf | None:
+    """The leaf that an operation has in a place."""
+    values = (*op.inputs, *op.outputs)
+    for number, axis in role:
+        if number < len(values) and axis < len(values[number].axes):
+            term = resolve(values[number].axes[axis])
+            if isinstance(term, Leaf) and term.reason is None:
+                return term
+    return None
+
+
+def _lock(leaf: Leaf, group: Group, fault: _Fault) -> None:
+    leaf.reason = group.reason = f"the code relies on its number of channels: {fault.text}"
+    group.attributes = []
+
+
+def _role(leaf: Leaf, op: Op) -> tuple:
+    """Where an operation has a leaf."""
+    values = (*op.inputs, *op.outputs)
+    return tuple(
+        (number, axis)
+        for number, value in enumerate(values)
+        for axis, term in enumerate(value.axes)
+        if leaf in set(leaves(term))
+    )
 
 
 @dataclass
 class _Fault:
     text: str
-    leaves: list[Leaf]  # of the operation
+    op: Op  # of the record, at which the model differs
+    number: int  # of the operation
+    modules: list[str]  # that were running, the innermost first
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        terms = [term for value in (*self.op.inputs, *self.op.outputs) for term in value.axes]
+        return list(dict.fromkeys(leaf for term in terms for leaf in leaves(term)))
 
 
 @dataclass
@@ -72,8 +173,26 @@ class _Trial:
     model: nn.Module
     record: Record
     rerun: Callable[[nn.Module], Record]
+    # Leaves with terms that must be the same, since one number is the length of both.
+    ties: list[tuple[Leaf, Term, Term]] = field(default_factory=list)  # (the leaf that failed, one term, the other)
+    # What followed a group before: (class, attribute, index).
+    known: set[tuple[type, str, int | None]] = field(default_factory=set)
+
+    def alike(self, op: Op) -> list[Op]:
+        """The calls of an operation by the same line of code."""
+        return [other for other in self.record.ops if (other.line, other.name) == (op.line, op.name)]
+
+    def tie_alike(self, a: Leaf, a_op: Op, b: Leaf, b_op: Op) -> None:
+        """Tie two leaves, and those in the same places of other layers of their kind."""
+        self.ties.append((a, a, b))
+        first, second = self.alike(a_op), self.alike(b_op)
+        for x, y in zip(first, second, strict=False) if len(first) == len(second) else ():
+            one, other = _at(x, _role(a, a_op)), _at(y, _role(b, b_op))
+            if one is not None and other is not None and one is not a and one.size == a.size == other.size:
+                self.ties.append((one, one, other))
 
     def run(self, groups: Mapping[Leaf, Group]) -> _Fault | None:
+        """Cut the first channel of groups, and compare what the model does then."""
         copied = copy_module(self.model)
         slice_model(copied, list(groups.values()), {group.id: {0} for group in groups.values()})
         error = None
@@ -82,28 +201,158 @@ class _Trial:
         except Exception as raised:  # It is the user's code and may raise anything.
             error, ops = raised, getattr(raised, "ops", [])
         cut: set[Leaf] = set(groups)
-        for before, after in zip(self.record.ops, ops, strict=False):
-            if before.name != after.name:
-                return _Fault(f"{after.line} runs {after.name} instead of {before.name}", _leaves(before))
-            for old, new in zip(before.outputs, after.outputs, strict=False):
-                expected = tuple(_length(term, cut) for term in old.axes)
-                if new.shape != expected:
-                    text = f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
-                    return _Fault(text, _leaves(before))
+        for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)):
+            if (text := _difference(before, after, cut)) is not None:
+                return _Fault(text, before, number, _enclosing(before.module))
         if error is None and len(ops) == len(self.record.ops):
             return None
-        failing = self.record.ops[min(len(ops), len(self.record.ops) - 1)]
+        number = min(len(ops), len(self.record.ops) - 1)
         text = "it runs other operations" if error is None else f"{_line(error)} fails: {first_line(error)}"
-        return _Fault(text, _leaves(failing))
+        failing = self.record.ops[number]
+        modules = _running(error, copied) if error is not None else []
+        return _Fault(text, failing, number, list(dict.fromkeys([*modules, *_enclosing(failing.module)])))
+
+
+def _difference(before: Op, after: Op, cut: set[Leaf]) -> str | None:
+    """What an operation of the model without some channels does that does not follow from the axes."""
+    if before.name != after.name:
+        return f"{after.line} runs {after.name} instead of {before.name}"
+    for old, new in zip(before.outputs, after.outputs, strict=False):
+        expected = tuple(_length(term, cut) for term in old.axes)
+        if new.shape != expected:
+            return f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
+    kinds = int | float if is_elementwise(before.name, before.func) else float
+    numbers = [
+        [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, kinds)] for op in (before, after)
+    ]
+    if numbers[0] != numbers[1]:
+        return f"{after.name} ({after.line}) computes with the number of channels"
+    return None
+
+
+def _follow(
+    trial: _Trial, leaf: Leaf, group: Group, fault: _Fault, groups: Mapping[Leaf, Group]
+) -> list[Attribute] | None:
+    """Find the attributes of modules that have to follow a group; None where there are none that help, or where the
+    group is tied to another one."""
+    found: list[Attribute] = []
+    modules = dict(trial.model.named_modules())
+    for _ in range(MAX_MODULES):
+        lengths = _lengths(leaf, group, fault.op)
+        for chosen in _choices(trial, modules, fault.modules, lengths, found):
+            changed = group.model_copy(update={"attributes": [*group.attributes, *found, *chosen]})
+            after = trial.run({leaf: changed})
+            if after is not None and (other := _partner(leaf, after, groups)) is not None:
+                both = trial.run({leaf: changed, other: groups[other]})
+                if both is None or both.number > after.number:
+                    trial.tie_alike(leaf, fault.op, other, after.op)
+                    return None
+            if after is None or after.number > fault.number:
+                found += chosen
+                trial.known |= {(type(modules[a.module]), a.name, a.index) for a in chosen}
+                if after is None:
+                    return found
+                fault = after
+                break
+        else:
+            return None
+    return None
+
+
+def _partner(leaf: Leaf, fault: _Fault, groups: Mapping[Leaf, Group]) -> Leaf | None:
+    """Another leaf of the same length that a fault is about, after attributes changed."""
+    for other in fault.leaves:
+        if other is not leaf and other.size == leaf.size and other in groups and groups[other].reason is None:
+            return other
+    return None
+
+
+def _products(terms: Sequence[Term], op: Op) -> Iterator[tuple[Term, Term]]:
+    """Yield products of as many channels as a term, such as heads with the channels of each, whose number code such as
+    ``C // num_heads`` takes from the term."""
+    for value in (*op.inputs, *op.outputs):
+        for term in map(resolve, value.axes):
+            whole = prod(term.factors) if isinstance(term, Prod) else term  # without products in products
+            factors = whole.factors if isinstance(whole, Prod) else ()
+            for first in range(len(factors) - 1):
+                part = prod(factors[first:])
+                own = set(leaves(part))
+                same = next((t for t in terms if t.size == part.size and not own & set(leaves(t))), None)
+                if same is not None:
+                    yield same, part
+                    return
+
+
+def _choices(
+    trial: _Trial,
+    modules: Mapping[str, nn.Module],
+    names: Sequence[str],
+    lengths: Mapping[int, int],
+    found: Sequence[Attribute],
+) -> Iterator[list[Attribute]]:
+    """Yield sets of attributes that may be the cause: what followed another group first, then all of a module, then
+    each alone."""
+    taken = {(attribute.module, attribute.name, attribute.index) for attribute in found}
+    for name in names[:4]:
+        own = [
+            attribute
+            for attribute in _attributes(name, modules[name], lengths)
+            if (name, attribute.name, attribute.index) not in taken
+        ]
+        if not own:
+            continue
+        kind = type(modules[name])
+        known = [a for a in own if (kind, a.name, a.index) in trial.known]
+        if known and len(known) < len(own):
+            yield known
+        yield own
+        if len(own) > 1:
+            yield from ([attribute] for attribute in own)
+
+
+def _attributes(name: str, module: nn.Module, lengths: Mapping[int, int]) -> Iterator[Attribute]:
+    """Yield the whole numbers that a module keeps which are lengths of axes with the group's channels."""
+    for key, value in vars(module).items():
+        if type(value) is int and value in lengths:
+            yield Attribute(module=name, name=key, size=value, lost=lengths[value])
+        elif isinstance(value, tuple | list) and type(value) in (tuple, list):
+            for index, part in enumerate(value):
+                if type(part) is int and part in lengths:
+                    yield Attribute(module=name, name=key, index=index, size=part, lost=lengths[part])
+
+
+def _lengths(leaf: Leaf, group: Group, op: Op) -> dict[int, int]:
+    """The lengths of axes with the group's channels, and what each loses with one of them."""
+    lengths = {}
+    for value in (*op.outputs, *op.inputs):
+        for term in value.axes:
+            if (after := _length(term, {leaf})) < term.size:
+                lengths[term.size] = term.size - after
+    return {**lengths, group.channels: 1}
+
+
+def _enclosing(module: str) -> list[str]:
+    """A module and those that it is in, the innermost first."""
+    names = [module]
+    while module:
+        module = module.rpartition(".")[0]
+        names.append(module)
+    return names
+
+
+def _running(error: Exception, model: nn.Module) -> list[str]:
+    """The modules whose code failed, the innermost first."""
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names:
+            found.append(names[owner])
+    return list(dict.fromkeys(reversed(found)))
 
 
 def _sides(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
-
-
-def _leaves(op: Op) -> list[Leaf]:
-    terms = [term for value in (*op.inputs, *op.outputs) for term in value.axes]
-    return list(dict.fromkeys(leaf for term in terms for leaf in leaves(term)))
 
 
 def _length(term: Term, cut: set[Leaf]) -> int:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.flops import count_modules, total
+from prunekit.flops import count_modules, input_dtype, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.cost_model import Measure, ModelSize, SizeModel
@@ -99,6 +100,7 @@ class BudgetSearch:
         shape: of one input without the batch, (C, H, W) or (C,).
         scores: for each group its channels' scores; by default the effective gates.
         cost_power: divides each score by this power of the channel's share of ``measure``.
+        dtype: of the input; by default that of the parameters.
         limits: keyword arguments of :class:`Selector`.
 
     Attributes:
@@ -114,10 +116,12 @@ class BudgetSearch:
         *,
         cost_power: float = 0.0,
         measure: Measure = "macs",
+        dtype: torch.dtype | None = None,
         **limits: Any,
     ):
         self.model, self.groups, self.shape = unwrap(model), list(groups), tuple(shape)
-        self.size_model = SizeModel(self.model, groups, shape)
+        self.dtype = dtype
+        self.size_model = SizeModel(self.model, groups, shape, dtype)
         scores = gate(model, groups) if scores is None else scores
         if cost_power:
             scores = self.size_model.per_cost(scores, measure, cost_power)
@@ -188,7 +192,7 @@ class BudgetSearch:
             seen.add(dead)
             plan = plan_from_selection(self.model, self.groups, selection)
             model, equivalence = slim(self.model, plan, example, groups=self.groups, exact=exact, sizes=sizes)
-            size = total(count_modules(model, self.shape)[0])[budget.measure]
+            size = total(count_modules(model, self.shape, self.dtype)[0])[budget.measure]
             deviation = budget.deviation(size)
             # Within the tolerance first, then below rather than above.
             rank = abs(deviation) > TOLERANCE, deviation > 0, abs(deviation)
@@ -268,7 +272,8 @@ def _search(
 ) -> tuple[BudgetSearch, Budget]:
     target = {name: options.pop(name, None) for name in TARGETS}
     measure = target_measure(next((name for name, value in target.items() if value is not None), "macs"))
-    search = BudgetSearch(model, groups, example.shape[1:], scores, measure=measure, **options)
+    options = {"measure": measure, "dtype": input_dtype(example), **options}
+    search = BudgetSearch(model, groups, example.shape[1:], scores, **options)
     return search, search.budget(**target)
 
 

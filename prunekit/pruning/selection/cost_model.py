@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from prunekit.errors import PlanError
@@ -22,6 +23,7 @@ from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.cutter import Cutter
 
 Measure = Literal["params", "macs"]
+MAX_AXES = 5  # of a parameter
 
 
 @dataclass(frozen=True)
@@ -40,32 +42,39 @@ class SizeModel:
 
     Args:
         shape: of one input without the batch, (C, H, W) or (C,).
+        dtype: of the input; by default that of the parameters.
 
     Attributes:
         dense: the size of the dense model.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], shape: Sequence[int]):
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], shape: Sequence[int], dtype: torch.dtype | None = None
+    ):
         self.groups, self._cutter = list(groups), Cutter(model, groups)
         rows = {axis: row for row, axis in enumerate(self._cutter.lengths)}
 
-        # For each parameter: its size along the axes that are never pruned, the rows of up to two that are (the row
-        # after the last is an axis of length 1), the groups that share its input axis, its module, and its positions.
+        # For each parameter: its size along the axes that are never pruned, the rows of those that are (the row after
+        # the last is an axis of length 1), the groups that share its input axis, its module, and its positions.
         table = []
-        for name, cost in count_modules(model, tuple(shape))[0].items():
+        # A tensor of several modules has one name.
+        tensors = {id(parameter): name for name, parameter in model.named_parameters()}
+        for name, cost in count_modules(model, tuple(shape), dtype)[0].items():
             for key, parameter in model.get_submodule(name)._parameters.items():
                 if parameter is None:
                     continue
-                pruned = [axis for axis in range(parameter.dim()) if (f"{name}.{key}", axis) in rows]
+                tensor = tensors[id(parameter)]
+                pruned = [axis for axis in range(parameter.dim()) if (tensor, axis) in rows]
                 fixed = math.prod(length for axis, length in enumerate(parameter.shape) if axis not in pruned)
-                axes = [*(rows[f"{name}.{key}", axis] for axis in pruned), *[len(rows)] * (2 - len(pruned))]
+                axes = [*(rows[tensor, axis] for axis in pruned), *[len(rows)] * (MAX_AXES - len(pruned))]
                 # The input axis of a convolution with groups is counted over all of its groups.
                 shared = conv_groups(model, name) if key == "weight" and len(pruned) == 2 else 1
                 positions = cost.macs // parameter.numel() if key == "weight" and cost.macs else 0
                 # A module of which nothing can be pruned is the last one.
                 table.append((fixed, *axes, shared, self._cutter.module_index.get(name, -1), positions))
-        columns = np.array(table, np.int64).reshape(-1, 6).T.copy()
-        self._fixed, self._axes, self._shared, self._owner, self._positions = columns[0], columns[1:3], *columns[3:]
+        columns = np.array(table, np.int64).reshape(-1, MAX_AXES + 4).T.copy()
+        self._fixed, self._axes = columns[0], columns[1 : MAX_AXES + 1]
+        self._shared, self._owner, self._positions = columns[MAX_AXES + 1 :]
         self.dense = self.size_without({})
 
     def size_without(self, dead: Mapping[str, Collection[int] | int]) -> ModelSize:

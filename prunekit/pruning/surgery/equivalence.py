@@ -97,17 +97,18 @@ def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str
 def check_sizes(model: nn.Module, example: Tensor) -> Sequence[tuple[int, ...]]:
     """Return ``varied_sizes`` of a model, none where images of this dimension cannot be resized."""
     with torch.compiler.set_stance("force_eager"):  # compiled parts would hide their sizes
-        return varied_sizes(model, example) if example.dim() in INTERPOLATION else ()
+        return varied_sizes(model, example) if example.dim() in INTERPOLATION and example.is_floating_point() else ()
 
 
 def check_inputs(
     model: nn.Module, example: Tensor, sizes: Sequence[tuple[int, ...]] | None = None, limit: int = 8
 ) -> list[Tensor]:
     """Return batches in float64 on the CPU: the data, and two of its images at each size (``check_sizes``)."""
-    data = example.detach()[:limit].double().cpu()
+    data = cast(example.detach()[:limit], torch.float64).cpu()
     if len(data) == 1:
         # A second, different input.
-        data = torch.cat([data, 0.5 * data.flip(-1)])
+        other = data.flip(-1)
+        data = torch.cat([data, 0.5 * other if other.is_floating_point() else other])
     batches = [data]
     for size in check_sizes(model, data) if sizes is None else sizes:
         batch = F.interpolate(data[:2], size=size, mode=INTERPOLATION[data.dim()])
@@ -126,6 +127,10 @@ def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64
     model's output is not finite.
     """
     generator = torch.Generator().manual_seed(0)
+    if not batch.is_floating_point():
+        # Other tokens of the same range.
+        low, high = int(batch.min()), int(batch.max())
+        return torch.randint(low, high + 1, (count, *batch.shape[1:]), generator=generator).to(batch)
     ones = [1] * (batch.dim() - 2)
     side = min(side, 16) if len(ones) > 2 else side  # of volumes, for the memory they take
     amplitude = torch.logspace(-1, 1.5, count, dtype=torch.float64).view(-1, 1, *ones) * float(batch.double().std())
@@ -289,9 +294,14 @@ def _largest_and_mean(gaps: Sequence[Tensor]) -> tuple[float, float]:
     return float(values.max()), float(values.mean())
 
 
+def cast(batch: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give a batch of floats another dtype; tokens keep theirs."""
+    return batch.to(dtype) if batch.is_floating_point() else batch
+
+
 @torch.inference_mode()
 def outputs_of(model: nn.Module, batch: Tensor) -> list[Tensor]:
     """Run a model on a copy of a batch, since it may change its input; return its outputs that are not empty."""
     first = next(model.parameters())
-    outputs = tensors_in(model(batch.to(first.device, first.dtype, copy=True)))
+    outputs = tensors_in(model(cast(batch, first.dtype).to(first.device, copy=True)))
     return [tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in outputs if tensor.numel()]

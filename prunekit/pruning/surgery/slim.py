@@ -21,6 +21,7 @@ from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import (
     DEAD,
     EquivalenceReport,
+    cast,
     check_all,
     check_equivalence,
     check_inputs,
@@ -94,7 +95,9 @@ def slim(
             + (_dead_network_hint(reference, groups, inputs) if report.reason == DEAD else "")
         )
     report.float32_diff, _ = output_difference(
-        copy_as(masked, torch.float32), copy_as(slimmed, torch.float32), [batch.float() for batch in inputs]
+        copy_as(masked, torch.float32),
+        copy_as(slimmed, torch.float32),
+        [cast(batch, torch.float32) for batch in inputs],
     )
     report.measure_drift(outputs, outputs_of(slimmed, inputs[0]))
     # The plan is applied to a fresh copy: the checked one may have kept something of the check, such as a cache.

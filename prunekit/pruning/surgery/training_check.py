@@ -11,6 +11,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.meta import to_meta
 from prunekit.pruning.graph.trace import tensors_in
 from prunekit.pruning.surgery.copies import clone
+from prunekit.pruning.surgery.equivalence import cast
 from prunekit.utils.text import first_line
 
 _LIBRARIES = ("/torch/", "/prunekit/pruning/")
@@ -50,7 +51,7 @@ def _shapes(model: nn.Module, batch: Tensor) -> list[tuple[int, ...]]:
 def _step(model: nn.Module, batch: Tensor) -> list[tuple[int, ...]]:
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        outputs = tensors_in(model.train()(batch.to(first.dtype, copy=True)))
+        outputs = tensors_in(model.train()(cast(batch, first.dtype).clone()))
         losses = [tensor.double().sum() for tensor in outputs if tensor.requires_grad]
         if losses:
             torch.stack(losses).sum().backward()

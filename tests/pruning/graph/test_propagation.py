@@ -228,7 +228,7 @@ def test_number_of_features_follows_the_channels():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     example = torch.randn(2, 3, 8, 8)
     groups = find_groups(model, example)
-    assert groups[0].counts == ["1.num_features"]
+    assert [(a.module, a.name) for a in groups[0].attributes] == [("1", "num_features")]
     plan = make_plan(model, groups, {"0": {1, 2, 5}})
     assert slim(model, plan, example, groups=groups)[0][1].num_features == 5
 

@@ -28,14 +28,26 @@ def reasons(flatten):
     "flatten",
     [
         lambda net, x: x.view(-1, 16 * 5 * 5),
-        lambda net, x: x.reshape(len(x), net.channels, -1).flatten(1),
         lambda net, x: x.view(2, 400),
-        lambda net, x: x.flatten(1) if x.shape[1] == net.channels else x.flatten(1)[:, :1],
+        lambda net, x: x.flatten(1) if x.shape[1] == 16 else x.flatten(1)[:, :1],
     ],
 )
 def test_number_of_channels_in_code_is_unprunable(flatten):
     found = reasons(flatten)
     assert found["conv1"] is None and "relies on its number of channels: test_try_cut.py" in found["conv2"]
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [
+        lambda net, x: x.reshape(len(x), net.channels, -1).flatten(1),
+        lambda net, x: x.flatten(1) if x.shape[1] == net.channels else x.flatten(1)[:, :1],
+    ],
+)
+def test_attribute_follows(flatten):
+    groups = {group.id: group for group in find_groups(LeNet(flatten), torch.randn(2, 3, 32, 32))}
+    assert groups["conv2"].reason is None
+    assert [(a.module, a.name, a.size, a.lost) for a in groups["conv2"].attributes] == [("", "channels", 16, 1)]
 
 
 def test_line_of_code_is_named():
