@@ -120,12 +120,21 @@ def build(which: str, name: str) -> tuple[nn.Module, Tensor]:
         model = timm.create_model(name)
         size = model.default_cfg["input_size"][-1] if getattr(model, "default_cfg", None) else 224
     else:
-        from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+        from transformers import (
+            AutoConfig,
+            AutoModel,
+            AutoModelForImageClassification,
+            AutoModelForSequenceClassification,
+        )
 
         config = AutoConfig.for_model(name, **{**TRANSFORMERS, **TOKENS}[name])
         if name in TOKENS:
             return AutoModelForSequenceClassification.from_config(config).eval(), torch.randint(5, 90, (2, 16))
-        model, size = AutoModelForImageClassification.from_config(config), getattr(config, "image_size", 224)
+        size = getattr(config, "image_size", 224)
+        try:
+            model = AutoModelForImageClassification.from_config(config)
+        except TypeError:  # its type has more parts
+            model = AutoModel.from_config(config)
         size = size if isinstance(size, int) else size[-1]
     images = torch.randn(2, 3, size, size)
     settle(model, images)
@@ -151,14 +160,16 @@ def prune(tool: str, model: nn.Module, example: Tensor, ratio: float) -> nn.Modu
     if tool == "prunekit":
         import prunekit
 
-        slim, _ = prunekit.Pruner(model, example, importance="magnitude", pruning_ratio=ratio).step()
+        slim, _ = prunekit.Pruner(
+            model, example, importance="magnitude", pruning_ratio=ratio, global_pruning=False
+        ).step()
         return slim
     import torch_pruning as tp
 
     classes = {shape[-1] for shape in outputs(model, example)} | {shape[1] for shape in outputs(model, example)}
     last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in classes]
     heads = {m: m.num_heads for m in model.modules() if isinstance(getattr(m, "num_heads", None), int)}
-    importance, options = tp.importance.GroupMagnitudeImportance(), {"global_pruning": True, "ignored_layers": last}
+    importance, options = tp.importance.GroupMagnitudeImportance(), {"global_pruning": False, "ignored_layers": last}
     pruner = tp.pruner.BasePruner(model, example, importance, pruning_ratio=ratio, num_heads=heads, **options)
     pruner.step()
     return model

@@ -219,7 +219,7 @@ def test_added_bias_of_a_transposed_convolution():
 
 @pytest.mark.parametrize(
     ("example", "words"),
-    [((torch.zeros(1, 3, 8, 8),), "wrap it"), (torch.zeros(1, 3, 8, 8).long(), "floats"), (torch.zeros(3), "floats")],
+    [((torch.zeros(1, 3, 8, 8),), "wrap it"), (torch.zeros(1, 3, 8, 8).bool(), "floats"), (torch.zeros(3), "floats")],
 )
 def test_error_for_example_that_is_not_a_batch(example, words):
     with pytest.raises(PlanError, match=words):

@@ -50,15 +50,14 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
     gate_expr.forget()
     found = trace(model, example)
     graph = propagate(found.model, found.record, found.train_record)
-    sizes = FixedSizes(found.model, found.record, lambda cut: record_call(cut, found.batch))
+    sizes = FixedSizes(found.model, found.record, lambda cut: record_call(cut.eval(), found.batch))
     attributes: dict[Leaf, list[Attribute]] = {}
     while True:
         builder = _GroupBuilder(model, found.record, graph)
         groups = builder.build()
         for leaf, group in groups.items():
             group.attributes = attributes.get(leaf, group.attributes)
-        # Of a model that reads values, the equivalence check decides.
-        ties = sizes.lock(groups) if found.batch.is_meta else []
+        ties = sizes.lock(groups)
         if not ties:
             return [*groups.values(), *builder.untraced_groups()]
         attributes = {leaf: group.attributes for leaf, group in groups.items()}

@@ -41,7 +41,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         # A copy of it runs, since the model may keep something.
         found = record_call(copy_module(runner), batch)
     except Exception:
-        runner, batch = model, example.detach().clone()
+        runner, batch = model, example.detach()[:2].clone()
         with _restored(model):
             try:
                 found = record_call(model.eval(), batch)

@@ -1,8 +1,8 @@
 """Groups that cannot be pruned because the model's code relies on their number of channels.
 
-The model runs without the first channel of each group, and every operation must give the shape that follows from the
-axes. Where one does not, numbers that modules keep, such as ``head_dim``, are tried as the cause; the others are named
-with their line.
+The model runs without some channels of each group, and every operation must give the shape that follows from the axes.
+Where one does not, numbers that modules keep, such as ``head_dim``, are tried as the cause; the others are named with
+their line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -177,6 +178,11 @@ class _Trial:
     ties: list[tuple[Leaf, Term, Term]] = field(default_factory=list)  # (the leaf that failed, one term, the other)
     # What followed a group before: (class, attribute, index).
     known: set[tuple[type, str, int | None]] = field(default_factory=set)
+    _numbers: dict[Leaf, int] = field(default_factory=dict)  # of channels that are cut
+    _random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def _draw(self, size: int) -> int:
+        return 1 + int(self._random.integers(max(size // 2, 1)))
 
     def alike(self, op: Op) -> list[Op]:
         """The calls of an operation by the same line of code."""
@@ -192,19 +198,23 @@ class _Trial:
                 self.ties.append((one, one, other))
 
     def run(self, groups: Mapping[Leaf, Group]) -> _Fault | None:
-        """Cut the first channel of groups, and compare what the model does then."""
+        """Cut the first channels of groups, and compare what the model does then."""
         copied = copy_module(self.model)
-        slice_model(copied, list(groups.values()), {group.id: {0} for group in groups.values()})
+        # Numbers that differ, so that no group is as long as another one by chance.
+        cut = {leaf: self._numbers.setdefault(leaf, self._draw(leaf.size)) for leaf in groups}
+        dead = {group.id: set(range(cut[leaf])) for leaf, group in groups.items()}
+        slice_model(copied, list(groups.values()), dead)
         error = None
         try:
             ops = self.rerun(copied).ops
         except Exception as raised:  # It is the user's code and may raise anything.
             error, ops = raised, getattr(raised, "ops", [])
-        cut: set[Leaf] = set(groups)
-        for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)):
+        # Of a model that reads values, what it computes and how often may depend on them.
+        strict = all(value.is_meta for value in self.model.parameters())
+        for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)) if strict else ():
             if (text := _difference(before, after, cut)) is not None:
                 return _Fault(text, before, number, _enclosing(before.module))
-        if error is None and len(ops) == len(self.record.ops):
+        if error is None and (not strict or len(ops) == len(self.record.ops)):
             return None
         number = min(len(ops), len(self.record.ops) - 1)
         text = "it runs other operations" if error is None else f"{_line(error)} fails: {first_line(error)}"
@@ -213,7 +223,7 @@ class _Trial:
         return _Fault(text, failing, number, list(dict.fromkeys([*modules, *_enclosing(failing.module)])))
 
 
-def _difference(before: Op, after: Op, cut: set[Leaf]) -> str | None:
+def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
     """What an operation of the model without some channels does that does not follow from the axes."""
     if before.name != after.name:
         return f"{after.line} runs {after.name} instead of {before.name}"
@@ -255,7 +265,18 @@ def _follow(
                 fault = after
                 break
         else:
+            if (other := _as_long(leaf, fault.op)) is not None:
+                trial.ties.append((leaf, leaf, other))
             return None
+    return None
+
+
+def _as_long(leaf: Leaf, op: Op) -> Leaf | None:
+    """A leaf of the same length that an operation has, whose number code may take from the other's."""
+    for value in (*op.inputs, *op.outputs):
+        for term in map(resolve, value.axes):
+            if isinstance(term, Leaf) and term is not leaf and term.size == leaf.size and term.reason is None:
+                return term
     return None
 
 
@@ -326,7 +347,7 @@ def _lengths(leaf: Leaf, group: Group, op: Op) -> dict[int, int]:
     lengths = {}
     for value in (*op.outputs, *op.inputs):
         for term in value.axes:
-            if (after := _length(term, {leaf})) < term.size:
+            if (after := _length(term, {leaf: 1})) < term.size:
                 lengths[term.size] = term.size - after
     return {**lengths, group.channels: 1}
 
@@ -355,13 +376,13 @@ def _sides(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _length(term: Term, cut: set[Leaf]) -> int:
-    """The length of an axis without one channel of some leaves."""
+def _length(term: Term, cut: Mapping[Leaf, int]) -> int:
+    """The length of an axis without so many channels of some leaves."""
     term = resolve(term)
     if isinstance(term, Fixed):
         return term.size
     if isinstance(term, Leaf):
-        return term.size - (term in cut)
+        return term.size - cut.get(term, 0)
     if isinstance(term, Cat):
         return sum(_length(part, cut) for part in term.parts)
     assert isinstance(term, Prod)

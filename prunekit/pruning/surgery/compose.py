@@ -52,6 +52,9 @@ def match_groups(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Gro
         member = slim_group.members[0]
         axis = member.tensor, member.axis
         candidates = sorted(dense_uses[axis], key=lambda use: use[0])
+        if len(candidates) > len(slim_places[axis]):
+            # A factor of one channel, such as the last head, is no group of its own any more.
+            candidates = [use for use in candidates if len(first.kept(use[1])) > 1] or candidates
         index = sorted(slim_places[axis]).index(_place(member))
         if index >= len(candidates) or len(first.kept(candidates[index][1])) != slim_group.channels:
             raise PlanError(f"the plan does not make this slim model: {slim_group.id} differs; pass the plan it has")

@@ -1,0 +1,96 @@
+"""Transformers: every kind of group of theirs is pruned and compared with a model that was written apart."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.left_out import leave_out
+from helpers.marks import seeds
+from helpers.zoo_attention import ATTENTION, Language, OwnWidth, SharedWidth, Transformer
+
+import prunekit
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.graph.silence import silence
+from prunekit.pruning.surgery.plan_builder import make_plan
+from prunekit.pruning.surgery.slim import slim
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def cut_some(model, example, seed):
+    """Silence and cut random channels; return the reference, the slim model and the dead channels."""
+    groups, rng = find_groups(model, example), np.random.default_rng(seed)
+    dead = {}
+    for group in groups:
+        if group.reason is None:
+            count = min(int(rng.binomial(group.channels, 0.3)), group.channels - 1)
+            dead[group.id] = set(rng.permutation(group.channels)[:count].tolist())
+            silence(model, group, np.array(sorted(dead[group.id]), int))
+    small, report = slim(model, make_plan(model, groups, dead), example, groups=groups, exact=True)
+    assert report.passed and report.given_back == 0
+    return leave_out(model, groups, dead), small, groups, dead
+
+
+@pytest.mark.parametrize("seed", seeds(20, plain=2))
+@pytest.mark.parametrize("name", ATTENTION)
+def test_cut_transformer_is_equivalent_on_other_images(name, seed):
+    torch.manual_seed(seed)
+    reference, small, *_ = cut_some(ATTENTION[name]().eval(), IMAGES, seed)
+    other = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(small.double()(other), reference.double()(other), rtol=1e-6, atol=1e-7)
+
+
+def test_everything_of_a_transformer_can_be_pruned():
+    for name in ("shared_width", "own_width"):
+        locked = [group for group in find_groups(ATTENTION[name]().eval(), IMAGES) if group.reason]
+        # The three of qkv in each block, the classes, the positions, and the input.
+        assert [g.channels for g in locked] == ([3, 3] if name == "shared_width" else []) + [10, 17, 3]
+
+
+def test_width_of_heads_follows_the_width_of_the_input():
+    """Code such as C // heads: the input loses as many channels as all heads together."""
+    model = Transformer(lambda dim: SharedWidth(dim, 4)).eval()
+    heads, group = [g for g in find_groups(model, IMAGES) if g.members[0].tensor == "patches.weight"]
+    assert {(a.module, a.name) for a in heads.attributes} == {(f"blocks.{i}.attention", "heads") for i in (0, 1)}
+    assert group.channels == 4 and group.members[0].times == 4
+    axes = {(m.tensor, m.axis) for m in group.members}
+    assert {("token", 2), ("positions", 2), ("blocks.0.scale", 0), ("blocks.1.attention.qkv.weight", 0)} <= axes
+    small, _ = slim(model, make_plan(model, [group], {group.id: {1}}), IMAGES, groups=find_groups(model, IMAGES))
+    assert small.patches.out_channels == 12 and small.norm.normalized_shape == (12,)
+    assert small.blocks[0].attention.qkv.out_features == 36
+
+
+def test_attribute_of_queries_keys_and_values_ties_them():
+    model = Transformer(lambda dim: OwnWidth(dim, 4, 6)).eval()
+    tied = [g for g in find_groups(model, IMAGES) if any(a.name == "head_dim" for a in g.attributes)]
+    assert [g.channels for g in tied] == [6, 6] and all(g.reason is None for g in tied)
+    for index, group in enumerate(tied):
+        own = {m.tensor for m in group.members if m.tensor.endswith(".weight")}
+        assert own == {f"blocks.{index}.attention.{layer}.weight" for layer in ("q", "k", "v", "out")}
+    small, _ = slim(model, make_plan(model, tied, {tied[0].id: {0, 3}}), IMAGES, groups=find_groups(model, IMAGES))
+    assert small.blocks[0].attention.head_dim == 4 and small.blocks[1].attention.head_dim == 6
+
+
+def test_language_model_of_tokens():
+    torch.manual_seed(0)
+    model, tokens = Language().eval(), torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(0))
+    pruner = prunekit.Pruner(model, tokens, importance="magnitude", pruning_ratio=0.4, global_pruning=False)
+    small, report = pruner.step()
+    assert report.equivalence.passed and report.after.params < 0.5 * report.before.params
+    assert small.head.weight is small.embedding.weight and small.embedding.embedding_dim == small.head.in_features == 10
+    assert small(torch.randint(40, (2, 9))).shape == (2, 9, 40)
+    half, report = prunekit.Pruner(model, tokens, importance="magnitude", target={"params_ratio": 0.5}).step()
+    assert abs(report.after.params / report.before.params - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("name", ["shared_width", "own_width"])
+def test_pruning_in_two_steps(name):
+    torch.manual_seed(0)
+    pruner = prunekit.Pruner(
+        ATTENTION[name]().eval(), IMAGES, importance="magnitude", pruning_ratio=0.5, global_pruning=False, steps=2
+    )
+    for _ in range(2):
+        small, report = pruner.step()
+        assert report.equivalence.passed
+    assert report.after.params < 0.5 * sum(p.numel() for p in ATTENTION[name]().parameters())
+    assert small(IMAGES).shape == (4, 10)
