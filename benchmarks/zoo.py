@@ -160,9 +160,8 @@ def prune(tool: str, model: nn.Module, example: Tensor, ratio: float) -> nn.Modu
     if tool == "prunekit":
         import prunekit
 
-        slim, _ = prunekit.Pruner(
-            model, example, importance="magnitude", pruning_ratio=ratio, global_pruning=False
-        ).step()
+        options = {"importance": "magnitude", "pruning_ratio": ratio, "global_pruning": False}
+        slim, _ = prunekit.Pruner(model, example, **options).step()
         return slim
     import torch_pruning as tp
 
