@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prunekit.pipeline.model_file import load, save
     from prunekit.pipeline.runner import run_recipe
     from prunekit.pruning.graph.groups import find_groups
+    from prunekit.pruning.graph.rules.base import register_rule
     from prunekit.pruning.plan import Group, Plan
     from prunekit.pruning.pruner import Pruner, PruningReport
     from prunekit.pruning.selection import importance
@@ -46,14 +47,14 @@ __all__ = [
     "PrunekitWarning", "Pruner", "PruningReport", "__version__", "apply_plan", "count", "deploy", "extract",
     "find_groups", "fit_budget", "importance", "load", "load_recipe", "load_run", "octavize", "recalibrate",
     "register_augmentation", "register_backbone", "register_dataset", "register_decay", "register_importance",
-    "register_loss", "register_optimizer", "register_schedule", "register_task", "run_recipe", "save", "slim",
-    "slim_optimizer", "slim_to_budget",
+    "register_loss", "register_optimizer", "register_rule", "register_schedule", "register_task", "run_recipe", "save",
+    "slim", "slim_optimizer", "slim_to_budget",
 ]
 # fmt: on
 
 # Module → the public names in it. Imported at first use, so that `prunekit --help` needs no torch (PEP 562).
 _MODULES = {
-    "prunekit.config.registry": [name for name in __all__ if name.startswith("register_")],
+    "prunekit.config.registry": [name for name in __all__ if name.startswith("register_") and name != "register_rule"],
     "prunekit.deployment.deploy": ["deploy"],
     "prunekit.errors": ["PrunekitError", "PrunekitWarning"],
     "prunekit.flops": ["ModelCost", "count"],
@@ -62,6 +63,7 @@ _MODULES = {
     "prunekit.pipeline.runner": ["run_recipe"],
     "prunekit.pipeline.model_file": ["load", "save"],
     "prunekit.pruning.graph.groups": ["find_groups"],
+    "prunekit.pruning.graph.rules.base": ["register_rule"],
     "prunekit.pruning.plan": ["Group", "Plan"],
     "prunekit.pruning.pruner": ["Pruner", "PruningReport"],
     "prunekit.pruning.selection.budget": ["fit_budget", "slim_to_budget"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ class Pruner:
             multiply-adds that the target limits; 1 ranks by importance per multiply-add.
         per_layer_ratio: for some layers (modules or patterns) the share of their own channels to prune;
             ``ignored_layers`` takes precedence.
-        global_pruning: whether channels compete across all layers, or each layer loses the same share.
+        global_pruning: whether channels compete across all layers, or each layer loses the same share. The heads of an
+            attention only compete; with the same share for all they stay, and each loses channels.
         round_to: kept channels of each layer are rounded up to a multiple of this.
         min_channels: number of channels to keep in each layer.
         steps: number of calls of ``step()`` in which to reach the ratio or target.
@@ -221,7 +223,10 @@ class Pruner:
     def _select_ratio(self, scores: Scores, share: float) -> Selection:
         free = [g for g in self._groups if g.reason is None and g.id not in self._ignored and g.id not in self._ratios]
         ratio = self._remaining_ratio(free, self._ratio, share) if self._global else 0.0
+        whole = _outer_factors(free)
         own = {} if self._global else {g.id: self._remaining_ratio([g], self._ratio, share) for g in free}
+        # An axis of heads times their channels loses its share by the channels; heads would add to it.
+        own |= dict.fromkeys(own.keys() & whole, 0.0)
         limits = {**self._limits, "ignored_groups": self._ignored, "ratios": self._remaining_ratios(share) | own}
         return Selector(self._model, self._groups, scores, **limits).select(pruning_ratio=ratio)
 
@@ -328,6 +333,22 @@ def _loss_batches(loss: Loss) -> Callable[[nn.Module], Iterable[Tensor]]:
         return [result] if isinstance(result, Tensor) else result
 
     return losses
+
+
+def _outer_factors(groups: Sequence[Group]) -> set[str]:
+    """Return the groups, such as heads, of which each channel has some of the channels of another group."""
+    inner = defaultdict(list)
+    for group in groups:
+        for member in group.members:
+            if member.repeats:
+                inner[member.tensor, member.axis].append(member)
+    return {
+        group.id
+        for group in groups
+        for member in group.members
+        for other in inner[member.tensor, member.axis]
+        if other.stride < member.stride and 0 <= other.offset - member.offset < group.channels * member.stride
+    }
 
 
 def _as_arrays(scores: Any) -> Scores:

@@ -115,7 +115,7 @@ def without_fast_path() -> Iterator[None]:
 
 
 def operation_name(func: Any) -> str:
-    return func._schema.name.partition("::")[2]
+    return func._schema.name.removeprefix("aten::")
 
 
 class OperationKeys:

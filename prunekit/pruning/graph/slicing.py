@@ -44,7 +44,10 @@ def slice_model(
         for attribute in group.attributes if dead.get(group.id) else ():
             if attribute.module not in removed:
                 kept = group.channels - len(channel_index(dead[group.id]))
-                _set_attribute(model.get_submodule(attribute.module), attribute, kept, group.channels)
+                owner = model.get_submodule(attribute.module)
+                _set_attribute(owner, attribute, kept, group.channels)
+                if isinstance(owner, nn.MultiheadAttention):
+                    owner.head_dim = owner.embed_dim // owner.num_heads
 
 
 def _set_attribute(module: nn.Module, attribute: Attribute, kept: int, channels: int) -> None:

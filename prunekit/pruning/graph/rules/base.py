@@ -35,8 +35,16 @@ UNMARKED = {
 UNMARKED |= {"rsub", "clamp"}
 
 
-def rule(*names: str) -> Callable[[F], F]:
-    """Register a function as the rule of operations, by their names in ATen."""
+def register_rule(*names: str) -> Callable[[F], F]:
+    """Register a function as the rule of operations.
+
+    A rule gets a call of the operation, whose tensors are values with axes, and the graph, by which it identifies axes
+    (``unify``) or makes channels unprunable (``lock``). It returns the axes of each output, or None where it does not
+    know the call.
+
+    Args:
+        names: in ATen without the namespace, such as ``"roll"``; of other operators with it: ``"mylib::scaled_tanh"``.
+    """
 
     def register(function: F) -> F:
         RULES.update(dict.fromkeys(names, function))

@@ -6,27 +6,31 @@ from collections.abc import Sequence
 
 from prunekit.pruning.graph.axis_terms import Term, split
 from prunekit.pruning.graph.recorder import Op
-from prunekit.pruning.graph.rules.base import CONSTANT, AxisGraph, broadcast, locked, new_leaves, rule
+from prunekit.pruning.graph.rules.base import CONSTANT, AxisGraph, broadcast, locked, new_leaves, register_rule
 
 
-@rule("pointwise", "dropout", "native_dropout", "alpha_dropout")
-@rule("feature_dropout", "type_as", "lift_fresh", "lift", "alias", "detach", "clone")
-@rule("contiguous", "to", "_to_copy", "float", "fill", "zero", "_reshape_alias", "positive", "normal", "uniform")
-@rule("exponential", "bernoulli", "random", "result_type", "bernoulli_p", "resolve_conj")
-@rule("resolve_neg", "view_as_real_copy")
+@register_rule("pointwise", "dropout", "native_dropout", "alpha_dropout")
+@register_rule("feature_dropout", "type_as", "lift_fresh", "lift", "alias", "detach", "clone")
+@register_rule(
+    "contiguous", "to", "_to_copy", "float", "fill", "zero", "_reshape_alias", "positive", "normal", "uniform"
+)
+@register_rule("exponential", "bernoulli", "random", "result_type", "bernoulli_p", "resolve_conj")
+@register_rule("resolve_neg", "view_as_real_copy")
 def pointwise(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     axes = broadcast(op, graph, op.inputs, max(len(value.shape) for value in op.outputs))
     return [axes] * len(op.outputs)
 
 
-@rule("_mutated")
+@register_rule("_mutated")
 def mutated(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     """A tensor that shares memory with one that was written to."""
     return [list(op.args[0].axes)]
 
 
-@rule("zeros", "ones", "empty", "full", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
-@rule(
+@register_rule(
+    "zeros", "ones", "empty", "full", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"
+)
+@register_rule(
     "new_zeros",
     "new_ones",
     "new_empty",
@@ -42,15 +46,17 @@ def creation(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [new_leaves(value.shape) for value in op.outputs]
 
 
-@rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "randint", "randperm", "sym_size", "one_hot")
-@rule("tensor", "hann_window", "_local_scalar_dense", "nonzero", "unique")
+@register_rule(
+    "arange", "linspace", "eye", "tril_indices", "triu_indices", "randint", "randperm", "sym_size", "one_hot"
+)
+@register_rule("tensor", "hann_window", "_local_scalar_dense", "nonzero", "unique")
 def constants(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     for value in op.inputs:
         graph.lock(op, value.axes)
     return [locked(value.shape, CONSTANT) for value in op.outputs]
 
 
-@rule("prelu", "_prelu_kernel")
+@register_rule("prelu", "_prelu_kernel")
 def prelu(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     value, slope = op.args[0], op.args[1]
     axes = list(value.axes)
@@ -61,7 +67,7 @@ def prelu(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [axes]
 
 
-@rule("glu")
+@register_rule("glu")
 def glu(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     axes = list(op.args[0].axes)
     axis = op.arg(1, "dim", -1) % len(axes)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from prunekit.pruning.graph.axis_terms import Fixed, Term, cat, split
 from prunekit.pruning.graph.recorder import Op, Value
-from prunekit.pruning.graph.rules.base import AxisGraph, fixed, rule
+from prunekit.pruning.graph.rules.base import AxisGraph, fixed, register_rule
 
 
-@rule("cat", "concat", "concatenate")
+@register_rule("cat", "concat", "concatenate")
 def concatenate(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     rank = len(op.outputs[0].shape)
     values = [value for value in op.args[0] if len(value.shape) == rank]
@@ -23,7 +23,7 @@ def concatenate(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [axes]
 
 
-@rule("stack")
+@register_rule("stack")
 def stack(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     values, rank = op.args[0], len(op.outputs[0].shape)
     axis = op.arg(1, "dim", 0) % rank
@@ -35,7 +35,9 @@ def stack(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [axes]
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
+@register_rule(
+    "split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"
+)
 def split_axis(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     """Parts of a chunk must stay of equal length, so they lose the same channels."""
     value, rank = op.args[0], len(op.args[0].axes)
@@ -56,7 +58,7 @@ def split_axis(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     return [[*value.axes[:axis], part, *value.axes[axis + 1 :]] for part in parts]
 
 
-@rule("slice", "narrow")
+@register_rule("slice", "narrow")
 def slice_axis(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     value = op.args[0]
     axes = list(value.axes)
@@ -80,7 +82,7 @@ def slice_axis(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     return [axes]
 
 
-@rule("select", "unbind")
+@register_rule("select", "unbind")
 def select(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     value = op.args[0]
     axis = op.arg(1, "dim", 0) % len(value.axes)
@@ -88,7 +90,7 @@ def select(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [[term for index, term in enumerate(value.axes) if index != axis]] * len(op.outputs)
 
 
-@rule("index_select", "gather", "take_along_dim")
+@register_rule("index_select", "gather", "take_along_dim")
 def index_select(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     value = op.args[0]
     axis = op.arg(1, "dim") % len(value.axes)
@@ -101,7 +103,7 @@ def index_select(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     return [fixed(op.outputs[0].shape)]
 
 
-@rule("index")
+@register_rule("index")
 def index(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     """Axes that are not indexed stay; those of the indices take the place of the others."""
     value, indices, output = op.args[0], op.args[1], op.outputs[0]
@@ -124,8 +126,8 @@ def _is_mask(own: Value, value: Value, axis: int) -> bool:
     return len(own.shape) > 1 and own.shape == value.shape[axis : axis + len(own.shape)] and own.is_mask
 
 
-@rule("index_put", "scatter", "scatter_add", "index_add", "index_copy", "masked_scatter", "scatter_reduce")
-@rule("select_scatter", "slice_scatter", "index_fill")
+@register_rule("index_put", "scatter", "scatter_add", "index_add", "index_copy", "masked_scatter", "scatter_reduce")
+@register_rule("select_scatter", "slice_scatter", "index_fill")
 def write(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     """What is written to at computed places keeps all of its entries."""
     for value in op.inputs:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, is_channelwise
 from prunekit.pruning.graph.axis_terms import Fixed, Leaf, Term, cat, lock
 from prunekit.pruning.graph.recorder import Op, Value
-from prunekit.pruning.graph.rules.base import AxisGraph, rule
+from prunekit.pruning.graph.rules.base import AxisGraph, register_rule
 from prunekit.pruning.graph.rules.matmul import contract
 
 
-@rule("linear")
+@register_rule("linear")
 def linear(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     value, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
     _read(op, graph, value, len(value.axes) - 1, weight, len(weight.axes) - 1)
@@ -30,8 +30,8 @@ def _read(op: Op, graph: AxisGraph, value: Value, value_axis: int, weight: Value
     graph.read(op, weight, axis, value, value_axis)
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "cudnn_convolution")
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@register_rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "cudnn_convolution")
+@register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def convolution(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     value, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
     general = op.name in ("convolution", "_convolution")
@@ -91,15 +91,17 @@ _SPATIAL = re.compile(r"(?:pool|upsample_\w*?|_pad)(\d)d")
 _LAYERS = (*CONVS, *TRANSPOSED)
 
 
-@rule(
+@register_rule(
     *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "_adaptive_avg") for n in (1, 2, 3))
 )
-@rule(*(f"max_pool{n}d_with_indices" for n in (1, 2, 3)), "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
-@rule(*(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))
-@rule(*(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d")))
-@rule(*(f"upsample_{kind}" for kind in ("trilinear3d", "bicubic2d")), "_upsample_nearest_exact2d")
-@rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact1d", "lp_pool2d", "lp_pool1d")
-@rule("grid_sampler_2d", "grid_sampler", "grid_sampler_3d", "fractional_max_pool2d")
+@register_rule(*(f"max_pool{n}d_with_indices" for n in (1, 2, 3)), "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+@register_rule(*(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))
+@register_rule(*(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d")))
+@register_rule(*(f"upsample_{kind}" for kind in ("trilinear3d", "bicubic2d")), "_upsample_nearest_exact2d")
+@register_rule(
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact1d", "lp_pool2d", "lp_pool1d"
+)
+@register_rule("grid_sampler_2d", "grid_sampler", "grid_sampler_3d", "fractional_max_pool2d")
 def resample(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     """Work on the last axes of each channel alone."""
     value = op.args[0]
@@ -110,7 +112,7 @@ def resample(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [[*outer, *(Fixed(side) for side in output.shape[-spatial:])] for output in op.outputs]
 
 
-@rule("constant_pad_nd", "pad")
+@register_rule("constant_pad_nd", "pad")
 def pad(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     """Padding with a number adds entries that are not pruned beside those of the axis."""
     axes, amounts = list(op.args[0].axes), op.args[1]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prunekit.pruning.graph.axis_terms import Fixed, Term
 from prunekit.pruning.graph.recorder import Op, Value
-from prunekit.pruning.graph.rules.base import AxisGraph, broadcast, rule
+from prunekit.pruning.graph.rules.base import AxisGraph, broadcast, register_rule
 
 
 def contract(op: Op, graph: AxisGraph, a: Value, a_axis: int, b: Value, b_axis: int) -> None:
@@ -17,7 +17,7 @@ def contract(op: Op, graph: AxisGraph, a: Value, a_axis: int, b: Value, b_axis: 
     graph.zeroed.append((op, [(a, a_axis), (b, b_axis)]))
 
 
-@rule("mm", "bmm", "matmul", "mv", "dot", "linalg_matmul", "inner_product", "vdot")
+@register_rule("mm", "bmm", "matmul", "mv", "dot", "linalg_matmul", "inner_product", "vdot")
 def matmul(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     a, b = op.args[0], op.args[1]
     contract(op, graph, a, -1, b, -2 if len(b.axes) > 1 else 0)
@@ -32,7 +32,7 @@ def _batch(op: Op, graph: AxisGraph, *values: Value, inner: int = 2) -> list[Ter
     return broadcast(op, graph, outer, max(len(value.axes) for value in outer))
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm", "addr")
+@register_rule("addmm", "baddbmm", "addmv", "addbmm", "addr")
 def addmm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     if op.name.startswith(("addbmm", "addr", "addmv")):
         return None
@@ -42,7 +42,7 @@ def addmm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     return [broadcast(op, graph, [product, bias], len(product.axes))]
 
 
-@rule("scaled_dot_product_attention")
+@register_rule("scaled_dot_product_attention")
 def attention(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     query, key, value = op.args[:3]
     mask = op.arg(3, "attn_mask")
@@ -65,19 +65,19 @@ def attention(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [[*batch, query.axes[-2], value.axes[-1]]]
 
 
-@rule("cdist", "_cdist_forward")
+@register_rule("cdist", "_cdist_forward")
 def cdist(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     a, b = op.args[:2]
     graph.lock(op, [a.axes[-1], b.axes[-1]])
     return [[*_batch(op, graph, a, b), a.axes[-2], b.axes[-2]]]
 
 
-@rule("outer", "ger")
+@register_rule("outer", "ger")
 def outer(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [[op.args[0].axes[0], op.args[1].axes[0]]]
 
 
-@rule("embedding")
+@register_rule("embedding")
 def embedding(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     weight, indices = op.args[0], op.args[1]
     graph.lock(op, [weight.axes[0]], "which looks up its rows")

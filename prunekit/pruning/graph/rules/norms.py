@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from prunekit.pruning.graph.axes import NORMS
 from prunekit.pruning.graph.axis_terms import Term, factor
 from prunekit.pruning.graph.recorder import Op, Value
-from prunekit.pruning.graph.rules.base import AxisGraph, fixed, rule
+from prunekit.pruning.graph.rules.base import AxisGraph, fixed, register_rule
 
 
-@rule("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
-@rule("_native_batch_norm_legit_no_training", "native_batch_norm_legit")
+@register_rule("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
+@register_rule("_native_batch_norm_legit_no_training", "native_batch_norm_legit")
 def batch_norm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     """A norm of each channel alone."""
     value, module = op.args[0], graph.model.get_submodule(op.module)
@@ -24,7 +24,7 @@ def batch_norm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [*outputs, *([value.axes[1]] for output in op.outputs[1:])]
 
 
-@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+@register_rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     value, sides = op.args[0], op.args[1]
     first = len(value.axes) - len(sides)
@@ -39,7 +39,7 @@ def layer_norm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [axes, *statistics]
 
 
-@rule("group_norm")
+@register_rule("group_norm")
 def group_norm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     """Its groups stay of equal size, and none is removed."""
     value, groups = op.args[0], op.args[1]

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 from prunekit.pruning.graph.axis_terms import Fixed, Term
 from prunekit.pruning.graph.recorder import Op
-from prunekit.pruning.graph.rules.base import AxisGraph, broadcast, rule
+from prunekit.pruning.graph.rules.base import AxisGraph, broadcast, register_rule
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "linalg_vector_norm", "argmax", "argmin")
-@rule("logsumexp", "prod", "any", "all", "var_mean", "std_mean", "median", "aminmax", "nansum", "count_nonzero")
-@rule("mode", "quantile", "square_sum")
+@register_rule(
+    "mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "linalg_vector_norm", "argmax", "argmin"
+)
+@register_rule(
+    "logsumexp", "prod", "any", "all", "var_mean", "std_mean", "median", "aminmax", "nansum", "count_nonzero"
+)
+@register_rule("mode", "quantile", "square_sum")
 def reduce(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     if len(op.inputs) > 1:  # the larger of two
         return [broadcast(op, graph, op.inputs, len(op.outputs[0].shape))]
@@ -24,7 +28,7 @@ def reduce(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     given = [given] if isinstance(given, int) and not isinstance(given, bool) else given
     over = {axis % rank for axis in given} if isinstance(given, list | tuple) and given else set(range(rank))
     for axis in over:
-        if op.name in ("sum", "mean"):
+        if op.name in ("sum", "mean", "norm", "linalg_vector_norm"):
             graph.zeroed.append((op, [(value, axis)]))
             if op.name == "mean":
                 graph.statistic(op, value, axis)
@@ -38,11 +42,15 @@ def reduce(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     return result
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "roll", "flip")
-@rule(
+@register_rule(
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "roll", "flip"
+)
+@register_rule(
     "topk", "logcumsumexp", "renorm", "_safe_softmax", "cummax", "softmin", "msort", "kthvalue", "_fft_r2c", "_fft_c2r"
 )
-@rule("_fft_c2c", "fft_rfft2", "fft_irfft2", "fft_fft2", "fft_ifft2", "fft_rfft", "fft_irfft", "fft_fft", "fft_ifft")
+@register_rule(
+    "_fft_c2c", "fft_rfft2", "fft_irfft2", "fft_fft2", "fft_ifft2", "fft_rfft", "fft_irfft", "fft_fft", "fft_ifft"
+)
 def along(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     """Mix the entries of some axes; nothing of those axes can be pruned."""
     value = op.args[0]

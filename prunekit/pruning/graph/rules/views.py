@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from prunekit.pruning.graph.axis_terms import Fixed, Term, factor, prod
 from prunekit.pruning.graph.recorder import Op
-from prunekit.pruning.graph.rules.base import AxisGraph, new_leaves, rule
+from prunekit.pruning.graph.rules.base import AxisGraph, new_leaves, register_rule
 
 
-@rule("view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
-@rule("squeeze_copy", "view_copy", "pixel_shuffle_view")
+@register_rule(
+    "view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"
+)
+@register_rule("squeeze_copy", "view_copy", "pixel_shuffle_view")
 def reshape(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     """Entries stay in order: axes are merged and split."""
     if op.outputs[0].shape and math.prod(op.outputs[0].shape) == 0:
@@ -57,13 +59,13 @@ def reshaped(axes: Sequence[Term], shape: Sequence[int]) -> list[Term] | None:
     return result
 
 
-@rule("permute")
+@register_rule("permute")
 def permute(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     axes = op.args[0].axes
     return [[axes[axis] for axis in op.arg(1, "dims")]]
 
 
-@rule("transpose", "swapaxes", "swapdims", "t")
+@register_rule("transpose", "swapaxes", "swapdims", "t")
 def transpose(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     axes = list(op.args[0].axes)
     if len(axes) < 2:
@@ -73,7 +75,7 @@ def transpose(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [axes]
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@register_rule("expand", "expand_as", "broadcast_to")
 def expand(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     axes, shape = op.args[0].axes, op.outputs[0].shape
     # The code takes a size to expand to from another tensor, or the slim model fails.
@@ -86,14 +88,14 @@ def expand(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [result]
 
 
-@rule("repeat")
+@register_rule("repeat")
 def repeat(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     axes, times = op.args[0].axes, op.args[1]
     axes = [*[Fixed(1)] * (len(times) - len(axes)), *axes]
     return [[_repeated(term, n) for term, n in zip(axes, times, strict=True)]]
 
 
-@rule("repeat_interleave")
+@register_rule("repeat_interleave")
 def repeat_interleave(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     axis, times = op.arg(2, "dim"), op.arg(1, "repeats")
     if axis is None or not isinstance(times, int):
@@ -109,7 +111,7 @@ def _repeated(term: Term, times: int) -> Term:
     return new_leaves([times])[0] if term.size == 1 else prod([*new_leaves([times]), term])
 
 
-@rule("pixel_shuffle")
+@register_rule("pixel_shuffle")
 def pixel_shuffle(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     """Shi et al., CVPR 2016: (…, C·r², H, W) → (…, C, H·r, W·r)."""
     axes, scale = op.args[0].axes, op.args[1]
@@ -120,14 +122,14 @@ def pixel_shuffle(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     return [[*axes[:-3], parts[0], *(Fixed(side) for side in op.outputs[0].shape[-2:])]]
 
 
-@rule("pixel_unshuffle")
+@register_rule("pixel_unshuffle")
 def pixel_unshuffle(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     axes, scale = op.args[0].axes, op.args[1]
     channels = prod([axes[-3], Fixed(scale * scale)])
     return [[*axes[:-3], channels, *(Fixed(side) for side in op.outputs[0].shape[-2:])]]
 
 
-@rule("channel_shuffle", "native_channel_shuffle")
+@register_rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     axes = list(op.args[0].axes)
     parts = factor(axes[1], axes[1].size // op.args[1])
@@ -137,7 +139,7 @@ def channel_shuffle(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None
     return [axes]
 
 
-@rule("im2col")
+@register_rule("im2col")
 def im2col(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     """Patches of (N, C, H, W): (N, C·kernel, positions)."""
     axes, kernel = op.args[0].axes, math.prod(op.args[1])
@@ -145,7 +147,7 @@ def im2col(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     return [[*first, prod([axes[-3], Fixed(kernel)]), Fixed(op.outputs[0].shape[-1])]]
 
 
-@rule("col2im")
+@register_rule("col2im")
 def col2im(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     axes, kernel = op.args[0].axes, math.prod(op.args[2])
     parts = factor(axes[-2], kernel)
@@ -156,7 +158,7 @@ def col2im(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     return [[*first, parts[0], *(Fixed(side) for side in op.outputs[0].shape[-2:])]]
 
 
-@rule("unfold")
+@register_rule("unfold")
 def windows(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     axes = list(op.args[0].axes)
     axis = op.args[1]
