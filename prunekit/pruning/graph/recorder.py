@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from prunekit.pruning.graph.axis_terms import Term
 from prunekit.pruning.graph.shapes import fast_result
 
-_TORCH = os.path.dirname(torch.__file__)
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 
 @dataclass(eq=False)

@@ -103,12 +103,21 @@ def _upsample(value: Tensor, args: Any, kwargs: Any) -> Tensor | None:
     return value.new_empty((*value.shape[:2], *size))
 
 
+def _attention(value: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    _, key, last = args[:3]
+    same = value.shape[:-2] == key.shape[:-2] == last.shape[:-2] and value.shape[-1] == key.shape[-1]
+    if not same or key.shape[-2] != last.shape[-2] or any(isinstance(own, Tensor) for own in kwargs.values()):
+        return None
+    return value.new_empty((*value.shape[:-1], last.shape[-1])) if len(args) < 4 or args[3] is None else None
+
+
 _KNOWN: dict[str, Callable[[Tensor, Any, Any], Tensor | None]] = {
     **dict.fromkeys(_UNARY, _same),
     **dict.fromkeys([f"{name}_" for name in _UNARY], _in_place),
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys([f"{name}_" for name in _BINARY], _binary_in_place),
     **{"batch_norm": _norm, "instance_norm": _norm, "prelu": _norm, "layer_norm": _layer_norm, "linear": _linear},
+    **{"softmax": _same, "scaled_dot_product_attention": _attention},
     **{"group_norm": _group_norm, **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution)},
     **{f"upsample_{kind}": _upsample for kind in ("nearest2d", "bilinear2d", "bicubic2d", "nearest1d", "linear1d")},
 }

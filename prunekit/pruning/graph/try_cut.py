@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from prunekit.pruning.graph.attributes import alike_in_other_modules, enclosing, lengths_kept_by, running_modules
 from prunekit.pruning.graph.axes import conv_groups
 from prunekit.pruning.graph.axis_terms import Cat, Fixed, Leaf, Prod, Term, leaves, prod, resolve
 from prunekit.pruning.graph.recorder import Op, Record
@@ -27,7 +28,7 @@ from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
 MAX_MODULES = 200  # whose attributes follow one group
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+_OWN = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[2]}/")
 
 
 class FixedSizes:
@@ -118,12 +119,12 @@ class FixedSizes:
 
     def _guess(self, leaf: Leaf, op: Op, attributes: Sequence[Attribute]) -> None:
         """What follows a leaf in one layer will follow that in the same place of the others of its kind."""
-        levels = _enclosing(op.module)
+        levels = enclosing(op.module)
         if not all(attribute.module in levels for attribute in attributes):
             return
         for other in self._trial.alike(op):
             twin = _at(other, _role(leaf, op))
-            own = _enclosing(other.module)
+            own = enclosing(other.module)
             if twin is not None and twin is not leaf and len(own) == len(levels):
                 places = [(attribute, own[levels.index(attribute.module)]) for attribute in attributes]
                 self._guesses[twin] = [a.model_copy(update={"module": name}) for a, name in places]
@@ -213,14 +214,14 @@ class _Trial:
         strict = all(value.is_meta for value in self.model.parameters())
         for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)) if strict else ():
             if (text := _difference(before, after, cut)) is not None:
-                return _Fault(text, before, number, _enclosing(before.module))
+                return _Fault(text, before, number, enclosing(before.module))
         if error is None and (not strict or len(ops) == len(self.record.ops)):
             return None
         number = min(len(ops), len(self.record.ops) - 1)
         text = "it runs other operations" if error is None else f"{_line(error)} fails: {first_line(error)}"
         failing = self.record.ops[number]
-        modules = _running(error, copied) if error is not None else []
-        return _Fault(text, failing, number, list(dict.fromkeys([*modules, *_enclosing(failing.module)])))
+        modules = running_modules(error, copied) if error is not None else []
+        return _Fault(text, failing, number, list(dict.fromkeys([*modules, *enclosing(failing.module)])))
 
 
 def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
@@ -259,6 +260,14 @@ def _follow(
                     return None
             if after is None or after.number > fault.number:
                 found += chosen
+                if after is not None:
+                    # At once in all modules of the kind.
+                    twins = alike_in_other_modules(modules, found, chosen)
+                    changed = group.model_copy(update={"attributes": [*group.attributes, *found, *twins]})
+                    later = trial.run({leaf: changed}) if twins else after
+                    if later is None or later.number > after.number:
+                        found += twins
+                        after = later
                 trial.known |= {(type(modules[a.module]), a.name, a.index) for a in chosen}
                 if after is None:
                     return found
@@ -317,7 +326,7 @@ def _choices(
     for name in names[:4]:
         own = [
             attribute
-            for attribute in _attributes(name, modules[name], lengths)
+            for attribute in lengths_kept_by(name, modules[name], lengths)
             if (name, attribute.name, attribute.index) not in taken
         ]
         if not own:
@@ -331,17 +340,6 @@ def _choices(
             yield from ([attribute] for attribute in own)
 
 
-def _attributes(name: str, module: nn.Module, lengths: Mapping[int, int]) -> Iterator[Attribute]:
-    """Yield the whole numbers that a module keeps which are lengths of axes with the group's channels."""
-    for key, value in vars(module).items():
-        if type(value) is int and value in lengths:
-            yield Attribute(module=name, name=key, size=value, lost=lengths[value])
-        elif isinstance(value, tuple | list) and type(value) in (tuple, list):
-            for index, part in enumerate(value):
-                if type(part) is int and part in lengths:
-                    yield Attribute(module=name, name=key, index=index, size=part, lost=lengths[part])
-
-
 def _lengths(leaf: Leaf, group: Group, op: Op) -> dict[int, int]:
     """The lengths of axes with the group's channels, and what each loses with one of them."""
     lengths = {}
@@ -350,26 +348,6 @@ def _lengths(leaf: Leaf, group: Group, op: Op) -> dict[int, int]:
             if (after := _length(term, {leaf: 1})) < term.size:
                 lengths[term.size] = term.size - after
     return {**lengths, group.channels: 1}
-
-
-def _enclosing(module: str) -> list[str]:
-    """A module and those that it is in, the innermost first."""
-    names = [module]
-    while module:
-        module = module.rpartition(".")[0]
-        names.append(module)
-    return names
-
-
-def _running(error: Exception, model: nn.Module) -> list[str]:
-    """The modules whose code failed, the innermost first."""
-    names = {module: name for name, module in model.named_modules()}
-    found = []
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and owner in names:
-            found.append(names[owner])
-    return list(dict.fromkeys(reversed(found)))
 
 
 def _sides(shape: Sequence[int]) -> str:

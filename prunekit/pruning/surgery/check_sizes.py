@@ -23,7 +23,7 @@ from prunekit.pruning.graph.meta import FastShapes, to_meta
 OFFSETS = (*range(1, 9), 11, 13, 15, 16, 23, 29, 31, 32)
 MAX_SIZES = 6
 MAX_VALUES = 4  # an argument with more values than this over all sizes is the size itself
-_TORCH = os.path.dirname(torch.__file__)
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 Call = tuple[str, tuple[str, int], str, int]  # module, line, function, number of the call
 Behavior = dict[Call, tuple]  # what each call does: pairs (what, value)

@@ -1,0 +1,58 @@
+"""Numbers that modules keep and that are lengths of axes, such as ``head_dim``."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from prunekit.pruning.plan import Attribute
+
+
+def lengths_kept_by(name: str, module: nn.Module, lengths: Mapping[int, int]) -> Iterator[Attribute]:
+    """Yield the whole numbers that a module keeps which are lengths of axes with the group's channels."""
+    for key, value in vars(module).items():
+        if type(value) is int and value in lengths:
+            yield Attribute(module=name, name=key, size=value, lost=lengths[value])
+        elif isinstance(value, tuple | list) and type(value) in (tuple, list):
+            for index, part in enumerate(value):
+                if type(part) is int and part in lengths:
+                    yield Attribute(module=name, name=key, index=index, size=part, lost=lengths[part])
+
+
+def alike_in_other_modules(
+    modules: Mapping[str, nn.Module], found: Sequence[Attribute], chosen: Sequence[Attribute]
+) -> list[Attribute]:
+    """The attributes like those chosen that other modules of the kind keep."""
+    taken = {(attribute.module, attribute.name, attribute.index) for attribute in found}
+    twins = []
+    for name, module in modules.items():
+        for attribute in chosen:
+            value = vars(module).get(attribute.name)
+            same = type(module) is type(modules[attribute.module]) and value == vars(modules[attribute.module]).get(
+                attribute.name
+            )
+            if same and (name, attribute.name, attribute.index) not in taken:
+                twins.append(attribute.model_copy(update={"module": name}))
+    return twins
+
+
+def enclosing(module: str) -> list[str]:
+    """A module and those that it is in, the innermost first."""
+    names = [module]
+    while module:
+        module = module.rpartition(".")[0]
+        names.append(module)
+    return names
+
+
+def running_modules(error: Exception, model: nn.Module) -> list[str]:
+    """The modules whose code failed, the innermost first."""
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names:
+            found.append(names[owner])
+    return list(dict.fromkeys(reversed(found)))
