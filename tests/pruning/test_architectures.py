@@ -24,8 +24,8 @@ REASONS = {
     "googlenet_aux": {"path to the output", "in train mode only"},
     "mixer": {"what are not channels"},
     "shufflenet_v1": {"regrouped between convolutions with groups"},
-    "transformer_encoder": {"relies on its number of channels", "passes select"},
-    "vit": {"what are not channels", "passes unbind", "relies on its number of channels: unflatten"},
+    "transformer_encoder": {"passes select"},
+    "vit": {"what are not channels", "passes unbind"},
 }
 # Networks with grouped convolutions, in which not all dead channels can be cut.
 GROUPED = {"resnext", "shufflenet_v1", "style_transfer"}

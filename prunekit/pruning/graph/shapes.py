@@ -20,7 +20,9 @@ _BINARY = ("add", "sub", "mul", "div")
 def fast_result(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return a meta tensor like what an operation returns; None where PyTorch decides, such as about errors."""
     value = args[0] if args else None
-    if not isinstance(value, Tensor) or not value.is_meta or not value.is_floating_point():
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return None
+    if not all(own.is_meta for own in args if isinstance(own, Tensor)):
         return None
     known = _KNOWN.get(name)
     return known(value, args, kwargs) if known is not None else None
