@@ -22,17 +22,19 @@ def lengths_kept_by(name: str, module: nn.Module, lengths: Mapping[int, int]) ->
 
 
 def alike_in_other_modules(
-    modules: Mapping[str, nn.Module], found: Sequence[Attribute], chosen: Sequence[Attribute]
+    modules: Mapping[str, nn.Module],
+    owners: Mapping[str, nn.Module],
+    found: Sequence[Attribute],
+    chosen: Sequence[Attribute],
 ) -> list[Attribute]:
-    """The attributes like those chosen that other modules of the kind keep."""
+    """The attributes like those chosen that some modules of the kind keep; ``owners`` are all modules."""
     taken = {(attribute.module, attribute.name, attribute.index) for attribute in found}
     twins = []
     for name, module in modules.items():
         for attribute in chosen:
             value = vars(module).get(attribute.name)
-            same = type(module) is type(modules[attribute.module]) and value == vars(modules[attribute.module]).get(
-                attribute.name
-            )
+            owner = owners[attribute.module]
+            same = type(module) is type(owner) and value == vars(owner).get(attribute.name)
             if same and (name, attribute.name, attribute.index) not in taken:
                 twins.append(attribute.model_copy(update={"module": name}))
     return twins

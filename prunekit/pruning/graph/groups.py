@@ -74,6 +74,7 @@ class _Channels:
     statistics: list[Statistic] = field(default_factory=list)
     exprs: list[GateExpr] = field(default_factory=list)
     zeroed: bool = False
+    shifted: str | None = None  # a layer that reads what is not zero where the channel is
     attributes: list[Attribute] = field(default_factory=list)
 
 
@@ -97,7 +98,7 @@ class _GroupBuilder:
             if op.name in ("batch_norm", "instance_norm") and op.args[1] in gates
         }
         contractions = {read.op for read in graph.reads} | {op for op, _ in graph.zeroed}
-        self.states = ZeroStates(record, gates, contractions)
+        self.states = ZeroStates(record, dict(model.named_parameters()), gates, contractions)
         self.reads: dict[tuple[Value, int], list[Read]] = defaultdict(list)
         for read in graph.reads:
             self.reads[read.tensor, read.axis].append(read)
@@ -117,6 +118,9 @@ class _GroupBuilder:
             for span in spans(term):
                 attribute = Attribute(module=module, name=key, size=term.size, lost=span.stride)
                 self._of(span.leaf).attributes.append(attribute)
+        for channels in self.channels.values():
+            if channels.zeroed and channels.shifted:
+                lock(channels.leaf, f"read by {channels.shifted}, where a channel without weights is not zero")
         found = [channels for channels in self.channels.values() if channels.members]
         for channels in found:
             channels.members.sort(key=self._member_order)
@@ -165,6 +169,8 @@ class _GroupBuilder:
             for span, state in zip(own, states, strict=True):
                 channels = self._of(span.leaf)
                 channels.exprs.append(state.gate_expr)
+                if state.shifted:
+                    channels.shifted = self.graph.label(read.op)
                 if not is_layer or span.repeats:
                     self._require_zero(channels, read.op, [state])
                 for member in channels.members:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from prunekit.pruning.graph.axis_terms import Term
 from prunekit.pruning.graph.shapes import fast_result
 
+MAX_NUMBERS = 64
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 
@@ -141,8 +142,10 @@ class OperationKeys:
         def leave(*_: Any) -> None:
             self.running.pop()
 
-        handles = [module.register_forward_pre_hook(enter) for module in self.names]
-        handles += [module.register_forward_hook(leave, always_call=True) for module in self.names]
+        # Scripted modules have no hooks.
+        hooked = [module for module in self.names if not isinstance(module, torch.jit.ScriptModule)]
+        handles = [module.register_forward_pre_hook(enter) for module in hooked]
+        handles += [module.register_forward_hook(leave, always_call=True) for module in hooked]
         try:
             yield
         finally:
@@ -195,6 +198,8 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
         tensors = [result] if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         is_constant = all(value.is_constant for value in inputs)
         written = self._written(func, args, kwargs)
+        if name == "lift_fresh" and not args[0].is_meta and args[0].numel() <= MAX_NUMBERS:
+            given[1]["numbers"] = args[0].flatten().tolist()  # of torch.tensor(…)
         # Some return what they are given, such as ``contiguous`` of what is contiguous.
         new = [t for t in tensors if id(t) not in self.values or any(t is other for other in written)]
         outputs = [

@@ -98,6 +98,8 @@ def _cut_statistics(
         elif axes[name, kind] == 1:
             *others, last = module.normalized_shape
             module.normalized_shape = (*others, last - lost)
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+            module.normalized_shape = tuple(module.weight.shape)
 
 
 def slice_tensor(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +41,11 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         # A copy of it runs, since the model may keep something.
         found = record_call(copy_module(runner), batch)
     except Exception:
-        runner, batch = model, example.detach()[:2].clone()
-        with _restored(model):
-            try:
-                found = record_call(model.eval(), batch)
-            except Exception:
-                try:
-                    # It differentiates in its forward, for example.
-                    found = record_call(model.eval(), batch, torch.enable_grad)
-                except Exception as error:  # It is the user's code and may raise anything.
-                    raise _failure(example, error) from error
+        batch = example.detach()[:2].clone()
+        try:
+            runner, found = _record_values(model, batch)
+        except Exception as error:  # It is the user's code and may raise anything.
+            raise _failure(example, error) from error
     if not found.outputs:
         what = f"it returns {found.returned}, in which no tensor was found; return tensors"
         raise PlanError(f"the model fails on an input of shape {tuple(example.shape)}: {what}")
@@ -59,6 +54,21 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             f"the model fails on an input of shape {tuple(example.shape)}: its output does not depend on its input"
         )
     return Trace(runner, batch, found, _train_record(runner, batch, found))
+
+
+def _record_values(model: nn.Module, batch: Tensor) -> tuple[nn.Module, Record]:
+    """Record a model that reads values: a copy of it, or itself where a copy cannot be made or runs other modules."""
+    with suppress(Exception):
+        runner = copy_module(model).eval()
+        found = record_call(runner, batch)
+        if any(value.name is not None for op in found.ops for value in op.inputs):
+            return runner, found
+    with _restored(model):
+        try:
+            return model, record_call(model.eval(), batch)
+        except Exception:
+            # It differentiates in its forward, for example.
+            return model, record_call(model.eval(), batch, torch.enable_grad)
 
 
 def _failure(example: Tensor, error: Exception) -> PlanError:
@@ -95,7 +105,9 @@ def tensors_in(output: Any, _outer: tuple[Any, ...] = ()) -> list[Tensor]:
     _outer = (*_outer, output)
     if isinstance(output, Mapping):
         output = list(output.values())
-    elif not isinstance(output, list | tuple):
+    elif isinstance(output, Collection) and not isinstance(output, str | bytes):
+        output = list(output)
+    else:
         # A dataclass or another object of the user's; not a module, a function or a class.
         slots = [name for cls in type(output).__mro__ for name in getattr(cls, "__slots__", ())]
         plain = isinstance(output, nn.Module | type) or callable(output)

@@ -27,6 +27,8 @@ from prunekit.pruning.plan import Attribute, Group
 from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
+# Operations whose whole numbers are not sizes, although they are not elementwise.
+COUNTS = {"group_norm", "roll", "topk", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "lift_fresh", "fill"}
 MAX_MODULES = 200  # whose attributes follow one group
 _OWN = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[2]}/")
 
@@ -68,6 +70,10 @@ class FixedSizes:
             blamed = {leaf: left[leaf] for leaf in fault.leaves if leaf in left} or left
             suspects.append(blamed)
             left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
+        for some in self._halves(left):
+            if (fault := trial.run(some)) is not None:
+                blamed = {leaf: some[leaf] for leaf in fault.leaves if leaf in some} or some
+                suspects.append(blamed)
         followed: dict[Leaf, Group] = {}
         failing: list[tuple[Leaf, Group, _Fault]] = []
         while suspects:
@@ -99,6 +105,16 @@ class FixedSizes:
                 del followed[leaf]
         self._tied += [a for _, a, _ in trial.ties]
         return [(a, b) for _, a, b in trial.ties]
+
+    def _halves(self, groups: Mapping[Leaf, Group]) -> list[dict[Leaf, Group]]:
+        """Halves drawn at random, twice: of two groups that fit each other by chance, one is cut alone."""
+        halves = []
+        for seed in (1, 2):
+            first = np.random.default_rng(seed).random(len(groups)) < 0.5
+            for chosen in (first, ~first):
+                items = [item for item, take in zip(groups.items(), chosen, strict=True) if take]
+                halves += [dict(items)] if items else []
+        return halves
 
     def _follow(self, leaf: Leaf, group: Group, fault: _Fault, groups: Mapping[Leaf, Group]) -> bool:
         """Give a group the attributes that follow it, or a reason; return whether it has attributes."""
@@ -185,6 +201,15 @@ class _Trial:
     def _draw(self, size: int) -> int:
         return 1 + int(self._random.integers(max(size // 2, 1)))
 
+    def modules_of(self, leaf: Leaf) -> list[str]:
+        """The modules that compute with a leaf's channels, and those that they are in."""
+        names: dict[str, None] = {}
+        for op in self.record.ops:
+            terms = [term for value in (*op.inputs, *op.outputs) for term in value.axes]
+            if any(leaf in leaves(term) for term in terms):
+                names.update(dict.fromkeys(enclosing(op.module)))
+        return list(names)
+
     def alike(self, op: Op) -> list[Op]:
         """The calls of an operation by the same line of code."""
         return [other for other in self.record.ops if (other.line, other.name) == (op.line, op.name)]
@@ -200,7 +225,10 @@ class _Trial:
 
     def run(self, groups: Mapping[Leaf, Group]) -> _Fault | None:
         """Cut the first channels of groups, and compare what the model does then."""
-        copied = copy_module(self.model)
+        try:
+            copied = copy_module(self.model)
+        except Exception:
+            return None  # Such a model cannot be slimmed either, which names the reason.
         # Numbers that differ, so that no group is as long as another one by chance.
         cut = {leaf: self._numbers.setdefault(leaf, self._draw(leaf.size)) for leaf in groups}
         dead = {group.id: set(range(cut[leaf])) for leaf, group in groups.items()}
@@ -232,7 +260,8 @@ def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
         expected = tuple(_length(term, cut) for term in old.axes)
         if new.shape != expected:
             return f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
-    kinds = int | float if is_elementwise(before.name, before.func) else float
+    counts = is_elementwise(before.name, before.func) or before.name.removesuffix("_") in COUNTS
+    kinds = int | float if counts else float
     numbers = [
         [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, kinds)] for op in (before, after)
     ]
@@ -259,10 +288,13 @@ def _follow(
                     trial.tie_alike(leaf, fault.op, other, after.op)
                     return None
             if after is None or after.number > fault.number:
+                if len(chosen) > 1:
+                    chosen = _needed(trial, leaf, group, found, chosen, after)
                 found += chosen
                 if after is not None:
                     # At once in all modules of the kind.
-                    twins = alike_in_other_modules(modules, found, chosen)
+                    computing = {name: modules[name] for name in trial.modules_of(leaf)}
+                    twins = alike_in_other_modules(computing, modules, found, chosen)
                     changed = group.model_copy(update={"attributes": [*group.attributes, *found, *twins]})
                     later = trial.run({leaf: changed}) if twins else after
                     if later is None or later.number > after.number:
@@ -278,6 +310,24 @@ def _follow(
                 trial.ties.append((leaf, leaf, other))
             return None
     return None
+
+
+def _needed(
+    trial: _Trial,
+    leaf: Leaf,
+    group: Group,
+    found: Sequence[Attribute],
+    chosen: Sequence[Attribute],
+    reached: _Fault | None,
+) -> list[Attribute]:
+    """Those of the chosen attributes without which the model fails earlier."""
+    needed = list(chosen)
+    for attribute in chosen:
+        others = [other for other in needed if other is not attribute]
+        fault = trial.run({leaf: group.model_copy(update={"attributes": [*group.attributes, *found, *others]})})
+        if fault is None or (reached is not None and fault.number >= reached.number):
+            needed = others
+    return needed
 
 
 def _as_long(leaf: Leaf, op: Op) -> Leaf | None:
@@ -320,8 +370,8 @@ def _choices(
     lengths: Mapping[int, int],
     found: Sequence[Attribute],
 ) -> Iterator[list[Attribute]]:
-    """Yield sets of attributes that may be the cause: what followed another group first, then all of a module, then
-    each alone."""
+    """Yield sets of attributes that may be the cause: what followed another group first, then each of a module alone,
+    then all of it. Few are tried first, since a number may have the same value by chance."""
     taken = {(attribute.module, attribute.name, attribute.index) for attribute in found}
     for name in names[:4]:
         own = [
@@ -335,9 +385,9 @@ def _choices(
         known = [a for a in own if (kind, a.name, a.index) in trial.known]
         if known and len(known) < len(own):
             yield known
-        yield own
+        yield from ([attribute] for attribute in own)
         if len(own) > 1:
-            yield from ([attribute] for attribute in own)
+            yield own
 
 
 def _lengths(leaf: Leaf, group: Group, op: Op) -> dict[int, int]:

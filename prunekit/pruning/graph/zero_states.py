@@ -5,7 +5,7 @@ Runs after propagation, when the terms of all axes are known. The states of an a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -32,6 +32,7 @@ SHIFTING = {
     "log_softmax",
     "_log_softmax",
     "logsumexp",
+    "logcumsumexp",
     "argmax",
     "argmin",
     "argsort",
@@ -60,20 +61,21 @@ class ZeroStates:
 
     Args:
         record: with axes.
+        own: names of the parameters, which are zero for a channel without weights; buffers are not.
         gates: the weights of norms that are gates, with the norms' names.
         contractions: the operations that sum over channels, whose outputs' channels are new.
     """
 
-    def __init__(self, record: Record, gates: dict[Value, str], contractions: set[Op]):
+    def __init__(self, record: Record, own: Collection[str], gates: dict[Value, str], contractions: set[Op]):
         self._spans: dict[int, tuple[Term, list[Span]]] = {}
         self._states: dict[Value, list[list[State]]] = {}
         self._gates = gates
         self._contractions = contractions
-        names = set(record.tensors.values())
+        parameters = {record.tensors[name] for name in record.tensors if name in own}
         for op in record.ops:
             for value in op.inputs:
                 if value not in self._states:
-                    self._set(value, MADE if value in names else UNKNOWN)
+                    self._set(value, MADE if value in parameters else UNKNOWN)
             self._apply(op)
 
     def spans(self, term: Term) -> list[Span]:
@@ -89,7 +91,9 @@ class ZeroStates:
 
     def _apply(self, op: Op) -> None:
         tensors = [value for value in op.inputs if value.axes]
-        elementwise = is_elementwise(op.name, op.func) and op.name.removesuffix("_") not in RULES
+        name = op.name.removesuffix("_")
+        larger = name in ("max", "min") and len(op.inputs) > 1
+        elementwise = larger or (is_elementwise(op.name, op.func) and name not in RULES)
         for number, output in enumerate(op.outputs):
             states = []
             for axis, term in enumerate(output.axes):
@@ -134,23 +138,33 @@ class ZeroStates:
             weight = op.args[1]
             made = len(output.axes) - (1 if op.name == "linear" else len(weight.axes) - 1)
             if axis == made:
-                return [MADE] * len(own)
-            tensors = [op.args[0]]
-        elif op.name not in PRODUCTS and op.args and isinstance(op.args[0], Value):
+                return self._aligned(weight, 1 if "transpose" in op.name else 0, own)
+            states = self._found(op, [op.args[0]], number, axis, own)
+            biased = op.arg(2, "bias") is not None
+            return [replace(state, shifted=True) for state in states] if biased else states
+        if op.name not in PRODUCTS and op.name != "stack" and op.args and isinstance(op.args[0], Value):
             tensors = [op.args[0], *(value for value in tensors if value is not op.args[0])]
         states = self._found(op, tensors, number, axis, own)
         if op.name in STATISTICAL:
-            # What is pruned does not come out of the reference, whatever goes in.
-            return [State() for _ in own]
+            over = {1} if op.name == "group_norm" else set(range(len(output.axes) - len(op.args[1]), len(output.axes)))
+            # What is pruned does not come out of the reference, whatever goes in; zeros of another axis get the bias.
+            return [State() for _ in own] if axis in over else [replace(state, shifted=True) for state in states]
+        if number and op.name in ("max", "min", "sort", "topk", "median", "mode", "kthvalue", "cummax", "cummin"):
+            return [UNKNOWN] * len(own)  # places
+        if op.name == "scaled_dot_product_attention" and axis == len(output.axes) - 2:
+            return [UNKNOWN] * len(own)  # a query of zero is answered with a mean
+        if op.name in ("addmm", "baddbmm", "addmv") and axis != len(output.axes) - 1:
+            return [replace(state, shifted=True) for state in states]
         if op.name.removesuffix("_") in SHIFTING:
             return [replace(state, shifted=True) for state in states]
-        return [replace(state, padded=True) for state in states] if _pads(op, axis) else states
+        filled = _fills(op)
+        return [replace(s, padded=True, shifted=s.shifted or filled) for s in states] if _pads(op, axis) else states
 
     def _normed(self, op: Op, axis: int) -> list[State]:
         value, weight = op.args[0], op.args[1]
         states = self._states[value][axis]
         if axis != 1:
-            return states
+            return [replace(state, shifted=True) for state in states]
         name = self._gates.get(weight) if isinstance(weight, Value) else None
         if name is None:
             return [replace(state, shifted=True) for state in states]
@@ -175,6 +189,15 @@ class ZeroStates:
                 )
                 for states in zip(*aligned, strict=True)
             ]
+        if op.name == "stack":
+            inner = axis - (axis > op.arg(1, "dim", 0) % len(output.axes))
+            sides = [self._aligned(value, inner, own) for value in tensors]
+            return [_parallel(states) for states in zip(*sides, strict=True)]
+        if op.name in PRODUCTS and len(output.axes) > 1 and axis >= len(output.axes) - 2:
+            # Rows are those of the first, columns of the second.
+            side, place = (op.args[0], -2) if axis == len(output.axes) - 2 else (op.args[1], -1)
+            if len(side.axes) > 1:
+                return self._aligned(side, len(side.axes) + place, own)
         candidates: list[list[State]] = []
         preferred = [op.args[2]] if op.name == "scaled_dot_product_attention" else []
         for value in preferred or tensors:
@@ -203,6 +226,12 @@ class ZeroStates:
             if span.leaf is leaf
         }
         return next(iter(found)) if len(found) == 1 else UNKNOWN
+
+
+def _parallel(states: Sequence[State]) -> State:
+    """The state of entries that are those of several tensors."""
+    exprs = parallel(state.gate_expr for state in states)
+    return State(exprs, any(state.shifted for state in states), any(state.padded for state in states))
 
 
 def _gated(expr: GateExpr, norm: str, span: Span) -> GateExpr:
@@ -242,6 +271,12 @@ def _pads(op: Op, axis: int) -> bool:
         padding, counts = op.arg(3, "padding", 0), op.arg(5, "count_include_pad", True)
         return bool(counts) and any(padding if isinstance(padding, list | tuple) else [padding])
     return False
+
+
+def _fills(op: Op) -> bool:
+    """Return whether a padding has another number than zero."""
+    value = op.arg(2, "value") if op.name == "constant_pad_nd" else op.arg(3, "value") if op.name == "pad" else 0
+    return bool(value)
 
 
 def _combined(states: Sequence[State | None], zeroing: Sequence[bool], keeps_zero: bool) -> State:

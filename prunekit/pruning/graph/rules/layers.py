@@ -40,7 +40,7 @@ def convolution(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     sides = [Fixed(side) for side in op.outputs[0].shape[-(len(weight.shape) - 2) :]]
     axis = len(value.axes) - len(weight.shape) + 1  # 0 without an axis of images
     images, channels = list(value.axes[:axis]), value.axes[axis]
-    graph.lock(op, value.axes[axis + 1 :], "as positions")
+    graph.lock(op, [*value.axes[axis + 1 :], *weight.axes[2:]], "as positions")
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
     depthwise = _is_depthwise(op, graph, weight, groups, transposed)
     outputs: Term = weight.axes[out_axis]
