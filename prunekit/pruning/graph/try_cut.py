@@ -70,7 +70,7 @@ class FixedSizes:
             blamed = {leaf: left[leaf] for leaf in fault.leaves if leaf in left} or left
             suspects.append(blamed)
             left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
-        for some in self._halves(left):
+        for some in self._parts(left):
             if (fault := trial.run(some)) is not None:
                 blamed = {leaf: some[leaf] for leaf in fault.leaves if leaf in some} or some
                 suspects.append(blamed)
@@ -106,15 +106,11 @@ class FixedSizes:
         self._tied += [a for _, a, _ in trial.ties]
         return [(a, b) for _, a, b in trial.ties]
 
-    def _halves(self, groups: Mapping[Leaf, Group]) -> list[dict[Leaf, Group]]:
-        """Halves drawn at random, twice: of two groups that fit each other by chance, one is cut alone."""
-        halves = []
-        for seed in (1, 2):
-            first = np.random.default_rng(seed).random(len(groups)) < 0.5
-            for chosen in (first, ~first):
-                items = [item for item, take in zip(groups.items(), chosen, strict=True) if take]
-                halves += [dict(items)] if items else []
-        return halves
+    def _parts(self, groups: Mapping[Leaf, Group]) -> list[dict[Leaf, Group]]:
+        """Parts of the groups, such that of any two that may fit each other by chance, one is cut without the other."""
+        items = list(groups.items())
+        bits = range(max(len(items) - 1, 0).bit_length())
+        return [dict(item for number, item in enumerate(items) if number >> bit & 1) for bit in bits]
 
     def _follow(self, leaf: Leaf, group: Group, fault: _Fault, groups: Mapping[Leaf, Group]) -> bool:
         """Give a group the attributes that follow it, or a reason; return whether it has attributes."""

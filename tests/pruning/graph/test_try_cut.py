@@ -57,3 +57,38 @@ def test_line_of_code_is_named():
 @pytest.mark.parametrize("flatten", [lambda net, x: x.view(x.size(0), -1), lambda net, x: torch.flatten(x, 1)])
 def test_computed_sizes_are_prunable(flatten):
     assert set(reasons(flatten).values()) == {None}
+
+
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 7, 3), nn.Conv2d(8, 7, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        half = x.shape[1] // 2
+        return self.a(x[:, :half]) + self.b(x[:, half:])
+
+
+def test_groups_that_fit_each_other_by_chance_are_found():
+    free = [group for group in find_groups(Halves(), torch.randn(2, 3, 8, 8)) if group.reason is None]
+    # Both halves lose the same channels.
+    assert len(free) <= 1 and all(len(group.readers) == 2 for group in free)
+
+
+class Window(nn.Module):
+    """``window`` has the value of ``width`` by chance."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = self.window = 32
+        self.embed, self.up, self.out = nn.Embedding(30, 16), nn.Linear(16, 32), nn.Linear(32, 5)
+
+    def forward(self, tokens):
+        tokens = tokens[:, -self.window :]
+        return self.out(self.up(self.embed(tokens)).relu().view(*tokens.shape, self.width)).mean(1)
+
+
+def test_attribute_of_the_same_value_stays():
+    groups = {group.id: group for group in find_groups(Window(), torch.randint(30, (4, 8)))}
+    assert groups["up"].reason is None and [a.name for a in groups["up"].attributes] == ["width"]
