@@ -89,7 +89,7 @@ def _run_training(graph: AxisGraph, record: Record, train: Record) -> None:
 def _lock_computed(model: nn.Module, record: Record) -> None:
     """Lock the channels of weights that are computed from other tensors, such as by a parametrization."""
     for name, module in model.named_modules():
-        own = (*module._parameters, *module._buffers)
+        own = (*module._parameters.keys(), *module._buffers.keys())
         computed = [key for key in channel_tensors(module) if key not in own]
         for tensor, value in record.tensors.items() if computed and isinstance(module, (*LAYERS, *NORMS)) else ():
             if tensor.startswith(f"{name}."):

@@ -37,6 +37,7 @@ class Value:
     is_mask: bool = False  # of booleans
     is_index: bool = False  # of whole numbers
     axes: list[Term] = field(default_factory=list)
+    numbers: list[float] | None = None  # of a small constant, such as torch.tensor(…)
 
 
 @dataclass(eq=False)
@@ -198,8 +199,6 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
         tensors = [result] if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         is_constant = all(value.is_constant for value in inputs)
         written = self._written(func, args, kwargs)
-        if name == "lift_fresh" and not args[0].is_meta and args[0].numel() <= MAX_NUMBERS:
-            given[1]["numbers"] = args[0].flatten().tolist()  # of torch.tensor(…)
         # Some return what they are given, such as ``contiguous`` of what is contiguous.
         new = [t for t in tensors if id(t) not in self.values or any(t is other for other in written)]
         outputs = [
@@ -225,7 +224,11 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
 
     def _value(self, tensor: Tensor) -> Value:
         known = self.values.get(id(tensor))
-        return known or self.add(tensor, Value(tuple(tensor.shape), is_mask=tensor.dtype == torch.bool))
+        if known is None:
+            known = self.add(tensor, Value(tuple(tensor.shape), is_mask=tensor.dtype == torch.bool))
+            if not tensor.is_meta and tensor.numel() <= MAX_NUMBERS:
+                known.numbers = tensor.flatten().tolist()
+        return known
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         schema = func._schema

@@ -13,7 +13,6 @@ _UNARY = (
     *("relu", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu", "hardtanh", "clamp"),
     *("mish", "softplus", "relu6", "abs", "neg", "exp", "rsqrt", "sqrt", "square"),
 )
-_NORMS = ("batch_norm", "instance_norm", "layer_norm", "group_norm", "prelu")
 _BINARY = ("add", "sub", "mul", "div")
 
 

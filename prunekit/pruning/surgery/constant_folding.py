@@ -94,14 +94,21 @@ class Constants:
 
 
 def measure_constants(
-    model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Collection[int]], inputs: Sequence[Tensor]
+    model: nn.Module,
+    groups: Sequence[Group],
+    dead: Mapping[str, Collection[int]],
+    inputs: Sequence[Tensor],
+    runner: nn.Module | None = None,
 ) -> Constants:
-    """Run a model, in eval mode, and measure what dead channels emit at their readers: the mean and the range."""
+    """Run a model, in eval mode, and measure what dead channels emit at their readers: the mean and the range.
+
+    ``runner`` calls the model's modules in its place, such as one that masks statistics.
+    """
     indices = {group.id: channel_index(dead[group.id]) for group in groups if dead.get(group.id)}
     # What is zero has no constant.
     found = [group for group in groups if group.id in indices and not group.zeroed]
     members = [(group.id, member) for group in found for member in group.readers]
-    measured, outputs = _input_statistics(model, {member.module for _, member in members}, inputs)
+    measured, outputs = _input_statistics(model, runner or model, {member.module for _, member in members}, inputs)
     constants = Constants(indices, defaultdict(list), {name: means for name, (means, _) in measured.items()}, outputs)
     for group, member in members:
         channels, module = constants.dead[group], model.get_submodule(member.module)
@@ -117,7 +124,7 @@ def measure_constants(
 
 
 def _input_statistics(
-    model: nn.Module, names: Collection[str], inputs: Sequence[Tensor]
+    model: nn.Module, runner: nn.Module, names: Collection[str], inputs: Sequence[Tensor]
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[Tensor]]:
     """The mean and the width of the range of each entry of the axis of channels (the last of a linear layer, else the
     second) at the inputs of modules, over some batches; and the model's outputs on the first."""
@@ -140,7 +147,7 @@ def _input_statistics(
 
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:
-        outputs, *_ = [outputs_of(model, batch) for batch in inputs]
+        outputs, *_ = [outputs_of(runner, batch) for batch in inputs]
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prunekit.pruning.plan import Group
-from prunekit.pruning.surgery.constant_folding import measure_constants
+from prunekit.pruning.surgery.constant_folding import Constants, measure_constants
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import SENSITIVE, EquivalenceReport, check_all, zero_dead_gates
 from prunekit.pruning.surgery.masked_statistics import mask_statistics
@@ -44,7 +44,7 @@ class ExactSlimming:
         while True:
             dead = self.cutter.complete(dead)[0]
             gated = zero_dead_gates(self.model, self.groups, dead)
-            measured = measure_constants(gated, self.groups, dead, [*self.inputs, *self.noise])
+            measured = self._measure(gated, dead)
             inexact = measured.inexact(self.lost)
             shifts |= measured.output_shifts()
             # Each channel given back brings the models closer, so bisection finds the number.
@@ -62,7 +62,7 @@ class ExactSlimming:
         dead = self.cutter.complete(dead)[0]
         self.gated = zero_dead_gates(self.model, self.groups, dead)
         slimmed = copy_module(self.gated)
-        constants = measure_constants(slimmed, self.groups, dead, [*self.inputs, *self.noise])
+        constants = self._measure(slimmed, dead)
         plan, folding = rebuild(slimmed, self.groups, dead, constants, carry=True)
         self.lost |= folding.lost
         masked = mask_statistics(self.gated, self.groups, dead)
@@ -70,6 +70,11 @@ class ExactSlimming:
         report.folded, report.carriers = folding.folded, sum(map(len, folding.carriers.values()))
         report.unread, report.plan = folding.unread, plan
         return slimmed, report
+
+    def _measure(self, model: nn.Module, dead: Mapping[str, set[int]]) -> Constants:
+        """The constants of dead channels where statistics leave them out, as in the slim model."""
+        masked = mask_statistics(model, self.groups, dead)
+        return measure_constants(model, self.groups, dead, [*self.inputs, *self.noise], masked)
 
 
 def _without(dead: Mapping[str, set[int]], kept: Sequence[tuple[float, str, int]]) -> dict[str, set[int]]:

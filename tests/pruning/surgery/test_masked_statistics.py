@@ -1,10 +1,15 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.graph.silence import silence
 from prunekit.pruning.plan import Group, Statistic
 from prunekit.pruning.surgery.masked_statistics import mask_statistics
+from prunekit.pruning.surgery.plan_builder import make_plan
+from prunekit.pruning.surgery.slim import slim
 
 KEPT = torch.tensor([0, 2, 3, 5])
 
@@ -69,3 +74,37 @@ def test_other_calls_are_left_alone():
 def test_model_without_dead_statistics_is_returned_as_it_is():
     model = nn.Linear(2, 2)
     assert mask_statistics(model, [Group(id="a", channels=2, members=[])], {"a": {1}}) is model
+
+
+class MeanOfPositions(nn.Module):
+    """Channels without weights are constants, from the bias of a layer of positions, and pass a mean over those."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.positions, self.head = nn.Conv1d(3, 8, 1), nn.Linear(6, 10), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.positions(self.conv(x)).mean(2))
+
+
+class NormWithoutWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).relu().mean(1))
+
+
+@pytest.mark.parametrize("network", [MeanOfPositions, NormWithoutWeights])
+def test_constants_are_measured_without_what_statistics_leave_out(network):
+    torch.manual_seed(0)
+    model, example = network().eval(), torch.randn(4, 3, 6)
+    groups = find_groups(model, example)
+    dead = {group.id: {1, 4} for group in groups if group.reason is None}
+    assert dead
+    for group in groups:
+        if group.id in dead:
+            silence(model, group, np.array([1, 4]))
+    _, report = slim(model, make_plan(model, groups, dead), example, groups=groups, exact=True)
+    assert report.passed and report.given_back == 0

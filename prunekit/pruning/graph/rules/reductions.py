@@ -15,7 +15,7 @@ from prunekit.pruning.graph.rules.base import AxisGraph, broadcast, register_rul
 @register_rule(
     "logsumexp", "prod", "any", "all", "var_mean", "std_mean", "median", "aminmax", "nansum", "count_nonzero"
 )
-@register_rule("mode", "quantile", "square_sum")
+@register_rule("mode", "quantile")
 def reduce(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     if len(op.inputs) > 1:  # the larger of two
         return [broadcast(op, graph, op.inputs, len(op.outputs[0].shape))]
@@ -23,8 +23,6 @@ def reduce(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     rank = len(value.axes)
     position = 2 if op.name in ("norm", "linalg_vector_norm") else 1
     given = op.arg(position, "dim")
-    if op.name == "linalg_vector_norm" and given is None and len(op.args) > 2:
-        given = op.args[2]
     given = [given] if isinstance(given, int) and not isinstance(given, bool) else given
     over = {axis % rank for axis in given} if isinstance(given, list | tuple) and given else set(range(rank))
     for axis in over:
@@ -71,8 +69,8 @@ def _axes(op: Op, rank: int) -> set[int]:
         given = op.arg(2, "dim", -1)
     if isinstance(given, list | tuple) and not given:
         return set(range(rank))
-    return {axis % rank for axis in ([given] if isinstance(given, int) else given or default_axes(default))}
+    return {axis % rank for axis in ([given] if isinstance(given, int) else given or _default_axes(default))}
 
 
-def default_axes(default: int | tuple[int, ...]) -> tuple[int, ...]:
+def _default_axes(default: int | tuple[int, ...]) -> tuple[int, ...]:
     return default if isinstance(default, tuple) else (default,)

@@ -13,7 +13,7 @@ from prunekit.pruning.graph.rules.base import AxisGraph, new_leaves, register_ru
 @register_rule(
     "view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"
 )
-@register_rule("squeeze_copy", "view_copy", "pixel_shuffle_view")
+@register_rule("squeeze_copy", "view_copy")
 def reshape(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     """Entries stay in order: axes are merged and split."""
     if op.outputs[0].shape and math.prod(op.outputs[0].shape) == 0:

@@ -1,0 +1,180 @@
+"""A trial cut: what a model does without some channels, compared with what follows from the axes."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from prunekit.pruning.graph.attributes import enclosing, running_modules
+from prunekit.pruning.graph.axis_terms import Cat, Fixed, Leaf, Prod, Term, leaves, resolve
+from prunekit.pruning.graph.recorder import Op, Record
+from prunekit.pruning.graph.rules.base import is_elementwise
+from prunekit.pruning.graph.slicing import slice_model
+from prunekit.pruning.plan import Group
+from prunekit.utils.copying import copy_module
+from prunekit.utils.text import first_line
+
+# Operations whose whole numbers are not sizes, although they are not elementwise.
+COUNTS = {"group_norm", "roll", "topk", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fill"}
+FILLS = {"full": 1, "full_like": 1, "new_full": 2}  # where the number is
+_OWN = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[2]}/")
+
+
+@dataclass
+class Fault:
+    text: str
+    op: Op  # of the record, at which the model differs
+    number: int  # of the operation
+    modules: list[str]  # that were running, the innermost first
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        terms = [term for value in (*self.op.inputs, *self.op.outputs) for term in value.axes]
+        return list(dict.fromkeys(leaf for term in terms for leaf in leaves(term)))
+
+
+@dataclass
+class Trial:
+    model: nn.Module
+    record: Record
+    rerun: Callable[[nn.Module], Record]
+    # Leaves with terms that must be the same, since one number is the length of both.
+    ties: list[tuple[Leaf, Term, Term]] = field(default_factory=list)  # (the leaf that failed, one term, the other)
+    # What followed a group before: (class, attribute, index).
+    known: set[tuple[type, str, int | None]] = field(default_factory=set)
+    _numbers: dict[Leaf, int] = field(default_factory=dict)  # of channels that are cut
+    _random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def _draw(self, size: int) -> int:
+        return 1 + int(self._random.integers(max(size // 2, 1)))
+
+    def modules_of(self, leaf: Leaf) -> list[str]:
+        """The modules that compute with a leaf's channels, and those that they are in."""
+        names: dict[str, None] = {}
+        for op in self.record.ops:
+            terms = [term for value in (*op.inputs, *op.outputs) for term in value.axes]
+            if any(leaf in leaves(term) for term in terms):
+                names.update(dict.fromkeys(enclosing(op.module)))
+        return list(names)
+
+    def alike(self, op: Op) -> list[Op]:
+        """The calls of an operation by the same line of code."""
+        return [other for other in self.record.ops if (other.line, other.name) == (op.line, op.name)]
+
+    def tie_alike(self, a: Leaf, a_op: Op, b: Leaf, b_op: Op) -> None:
+        """Tie two leaves, and those in the same places of other layers of their kind."""
+        self.ties.append((a, a, b))
+        first, second = self.alike(a_op), self.alike(b_op)
+        for x, y in zip(first, second, strict=False) if len(first) == len(second) else ():
+            one, other = leaf_at(x, places_of(a, a_op)), leaf_at(y, places_of(b, b_op))
+            if one is not None and other is not None and one is not a and one.size == a.size == other.size:
+                self.ties.append((one, one, other))
+
+    def run(self, groups: Mapping[Leaf, Group]) -> Fault | None:
+        """Cut the first channels of groups, and compare what the model does then."""
+        try:
+            copied = copy_module(self.model)
+        except Exception:
+            return None  # Such a model cannot be slimmed either, which names the reason.
+        # Numbers that differ, so that no group is as long as another one by chance.
+        cut = {leaf: self._numbers.setdefault(leaf, self._draw(leaf.size)) for leaf in groups}
+        dead = {group.id: set(range(cut[leaf])) for leaf, group in groups.items()}
+        slice_model(copied, list(groups.values()), dead)
+        error = None
+        try:
+            ops = self.rerun(copied).ops
+        except Exception as raised:  # It is the user's code and may raise anything.
+            error, ops = raised, getattr(raised, "ops", [])
+        # Of a model that reads values, what it computes and how often may depend on them.
+        strict = all(value.is_meta for value in self.model.parameters())
+        for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)) if strict else ():
+            if (text := _difference(before, after, cut)) is not None:
+                return Fault(text, before, number, enclosing(before.module))
+        if error is None and (not strict or len(ops) == len(self.record.ops)):
+            return None
+        number = min(len(ops), len(self.record.ops) - 1)
+        text = "it runs other operations" if error is None else f"{_line(error)} fails: {first_line(error)}"
+        failing = self.record.ops[number]
+        modules = running_modules(error, copied) if error is not None else []
+        return Fault(text, failing, number, list(dict.fromkeys([*modules, *enclosing(failing.module)])))
+
+
+def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
+    """What an operation of the model without some channels does that does not follow from the axes."""
+    if before.name != after.name:
+        return f"{after.line} runs {after.name} instead of {before.name}"
+    for old, new in zip(before.outputs, after.outputs, strict=False):
+        expected = tuple(length_without(term, cut) for term in old.axes)
+        if new.shape != expected:
+            return f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
+    counts = is_elementwise(before.name, before.func) or before.name.removesuffix("_") in COUNTS
+    kinds = int | float if counts else float
+    numbers = [
+        [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, kinds)] for op in (before, after)
+    ]
+    numbers = [
+        [*own, *(value.numbers for value in op.inputs)] for own, op in zip(numbers, (before, after), strict=True)
+    ]
+    if before.name in FILLS:
+        numbers = [
+            [*own, op.arg(FILLS[before.name], "fill_value")] for own, op in zip(numbers, (before, after), strict=True)
+        ]
+    if numbers[0] != numbers[1]:
+        return f"{after.name} ({after.line}) computes with the number of channels"
+    return None
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def length_without(term: Term, cut: Mapping[Leaf, int]) -> int:
+    """The length of an axis without so many channels of some leaves."""
+    term = resolve(term)
+    if isinstance(term, Fixed):
+        return term.size
+    if isinstance(term, Leaf):
+        return term.size - cut.get(term, 0)
+    if isinstance(term, Cat):
+        return sum(length_without(part, cut) for part in term.parts)
+    assert isinstance(term, Prod)
+    length = 1
+    for factor in term.factors:
+        length *= length_without(factor, cut)
+    return length
+
+
+def _line(error: Exception) -> str:
+    """The line of the user's code that failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_OWN)] or list(frames)
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].line})"
+
+
+def leaf_at(op: Op, role: tuple) -> Leaf | None:
+    """The leaf that an operation has in a place."""
+    values = (*op.inputs, *op.outputs)
+    for number, axis in role:
+        if number < len(values) and axis < len(values[number].axes):
+            term = resolve(values[number].axes[axis])
+            if isinstance(term, Leaf) and term.reason is None:
+                return term
+    return None
+
+
+def places_of(leaf: Leaf, op: Op) -> tuple:
+    """Where an operation has a leaf."""
+    values = (*op.inputs, *op.outputs)
+    return tuple(
+        (number, axis)
+        for number, value in enumerate(values)
+        for axis, term in enumerate(value.axes)
+        if leaf in set(leaves(term))
+    )
