@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prunekit.layers import GOctConv, layer_of
 from prunekit.utils.copying import copy_module
+from prunekit.utils.inputs import Example, as_example, call, cast, first_inputs, map_tensors
 
 PAPER_SIZE = (224, 224)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -38,15 +39,13 @@ class Count:
     paper_flops: int | None = 0
 
 
-def count_modules(
-    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> tuple[dict[str, Count], list[str]]:
+def count_modules(model: nn.Module, example: Sequence[int] | Example) -> tuple[dict[str, Count], list[str]]:
     """Count the cost of each module.
 
     Args:
         model: not changed.
-        shape: of one input without the batch, such as (C, H, W).
-        dtype: of the input, such as int64 for tokens; by default that of the parameters.
+        example: the shape of one input without the batch, such as (C, H, W), or a batch of inputs as for
+            ``find_groups``.
 
     Returns:
         the counts of all modules with parameters of their own, by name in the model's order, and the names of those
@@ -60,11 +59,13 @@ def count_modules(
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
     }
-    macs, _ = _trace(model, leaves, shape, dtype)
+    macs, _ = _trace(model, leaves, example)
     for name, value in macs.items():
         counts[name].macs = value
     if defined:
-        _, paper_flops = _trace(model, leaves, (shape[0], *PAPER_SIZE))
+        one = _one_input(model, example)
+        assert isinstance(one, Tensor)
+        _, paper_flops = _trace(model, leaves, (one.shape[1], *PAPER_SIZE))
         for name, value in paper_flops.items():
             counts[name].paper_flops = value
     known = (*_CONVS, nn.ConvTranspose2d, nn.Linear, _NORMS, nn.PReLU)
@@ -89,14 +90,17 @@ class ModelCost:
         return ", ".join(parts)
 
 
-def count(model: nn.Module, example: Tensor) -> ModelCost:
+def count(model: nn.Module, example: Example) -> ModelCost:
     """Count the parameters and the multiply-adds of a model.
 
     Args:
         model: not changed.
-        example: a batch of inputs, (N, C, H, W) or (N, C), or of tokens, (N, L); the count is for one of them.
+        example: a batch of inputs as for ``find_groups``; the count is for one of them.
+
+    Raises:
+        PlanError: the example has no tensor.
     """
-    counts, uncounted = count_modules(model, tuple(example.shape[1:]), input_dtype(example))
+    counts, uncounted = count_modules(model, as_example(example))
     return ModelCost(**total(counts), uncounted=tuple(uncounted))
 
 
@@ -206,7 +210,7 @@ def _has_paper_flops(model: nn.Module, leaves: dict[str, nn.Module]) -> bool:
 
 @torch.no_grad()
 def _trace(
-    model: nn.Module, leaves: dict[str, nn.Module], shape: tuple[int, ...], dtype: torch.dtype | None = None
+    model: nn.Module, leaves: dict[str, nn.Module], example: Sequence[int] | Example
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return MACs and paper FLOPs of each leaf module that a forward calls."""
     macs: dict[str, int] = {}
@@ -250,7 +254,7 @@ def _trace(
     hooks += [m.register_forward_hook(count_resizing) for m in model.modules() if isinstance(m, GOctConv)]
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(_zeros(model, shape, dtype))
+        call(model.eval(), _one_input(model, example))
     finally:
         for hook in hooks:
             hook.remove()
@@ -259,14 +263,12 @@ def _trace(
     return macs, paper_flops
 
 
-def _zeros(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+def _one_input(model: nn.Module, example: Sequence[int] | Example) -> Example:
     first = next(model.parameters())
-    return torch.zeros(1, *shape, device=first.device, dtype=dtype or first.dtype)
-
-
-def input_dtype(example: Tensor) -> torch.dtype | None:
-    """Return the dtype that an input needs whatever the model's; None for floats, which have that of the model."""
-    return None if example.is_floating_point() else example.dtype
+    if not isinstance(example, Tensor | Mapping) and all(isinstance(side, int) for side in example):
+        return torch.zeros(1, *example, device=first.device, dtype=first.dtype)
+    one = map_tensors(lambda tensor: tensor.to(first.device), first_inputs(example, 1))  # type: ignore[arg-type]
+    return cast(one, first.dtype)
 
 
 def _count_fvcore(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -274,7 +276,7 @@ def _count_fvcore(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        analysis = FlopCountAnalysis(model, _zeros(model, shape))
+        analysis = FlopCountAnalysis(model, _one_input(model, shape))
         # The operators that fvcore does not support (pooling, sums, upsampling) have no multiply-adds.
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         by_module = analysis.by_module_and_operator()
@@ -293,7 +295,7 @@ def _count_thop(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     try:
         macs, params, info = profile(
             model,
-            inputs=(_zeros(model, shape),),
+            inputs=(_one_input(model, shape),),
             custom_ops=dict.fromkeys(uncounted, zero_ops),
             verbose=False,
             ret_layer_info=True,
@@ -315,5 +317,5 @@ def _count_torch(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as mode, torch.no_grad():
-        model(_zeros(model, shape))
+        model(_one_input(model, shape))
     return {"macs": int(mode.get_total_flops()) // 2}  # torch counts a multiply-add as 2

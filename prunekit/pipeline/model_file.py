@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -33,12 +32,14 @@ from prunekit.pruning.provenance import Provenance, get_provenance, set_provenan
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.compiled import unwrap
+from prunekit.utils.inputs import Example, as_example, from_spec, map_tensors, tensors_of, to_spec
 from prunekit.utils.io import format_problem, os_error_reason, write_atomic
 from prunekit.utils.safe_decode import decode_json
 
 FORMAT = 1
 METADATA_KEY = "prunekit"
 MAX_INPUT_ELEMENTS = 1 << 26  # of the input that a file asks to trace its plans with
+MAX_INPUT_AXES = 5  # of a tensor that is described by its shape alone
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _IN_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 # Options of timm's and torchvision's builders that read or download weights, which the file has already.
@@ -57,7 +58,9 @@ class _Metadata(BaseModel):
     version: str
     builder: Builder
     plans: list[Plan] = []
-    input: list[int] | None = Field(None, min_length=1, max_length=4)
+    # The shape of one input, without the batch, where it is a tensor of floats; else see ``to_spec``.
+    input: list[int] | None = Field(None, min_length=1, max_length=MAX_INPUT_AXES - 1)
+    example: Any = None
 
 
 def save(
@@ -94,8 +97,8 @@ def save(
         raise CheckpointError("options are given without a builder; pass builder=… as well")
     else:
         described = provenance.builder
-    plans, shape = list(provenance.plans), provenance.input and list(provenance.input)
-    metadata = _Metadata(format=FORMAT, version=__version__, builder=described, plans=plans, input=shape)
+    plans, given = list(provenance.plans), _describe_example(provenance.example)
+    metadata = _Metadata(format=FORMAT, version=__version__, builder=described, plans=plans, **given)
     state = model.state_dict()
     if foreign := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         kind = type(state[foreign[0]]).__name__
@@ -152,9 +155,28 @@ def load(path: str | Path, *, trust: bool = False, builder: Build | None = None)
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(weights[name].dtype)
     model.load_state_dict(weights)
-    shape = None if metadata.input is None else tuple(metadata.input)
-    set_provenance(model, Provenance(metadata.builder, tuple(metadata.plans), shape))
+    set_provenance(model, Provenance(metadata.builder, tuple(metadata.plans), _example(metadata)))
     return model.eval()
+
+
+def _describe_example(example: Example | None) -> dict[str, Any]:
+    """The fields of the metadata that describe an example."""
+    if example is None:
+        return {}
+    if isinstance(example, Tensor) and example.is_floating_point() and example.dim() <= MAX_INPUT_AXES:
+        return {"input": list(example.shape[1:])}
+    return {"example": to_spec(example)}
+
+
+def _example(metadata: _Metadata) -> Example | None:
+    """The example that metadata describe, on the meta device. Raises ValueError where they are damaged."""
+    shape = metadata.input
+    if shape is not None and min(shape) < 1:
+        raise ValueError(f"input: {shape} is not the shape of an input")
+    example = from_spec(metadata.example) if shape is None else torch.empty(1, *shape, device="meta")
+    if example is not None and sum(tensor.numel() for tensor in tensors_of(example)) > MAX_INPUT_ELEMENTS:
+        raise ValueError(f"input: {shape or metadata.example} is not the shape of an input")
+    return example if example is None else as_example(example)
 
 
 def _read(path: Path) -> tuple[_Metadata, dict[str, Tensor]]:
@@ -187,9 +209,12 @@ def _read(path: Path) -> tuple[_Metadata, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path}: its metadata is damaged ({format_path(first['loc'])}: {first['msg']})"
         ) from None
-    side = metadata.input or []
-    if (metadata.plans and not side) or any(n < 1 for n in side) or math.prod(side) > MAX_INPUT_ELEMENTS:
-        raise CheckpointError(f"{path}: its metadata is damaged (input: {side} is not the shape of an input)")
+    try:
+        example = _example(metadata)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its metadata is damaged ({error})") from None
+    if metadata.plans and example is None:
+        raise CheckpointError(f"{path}: its metadata is damaged (input: {example} is not the shape of an input)")
     return metadata, weights
 
 
@@ -210,7 +235,9 @@ def _rebuild(metadata: _Metadata, builder: Build) -> nn.Module:
                 f"the builder {metadata.builder.name} returned {type(model).__name__}, not a torch.nn.Module"
             )
         for plan in metadata.plans:
-            apply_plan(model, plan, torch.zeros(1, *(metadata.input or ())))
+            example = _example(metadata)
+            assert example is not None
+            apply_plan(model, plan, map_tensors(lambda given: torch.zeros(given.shape, dtype=given.dtype), example))
     return model
 
 

@@ -100,7 +100,7 @@ def build_with_plan(recipe: Recipe, plan: Plan | None) -> nn.Module:
         example = torch.zeros(1, *shape)
         apply_plan(model, plan, example, _groups(recipe, model, example))
     builder = Builder(name=backbone.name, options=backbone.options, file=backbone.file)
-    set_provenance(model, Provenance(builder, () if plan is None else (plan,), shape))
+    set_provenance(model, Provenance(builder, () if plan is None else (plan,), torch.empty(1, *shape, device="meta")))
     return model
 
 

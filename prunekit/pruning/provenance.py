@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from prunekit.pruning.plan import Builder, Plan
 from prunekit.utils.compiled import unwrap
+from prunekit.utils.inputs import Example, first_inputs, map_tensors
 
 _ATTRIBUTE = "_prunekit_provenance"  # of the model; deep copies keep it
 
@@ -19,7 +19,7 @@ class Provenance:
 
     builder: Builder | None = None  # of the dense model; None where prunekit does not know it
     plans: tuple[Plan, ...] = ()  # those applied to the dense model, in order
-    input: tuple[int, ...] | None = None  # shape of one input, with which the plans can be applied again
+    example: Example | None = None  # one input on the meta device, with which the plans can be applied again
 
 
 def get_provenance(model: nn.Module) -> Provenance:
@@ -30,7 +30,9 @@ def set_provenance(model: nn.Module, provenance: Provenance) -> None:
     setattr(model, _ATTRIBUTE, provenance)
 
 
-def record_plan(slim: nn.Module, dense: nn.Module, plan: Plan, input_shape: Sequence[int]) -> None:
-    """Record that ``plan`` made ``slim`` of ``dense``, whose input has this shape (without the batch)."""
+def record_plan(slim: nn.Module, dense: nn.Module, plan: Plan, example: Example) -> None:
+    """Record that ``plan`` made ``slim`` of ``dense``."""
     before = get_provenance(dense)
-    set_provenance(slim, replace(before, plans=(*before.plans, plan), input=before.input or tuple(input_shape)))
+    example = map_tensors(lambda tensor: tensor.to("meta"), first_inputs(example, 1))
+    known = example if before.example is None else before.example
+    set_provenance(slim, replace(before, plans=(*before.plans, plan), example=known))

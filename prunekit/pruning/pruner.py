@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunekit.config import registry
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.flops import ModelCost, count, input_dtype
+from prunekit.flops import ModelCost, count
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import TARGETS, BudgetSearch, target_measure
@@ -27,6 +27,7 @@ from prunekit.pruning.surgery.equivalence import EquivalenceReport
 from prunekit.pruning.surgery.slim import slim
 from prunekit.utils.compiled import unwrap
 from prunekit.utils.copying import copy_module
+from prunekit.utils.inputs import Example, as_example
 from prunekit.utils.text import suggest
 
 Importance = str | Callable[[nn.Module, Sequence[Group]], Scores]
@@ -75,9 +76,9 @@ class Pruner:
     train what ``step()`` returned before you call it again.
 
     Args:
-        model: any model that takes one tensor.
-        example_inputs: a batch of real data, (N, C, H, W) or (N, C), or of tokens, (N, L). Shapes, MACs and the
-            equivalence check need it.
+        model: any model.
+        example_inputs: a batch of real data: a tensor, such as images, (N, C, H, W), or tokens, (N, L); a tuple of the
+            model's arguments; or a dict of its keyword arguments. Shapes, MACs and the equivalence check need it.
         importance: scores the channels, and the lowest are pruned: ``"gate"`` (BatchNorm weights), ``"magnitude"``,
             ``"taylor"`` (needs ``loss``), ``"random"``, a name registered with ``register_importance``, or a function
             of the model and its groups that returns an array of scores for each ``group.id``.
@@ -108,7 +109,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Tensor,
+        example_inputs: Example,
         *,
         importance: Importance = "gate",
         pruning_ratio: float | None = None,
@@ -123,7 +124,8 @@ class Pruner:
         loss: Loss | None = None,
         exact: bool = False,
     ):
-        _check_arguments(model, example_inputs, pruning_ratio, target, per_layer_ratio, steps)
+        _check_arguments(model, pruning_ratio, target, per_layer_ratio, steps)
+        example_inputs = as_example(example_inputs)
         if cost_power and not target:
             raise PlanError('cost_power needs a target, such as target={"macs_ratio": 0.5}')
         self.example_inputs, self.steps, self.current_step = example_inputs, steps, 0
@@ -234,11 +236,10 @@ class Pruner:
         return BudgetSearch(
             self._model,
             self._groups,
-            self.example_inputs.shape[1:],
+            self.example_inputs,
             scores,
             cost_power=self._cost_power,
             measure=target_measure(next(iter(self._target))),
-            dtype=input_dtype(self.example_inputs),
             scope="global" if self._global else "layer",
             ignored_groups=self._ignored,
             ratios=self._remaining_ratios(share),
@@ -270,7 +271,6 @@ class Pruner:
 
 def _check_arguments(
     model: nn.Module,
-    example_inputs: Tensor,
     pruning_ratio: float | None,
     target: Mapping[str, float] | None,
     per_layer_ratio: Mapping[Layer, float] | None,
@@ -281,9 +281,6 @@ def _check_arguments(
         ratios[f"per_layer_ratio of {layer if isinstance(layer, str) else type(layer).__name__}"] = ratio
     if not isinstance(model, nn.Module):
         raise PlanError(f"model is {type(model).__name__}, not a torch.nn.Module; pass the model itself")
-    if not isinstance(example_inputs, Tensor):
-        kind = type(example_inputs).__name__
-        raise PlanError(f"example_inputs is {kind}; pass one batch as a tensor, (N, C, H, W) or (N, C)")
     if pruning_ratio is not None and target is not None:
         raise PlanError("pruning_ratio and target are both given; give one of them")
     if target is None and not ratios:

@@ -1,11 +1,15 @@
 """Transformers: every kind of group of theirs is pruned and compared with a model that was written apart."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.left_out import leave_out
 from helpers.marks import seeds
 from helpers.zoo_attention import ATTENTION, Language, OwnWidth, SharedWidth, Transformer
+from torch import nn
 
 import prunekit
 from prunekit.pruning.graph.groups import find_groups
@@ -60,15 +64,16 @@ def test_width_of_heads_follows_the_width_of_the_input():
     assert small.blocks[0].attention.qkv.out_features == 36
 
 
-def test_attribute_of_queries_keys_and_values_ties_them():
-    model = Transformer(lambda dim: OwnWidth(dim, 4, 6)).eval()
+@pytest.mark.parametrize("size", [6, 16, 24])
+def test_attribute_of_queries_keys_and_values_ties_them(size):
+    model = Transformer(lambda dim: OwnWidth(dim, 4, size)).eval()
     tied = [g for g in find_groups(model, IMAGES) if any(a.name == "head_dim" for a in g.attributes)]
-    assert [g.channels for g in tied] == [6, 6] and all(g.reason is None for g in tied)
+    assert [g.channels for g in tied] == [size, size] and all(g.reason is None for g in tied)
     for index, group in enumerate(tied):
         own = {m.tensor for m in group.members if m.tensor.endswith(".weight")}
         assert own == {f"blocks.{index}.attention.{layer}.weight" for layer in ("q", "k", "v", "out")}
     small, _ = slim(model, make_plan(model, tied, {tied[0].id: {0, 3}}), IMAGES, groups=find_groups(model, IMAGES))
-    assert small.blocks[0].attention.head_dim == 4 and small.blocks[1].attention.head_dim == 6
+    assert small.blocks[0].attention.head_dim == size - 2 and small.blocks[1].attention.head_dim == size
 
 
 def test_language_model_of_tokens():
@@ -94,3 +99,46 @@ def test_pruning_in_two_steps(name):
         assert report.equivalence.passed
     assert report.after.params < 0.5 * sum(p.numel() for p in ATTENTION[name]().parameters())
     assert small(IMAGES).shape == (4, 10)
+
+
+class ScaledBySize(nn.Module):
+    """Divides by the root of an attribute, in code that also depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 9
+        self.q, self.k, self.head = nn.Linear(8, 9), nn.Linear(8, 9), nn.Linear(4, 3)
+
+    def forward(self, x):
+        if x.abs().max() < 1e9:
+            x = x + 1
+        q, k = (layer(x).view(len(x), 4, self.size) for layer in (self.q, self.k))
+        return self.head((q @ k.transpose(1, 2) / math.sqrt(self.size)).softmax(-1)).mean(1)
+
+
+def test_size_in_the_scale_of_a_model_that_reads_values():
+    torch.manual_seed(0)
+    groups = find_groups(ScaledBySize().eval(), torch.randn(3, 4, 8))
+    group = next(g for g in groups if g.channels == 9)
+    assert group.reason and ("computes with the number of channels" in group.reason or "fails" in group.reason)
+
+
+class ReadsShape(nn.Module):
+    """Takes one channel, of which only the shape matters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.positions, self.last = nn.Linear(8, 16), nn.Embedding(10, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        length = x[:, :, -1].flip(0).shape[1]
+        return self.last(F.relu(x + self.positions(torch.arange(length, device=x.device))))
+
+
+def test_operations_on_which_no_output_depends_forbid_nothing():
+    torch.manual_seed(0)
+    small, report = prunekit.Pruner(
+        ReadsShape().eval(), torch.randn(3, 5, 8), importance="magnitude", pruning_ratio=0.5
+    ).step()
+    assert report.equivalence.passed and small.first.out_features == small.positions.embedding_dim == 8

@@ -250,7 +250,7 @@ def test_unusable_arguments_are_reported_at_once(model, options, message):
 
 
 def test_unusable_models_inputs_and_scores_are_reported(model):
-    with pytest.raises(PrunekitError, match="example_inputs is tuple; pass one batch as a tensor"):
+    with pytest.raises(PrunekitError, match="the model fails on inputs of shapes"):
         prunekit.Pruner(model, (IMAGES, IMAGES), pruning_ratio=0.5)
     with pytest.raises(PrunekitError, match=r"model is str, not a torch.nn.Module"):
         prunekit.Pruner("resnet", IMAGES, pruning_ratio=0.5)

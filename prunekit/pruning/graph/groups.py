@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.pruning.graph import gate_expr
 from prunekit.pruning.graph.axes import CONVS, NORMS, TRANSPOSED, axis_length, output_axis
@@ -24,6 +24,7 @@ from prunekit.pruning.graph.try_cut import FixedSizes
 from prunekit.pruning.graph.zero_states import ZeroStates
 from prunekit.pruning.plan import Attribute, Group, Member, Statistic
 from prunekit.utils.compiled import unwrap
+from prunekit.utils.inputs import Example
 
 ACTIVATIONS = {
     **{name: name for name in ("relu", "leaky_relu", "silu", "gelu", "elu", "hardswish", "sigmoid", "tanh", "mish")},
@@ -33,12 +34,13 @@ ACTIVATIONS = {
 LINEAR_OPS = ("add", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d")
 
 
-def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
+def find_groups(model: nn.Module, example: Example) -> list[Group]:
     """Find all groups of channels of a model.
 
     Args:
-        model: any module whose input is one tensor; its mode and parameters are left unchanged.
-        example: an input batch, (N, C, H, W) or (N, C).
+        model: any module; its mode and parameters are left unchanged.
+        example: a batch of inputs: a tensor, such as images, (N, C, H, W), or tokens, (N, L); a tuple of the model's
+            arguments; or a dict of its keyword arguments.
 
     Returns:
         The groups in order of computation. One that cannot be pruned has a ``reason``.
@@ -50,7 +52,7 @@ def find_groups(model: nn.Module, example: Tensor) -> list[Group]:
     gate_expr.forget()
     found = trace(model, example)
     graph = propagate(found.model, found.record, found.train_record)
-    sizes = FixedSizes(found.model, found.record, lambda cut: record_call(cut.eval(), found.batch))
+    sizes = FixedSizes(found.model, found.record, lambda cut: record_call(cut.eval(), found.example))
     attributes: dict[Leaf, list[Attribute]] = {}
     while True:
         builder = _GroupBuilder(model, found.record, graph)

@@ -39,8 +39,9 @@ def propagate(model: nn.Module, record: Record, train_record: Record | None = No
         channels = () if value.is_index else (1, 2) if len(value.shape) == 3 else (1,)
         value.axes = [Leaf(side, INPUT) if a in channels else Fixed(side) for a, side in enumerate(value.shape)]
     on_path = path_to_outputs(record)
-    _run(graph, record, on_path)
     graph.on_path = {op for op in record.ops if op in on_path}
+    graph.off_path = set(record.ops) - on_path
+    _run(graph, record, on_path)
     _tie_attention(model, record)
     for value in record.outputs:
         for term in value.axes:

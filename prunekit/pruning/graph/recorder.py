@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunekit.pruning.graph.axis_terms import Term
 from prunekit.pruning.graph.shapes import fast_result
+from prunekit.utils.inputs import Example, call, tensors_of
 
 MAX_NUMBERS = 64
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
@@ -76,7 +77,7 @@ class Record:
 
 def record(
     model: nn.Module,
-    args: Sequence[Any],
+    example: Example,
     outputs_of: Callable[[Any], list[Tensor]],
     is_known: Callable[[str, Any], bool],
 ) -> Record:
@@ -86,18 +87,18 @@ def record(
 
     Args:
         model: in the mode in which it should run; it may be on the meta device.
-        args: of its forward.
+        example: its arguments.
         outputs_of: the tensors in what the model returns.
         is_known: whether an operation is recorded as it is; others are as the operations that they consist of.
     """
     mode = _RecordingMode(model, is_known)
-    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    tensors = tensors_of(example)
     inputs = [
         mode.add(t, Value(tuple(t.shape), is_constant=False, is_index=not t.is_floating_point())) for t in tensors
     ]
     try:
         with mode.hooks(), mode:
-            result = model(*args)
+            result = call(model, example)
     except Exception as error:
         error.ops = mode.ops  # type: ignore[attr-defined]
         raise

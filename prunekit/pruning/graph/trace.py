@@ -15,6 +15,7 @@ from prunekit.pruning.graph.meta import to_meta
 from prunekit.pruning.graph.recorder import Record, record, without_fast_path
 from prunekit.pruning.graph.rules.base import find_rule
 from prunekit.utils.copying import copy_module
+from prunekit.utils.inputs import Example, as_example, describe_shapes, first_inputs, map_tensors, tensors_of
 from prunekit.utils.text import first_line
 
 
@@ -23,40 +24,39 @@ class Trace:
     """What a model does."""
 
     model: nn.Module  # the one that ran, in eval mode
-    batch: Tensor  # what it ran on
+    example: Example  # what it ran on
     record: Record
     train_record: Record | None  # of the train mode, where that calls modules which the eval mode does not
 
 
-def trace(model: nn.Module, example: Tensor) -> Trace:
-    """Trace a model on a batch of inputs, (N, C, …). Its mode, hooks, buffers and gradients are left unchanged.
+def trace(model: nn.Module, example: Example) -> Trace:
+    """Trace a model on an example of its inputs. Its mode, hooks, buffers and gradients are left unchanged.
 
     Raises:
         PlanError: the model fails on the example.
     """
+    example = map_tensors(Tensor.detach, as_example(example))
     _check_arguments(model, example)
     try:
         # Only shapes are needed, so a copy runs on the meta device, unless the model reads values.
-        runner, batch = to_meta(model).eval(), example.detach().to("meta")
+        runner, batch = to_meta(model).eval(), map_tensors(lambda tensor: tensor.to("meta"), example)
         # A copy of it runs, since the model may keep something.
         found = record_call(copy_module(runner), batch)
     except Exception:
-        batch = example.detach()[:2].clone()
+        batch = map_tensors(Tensor.clone, first_inputs(example, 2))
         try:
             runner, found = _record_values(model, batch)
         except Exception as error:  # It is the user's code and may raise anything.
             raise _failure(example, error) from error
     if not found.outputs:
         what = f"it returns {found.returned}, in which no tensor was found; return tensors"
-        raise PlanError(f"the model fails on an input of shape {tuple(example.shape)}: {what}")
+        raise PlanError(f"the model fails on {describe_shapes(example)}: {what}")
     if all(value.is_constant for value in found.outputs):
-        raise PlanError(
-            f"the model fails on an input of shape {tuple(example.shape)}: its output does not depend on its input"
-        )
+        raise PlanError(f"the model fails on {describe_shapes(example)}: its output does not depend on its input")
     return Trace(runner, batch, found, _train_record(runner, batch, found))
 
 
-def _record_values(model: nn.Module, batch: Tensor) -> tuple[nn.Module, Record]:
+def _record_values(model: nn.Module, batch: Example) -> tuple[nn.Module, Record]:
     """Record a model that reads values: a copy of it, or itself where a copy cannot be made or runs other modules."""
     with suppress(Exception):
         runner = copy_module(model).eval()
@@ -71,28 +71,29 @@ def _record_values(model: nn.Module, batch: Tensor) -> tuple[nn.Module, Record]:
             return model, record_call(model.eval(), batch, torch.enable_grad)
 
 
-def _failure(example: Tensor, error: Exception) -> PlanError:
-    return PlanError(f"the model fails on an input of shape {tuple(example.shape)}: {first_line(error)}")
+def _failure(example: Example, error: Exception) -> PlanError:
+    return PlanError(f"the model fails on {describe_shapes(example)}: {first_line(error)}")
 
 
-def record_call(model: nn.Module, batch: Tensor, context: Callable[[], Any] = torch.inference_mode) -> Record:
+def record_call(model: nn.Module, batch: Example, context: Callable[[], Any] = torch.inference_mode) -> Record:
     with context(), without_fast_path():
-        return record(model, (batch,), tensors_in, lambda name, func: find_rule(name, func) is not None)
+        return record(model, batch, tensors_in, lambda name, func: find_rule(name, func) is not None)
 
 
-def _train_record(model: nn.Module, batch: Tensor, found: Record) -> Record | None:
+def _train_record(model: nn.Module, batch: Example, found: Record) -> Record | None:
     # A single number acts on all channels equally.
     owners = {name for name, m in model.named_modules() if any(p.numel() > 1 for p in m.parameters(False))}
     if owners <= set(found.calls):
         return None
+    on_meta = tensors_of(batch)[0].is_meta
     try:
-        with nullcontext() if batch.is_meta else _restored(model):
-            copied = model if batch.is_meta else copy_module(model)
+        with nullcontext() if on_meta else _restored(model):
+            copied = model if on_meta else copy_module(model)
             return record_call(copied.train(), batch)
     except Exception:
         return None  # For example, a model that needs targets in train mode.
     finally:
-        if batch.is_meta:
+        if on_meta:
             model.eval()
 
 
@@ -116,13 +117,8 @@ def tensors_in(output: Any, _outer: tuple[Any, ...] = ()) -> list[Tensor]:
     return [tensor for part in output for tensor in tensors_in(part, _outer)]
 
 
-def _check_arguments(model: nn.Module, example: Tensor) -> None:
-    if not isinstance(example, Tensor):
-        raise PlanError(
-            f"the example is a {type(example).__name__}; pass one tensor, a batch (for a model with several inputs, "
-            "wrap it in a module that takes one)"
-        )
-    if example.dim() < 2 or example.dtype == torch.bool:
+def _check_arguments(model: nn.Module, example: Example) -> None:
+    if isinstance(example, Tensor) and (example.dim() < 2 or example.dtype == torch.bool):
         what = f"the example is {tuple(example.shape)} of {example.dtype}"
         raise PlanError(f"{what}; pass a batch (N, C, …) of floats, or (N, L) of tokens")
     if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from prunekit.utils.text import first_line
 
 # Operations whose whole numbers are not sizes, although they are not elementwise.
 COUNTS = {"group_norm", "roll", "topk", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fill"}
+COMPUTES = "{} ({}) computes with the number of channels"
 FILLS = {"full": 1, "full_like": 1, "new_full": 2}  # where the number is
 _OWN = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[2]}/")
 
@@ -77,14 +80,15 @@ class Trial:
             if one is not None and other is not None and one is not a and one.size == a.size == other.size:
                 self.ties.append((one, one, other))
 
-    def run(self, groups: Mapping[Leaf, Group]) -> Fault | None:
-        """Cut the first channels of groups, and compare what the model does then."""
+    def run(self, groups: Mapping[Leaf, Group], equal: bool = False) -> Fault | None:
+        """Cut the first channels of groups, of all as many with ``equal``, and compare what the model does then."""
         try:
             copied = copy_module(self.model)
         except Exception:
             return None  # Such a model cannot be slimmed either, which names the reason.
         # Numbers that differ, so that no group is as long as another one by chance.
         cut = {leaf: self._numbers.setdefault(leaf, self._draw(leaf.size)) for leaf in groups}
+        cut = dict.fromkeys(cut, min(cut.values())) if equal else cut
         dead = {group.id: set(range(cut[leaf])) for leaf, group in groups.items()}
         slice_model(copied, list(groups.values()), dead)
         error = None
@@ -94,8 +98,11 @@ class Trial:
             error, ops = raised, getattr(raised, "ops", [])
         # Of a model that reads values, what it computes and how often may depend on them.
         strict = all(value.is_meta for value in self.model.parameters())
-        for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)) if strict else ():
-            if (text := _difference(before, after, cut)) is not None:
+        for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)):
+            if not strict and before.name != after.name:
+                break
+            text = _difference(before, after, cut) if strict else _computed_length(before, after, cut)
+            if text is not None:
                 return Fault(text, before, number, enclosing(before.module))
         if error is None and (not strict or len(ops) == len(self.record.ops)):
             return None
@@ -114,21 +121,29 @@ def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
         expected = tuple(length_without(term, cut) for term in old.axes)
         if new.shape != expected:
             return f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
-    counts = is_elementwise(before.name, before.func) or before.name.removesuffix("_") in COUNTS
-    kinds = int | float if counts else float
-    numbers = [
-        [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, kinds)] for op in (before, after)
-    ]
-    numbers = [
-        [*own, *(value.numbers for value in op.inputs)] for own, op in zip(numbers, (before, after), strict=True)
-    ]
-    if before.name in FILLS:
-        numbers = [
-            [*own, op.arg(FILLS[before.name], "fill_value")] for own, op in zip(numbers, (before, after), strict=True)
-        ]
-    if numbers[0] != numbers[1]:
-        return f"{after.name} ({after.line}) computes with the number of channels"
+    return COMPUTES.format(after.name, after.line) if _numbers(before) != _numbers(after) else None
+
+
+def _computed_length(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
+    """What an operation computes with a number that is as a length of channels, where other numbers may depend on
+    values."""
+    for old, new in zip(_numbers(before), _numbers(after), strict=False):
+        if old == new or not isinstance(old, int | float) or not isinstance(new, int | float):
+            continue
+        for leaf, gone in cut.items():
+            sides = leaf.size, leaf.size - gone
+            if any(math.isclose(old, sides[0] ** p) and math.isclose(new, sides[1] ** p) for p in (1, -1, 0.5, -0.5)):
+                return COMPUTES.format(after.name, after.line)
     return None
+
+
+def _numbers(op: Op) -> list[Any]:
+    """The numbers that an operation computes with."""
+    counts = is_elementwise(op.name, op.func) or op.name.removesuffix("_") in COUNTS
+    kinds = int | float if counts else float
+    found: list[Any] = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, kinds)]
+    found += [value.numbers for value in op.inputs]
+    return [*found, op.arg(FILLS[op.name], "fill_value")] if op.name in FILLS else found
 
 
 def _sides(shape: Sequence[int]) -> str:

@@ -148,7 +148,7 @@ def _follow(
             changed = group.model_copy(update={"attributes": [*group.attributes, *found, *chosen]})
             after = trial.run({leaf: changed})
             if after is not None and (other := _partner(leaf, after, groups)) is not None:
-                both = trial.run({leaf: changed, other: groups[other]})
+                both = trial.run({leaf: changed, other: groups[other]}, equal=True)
                 if both is None or both.number > after.number:
                     trial.tie_alike(leaf, fault.op, other, after.op)
                     return None

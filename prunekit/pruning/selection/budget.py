@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.errors import PlanError, PrunekitWarning
-from prunekit.flops import count_modules, input_dtype, total
+from prunekit.flops import count_modules, total
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.cost_model import Measure, ModelSize, SizeModel
@@ -29,6 +28,7 @@ from prunekit.pruning.selection.selector import Scope, Scores, Selection, Select
 from prunekit.pruning.surgery.equivalence import EquivalenceReport, check_sizes
 from prunekit.pruning.surgery.slim import slim
 from prunekit.utils.compiled import unwrap
+from prunekit.utils.inputs import Example, as_example
 
 TOLERANCE = 0.02  # largest accepted deviation of a slim model's size, relative to the budget
 MAX_ATTEMPTS = 5  # at compensating for what slimming adds
@@ -97,10 +97,9 @@ class BudgetSearch:
     """Finds selections and slim models of given sizes for one model.
 
     Args:
-        shape: of one input without the batch, (C, H, W) or (C,).
+        example: the shape of one input without the batch, such as (C, H, W), or a batch of inputs.
         scores: for each group its channels' scores; by default the effective gates.
         cost_power: divides each score by this power of the channel's share of ``measure``.
-        dtype: of the input; by default that of the parameters.
         limits: keyword arguments of :class:`Selector`.
 
     Attributes:
@@ -111,17 +110,15 @@ class BudgetSearch:
         self,
         model: nn.Module,
         groups: Sequence[Group],
-        shape: Sequence[int],
+        example: Sequence[int] | Example,
         scores: Scores | None,
         *,
         cost_power: float = 0.0,
         measure: Measure = "macs",
-        dtype: torch.dtype | None = None,
         **limits: Any,
     ):
-        self.model, self.groups, self.shape = unwrap(model), list(groups), tuple(shape)
-        self.dtype = dtype
-        self.size_model = SizeModel(self.model, groups, shape, dtype)
+        self.model, self.groups, self.example = unwrap(model), list(groups), example
+        self.size_model = SizeModel(self.model, groups, example)
         scores = gate(model, groups) if scores is None else scores
         if cost_power:
             scores = self.size_model.per_cost(scores, measure, cost_power)
@@ -167,7 +164,7 @@ class BudgetSearch:
         return selection
 
     def slim(
-        self, budget: Budget, example: Tensor, exact: bool = False, sizes: Sequence[tuple[int, ...]] | None = None
+        self, budget: Budget, example: Example, exact: bool = False, sizes: Sequence[tuple[int, ...]] | None = None
     ) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         """Build a slim model that meets the budget within 2%, and is at or below it where possible.
 
@@ -192,7 +189,7 @@ class BudgetSearch:
             seen.add(dead)
             plan = plan_from_selection(self.model, self.groups, selection)
             model, equivalence = slim(self.model, plan, example, groups=self.groups, exact=exact, sizes=sizes)
-            size = total(count_modules(model, self.shape, self.dtype)[0])[budget.measure]
+            size = total(count_modules(model, self.example)[0])[budget.measure]
             deviation = budget.deviation(size)
             # Within the tolerance first, then below rather than above.
             rank = abs(deviation) > TOLERANCE, deviation > 0, abs(deviation)
@@ -268,16 +265,15 @@ class BudgetOptions(TypedDict, total=False):
 
 
 def _search(
-    model: nn.Module, groups: Sequence[Group], example: Tensor, scores: Scores | None = None, **options: Any
+    model: nn.Module, groups: Sequence[Group], example: Example, scores: Scores | None = None, **options: Any
 ) -> tuple[BudgetSearch, Budget]:
     target = {name: options.pop(name, None) for name in TARGETS}
     measure = target_measure(next((name for name, value in target.items() if value is not None), "macs"))
-    options = {"measure": measure, "dtype": input_dtype(example), **options}
-    search = BudgetSearch(model, groups, example.shape[1:], scores, **options)
+    search = BudgetSearch(model, groups, example, scores, **{"measure": measure, **options})
     return search, search.budget(**target)
 
 
-def fit_budget(model: nn.Module, groups: Sequence[Group], example: Tensor, **options: Unpack[BudgetOptions]) -> Plan:
+def fit_budget(model: nn.Module, groups: Sequence[Group], example: Example, **options: Unpack[BudgetOptions]) -> Plan:
     """Return the plan whose slim model is at or just below a budget.
 
     What slimming adds to a plan (biases, and channels with ``exact``) is not counted; ``slim_to_budget`` counts it.
@@ -285,7 +281,7 @@ def fit_budget(model: nn.Module, groups: Sequence[Group], example: Tensor, **opt
     Args:
         model: the dense model.
         groups: its groups.
-        example: a batch of inputs; multiply-adds are counted for one input of its size.
+        example: a batch of inputs as for ``find_groups``; multiply-adds are counted for one of them.
         params, macs: the budget as a number of parameters or multiply-adds …
         params_ratio, macs_ratio: … or relative to the dense model.
         cost_power: prefers channels that cost much: divides each score by this power of the share of the parameters or
@@ -295,7 +291,7 @@ def fit_budget(model: nn.Module, groups: Sequence[Group], example: Tensor, **opt
     Raises:
         PlanError: the budget cannot be met (the message says what can), or an argument cannot be used.
     """
-    search, budget = _search(model, groups, example, **options)
+    search, budget = _search(model, groups, as_example(example), **options)
     selection = search.select(budget)
     for note in selection.warnings:
         warnings.warn(note, PrunekitWarning, stacklevel=2)
@@ -304,7 +300,7 @@ def fit_budget(model: nn.Module, groups: Sequence[Group], example: Tensor, **opt
 
 def slim_to_budget(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     *,
     groups: Sequence[Group] | None = None,
     exact: bool = False,
@@ -315,6 +311,7 @@ def slim_to_budget(
     Args and errors as for ``fit_budget`` and ``slim``. ``equivalence.plan.notes`` says where the result differs from
     the request.
     """
+    example = as_example(example)
     groups = find_groups(model, example) if groups is None else groups
     search, budget = _search(model, groups, example, **options)
     slim_model, equivalence, notes = search.slim(budget, example, exact)

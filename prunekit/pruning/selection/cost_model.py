@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from prunekit.errors import PlanError
@@ -21,6 +20,7 @@ from prunekit.flops import count_modules
 from prunekit.pruning.graph.axes import conv_groups
 from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.utils.inputs import Example
 
 Measure = Literal["params", "macs"]
 MAX_AXES = 5  # of a parameter
@@ -41,16 +41,13 @@ class SizeModel:
     """Predicts the size of a model without some of its channels.
 
     Args:
-        shape: of one input without the batch, (C, H, W) or (C,).
-        dtype: of the input; by default that of the parameters.
+        example: the shape of one input without the batch, such as (C, H, W), or a batch of inputs.
 
     Attributes:
         dense: the size of the dense model.
     """
 
-    def __init__(
-        self, model: nn.Module, groups: Sequence[Group], shape: Sequence[int], dtype: torch.dtype | None = None
-    ):
+    def __init__(self, model: nn.Module, groups: Sequence[Group], example: Sequence[int] | Example):
         self.groups, self._cutter = list(groups), Cutter(model, groups)
         rows = {axis: row for row, axis in enumerate(self._cutter.lengths)}
 
@@ -59,7 +56,7 @@ class SizeModel:
         table = []
         # A tensor of several modules has one name.
         tensors = {id(parameter): name for name, parameter in model.named_parameters()}
-        for name, cost in count_modules(model, tuple(shape), dtype)[0].items():
+        for name, cost in count_modules(model, example)[0].items():
             for key, parameter in model.get_submodule(name)._parameters.items():
                 if parameter is None:
                     continue

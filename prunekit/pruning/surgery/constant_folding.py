@@ -19,6 +19,7 @@ from prunekit.pruning.graph.axes import TRANSPOSED, conv_groups
 from prunekit.pruning.graph.slicing import channel_index
 from prunekit.pruning.plan import Group, Member
 from prunekit.pruning.surgery.equivalence import outputs_of
+from prunekit.utils.inputs import Example
 
 CONSTANT_TOLERANCE = 1e-9  # a channel whose values differ by less than this, relative to their size, is constant
 NEGLIGIBLE = 1e-9  # a smaller constant is dropped instead of carried; the equivalence check decides if that is allowed
@@ -97,7 +98,7 @@ def measure_constants(
     model: nn.Module,
     groups: Sequence[Group],
     dead: Mapping[str, Collection[int]],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Example],
     runner: nn.Module | None = None,
 ) -> Constants:
     """Run a model, in eval mode, and measure what dead channels emit at their readers: the mean and the range.
@@ -124,7 +125,7 @@ def measure_constants(
 
 
 def _input_statistics(
-    model: nn.Module, runner: nn.Module, names: Collection[str], inputs: Sequence[Tensor]
+    model: nn.Module, runner: nn.Module, names: Collection[str], inputs: Sequence[Example]
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[Tensor]]:
     """The mean and the width of the range of each entry of the axis of channels (the last of a linear layer, else the
     second) at the inputs of modules, over some batches; and the model's outputs on the first."""

@@ -9,6 +9,7 @@ See docs/design/surgery.md for models that amplify rounding errors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +25,18 @@ from prunekit.pruning.graph.trace import tensors_in
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.check_sizes import varied_sizes
 from prunekit.pruning.surgery.copies import clone
+from prunekit.pruning.surgery.precision import in_float64
+from prunekit.utils.inputs import (
+    Example,
+    batch_length,
+    batched,
+    call,
+    cast,
+    describe_shapes,
+    first_inputs,
+    map_tensors,
+    shapes_of,
+)
 from prunekit.utils.text import first_line
 
 TOLERANCE = 1e-6
@@ -42,7 +55,7 @@ class EquivalenceReport:
 
     max_abs_diff: float  # in float64, over all inputs and outputs
     tolerance: float  # its limit: 1e-6 · max(1, max|dense|) of its image, or the sensitivity where that is larger
-    inputs: list[list[int]]  # their shapes
+    inputs: list[list[Any]]  # their shapes; a list of shapes each where the model takes several tensors
     float32_diff: float = float("nan")  # the same difference in float32
     passed: bool = False
     reason: str | None = None  # why it does not pass
@@ -94,23 +107,26 @@ def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str
     return copied
 
 
-def check_sizes(model: nn.Module, example: Tensor) -> Sequence[tuple[int, ...]]:
-    """Return ``varied_sizes`` of a model, none where images of this dimension cannot be resized."""
+def check_sizes(model: nn.Module, example: Example) -> Sequence[tuple[int, ...]]:
+    """Return ``varied_sizes`` of a model, none where the example is not one tensor of images."""
+    if not isinstance(example, Tensor) or example.dim() not in INTERPOLATION or not example.is_floating_point():
+        return ()
     with torch.compiler.set_stance("force_eager"):  # compiled parts would hide their sizes
-        return varied_sizes(model, example) if example.dim() in INTERPOLATION and example.is_floating_point() else ()
+        return varied_sizes(model, example)
 
 
 def check_inputs(
-    model: nn.Module, example: Tensor, sizes: Sequence[tuple[int, ...]] | None = None, limit: int = 8
-) -> list[Tensor]:
+    model: nn.Module, example: Example, sizes: Sequence[tuple[int, ...]] | None = None, limit: int = 8
+) -> list[Example]:
     """Return batches in float64 on the CPU: the data, and two of its images at each size (``check_sizes``)."""
-    data = cast(example.detach()[:limit], torch.float64).cpu()
-    if len(data) == 1:
-        # A second, different input.
-        other = data.flip(-1)
-        data = torch.cat([data, 0.5 * other if other.is_floating_point() else other])
-    batches = [data]
+    data = map_tensors(lambda tensor: tensor.detach().cpu(), cast(first_inputs(example, limit), torch.float64))
+    if batch_length(data) == 1:
+        rows = {id(tensor) for tensor in batched(data)}
+        data = map_tensors(lambda tensor: _with_another(tensor) if id(tensor) in rows else tensor, data)
+    # Where it is not known what a batch is, a second batch has other inputs.
+    batches = [data] if batched(data) else [data, map_tensors(_another, data)]
     for size in check_sizes(model, data) if sizes is None else sizes:
+        assert isinstance(data, Tensor)
         batch = F.interpolate(data[:2], size=size, mode=INTERPOLATION[data.dim()])
         try:
             outputs_of(model, batch)
@@ -120,17 +136,27 @@ def check_inputs(
     return batches
 
 
-def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64) -> Tensor | None:
+def _with_another(batch: Tensor) -> Tensor:
+    """Add a second, different input to a batch of one."""
+    return torch.cat([batch, _another(batch)])
+
+
+def _another(batch: Tensor) -> Tensor:
+    other = batch.flip(-1)
+    return 0.5 * other if other.is_floating_point() else other
+
+
+def noise_batch(model: nn.Module, batch: Example, count: int = 16, side: int = 64) -> Example | None:
     """Return noise of 0.1 to 30 times the amplitude of a batch, to find what holds on the data by chance.
 
     It has ``count`` images of size ``side``, or of the batch's size where the model accepts no other. None where the
     model's output is not finite.
     """
     generator = torch.Generator().manual_seed(0)
-    if not batch.is_floating_point():
-        # Other tokens of the same range.
-        low, high = int(batch.min()), int(batch.max())
-        return torch.randint(low, high + 1, (count, *batch.shape[1:]), generator=generator).to(batch)
+    if not isinstance(batch, Tensor) or batch.dim() < 2 or not batch.is_floating_point():
+        rows = {id(tensor) for tensor in batched(batch)}
+        noise = map_tensors(lambda tensor: _noise(tensor, count, generator) if id(tensor) in rows else tensor, batch)
+        return noise if rows and _is_finite(model, noise) else None
     ones = [1] * (batch.dim() - 2)
     side = min(side, 16) if len(ones) > 2 else side  # of volumes, for the memory they take
     amplitude = torch.logspace(-1, 1.5, count, dtype=torch.float64).view(-1, 1, *ones) * float(batch.double().std())
@@ -138,12 +164,28 @@ def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64
         noise = torch.randn(count, batch.shape[1], *size, generator=generator, dtype=torch.float64)
         noise += torch.randn(count, batch.shape[1], *ones, generator=generator, dtype=torch.float64)
         noise = (noise * amplitude).to(batch)
-        try:
-            finite = all(torch.isfinite(tensor).all() for tensor in outputs_of(model, noise))
-        except Exception:
-            continue
-        return noise if finite else None
+        if (finite := _is_finite(model, noise)) is not None:
+            return noise if finite else None
     return None
+
+
+def _noise(batch: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Noise of 0.1 to 30 times the amplitude of a batch, or other tokens of the same range; masks are repeated."""
+    shape = (count, *batch.shape[1:])
+    if batch.dtype == torch.bool:
+        return batch[:1].expand(shape)
+    if not batch.is_floating_point():
+        return torch.randint(int(batch.min()), int(batch.max()) + 1, shape, generator=generator).to(batch)
+    amplitude = torch.logspace(-1, 1.5, count, dtype=torch.float64).view(-1, *[1] * (batch.dim() - 1))
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * amplitude * float(batch.std())).to(batch)
+
+
+def _is_finite(model: nn.Module, batch: Example) -> bool | None:
+    """Whether the outputs are finite; None where the model fails."""
+    try:
+        return all(bool(torch.isfinite(tensor).all()) for tensor in outputs_of(model, batch))
+    except Exception:
+        return None
 
 
 @dataclass
@@ -158,17 +200,18 @@ class _Difference:
     moved: Tensor | float = 0.0  # how far rounding errors move the dense model's output
 
 
-def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor]) -> EquivalenceReport:
+def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Example]) -> EquivalenceReport:
     """Compare two models in float64; each output has its own tolerance, and the one closest to it is reported."""
-    report = EquivalenceReport(float("inf"), TOLERANCE, [list(batch.shape) for batch in inputs])
+    report = EquivalenceReport(float("inf"), TOLERANCE, [_shape(batch) for batch in inputs])
     differences: list[_Difference] = []
-    finite = True
+    finite, first = True, []
     for number, batch in enumerate(inputs):
         dense = outputs_of(gated, batch)
+        first = first or dense
         try:
             outputs = outputs_of(slim, batch)
         except Exception as error:
-            report.reason = f"it fails on an input of shape {tuple(batch.shape)}: {first_line(error)}"
+            report.reason = f"it fails on {describe_shapes(batch)}: {first_line(error)}"
             return report
         shapes, expected = ([tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, dense))
         if shapes != expected:
@@ -177,7 +220,10 @@ def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor
         for index, (a, b) in enumerate(zip(dense, outputs, strict=True)):
             finite &= bool(torch.isfinite(a).all() and torch.isfinite(b).all())
             spread = float((a[1:] - a[:1]).abs().max()) if a.dim() > 0 and len(a) > 1 else 0.0
-            sizes = _by_image(a - b, len(batch)), _by_image(a, len(batch))
+            if not batched(batch):
+                spread = float((a - first[index]).abs().max()) if a.shape == first[index].shape else float("inf")
+            count = batch_length(batch)
+            sizes = _by_image(a - b, count), _by_image(a, count)
             differences.append(_Difference(index, number, *sizes, spread))
     if not differences:
         report.reason = "every output is empty; pass an example for which the model returns something"
@@ -189,8 +235,13 @@ def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor
     return report
 
 
+def _shape(batch: Example) -> list[Any]:
+    shapes = shapes_of(batch)
+    return shapes[0] if len(shapes) == 1 else shapes
+
+
 def check_all(
-    gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor], noise: Sequence[Tensor]
+    gated: nn.Module, slim: nn.Module, inputs: Sequence[Example], noise: Sequence[Example]
 ) -> EquivalenceReport:
     """``check_equivalence`` on data, then on batches of noise, where a dead output says nothing."""
     report = check_equivalence(gated, slim, inputs)
@@ -203,9 +254,9 @@ def check_all(
 
 
 def _judge(
-    report: EquivalenceReport, gated: nn.Module, inputs: Sequence[Tensor], differences: list[_Difference]
+    report: EquivalenceReport, gated: nn.Module, inputs: Sequence[Example], differences: list[_Difference]
 ) -> None:
-    everything = [torch.ones(len(batch), dtype=torch.bool) for batch in inputs]
+    everything = [torch.ones(batch_length(batch), dtype=torch.bool) for batch in inputs]
     report.max_abs_diff, report.tolerance = _closest(differences, everything)
     scales = {
         d.output: max(1.0, *(float(o.size.max()) for o in differences if o.output == d.output)) for d in differences
@@ -243,7 +294,7 @@ def _closest(differences: Sequence[_Difference], kept: Sequence[Tensor]) -> tupl
     return max(found, key=lambda pair: pair[0] / pair[1])
 
 
-def _measure_sensitivity(gated: nn.Module, inputs: Sequence[Tensor], differences: Sequence[_Difference]) -> None:
+def _measure_sensitivity(gated: nn.Module, inputs: Sequence[Example], differences: Sequence[_Difference]) -> None:
     """Set ``moved``: how far each output moves when every weight changes by a rounding error."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -254,7 +305,7 @@ def _measure_sensitivity(gated: nn.Module, inputs: Sequence[Tensor], differences
                 tensor.data.mul_(1 + PERTURBATION * signs.to(tensor.dtype))
         for number, batch in enumerate(inputs):
             pairs = zip(outputs_of(gated, batch), outputs_of(perturbed, batch), strict=True)
-            gaps = [_by_image(a - b, len(batch)) for a, b in pairs]
+            gaps = [_by_image(a - b, batch_length(batch)) for a, b in pairs]
             for d in differences:
                 if d.batch == number:
                     d.moved = (MARGIN * gaps[d.output].nan_to_num(float("inf"))).maximum(torch.as_tensor(d.moved))
@@ -268,7 +319,7 @@ def _by_image(tensor: Tensor, count: int) -> Tensor:
     return values.max().expand(count)
 
 
-def check_repeatable(model: nn.Module, batch: Tensor) -> None:
+def check_repeatable(model: nn.Module, batch: Example) -> None:
     """Raise PlanError where three runs of a model on the same input differ: nothing could be compared with it."""
     first, *others = (outputs_of(model, batch) for _ in range(3))
     same = all([a.shape for a in first] == [b.shape for b in other] for other in others)
@@ -282,7 +333,7 @@ def check_repeatable(model: nn.Module, batch: Tensor) -> None:
         )
 
 
-def output_difference(a: nn.Module, b: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, float]:
+def output_difference(a: nn.Module, b: nn.Module, inputs: Sequence[Example]) -> tuple[float, float]:
     """Return the largest and the mean absolute difference between two models' outputs, in their own precision."""
     pairs = [pair for batch in inputs for pair in zip(outputs_of(a, batch), outputs_of(b, batch), strict=True)]
     return _largest_and_mean([x.double() - y.double() for x, y in pairs])
@@ -294,14 +345,11 @@ def _largest_and_mean(gaps: Sequence[Tensor]) -> tuple[float, float]:
     return float(values.max()), float(values.mean())
 
 
-def cast(batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give a batch of floats another dtype; tokens keep theirs."""
-    return batch.to(dtype) if batch.is_floating_point() else batch
-
-
 @torch.inference_mode()
-def outputs_of(model: nn.Module, batch: Tensor) -> list[Tensor]:
+def outputs_of(model: nn.Module, batch: Example) -> list[Tensor]:
     """Run a model on a copy of a batch, since it may change its input; return its outputs that are not empty."""
     first = next(model.parameters())
-    outputs = tensors_in(model(cast(batch, first.dtype).to(first.device, copy=True)))
+    given = map_tensors(lambda tensor: tensor.to(first.device, copy=True), cast(batch, first.dtype))
+    with in_float64() if first.dtype == torch.float64 else nullcontext():
+        outputs = tensors_in(call(model, given))
     return [tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in outputs if tensor.numel()]

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.pruning.plan import Group
 from prunekit.pruning.surgery.constant_folding import Constants, measure_constants
@@ -15,6 +15,7 @@ from prunekit.pruning.surgery.equivalence import SENSITIVE, EquivalenceReport, c
 from prunekit.pruning.surgery.masked_statistics import mask_statistics
 from prunekit.pruning.surgery.rebuild import rebuild
 from prunekit.utils.copying import copy_module
+from prunekit.utils.inputs import Example
 
 
 @dataclass
@@ -23,8 +24,8 @@ class ExactSlimming:
 
     model: nn.Module
     groups: Sequence[Group]
-    inputs: Sequence[Tensor]
-    noise: Sequence[Tensor]
+    inputs: Sequence[Example]
+    noise: Sequence[Example]
 
     def __post_init__(self) -> None:
         self.cutter = Cutter(self.model, self.groups)

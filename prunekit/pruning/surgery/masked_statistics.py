@@ -38,11 +38,11 @@ class MaskedStatistics(nn.Module):
         super().__init__()
         self.model, self.dead = model, dead
 
-    def forward(self, batch: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = _MaskingMode(self.model, self.dead)
         # As in the trace: otherwise operations are decomposed before the mode sees them.
         with torch.inference_mode(), without_fast_path(), mode.hooks(), mode:
-            return self.model(batch)
+            return self.model(*args, **kwargs)
 
 
 class _MaskingMode(TorchDispatchMode, OperationKeys):

@@ -21,7 +21,6 @@ from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import (
     DEAD,
     EquivalenceReport,
-    cast,
     check_all,
     check_equivalence,
     check_inputs,
@@ -37,13 +36,14 @@ from prunekit.pruning.surgery.rebuild import mask_responses, rebuild
 from prunekit.pruning.surgery.training_check import check_training
 from prunekit.utils.compiled import unwrap
 from prunekit.utils.copying import copy_module
+from prunekit.utils.inputs import Example, as_example, cast, first_inputs
 from prunekit.utils.text import first_line, join_names, plural
 
 
 def slim(
     model: nn.Module,
     plan: Plan,
-    example: Tensor,
+    example: Example,
     *,
     groups: Sequence[Group] | None = None,
     exact: bool = False,
@@ -59,7 +59,7 @@ def slim(
     Args:
         model: the dense model; it is left unchanged.
         plan: from ``extract``.
-        example: a batch of data, (N, C, H, W), for the means and the equivalence check.
+        example: a batch of data, as for ``find_groups``, for the means and the equivalence check.
         groups: of the model, if already known.
         exact: compare with the dense model with its dead gates at zero, and keep channels until both are equal: those
             that do not emit a constant (largest first), and a carrier of the constants where a reader pads with zeros.
@@ -76,6 +76,7 @@ def slim(
         PlanError: the plan does not fit the model, the equivalence check fails, or the slim model cannot be trained.
     """
     model = unwrap(model)
+    example = as_example(example)
     groups = find_groups(model, example) if groups is None else groups
     plan.check(list(groups))
     reference = copy_as(model, torch.float64)
@@ -103,9 +104,9 @@ def slim(
     # The plan is applied to a fresh copy: the checked one may have kept something of the check, such as a cache.
     result = _shape_like(clone(model), groups, report.plan)
     transfer(slimmed, result)
-    check_training(reference, copy_as(result, torch.float32), inputs[0][:2])
+    check_training(reference, copy_as(result, torch.float32), first_inputs(inputs[0], 2))
     report.plan.notes = [*plan.notes, *_notes(groups, plan, report)]
-    record_plan(result, model, report.plan, example.shape[1:])
+    record_plan(result, model, report.plan, example)
     return result, report
 
 
@@ -113,8 +114,8 @@ def _replace_by_means(
     model: nn.Module,
     groups: Sequence[Group],
     dead: Mapping[str, set[int]],
-    inputs: Sequence[Tensor],
-    noise: Sequence[Tensor],
+    inputs: Sequence[Example],
+    noise: Sequence[Example],
 ) -> tuple[nn.Module, nn.Module, list[Tensor], EquivalenceReport]:
     """Return the slim model, the masked dense model, the outputs of the model as given, and the comparison."""
     dead, removed = Cutter(model, groups).complete(dead)
@@ -133,7 +134,7 @@ def _replace_by_means(
     return slimmed, masked, outputs or constants.outputs, report
 
 
-def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tensor]:
+def _noise(model: nn.Module, inputs: Sequence[Example], count: int) -> list[Example]:
     try:
         check_repeatable(model, inputs[0])
     except PlanError:
@@ -147,7 +148,7 @@ def _noise(model: nn.Module, inputs: Sequence[Tensor], count: int) -> list[Tenso
     return [] if noise is None else [noise]
 
 
-def _dead_network_hint(model: nn.Module, groups: Sequence[Group], inputs: Sequence[Tensor]) -> str:
+def _dead_network_hint(model: nn.Module, groups: Sequence[Group], inputs: Sequence[Example]) -> str:
     if layers := dead_layers(model, groups):
         return f", every gate of {join_names(layers)} is zero; train with a lower decay.weight"
     if check_equivalence(model, model, inputs).reason == DEAD:
@@ -176,7 +177,7 @@ def _notes(groups: Sequence[Group], plan: Plan, report: EquivalenceReport) -> li
     return notes
 
 
-def apply_plan(model: nn.Module, plan: Plan, example: Tensor, groups: Sequence[Group] | None = None) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, example: Example, groups: Sequence[Group] | None = None) -> nn.Module:
     """Give a dense model the shape of a plan, in place, to load the slim model's weights next.
 
     The plan is that of the check (``EquivalenceReport.plan``); groups are those of the model, if already known.

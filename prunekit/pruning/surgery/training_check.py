@@ -11,13 +11,13 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.meta import to_meta
 from prunekit.pruning.graph.trace import tensors_in
 from prunekit.pruning.surgery.copies import clone
-from prunekit.pruning.surgery.equivalence import cast
+from prunekit.utils.inputs import Example, call, cast, map_tensors
 from prunekit.utils.text import first_line
 
 _LIBRARIES = ("/torch/", "/prunekit/pruning/")
 
 
-def check_training(dense: nn.Module, slim: nn.Module, batch: Tensor) -> None:
+def check_training(dense: nn.Module, slim: nn.Module, batch: Example) -> None:
     """Run a forward and a backward pass of the slim model in train mode; it is changed.
 
     Raises:
@@ -40,18 +40,18 @@ def check_training(dense: nn.Module, slim: nn.Module, batch: Tensor) -> None:
         )
 
 
-def _shapes(model: nn.Module, batch: Tensor) -> list[tuple[int, ...]]:
+def _shapes(model: nn.Module, batch: Example) -> list[tuple[int, ...]]:
     """The shapes of the outputs in train mode, without computing them where the model does not read values."""
     try:
-        return _step(to_meta(model), batch.to("meta"))
+        return _step(to_meta(model), map_tensors(lambda tensor: tensor.to("meta"), batch))
     except Exception:
         return _step(clone(model), batch)
 
 
-def _step(model: nn.Module, batch: Tensor) -> list[tuple[int, ...]]:
+def _step(model: nn.Module, batch: Example) -> list[tuple[int, ...]]:
     first = next(model.parameters())
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        outputs = tensors_in(model.train()(cast(batch, first.dtype).clone()))
+        outputs = tensors_in(call(model.train(), map_tensors(Tensor.clone, cast(batch, first.dtype))))
         losses = [tensor.double().sum() for tensor in outputs if tensor.requires_grad]
         if losses:
             torch.stack(losses).sum().backward()

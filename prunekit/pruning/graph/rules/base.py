@@ -102,12 +102,13 @@ class AxisGraph:
     virtual: dict[tuple[str, int], Term] = field(default_factory=dict)  # input axes of grouped convolutions, in all
     counts: list[tuple[str, Term]] = field(default_factory=list)  # attributes that are lengths of axes
     on_path: set[Op] = field(default_factory=set)  # the operations that an output depends on
+    off_path: set[Op] = field(default_factory=set)  # those of which at most the shape of the result matters
 
     def unify(self, op: Op, a: Term, b: Term) -> None:
         axis_terms.unify(a, b, self.label(op))
 
     def lock(self, op: Op, terms: Iterable[Term], what: str = "which is not supported") -> None:
-        for term in terms:
+        for term in terms if op not in self.off_path else ():
             axis_terms.lock(term, f"passes {self.label(op)}, {what}")
 
     def read(self, op: Op, tensor: Value, axis: int, value: Value, value_axis: int) -> None:
