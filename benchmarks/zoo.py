@@ -20,143 +20,28 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from zoo_networks import build, names
 
 from prunekit.pruning.graph.trace import tensors_in
+from prunekit.utils.inputs import Example, call
 
 LISTS = ("torchvision", "timm", "transformers")
 TOOLS = ("prunekit", "torch-pruning")
 LARGEST = 120_000_000  # parameters
 GONE = 0.2  # share of the parameters
-# Model types of transformers that take images, with small configurations.
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "resnet": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2]},
-    "mobilenet_v1": {},
-    "mobilenet_v2": {},
-    "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.5, "image_size": 224, "hidden_dim": 1280},
-    "regnet": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 2], "groups_width": 8},
-    "levit": {},
-    "segformer": {},
-    "convnext": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
-    "convnextv2": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
-    "bit": {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [1, 2]},
-    "poolformer": {"hidden_sizes": [16, 32, 40, 64], "depths": [1, 1, 1, 1]},
-    "vit": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
-    "deit": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
-    "beit": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
-    "dinov2": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 224},
-    "swin": {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]},
-    "swinv2": {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]},
-    "pvt_v2": {},
-    "focalnet": {"embed_dim": 24, "depths": [1, 2], "hidden_sizes": [48, 96], "focal_levels": [2, 2]},
-    "mobilevit": {},
-}
-# Model types that take tokens, with a head that classifies sequences.
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-SIZES |= {"vocab_size": 1000, "pad_token_id": 0}
-FEWER_KEYS = {"num_key_value_heads": 2, "head_dim": 16}
-TOKENS: dict[str, dict[str, Any]] = dict.fromkeys(
-    "bert roberta electra deberta-v2 camembert xlm-roberta mpnet gpt_neox phi".split(), SIZES
-)
-TOKENS |= dict.fromkeys("llama mistral qwen2 qwen3 gemma gemma2 stablelm".split(), SIZES | FEWER_KEYS)
-TOKENS["opt"] = {**SIZES, "word_embed_proj_dim": 64, "ffn_dim": 256}
-TOKENS["albert"] = {**SIZES, "embedding_size": 32}
-TOKENS["gpt2"] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 1000, "pad_token_id": 0}
-TOKENS["distilbert"] = {"dim": 64, "hidden_dim": 256, "n_layers": 2, "n_heads": 4, "vocab_size": 1000}
-TOKENS["bloom"] = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 1000, "pad_token_id": 3}
 
 
-def names(which: str) -> list[str]:
-    """The networks of a list: all of torchvision without video and quantized ones, the smallest of each of timm's
-    modules by its name, model types of transformers."""
-    if which == "torchvision":
-        from torchvision import models
-
-        skipped = ("quantized_", "mc3", "r3d", "r2plus1d", "s3d", "mvit", "swin3d")
-        return [name for name in models.list_models() if not name.startswith(skipped)]
-    if which == "timm":
-        import timm
-
-        chosen = {}
-        for module in timm.list_modules():
-            if found := timm.list_models(module=module):
-                sizes = {name: sum(p.numel() for p in on_meta(name).parameters()) for name in found}
-                chosen[module] = min(sizes, key=lambda name: sizes[name])
-        return list(dict.fromkeys(chosen.values()))
-    return [*TRANSFORMERS, *TOKENS]
-
-
-def on_meta(name: str) -> nn.Module:
-    import timm
-
-    try:
-        with torch.device("meta"):
-            return timm.create_model(name)
-    except Exception:  # Some initialize with numbers.
-        return timm.create_model(name)
-
-
-def build(which: str, name: str) -> tuple[nn.Module, Tensor]:
-    """Return a network with settled norms, and an input."""
-    torch.manual_seed(0)
-    size = 64
-    if which == "torchvision":
-        from torchvision import models
-
-        detection = name.startswith(("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd"))
-        options: dict[str, Any] = {"weights": None, **({"weights_backbone": None} if detection else {})}
-        if name.startswith(("deeplab", "fcn", "lraspp")):
-            options["weights_backbone"] = None
-        model = models.get_model(name, **options)
-        size = 299 if name == "inception_v3" else 224
-    elif which == "timm":
-        import timm
-
-        model = timm.create_model(name)
-        size = model.default_cfg["input_size"][-1] if getattr(model, "default_cfg", None) else 224
-    else:
-        from transformers import (
-            AutoConfig,
-            AutoModel,
-            AutoModelForImageClassification,
-            AutoModelForSequenceClassification,
-        )
-
-        config = AutoConfig.for_model(name, **{**TRANSFORMERS, **TOKENS}[name])
-        if name in TOKENS:
-            return AutoModelForSequenceClassification.from_config(config).eval(), torch.randint(5, 90, (2, 16))
-        size = getattr(config, "image_size", 224)
-        try:
-            model = AutoModelForImageClassification.from_config(config)
-        except TypeError:  # its type has more parts
-            model = AutoModel.from_config(config)
-        size = size if isinstance(size, int) else size[-1]
-    images = torch.randn(2, 3, size, size)
-    settle(model, images)
-    return model.eval(), images
-
-
-def settle(model: nn.Module, images: Tensor) -> None:
-    """Give norms statistics of the data and shifts that are not zero."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.bias is not None:
-            nn.init.normal_(module.bias, std=0.1)
-            module.momentum = 1.0
-    with torch.no_grad(), suppress(Exception):  # Detectors want targets.
-        model.train()(images)
-
-
-def outputs(model: nn.Module, example: Tensor) -> list[tuple[int, ...]]:
+def outputs(model: nn.Module, example: Example) -> list[tuple[int, ...]]:
     with torch.no_grad():
-        return [tuple(tensor.shape) for tensor in tensors_in(model(example))]
+        return [tuple(tensor.shape) for tensor in tensors_in(call(model, example))]
 
 
-def prune(tool: str, model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
+def prune(tool: str, model: nn.Module, example: Example, ratio: float) -> nn.Module:
     if tool == "prunekit":
         import prunekit
 
@@ -204,7 +89,7 @@ def worker(which: str, name: str, tool: str, ratio: float) -> dict[str, Any]:
     return {"status": status, "params": before, "gone": gone, "seconds": seconds, "reasons": reasons}
 
 
-def reasons_of(model: nn.Module, example: Tensor) -> dict[str, int]:
+def reasons_of(model: nn.Module, example: Example) -> dict[str, int]:
     import prunekit
 
     found: dict[str, int] = {}

@@ -80,6 +80,7 @@ def _run_training(graph: AxisGraph, record: Record, train: Record) -> None:
         value.axes = known.axes
     reads, statistics, zeroed = len(graph.reads), len(graph.statistics), len(graph.zeroed)
     evaluated = {op.module for op in graph.on_path}
+    graph.off_path |= set(train.ops) - path_to_outputs(train)
     _run(graph, train, {op for op in train.ops if op.module in evaluated})
     del graph.reads[reads:], graph.statistics[statistics:], graph.zeroed[zeroed:]
     for value in train.outputs:
@@ -95,7 +96,8 @@ def _lock_computed(model: nn.Module, record: Record) -> None:
         for tensor, value in record.tensors.items() if computed and isinstance(module, (*LAYERS, *NORMS)) else ():
             if tensor.startswith(f"{name}."):
                 for term in value.axes:
-                    lock(term, f"the {computed[0]} of {name} is computed from other tensors (a parametrization)")
+                    what = f"the {computed[0]} of {name} is computed from other tensors"
+                    lock(term, f"{what}; see remove_parametrizations of torch.nn.utils.parametrize")
 
 
 def _tie_attention(model: nn.Module, record: Record) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,32 @@ class Trial:
             if one is not None and other is not None and one is not a and one.size == a.size == other.size:
                 self.ties.append((one, one, other))
 
+    @cached_property
+    def reads_values(self) -> bool:
+        """Whether what the model computes, and how often, may depend on values."""
+        return not all(tensor.is_meta for tensor in self.model.parameters())
+
+    @cached_property
+    def stable(self) -> list[bool]:
+        """For each operation, whether it does the same whatever the weights are."""
+        ops = self.record.ops
+        if not self.reads_values:
+            return [True] * len(ops)
+        generator = torch.Generator().manual_seed(0)
+        other = copy_module(self.model)
+        for tensor in (p.data for p in other.parameters() if p.is_floating_point()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor.std(correction=0))
+        try:
+            again = self.rerun(other).ops
+        except Exception as error:  # It is the user's code and may raise anything.
+            again = getattr(error, "ops", [])
+        stable, aligned = [], True
+        for before, after in zip(ops, again, strict=False):
+            aligned &= before.name == after.name
+            shapes = [[value.shape for value in op.outputs] for op in (before, after)]
+            stable.append(aligned and shapes[0] == shapes[1] and _numbers(before) == _numbers(after))
+        return [*stable, *[False] * (len(ops) - len(stable))]
+
     def run(self, groups: Mapping[Leaf, Group], equal: bool = False) -> Fault | None:
         """Cut the first channels of groups, of all as many with ``equal``, and compare what the model does then."""
         try:
@@ -96,15 +122,12 @@ class Trial:
             ops = self.rerun(copied).ops
         except Exception as raised:  # It is the user's code and may raise anything.
             error, ops = raised, getattr(raised, "ops", [])
-        # Of a model that reads values, what it computes and how often may depend on them.
-        strict = all(value.is_meta for value in self.model.parameters())
         for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)):
-            if not strict and before.name != after.name:
+            if self.reads_values and before.name != after.name:
                 break
-            text = _difference(before, after, cut) if strict else _computed_length(before, after, cut)
-            if text is not None:
+            if self.stable[number] and (text := _difference(before, after, cut)) is not None:
                 return Fault(text, before, number, enclosing(before.module))
-        if error is None and (not strict or len(ops) == len(self.record.ops)):
+        if error is None and (self.reads_values or len(ops) == len(self.record.ops)):
             return None
         number = min(len(ops), len(self.record.ops) - 1)
         text = "it runs other operations" if error is None else f"{_line(error)} fails: {first_line(error)}"
@@ -122,19 +145,6 @@ def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
         if new.shape != expected:
             return f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
     return COMPUTES.format(after.name, after.line) if _numbers(before) != _numbers(after) else None
-
-
-def _computed_length(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
-    """What an operation computes with a number that is as a length of channels, where other numbers may depend on
-    values."""
-    for old, new in zip(_numbers(before), _numbers(after), strict=False):
-        if old == new or not isinstance(old, int | float) or not isinstance(new, int | float):
-            continue
-        for leaf, gone in cut.items():
-            sides = leaf.size, leaf.size - gone
-            if any(math.isclose(old, sides[0] ** p) and math.isclose(new, sides[1] ** p) for p in (1, -1, 0.5, -0.5)):
-                return COMPUTES.format(after.name, after.line)
-    return None
 
 
 def _numbers(op: Op) -> list[Any]:
