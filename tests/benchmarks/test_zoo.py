@@ -3,6 +3,7 @@
 import pytest
 import torch
 import zoo
+import zoo_networks
 from torch import nn
 
 from prunekit.backbones.resnet import resnet
@@ -16,7 +17,7 @@ class Refused(nn.Module):
 def made(network):
     torch.manual_seed(0)
     model, images = network(), torch.randn(2, 3, 32, 32)
-    zoo.settle(model, images)
+    zoo_networks.settle(model, images)
     return model.eval(), images
 
 

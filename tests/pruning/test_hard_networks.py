@@ -219,7 +219,7 @@ def test_added_bias_of_a_transposed_convolution():
 
 @pytest.mark.parametrize(
     ("example", "words"),
-    [((torch.zeros(1, 3, 8, 8),), "wrap it"), (torch.zeros(1, 3, 8, 8).bool(), "floats"), (torch.zeros(3), "floats")],
+    [([torch.zeros(1, 3, 8, 8)], "a tuple of"), (torch.zeros(1, 3, 8, 8).bool(), "floats"), (torch.zeros(3), "floats")],
 )
 def test_error_for_example_that_is_not_a_batch(example, words):
     with pytest.raises(PlanError, match=words):
@@ -236,12 +236,24 @@ def test_error_for_lazy_modules():
 def test_error_for_model_that_needs_float32():
     class Fixed(Row):
         def forward(self, x):
-            return super().forward(x) @ torch.ones(x.shape[-1] - 2, 3)
+            assert x.dtype == torch.float32, "needs float32"
+            return super().forward(x)
 
     model = Fixed()
     example = init_norms(model)
     with pytest.raises(PlanError, match="float64 on the CPU"):
         slim(model, extract(model, find_groups(model, example)), example)
+
+
+def test_model_that_creates_tensors_of_the_default_type():
+    class Creates(Row):
+        def forward(self, x):
+            return super().forward(x) @ torch.ones(x.shape[-1] - 2, 3)
+
+    model = Creates()
+    example = init_norms(model)
+    _, report = slim(model, extract(model, find_groups(model, example)), example)
+    assert report.passed
 
 
 @pytest.mark.parametrize("build", [torch.optim.Adafactor, torch.optim.LBFGS])
