@@ -4,7 +4,7 @@ from torch import nn
 
 from prunekit.pruning.graph.recorder import record
 from prunekit.pruning.graph.rules.base import find_rule
-from prunekit.pruning.graph.shapes import fast_result
+from prunekit.operations.shapes import fast_result
 from prunekit.pruning.graph.trace import record_call, tensors_in, trace
 
 
