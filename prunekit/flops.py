@@ -87,7 +87,9 @@ class ModelCost:
         if self.paper_flops is not None:
             parts.append(f"{_si(self.paper_flops)} paper FLOPs")
         if self.uncounted:
-            parts.append(f"without some MACs of {len(self.uncounted)} modules, such as {self.uncounted[0] or 'the model'}")
+            parts.append(
+                f"without some MACs of {len(self.uncounted)} modules, such as {self.uncounted[0] or 'the model'}"
+            )
         return ", ".join(parts)
 
 

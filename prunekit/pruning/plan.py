@@ -124,7 +124,8 @@ class Group(_Schema):
         products: the operations that multiply over the channels.
         zeroed: whether something other than a layer reads the channels, so that they must be zero to be pruned.
         attributes: numbers that modules keep, which follow.
-        params, macs: cost of one channel, in parameters and in multiply-adds at the example's size.
+        params, macs: cost of one channel, in parameters and in multiply-adds at the example's size; what two axes of
+            one tensor or operation have in common counts for both.
         reason: why the group cannot be pruned; None where it can.
     """
 

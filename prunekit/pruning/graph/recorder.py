@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunekit.pruning.graph.axis_terms import Term
 from prunekit.operations.keys import OperationKeys, operation_name
 from prunekit.operations.shapes import fast_result
+from prunekit.pruning.graph.axis_terms import Term
 
 MAX_NUMBERS = 64
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")

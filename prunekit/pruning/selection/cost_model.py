@@ -1,9 +1,9 @@
 """The size of a slim model, predicted without building it.
 
 Pruning a channel removes an entry from each axis of its group. So the length of every axis is linear in the number of
-dead channels of each group. The size of a tensor is the product of the lengths of its axes, and the multiply-adds of an
-operation are that of the axes over which it multiplies (``Group.products``), times what pruning does not change, such as
-positions. Which channels are dead does not matter.
+dead channels of each group. The size of a tensor is the product of the lengths of its axes. The multiply-adds of an
+operation are that of the axes over which it multiplies (``Group.products``), times what pruning does not change, such
+as positions. Which channels are dead does not matter.
 """
 
 from __future__ import annotations
@@ -84,24 +84,24 @@ class SizeModel:
     def _add_products(self, counted: MultiplyAdds) -> None:
         """Find, for each product of tensors, its multiply-adds per entry of the axes that are pruned (a fraction, since
         convolutions with groups multiply with a part of their inputs), and the rows of these axes."""
-        carried: dict[tuple, list[tuple[Group, Product]]] = defaultdict(list)
-        lengths: dict[tuple, int] = {}
+        carried: dict[tuple[tuple[str, str, int, int], int], list[tuple[Group, Product]]] = defaultdict(list)
         for group in self.groups:
             for product in group.products:
-                axis = product.module, product.operation, product.call, product.part, product.axis
-                carried[axis].append((group, product))
-                lengths[axis] = product.length
+                part = product.module, product.operation, product.call, product.part
+                carried[part, product.axis].append((group, product))
+        lengths = {axis: products[0][1].length for axis, products in carried.items()}
         self._lengths = AxisLengths(self.groups, lengths, carried)
-        axes: dict[tuple, list[int]] = defaultdict(list)
-        for row, (*key, _) in enumerate(lengths):
-            axes[tuple(key)].append(row)
-        parts = {(*call, part): n for call, numbers in counted.products.items() for part, n in enumerate(numbers)}
-        most = max((len(axes[key]) for key in parts), default=0)
-        table, sizes = [], list(lengths.values())
-        for key, number in parts.items():
-            entries = math.prod(sizes[row] for row in axes[key])
-            common = math.gcd(number, entries)
-            table.append((number // common, entries // common, *axes[key], *[len(lengths)] * (most - len(axes[key]))))
+        rows: dict[tuple[str, str, int, int], dict[int, int]] = defaultdict(dict)  # of each part, with their lengths
+        for row, ((part, _), length) in enumerate(lengths.items()):
+            rows[part][row] = length
+        most = max(map(len, rows.values()), default=0)
+        table = []
+        for call, numbers in counted.products.items():
+            for index, number in enumerate(numbers):
+                own = rows.get((*call, index), {})
+                entries = math.prod(own.values())
+                common = math.gcd(number, entries)
+                table.append((number // common, entries // common, *own, *[len(lengths)] * (most - len(own))))
         columns = np.array(table, np.int64).reshape(-1, most + 2).T
         self._multiplied, self._divided, self._loops = columns[0], columns[1], columns[2:]
 

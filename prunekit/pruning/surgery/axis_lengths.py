@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -24,8 +25,8 @@ class AxisLengths:
     def __init__(
         self,
         groups: Sequence[Group],
-        lengths: Mapping[Hashable, int],
-        carried: Mapping[Hashable, Sequence[tuple[Group, Span]]],
+        lengths: Mapping[Any, int],
+        carried: Mapping[Any, Sequence[tuple[Group, Span]]],
     ):
         self._width = np.array([group.channels for group in groups], np.int64)
         self._length = np.array(list(lengths.values()), np.int64)
