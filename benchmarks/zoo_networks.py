@@ -15,13 +15,19 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "resnet": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2]},
     "mobilenet_v1": {},
     "mobilenet_v2": {},
-    "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.5, "image_size": 224, "hidden_dim": 1280},
+    "efficientnet": {
+        "width_coefficient": 1.0,
+        "depth_coefficient": 0.5,
+        "image_size": 224,
+        "hidden_dim": 1280,
+        "initializer_range": 0.2,
+    },
     "regnet": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 2], "groups_width": 8},
     "levit": {},
     "segformer": {},
     "convnext": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
     "convnextv2": {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2},
-    "bit": {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [1, 2]},
+    "bit": {"embedding_size": 32, "hidden_sizes": [128, 256], "depths": [1, 2], "num_groups": 8},
     "poolformer": {"hidden_sizes": [16, 32, 40, 64], "depths": [1, 1, 1, 1]},
     "vit": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
     "deit": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
@@ -31,7 +37,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "swinv2": {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4]},
     "pvt_v2": {},
     "focalnet": {"embed_dim": 24, "depths": [1, 2], "hidden_sizes": [48, 96], "focal_levels": [2, 2]},
-    "mobilevit": {},
+    "mobilevit": {"initializer_range": 0.2},
 }
 # Model types that take tokens, with a head that classifies sequences.
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}

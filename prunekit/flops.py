@@ -1,7 +1,8 @@
 """Parameters, MACs and paper FLOPs of models, modules and layers, and a comparison with other counters.
 
-* MACs: a multiply-add is 1; only convolutions and linear layers count, for one input of the given size. Biases, norms,
-  activations, poolings and sums count 0.
+* MACs: a multiply-add is 1, for one input of the given size. What the operations do counts, whatever calls them:
+  convolutions, linear layers, and products of matrices, also of two activations, such as those of attention. Biases,
+  norms, activations, products by entry, poolings and sums count 0.
 * Paper FLOPs: the convention of the published CSNet (Gao et al., ECCV 2020), always at 224×224: a multiply-add 1; per
   output element a bias 1, upsampling 9, BatchNorm 4, PReLU 3; average pooling 5 per input element; max pooling k² per
   pooled element, where k is the kernel size of the convolution after it. Undefined for other layers.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.layers import GOctConv, layer_of
+from prunekit.operations.multiply_adds import MultiplyAdds, multiply_adds, on_shapes
 from prunekit.utils.copying import copy_module
 from prunekit.utils.inputs import Example, as_example, call, cast, first_inputs, map_tensors
 
@@ -48,28 +50,30 @@ def count_modules(model: nn.Module, example: Sequence[int] | Example) -> tuple[d
             ``find_groups``.
 
     Returns:
-        the counts of all modules with parameters of their own, by name in the model's order, and the names of those
-        whose MACs are unknown and count as 0.
+        the counts of all modules with parameters or MACs of their own, by name in the model's order, and the names of
+        those that call operations whose MACs are unknown and count as 0. MACs belong to the module that runs.
     """
     leaves = {name: module for name, module in model.named_modules() if not any(True for _ in module.children())}
     defined = _has_paper_flops(model, leaves)
-    # Not only leaves: a module with children may have parameters of its own.
-    counts = {
-        name: Count(sum(p.numel() for p in module.parameters(recurse=False)), 0, 0 if defined else None)
-        for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-    }
-    macs, _ = _trace(model, leaves, example)
-    for name, value in macs.items():
-        counts[name].macs = value
+    found = count_operations(model, example)
+    macs = found.of_modules()
+    paper_flops: dict[str, int] = {}
     if defined:
         one = _one_input(model, example)
         assert isinstance(one, Tensor)
-        _, paper_flops = _trace(model, leaves, (one.shape[1], *PAPER_SIZE))
-        for name, value in paper_flops.items():
-            counts[name].paper_flops = value
-    known = (*_CONVS, nn.ConvTranspose2d, nn.Linear, _NORMS, nn.PReLU)
-    return counts, [name for name in counts if not isinstance(model.get_submodule(name), known)]
+        paper_flops = _paper_flops(model, (one.shape[1], *PAPER_SIZE))
+    counts = {}
+    # Not only leaves: a module with children may have parameters of its own, and multiply what they return.
+    for name, module in model.named_modules():
+        params = sum(p.numel() for p in module.parameters(recurse=False))
+        if name in macs or any(True for _ in module.parameters(recurse=False)):
+            counts[name] = Count(params, macs.get(name, 0), paper_flops.get(name, 0) if defined else None)
+    return counts, [name for name, _ in model.named_modules() if name in found.unknown]
+
+
+def count_operations(model: nn.Module, example: Sequence[int] | Example) -> MultiplyAdds:
+    """Count the multiply-adds of each operation; the arguments are those of :func:`count_modules`."""
+    return multiply_adds(model, _one_input(model, example))
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,16 @@ class ModelCost:
     params: int
     macs: int  # one multiply-add is 1
     paper_flops: int | None  # by the convention of the CSNet paper, always at 224×224; None if undefined
-    uncounted: tuple[str, ...] = ()  # modules with parameters whose MACs are unknown; they count as 0
+    uncounted: tuple[str, ...] = ()  # modules that call operations whose MACs are unknown; these count as 0
 
     def __str__(self) -> str:
         parts = [f"{_si(self.params)} params", f"{_si(self.macs)} MACs"]
         if self.paper_flops is not None:
             parts.append(f"{_si(self.paper_flops)} paper FLOPs")
         if self.uncounted:
-            parts.append(f"without the MACs of {len(self.uncounted)} modules, such as {self.uncounted[0]}")
+            parts.append(
+                f"without some MACs of {len(self.uncounted)} modules, such as {self.uncounted[0] or 'the model'}"
+            )
         return ", ".join(parts)
 
 
@@ -208,63 +214,54 @@ def _has_paper_flops(model: nn.Module, leaves: dict[str, nn.Module]) -> bool:
     return multi_scale and plain and not others
 
 
-@torch.no_grad()
-def _trace(
-    model: nn.Module, leaves: dict[str, nn.Module], example: Sequence[int] | Example
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return MACs and paper FLOPs of each leaf module that a forward calls."""
-    macs: dict[str, int] = {}
-    paper_flops: dict[str, int] = {}
-    names = {module: name for name, module in model.named_modules()}
+def _paper_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+    """Return the paper FLOPs of each leaf module that a forward calls."""
 
-    def count_leaf(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        name = names[module]
-        if isinstance(module, (*_CONVS, nn.Linear)):
-            done = output.numel() * (module.weight.numel() // module.weight.shape[0])
-            macs[name] = macs.get(name, 0) + done
-            bias = output.numel() if module.bias is not None else 0
-            paper_flops[name] = paper_flops.get(name, 0) + done + bias
-        elif isinstance(module, nn.ConvTranspose2d):
-            # Every input element is multiplied with the kernels of all output channels of its group.
-            done = inputs[0].numel() * module.weight.shape[1] * module.weight[0, 0].numel()
-            macs[name] = macs.get(name, 0) + done
-        elif isinstance(module, (_NORMS, nn.PReLU)):
-            each = 4 if isinstance(module, _NORMS) else 3
-            paper_flops[name] = paper_flops.get(name, 0) + each * output.numel()
+    def run(runner: nn.Module, batch: Example, context: Callable[[], Any]) -> dict[str, int]:
+        flops: dict[str, int] = {}
+        names = {module: name for name, module in runner.named_modules()}
 
-    def count_resizing(module: GOctConv, inputs: tuple[Any, ...], outputs: list[Any]) -> None:
-        pooled = set()
-        conv: Any
-        for key, conv in module.paths.items():
-            i, j = map(int, key.split("to"))
-            name = names[conv]
-            if module.downsample == "pool":
-                if module.stride > 1 and i not in pooled:
-                    paper_flops[name] += 5 * inputs[0][i].numel()
-                    pooled.add(i)
-                if i < j:
-                    paper_flops[name] += conv.in_channels * outputs[j][0, 0].numel() * module.kernel_size**2
-            elif module.downsample == "mixed" and i < j:
-                pooled_size = math.prod(-(-side // 2 ** (j - i)) for side in inputs[0][i].shape[2:])
-                paper_flops[name] += conv.in_channels * pooled_size * module.kernel_size**2
-            if i > j:
-                paper_flops[name] += 9 * conv.out_channels * outputs[j][0, 0].numel()
+        def count_leaf(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if isinstance(module, nn.Conv2d):
+                each = module.weight[0].numel() + (module.bias is not None)
+            else:
+                each = 4 if isinstance(module, _NORMS) else 3 if isinstance(module, nn.PReLU) else 0
+            flops[names[module]] = flops.get(names[module], 0) + each * output.numel()
 
-    hooks = [m.register_forward_hook(count_leaf) for m in leaves.values()]
-    hooks += [m.register_forward_hook(count_resizing) for m in model.modules() if isinstance(m, GOctConv)]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        call(model.eval(), _one_input(model, example))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return macs, paper_flops
+        def count_resizing(module: GOctConv, inputs: tuple[Any, ...], outputs: list[Any]) -> None:
+            pooled = set()
+            conv: Any
+            for key, conv in module.paths.items():
+                i, j = map(int, key.split("to"))
+                name = names[conv]
+                if module.downsample == "pool":
+                    if module.stride > 1 and i not in pooled:
+                        flops[name] += 5 * inputs[0][i].numel()
+                        pooled.add(i)
+                    if i < j:
+                        flops[name] += conv.in_channels * outputs[j][0, 0].numel() * module.kernel_size**2
+                elif module.downsample == "mixed" and i < j:
+                    pooled_size = math.prod(-(-side // 2 ** (j - i)) for side in inputs[0][i].shape[2:])
+                    flops[name] += conv.in_channels * pooled_size * module.kernel_size**2
+                if i > j:
+                    flops[name] += 9 * conv.out_channels * outputs[j][0, 0].numel()
+
+        leaves = [module for module in names if not any(True for _ in module.children())]
+        hooks = [module.register_forward_hook(count_leaf) for module in leaves]
+        hooks += [module.register_forward_hook(count_resizing) for module in names if isinstance(module, GOctConv)]
+        try:
+            with context():
+                call(runner, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return flops
+
+    return on_shapes(model, _one_input(model, shape), run)
 
 
 def _one_input(model: nn.Module, example: Sequence[int] | Example) -> Example:
-    first = next(model.parameters())
+    first = next(model.parameters(), torch.empty(0))
     if not isinstance(example, Tensor | Mapping) and all(isinstance(side, int) for side in example):
         return torch.zeros(1, *example, device=first.device, dtype=first.dtype)
     one = map_tensors(lambda tensor: tensor.to(first.device), first_inputs(example, 1))  # type: ignore[arg-type]

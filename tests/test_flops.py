@@ -1,10 +1,11 @@
 import pytest
 import torch
 from helpers.networks import Row, csnet_with_dead_gates, small_csnet
+from helpers.zoo_attention import SharedWidth, Transformer
 from torch import nn
 
 from prunekit.backbones.csnet import csnet
-from prunekit.flops import count_modules, counters, layers_table, total
+from prunekit.flops import Count, count_modules, counters, layers_table, total
 from prunekit.pruning.selection.extract import extract
 from prunekit.pruning.surgery.slim import slim
 
@@ -55,13 +56,25 @@ def test_count_modules_reports_unknown_modules():
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 1)
-            self.scale = nn.LayerNorm([8, 8])
+            self.scale, self.pair = nn.LayerNorm([8, 8]), nn.Bilinear(8, 8, 5)
 
         def forward(self, x):
-            return self.scale(self.conv(x))
+            x = self.scale(self.conv(x))
+            return self.pair(x, x)
 
     counts, unknown = count_modules(Odd(), (3, 8, 8))
-    assert unknown == ["scale"] and counts["scale"].params == 128
+    assert unknown == ["pair"] and counts["scale"].params == 128 and counts["scale"].macs == 0
+
+
+def test_products_of_activations_have_a_row_of_their_module():
+    model = Transformer(lambda dim: SharedWidth(dim, 4), depth=1)
+    counts, unknown = count_modules(model, (3, 32, 32))
+    assert counts["blocks.0.attention"] == Count(0, 2 * 17 * 17 * 16, None) and unknown == []
+    assert [name for name in counts if name.startswith("blocks.0.a")] == [
+        f"blocks.0.attention{layer}" for layer in ("", ".qkv", ".proj")
+    ]
+    rows = layers_table(model, None, (3, 32, 32))["layers"]
+    assert sum(row["macs"]["before"] for row in rows) == total(counts)["macs"]
 
 
 def test_parameters_of_container_modules_are_counted():
@@ -76,7 +89,7 @@ def test_parameters_of_container_modules_are_counted():
 
     model = nn.Sequential(Scaled())
     counts, unknown = count_modules(model, (3, 8, 8))
-    assert total(counts)["params"] == 20 and unknown == ["0"]
+    assert total(counts)["params"] == 20 and unknown == []
     assert sum(row["params"]["before"] for row in layers_table(model, None, (3, 8, 8))["layers"]) == 20
     assert total(count_modules(Scaled(), (3, 8, 8))[0])["params"] == 20
     assert sum(row["params"]["before"] for row in layers_table(Scaled(), None, (3, 8, 8))["layers"]) == 20

@@ -73,6 +73,19 @@ class Statistic(Span):
     call: int  # its number among the module's calls of this operation
 
 
+class Product(Span):
+    """An axis over which an operation multiplies: its multiply-adds are proportional to the length.
+
+    Axes that a reshape has merged are listed one by one; ``axis`` is their number, not that of a tensor's axis.
+    """
+
+    module: str  # that calls the operation
+    operation: str
+    call: int  # its number among the module's calls of this operation
+    part: int = 0  # of an attention: 0 for queries times keys, 1 for the weights times values
+    length: int
+
+
 class Attribute(_Schema):
     """A number of a module that is the length of an axis, such as "head_dim"."""
 
@@ -108,9 +121,11 @@ class Group(_Schema):
         combine: the gate expression: an index into ``gates``, {"serial": [...]} (dead if any part is) or
             {"parallel": [...]} (dead if all parts are), nested; None without gates.
         statistics: the operations that compute a statistic over the channels.
+        products: the operations that multiply over the channels.
         zeroed: whether something other than a layer reads the channels, so that they must be zero to be pruned.
         attributes: numbers that modules keep, which follow.
-        params, macs: cost of one channel, in parameters and in multiply-adds at the example's size.
+        params, macs: cost of one channel, in parameters and in multiply-adds at the example's size; what two axes of
+            one tensor or operation have in common counts for both.
         reason: why the group cannot be pruned; None where it can.
     """
 
@@ -120,6 +135,7 @@ class Group(_Schema):
     gates: list[Gate] = []
     combine: Any = None
     statistics: list[Statistic] = []
+    products: list[Product] = []
     zeroed: bool = False
     attributes: list[Attribute] = []
     params: int = 0

@@ -1,11 +1,14 @@
-"""Deep copies of models."""
+"""Deep copies of models, and their restoration."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,3 +25,27 @@ def copy_module(model: Model, memo: dict[int, Any] | None = None) -> Model:
             if type(value) in (OrderedDict, dict, set) and not value:
                 memo.setdefault(id(value), type(value)())
     return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Undo on exit what forward changes in a model: attributes, modes and buffers."""
+    saved = [
+        (
+            module,
+            dict(vars(module)),
+            module.training,  # not among the attributes of a scripted module
+            {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, attributes, mode, buffers in saved:
+                vars(module).clear()
+                vars(module).update(attributes)
+                module.training = mode
+                for name, (buffer, value) in buffers.items():
+                    module._buffers[name] = buffer.copy_(value)  # forward may have put another tensor in its place

@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from helpers.left_out import leave_out
 from helpers.marks import seeds
 from helpers.zoo_attention import ATTENTION, Language, OwnWidth, SharedWidth, Transformer
+from helpers.zoo_products import PRODUCTS, example_of
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import prunekit
+from prunekit.operations.keys import without_fast_path
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.silence import silence
+from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import slim
 
@@ -142,3 +146,29 @@ def test_operations_on_which_no_output_depends_forbid_nothing():
         ReadsShape().eval(), torch.randn(3, 5, 8), importance="magnitude", pruning_ratio=0.5
     ).step()
     assert report.equivalence.passed and small.first.out_features == small.positions.embedding_dim == 8
+
+
+@pytest.mark.parametrize("name", ["shared_width", "own_width", "vit"])
+def test_target_counts_the_products_of_attention(name):
+    torch.manual_seed(0)
+    model = PRODUCTS[name]().eval()
+    small, report = prunekit.Pruner(model, IMAGES, importance="magnitude", target={"macs_ratio": 0.5}).step()
+    assert abs(report.after.macs / report.before.macs / 0.5 - 1) <= 0.02
+    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with without_fast_path(), torch.no_grad(), kernel, FlopCounterMode(display=False) as mode:
+        small(IMAGES[:1])
+    assert mode.get_total_flops() == 2 * report.after.macs
+
+
+@pytest.mark.parametrize("name", ["own_width", "vit", "einsum", "baddbmm", "position_table"])
+def test_cost_of_a_channel_includes_products(name):
+    """Of channels that no product has twice, it is what removing one saves."""
+    model, example = PRODUCTS[name]().eval(), example_of(name)
+    groups = find_groups(model, example)
+    sizes, checked = SizeModel(model, groups, example), 0
+    for group in (group for group in groups if group.reason is None):
+        places = [(p.module, p.operation, p.call, p.part) for p in group.products]
+        if len(set(places)) == len(places):
+            assert group.macs == sizes.dense.macs - sizes.size_without({group.id: 1}).macs
+            checked += any("linear" not in operation for _, operation, *_ in places) or name == "position_table"
+    assert checked

@@ -4,7 +4,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from prunekit.utils.copying import copy_module
+from prunekit.utils.copying import copy_module, restored
 
 
 def test_copies_share_nothing_and_hooks_are_kept():
@@ -28,3 +28,13 @@ def test_values_in_the_memo_are_used():
     weight = nn.Parameter(torch.zeros(2, 2))
     copied = copy_module(model, {id(model.weight): weight})
     assert copied.weight is weight and copied.bias is not model.bias
+
+
+def test_what_forward_changes_is_undone():
+    model = nn.Sequential(nn.BatchNorm1d(3), torch.jit.script(nn.Linear(3, 3)))
+    with restored(model):
+        model(torch.randn(4, 3))
+        model.eval().cache = 1
+        model[0].running_mean = torch.zeros(2)
+    assert model.training and model[1].training and not hasattr(model, "cache")
+    assert torch.equal(model[0].running_mean, torch.zeros(3)) and model[0].num_batches_tracked == 0

@@ -16,13 +16,14 @@ from prunekit.pruning.graph import gate_expr
 from prunekit.pruning.graph.axes import CONVS, NORMS, TRANSPOSED, axis_length, output_axis
 from prunekit.pruning.graph.axis_terms import Leaf, Term, lock, spans, unify
 from prunekit.pruning.graph.gate_expr import GateExpr
+from prunekit.pruning.graph.products import products_of
 from prunekit.pruning.graph.propagation import INPUT, LAYERS, consumers, propagate
 from prunekit.pruning.graph.recorder import Op, Record, Value
 from prunekit.pruning.graph.rules.base import AxisGraph, Read
 from prunekit.pruning.graph.trace import record_call, trace
 from prunekit.pruning.graph.try_cut import FixedSizes
 from prunekit.pruning.graph.zero_states import ZeroStates
-from prunekit.pruning.plan import Attribute, Group, Member, Statistic
+from prunekit.pruning.plan import Attribute, Group, Member, Product, Statistic
 from prunekit.utils.compiled import unwrap
 from prunekit.utils.inputs import Example
 
@@ -74,6 +75,8 @@ class _Channels:
     leaf: Leaf
     members: list[Member] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    macs: int = 0
     exprs: list[GateExpr] = field(default_factory=list)
     zeroed: bool = False
     shifted: str | None = None  # a layer that reads what is not zero where the channel is
@@ -115,6 +118,7 @@ class _GroupBuilder:
         self._add_reads()
         self._add_zeroed()
         self._add_statistics()
+        self._add_products()
         for name, term in self.graph.counts:
             module, _, key = name.rpartition(".")
             for span in spans(term):
@@ -208,6 +212,16 @@ class _GroupBuilder:
                     Statistic(module=op.module, operation=op.name, call=op.number, **layout)
                 )
 
+    def _add_products(self) -> None:
+        images = self.record.inputs[0].shape[0]
+        for op in self.record.ops:
+            for leaf, product, multiply_adds in products_of(op, self.graph):
+                channels = self._of(leaf)
+                channels.products.append(product)
+                # What does not depend on the input is computed once for the batch.
+                inputs = 1 if op.outputs[0].is_constant else images
+                channels.macs += multiply_adds * product.times // (product.length * inputs)
+
     def _member_order(self, member: Member) -> tuple:
         key = member.tensor.rpartition(".")[2]
         tensors = ("weight", "bias", "running_mean", "running_var")
@@ -233,7 +247,6 @@ class _GroupBuilder:
             name = "input" if reason == INPUT else f"{first.module}.input"
         name = f"{name}@{first.offset}" if first.offset else name
         names[name] += 1
-        params, macs = self._cost(members)
         return Group(
             id=name if names[name] == 1 else f"{name}#{names[name]}",
             channels=leaf.size,
@@ -241,23 +254,23 @@ class _GroupBuilder:
             gates=gates,
             combine=combine,
             statistics=channels.statistics,
+            products=channels.products,
             zeroed=channels.zeroed,
             attributes=channels.attributes,
-            params=params,
-            macs=macs,
+            params=self._params(members),
+            macs=channels.macs,
             reason=reason,
         )
 
-    def _cost(self, members: Sequence[Member]) -> tuple[int, int]:
-        """The parameters and multiply-adds of one channel."""
-        params = macs = 0
+    def _params(self, members: Sequence[Member]) -> int:
+        """The parameters of one channel."""
+        params = 0
         for member in members:
             module, key = self.modules[member.module], member.tensor.rpartition(".")[2]
-            tensor = self.record.tensors[member.tensor]
-            numbers = math.prod(tensor.shape) // max(axis_length(module, key, member.axis), 1) * member.times
-            params += numbers if key in module._parameters else 0
-            macs += numbers * sum(map(_positions, self.consumers[tensor])) if key == "weight" else 0
-        return params, macs
+            if key in module._parameters:
+                length = max(axis_length(module, key, member.axis), 1)
+                params += math.prod(self.record.tensors[member.tensor].shape) // length * member.times
+        return params
 
     def _pads(self, op: Op) -> bool:
         if not op.name.startswith("conv"):
@@ -315,14 +328,3 @@ class _GroupBuilder:
             and f"{name}.weight" in self.record.tensors
             and f"{name}.weight" not in names
         ]
-
-
-def _positions(op: Op) -> int:
-    """Return how often a call multiplies with its weight, for one input of the model."""
-    if op.name == "linear":
-        return math.prod(op.outputs[0].shape[1:-1])
-    if op.name.startswith("conv"):
-        # A transposed convolution does once for each input position, the others for each output position.
-        shape = op.args[0].shape if "transpose" in op.name else op.outputs[0].shape
-        return math.prod(shape[2:])
-    return 0

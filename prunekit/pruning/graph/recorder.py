@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prunekit.operations.keys import OperationKeys, operation_name
+from prunekit.operations.shapes import fast_result
 from prunekit.pruning.graph.axis_terms import Term
-from prunekit.pruning.graph.shapes import fast_result
 from prunekit.utils.inputs import Example, call, tensors_of
 
 MAX_NUMBERS = 64
@@ -104,55 +104,6 @@ def record(
         raise
     outputs = [value for tensor in outputs_of(result) if (value := mode.values.get(id(tensor))) is not None]
     return Record(mode.ops, inputs, outputs, mode.tensors, mode.aliases, mode.calls, type(result).__name__)
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Run the attention of PyTorch operation by operation; its fast path would be one operation."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def operation_name(func: Any) -> str:
-    return func._schema.name.removeprefix("aten::")
-
-
-class OperationKeys:
-    """Identifies each call of an operation by the module that calls it and the number of its calls there."""
-
-    def __init__(self, model: nn.Module):
-        self.names = {module: name for name, module in model.named_modules()}
-        self.running: list[str] = [""]
-        self.calls: Counter[str] = Counter()
-        self._numbers: Counter[tuple[str, str]] = Counter()
-
-    def next(self, operation: str) -> tuple[str, str, int]:
-        key = self.running[-1], operation
-        self._numbers[key] += 1
-        return *key, self._numbers[key] - 1
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        def enter(module: nn.Module, _: Any) -> None:
-            self.running.append(self.names[module])
-            self.calls[self.names[module]] += 1
-
-        def leave(*_: Any) -> None:
-            self.running.pop()
-
-        # Scripted modules have no hooks.
-        hooked = [module for module in self.names if not isinstance(module, torch.jit.ScriptModule)]
-        handles = [module.register_forward_pre_hook(enter) for module in hooked]
-        handles += [module.register_forward_hook(leave, always_call=True) for module in hooked]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _RecordingMode(TorchDispatchMode, OperationKeys):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError
-from prunekit.pruning.graph.meta import to_meta
-from prunekit.pruning.graph.recorder import Record, record, without_fast_path
+from prunekit.operations.keys import without_fast_path
+from prunekit.operations.meta import to_meta
+from prunekit.pruning.graph.recorder import Record, record
 from prunekit.pruning.graph.rules.base import find_rule
-from prunekit.utils.copying import copy_module
+from prunekit.utils.copying import copy_module, restored
 from prunekit.utils.inputs import Example, as_example, describe_shapes, first_inputs, map_tensors, tensors_of
 from prunekit.utils.text import first_line
 
@@ -63,7 +64,7 @@ def _record_values(model: nn.Module, batch: Example) -> tuple[nn.Module, Record]
         found = record_call(runner, batch)
         if any(value.name is not None for op in found.ops for value in op.inputs):
             return runner, found
-    with _restored(model):
+    with restored(model):
         try:
             return model, record_call(model.eval(), batch)
         except Exception:
@@ -87,7 +88,7 @@ def _train_record(model: nn.Module, batch: Example, found: Record) -> Record | N
         return None
     on_meta = tensors_of(batch)[0].is_meta
     try:
-        with nullcontext() if on_meta else _restored(model):
+        with nullcontext() if on_meta else restored(model):
             copied = model if on_meta else copy_module(model)
             return record_call(copied.train(), batch)
     except Exception:
@@ -123,25 +124,3 @@ def _check_arguments(model: nn.Module, example: Example) -> None:
         raise PlanError(f"{what}; pass a batch (N, C, …) of floats, or (N, L) of tokens")
     if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise PlanError("the model has uninitialized lazy modules; run it once first")
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Undo on exit what forward changes in a model: attributes, modes and buffers."""
-    saved = [
-        (
-            module,
-            dict(vars(module)),
-            {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None},
-        )
-        for module in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, attributes, buffers in saved:
-                vars(module).clear()
-                vars(module).update(attributes)
-                for name, (buffer, value) in buffers.items():
-                    module._buffers[name] = buffer.copy_(value)  # forward may have put another tensor in its place

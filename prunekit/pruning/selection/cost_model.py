@@ -1,13 +1,15 @@
 """The size of a slim model, predicted without building it.
 
 Pruning a channel removes an entry from each axis of its group. So the length of every axis is linear in the number of
-dead channels of each group, the size of a tensor is the product of its axes, and its multiply-adds are that size times
-the number of positions of the kernel, which pruning does not change. Which channels are dead does not matter.
+dead channels of each group. The size of a tensor is the product of the lengths of its axes. The multiply-adds of an
+operation are that of the axes over which it multiplies (``Group.products``), times what pruning does not change, such
+as positions. Which channels are dead does not matter.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -16,9 +18,11 @@ import numpy as np
 from torch import nn
 
 from prunekit.errors import PlanError
-from prunekit.flops import count_modules
+from prunekit.flops import count_operations
+from prunekit.operations.multiply_adds import MultiplyAdds
 from prunekit.pruning.graph.axes import conv_groups
-from prunekit.pruning.plan import Group
+from prunekit.pruning.plan import Group, Product
+from prunekit.pruning.surgery.axis_lengths import AxisLengths
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.utils.inputs import Example
 
@@ -52,12 +56,12 @@ class SizeModel:
         rows = {axis: row for row, axis in enumerate(self._cutter.lengths)}
 
         # For each parameter: its size along the axes that are never pruned, the rows of those that are (the row after
-        # the last is an axis of length 1), the groups that share its input axis, its module, and its positions.
+        # the last is an axis of length 1), the groups that share its input axis, and its module.
         table = []
         # A tensor of several modules has one name.
         tensors = {id(parameter): name for name, parameter in model.named_parameters()}
-        for name, cost in count_modules(model, example)[0].items():
-            for key, parameter in model.get_submodule(name)._parameters.items():
+        for name, module in model.named_modules():
+            for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
                 tensor = tensors[id(parameter)]
@@ -66,13 +70,37 @@ class SizeModel:
                 axes = [*(rows[tensor, axis] for axis in pruned), *[len(rows)] * (MAX_AXES - len(pruned))]
                 # The input axis of a convolution with groups is counted over all of its groups.
                 shared = conv_groups(model, name) if key == "weight" and len(pruned) == 2 else 1
-                positions = cost.macs // parameter.numel() if key == "weight" and cost.macs else 0
                 # A module of which nothing can be pruned is the last one.
-                table.append((fixed, *axes, shared, self._cutter.module_index.get(name, -1), positions))
-        columns = np.array(table, np.int64).reshape(-1, MAX_AXES + 4).T.copy()
+                table.append((fixed, *axes, shared, self._cutter.module_index.get(name, -1)))
+        columns = np.array(table, np.int64).reshape(-1, MAX_AXES + 3).T.copy()
         self._fixed, self._axes = columns[0], columns[1 : MAX_AXES + 1]
-        self._shared, self._owner, self._positions = columns[MAX_AXES + 1 :]
+        self._shared, self._owner = columns[MAX_AXES + 1 :]
+        self._add_products(count_operations(model, example))
         self.dense = self.size_without({})
+
+    def _add_products(self, counted: MultiplyAdds) -> None:
+        """Find, for each product of tensors, its multiply-adds per entry of the axes that are pruned (a fraction, since
+        convolutions with groups multiply with a part of their inputs), and the rows of these axes."""
+        carried: dict[tuple[tuple[str, str, int, int], int], list[tuple[Group, Product]]] = defaultdict(list)
+        for group in self.groups:
+            for product in group.products:
+                part = product.module, product.operation, product.call, product.part
+                carried[part, product.axis].append((group, product))
+        lengths = {axis: products[0][1].length for axis, products in carried.items()}
+        self._lengths = AxisLengths(self.groups, lengths, carried)
+        rows: dict[tuple[str, str, int, int], dict[int, int]] = defaultdict(dict)  # of each part, with their lengths
+        for row, ((part, _), length) in enumerate(lengths.items()):
+            rows[part][row] = length
+        most = max(map(len, rows.values()), default=0)
+        table = []
+        for call, numbers in counted.products.items():
+            for index, number in enumerate(numbers):
+                own = rows.get((*call, index), {})
+                entries = math.prod(own.values())
+                common = math.gcd(number, entries)
+                table.append((number // common, entries // common, *own, *[len(lengths)] * (most - len(own))))
+        columns = np.array(table, np.int64).reshape(-1, most + 2).T
+        self._multiplied, self._divided, self._loops = columns[0], columns[1], columns[2:]
 
     def size_without(self, dead: Mapping[str, Collection[int] | int]) -> ModelSize:
         """Return the size without some channels, and without what cannot live without them.
@@ -86,11 +114,12 @@ class SizeModel:
             dead, _ = self._cutter.complete(channels)
         values = [dead.get(group.id, 0) for group in self.groups]
         counts = np.array([n if isinstance(n, int) else len(n) for n in values], np.int64)
-        _, kept, gone = self._cutter.complete_counts(counts)
+        counts, kept, gone = self._cutter.complete_counts(counts)
         lengths, gone = np.append(kept, 1), np.append(gone, False)
         sizes = self._fixed * lengths[self._axes].prod(0) // self._shared
         sizes[gone[self._owner]] = 0
-        return ModelSize(int(sizes.sum()), int(sizes @ self._positions))
+        loops = np.append(self._lengths.without(counts), 1)[self._loops].prod(0)
+        return ModelSize(int(sizes.sum()), int((self._multiplied * loops // self._divided).sum()))
 
     def per_cost(self, scores: Mapping[str, np.ndarray], measure: Measure, power: float) -> dict[str, np.ndarray]:
         """Divide the scores of channels by a power of the share of the measure that goes with one channel alone.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.pruning.graph.meta import FastShapes, to_meta
+from prunekit.operations.meta import FastShapes, to_meta
 
 # How much above the example's size the sizes are: each remainder of a division by 2 to 8 occurs, also after halvings.
 OFFSETS = (*range(1, 9), 11, 13, 15, 16, 23, 29, 31, 32)

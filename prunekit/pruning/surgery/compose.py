@@ -42,7 +42,7 @@ def match_groups(groups: Sequence[Group], first: Plan, slim_groups: Sequence[Gro
     dense_uses: dict[tuple[str, int], list[tuple[tuple[int, int], Group]]] = defaultdict(list)
     slim_places: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for group in groups:
-        for member in group.members if group.reason is None and first.kept(group) else ():
+        for member in group.members if first.kept(group) else ():
             if not member.reads:
                 dense_uses[member.tensor, member.axis].append((_place(member), group))
     for member in (member for group in slim_groups for member in group.members if not member.reads):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from torch import nn
 
 from prunekit.errors import PlanError
@@ -16,6 +14,7 @@ from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.axes import axis_length, conv_groups, is_channelwise, output_axis
 from prunekit.pruning.graph.slicing import channel_index, slice_model
 from prunekit.pruning.plan import Group, Member
+from prunekit.pruning.surgery.axis_lengths import AxisLengths, sparse_matrix
 
 MAX_ROUNDS = 100
 
@@ -53,23 +52,15 @@ class Cutter:
         self.module_index = {name: index for index, name in enumerate(dict.fromkeys(owners))}
         self._prunable = np.array([group.reason is None for group in groups], bool)
         self._width = np.array([group.channels for group in groups], np.int64)
-        self._length = np.array(list(self.lengths.values()), np.int64)
         self._module = np.array([self.module_index[owner] for owner in owners], np.int64)
-        rows = {axis: row for row, axis in enumerate(self.lengths)}
-        numbers = {id(group): g for g, group in enumerate(groups)}
-        strides, self._products = [], []
-        for axis, members in self.members.items():
-            alone, shared = _owners(self.lengths[axis], [(numbers[id(group)], group, m) for group, m in members])
-            strides += [(rows[axis], g, times) for g, times in alone]
-            self._products += [(rows[axis], owners, count) for owners, count in shared]
-        self._strides = _matrix(strides, (len(rows), len(groups)))
+        self._axis_lengths = AxisLengths(groups, self.lengths, self.members)
         # The modules that produce, and those that read, each group's channels.
         producers, readers = set(), set()
         for g, group in enumerate(groups):
             made_by = [name for name in group.producers if not is_channelwise(model, name)]
             producers |= {(g, self.module_index[name], 1) for name in made_by}
             readers |= {(g, self.module_index[member.module], 1) for member in group.readers}
-        needs = [_matrix(sorted(pairs), (len(groups), len(self.module_index))) for pairs in (producers, readers)]
+        needs = [sparse_matrix(sorted(pairs), (len(groups), len(self.module_index))) for pairs in (producers, readers)]
         self._needs = [(need, np.asarray(need.sum(1)).ravel()) for need in needs]
 
     def masks(self, dead: Mapping[str, Iterable[int]]) -> dict[Axis, np.ndarray]:
@@ -121,10 +112,7 @@ class Cutter:
             modules of ``module_index`` are gone.
         """
         while True:
-            kept = self._length - self._strides @ dead
-            for row, owners, number in self._products:
-                left = math.prod(int(self._width[g] - dead[g]) for g in owners)
-                kept[row] -= number - number // math.prod(int(self._width[g]) for g in owners) * left
+            kept = self._axis_lengths.without(dead)
             gone = np.zeros(len(self.module_index), bool)
             gone[self._module[kept == 0]] = True
             lost = np.zeros(len(dead), bool)
@@ -198,30 +186,6 @@ class Cutter:
             mask = masks.get((f"{name}.weight", output_axis(module)))
             module.bias = nn.Parameter(biases[name] if mask is None else biases[name][torch.from_numpy(mask)])
         return added
-
-
-def _matrix(entries: list[tuple[int, int, int]], shape: tuple[int, int]) -> csr_matrix:
-    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
-    return csr_matrix((np.array(values, np.int64), (rows, columns)), shape)
-
-
-def _owners(
-    length: int, members: Sequence[tuple[int, Group, Member]]
-) -> tuple[list[tuple[int, int]], list[tuple[tuple[int, ...], int]]]:
-    """Return the groups that an axis has entries of: those alone, with the number of entries of a channel, and those
-    that share entries, with the number of these entries."""
-    total = sum(group.channels * member.times for _, group, member in members)
-    if total <= length and not any(member.repeats for _, _, member in members):
-        return [(g, member.times) for g, _, member in members], []
-    owners: dict[int, list[int]] = defaultdict(list)
-    for g, group, member in members:
-        for entry in member.entries(np.arange(group.channels)).tolist():
-            owners[entry].append(g)
-    alone, shared = Counter(), Counter()
-    for groups in map(tuple, owners.values()):
-        (alone if len(groups) == 1 else shared)[groups] += 1
-    widths = {g: group.channels for g, group, _ in members}
-    return [(g, number // widths[g]) for (g,), number in alone.items()], list(shared.items())
 
 
 def _remove_module(model: nn.Module, name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunekit.pruning.graph.recorder import OperationKeys, operation_name, without_fast_path
+from prunekit.operations.keys import OperationKeys, operation_name, without_fast_path
 from prunekit.pruning.graph.rules.base import find_rule
 from prunekit.pruning.plan import Group
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError
-from prunekit.pruning.graph.meta import to_meta
+from prunekit.operations.meta import to_meta
 from prunekit.pruning.graph.trace import tensors_in
 from prunekit.pruning.surgery.copies import clone
 from prunekit.utils.inputs import Example, call, cast, map_tensors

@@ -2,9 +2,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prunekit.operations.shapes import fast_result
 from prunekit.pruning.graph.recorder import record
 from prunekit.pruning.graph.rules.base import find_rule
-from prunekit.pruning.graph.shapes import fast_result
 from prunekit.pruning.graph.trace import record_call, tensors_in, trace
 
 

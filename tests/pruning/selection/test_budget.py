@@ -165,8 +165,8 @@ def test_search_is_repeated_where_slimming_adds_too_much(monkeypatch):
     model, groups, example = made("resnet")
     aims = []
 
-    def counted(small, shape, dtype):
-        counts, unknown = count_modules(small, shape, dtype)
+    def counted(small, shape):
+        counts, unknown = count_modules(small, shape)
         aims.append(total(counts)["params"])
         counts["conv"].params += round(0.1 * aims[-1])
         return counts, unknown

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from helpers.marks import seeds
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, small_csnet, zero_gates
+from helpers.zoo_products import PRODUCTS, Transposed, example_of
 from torch import nn
 
 from prunekit.errors import PlanError
-from prunekit.flops import count_modules, total
+from prunekit.flops import count, count_modules, total
 from prunekit.layers import OptionalModules
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.cost_model import ModelSize, SizeModel
@@ -137,6 +138,46 @@ def test_other_networks(network, seed):
     assert sizes.dense == real(model, (3, 32, 32))
     made = apply_plan(network(), plan, example)
     assert sizes.size_without(dead_channels(groups, plan)) == real(made, (3, 32, 32))
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("seed", seeds(6, plain=2))
+def test_products_of_activations_and_bare_parameters(name, seed):
+    torch.manual_seed(seed)
+    model, example, rng = PRODUCTS[name]().eval(), example_of(name), np.random.default_rng(seed)
+    groups = find_groups(model, example)
+    sizes = SizeModel(model, groups, example)
+    dead = {}
+    for group in groups:
+        if group.reason is None:
+            lost = min(int(rng.binomial(group.channels, 0.3)), group.channels - 1)
+            dead[group.id] = set(rng.permutation(group.channels)[:lost].tolist())
+    plan = make_plan(model, groups, dead)
+    small = apply_plan(PRODUCTS[name]().eval(), plan, example)
+    for one, found in ((model, sizes.dense), (small, sizes.size_without(dead_channels(groups, plan)))):
+        cost = count(one, example)
+        assert found == ModelSize(cost.params, cost.macs)
+    assert found.macs < sizes.dense.macs
+
+
+def test_inputs_and_outputs_of_a_convolution_with_groups():
+    model = Up()
+    groups = find_groups(model, init_norms(model))
+    plan = make_plan(model, groups, {"stem": {0, 1, 4, 6}, "halves": {0, 7}, "up": {2}})
+    made = apply_plan(Up(), plan, torch.zeros(1, 3, 32, 32))
+    assert made.halves.weight.shape[:2] == (10, 2)
+    size = SizeModel(model, groups, (3, 32, 32)).size_without(dead_channels(groups, plan))
+    assert size == real(made, (3, 32, 32))
+
+
+def test_products_at_another_size_than_that_of_the_groups():
+    model, shape = Transposed(), (3, 36, 36)
+    groups = find_groups(model, torch.randn(4, 3, 32, 32))
+    plan = make_plan(model, groups, {"conv": {0, 3}, "up1": {1, 2, 5}})
+    sizes = SizeModel(model, groups, shape)
+    small = apply_plan(Transposed(), plan, torch.randn(1, 3, 32, 32))
+    assert sizes.dense == real(model, shape) != real(model, (3, 32, 32))
+    assert sizes.size_without(dead_channels(groups, plan)) == real(small, shape)
 
 
 def test_removed_module_loses_its_bias():

@@ -2,12 +2,14 @@ import pytest
 import torch
 from helpers.marks import seeds
 from helpers.networks import Concat, Residual, Row, csnet_with_dead_gates, init_norms, small_csnet, zero_gates
+from helpers.zoo_tokens import TOKENS
 
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Plan
 from prunekit.pruning.selection.extract import extract
-from prunekit.pruning.surgery.compose import compose
+from prunekit.pruning.surgery.compose import compose, match_groups
+from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import apply_plan, slim
 
 
@@ -49,3 +51,14 @@ def test_compose_rejects_plan_of_another_model():
     wrong = first.model_copy(update={"groups": {**first.groups, name: first.groups[name][1:]}})
     with pytest.raises(PlanError, match="does not make this slim model"):
         compose(model, groups, wrong, between, second)
+
+
+def test_groups_that_cannot_be_pruned_keep_their_places():
+    """In an axis of three parts, heads and channels, the parts stay, and one head that is left is no group."""
+    model, example = TOKENS["vit"](), torch.randn(2, 3, 32, 32)
+    groups = find_groups(model, example)
+    small, report = slim(model, make_plan(model, groups, {"attentions.0.qkv#2": {0}}), example, groups=groups)
+    pairs = match_groups(groups, report.plan, find_groups(small, example))
+    assert [(dense.id, one.id) for dense, one in pairs if one.id.startswith("attentions.0")] == [
+        ("attentions.0.qkv#3", "attentions.0.qkv#2")
+    ]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from prunekit.pruning.graph.meta import FastShapes, to_meta
+from prunekit.operations.meta import FastShapes, to_meta
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
