@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+_OWN = frozenset(vars(nn.Module()))
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -18,12 +20,17 @@ def copy_module(model: Model, memo: dict[int, Any] | None = None) -> Model:
     """Return ``copy.deepcopy(model, memo)``, in a fraction of its time.
 
     Each module has a dozen empty collections, most of them of hooks, on which ``deepcopy`` spends most of its time.
+    Computed tensors that modules keep, as the old weight_norm does, are copied as they are; ``deepcopy`` refuses them.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        for value in vars(module).values():
+        for name, value in vars(module).items():
             if type(value) in (OrderedDict, dict, set) and not value:
                 memo.setdefault(id(value), type(value)())
+            elif name not in _OWN and not isinstance(value, int | float | str):
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                        memo.setdefault(id(leaf), leaf.detach().clone())
     return copy.deepcopy(model, memo)
 
 

@@ -172,3 +172,23 @@ def test_cost_of_a_channel_includes_products(name):
             assert group.macs == sizes.dense.macs - sizes.size_without({group.id: 1}).macs
             checked += any("linear" not in operation for _, operation, *_ in places) or name == "position_table"
     assert checked
+
+
+class Standardized(nn.Conv2d):
+    """A convolution with standardized weights (Qiao et al., 2019), as BiT and NFNets have it."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True, eps=1e-6)
+        return F.conv2d(x, weight.view_as(self.weight), self.bias, padding=1)
+
+
+@pytest.mark.parametrize("seed", seeds(10, plain=2))
+def test_standardized_weights_leave_pruned_inputs_out(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        Standardized(3, 12, 3), nn.ReLU(), Standardized(12, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)
+    ).eval()
+    _, small, _, dead = cut_some(model, IMAGES, seed)
+    kept = [k for k in range(12) if k not in dead["0"]]
+    assert small[2].in_channels == len(kept) < 12
+    torch.testing.assert_close(small[2].weight, model[2].weight[:, kept][[k for k in range(8) if k not in dead["2"]]])

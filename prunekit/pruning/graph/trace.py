@@ -40,7 +40,8 @@ def trace(model: nn.Module, example: Example) -> Trace:
     _check_arguments(model, example)
     try:
         # Only shapes are needed, so a copy runs on the meta device, unless the model reads values.
-        runner, batch = to_meta(model).eval(), map_tensors(lambda tensor: tensor.to("meta"), example)
+        # Training makes modules forget what they have kept in eval mode.
+        runner, batch = to_meta(model).train().eval(), map_tensors(lambda tensor: tensor.to("meta"), example)
         # A copy of it runs, since the model may keep something.
         found = record_call(copy_module(runner), batch)
     except Exception:
@@ -60,7 +61,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
 def _record_values(model: nn.Module, batch: Example) -> tuple[nn.Module, Record]:
     """Record a model that reads values: a copy of it, or itself where a copy cannot be made or runs other modules."""
     with suppress(Exception):
-        runner = copy_module(model).eval()
+        runner = copy_module(model).train().eval()
         found = record_call(runner, batch)
         if any(value.name is not None for op in found.ops for value in op.inputs):
             return runner, found

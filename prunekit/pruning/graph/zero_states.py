@@ -163,11 +163,13 @@ class ZeroStates:
     def _normed(self, op: Op, axis: int) -> list[State]:
         value, weight = op.args[0], op.args[1]
         states = self._states[value][axis]
+        measures = bool(op.arg(5, "training"))  # rather than subtract running means
         if axis != 1:
-            return [replace(state, shifted=True) for state in states]
+            return [State() if measures else replace(state, shifted=True) for state in states]
         name = self._gates.get(weight) if isinstance(weight, Value) else None
         if name is None:
-            return [replace(state, shifted=True) for state in states]
+            shifts = not measures or op.arg(2, "bias") is not None
+            return [replace(state, shifted=state.shifted or shifts) for state in states]
         own = self.spans(value.axes[1])
         return [
             State(_gated(state.gate_expr, name, span), False, state.padded)

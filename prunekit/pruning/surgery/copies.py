@@ -16,15 +16,13 @@ _OWN = frozenset(vars(nn.Module()))
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """Return a deep copy; computed tensors that modules keep, as the old weight_norm does, are copied as they are.
+    """Return a deep copy.
 
     Raises:
         PlanError: the model cannot be copied.
     """
-    kept = [leaf for _, _, value in _attributes(model) for leaf in tree_leaves(value)]
-    computed = {id(leaf): leaf.detach().clone() for leaf in kept if isinstance(leaf, Tensor) and not leaf.is_leaf}
     try:
-        return copy_module(model, computed)
+        return copy_module(model)
     except Exception as error:  # It is the user's code and may raise anything.
         raise PlanError(
             f"the model cannot be copied ({first_line(error)}); copy.deepcopy(model) has to work: remove attributes "
@@ -44,6 +42,15 @@ def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             vars(module)[name] = tree_map_only(Tensor, cast, value)
     return copied
+
+
+def drop_caches(model: nn.Module) -> nn.Module:
+    """Let modules forget what they keep in eval mode, such as biases by position; they do when they are trained."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module, mode in modes.items():
+        module.training = mode
+    return model
 
 
 def transfer(source: nn.Module, target: nn.Module) -> None:

@@ -76,7 +76,9 @@ def _masked(name: str, func: Any, args: Any, kwargs: Any, axes: Mapping[int, Seq
         part = part.index_select(axis, index)
     if name == "mean":
         return func(part, *args[1:], **kwargs)
-    if name == "group_norm":
+    if name.endswith(("batch_norm", "instance_norm")):
+        result = func(part, *args[1:], **kwargs)
+    elif name == "group_norm":
         (index,) = kept.values()
         tensors = [None if tensor is None else tensor[index] for tensor in args[2:4]]
         result = func(part, args[1], *tensors, *args[4:], **kwargs)

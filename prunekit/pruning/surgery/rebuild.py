@@ -13,7 +13,7 @@ from prunekit.pruning.graph.axes import TRANSPOSED
 from prunekit.pruning.graph.slicing import channel_index
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.surgery.constant_folding import Constants, Folding, apply_folding, plan_folding, zero_inputs
-from prunekit.pruning.surgery.copies import clone
+from prunekit.pruning.surgery.copies import clone, drop_caches
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.plan_builder import plan_from_dead
 
@@ -42,6 +42,7 @@ def rebuild(
     folding.unread = sum(map(len, unread.values()))
     plan = plan_from_dead(model, groups, completed, removed)
     plan.added_bias, plan.carriers = cutter.cut(model, completed, removed, biases), folding.carriers
+    drop_caches(model)  # of the dense model, which has run
     return plan, folding
 
 

@@ -16,7 +16,7 @@ from prunekit.pruning.graph.slicing import channel_index
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.provenance import record_plan
 from prunekit.pruning.surgery.constant_folding import measure_constants
-from prunekit.pruning.surgery.copies import clone, copy_as, transfer
+from prunekit.pruning.surgery.copies import clone, copy_as, drop_caches, transfer
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import (
     DEAD,
@@ -102,7 +102,7 @@ def slim(
     )
     report.measure_drift(outputs, outputs_of(slimmed, inputs[0]))
     # The plan is applied to a fresh copy: the checked one may have kept something of the check, such as a cache.
-    result = _shape_like(clone(model), groups, report.plan)
+    result = _shape_like(drop_caches(clone(model)), groups, report.plan)
     transfer(slimmed, result)
     check_training(reference, copy_as(result, torch.float32), first_inputs(inputs[0], 2))
     report.plan.notes = [*plan.notes, *_notes(groups, plan, report)]

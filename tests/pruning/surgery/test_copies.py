@@ -10,6 +10,7 @@ from torch import nn
 import prunekit
 from prunekit.errors import PlanError
 from prunekit.pruning.surgery.copies import clone, copy_as
+from prunekit.pruning.surgery.plan_builder import make_plan
 
 
 class Caching(nn.Module):
@@ -48,6 +49,43 @@ def test_slim_model_does_not_inherit_what_the_check_has_cached(kind, used):
     small, report = prunekit.slim(model, prunekit.extract(model, groups, pruning_ratio=0.3), example, groups=groups)
     assert report.passed
     assert small(example).dtype == model(example).dtype == torch.float32
+
+
+class Biased(nn.Module):
+    """Attention with a bias for each head and distance, kept in eval mode (as in LeViT, Graham et al., ICCV 2021)."""
+
+    def __init__(self, heads=6):
+        super().__init__()
+        self.heads, self.kept = heads, {}
+        self.first, self.last = nn.Linear(5, 8 * heads), nn.Linear(8 * heads, 3)
+        self.biases = nn.Parameter(torch.randn(heads, 4))
+        distances = torch.tensor([[abs(a - b) for a in range(4)] for b in range(4)])
+        self.register_buffer("distances", distances, persistent=False)
+
+    def train(self, mode=True):
+        self.kept = {} if mode else self.kept
+        return super().train(mode)
+
+    def bias(self, device):
+        if self.training or str(device) not in self.kept:
+            self.kept[str(device)] = self.biases[:, self.distances]
+        return self.kept[str(device)]
+
+    def forward(self, x):
+        values = self.first(x).view(len(x), 4, -1, 8).transpose(1, 2)
+        weights = ((values @ values.transpose(2, 3)) + self.bias(x.device)).softmax(-1)
+        return self.last((weights @ values).transpose(1, 2).flatten(2)).mean(1)
+
+
+def test_what_the_dense_model_keeps_is_dropped():
+    torch.manual_seed(0)
+    model, tokens = Biased().eval(), torch.randn(3, 4, 5)
+    model(tokens)
+    group = next(g for g in prunekit.find_groups(model, tokens) if g.channels == 6)
+    assert group.reason is None
+    plan = make_plan(model, prunekit.find_groups(model, tokens), {group.id: {0, 3}})
+    small, _ = prunekit.slim(model, plan, tokens)
+    assert small.biases.shape == (4, 4) and small(tokens).shape == (3, 3) and not small.training
 
 
 def test_copies_have_one_dtype_and_leave_the_model_alone():

@@ -13,13 +13,19 @@ from prunekit.pruning.graph.rules.base import AxisGraph, fixed, register_rule
 @register_rule("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
 @register_rule("_native_batch_norm_legit_no_training", "native_batch_norm_legit")
 def batch_norm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
-    """A norm of each channel alone."""
+    """A norm of each channel alone, over the other axes where it computes statistics.
+
+    These may be channels, too, such as the inputs of a weight that is standardized (Qiao et al., 2019).
+    """
     value, module = op.args[0], graph.model.get_submodule(op.module)
     if not any(isinstance(tensor, Value) for tensor in op.args[1:5]) and isinstance(module, NORMS):
         graph.counts.append((f"{op.module}.num_features", value.axes[1]))
     for tensor in op.args[1:5]:
         if isinstance(tensor, Value):
             graph.unify(op, tensor.axes[0], value.axes[1])
+    if op.arg(5, "training", op.name == "instance_norm"):
+        for axis in (0, *range(2, len(value.axes))):
+            graph.statistic(op, value, axis)
     outputs = [list(value.axes)]
     return [*outputs, *([value.axes[1]] for output in op.outputs[1:])]
 
