@@ -237,8 +237,9 @@ class Slim(Section):
     cost_power: NonNegative = 0.0
     """Divides the importance of a channel by this power of its share of the target's params or MACs; 0: off, 1: rank by
     importance per param or MAC."""
-    scope: Literal["global", "layer"] = "global"
-    """Rank channels over the whole model, or prune the same share of each layer."""
+    scope: Literal["global", "isomorphic", "layer"] = "global"
+    """Rank channels over the whole model, or within layers of the same structure (as many of each kind of layer), or
+    prune the same share of each layer."""
     steps: Count = 1
     """Pruning steps, with fine-tuning in between; more than one needs a target."""
     threshold: NonNegative = 1e-3
@@ -317,8 +318,8 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
             conflicts.append((("slim", "steps"), f"{slim.steps} steps need a target; {add}"))
         if recipe.train.gradual_pruning.rounds > 1:
             conflicts.append((("train", "gradual_pruning", "rounds"), f"several rounds need a target; {add}"))
-        if slim.scope == "layer":
-            conflicts.append((("slim", "scope"), f"pruning the same share of each layer needs a target; {add}"))
+        if slim.scope != "global":
+            conflicts.append((("slim", "scope"), f"{slim.scope!r} needs a target; {add}"))
     elif slim.cost_power and slim.scope == "layer":
         message = "costs compare layers, and slim.scope=layer prunes the same share of each; drop one of the two"
         conflicts.append((("slim", "cost_power"), message))

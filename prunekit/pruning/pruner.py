@@ -20,7 +20,7 @@ from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import TARGETS, BudgetSearch, target_measure
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
-from prunekit.pruning.selection.selector import Scores, Selection, Selector
+from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
 from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
@@ -92,6 +92,8 @@ class Pruner:
             ``ignored_layers`` takes precedence.
         global_pruning: whether channels compete across all layers, or each layer loses the same share. The heads of an
             attention only compete; with the same share for all they stay, and each loses channels.
+        isomorphic: with ``global_pruning``, whether only layers of the same structure compete, so that each kind of
+            layer loses the same share (Fang et al., ECCV 2024).
         round_to: kept channels of each layer are rounded up to a multiple of this.
         min_channels: number of channels to keep in each layer.
         steps: number of calls of ``step()`` in which to reach the ratio or target.
@@ -118,6 +120,7 @@ class Pruner:
         ignored_layers: Sequence[Layer] = (),
         per_layer_ratio: Mapping[Layer, float] | None = None,
         global_pruning: bool = True,
+        isomorphic: bool = False,
         round_to: int = 1,
         min_channels: int = 1,
         steps: int = 1,
@@ -126,6 +129,10 @@ class Pruner:
     ):
         _check_arguments(model, pruning_ratio, target, per_layer_ratio, steps)
         example_inputs = as_example(example_inputs)
+        if isomorphic and not global_pruning:
+            raise PlanError(
+                "isomorphic=True ranks across layers, and global_pruning=False does not; drop one of the two"
+            )
         if cost_power and not target:
             raise PlanError('cost_power needs a target, such as target={"macs_ratio": 0.5}')
         self.example_inputs, self.steps, self.current_step = example_inputs, steps, 0
@@ -133,6 +140,7 @@ class Pruner:
         self._importance = _importance_function(importance, loss)
         self._ratio, self._target = pruning_ratio or 0.0, dict(target or {})
         self._global, self._exact, self._cost_power = global_pruning, exact, cost_power
+        self._scope: Scope = "isomorphic" if isomorphic else "global"
         self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
         self._groups = find_groups(model, example_inputs)
         self._ignored = match_layers(model, self._groups, ignored_layers, "ignored_layers")
@@ -229,7 +237,12 @@ class Pruner:
         own = {} if self._global else {g.id: self._remaining_ratio([g], self._ratio, share) for g in free}
         # An axis of heads times their channels loses its share by the channels; heads would add to it.
         own |= dict.fromkeys(own.keys() & whole, 0.0)
-        limits = {**self._limits, "ignored_groups": self._ignored, "ratios": self._remaining_ratios(share) | own}
+        limits = {
+            **self._limits,
+            "scope": self._scope,
+            "ignored_groups": self._ignored,
+            "ratios": self._remaining_ratios(share) | own,
+        }
         return Selector(self._model, self._groups, scores, **limits).select(pruning_ratio=ratio)
 
     def _search(self, scores: Scores, share: float) -> BudgetSearch:
@@ -240,7 +253,7 @@ class Pruner:
             scores,
             cost_power=self._cost_power,
             measure=target_measure(next(iter(self._target))),
-            scope="global" if self._global else "layer",
+            scope=self._scope if self._global else "layer",
             ignored_groups=self._ignored,
             ratios=self._remaining_ratios(share),
             **self._limits,

@@ -142,6 +142,8 @@ def _ties(selector: Selector, requested: int, chosen: Mapping[str, set[int]]) ->
             f"all {len(scores)} scores are {scores[0]:.3g}, so they do not say which channels matter; the same share "
             "of each group is pruned"
         )
+    if selector.scope == "isomorphic":
+        return None  # ranks of different structures are equal by design
     if selector.scope == "global":
         end = min(requested - int(selector.preset.sum()), selector.max_count)
         ranked = selector.ranked_scores

@@ -43,7 +43,8 @@ def extract(
         min_channels: number of channels to keep in each group that remains.
         scores: for each group its channels' scores, (channels,); by default the effective gates (``importance.gate``).
         pruning_ratio: instead of a threshold, the share of the channels to prune, 0 to 1, lowest scores first.
-        scope: whether the ratio is of all channels together ("global") or of each group ("layer").
+        scope: whether the ratio is of all channels together ("global"), of those in groups of the same structure
+            ("isomorphic") or of each group ("layer").
         round_to: kept channels are rounded up to a multiple of this.
         ignored_layers: modules, or patterns (as in a shell) of their names, of which all channels are kept.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from torch import nn
@@ -19,10 +19,11 @@ from prunekit.pruning.graph.liveness import essential_groups, group_by_layer, re
 from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.explain import OTHER_IMPORTANCE, Request, explain
 from prunekit.pruning.selection.importance import check_finite
+from prunekit.pruning.selection.isomorphic import rank_within_structures
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
 from prunekit.pruning.surgery.cutter import Cutter
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "isomorphic", "layer"]
 Scores = Mapping[str, np.ndarray]
 # Why channels are kept that were requested to go, in the order in which the limits apply.
 _LIMITS = (
@@ -84,8 +85,8 @@ class Selector:
         for name, value in (("min_channels", min_channels), ("round_to", round_to)):
             if value < 1:
                 raise PlanError(f"{name}={value}: must be at least 1")
-        if scope not in ("global", "layer"):
-            raise PlanError(f"scope={scope!r}: must be 'global' or 'layer'")
+        if scope not in get_args(Scope):
+            raise PlanError(f"scope={scope!r}: must be 'global', 'isomorphic' or 'layer'")
         check_finite(model)
         self.scope, self.min_channels, self.round_to = scope, min_channels, round_to
         self.all_groups = groups
@@ -105,6 +106,8 @@ class Selector:
         self.competes = ~(self.ignored | self.unscored | has_ratio)
         self.removable = np.array([removable(model, group) for group in self.groups], bool)
         self.scores = _zeros_first(model, self.groups, [self._scores(group, scores) for group in self.groups])
+        if scope == "isomorphic":
+            self.scores = rank_within_structures(model, self.groups, self.scores)
         self.blocks = np.array([self._conv_blocks(group) for group in self.groups], int)
         self.multiples = np.lcm(self.blocks, round_to)
         ordered = [_prune_order(values, blocks) for values, blocks in zip(self.scores, self.blocks, strict=True)]
@@ -161,6 +164,8 @@ class Selector:
             raise PlanError("count ranks the channels of all layers; with scope 'layer' give a pruning_ratio")
         if name == "count" and not 0 <= value <= self.candidates:
             raise PlanError(f"count={value}: must be from 0 to the {self.candidates} channels that can be pruned")
+        if name == "threshold" and self.scope == "isomorphic" and not searched:
+            raise PlanError("scope 'isomorphic' replaces scores by ranks; give a pruning_ratio instead of a threshold")
         preset = int(self.preset.sum())
         if name == "threshold":
             below = np.array([np.searchsorted(values, value, "right") for values in self.sorted_scores], int)
