@@ -1,7 +1,7 @@
 """Isomorphic pruning: only groups of the same structure compete (Fang et al., ECCV 2024).
 
-Scores of different structures, such as the heads of an attention and the hidden channels of an MLP, have other scales. In
-place of a score, a channel gets its rank among those of its kind, so that each kind loses the same share.
+Scores of different structures, such as the heads of an attention and the hidden channels of an MLP, have other scales.
+In place of a score, a channel gets its rank among those of its kind, so that each kind loses the same share.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def test_numbers_out_of_range_are_refused(how, message):
     [
         ({"min_channels": 0}, "min_channels=0: must be at least 1"),
         ({"round_to": 0}, "round_to=0: must be at least 1"),
-        ({"scope": "locally"}, "scope='locally': must be 'global' or 'layer'"),
+        ({"scope": "locally"}, "scope='locally': must be 'global', 'isomorphic' or 'layer'"),
     ],
 )
 def test_limits_out_of_range_are_refused(options, message):
