@@ -17,7 +17,8 @@ def build(name: str, options: dict[str, Any] | None = None, file: str | None = N
     """Build the dense model that a recipe names.
 
     Args:
-        name: a registered backbone, ``timm/NAME``, ``torchvision/NAME``, or a function in ``file``.
+        name: a registered backbone, ``timm/NAME``, ``torchvision/NAME``, ``transformers/TYPE``, or a function in
+            ``file``.
         options: keyword arguments of the builder.
         file: a Python file, whose content is compared with the checksum in ``FILE#sha256=…``.
 

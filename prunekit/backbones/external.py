@@ -1,4 +1,4 @@
-"""Models of timm and torchvision, if installed, by name: ``timm/resnet18``, ``torchvision/resnet18``."""
+"""Models of other libraries, if installed: ``timm/resnet18``, ``torchvision/resnet18``, ``transformers/vit``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.config.registry import Entry, backbones, describe_error
 from prunekit.errors import PluginError, RecipeError
@@ -44,6 +44,31 @@ def torchvision_model(name: str) -> Entry:
         return models.get_model(name, weights=weights, **options)
 
     return Entry(f"torchvision/{name}", build, "torchvision", package_version("torchvision"))
+
+
+@backbones.register_family("transformers")
+def transformers_model(name: str) -> Entry:
+    """An image classifier of transformers; options: those of its configuration, such as num_labels."""
+    library = _import_library("transformers", "install it with: pip install transformers")
+    known = _import_library("transformers.models.auto.modeling_auto", "install another version of it")
+    _check_known("transformers", name, list(known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES))
+
+    def build(**options: Any) -> nn.Module:
+        config = library.AutoConfig.for_model(name, **options)
+        return Logits(library.AutoModelForImageClassification.from_config(config))
+
+    return Entry(f"transformers/{name}", build, "transformers", package_version("transformers"))
+
+
+class Logits(nn.Module):
+    """A classifier of transformers that takes images, (N, C, H, W), and returns its logits, (N, classes), alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
 
 
 def _import_library(module: str, fix: str) -> ModuleType:

@@ -360,12 +360,15 @@ def compared(before: dict[str, float], after: dict[str, float]) -> str:
     return "  ".join(f"{key} {value:.4f} → {after[key]:.4f}" for key, value in before.items())
 
 
+LIBRARIES = ("timm/", "torchvision/", "transformers/")  # whose models are named, not paths
+
+
 def without_paths(value: Any) -> Any:
     """Return JSON data in which texts that are paths have only their last part, without a checksum after it."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
-    if isinstance(value, str) and ("/" in value or "\\" in value) and not value.startswith(("timm/", "torchvision/")):
+    if isinstance(value, str) and ("/" in value or "\\" in value) and not value.startswith(LIBRARIES):
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2].partition("#")[0]
     return value

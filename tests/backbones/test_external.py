@@ -1,9 +1,10 @@
-"""timm and torchvision by name. Neither is installed where the tests run: small modules stand in for them."""
+"""Libraries by name. None is installed where the tests run: small modules stand in for them."""
 
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 from prunekit.backbones import build
@@ -58,6 +59,26 @@ def torchvision(monkeypatch):
 
 
 @pytest.fixture
+def transformers(monkeypatch):
+    package, auto = ModuleType("transformers"), ModuleType("transformers.models.auto.modeling_auto")
+
+    class Classifier(nn.Linear):
+        def forward(self, images):
+            return SimpleNamespace(logits=super().forward(images.mean((2, 3))), hidden_states=None)
+
+    def for_model(name, num_labels=2, **options):
+        if options:
+            raise ValueError(f"unknown options {options}")
+        return SimpleNamespace(name=name, num_labels=num_labels)
+
+    package.AutoConfig = SimpleNamespace(for_model=for_model)
+    package.AutoModelForImageClassification = SimpleNamespace(from_config=lambda c: Classifier(3, c.num_labels))
+    auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES = {"vit": "ViTForImageClassification", "swin": "…"}
+    monkeypatch.setitem(sys.modules, "transformers", package)
+    monkeypatch.setitem(sys.modules, auto.__name__, auto)
+
+
+@pytest.fixture
 def absent(monkeypatch):
     """absent(name, error): importing it raises this."""
 
@@ -98,6 +119,15 @@ def test_timm_options_in_a_recipe(timm, tmp_path):
         recipe.load(path, ["backbone.name=timm/resnet81"])
 
 
+def test_transformers_model_returns_its_logits(transformers):
+    images = torch.randn(2, 3, 8, 8)
+    assert build("transformers/vit", {"num_labels": 10})(images).shape == (2, 10)
+    with pytest.raises(RecipeError, match=r"unknown backbone 'transformers/vitt', did you mean 'transformers/vit'"):
+        build("transformers/vitt")
+    with pytest.raises(RecipeError, match=r"backbone.options: transformers/vit of transformers: unknown options"):
+        build("transformers/vit", {"hidden": 3})
+
+
 def test_unknown_names_raise_with_suggestion(timm, torchvision):
     with pytest.raises(RecipeError, match=r"'timm/resnt18', did you mean 'timm/resnet18'\? timm has 3 models"):
         build("timm/resnt18")
@@ -122,7 +152,11 @@ def test_torchvision_model_does_not_download_weights_by_default(torchvision):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("timm", ["pip install timm"]), ("torchvision", ["build for your torch", "pip install torchvision"])],
+    [
+        ("timm", ["pip install timm"]),
+        ("torchvision", ["build for your torch", "pip install torchvision"]),
+        ("transformers", ["pip install transformers"]),
+    ],
 )
 def test_missing_library_error_says_how_to_install_it(absent, name, words):
     absent(name, ModuleNotFoundError(f"No module named {name!r}", name=name))
