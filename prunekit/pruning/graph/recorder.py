@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ from prunekit.pruning.graph.axis_terms import Term
 from prunekit.utils.inputs import Example, call, tensors_of
 
 MAX_NUMBERS = 64
+_MAKES_TENSOR = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 
@@ -97,7 +99,7 @@ def record(
         mode.add(t, Value(tuple(t.shape), is_constant=False, is_index=not t.is_floating_point())) for t in tensors
     ]
     try:
-        with mode.hooks(), mode:
+        with mode.hooks(), mode, _NumbersMode(mode):
             result = call(model, example)
     except Exception as error:
         error.ops = mode.ops  # type: ignore[attr-defined]
@@ -166,7 +168,7 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
     def _with_values(self, argument: Any, found: list[Value]) -> Any:
         """Return an argument with values in place of tensors, which are added to ``found``."""
         if isinstance(argument, Tensor):
-            found.append(self._value(argument))
+            found.append(self.value(argument))
             return found[-1]
         if isinstance(argument, tuple | list):
             return type(argument)([self._with_values(part, found) for part in argument])
@@ -174,7 +176,7 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
             return {key: self._with_values(part, found) for key, part in argument.items()}
         return argument
 
-    def _value(self, tensor: Tensor) -> Value:
+    def value(self, tensor: Tensor) -> Value:
         known = self.values.get(id(tensor))
         if known is None:
             known = self.add(tensor, Value(tuple(tensor.shape), is_mask=tensor.dtype == torch.bool))
@@ -210,6 +212,24 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
                     after = self.add(other, Value(before.shape, is_constant=False))
                     both, module = [before, self.values[id(tensor)]], self.running[-1]
                     self.ops.append(Op("_mutated", None, tuple(both), {}, [after], module, 0, _line(), both))
+
+
+class _NumbersMode(TorchFunctionMode):
+    """Notes the numbers of tensors that code makes on the meta device, which has none."""
+
+    def __init__(self, recording: _RecordingMode):
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _MAKES_TENSOR and result.is_meta:
+            data = kwargs["data"] if "data" in kwargs else args[func is Tensor.new_tensor]
+            leaves = tree_leaves(data)
+            if len(leaves) <= MAX_NUMBERS and all(isinstance(leaf, int | float) for leaf in leaves):
+                self.recording.value(result).numbers = leaves
+        return result
 
 
 def _line() -> str:
