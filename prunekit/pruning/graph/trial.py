@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunekit.pruning.graph.attributes import enclosing, running_modules
 from prunekit.pruning.graph.axis_terms import Cat, Fixed, Leaf, Prod, Term, leaves, resolve
-from prunekit.pruning.graph.recorder import Op, Record
+from prunekit.pruning.graph.recorder import Op, Record, Value
 from prunekit.pruning.graph.rules.base import is_elementwise
 from prunekit.pruning.graph.slicing import slice_model
 from prunekit.pruning.plan import Group
@@ -100,10 +100,14 @@ class Trial:
         except Exception as error:  # It is the user's code and may raise anything.
             again = getattr(error, "ops", [])
         stable, aligned = [], True
+        varying: set[Value] = set()  # whose shapes depend on values
         for before, after in zip(ops, again, strict=False):
             aligned &= before.name == after.name
+            if _depends_on_values(before) or not varying.isdisjoint(before.inputs):
+                varying.update(before.outputs)
             shapes = [[value.shape for value in op.outputs] for op in (before, after)]
-            stable.append(aligned and shapes[0] == shapes[1] and _numbers(before) == _numbers(after))
+            same = shapes[0] == shapes[1] and _numbers(before) == _numbers(after)
+            stable.append(aligned and same and varying.isdisjoint(before.outputs))
         return [*stable, *[False] * (len(ops) - len(stable))]
 
     def run(self, groups: Mapping[Leaf, Group], equal: bool = False) -> Fault | None:
@@ -145,6 +149,14 @@ def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
         if new.shape != expected:
             return f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
     return COMPUTES.format(after.name, after.line) if _numbers(before) != _numbers(after) else None
+
+
+def _depends_on_values(op: Op) -> bool:
+    """Whether the shape of what an operation returns depends on values, or may."""
+    if op.func is None or op.func.namespace != "aten":
+        return True
+    masked = any(value.is_mask for value in op.inputs)
+    return torch.Tag.dynamic_output_shape in op.func.tags and (masked or not op.name.startswith("index"))
 
 
 def _numbers(op: Op) -> list[Any]:
