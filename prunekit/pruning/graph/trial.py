@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from prunekit.utils.text import first_line
 # Operations whose whole numbers are not sizes, although they are not elementwise.
 COUNTS = {"group_norm", "roll", "topk", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fill"}
 FILLS = {"full": 1, "full_like": 1, "new_full": 2}  # where the number is
+MAX_DRAWS = 16
 _OWN = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[2]}/")
 
 
@@ -52,8 +54,16 @@ class Trial:
     _numbers: dict[Leaf, int] = field(default_factory=dict)  # of channels that are cut
     _random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def _draw(self, size: int) -> int:
-        return 1 + int(self._random.integers(max(size // 2, 1)))
+    def _draw(self, leaf: Leaf) -> int:
+        """A number of channels of a leaf that is told apart from those of as many others as possible."""
+        numbers = 1 + self._random.permutation(max(leaf.size // 2, 1))[:MAX_DRAWS]
+        others = np.array([(other.size, number) for other, number in self._numbers.items()], np.int64).reshape(-1, 2)
+        clashes = (~_differ(leaf.size, numbers[:, None], *others.T)).sum(1)
+        return int(numbers[clashes.argmin()])
+
+    def tells_apart(self, a: Leaf, b: Leaf) -> bool:
+        """Whether code that takes the length of one of two leaves from the other one fails when both are cut."""
+        return bool(_differ(a.size, self._numbers[a], b.size, self._numbers[b]))
 
     def modules_of(self, leaf: Leaf) -> list[str]:
         """The modules that compute with a leaf's channels, and those that they are in."""
@@ -83,8 +93,10 @@ class Trial:
             copied = copy_module(self.model)
         except Exception:
             return None  # Such a model cannot be slimmed either, which names the reason.
-        # Numbers that differ, so that no group is as long as another one by chance.
-        cut = {leaf: self._numbers.setdefault(leaf, self._draw(leaf.size)) for leaf in groups}
+        # Small groups first, which have less choice.
+        for leaf in sorted(groups.keys() - self._numbers.keys(), key=lambda leaf: leaf.size):
+            self._numbers[leaf] = self._draw(leaf)
+        cut = {leaf: self._numbers[leaf] for leaf in groups}
         dead = {group.id: set(range(cut[leaf])) for leaf, group in groups.items()}
         slice_model(copied, list(groups.values()), dead)
         error = None
@@ -104,6 +116,12 @@ class Trial:
         failing = self.record.ops[number]
         modules = running_modules(error, copied) if error is not None else []
         return Fault(text, failing, number, list(dict.fromkeys([*modules, *enclosing(failing.module)])))
+
+
+def _differ(size: Any, number: Any, other: Any, its: Any) -> Any:
+    """Whether two lengths without so many of their entries have neither lost equally many nor kept their ratio, by more
+    than a division rounds off."""
+    return (abs(number - its) >= 2) & (abs(number * other - its * size) >= 2 * np.maximum(size, other))
 
 
 def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:

@@ -8,6 +8,7 @@ their line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 
 from torch import nn
 
@@ -96,9 +97,12 @@ class FixedSizes:
 
     def _parts(self, groups: Mapping[Leaf, Group]) -> list[dict[Leaf, Group]]:
         """Parts of the groups, such that of any two that may fit each other by chance, one is cut without the other."""
-        items = list(groups.items())
-        bits = range(max(len(items) - 1, 0).bit_length())
-        return [dict(item for number, item in enumerate(items) if number >> bit & 1) for bit in bits]
+        numbers: dict[Leaf, int] = {}
+        for leaf in groups:
+            taken = {number for other, number in numbers.items() if not self._trial.tells_apart(leaf, other)}
+            numbers[leaf] = next(number for number in count() if number not in taken)
+        bits = range(max(numbers.values(), default=0).bit_length())
+        return [{leaf: group for leaf, group in groups.items() if numbers[leaf] >> bit & 1} for bit in bits]
 
     def _follow(self, leaf: Leaf, group: Group, fault: Fault, groups: Mapping[Leaf, Group]) -> bool:
         """Give a group the attributes that follow it, or a reason; return whether it has attributes."""
