@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,7 @@ class Fault:
 
     @property
     def leaves(self) -> list[Leaf]:
-        terms = [term for value in (*self.op.inputs, *self.op.outputs) for term in value.axes]
-        return list(dict.fromkeys(leaf for term in terms for leaf in leaves(term)))
+        return _leaves([self.op])
 
 
 @dataclass
@@ -65,12 +64,15 @@ class Trial:
         """Whether code that takes the length of one of two leaves from the other one fails when both are cut."""
         return bool(_differ(a.size, self._numbers[a], b.size, self._numbers[b]))
 
+    def leaves_before(self, fault: Fault) -> list[Leaf]:
+        """The leaves that a module has come across when it fails."""
+        return _leaves(op for op in self.record.ops[: fault.number + 1] if op.module == fault.op.module)
+
     def modules_of(self, leaf: Leaf) -> list[str]:
         """The modules that compute with a leaf's channels, and those that they are in."""
         names: dict[str, None] = {}
         for op in self.record.ops:
-            terms = [term for value in (*op.inputs, *op.outputs) for term in value.axes]
-            if any(leaf in leaves(term) for term in terms):
+            if leaf in _leaves([op]):
                 names.update(dict.fromkeys(enclosing(op.module)))
         return list(names)
 
@@ -87,16 +89,19 @@ class Trial:
             if one is not None and other is not None and one is not a and one.size == a.size == other.size:
                 self.ties.append((one, one, other))
 
-    def run(self, groups: Mapping[Leaf, Group]) -> Fault | None:
-        """Cut the first channels of groups, and compare what the model does then."""
+    def run(self, groups: Mapping[Leaf, Group], equal: bool = False) -> Fault | None:
+        """Cut the first channels of groups, of all as many with ``equal``, and compare what the model does then."""
         try:
-            copied = copy_module(self.model)
+            # On the meta device, tensors have no values to change, and those that are cut are replaced.
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            copied = copy_module(self.model, {id(tensor): tensor for tensor in tensors if tensor.is_meta})
         except Exception:
             return None  # Such a model cannot be slimmed either, which names the reason.
         # Small groups first, which have less choice.
         for leaf in sorted(groups.keys() - self._numbers.keys(), key=lambda leaf: leaf.size):
             self._numbers[leaf] = self._draw(leaf)
         cut = {leaf: self._numbers[leaf] for leaf in groups}
+        cut = dict.fromkeys(cut, min(cut.values())) if equal else cut
         dead = {group.id: set(range(cut[leaf])) for leaf, group in groups.items()}
         slice_model(copied, list(groups.values()), dead)
         error = None
@@ -147,6 +152,11 @@ def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
     if numbers[0] != numbers[1]:
         return f"{after.name} ({after.line}) computes with the number of channels"
     return None
+
+
+def _leaves(ops: Iterable[Op]) -> list[Leaf]:
+    terms = [term for op in ops for value in (*op.inputs, *op.outputs) for term in value.axes]
+    return list(dict.fromkeys(leaf for term in terms for leaf in leaves(term)))
 
 
 def _sides(shape: Sequence[int]) -> str:

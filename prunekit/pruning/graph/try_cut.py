@@ -53,19 +53,36 @@ class FixedSizes:
         }
         trial = self._trial
         trial.ties = []
-        # First without all groups that an operation fails for, then each of those.
-        left, suspects = dict(tried), []
-        while left and (fault := trial.run(left)) is not None:
-            blamed = {leaf: left[leaf] for leaf in fault.leaves if leaf in left} or left
-            suspects.append(blamed)
-            left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
-        for some in self._parts(left):
-            if (fault := trial.run(some)) is not None:
-                blamed = {leaf: some[leaf] for leaf in fault.leaves if leaf in some} or some
-                suspects.append(blamed)
         followed: dict[Leaf, Group] = {}
         failing: list[tuple[Leaf, Group, Fault]] = []
-        while suspects:
+        # First without all groups that an operation fails for, then parts of the others.
+        left = dict(tried)
+        while left and not trial.ties and (fault := trial.run(left)) is not None:
+            blamed = self._blamed(fault, left)
+            self._single_out(blamed, followed, failing)
+            left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
+        for some in self._parts(left) if not trial.ties else ():
+            if (fault := trial.run(some)) is not None:
+                self._single_out(self._blamed(fault, some), followed, failing)
+        # Those that fail with what is tied now are tried again.
+        for leaf, group, fault in failing if not trial.ties else ():
+            if self._follow(leaf, group, fault, groups):
+                followed[leaf] = group
+        while followed and not trial.ties and (fault := trial.run(followed)) is not None:
+            # Their attributes cannot follow all of them.
+            blamed = {leaf: followed[leaf] for leaf in fault.leaves if leaf in followed} or dict(followed)
+            for leaf, group in blamed.items():
+                _lock(leaf, group, fault)
+                del followed[leaf]
+        self._tied += [a for _, a, _ in trial.ties]
+        return [(a, b) for _, a, b in trial.ties]
+
+    def _single_out(
+        self, groups: dict[Leaf, Group], followed: dict[Leaf, Group], failing: list[tuple[Leaf, Group, Fault]]
+    ) -> None:
+        """Find which of some groups fail, with their faults, and which are right with the attributes of their like."""
+        trial, suspects = self._trial, [groups]
+        while suspects and not trial.ties:
             some = suspects.pop()
             for leaf in some.keys() & self._guesses.keys():
                 some[leaf].attributes += self._guesses.pop(leaf)
@@ -82,18 +99,13 @@ class FixedSizes:
             else:
                 items = list(some.items())
                 suspects += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
-        # Those that fail with what is tied now are tried again.
-        for leaf, group, fault in failing if not trial.ties else ():
-            if self._follow(leaf, group, fault, groups):
-                followed[leaf] = group
-        while followed and not trial.ties and (fault := trial.run(followed)) is not None:
-            # Their attributes cannot follow all of them.
-            blamed = {leaf: followed[leaf] for leaf in fault.leaves if leaf in followed} or dict(followed)
-            for leaf, group in blamed.items():
-                _lock(leaf, group, fault)
-                del followed[leaf]
-        self._tied += [a for _, a, _ in trial.ties]
-        return [(a, b) for _, a, b in trial.ties]
+
+    def _blamed(self, fault: Fault, groups: Mapping[Leaf, Group]) -> dict[Leaf, Group]:
+        """The groups that an operation fails for: those that it has, else those of its module, else all."""
+        found = {leaf: groups[leaf] for leaf in fault.leaves if leaf in groups}
+        if not found:
+            found = {leaf: groups[leaf] for leaf in self._trial.leaves_before(fault) if leaf in groups}
+        return found or dict(groups)
 
     def _parts(self, groups: Mapping[Leaf, Group]) -> list[dict[Leaf, Group]]:
         """Parts of the groups, such that of any two that may fit each other by chance, one is cut without the other."""
@@ -152,7 +164,7 @@ def _follow(
             changed = group.model_copy(update={"attributes": [*group.attributes, *found, *chosen]})
             after = trial.run({leaf: changed})
             if after is not None and (other := _partner(leaf, after, groups)) is not None:
-                both = trial.run({leaf: changed, other: groups[other]})
+                both = trial.run({leaf: changed, other: groups[other]}, equal=True)
                 if both is None or both.number > after.number:
                     trial.tie_alike(leaf, fault.op, other, after.op)
                     return None
