@@ -213,13 +213,15 @@ def _owners(
     total = sum(group.channels * member.times for _, group, member in members)
     if total <= length and not any(member.repeats for _, _, member in members):
         return [(g, member.times) for g, _, member in members], []
-    owners: dict[int, list[int]] = defaultdict(list)
+    numbers = list(dict.fromkeys(g for g, _, _ in members))
+    owned = np.zeros((length, len(numbers)), bool)
     for g, group, member in members:
-        for entry in member.entries(np.arange(group.channels)).tolist():
-            owners[entry].append(g)
+        owned[member.entries(np.arange(group.channels)), numbers.index(g)] = True
+    patterns, counts = np.unique(owned[owned.any(1)], axis=0, return_counts=True)
     alone, shared = Counter(), Counter()
-    for groups in map(tuple, owners.values()):
-        (alone if len(groups) == 1 else shared)[groups] += 1
+    for pattern, count in zip(patterns, counts.tolist(), strict=True):
+        groups = tuple(numbers[row] for row in np.flatnonzero(pattern))
+        (alone if len(groups) == 1 else shared)[groups] += count
     widths = {g: group.channels for g, group, _ in members}
     return [(g, number // widths[g]) for (g,), number in alone.items()], list(shared.items())
 

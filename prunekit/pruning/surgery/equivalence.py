@@ -32,6 +32,7 @@ MARGIN = 10.0  # rounding errors may move the output this many times as far as t
 MAX_SENSITIVITY = 1e-4  # of an output, relative: an image on which rounding errors may move it further says nothing
 INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
 DEAD = "the output is the same for every input: the network is dead"
+NOT_FINITE = "an output is not finite"
 SENSITIVE = "the dense model is too sensitive to be compared"
 
 
@@ -101,9 +102,10 @@ def check_sizes(model: nn.Module, example: Tensor) -> Sequence[tuple[int, ...]]:
 
 
 def check_inputs(
-    model: nn.Module, example: Tensor, sizes: Sequence[tuple[int, ...]] | None = None, limit: int = 8
+    model: nn.Module | None, example: Tensor, sizes: Sequence[tuple[int, ...]] | None = None, limit: int = 8
 ) -> list[Tensor]:
-    """Return batches in float64 on the CPU: the data, and two of its images at each size (``check_sizes``)."""
+    """Return batches in float64 on the CPU: the data, and two of its images at each other size (``check_sizes``) that
+    the model accepts; without a model at all of them."""
     data = cast(example.detach()[:limit], torch.float64).cpu()
     if len(data) == 1:
         # A second, different input.
@@ -111,20 +113,33 @@ def check_inputs(
         data = torch.cat([data, 0.5 * other if other.is_floating_point() else other])
     batches = [data]
     for size in check_sizes(model, data) if sizes is None else sizes:
+        if size == data.shape[2:]:
+            continue
         batch = F.interpolate(data[:2], size=size, mode=INTERPOLATION[data.dim()])
         try:
-            outputs_of(model, batch)
+            if model is not None:
+                outputs_of(model, batch[:1])
         except Exception:
             continue  # The shapes in the report show the sizes that the model accepts.
         batches.append(batch)
     return batches
 
 
-def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64) -> Tensor | None:
+def compared_inputs(inputs: Sequence[Tensor], sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Choose of ``check_inputs`` what shows all that a model does, cheapest first: two images, one of each other size.
+
+    The data is among them only where its size is one of the sizes.
+    """
+    enough = len(inputs) == len(sizes) + 1 > 1
+    first, *others = sorted(inputs[1:] if enough else inputs, key=lambda batch: batch[0].numel())
+    return [first[:2], *(batch[:1] for batch in others)]
+
+
+def noise_batch(model: nn.Module | None, batch: Tensor, count: int, side: int = 64) -> Tensor | None:
     """Return noise of 0.1 to 30 times the amplitude of a batch, to find what holds on the data by chance.
 
-    It has ``count`` images of size ``side``, or of the batch's size where the model accepts no other. None where the
-    model's output is not finite.
+    It has ``count`` images of size ``side``, or of the batch's size where the model accepts no other, or where there is
+    no model. None where the model's output is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     if not batch.is_floating_point():
@@ -134,10 +149,13 @@ def noise_batch(model: nn.Module, batch: Tensor, count: int = 16, side: int = 64
     ones = [1] * (batch.dim() - 2)
     side = min(side, 16) if len(ones) > 2 else side  # of volumes, for the memory they take
     amplitude = torch.logspace(-1, 1.5, count, dtype=torch.float64).view(-1, 1, *ones) * float(batch.double().std())
-    for size in dict.fromkeys([(side,) * len(ones), tuple(batch.shape[2:])]):
+    sides = [] if model is None else [(side,) * len(ones)]
+    for size in dict.fromkeys([*sides, tuple(batch.shape[2:])]):
         noise = torch.randn(count, batch.shape[1], *size, generator=generator, dtype=torch.float64)
         noise += torch.randn(count, batch.shape[1], *ones, generator=generator, dtype=torch.float64)
         noise = (noise * amplitude).to(batch)
+        if model is None:
+            return noise
         try:
             finite = all(torch.isfinite(tensor).all() for tensor in outputs_of(model, noise))
         except Exception:
@@ -160,11 +178,20 @@ class _Difference:
 
 def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor]) -> EquivalenceReport:
     """Compare two models in float64; each output has its own tolerance, and the one closest to it is reported."""
-    report = EquivalenceReport(float("inf"), TOLERANCE, [list(batch.shape) for batch in inputs])
+    report = EquivalenceReport(float("inf"), TOLERANCE, [])
     differences: list[_Difference] = []
-    finite = True
-    for number, batch in enumerate(inputs):
-        dense = outputs_of(gated, batch)
+    finite = slim_finite = True
+    accepted: list[Tensor] = []
+    for batch in inputs:
+        try:
+            dense = outputs_of(gated, batch)
+        except Exception:
+            if not accepted:
+                raise
+            continue  # The shapes in the report show the sizes that the model accepts.
+        number = len(accepted)
+        accepted.append(batch)
+        report.inputs.append(list(batch.shape))
         try:
             outputs = outputs_of(slim, batch)
         except Exception as error:
@@ -175,16 +202,19 @@ def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor
             report.reason = f"output {', '.join(map(str, shapes))}, not {', '.join(map(str, expected))}"
             return report
         for index, (a, b) in enumerate(zip(dense, outputs, strict=True)):
-            finite &= bool(torch.isfinite(a).all() and torch.isfinite(b).all())
+            finite &= bool(torch.isfinite(a).all())
+            slim_finite &= bool(torch.isfinite(b).all())
             spread = float((a[1:] - a[:1]).abs().max()) if a.dim() > 0 and len(a) > 1 else 0.0
             sizes = _by_image(a - b, len(batch)), _by_image(a, len(batch))
             differences.append(_Difference(index, number, *sizes, spread))
     if not differences:
         report.reason = "every output is empty; pass an example for which the model returns something"
     elif not finite:
-        report.reason = "an output is not finite"
+        report.reason = NOT_FINITE
+    elif not slim_finite:
+        report.reason = "an output of the slim model is not finite"
     else:
-        _judge(report, gated, inputs, differences)
+        _judge(report, gated, accepted, differences)
     report.passed = report.reason is None
     return report
 
@@ -192,12 +222,13 @@ def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor
 def check_all(
     gated: nn.Module, slim: nn.Module, inputs: Sequence[Tensor], noise: Sequence[Tensor]
 ) -> EquivalenceReport:
-    """``check_equivalence`` on data, then on batches of noise, where a dead output says nothing."""
+    """``check_equivalence`` on data, then on batches of noise, where an output of the dense model that is the same for
+    all of it, or not finite, says nothing."""
     report = check_equivalence(gated, slim, inputs)
     for batch in noise if report.passed else ():
         # Checked apart, because its outputs may be larger and allow a larger tolerance.
         other = check_equivalence(gated, slim, [batch])
-        if other.reason not in (None, DEAD):
+        if other.reason not in (None, DEAD, NOT_FINITE):
             report.passed, report.reason = False, f"on noise {other.reason}"
     return report
 
