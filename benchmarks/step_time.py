@@ -37,7 +37,7 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.surgery.cutter import Cutter
 
 NETWORKS = (
-    "resnet18 resnet50 densenet121 densenet201 mobilenet_v2 efficientnet_b0 convnext_tiny vit_b_16 swin_t "
+    "resnet18 resnet50 densenet121 densenet201 mobilenet_v2 efficientnet_b0 convnext_tiny vit_b_16 "
     "regnet_y_400mf mnasnet1_0 squeezenet1_1 vgg11_bn timm:mobilenetv3_small_050 timm:test_vit timm:test_resnet "
     "timm:test_efficientnet timm:test_convnext timm:mixer_s32_224"
 ).split()

@@ -27,7 +27,7 @@ def copy_module(model: Model, memo: dict[int, Any] | None = None) -> Model:
         for value in vars(module).values():
             if type(value) in (OrderedDict, dict, set) and not value:
                 memo.setdefault(id(value), type(value)())
-    for module, copied in plain.items():
+    for module, copied in reversed(plain.items()):  # what is inside first, as other classes may look into it
         for name, value in vars(module).items():
             vars(copied)[name] = value if type(value) in _ATOMS else copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)

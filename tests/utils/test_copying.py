@@ -28,3 +28,19 @@ def test_values_in_the_memo_are_used():
     weight = nn.Parameter(torch.zeros(2, 2))
     copied = copy_module(model, {id(model.weight): weight})
     assert copied.weight is weight and copied.bias is not model.bias
+
+
+class Compiled(nn.Sequential):
+    """Looks into what it contains when it is copied, as torch.fx.GraphModule does."""
+
+    def __deepcopy__(self, memo):
+        copied = Compiled(*(copy.deepcopy(module, memo) for module in self))
+        assert len(list(copied.named_buffers())) == 3
+        return copied
+
+
+def test_classes_with_a_copy_of_their_own_find_their_modules_whole():
+    norm = nn.BatchNorm2d(4)
+    model = nn.ModuleList([nn.Sequential(Compiled(norm)), norm])
+    copied = copy_module(model)
+    assert copied[0][0][0] is copied[1] is not norm
