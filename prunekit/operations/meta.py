@@ -24,8 +24,13 @@ def to_meta(model: nn.Module) -> nn.Module:
     return copy_module(model, memo)
 
 
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_SUMS = (torch.add, Tensor.add, Tensor.__add__)
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_BINARY = {torch.add, Tensor.add, Tensor.__add__, torch.mul, Tensor.mul, Tensor.__mul__}
+_NORMS = {F.batch_norm, F.instance_norm, F.prelu}
+# Like their first argument, whatever its sides, and on the meta device there are no values: it is returned itself.
+POINTWISE = {F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.gelu, F.mish, F.softplus, F.sigmoid, F.tanh}
+POINTWISE |= {F.hardswish, F.hardsigmoid, F.softmax, F.dropout, torch.relu, torch.sigmoid, torch.tanh}
+POINTWISE |= {Tensor.relu, Tensor.sigmoid, Tensor.tanh, Tensor.softmax, *_NORMS}
 
 
 def _output_sides(
@@ -41,28 +46,66 @@ def _output_sides(
     return sides if min(sides) > 0 else []
 
 
-def _is_plain_sum(a: Any, b: Any) -> bool:
+def _broadcast(a: Any, b: Any) -> Tensor | None:
+    """The one of two operands that is like their sum; None where neither is, or where PyTorch decides."""
     tensors = isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta
-    return tensors and a.shape == b.shape and a.dtype == b.dtype
+    if not tensors or a.dtype != b.dtype or a.dim() != b.dim():
+        return None
+    if all(one in (other, 1) for one, other in zip(b.shape, a.shape, strict=True)):
+        return a
+    return b if all(one in (other, 1) for one, other in zip(a.shape, b.shape, strict=True)) else None
+
+
+def _pooled(x: Tensor, size: Any) -> Tensor | None:
+    """The result of an adaptive pooling."""
+    if x.dim() != 4 or not isinstance(size, int | tuple | list):
+        return None
+    sides = [size] * 2 if isinstance(size, int) else [s or side for s, side in zip(size, x.shape[2:], strict=True)]
+    return x.new_empty((*x.shape[:2], *sides)) if x.numel() and min(sides) > 0 else None
+
+
+def _concatenated(parts: Any, axis: Any) -> Tensor | None:
+    if not isinstance(parts, tuple | list) or not isinstance(axis, int):
+        return None
+    first, same = parts[0], True
+    axis = axis % max(first.dim(), 1)
+    for part in parts:
+        same &= part.is_meta and part.dtype == first.dtype and part.dim() == first.dim() > 0
+        same &= part.shape[:axis] == first.shape[:axis] and part.shape[axis + 1 :] == first.shape[axis + 1 :]
+    total = sum(part.shape[axis] for part in parts) if same else 0
+    return first.new_empty((*first.shape[:axis], total, *first.shape[axis + 1 :])) if same else None
 
 
 class FastShapes(TorchFunctionMode):
     """Replace operations whose meta shapes PyTorch computes slowly, operation by operation: norms and PReLUs by
-    identities, bilinear and bicubic up-sampling by nearest-neighbor, and, without gradients, convolutions and sums."""
+    identities, bilinear and bicubic up-sampling by nearest-neighbor, and, without gradients, convolutions, activations,
+    sums, products, concatenations, layer norms and adaptive poolings."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func in (F.batch_norm, F.instance_norm, F.prelu)
-            and args
-            and all(t.is_meta for t in args if isinstance(t, Tensor))
-        ):
+        if func in _NORMS and args and all(t.is_meta for t in args if isinstance(t, Tensor)):
             return args[0].clone()
-        if not torch.is_grad_enabled() and not kwargs:
-            if func in _CONVOLUTIONS and len(args) == 7 and (sides := _output_sides(*args)):
-                return args[0].new_empty((len(args[0]), len(args[1]), *sides))
-            if func in _SUMS and len(args) == 2 and _is_plain_sum(*args):
-                return args[0].clone()
+        fast = None if torch.is_grad_enabled() or not args else self._fast(func, args, kwargs)
+        if fast is not None:
+            return fast
         if func is F.interpolate and kwargs.get("mode") in ("bilinear", "bicubic") and not kwargs.get("antialias"):
             kwargs = {**kwargs, "mode": "nearest", "align_corners": None}
         return func(*args, **kwargs)
+
+    def _fast(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        first = args[0]
+        if func is torch.cat:
+            return _concatenated(first, kwargs.get("dim", 0) if len(args) < 2 else args[1])
+        if func in _BINARY and len(args) == 2 and not kwargs:
+            return _broadcast(*args)
+        if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
+            return None
+        if func in POINTWISE and not isinstance(kwargs.get("dtype"), torch.dtype):
+            return first
+        if func is F.layer_norm and tuple(args[1]) == first.shape[first.dim() - len(args[1]) :]:
+            return first
+        if func is F.adaptive_avg_pool2d and len(args) == 2:
+            return _pooled(*args)
+        if func in CONVOLUTIONS and len(args) == 7 and not kwargs and (sides := _output_sides(*args)):
+            return first.new_empty((len(first), len(args[1]), *sides))
+        return None

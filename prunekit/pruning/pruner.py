@@ -142,7 +142,9 @@ class Pruner:
         self._global, self._exact, self._cost_power = global_pruning, exact, cost_power
         self._scope: Scope = "isomorphic" if isomorphic else "global"
         self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
-        self._groups = find_groups(model, example_inputs)
+        self._found = find_groups(model, example_inputs)
+        # A slim model, the groups of the model before, and the plan between them.
+        self._unfound: tuple[nn.Module, list[Group], Plan] | None = None
         self._ignored = match_layers(model, self._groups, ignored_layers, "ignored_layers")
         self._ratios = _ratios_by_group(model, self._groups, per_layer_ratio or {})
         # The number of channels of each group before the first step.
@@ -271,15 +273,26 @@ class Pruner:
         kept = original - math.floor(ratio * share * original + 1e-9)
         return max(current - kept, 0) / max(current, 1)
 
+    @property
+    def _groups(self) -> list[Group]:
+        if self._unfound is not None:
+            self._find_groups(*self._unfound)
+        return self._found
+
+    def _find_groups(self, slim_model: nn.Module, before: Sequence[Group], plan: Plan) -> None:
+        """Find the groups of the slim model, which may have other ids than those of the model before."""
+        self._found, self._unfound = find_groups(slim_model, self.example_inputs), None
+        pairs = {new.id: old.id for old, new in match_groups(before, plan, self._found)}
+        self._widths = {new: self._widths[old] for new, old in pairs.items()}
+        self._ratios = {new: self._ratios[old] for new, old in pairs.items() if old in self._ratios}
+        self._ignored = {new for new, old in pairs.items() if old in self._ignored}
+
     def _advance(self, slim_model: nn.Module, plan: Plan) -> None:
-        """Continue from the slim model; its groups may have other ids than those of the model before."""
-        slim_groups = find_groups(slim_model, self.example_inputs)
-        before = {slim_group.id: group.id for group, slim_group in match_groups(self._groups, plan, slim_groups)}
-        self._widths = {new: self._widths[old] for new, old in before.items()}
-        self._ratios = {new: self._ratios[old] for new, old in before.items() if old in self._ratios}
-        self._ignored = {new for new, old in before.items() if old in self._ignored}
-        self._groups, self._model = slim_groups, slim_model
+        """Continue from the slim model."""
+        self._model, self._unfound = slim_model, (slim_model, self._groups, plan)
         self.current_step += 1
+        if self.current_step < self.steps:
+            self._find_groups(*self._unfound)
 
 
 def _check_arguments(

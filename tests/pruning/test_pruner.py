@@ -13,6 +13,7 @@ from torch import nn
 import prunekit
 from prunekit.backbones.resnet import resnet
 from prunekit.errors import PrunekitError, PrunekitWarning
+from prunekit.pruning import pruner as pruner_module
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(4)
@@ -86,6 +87,14 @@ def test_steps_end_at_the_ratio_of_one_step(model, options):
         assert kept == [sum(g.channels for g in prunekit.find_groups(slim, IMAGES) if g.reason is None)]
     with pytest.raises(PrunekitError, match="all 3 steps of this Pruner are done; make a new one to prune further"):
         pruner.step()
+
+
+@pytest.mark.parametrize(("steps", "times"), [(1, 1), (2, 2)])
+def test_the_groups_of_a_slim_model_are_found_only_for_another_step(model, monkeypatch, steps, times):
+    called = []
+    monkeypatch.setattr(pruner_module, "find_groups", lambda *args: called.append(args) or prunekit.find_groups(*args))
+    step(model, pruning_ratio=0.3, steps=steps)
+    assert len(called) == times
 
 
 def test_steps_continue_from_the_trained_model(model):

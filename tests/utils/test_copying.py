@@ -38,3 +38,19 @@ def test_what_forward_changes_is_undone():
         model[0].running_mean = torch.zeros(2)
     assert model.training and model[1].training and not hasattr(model, "cache")
     assert torch.equal(model[0].running_mean, torch.zeros(3)) and model[0].num_batches_tracked == 0
+
+
+class Compiled(nn.Sequential):
+    """Looks into what it contains when it is copied, as torch.fx.GraphModule does."""
+
+    def __deepcopy__(self, memo):
+        copied = Compiled(*(copy.deepcopy(module, memo) for module in self))
+        assert len(list(copied.named_buffers())) == 3
+        return copied
+
+
+def test_classes_with_a_copy_of_their_own_find_their_modules_whole():
+    norm = nn.BatchNorm2d(4)
+    model = nn.ModuleList([nn.Sequential(Compiled(norm)), norm])
+    copied = copy_module(model)
+    assert copied[0][0][0] is copied[1] is not norm

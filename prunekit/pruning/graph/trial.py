@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from prunekit.utils.text import first_line
 # Operations whose whole numbers are not sizes, although they are not elementwise.
 COUNTS = {"group_norm", "roll", "topk", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fill"}
 COMPUTES = "{} ({}) computes with the number of channels"
+MAX_DRAWS = 16
 FILLS = {"full": 1, "full_like": 1, "new_full": 2}  # where the number is
 _OWN = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[2]}/")
 
@@ -39,8 +40,7 @@ class Fault:
 
     @property
     def leaves(self) -> list[Leaf]:
-        terms = [term for value in (*self.op.inputs, *self.op.outputs) for term in value.axes]
-        return list(dict.fromkeys(leaf for term in terms for leaf in leaves(term)))
+        return _leaves([self.op])
 
 
 @dataclass
@@ -55,15 +55,26 @@ class Trial:
     _numbers: dict[Leaf, int] = field(default_factory=dict)  # of channels that are cut
     _random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def _draw(self, size: int) -> int:
-        return 1 + int(self._random.integers(max(size // 2, 1)))
+    def _draw(self, leaf: Leaf) -> int:
+        """A number of channels of a leaf that is told apart from those of as many others as possible."""
+        numbers = 1 + self._random.permutation(max(leaf.size // 2, 1))[:MAX_DRAWS]
+        others = np.array([(other.size, number) for other, number in self._numbers.items()], np.int64).reshape(-1, 2)
+        clashes = (~_differ(leaf.size, numbers[:, None], *others.T)).sum(1)
+        return int(numbers[clashes.argmin()])
+
+    def tells_apart(self, a: Leaf, b: Leaf) -> bool:
+        """Whether code that takes the length of one of two leaves from the other one fails when both are cut."""
+        return bool(_differ(a.size, self._numbers[a], b.size, self._numbers[b]))
+
+    def leaves_before(self, fault: Fault) -> list[Leaf]:
+        """The leaves that a module has come across when it fails."""
+        return _leaves(op for op in self.record.ops[: fault.number + 1] if op.module == fault.op.module)
 
     def modules_of(self, leaf: Leaf) -> list[str]:
         """The modules that compute with a leaf's channels, and those that they are in."""
         names: dict[str, None] = {}
         for op in self.record.ops:
-            terms = [term for value in (*op.inputs, *op.outputs) for term in value.axes]
-            if any(leaf in leaves(term) for term in terms):
+            if leaf in _leaves([op]):
                 names.update(dict.fromkeys(enclosing(op.module)))
         return list(names)
 
@@ -113,11 +124,15 @@ class Trial:
     def run(self, groups: Mapping[Leaf, Group], equal: bool = False) -> Fault | None:
         """Cut the first channels of groups, of all as many with ``equal``, and compare what the model does then."""
         try:
-            copied = copy_module(self.model)
+            # On the meta device, tensors have no values to change, and those that are cut are replaced.
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            copied = copy_module(self.model, {id(tensor): tensor for tensor in tensors if tensor.is_meta})
         except Exception:
             return None  # Such a model cannot be slimmed either, which names the reason.
-        # Numbers that differ, so that no group is as long as another one by chance.
-        cut = {leaf: self._numbers.setdefault(leaf, self._draw(leaf.size)) for leaf in groups}
+        # Small groups first, which have less choice.
+        for leaf in sorted(groups.keys() - self._numbers.keys(), key=lambda leaf: leaf.size):
+            self._numbers[leaf] = self._draw(leaf)
+        cut = {leaf: self._numbers[leaf] for leaf in groups}
         cut = dict.fromkeys(cut, min(cut.values())) if equal else cut
         dead = {group.id: set(range(cut[leaf])) for leaf, group in groups.items()}
         slice_model(copied, list(groups.values()), dead)
@@ -138,6 +153,12 @@ class Trial:
         failing = self.record.ops[number]
         modules = running_modules(error, copied) if error is not None else []
         return Fault(text, failing, number, list(dict.fromkeys([*modules, *enclosing(failing.module)])))
+
+
+def _differ(size: Any, number: Any, other: Any, its: Any) -> Any:
+    """Whether two lengths without so many of their entries have neither lost equally many nor kept their ratio, by more
+    than a division rounds off."""
+    return (abs(number - its) >= 2) & (abs(number * other - its * size) >= 2 * np.maximum(size, other))
 
 
 def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
@@ -166,6 +187,11 @@ def _numbers(op: Op) -> list[Any]:
     found: list[Any] = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, kinds)]
     found += [value.numbers for value in op.inputs]
     return [*found, op.arg(FILLS[op.name], "fill_value")] if op.name in FILLS else found
+
+
+def _leaves(ops: Iterable[Op]) -> list[Leaf]:
+    terms = [term for op in ops for value in (*op.inputs, *op.outputs) for term in value.axes]
+    return list(dict.fromkeys(leaf for term in terms for leaf in leaves(term)))
 
 
 def _sides(shape: Sequence[int]) -> str:

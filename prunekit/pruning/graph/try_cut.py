@@ -8,6 +8,7 @@ their line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 
 from torch import nn
 
@@ -52,19 +53,36 @@ class FixedSizes:
         }
         trial = self._trial
         trial.ties = []
-        # First without all groups that an operation fails for, then each of those.
-        left, suspects = dict(tried), []
-        while left and (fault := trial.run(left)) is not None:
-            blamed = {leaf: left[leaf] for leaf in fault.leaves if leaf in left} or left
-            suspects.append(blamed)
-            left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
-        for some in self._parts(left):
-            if (fault := trial.run(some)) is not None:
-                blamed = {leaf: some[leaf] for leaf in fault.leaves if leaf in some} or some
-                suspects.append(blamed)
         followed: dict[Leaf, Group] = {}
         failing: list[tuple[Leaf, Group, Fault]] = []
-        while suspects:
+        # First without all groups that an operation fails for, then parts of the others.
+        left = dict(tried)
+        while left and not trial.ties and (fault := trial.run(left)) is not None:
+            blamed = self._blamed(fault, left)
+            self._single_out(blamed, followed, failing)
+            left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
+        for some in self._parts(left) if not trial.ties else ():
+            if (fault := trial.run(some)) is not None:
+                self._single_out(self._blamed(fault, some), followed, failing)
+        # Those that fail with what is tied now are tried again.
+        for leaf, group, fault in failing if not trial.ties else ():
+            if self._follow(leaf, group, fault, groups):
+                followed[leaf] = group
+        while followed and not trial.ties and (fault := trial.run(followed)) is not None:
+            # Their attributes cannot follow all of them.
+            blamed = {leaf: followed[leaf] for leaf in fault.leaves if leaf in followed} or dict(followed)
+            for leaf, group in blamed.items():
+                _lock(leaf, group, fault)
+                del followed[leaf]
+        self._tied += [a for _, a, _ in trial.ties]
+        return [(a, b) for _, a, b in trial.ties]
+
+    def _single_out(
+        self, groups: dict[Leaf, Group], followed: dict[Leaf, Group], failing: list[tuple[Leaf, Group, Fault]]
+    ) -> None:
+        """Find which of some groups fail, with their faults, and which are right with the attributes of their like."""
+        trial, suspects = self._trial, [groups]
+        while suspects and not trial.ties:
             some = suspects.pop()
             for leaf in some.keys() & self._guesses.keys():
                 some[leaf].attributes += self._guesses.pop(leaf)
@@ -81,24 +99,22 @@ class FixedSizes:
             else:
                 items = list(some.items())
                 suspects += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
-        # Those that fail with what is tied now are tried again.
-        for leaf, group, fault in failing if not trial.ties else ():
-            if self._follow(leaf, group, fault, groups):
-                followed[leaf] = group
-        while followed and not trial.ties and (fault := trial.run(followed)) is not None:
-            # Their attributes cannot follow all of them.
-            blamed = {leaf: followed[leaf] for leaf in fault.leaves if leaf in followed} or dict(followed)
-            for leaf, group in blamed.items():
-                _lock(leaf, group, fault)
-                del followed[leaf]
-        self._tied += [a for _, a, _ in trial.ties]
-        return [(a, b) for _, a, b in trial.ties]
+
+    def _blamed(self, fault: Fault, groups: Mapping[Leaf, Group]) -> dict[Leaf, Group]:
+        """The groups that an operation fails for: those that it has, else those of its module, else all."""
+        found = {leaf: groups[leaf] for leaf in fault.leaves if leaf in groups}
+        if not found:
+            found = {leaf: groups[leaf] for leaf in self._trial.leaves_before(fault) if leaf in groups}
+        return found or dict(groups)
 
     def _parts(self, groups: Mapping[Leaf, Group]) -> list[dict[Leaf, Group]]:
         """Parts of the groups, such that of any two that may fit each other by chance, one is cut without the other."""
-        items = list(groups.items())
-        bits = range(max(len(items) - 1, 0).bit_length())
-        return [dict(item for number, item in enumerate(items) if number >> bit & 1) for bit in bits]
+        numbers: dict[Leaf, int] = {}
+        for leaf in groups:
+            taken = {number for other, number in numbers.items() if not self._trial.tells_apart(leaf, other)}
+            numbers[leaf] = next(number for number in count() if number not in taken)
+        bits = range(max(numbers.values(), default=0).bit_length())
+        return [{leaf: group for leaf, group in groups.items() if numbers[leaf] >> bit & 1} for bit in bits]
 
     def _follow(self, leaf: Leaf, group: Group, fault: Fault, groups: Mapping[Leaf, Group]) -> bool:
         """Give a group the attributes that follow it, or a reason; return whether it has attributes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,12 +60,14 @@ def _owners(
     total = sum(group.channels * span.times for _, group, span in members)
     if total <= length and not any(span.repeats for _, _, span in members):
         return [(g, span.times) for g, _, span in members], []
-    owners: dict[int, list[int]] = defaultdict(list)
+    numbers = list(dict.fromkeys(g for g, _, _ in members))
+    owned = np.zeros((length, len(numbers)), bool)
     for g, group, span in members:
-        for entry in span.entries(np.arange(group.channels)).tolist():
-            owners[entry].append(g)
+        owned[span.entries(np.arange(group.channels)), numbers.index(g)] = True
+    patterns, counts = np.unique(owned[owned.any(1)], axis=0, return_counts=True)
     alone, shared = Counter(), Counter()
-    for groups in map(tuple, owners.values()):
-        (alone if len(groups) == 1 else shared)[groups] += 1
+    for pattern, count in zip(patterns, counts.tolist(), strict=True):
+        groups = tuple(numbers[row] for row in np.flatnonzero(pattern))
+        (alone if len(groups) == 1 else shared)[groups] += count
     widths = {g: group.channels for g, group, _ in members}
     return [(g, number // widths[g]) for (g,), number in alone.items()], list(shared.items())

@@ -1,74 +1,95 @@
 """Input sizes at which every operation of a model that depends on the size acts at least once.
 
 The model runs on the meta device at a range of sizes. What each operation does there (whether a pooling leaves a
-remainder, whether a padding or a crop does anything, which branch is taken) is recorded, and the fewest sizes that show
-all of it are chosen.
+remainder, whether a padding or a crop does anything, which branch is taken, whether each weight of a kernel meets a
+value of the map) is recorded, and the sizes that show all of it at the least cost are chosen.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.operations.meta import FastShapes, to_meta
+from prunekit.operations.meta import CONVOLUTIONS, POINTWISE, FastShapes, to_meta
 
-# How much above the example's size the sizes are: each remainder of a division by 2 to 8 occurs, also after halvings.
+SMALL = {3: (64, 128), 4: (64, 128), 5: (16, 32)}  # sides to begin with, by the dimension of the images
+# How much above it the sizes are: each remainder of a division by 2 to 8 occurs, also after halvings.
 OFFSETS = (*range(1, 9), 11, 13, 15, 16, 23, 29, 31, 32)
 MAX_SIZES = 6
 MAX_VALUES = 4  # an argument with more values than this over all sizes is the size itself
+LARGE = 32  # as is a whole number of this size
+REORDERING = {"permute", "transpose", "reshape", "view", "flatten", "unflatten", "swapaxes", "movedim"}
+CALL = 96 * 96  # what each run costs whatever the size, in pixels
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 
 Call = tuple[str, tuple[str, int], str, int]  # module, line, function, number of the call
 Behavior = dict[Call, tuple]  # what each call does: pairs (what, value)
+ABSENT = (("absent", True),)
 
 
 def varied_sizes(model: nn.Module, example: Tensor) -> list[tuple[int, ...]]:
-    """Choose sizes besides the example's, (N, C, …), at which the model does something that it does not do there."""
+    """Choose the cheapest sizes of images at which the model does all that it does at the size of the example,
+    (N, C, …), and at others; that size is one of them only where it shows something that smaller ones do not."""
     size = tuple(example.shape[2:])
     try:
         runner, batch = to_meta(model), example[:1].to("meta")
-        base = _behaviors(runner, batch, [size])
+        found = _behaviors(runner, batch, [size])
     except Exception:  # It reads values.
-        base = {}
-    if not base:
+        found = {}
+    if not found:
         runner, batch = model, example[:1]
-        base = _behaviors(runner, batch, [size])
-    if not base:
+        found = _behaviors(runner, batch, [size])
+    if not found:
         return []  # The check on the data names the error.
-    sides = [tuple(side + more for side in size) for more in OFFSETS]
-    sides += [tuple(side + 9 * (axis == longer) for axis, side in enumerate(size)) for longer in range(len(size))]
-    return _cover(size, base | _behaviors(runner, batch, list(dict.fromkeys(sides))))
+    start = size
+    for small in SMALL[example.dim()]:
+        fewer = tuple(min(side, small) for side in size)
+        if fewer in found or _behaviors(runner, batch, [fewer]):
+            start = fewer
+            break
+    sides = [start, tuple(min(2 * side, full) for side, full in zip(start, size, strict=True))]
+    sides += [tuple(side + more for side in start) for more in OFFSETS]
+    sides += [tuple(side + 9 * (axis == longer) for axis, side in enumerate(start)) for longer in range(len(start))]
+    return _cover(size, found | _behaviors(runner, batch, [side for side in dict.fromkeys(sides) if side != size]))
 
 
-def _cover(first: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) -> list[tuple[int, ...]]:
+def _cover(needed: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) -> list[tuple[int, ...]]:
     calls = dict.fromkeys(call for behavior in behaviors.values() for call in behavior)
-    # Calls that do the same at all sizes count as one, with their number; what is the same everywhere chooses no size.
-    counts = Counter(tuple(behavior.get(call, ()) for behavior in behaviors.values()) for call in calls)
-    rows = [row for row in counts if len(set(row)) > 1]
+    # Calls that do the same at all sizes count as one; what is the same everywhere chooses no size.
+    rows = {tuple(behavior.get(call, ABSENT) for behavior in behaviors.values()) for call in calls}
     kinds: dict[tuple[int, ...], set] = {size: set() for size in behaviors}
-    for number, row in enumerate(rows):
+    for number, row in enumerate(row for row in rows if len(set(row)) > 1):
         values = defaultdict(set)
         for what, value in set().union(*row):
             values[what].add(value)
         few = {what for what, own in values.items() if len(own) <= MAX_VALUES}
         for own, does in zip(kinds.values(), row, strict=True):
             own |= {(number, what, value) for what, value in does if what in few}
-    seen, chosen = kinds.pop(first), []
-    while kinds and len(chosen) < MAX_SIZES:
-        new = {size: sum(counts[rows[number]] for number, _, _ in own - seen) for size, own in kinds.items()}
-        best = max(kinds, key=lambda size: (new[size], [-side for side in size]))
-        if chosen and kinds[best] <= seen:
-            break
-        seen |= kinds.pop(best)
-        chosen.append(best)
-    return chosen
+    cost = {size: math.prod(size) + CALL for size in kinds}
+    missing, chosen = set().union(*kinds.values()), []
+    while missing and len(chosen) < MAX_SIZES:
+        chosen.append(max(kinds, key=lambda size: (len(kinds[size] & missing) / cost[size], -cost[size])))
+        missing -= kinds[chosen[-1]]
+    if missing & kinds[needed]:
+        chosen.append(needed)
+    for size in sorted(chosen, key=lambda size: -cost[size]):
+        others = [kinds[other] for other in chosen if other != size]
+        if len(others) > 1 and kinds[size] <= set().union(*others):
+            chosen.remove(size)
+    # Two at least, in case something depends on the size that no operation shows.
+    for size in sorted(kinds, key=lambda size: cost[size])[: max(2 - len(chosen), 0) + 1]:
+        if len(chosen) < 2 and size not in chosen:
+            chosen.append(size)
+    return sorted(chosen, key=lambda size: cost[size])
 
 
 @torch.inference_mode()
@@ -113,39 +134,67 @@ class _Recorder(FastShapes):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = super().__torch_function__(func, types, args, kwargs)
-        leaves = list(_leaves((args, kwargs)))
-        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
-        if not isinstance(out, Tensor) and not any(shape[2:] for shape in shapes):
-            return out
         site = (self.modules[-1], _line(), getattr(func, "__name__", str(func)))
+        if func in POINTWISE:
+            does: list[tuple[Any, Any]] = []
+        elif (found := self._actions(func, args, kwargs, out, site[2])) is not None:
+            does = found
+        else:
+            return out
         self.calls[site] += 1
-        does: list[tuple[Any, Any]] = []
-        for number, leaf in enumerate(leaves):
-            if leaf is None or isinstance(leaf, int | float | str | bool):
-                sign = isinstance(leaf, int | float) and (leaf > 0) - (leaf < 0)
-                does += [(number, leaf), ((number, "sign"), sign)]
-        after = out.shape if isinstance(out, Tensor) else ()
-        for axis in range(2, len(shapes[0]) if shapes else 0):
-            side, result = shapes[0][axis], after[axis] if len(after) == len(shapes[0]) else 0
-            ratios = (result and side % result == 0, side and result % side == 0)
-            does.append((("axis", axis), (side % 2, (side > result) - (side < result), *ratios)))
         self.found[*site, self.calls[site]] = tuple(does)
         return out
 
+    def _actions(self, func: Any, args: Any, kwargs: Any, out: Any, name: str) -> list[tuple[Any, Any]] | None:
+        """What a call does; None where it has nothing to do with maps."""
+        leaves: list[Any] = []
+        _add_leaves((args, kwargs), leaves)
+        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
+        if not isinstance(out, Tensor) and not any(shape[2:] for shape in shapes):
+            return None
+        does: list[tuple[Any, Any]] = []
+        for number, leaf in enumerate(leaves):
+            if leaf is None or isinstance(leaf, int | float | str):
+                if not isinstance(leaf, int) or abs(leaf) < LARGE:
+                    does.append((number, leaf))
+                if isinstance(leaf, int | float):
+                    does.append(((number, "sign"), (leaf > 0) - (leaf < 0)))
+        after = out.shape if isinstance(out, Tensor) else ()
+        for axis in range(2, len(shapes[0]) if shapes and name not in REORDERING else 0):
+            side, result = shapes[0][axis], after[axis] if len(after) == len(shapes[0]) else 0
+            ratios = (result and side % result == 0, side and result % side == 0)
+            does.append((("axis", axis), (side % 2, (side > result) - (side < result), *ratios)))
+        if func in CONVOLUTIONS and len(args) == 7 and _meets_all(shapes[0][2:], shapes[1][2:], after[2:], *args[3:6]):
+            does.append(("kernel", True))
+        return does
 
-def _leaves(value: Any) -> Iterator[Any]:
+
+def _meets_all(sides: Any, kernel: Any, after: Any, stride: Any, padding: Any, dilation: Any) -> bool:
+    """Whether each weight of a kernel is multiplied with a value of the map, not with padding alone."""
+    if not all(isinstance(option, tuple) for option in (stride, padding, dilation)):
+        return True
+    rows = zip(sides, kernel, after, stride, padding, dilation, strict=True)
+    return all(far * (size - 1) < side + pad and step * (last - 1) >= pad for side, size, last, step, pad, far in rows)
+
+
+def _add_leaves(value: Any, found: list[Any]) -> None:
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, tuple | list):
-        yield value
+        found.append(value)
         return
     for item in value:
-        yield from _leaves(item)
+        _add_leaves(item, found)
 
 
 def _line() -> tuple[str, int]:
     """The line of the user's code that is running."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCH):
+    while frame.f_back is not None and _is_torch(frame.f_code.co_filename):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
+
+
+@cache
+def _is_torch(file: str) -> bool:
+    return file.startswith(_TORCH)

@@ -100,16 +100,20 @@ def measure_constants(
     dead: Mapping[str, Collection[int]],
     inputs: Sequence[Example],
     runner: nn.Module | None = None,
+    source: nn.Module | None = None,
 ) -> Constants:
     """Run a model, in eval mode, and measure what dead channels emit at their readers: the mean and the range.
 
-    ``runner`` calls the model's modules in its place, such as one that masks statistics.
+    Args:
+        runner: calls the model's modules in its place, such as one that masks statistics.
+        source: a copy that is measured in the model's place, such as one in another precision.
     """
     indices = {group.id: channel_index(dead[group.id]) for group in groups if dead.get(group.id)}
     # What is zero has no constant.
     found = [group for group in groups if group.id in indices and not group.zeroed]
     members = [(group.id, member) for group in found for member in group.readers]
-    measured, outputs = _input_statistics(model, runner or model, {member.module for _, member in members}, inputs)
+    source = source or model
+    measured, outputs = _input_statistics(source, runner or source, {member.module for _, member in members}, inputs)
     constants = Constants(indices, defaultdict(list), {name: means for name, (means, _) in measured.items()}, outputs)
     for group, member in members:
         channels, module = constants.dead[group], model.get_submodule(member.module)

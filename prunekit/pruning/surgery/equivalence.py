@@ -36,6 +36,7 @@ from prunekit.utils.inputs import (
     first_inputs,
     map_tensors,
     shapes_of,
+    tensors_of,
 )
 from prunekit.utils.text import first_line
 
@@ -45,6 +46,7 @@ MARGIN = 10.0  # rounding errors may move the output this many times as far as t
 MAX_SENSITIVITY = 1e-4  # of an output, relative: an image on which rounding errors may move it further says nothing
 INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
 DEAD = "the output is the same for every input: the network is dead"
+NOT_FINITE = "an output is not finite"
 SENSITIVE = "the dense model is too sensitive to be compared"
 
 
@@ -116,9 +118,10 @@ def check_sizes(model: nn.Module, example: Example) -> Sequence[tuple[int, ...]]
 
 
 def check_inputs(
-    model: nn.Module, example: Example, sizes: Sequence[tuple[int, ...]] | None = None, limit: int = 8
+    model: nn.Module | None, example: Example, sizes: Sequence[tuple[int, ...]] | None = None, limit: int = 8
 ) -> list[Example]:
-    """Return batches in float64 on the CPU: the data, and two of its images at each size (``check_sizes``)."""
+    """Return batches in float64 on the CPU: the data, and two of its images at each other size (``check_sizes``) that
+    the model accepts; without a model at all of them."""
     data = map_tensors(lambda tensor: tensor.detach().cpu(), cast(first_inputs(example, limit), torch.float64))
     if batch_length(data) == 1:
         rows = {id(tensor) for tensor in batched(data)}
@@ -127,9 +130,12 @@ def check_inputs(
     batches = [data] if batched(data) else [data, map_tensors(_another, data)]
     for size in check_sizes(model, data) if sizes is None else sizes:
         assert isinstance(data, Tensor)
+        if size == data.shape[2:]:
+            continue
         batch = F.interpolate(data[:2], size=size, mode=INTERPOLATION[data.dim()])
         try:
-            outputs_of(model, batch)
+            if model is not None:
+                outputs_of(model, batch[:1])
         except Exception:
             continue  # The shapes in the report show the sizes that the model accepts.
         batches.append(batch)
@@ -146,24 +152,44 @@ def _another(batch: Tensor) -> Tensor:
     return 0.5 * other if other.is_floating_point() else other
 
 
-def noise_batch(model: nn.Module, batch: Example, count: int = 16, side: int = 64) -> Example | None:
+def compared_inputs(inputs: Sequence[Example], sizes: Sequence[tuple[int, ...]]) -> list[Example]:
+    """Choose of ``check_inputs`` what shows all that a model does, cheapest first: two images, one of each other size.
+
+    The data is among them only where its size is one of the sizes.
+    """
+    if not batched(inputs[0]):
+        return list(inputs)
+    enough = len(inputs) == len(sizes) + 1 > 1
+    first, *others = sorted(inputs[1:] if enough else inputs, key=values_of_one)
+    return [first_inputs(first, 2), *(first_inputs(batch, 1) for batch in others)]
+
+
+def values_of_one(batch: Example) -> int:
+    """The number of values of one input."""
+    return sum(tensor.numel() for tensor in tensors_of(first_inputs(batch, 1)))
+
+
+def noise_batch(model: nn.Module | None, batch: Example, count: int, side: int = 64) -> Example | None:
     """Return noise of 0.1 to 30 times the amplitude of a batch, to find what holds on the data by chance.
 
-    It has ``count`` images of size ``side``, or of the batch's size where the model accepts no other. None where the
-    model's output is not finite.
+    It has ``count`` images of size ``side``, or of the batch's size where the model accepts no other, or where there is
+    no model. None where the model's output is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     if not isinstance(batch, Tensor) or batch.dim() < 2 or not batch.is_floating_point():
         rows = {id(tensor) for tensor in batched(batch)}
         noise = map_tensors(lambda tensor: _noise(tensor, count, generator) if id(tensor) in rows else tensor, batch)
-        return noise if rows and _is_finite(model, noise) else None
+        return noise if rows and (model is None or _is_finite(model, noise)) else None
     ones = [1] * (batch.dim() - 2)
     side = min(side, 16) if len(ones) > 2 else side  # of volumes, for the memory they take
     amplitude = torch.logspace(-1, 1.5, count, dtype=torch.float64).view(-1, 1, *ones) * float(batch.double().std())
-    for size in dict.fromkeys([(side,) * len(ones), tuple(batch.shape[2:])]):
+    sides = [] if model is None else [(side,) * len(ones)]
+    for size in dict.fromkeys([*sides, tuple(batch.shape[2:])]):
         noise = torch.randn(count, batch.shape[1], *size, generator=generator, dtype=torch.float64)
         noise += torch.randn(count, batch.shape[1], *ones, generator=generator, dtype=torch.float64)
         noise = (noise * amplitude).to(batch)
+        if model is None:
+            return noise
         if (finite := _is_finite(model, noise)) is not None:
             return noise if finite else None
     return None
@@ -202,12 +228,22 @@ class _Difference:
 
 def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Example]) -> EquivalenceReport:
     """Compare two models in float64; each output has its own tolerance, and the one closest to it is reported."""
-    report = EquivalenceReport(float("inf"), TOLERANCE, [_shape(batch) for batch in inputs])
+    report = EquivalenceReport(float("inf"), TOLERANCE, [])
     differences: list[_Difference] = []
-    finite, first = True, []
-    for number, batch in enumerate(inputs):
-        dense = outputs_of(gated, batch)
+    finite = slim_finite = True
+    accepted: list[Example] = []
+    first: list[Tensor] = []
+    for batch in inputs:
+        try:
+            dense = outputs_of(gated, batch)
+        except Exception:
+            if not accepted:
+                raise
+            continue  # The shapes in the report show the sizes that the model accepts.
+        number = len(accepted)
+        accepted.append(batch)
         first = first or dense
+        report.inputs.append(_shape(batch))
         try:
             outputs = outputs_of(slim, batch)
         except Exception as error:
@@ -218,7 +254,8 @@ def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Exampl
             report.reason = f"output {', '.join(map(str, shapes))}, not {', '.join(map(str, expected))}"
             return report
         for index, (a, b) in enumerate(zip(dense, outputs, strict=True)):
-            finite &= bool(torch.isfinite(a).all() and torch.isfinite(b).all())
+            finite &= bool(torch.isfinite(a).all())
+            slim_finite &= bool(torch.isfinite(b).all())
             spread = float((a[1:] - a[:1]).abs().max()) if a.dim() > 0 and len(a) > 1 else 0.0
             if not batched(batch):
                 spread = float((a - first[index]).abs().max()) if a.shape == first[index].shape else float("inf")
@@ -228,9 +265,11 @@ def check_equivalence(gated: nn.Module, slim: nn.Module, inputs: Sequence[Exampl
     if not differences:
         report.reason = "every output is empty; pass an example for which the model returns something"
     elif not finite:
-        report.reason = "an output is not finite"
+        report.reason = NOT_FINITE
+    elif not slim_finite:
+        report.reason = "an output of the slim model is not finite"
     else:
-        _judge(report, gated, inputs, differences)
+        _judge(report, gated, accepted, differences)
     report.passed = report.reason is None
     return report
 
@@ -243,12 +282,13 @@ def _shape(batch: Example) -> list[Any]:
 def check_all(
     gated: nn.Module, slim: nn.Module, inputs: Sequence[Example], noise: Sequence[Example]
 ) -> EquivalenceReport:
-    """``check_equivalence`` on data, then on batches of noise, where a dead output says nothing."""
+    """``check_equivalence`` on data, then on batches of noise, where an output of the dense model that is the same for
+    all of it, or not finite, says nothing."""
     report = check_equivalence(gated, slim, inputs)
     for batch in noise if report.passed else ():
         # Checked apart, because its outputs may be larger and allow a larger tolerance.
         other = check_equivalence(gated, slim, [batch])
-        if other.reason not in (None, DEAD):
+        if other.reason not in (None, DEAD, NOT_FINITE):
             report.passed, report.reason = False, f"on noise {other.reason}"
     return report
 

@@ -162,10 +162,44 @@ def test_a_padding_is_exact_without_giving_channels_back():
     assert equivalence.given_back == 0 and equivalence.carriers > 0
 
 
-def test_sizes_are_odd_at_every_scale_and_none_where_the_model_takes_one_size():
-    down = nn.Sequential(*(nn.MaxPool2d(2) for _ in range(5)))
-    sides = [32, *(size[0] for size in varied_sizes(down, torch.zeros(2, 3, 32, 32)))]
+def sizes_of(model, side):
+    return varied_sizes(model, torch.zeros(2, 3, side, side))
+
+
+@pytest.mark.parametrize("side", [32, 224])
+def test_sizes_are_small_and_odd_at_every_scale(side):
+    sides = [size[0] for size in sizes_of(nn.Sequential(*(nn.MaxPool2d(2) for _ in range(5))), side)]
     for scale in range(5):
         assert {side // 2**scale % 2 for side in sides} == {0, 1}
+    assert max(sides) < 100
+
+
+def test_the_size_of_the_example_is_chosen_only_where_it_is_needed():
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
-    assert varied_sizes(fixed, torch.zeros(2, 3, 16, 16)) == []
+    assert sizes_of(fixed, 16) == [(16, 16)]
+    assert (224, 224) not in sizes_of(nn.Conv2d(3, 4, 3), 224)
+    # It is what the window is made for.
+    assert (224, 224) in sizes_of(nn.Sequential(nn.MaxPool2d(16), nn.AdaptiveAvgPool2d(14)), 224)
+
+
+class Branch(nn.Module):
+    """Does something at one size alone, or at all others."""
+
+    def __init__(self, at, there):
+        super().__init__()
+        self.at, self.there = at, there
+
+    def forward(self, x):
+        return x.flip(2) if (x.shape[2:] == self.at) == self.there else x
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("at", [(224, 224), (64, 64), (67, 67)])
+def test_sizes_at_which_a_branch_is_taken_or_not_are_chosen(at, there):
+    sizes = sizes_of(Branch(at, there), 224)
+    assert at in sizes and len(sizes) > 1
+
+
+def test_every_weight_of_a_kernel_meets_the_map():
+    wide = nn.Sequential(nn.Conv2d(3, 4, 4, 32), nn.Conv2d(4, 4, 7, padding=3, groups=4))
+    assert max(side for size in sizes_of(wide, 224) for side in size) >= 4 * 32

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import prunekit
 from prunekit.errors import PlanError
 from prunekit.pruning.surgery import rebuild
-from prunekit.pruning.surgery.equivalence import check_equivalence, check_inputs
+from prunekit.pruning.surgery.equivalence import check_all, check_equivalence, check_inputs
 
 
 class Around(nn.Module):
@@ -202,3 +202,34 @@ def test_each_image_has_its_own_tolerance(factor, same_batch):
     report = check_equivalence(dense, wrong, inputs)
     assert not report.passed and "the outputs differ by 0.001, more than" in report.reason
     assert report.tolerance < 1e-5
+
+
+def overflow(net, x):
+    return net(x) + torch.exp(torch.relu(x.abs().amax((1, 2, 3), keepdim=True) - 8) * 1e3)
+
+
+def test_noise_on_which_the_dense_model_overflows_says_nothing():
+    _, _, report, example = slim(overflow)
+    assert report.passed and float(example.abs().max()) < 8
+
+
+def test_a_slim_model_that_alone_overflows_fails():
+    whole, wrong = Around().double().eval(), Around(lambda net, x: net(x) / 0).double().eval()
+    noise = [10 * torch.randn(2, 3, 8, 8).double()]
+    assert check_all(whole, whole, noise, noise).passed
+    assert check_equivalence(whole, wrong, noise).reason == "an output of the slim model is not finite"
+    assert check_all(whole, whole, noise, [torch.full_like(noise[0], torch.nan)]).passed
+
+
+def test_of_large_images_small_ones_are_compared_and_wrong_models_fail(monkeypatch):
+    torch.manual_seed(0)
+    model = Around()
+    example = init_norms(model, size=160)
+    groups = prunekit.find_groups(model, example)
+    plan = prunekit.extract(model, groups, pruning_ratio=0.4)
+    _, report = prunekit.slim(model, plan, example, groups=groups)
+    assert len(report.inputs) > 1 and max(side for shape in report.inputs for side in shape[2:]) < 100
+    assert report.drift > 0 and report.float32_diff < 1e-4
+    spoil(monkeypatch)
+    with pytest.raises(PlanError, match="the outputs differ by"):
+        prunekit.slim(model, plan, example, groups=groups)

@@ -1,5 +1,7 @@
 """Code that only training runs is tried on the slim model."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import nn
 
 import prunekit
 from prunekit.errors import PlanError
+from prunekit.pruning.surgery.training_check import check_training
 
 
 class TrainingOnly(nn.Module):
@@ -66,3 +69,31 @@ def test_models_that_train_alike_or_not_at_all_pass(kind):
     assert report.passed and small.conv.out_channels == 4
     assert not model.training and model.mean.eq(0).all() and all(p.grad is None for p in small.parameters())
     torch.set_rng_state(before)
+
+
+class Seen(nn.Sequential):
+    devices: ClassVar[list[str]] = []
+
+    def forward(self, x):
+        self.devices.append(x.device.type)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("side", "device"), [(16, "cpu"), (320, "meta")])
+def test_of_large_images_only_the_shapes_are_computed(side, device):
+    dense, slim = (Seen(nn.Conv2d(3, width, 3), nn.Flatten(), nn.LazyLinear(2)) for width in (4, 3))
+    for model in (dense, slim):
+        model(torch.zeros(2, 3, side, side))
+    Seen.devices.clear()
+    check_training(dense, slim, [torch.zeros(2, 3, side, side)])
+    assert Seen.devices[0] == device
+    slim[2] = nn.Linear(7, 2)
+    with pytest.raises(PlanError, match="fails in train mode"):
+        check_training(dense, slim, [torch.zeros(2, 3, side, side)])
+
+
+def test_sizes_that_the_dense_model_refuses_in_train_mode_do_not_decide():
+    dense, slim = (nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(width * 64, 2)) for width in (4, 3))
+    slim[2] = nn.Linear(7, 2)
+    with pytest.raises(PlanError, match="fails in train mode"):
+        check_training(dense, slim, [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 10, 10)])
