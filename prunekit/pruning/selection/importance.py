@@ -67,7 +67,7 @@ def magnitude(
     if not p > 0:
         raise PlanError(f"magnitude: p={p}: must be above 0; 1 and 2 are usual")
     slices = ParameterSlices(model, _prunable(groups), norms)
-    sums = slices.sums(lambda weight: weight.detach().double().abs().pow(p))
+    sums = slices.sums(lambda weight: weight.detach().to(torch.float64, copy=True).abs_().pow_(p))
     return _normalize(model, slices, groups, _reduce(slices, sums, reduction), normalizer)
 
 

@@ -84,6 +84,8 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
-    """Yield what modules keep beside parameters, buffers and modules: (module, name, value)."""
+    """Yield what modules keep beside parameters, buffers, modules and numbers: (module, name, value)."""
     for module in model.modules():
-        yield from ((module, name, value) for name, value in vars(module).items() if name not in _OWN)
+        for name, value in vars(module).items():
+            if name not in _OWN and not isinstance(value, int | float | str | None):
+                yield module, name, value
