@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from zoo import settle
+from zoo_networks import settle
 
 import prunekit
 from prunekit.pruning.graph.groups import find_groups
