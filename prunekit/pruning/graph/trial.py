@@ -52,6 +52,7 @@ class Trial:
     ties: list[tuple[Leaf, Term, Term]] = field(default_factory=list)  # (the leaf that failed, one term, the other)
     # What followed a group before: (class, attribute, index).
     known: set[tuple[type, str, int | None]] = field(default_factory=set)
+    count: int = 0  # of trials
     _numbers: dict[Leaf, int] = field(default_factory=dict)  # of channels that are cut
     _random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -123,6 +124,7 @@ class Trial:
 
     def run(self, groups: Mapping[Leaf, Group], equal: bool = False) -> Fault | None:
         """Cut the first channels of groups, of all as many with ``equal``, and compare what the model does then."""
+        self.count += 1
         try:
             # On the meta device, tensors have no values to change, and those that are cut are replaced.
             tensors = (*self.model.parameters(), *self.model.buffers())

@@ -20,6 +20,7 @@ from prunekit.pruning.graph.trial import Fault, Trial, leaf_at, length_without, 
 from prunekit.pruning.plan import Attribute, Group
 
 MAX_MODULES = 200  # whose attributes follow one group
+MAX_TRIALS = 500  # of a model; groups whose attributes are not found by then are not pruned
 
 
 class FixedSizes:
@@ -161,6 +162,8 @@ def _follow(
     for _ in range(MAX_MODULES):
         lengths = _lengths(leaf, group, fault.op)
         for chosen in _choices(trial, modules, fault.modules, lengths, found):
+            if trial.count > MAX_TRIALS:
+                return None
             changed = group.model_copy(update={"attributes": [*group.attributes, *found, *chosen]})
             after = trial.run({leaf: changed})
             if after is not None and (other := _partner(leaf, after, groups)) is not None:
