@@ -75,7 +75,7 @@ class MobileNet(nn.Module):
 def mobilenet(
     widths: Sequence[int] = (16, 32, 64), blocks: int = 2, expansion: int = 4, head: int = 128, classes: int = 10
 ) -> nn.Module:
-    """MobileNet for small images: widths and blocks are of the stages; from the second on each halves the resolution."""
+    """MobileNet for small images: widths and blocks are those of the stages; all but the first halve the size."""
     if not widths or min(widths) < 1:
         raise ValueError(f"widths={list(widths)} must be one or more numbers of at least 1")
     for name, value in {"blocks": blocks, "expansion": expansion, "head": head, "classes": classes}.items():

@@ -1,6 +1,6 @@
 """ViT for small images (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021).
 
-As in Beyer et al. ("Better plain ViT baselines for ImageNet-1k", 2022), the mean over the tokens replaces the class token.
+The mean over the tokens replaces the class token (Beyer et al., "Better plain ViT baselines for ImageNet-1k", 2022).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def vit(
     size: int = 32,
     classes: int = 10,
 ) -> nn.Module:
-    """ViT for images of one size: width is that of the tokens, hidden that inside of the perceptrons (by default 4 · width)."""
+    """ViT for images of one size: width is that of the tokens, hidden (default 4 · width) that of the perceptrons."""
     hidden = 4 * width if hidden is None else hidden
     numbers = {"depth": depth, "width": width, "heads": heads, "hidden": hidden, "patch": patch, "classes": classes}
     for name, value in numbers.items():
