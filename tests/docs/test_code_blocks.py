@@ -105,7 +105,7 @@ def check_prunekit(words: list[str]) -> None:
             recipe = "csnet"  # the reader's own
         if named.startswith("runs/") or words[0] not in ("run", "groups", "validate"):
             recipe = "csnet_duts"  # a run of any recipe; this one takes the keys of data folders too
-        if "mobile" not in str(recipe):  # needs an installed plugin
+        if "/mobile.yaml" not in str(recipe):  # needs an installed plugin
             folder = ["data.root=DATA"] if recipe == "csnet_duts" else []
             load(str(recipe), [*folder, *(overrides or [])])
 

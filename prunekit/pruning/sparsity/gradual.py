@@ -143,7 +143,8 @@ class GradualPruning:
         for rows, part in pairs:
             if rows.parameter.dim() > 1:
                 sizes = _sizes(rows)
-                factor = torch.where(sizes > part, part / sizes, 1.0).to(rows.parameter)
+                # Weights may be so small that their squares, and so their norm, are zero.
+                factor = torch.where(sizes > part, part / sizes, (part > 0).float()).to(rows.parameter)
                 rows.parameter.mul_(factor.view([-1 if d == rows.axis else 1 for d in range(rows.parameter.dim())]))
 
 

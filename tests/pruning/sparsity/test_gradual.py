@@ -116,6 +116,18 @@ def test_options_out_of_range(options, words):
         trained(0, lambda _: set(), **options)
 
 
+def test_weights_of_which_the_squares_underflow_become_zero():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    groups = find_groups(model, torch.zeros(1, 3))
+    pruning = GradualPruning(model, groups, lambda *_: {"0": [1]}, 2, start=0, end=0.5)
+    pruning.step()
+    assert pruning.is_finished
+    # Queries and keys that are both zero have no gradient, and what Adam still adds is tiny.
+    nn.init.constant_(model[0].weight, 1e-30)
+    pruning.step()
+    assert model[0].weight[1].count_nonzero() == 0 and model[0].weight[0].count_nonzero() == 3
+
+
 def test_channels_without_gates_shrink_by_the_weights_that_make_them():
     torch.manual_seed(0)
     model = nn.Sequential(
