@@ -1,19 +1,18 @@
-"""Time of pruning networks of torchvision and timm: prunekit compared with torch-pruning.
+"""Time of pruning networks of torchvision and timm/ prunekit compared with torch-pruning.
 
     pip install -r benchmarks/requirements-zoo.txt      # in an environment of its own, with torch-pruning
-    python benchmarks/step_time.py                                  # some minutes on one thread
-    python benchmarks/step_time.py resnet18 timm:test_vit --repeats 5
+    python benchmarks/step_time.py                                  # ten minutes on one thread
+    python benchmarks/step_time.py resnet18 timm/test_vit --repeats 5
 
-Two ratios, each prunekit's time ÷ torch-pruning's, of 30% of the channels of each layer but the classifier:
+Two ratios, prunekit's time ÷ torch-pruning's, for 30% of the channels of each layer but the classifier:
 
 - find + cut: ``find_groups``, ``Cutter.complete`` and ``Cutter.cut`` of random channels, against ``BasePruner`` with
   ``RandomImportance``, its construction and its ``step()``;
-- step: ``Pruner``, its construction and its ``step()`` (with the equivalence check, the training check, both counts),
-  against ``BasePruner`` with ``GroupMagnitudeImportance``.
+- step: ``Pruner``, its construction and its ``step()`` (with all checks and counts), against ``BasePruner`` with
+  ``GroupMagnitudeImportance``.
 
-Weights are random, norms are settled on noise. Each repeat runs all four on copies of the model that are not timed, the
-two libraries first in turns. The ratios are those of the smallest times, which other work on the machine disturbs
-least.
+Random weights, norms settled on noise, batches of 2. Each repeat runs all four on copies of the model, the libraries
+first in turns. The ratios are those of the smallest process times, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,8 +27,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch_pruning as tp
+import zoo_networks
 from torch import Tensor, nn
-from zoo_networks import settle
 
 import prunekit
 from prunekit.pruning.graph.groups import find_groups
@@ -38,27 +36,17 @@ from prunekit.pruning.surgery.cutter import Cutter
 
 NETWORKS = (
     "resnet18 resnet50 densenet121 densenet201 mobilenet_v2 efficientnet_b0 convnext_tiny vit_b_16 "
-    "regnet_y_400mf mnasnet1_0 squeezenet1_1 vgg11_bn timm:mobilenetv3_small_050 timm:test_vit timm:test_resnet "
-    "timm:test_efficientnet timm:test_convnext timm:mixer_s32_224"
+    "regnet_y_400mf mnasnet1_0 squeezenet1_1 vgg11_bn timm/mobilenetv3_small_050 timm/test_vit timm/test_resnet "
+    "timm/test_efficientnet timm/test_convnext"
 ).split()
 
 
-def build(name: str, side: int) -> nn.Module:
-    torch.manual_seed(0)
-    if name.startswith("timm:"):
-        import timm
-
-        sized = {"img_size": side} if "vit" in name or "mixer" in name else {}
-        model = timm.create_model(name.removeprefix("timm:"), **sized)
-    else:
-        from torchvision import models
-
-        model = models.get_model(name, weights=None)
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    model, images = zoo_networks.build(*name.split("/")) if "/" in name else zoo_networks.build("torchvision", name)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)  # the classifier of torchvision's ViT
-    settle(model, torch.randn(2, 3, side, side))
-    return model.eval()
+    return model, images
 
 
 def classifier(model: nn.Module) -> nn.Module:
@@ -95,14 +83,9 @@ def seconds(work: Callable[..., object], model: nn.Module, *args: object) -> flo
 
 
 def measure(name: str, args: argparse.Namespace) -> list[float]:
-    """Return the smallest seconds of find + cut, ours and theirs, and of step, ours and theirs."""
-    model, example = build(name, args.side), torch.randn(args.batch, 3, args.side, args.side)
-    runs = [
-        (find_and_cut, ()),
-        (torch_pruning_step, (tp.importance.RandomImportance(),)),
-        (step, ()),
-        (torch_pruning_step, (tp.importance.GroupMagnitudeImportance(),)),
-    ]
+    model, example = build(name)
+    random, magnitude = tp.importance.RandomImportance(), tp.importance.GroupMagnitudeImportance()
+    runs = [(find_and_cut, ()), (torch_pruning_step, (random,)), (step, ()), (torch_pruning_step, (magnitude,))]
     found: list[list[float]] = [[] for _ in runs]
     for turn in range(args.repeats):
         for number in range(len(runs)) if turn % 2 == 0 else (1, 0, 3, 2):
@@ -116,8 +99,6 @@ def main(argv: Sequence[str] | None = None) -> list[list[float]]:
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ratio", type=float, default=0.3, help="of the channels")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--side", type=int, default=224)
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -131,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[float]]:
             continue
         ratios.append([a / b, c / d])
         print(f"| {name} | {a:.3f} | {b:.3f} | {a / b:.2f} | {c:.2f} | {d:.2f} | {c / d:.2f} |", flush=True)
-    middle = [statistics.median(column) for column in zip(*ratios, strict=True)]
-    print(f"| median | | | {middle[0]:.2f} | | | {middle[1]:.2f} |")
+    print("| median | | | {:.2f} | | | {:.2f} |".format(*np.median(np.reshape(ratios, (-1, 2)), 0)))
     return ratios
 
 

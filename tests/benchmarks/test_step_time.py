@@ -6,21 +6,21 @@ from torch import nn
 
 from prunekit.backbones.resnet import resnet
 
-ARGUMENTS = ["--repeats", "2", "--side", "32", "--ratio", "0.4"]
+ARGUMENTS = ["--repeats", "2", "--ratio", "0.4"]
 
 
-def made(name, side):
+def made(which, name):
     torch.manual_seed(0)
-    return resnet(8).eval() if name == "resnet8" else nn.Sequential(nn.Flatten())
+    return resnet(8).eval() if name == "resnet8" else nn.Sequential(nn.Flatten()), torch.randn(2, 3, 32, 32)
 
 
 def test_ratios_and_failures(monkeypatch, capsys):
-    monkeypatch.setattr(step_time, "build", made)
-    ((find, step),) = step_time.main(["resnet8", "flat", *ARGUMENTS])
+    monkeypatch.setattr(step_time.zoo_networks, "build", made)
+    ((find, step),) = step_time.main(["resnet8", "timm/flat", *ARGUMENTS])
     assert find > 0 and step > 0
     *_, row, failed, last = capsys.readouterr().out.splitlines()
     assert row.startswith("| resnet8 |") and row.endswith(f"| {step:.2f} |")
-    assert failed.startswith("| flat | IndexError") and last.endswith(f"| {step:.2f} |")
+    assert failed.startswith("| timm/flat | IndexError") and last.endswith(f"| {step:.2f} |")
 
 
 def test_what_is_timed_prunes_all_but_the_classifier():

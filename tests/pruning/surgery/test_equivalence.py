@@ -233,3 +233,14 @@ def test_of_large_images_small_ones_are_compared_and_wrong_models_fail(monkeypat
     spoil(monkeypatch)
     with pytest.raises(PlanError, match="the outputs differ by"):
         prunekit.slim(model, plan, example, groups=groups)
+
+
+def test_a_network_that_answers_two_images_alike_is_not_dead():
+    torch.manual_seed(0)
+    model = Around()
+    example = init_norms(model, size=16)
+    example = torch.cat([example[:1], example[:1], example])
+    groups = prunekit.find_groups(model, example)
+    plan = prunekit.extract(model, groups, pruning_ratio=0.4)
+    _, report = prunekit.slim(model, plan, example, groups=groups)
+    assert report.passed and report.inputs[0][0] > 2
