@@ -210,7 +210,7 @@ def test_unreachable_budget_is_refused_before_training(tmp_path, monkeypatch):
             r"slim\.importance: .*'magnitude' ranks channels .* add target\.params",
         ),
         ("slim.steps=2", r"slim\.steps: 2 steps need a target; add target\.params"),
-        ("slim.scope=layer", r"slim\.scope: pruning the same share of each layer needs a target"),
+        ("slim.scope=layer", r"slim\.scope: 'layer' needs a target; add target\.params"),
         ("slim.cost_power=1", r"slim\.cost_power: costs are shares of a target's measure; add target\.params"),
         ("train.gradual_pruning.rounds=2", r"train\.gradual_pruning\.rounds: several rounds need a target"),
     ],
