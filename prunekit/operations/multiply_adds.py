@@ -20,7 +20,7 @@ from prunekit.operations.keys import OperationKeys, operation_name, without_fast
 from prunekit.operations.meta import to_meta
 from prunekit.operations.shapes import fast_result
 from prunekit.utils.copying import copy_module, restored
-from prunekit.utils.inputs import Example, call, map_tensors
+from prunekit.utils.inputs import Example, call, on_meta
 
 T = TypeVar("T")
 Key = tuple[str, str, int]  # the module, the operation, and the number of its calls of this operation
@@ -116,8 +116,7 @@ def on_shapes(model: nn.Module, batch: Example, run: Callable[[nn.Module, Exampl
         run: is given a model in eval mode, a batch, and a context in which to run the model on it.
     """
     with suppress(Exception):
-        on_meta = map_tensors(lambda tensor: tensor.to("meta"), batch)
-        return run(to_meta(model).eval(), on_meta, torch.inference_mode)
+        return run(to_meta(model).eval(), on_meta(batch), torch.inference_mode)
     with suppress(Exception):
         return run(copy_module(model).eval(), batch, torch.inference_mode)
     with restored(model):

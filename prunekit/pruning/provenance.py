@@ -8,7 +8,7 @@ from torch import nn
 
 from prunekit.pruning.plan import Builder, Plan
 from prunekit.utils.compiled import unwrap
-from prunekit.utils.inputs import Example, first_inputs, map_tensors
+from prunekit.utils.inputs import Example, first_inputs, on_meta
 
 _ATTRIBUTE = "_prunekit_provenance"  # of the model; deep copies keep it
 
@@ -33,6 +33,6 @@ def set_provenance(model: nn.Module, provenance: Provenance) -> None:
 def record_plan(slim: nn.Module, dense: nn.Module, plan: Plan, example: Example) -> None:
     """Record that ``plan`` made ``slim`` of ``dense``."""
     before = get_provenance(dense)
-    example = map_tensors(lambda tensor: tensor.to("meta"), first_inputs(example, 1))
+    example = on_meta(first_inputs(example, 1))
     known = example if before.example is None else before.example
     set_provenance(slim, replace(before, plans=(*before.plans, plan), example=known))

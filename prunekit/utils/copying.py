@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-_OWN = frozenset(vars(nn.Module()))
+OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 Model = TypeVar("Model", bound=nn.Module)
 
 _ATOMS = (int, float, bool, str, type(None))
@@ -33,7 +33,7 @@ def copy_module(model: Model, memo: dict[int, Any] | None = None) -> Model:
         for name, value in vars(module).items():
             if type(value) in (OrderedDict, dict, set) and not value:
                 memo.setdefault(id(value), type(value)())
-            elif name not in _OWN and not isinstance(value, int | float | str):
+            elif name not in OWN_ATTRIBUTES and not isinstance(value, int | float | str):
                 for leaf in tree_leaves(value):
                     if isinstance(leaf, Tensor) and not leaf.is_leaf:
                         memo.setdefault(id(leaf), leaf.detach().clone())

@@ -46,6 +46,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
+def on_meta(example: Example) -> Example:
+    return map_tensors(lambda tensor: tensor.to("meta"), example)
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, value)

@@ -16,7 +16,7 @@ from prunekit.operations.meta import to_meta
 from prunekit.pruning.graph.recorder import Record, record
 from prunekit.pruning.graph.rules.base import find_rule
 from prunekit.utils.copying import copy_module, restored
-from prunekit.utils.inputs import Example, as_example, describe_shapes, first_inputs, map_tensors, tensors_of
+from prunekit.utils.inputs import Example, as_example, describe_shapes, first_inputs, map_tensors, on_meta, tensors_of
 from prunekit.utils.text import first_line
 
 
@@ -41,7 +41,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
     try:
         # Only shapes are needed, so a copy runs on the meta device, unless the model reads values.
         # Training makes modules forget what they have kept in eval mode.
-        runner, batch = to_meta(model).train().eval(), map_tensors(lambda tensor: tensor.to("meta"), example)
+        runner, batch = to_meta(model).train().eval(), on_meta(example)
         # A copy of it runs, since the model may keep something.
         found = record_call(copy_module(runner), batch)
     except Exception:
@@ -87,15 +87,15 @@ def _train_record(model: nn.Module, batch: Example, found: Record) -> Record | N
     owners = {name for name, m in model.named_modules() if any(p.numel() > 1 for p in m.parameters(False))}
     if owners <= set(found.calls):
         return None
-    on_meta = tensors_of(batch)[0].is_meta
+    has_values = not tensors_of(batch)[0].is_meta
     try:
-        with nullcontext() if on_meta else restored(model):
-            copied = model if on_meta else copy_module(model)
+        with restored(model) if has_values else nullcontext():
+            copied = copy_module(model) if has_values else model
             return record_call(copied.train(), batch)
     except Exception:
         return None  # For example, a model that needs targets in train mode.
     finally:
-        if on_meta:
+        if not has_values:
             model.eval()
 
 

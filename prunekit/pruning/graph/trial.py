@@ -57,7 +57,7 @@ class Trial:
     _random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def _draw(self, leaf: Leaf) -> int:
-        """A number of channels of a leaf that is told apart from those of as many others as possible."""
+        """A number of channels of a leaf to cut, which differs from those of as many others as possible."""
         numbers = 1 + self._random.permutation(max(leaf.size // 2, 1))[:MAX_DRAWS]
         others = np.array([(other.size, number) for other, number in self._numbers.items()], np.int64).reshape(-1, 2)
         clashes = (~_differ(leaf.size, numbers[:, None], *others.T)).sum(1)

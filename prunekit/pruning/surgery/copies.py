@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunekit.errors import PlanError
-from prunekit.utils.copying import copy_module
+from prunekit.utils.copying import OWN_ATTRIBUTES, copy_module
 from prunekit.utils.text import first_line
-
-_OWN = frozenset(vars(nn.Module()))
 
 
 def clone(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
@@ -87,5 +85,5 @@ def _attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     """Yield what modules keep beside parameters, buffers, modules and numbers: (module, name, value)."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in _OWN and not isinstance(value, int | float | str | None):
+            if name not in OWN_ATTRIBUTES and not isinstance(value, int | float | str | None):
                 yield module, name, value

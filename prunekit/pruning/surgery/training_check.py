@@ -13,7 +13,7 @@ from prunekit.errors import PlanError
 from prunekit.operations.meta import FastShapes, to_meta
 from prunekit.pruning.graph.trace import tensors_in
 from prunekit.pruning.surgery.copies import copy_as
-from prunekit.utils.inputs import Example, call, cast, map_tensors, tensors_of
+from prunekit.utils.inputs import Example, call, cast, map_tensors, on_meta, tensors_of
 from prunekit.utils.text import first_line
 
 LARGE = 200_000  # values of a batch, above which shapes alone are tried
@@ -54,7 +54,7 @@ def _trained(model: nn.Module, batch: Example) -> list[tuple[int, ...]]:
     """The shapes of the outputs in train mode, after a backward pass."""
     if sum(tensor.numel() for tensor in tensors_of(batch)) > LARGE:
         with suppress(Exception):  # It reads values, or fails.
-            return _step(to_meta(model), _on_meta(batch))
+            return _step(to_meta(model), on_meta(batch))
     return _step(model, batch)
 
 
@@ -62,7 +62,7 @@ def _shapes(model: nn.Module, batch: Example) -> list[tuple[int, ...]]:
     """The shapes of the outputs in train mode, without computing them where the model does not read values."""
     try:
         with torch.no_grad(), FastShapes():
-            return [tuple(tensor.shape) for tensor in _run(to_meta(model), _on_meta(batch))]
+            return [tuple(tensor.shape) for tensor in _run(to_meta(model), on_meta(batch))]
     except Exception:
         return _step(copy_as(model, torch.float32), batch)
 
@@ -70,10 +70,6 @@ def _shapes(model: nn.Module, batch: Example) -> list[tuple[int, ...]]:
 def _run(model: nn.Module, batch: Example) -> list[Tensor]:
     given = map_tensors(Tensor.clone, cast(batch, next(model.parameters()).dtype))
     return tensors_in(call(model.train(), given))
-
-
-def _on_meta(batch: Example) -> Example:
-    return map_tensors(lambda tensor: tensor.to("meta"), batch)
 
 
 def _step(model: nn.Module, batch: Example) -> list[tuple[int, ...]]:
