@@ -7,6 +7,7 @@ because process 0 may evaluate and export for hours while the others wait.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -45,7 +46,14 @@ def init() -> int:
         with _detect_lost_process():
             PartialState(cpu=on_cpu, timeout=GRADIENT_TIMEOUT)
             _command_group = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
+        # Threads of gloo that still run when the interpreter's static objects are destroyed abort the process.
+        atexit.register(_close)
     return rank()
+
+
+def _close() -> None:
+    if _is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
