@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -64,7 +66,7 @@ def worker(which: str, name: str, tool: str, ratio: float) -> dict[str, Any]:
     before, shapes = sum(p.numel() for p in model.parameters()), outputs(model, example)
     if before > LARGEST:
         return {"status": "too large", "params": before}
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         slim = prune(tool, model, example, ratio)
     except Exception as error:
@@ -73,7 +75,7 @@ def worker(which: str, name: str, tool: str, ratio: float) -> dict[str, Any]:
             "params": before,
             "reason": f"{type(error).__name__}: {str(error).splitlines()[:1]}",
         }
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     gone = 1 - sum(p.numel() for p in slim.parameters()) / before
     try:
         same = outputs(slim, example) == shapes
@@ -102,18 +104,27 @@ def reasons_of(model: nn.Module, example: Example) -> dict[str, int]:
 def run(which: str, name: str, tool: str, out: Path, args: argparse.Namespace) -> None:
     if out.is_file():
         return
-    command = [sys.executable, __file__, which, "--worker", name, tool, "--ratio", str(args.ratio)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        result = json.loads(last) if last.startswith("{") else {"status": "failed", "reason": done.stderr[-300:]}
-    except subprocess.TimeoutExpired:
+    options = ["--ratio", str(args.ratio), "--limit", str(args.limit)]
+    command = [sys.executable, __file__, which, "--worker", name, tool, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    result = json.loads(last) if last.startswith("{") else {"status": "failed", "reason": done.stderr[-300:]}
+    if done.returncode == -signal.SIGXCPU:
         result = {"status": "time limit"}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"list": which, "name": name, "tool": tool, **result}))
     print(
         f"{which} {name} {tool}: {result['status']} {result.get('gone', 0):.2f} {result.get('reason', '')}", flush=True
     )
+
+
+def listed(which: str, runs: Path) -> list[str]:
+    """The names of a list, from --runs if it is there: timm's take minutes to find."""
+    file = runs / f"{which}.txt"
+    if not file.is_file():
+        runs.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(names(which)))
+    return file.read_text().splitlines()
 
 
 def rows(results: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
@@ -133,7 +144,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="networks whose names begin like this")
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
     parser.add_argument("--ratio", type=float, default=0.3, help="of the channels")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one network and tool")
+    parser.add_argument("--limit", type=int, default=300, help="seconds of CPU time for one network and tool")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/zoo"), metavar="DIR")
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "TOOL"), help=argparse.SUPPRESS)
@@ -141,11 +152,12 @@ def main() -> None:
     if args.worker:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_CPU, (args.limit, args.limit + 10))
         print(json.dumps(worker(args.lists[0], *args.worker, args.ratio)))
         return
     with ThreadPoolExecutor(args.jobs) as pool:
         for which in args.lists:
-            for name in names(which):
+            for name in listed(which, args.runs):
                 for tool in args.tools if name.startswith(tuple(args.only)) else ():
                     pool.submit(run, which, name, tool, args.runs / which / f"{name}-{tool}.json", args)
     results = [json.loads(file.read_text()) for file in sorted(args.runs.glob("*/*.json"))]
