@@ -134,6 +134,9 @@ def build(which: str, name: str) -> tuple[nn.Module, Example]:
 
         detection = name.startswith(("fasterrcnn", "fcos", "keypointrcnn", "maskrcnn", "retinanet", "ssd"))
         options: dict[str, Any] = {"weights": None, **({"weights_backbone": None} if detection else {})}
+        # Untrained detectors are sure of nothing.
+        threshold = "box_score_thresh" if "rcnn" in name else "score_thresh"
+        options |= {threshold: 0.0} if detection else {}
         if name.startswith(("deeplab", "fcn", "lraspp")):
             options["weights_backbone"] = None
         model = models.get_model(name, **options)

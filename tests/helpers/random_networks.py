@@ -14,12 +14,44 @@ AXIS = {"maps": 1, "channels last": -1, "tokens": -1, "sequence": 1}  # of the c
 POSITIONS = {"maps": (2, 3), "channels last": (1, 2), "tokens": (1,), "sequence": (2,)}
 # Layout → operations that only it has. The other axis of tokens has 64 entries.
 OWN = {
-    "maps": ("conv", "conv", "batch_norm", "instance_norm", "depthwise", "pool", "last", "join"),
+    "maps": ("conv", "conv", "batch_norm", "instance_norm", "group_norm", "depthwise", "pool", "last", "join"),
     "channels last": ("linear", "linear", "layer_norm", "first", "merge"),
-    "tokens": ("linear", "mlp", "layer_norm", "token_norm", "swap"),
+    "tokens": ("linear", "mlp", "layer_norm", "token_norm", "attention", "joint_attention", "swap"),
     "sequence": ("conv", "batch_norm", "mix", "swap", "split"),
 }
 ANYWHERE = ("activation", "save", "add", "multiply", "concatenate", "again", "gate", "rotate")
+
+
+class Attention(nn.Module):
+    """Two heads, with a linear layer each for queries, keys and values."""
+
+    def __init__(self, width: int, inner: int, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
+        self.output = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        if self.fused:
+            heads = F.scaled_dot_product_attention(q, k, v)
+        else:
+            heads = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return x + self.output(heads.transpose(1, 2).flatten(2))
+
+
+class JointAttention(nn.Module):
+    """Two heads, with one linear layer for queries, keys and values."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.joint, self.output = nn.Linear(width, 3 * inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.joint(x).reshape(batch, length, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        heads = F.scaled_dot_product_attention(q, k, v)
+        return x + self.output(heads.transpose(1, 2).reshape(batch, length, -1))
 
 
 class RandomNetwork(nn.Module):
@@ -61,7 +93,8 @@ class RandomNetwork(nn.Module):
         self._layer(kind(self.width, width, self.random.choice((1, 3)), padding="same"), width)
 
     def _depthwise(self) -> None:
-        self._layer(nn.Conv2d(self.width, self.width, 3, padding=1, groups=self.width))
+        width = self.width * self.random.choice((1, 1, 2))
+        self._layer(nn.Conv2d(self.width, width, 3, padding=1, groups=self.width), width)
 
     def _linear(self) -> None:
         width = self._draw_width()
@@ -82,6 +115,10 @@ class RandomNetwork(nn.Module):
     def _instance_norm(self) -> None:
         self._layer(nn.InstanceNorm2d(self.width, affine=True))
 
+    def _group_norm(self) -> None:
+        if self.width % 2 == 0:
+            self._layer(nn.GroupNorm(2, self.width))
+
     def _layer_norm(self) -> None:
         self._layer(nn.LayerNorm(self.width))
 
@@ -89,6 +126,12 @@ class RandomNetwork(nn.Module):
         self.layers.append(nn.BatchNorm1d(self.width))
         index = len(self.layers) - 1
         self.steps.append(lambda net, x, saved: net.layers[index](x.flatten(0, 1)).view(x.shape))
+
+    def _attention(self) -> None:
+        self._layer(Attention(self.width, self.random.choice((4, 8)), self.random.choice((True, False))))
+
+    def _joint_attention(self) -> None:
+        self._layer(JointAttention(self.width, self.random.choice((4, 8))))
 
     def _activation(self) -> None:
         self._step(self.random.choice((F.relu, F.gelu, F.silu, torch.sigmoid)))

@@ -68,6 +68,16 @@ def test_width_of_heads_follows_the_width_of_the_input():
     assert small.blocks[0].attention.qkv.out_features == 36
 
 
+def test_heads_of_keys_are_pruned_with_their_queries():
+    model, example = PRODUCTS["grouped_queries"]().eval(), example_of("grouped_queries")
+    groups = find_groups(model, example)
+    (heads,) = [g for g in groups if {m.tensor: m.times for m in g.members}.get("q.weight") == 12]
+    assert heads.channels == 2 and heads.reason is None
+    small, report = slim(model, make_plan(model, groups, {heads.id: {0}}), example, groups=groups)
+    assert report.passed and (small.q.out_features, small.k.out_features, small.v.out_features) == (12, 4, 4)
+    assert torch.equal(small.q.weight, model.q.weight[12:]) and torch.equal(small.v.weight, model.v.weight[4:])
+
+
 @pytest.mark.parametrize("size", [6, 16, 24])
 def test_attribute_of_queries_keys_and_values_ties_them(size):
     model = Transformer(lambda dim: OwnWidth(dim, 4, size)).eval()

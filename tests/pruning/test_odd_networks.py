@@ -116,6 +116,12 @@ NETWORKS = {
         depthwise=nn.Conv2d(8, 8, 1, groups=8),
         norm=nn.BatchNorm2d(8, affine=False),
     ),
+    "several outputs per channel": lambda: Net(
+        lambda net, x: F.relu(net.norm(net.depthwise(x))),
+        seen=24,
+        depthwise=nn.Conv2d(8, 24, 3, padding=1, groups=8),
+        norm=nn.BatchNorm2d(24),
+    ),
     "buffer added": lambda: Net(lambda net, x: x + net.pos, pos=torch.randn(1, 8, 1, 1)),
     "frozen parameter added": lambda: Net(
         lambda net, x: net.pos + x, pos=nn.Parameter(torch.randn(8, 1, 1), requires_grad=False)

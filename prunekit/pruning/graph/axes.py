@@ -22,14 +22,20 @@ def conv_groups(model: nn.Module, name: str) -> int:
 
 
 def is_channelwise(model: nn.Module, name: str) -> bool:
-    """Return whether a module maps each channel to itself: a norm, a PReLU or a depthwise convolution."""
+    """Return whether a module reads each channel alone: a norm, a PReLU or a depthwise convolution."""
     module = model.get_submodule(name)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return True
     parent = model.get_submodule(name.rpartition(".")[0])
-    groups = getattr(module, "groups", 1) if isinstance(module, CONVS + TRANSPOSED) else 1
-    return isinstance(parent, DepthwiseModules) or (groups > 1 and groups == module.in_channels == module.out_channels)
+    return isinstance(parent, DepthwiseModules) or is_depthwise(module)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Return whether a module is a convolution of each channel alone, which may have several outputs for it."""
+    if isinstance(module, TRANSPOSED) and module.in_channels != module.out_channels:
+        return False
+    return isinstance(module, CONVS + TRANSPOSED) and 1 < module.groups == module.in_channels
 
 
 def axis_length(module: nn.Module, tensor: str, axis: int) -> int:

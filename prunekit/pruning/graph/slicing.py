@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, output_axis
+from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, is_depthwise, output_axis
 from prunekit.pruning.plan import Attribute, Group
 
 Axis = tuple[str, int]  # the name of a tensor and an axis of it
@@ -113,7 +113,7 @@ def slice_tensor(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapp
         return tensor.new_empty(sides)
     groups = getattr(module, "groups", 1) if isinstance(module, CONVS + TRANSPOSED) else 1
     # Each group of a convolution reads its own channels, and keeps as many as the others.
-    blocks = groups if name == "weight" and groups > 1 and not _is_depthwise(module) else 1
+    blocks = groups if name == "weight" and groups > 1 and not is_depthwise(module) else 1
     parts = list(tensor.chunk(blocks))
     for axis, mask in masks.items():
         kept = mask.reshape(blocks, -1)
@@ -126,10 +126,6 @@ def slice_tensor(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapp
 
 def _select(tensor: torch.Tensor, axis: int, mask: np.ndarray) -> torch.Tensor:
     return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(mask)).to(tensor.device))
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return module.groups == module.in_channels == module.out_channels
 
 
 def _owners_of_tensors(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -146,7 +142,7 @@ def _slice_module(
     masks: Mapping[str, Mapping[int, np.ndarray]],
     owners: Mapping[int, list[tuple[nn.Module, str]]],
 ) -> None:
-    depthwise = isinstance(module, CONVS) and module.groups > 1 and _is_depthwise(module)
+    depthwise = isinstance(module, CONVS) and is_depthwise(module)
     changed = {module: None}
     for name, axes in masks.items():
         tensor = getattr(module, name)
@@ -177,6 +173,6 @@ def _update_sizes(module: nn.Module, depthwise: bool) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, CONVS + TRANSPOSED):
         if depthwise:
-            module.groups = len(weight)
+            module.groups = len(weight) // (module.out_channels // module.in_channels)
         out = output_axis(module)
         module.out_channels, module.in_channels = weight.shape[out], weight.shape[1 - out] * module.groups

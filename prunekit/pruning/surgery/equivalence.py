@@ -61,7 +61,7 @@ class EquivalenceReport:
     float32_diff: float = float("nan")  # the same difference in float32
     passed: bool = False
     reason: str | None = None  # why it does not pass
-    drift: float = float("nan")  # largest difference from the dense model as given, on the data
+    drift: float = float("nan")  # largest difference from the dense model as given, on the data; NaN: other shapes
     drift_mean: float = float("nan")  # mean absolute difference from it
     output_size: float = float("nan")  # its largest absolute output
     sensitivity: float | None = None  # how far rounding errors move the dense model's output, where that was measured
@@ -75,12 +75,12 @@ class EquivalenceReport:
 
     def measure_drift(self, dense: Sequence[Tensor], slim: Sequence[Tensor]) -> None:
         """Set ``drift``, ``drift_mean`` and ``output_size`` from the outputs of the model as given and the slim one."""
-        self.drift, self.drift_mean = _largest_and_mean(
-            [a.double() - b.double() for a, b in zip(dense, slim, strict=True)]
-        )
+        self.drift, self.drift_mean = _largest_and_mean(dense, slim)
         self.output_size = max(float(tensor.double().abs().max()) for tensor in dense)
 
     def describe_drift(self) -> str:
+        if self.drift != self.drift:
+            return "drift from the dense model: not measured, because the outputs differ in shape"
         return (
             f"drift from the dense model: at most {self.drift:.2g}, {self.drift_mean:.2g} on average, of outputs up to "
             f"{self.output_size:.2g}"
@@ -374,14 +374,17 @@ def check_repeatable(model: nn.Module, batch: Example) -> None:
 
 
 def output_difference(a: nn.Module, b: nn.Module, inputs: Sequence[Example]) -> tuple[float, float]:
-    """Return the largest and the mean absolute difference between two models' outputs, in their own precision."""
-    pairs = [pair for batch in inputs for pair in zip(outputs_of(a, batch), outputs_of(b, batch), strict=True)]
-    return _largest_and_mean([x.double() - y.double() for x, y in pairs])
+    """Return the largest and the mean absolute difference between two models' outputs, in their own precision; NaN
+    where the outputs differ in shape."""
+    left, right = ([output for batch in inputs for output in outputs_of(model, batch)] for model in (a, b))
+    return _largest_and_mean(left, right)
 
 
-def _largest_and_mean(gaps: Sequence[Tensor]) -> tuple[float, float]:
-    """The largest and the mean absolute value over all tensors."""
-    values = torch.cat([gap.abs().flatten() for gap in gaps])
+def _largest_and_mean(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float]:
+    """The largest and the mean absolute difference over all tensors."""
+    if [tensor.shape for tensor in a] != [tensor.shape for tensor in b]:
+        return float("nan"), float("nan")  # as of a detector that finds more
+    values = torch.cat([(x.double() - y.double()).abs().flatten() for x, y in zip(a, b, strict=True)])
     return float(values.max()), float(values.mean())
 
 

@@ -13,6 +13,7 @@ from prunekit.pruning.surgery.constant_folding import Constants, measure_constan
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.equivalence import SENSITIVE, EquivalenceReport, check_all, zero_dead_gates
 from prunekit.pruning.surgery.masked_statistics import mask_statistics
+from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.pruning.surgery.rebuild import rebuild
 from prunekit.utils.copying import copy_module
 from prunekit.utils.inputs import Example
@@ -29,7 +30,7 @@ class ExactSlimming:
 
     def __post_init__(self) -> None:
         self.cutter = Cutter(self.model, self.groups)
-        self.gated = self.model  # the reference of the last check
+        self.reference = self.model  # of the last check
         self.lost: set[str] = set()
 
     def run(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
@@ -61,13 +62,14 @@ class ExactSlimming:
 
     def _slim(self, dead: Mapping[str, set[int]]) -> tuple[nn.Module, EquivalenceReport]:
         dead = self.cutter.complete(dead)[0]
-        self.gated = zero_dead_gates(self.model, self.groups, dead)
-        slimmed = copy_module(self.gated)
+        gated = zero_dead_gates(self.model, self.groups, dead)
+        slimmed = copy_module(gated)
         constants = self._measure(slimmed, dead)
         plan, folding = rebuild(slimmed, self.groups, dead, constants, carry=True)
         self.lost |= folding.lost
-        masked = mask_statistics(self.gated, self.groups, dead)
-        report = check_all(masked, slimmed, self.inputs, self.noise)
+        # Carriers are left, and count in statistics.
+        self.reference = mask_statistics(gated, self.groups, dead_channels(self.groups, plan))
+        report = check_all(self.reference, slimmed, self.inputs, self.noise)
         report.folded, report.carriers = folding.folded, sum(map(len, folding.carriers.values()))
         report.unread, report.plan = folding.unread, plan
         return slimmed, report

@@ -95,7 +95,7 @@ def slim(
         noises = noise_batch(reference, inputs[0], noise or 16)
         attempt = ExactSlimming(reference, groups, inputs, [] if noises is None else [noises])
         slimmed, report = attempt.run(dead)
-        masked, outputs, replaced = attempt.gated, outputs_of(reference, inputs[0]), "its dead gates at zero"
+        masked, outputs, replaced = attempt.reference, outputs_of(reference, inputs[0]), "its dead gates at zero"
     else:
         compared = compared_inputs(inputs, sizes)
         _check_runs(reference, first_inputs(compared[0], 1))

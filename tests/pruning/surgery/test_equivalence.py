@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import prunekit
 from prunekit.errors import PlanError
 from prunekit.pruning.surgery import rebuild
-from prunekit.pruning.surgery.equivalence import check_all, check_equivalence, check_inputs
+from prunekit.pruning.surgery.equivalence import EquivalenceReport, check_all, check_equivalence, check_inputs
 
 
 class Around(nn.Module):
@@ -244,3 +244,12 @@ def test_a_network_that_answers_two_images_alike_is_not_dead():
     plan = prunekit.extract(model, groups, pruning_ratio=0.4)
     _, report = prunekit.slim(model, plan, example, groups=groups)
     assert report.passed and report.inputs[0][0] > 2
+
+
+def test_drift_of_outputs_that_differ_in_shape_is_not_measured():
+    """As of a detector that finds more than the dense model."""
+    report = EquivalenceReport(0.0, 1e-6, [])
+    report.measure_drift([torch.ones(5, 4)], [torch.ones(3, 4)])
+    assert "drift" not in report.to_json() and "differ in shape" in report.describe_drift()
+    report.measure_drift([torch.ones(3, 4)], [torch.ones(3, 4)])
+    assert report.drift == 0 and "at most 0" in report.describe_drift()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, is_channelwise
-from prunekit.pruning.graph.axis_terms import Fixed, Leaf, Term, cat, lock
+from prunekit.pruning.graph.axis_terms import Fixed, Leaf, Term, cat, lock, prod
 from prunekit.pruning.graph.recorder import Op, Value
 from prunekit.pruning.graph.rules.base import AxisGraph, register_rule
 from prunekit.pruning.graph.rules.matmul import contract
@@ -45,7 +45,7 @@ def convolution(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     depthwise = _is_depthwise(op, graph, weight, groups, transposed)
     outputs: Term = weight.axes[out_axis]
     if depthwise:
-        graph.unify(op, channels, weight.axes[0])
+        graph.unify(op, prod([channels, Fixed(weight.shape[0] // channels.size)]), weight.axes[0])
         outputs, weight.axes[1] = weight.axes[0], Fixed(1)
     elif groups == 1:
         _read(op, graph, value, axis, weight, in_axis)
@@ -61,7 +61,7 @@ def _is_depthwise(op: Op, graph: AxisGraph, weight: Value, groups: int, transpos
         module = graph.model.get_submodule(op.module)
         if isinstance(module, CONVS):
             return is_channelwise(graph.model, op.module)
-    return not transposed and 1 < groups == weight.shape[0] and weight.shape[1] == 1
+    return not transposed and groups > 1 and weight.shape[1] == 1 and weight.shape[0] % groups == 0
 
 
 def _grouped(op: Op, graph: AxisGraph, value: Value, axis: int, weight: Value, groups: int, transposed: bool) -> Term:
@@ -72,8 +72,6 @@ def _grouped(op: Op, graph: AxisGraph, value: Value, axis: int, weight: Value, g
         why, outputs = f"a transposed convolution with {groups} groups", Leaf(op.outputs[0].shape[axis])
         lock(weight.axes[0], why)
         lock(weight.axes[1], why)
-    elif groups == channels.size:
-        why = "a depthwise convolution with several outputs per channel"
     elif not isinstance(graph.model.get_submodule(op.module), CONVS) or weight.name != f"{op.module}.weight":
         why = "a function with groups"
     if why:

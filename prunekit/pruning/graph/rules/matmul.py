@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prunekit.pruning.graph.axis_terms import Fixed, Term
+from prunekit.pruning.graph.axis_terms import Fixed, Term, prod
 from prunekit.pruning.graph.recorder import Op, Value
 from prunekit.pruning.graph.rules.base import AxisGraph, broadcast, register_rule
 
@@ -51,10 +51,11 @@ def attention(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
         graph.statistic(op, query, len(query.axes) - 1)  # its length scales the products
     graph.unify(op, key.axes[-2], value.axes[-2])
     graph.lock(op, [key.axes[-2]])
-    if op.kwargs.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
-        graph.lock(
-            op, [query.axes[-3], key.axes[-3], value.axes[-3]], "which has fewer heads for keys than for queries"
-        )
+    if op.kwargs.get("enable_gqa") and 1 < key.shape[-3] < query.shape[-3]:
+        # As many queries for each head of keys and values, whose number may change (grouped-query attention).
+        graph.unify(op, key.axes[-3], value.axes[-3])
+        shared = Fixed(query.shape[-3] // key.shape[-3])
+        graph.unify(op, query.axes[-3], prod([key.axes[-3], shared]))
         batch = list(query.axes[:-2])
     else:
         batch = _batch(op, graph, query, key, value)
