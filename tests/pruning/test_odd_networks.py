@@ -188,7 +188,10 @@ def test_slim_model_is_equivalent_on_other_inputs(name, seed, exact):
     torch.manual_seed(seed)
     model = NETWORKS[name]()
     _, small, equivalence = slimmed(model, seed, exact)
-    assert equivalence.passed and equivalence.given_back <= (32 if name == "map added" else 4) * exact
+    assert (
+        equivalence.passed
+        and equivalence.given_back <= {"map added": 32, "several outputs per channel": 8}.get(name, 4) * exact
+    )
     dense, small = copy.deepcopy(model).double().eval(), small.double().eval()
     for size in () if not exact else (16,) if name in ("asserts its size", "map added") else (16, 21, 30):
         image = 3 * torch.randn(3, 3, size, size, dtype=torch.float64)

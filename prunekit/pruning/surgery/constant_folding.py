@@ -54,7 +54,10 @@ class ConstantInput:
     @property
     def inexact(self) -> np.ndarray:
         """Mask of the channels that neither a fold nor a carrier replaces exactly, (channels,)."""
-        return (self.spread > CONSTANT_TOLERANCE * np.maximum(np.abs(self.value), 1)).any(1)
+        varies = self.spread > CONSTANT_TOLERANCE * np.maximum(np.abs(self.value), 1)
+        if not self.uniform and self.member.stride > 1:
+            varies |= np.abs(self.value) > NEGLIGIBLE  # a channel with several entries carries none
+        return varies.any(1)
 
     def entries(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The input entries of some channels, and the value of each entry."""
