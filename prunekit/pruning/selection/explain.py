@@ -81,8 +81,10 @@ def explain(
         )
     if more := sum(len(selection.dead[group] - channels) for group, channels in chosen.items()):
         yield f"{plural(more, 'channel')} more pruned, since nothing produces or reads them any more", False
-    widths = [(group, group.channels - len(selection.dead[group.id])) for group in selector.groups]
-    if odd := [f"{group.id} ({k} of {group.channels})" for group, k in widths if k % selector.round_to]:
+    widths = [
+        (g, g.channels - len(selection.dead[g.id]), n) for g, n in zip(selector.groups, selector.rounding, strict=True)
+    ]
+    if odd := [f"{group.id} ({k} of {group.channels})" for group, k, multiple in widths if k % multiple]:
         names = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         yield f"round_to {selector.round_to} is not met in {plural(len(odd), 'group')}: {names}", True
     if by_layer and by_threshold:

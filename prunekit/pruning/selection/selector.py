@@ -6,6 +6,7 @@ Within a group the channels with the lowest scores are pruned first, so a select
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -109,7 +110,8 @@ class Selector:
         if scope == "isomorphic":
             self.scores = rank_within_structures(model, self.groups, self.scores)
         self.blocks = np.array([self._conv_blocks(group) for group in self.groups], int)
-        self.multiples = np.lcm(self.blocks, round_to)
+        self.rounding = np.array([_rounding(group, self.groups, round_to) for group in self.groups], int)
+        self.multiples = np.lcm(self.blocks, self.rounding)
         ordered = [_prune_order(values, blocks) for values, blocks in zip(self.scores, self.blocks, strict=True)]
         self.prune_order, self.sorted_scores = [order for order, _ in ordered], [values for _, values in ordered]
         self.layers = [[self.index[group.id] for group in layer] for layer in group_by_layer(self.groups)]
@@ -281,6 +283,16 @@ def _prune_order(scores: np.ndarray, blocks: int) -> tuple[np.ndarray, np.ndarra
     order = np.lexsort((np.broadcast_to(-np.arange(table.shape[1]), table.shape), table))
     sorted_scores = np.take_along_axis(table, order, 1).max(0)
     return (order + np.arange(blocks)[:, None] * table.shape[1]).T.flatten(), np.repeat(sorted_scores, blocks)
+
+
+def _rounding(group: Group, others: Sequence[Group], round_to: int) -> int:
+    """The number of which a group keeps a multiple, so that ``round_to`` divides the lengths of its axes.
+
+    Heads may be of any number where each has a multiple of channels.
+    """
+    axes = {(m.tensor, m.axis, m.offset): m.stride for m in group.members}
+    inner = any(axes.get((m.tensor, m.axis, m.offset), 0) > m.stride for other in others for m in other.members)
+    return 1 if inner else round_to // math.gcd(round_to, *axes.values())
 
 
 def _floor(value: float | np.ndarray) -> np.ndarray:

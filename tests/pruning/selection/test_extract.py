@@ -7,6 +7,8 @@ import torch
 from helpers.marks import seeds, slow
 from helpers.networks import Residual, Row, csnet_with_dead_gates, init_norms, params, small_csnet
 from helpers.zoo import ZOO
+from helpers.zoo_attention import ATTENTION
+from torch import nn
 
 import prunekit
 from prunekit.errors import PlanError, PrunekitWarning
@@ -17,7 +19,7 @@ from prunekit.pruning.selection.importance import magnitude, random, taylor
 from prunekit.pruning.selection.selector import Selector
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.pruning.surgery.plan_builder import dead_channels
-from prunekit.pruning.surgery.slim import slim
+from prunekit.pruning.surgery.slim import apply_plan, slim
 
 # Most of these networks are pruned to their limits; other tests check the warnings.
 pytestmark = pytest.mark.filterwarnings("ignore::prunekit.errors.PrunekitWarning")
@@ -223,3 +225,17 @@ def test_lower_scores_are_pruned_before_higher_ones(seed):
         for name, gone in dead.items():
             mask = np.isin(np.arange(len(scores[name])), list(gone))
             assert not mask.any() or scores[name][mask].max() < scores[name][~mask].min()
+
+
+def test_round_to_divides_widths_whatever_the_number_of_heads():
+    """The width of an axis is that of its heads times their channels; only the latter have to be a multiple."""
+    model, example = ATTENTION["own_width"]().eval(), torch.randn(2, 3, 32, 32)
+    groups = prunekit.find_groups(model, example)
+    scores = {group.id: np.arange(group.channels, dtype=float) for group in groups if group.reason is None}
+    plan = extract(model, groups, scores=scores, pruning_ratio=0.3, scope="layer", round_to=2)
+    heads, channels = (len(plan.groups[name]) for name in ("blocks.0.attention.q", "blocks.0.attention.q#2"))
+    assert (heads, channels) == (3, 6)  # of 4 heads and 6 channels, 0.3 of which are 1 each
+    small = apply_plan(model, plan, example, groups)
+    assert all(
+        side % 2 == 0 for layer in small.modules() if isinstance(layer, nn.Linear) for side in layer.weight.shape
+    )
