@@ -42,11 +42,7 @@ NETWORKS = (
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
-    model, images = zoo_networks.build(*name.split("/")) if "/" in name else zoo_networks.build("torchvision", name)
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)  # the classifier of torchvision's ViT
-    return model, images
+    return zoo_networks.build(*name.split("/")) if "/" in name else zoo_networks.build("torchvision", name)
 
 
 def classifier(model: nn.Module) -> nn.Module:

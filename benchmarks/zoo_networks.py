@@ -143,6 +143,10 @@ def build(which: str, name: str) -> tuple[nn.Module, Example]:
         if name.startswith("raft"):
             return model.eval(), (torch.randn(2, 3, 128, 128), torch.randn(2, 3, 128, 128))
         size = 299 if name == "inception_v3" else 224
+        if detection:
+            images = torch.randn(2, 3, size, size)
+            settle(model, images, [dict(TARGET) for _ in images])
+            return model.eval(), images
     elif which == "timm":
         import timm
 
@@ -152,6 +156,9 @@ def build(which: str, name: str) -> tuple[nn.Module, Example]:
         return build_transformer(name)
     images = torch.randn(2, 3, size, size)
     settle(model, images)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)  # the classifier of torchvision's ViT
     return model.eval(), images
 
 
@@ -183,11 +190,20 @@ def build_transformer(name: str) -> tuple[nn.Module, Example]:
     return Results(model).eval(), images
 
 
-def settle(model: nn.Module, images: Tensor) -> None:
+# Of an image, for detectors in train mode.
+TARGET = {
+    "boxes": torch.tensor([[20.0, 20.0, 120.0, 150.0]]),
+    "labels": torch.tensor([1]),
+    "masks": torch.ones(1, 224, 224, dtype=torch.uint8),
+    "keypoints": torch.tensor([[[60.0, 60.0, 1.0]] * 17]),
+}
+
+
+def settle(model: nn.Module, images: Tensor, *targets: Any) -> None:
     """Give norms statistics of the data and shifts that are not zero."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.bias is not None:
             nn.init.normal_(module.bias, std=0.1)
             module.momentum = 1.0
     with torch.no_grad(), suppress(Exception):  # Detectors want targets.
-        model.train()(images)
+        model.train()(images, *targets)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         register_schedule,
         register_task,
     )
+    from prunekit.deployment.bench.variants import profile
     from prunekit.deployment.deploy import deploy
     from prunekit.errors import PrunekitError, PrunekitWarning
     from prunekit.flops import ModelCost, count
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from prunekit.pruning.selection import importance
     from prunekit.pruning.selection.budget import fit_budget, slim_to_budget
     from prunekit.pruning.selection.extract import extract
+    from prunekit.pruning.selection.latency_model import LatencyTable
     from prunekit.pruning.sparsity.dynamic_decay import DynamicWeightDecay
     from prunekit.pruning.surgery.equivalence import EquivalenceReport
     from prunekit.pruning.surgery.optimizer_state import slim_optimizer
@@ -43,9 +45,10 @@ if TYPE_CHECKING:
 
 # fmt: off
 __all__ = [
-    "DynamicWeightDecay", "EquivalenceReport", "GOctConv", "Group", "ModelCost", "Plan", "PrunekitError",
-    "PrunekitWarning", "Pruner", "PruningReport", "__version__", "apply_plan", "count", "deploy", "extract",
-    "find_groups", "fit_budget", "importance", "load", "load_recipe", "load_run", "octavize", "recalibrate",
+    "DynamicWeightDecay", "EquivalenceReport", "GOctConv", "Group", "LatencyTable", "ModelCost", "Plan",
+    "PrunekitError", "PrunekitWarning", "Pruner", "PruningReport", "__version__", "apply_plan", "count", "deploy",
+    "extract",
+    "find_groups", "fit_budget", "importance", "load", "load_recipe", "load_run", "octavize", "profile", "recalibrate",
     "register_augmentation", "register_backbone", "register_dataset", "register_decay", "register_importance",
     "register_loss", "register_optimizer", "register_rule", "register_schedule", "register_task", "run_recipe", "save",
     "slim", "slim_optimizer", "slim_to_budget",
@@ -55,6 +58,7 @@ __all__ = [
 # Module → the public names in it. Imported at first use, so that `prunekit --help` needs no torch (PEP 562).
 _MODULES = {
     "prunekit.config.registry": [name for name in __all__ if name.startswith("register_") and name != "register_rule"],
+    "prunekit.deployment.bench.variants": ["profile"],
     "prunekit.deployment.deploy": ["deploy"],
     "prunekit.errors": ["PrunekitError", "PrunekitWarning"],
     "prunekit.flops": ["ModelCost", "count"],
@@ -68,6 +72,7 @@ _MODULES = {
     "prunekit.pruning.pruner": ["Pruner", "PruningReport"],
     "prunekit.pruning.selection.budget": ["fit_budget", "slim_to_budget"],
     "prunekit.pruning.selection.extract": ["extract"],
+    "prunekit.pruning.selection.latency_model": ["LatencyTable"],
     "prunekit.pruning.sparsity.dynamic_decay": ["DynamicWeightDecay"],
     "prunekit.pruning.surgery.equivalence": ["EquivalenceReport"],
     "prunekit.pruning.surgery.optimizer_state": ["slim_optimizer"],

@@ -206,7 +206,7 @@ class Decay(Named):
 
 
 class Target(Section):
-    """Size of the slim model, by one of four measures; without one, `slim.threshold` alone decides."""
+    """Size of the slim model, its latency, or both; without a target, `slim.threshold` alone decides."""
 
     params: Quantity | None = None
     """Parameters of the slim model, such as 100000 or 100k."""
@@ -216,6 +216,10 @@ class Target(Section):
     """Parameters of the slim model as a share of the dense model's."""
     macs_ratio: Ratio | None = None
     """MACs of the slim model as a share of the dense model's."""
+    latency_ms: Positive | None = None
+    """Milliseconds of a call of the slim model; see `latency`."""
+    latency_ratio: Ratio | None = None
+    """Latency of the slim model as a share of the dense model's; see `latency`."""
 
     @property
     def given(self) -> dict[str, float]:
@@ -224,9 +228,28 @@ class Target(Section):
 
     @model_validator(mode="after")
     def _at_most_one(self) -> Target:
-        if len(self.given) > 1:
-            raise ValueError(f"gives {' and '.join(self.given)}; keep one of them")
+        for latency in (False, True):
+            same = [key for key in self.given if key.startswith("latency") == latency]
+            if len(same) > 1:
+                raise ValueError(f"gives {' and '.join(same)}; keep one of them")
         return self
+
+
+class Latency(Section):
+    """Where the latency of `target.latency_ms` and `target.latency_ratio` is measured."""
+
+    runtime: Literal["onnxruntime", "openvino", "torch"] = "onnxruntime"
+    """Runtime of the exported model."""
+    threads: Count | None = None
+    """Threads of the runtime; null: as many as PyTorch uses."""
+    batch: Count = 1
+    """Images of a call."""
+    size: Count | None = None
+    """Height and width of the images; null: `data.size`."""
+    variants: Annotated[int, Field(ge=10)] = 60
+    """Number of models that are measured once, to predict the latency of others; kept in the user's cache folder."""
+    table: str | None = None
+    """File of `prunekit profile` with the latencies of another machine; nothing is measured here."""
 
 
 class Slim(Section):
@@ -293,6 +316,7 @@ class Recipe(Section):
     train: SparseTraining
     decay: Decay = Decay()
     target: Target = Target()
+    latency: Latency = Latency()
     slim: Slim = Slim()
     finetune: FineTuning
     export: Export = Export()
@@ -309,7 +333,7 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
     conflicts: list[tuple[yaml.Path, str]] = []
     slim, distill = recipe.slim, recipe.finetune.distill
     if not recipe.target.given:
-        add = "add target.params, target.macs, target.params_ratio or target.macs_ratio"
+        add = "add a target, such as target.params_ratio"
         if (name := slim.importance.name) != "gate":
             conflicts.append((("slim", "importance"), f"{name!r} ranks channels but has no threshold; {add}"))
         if slim.cost_power:
@@ -323,6 +347,11 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
     elif slim.cost_power and slim.scope == "layer":
         message = "costs compare layers, and slim.scope=layer prunes the same share of each; drop one of the two"
         conflicts.append((("slim", "cost_power"), message))
+    if latency := next((key for key in recipe.target.given if key.startswith("latency")), None):
+        for key, default in (("cost_power", 0), ("scope", "global"), ("steps", 1)):
+            if getattr(slim, key) != default:
+                message = f"target.{latency} ranks channels by what they save of the latency; drop it"
+                conflicts.append((("slim", key), message))
     gradual = recipe.train.gradual_pruning
     if gradual.start is not None:
         if gradual.start >= gradual.end:
@@ -345,7 +374,7 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
 
 
 # Keys that name a folder; `backbone.file` is made absolute where it is read.
-PATHS = (("data", "root"), ("data", "val_root"), ("init",))
+PATHS = (("data", "root"), ("data", "val_root"), ("init",), ("latency", "table"))
 
 
 def real_path(text: str) -> str:

@@ -16,6 +16,7 @@ from prunekit.data.cache import cached_tensors, data_folder
 from prunekit.data.datasets import ImageDataset, Tensors, normalize
 from prunekit.errors import DataError
 from prunekit.flops import count_modules, total
+from prunekit.pipeline.latency import RunLatencies
 from prunekit.pipeline.models import input_shape
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
@@ -42,6 +43,7 @@ class RunContext:
         self._datasets: dict[str, ImageDataset] = {}
         self._tensors: dict[str, Tensors] = {}
         self._dense_groups: list[Group] | None = None
+        self._latencies: RunLatencies | None = None
         self._check_sizes: Sequence[tuple[int, ...]] | None = None
 
     def dataset(self, split: str) -> ImageDataset:
@@ -86,6 +88,12 @@ class RunContext:
         if self._check_sizes is None:
             self._check_sizes = check_sizes(model, self.example())
         return self._check_sizes
+
+    def latencies(self, model: nn.Module, groups: Sequence[Group]) -> RunLatencies:
+        """Return the latencies of models that are cut from this one, measured or read at the first call."""
+        if self._latencies is None:
+            self._latencies = RunLatencies(self.recipe, model, groups, self.reporter)
+        return self._latencies
 
     def measure(self, run: RunDir, part: str, model: nn.Module) -> None:
         """Write a model's params, MACs and paper FLOPs into its part of the summary."""

@@ -31,10 +31,12 @@ from prunekit.pipeline.models import (
 from prunekit.pipeline.training_setup import build_loss, gates_out_of_reach, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Builder, Group, Plan, digest
-from prunekit.pruning.selection.budget import TOLERANCE, Budget, BudgetSearch, target_measure
-from prunekit.pruning.selection.cost_model import SizeModel
+from prunekit.pruning.selection.budget import BudgetSearch
+from prunekit.pruning.selection.cost_model import ModelSize
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
+from prunekit.pruning.selection.selector import Selection
+from prunekit.pruning.selection.target import LATENCY_TOLERANCE, Budget, search_measure
 from prunekit.pruning.sparsity.dynamic_decay import NoDecay
 from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.pruning.surgery.compose import compose
@@ -61,9 +63,9 @@ def extract_stage(context: RunContext, run: RunDir) -> None:
         choice = search.selector.select(threshold=threshold)
         outcome = f"{choice.pruned} of {of} channels are dead at threshold {threshold:g}"
     else:
-        choice = search.select(goal)
-        size = goal.size(search.size_model.size_without(choice.dead))
-        outcome = f"{choice.pruned} of {of} channels are removed for {size:,} {goal.measure}, budget {goal.goal:,}"
+        choice = _select(context, search, goal)
+        size = search.size_model.size_without(choice.dead)
+        outcome = f"{choice.pruned} of {of} channels are removed for {goal.describe(size)}, budget {goal}"
     plan = plan_from_selection(dense, groups, choice)
     context.reporter.info(f"extract: {outcome}")
     _print_notes(context, "extract", plan.notes)
@@ -139,7 +141,9 @@ def _slim_in_rounds(context: RunContext, run: RunDir, dense: nn.Module) -> _Slim
         model = small
         if number < len(goals):
             groups = find_groups(small, example)
-            context.reporter.info(f"slim: round {number} of {len(goals)}: {sizes[goal.measure]:,} {goal.measure}")
+            context.reporter.info(
+                f"slim: round {number} of {len(goals)}: {goal.describe(ModelSize(sizes['params'], sizes['macs']))}"
+            )
             train_model(context, run, f"step{number}", model, groups, NoDecay(model, groups))
     return _Slimmed(model, plan, kept, cut if len(goals) == 1 else None, rounds, equivalence)
 
@@ -161,8 +165,10 @@ def _slim_once(
     example, exact = context.example(), context.recipe.slim.exact
     if plan is not None:
         small, equivalence = slim(model, plan, example, groups=groups, exact=exact, sizes=context.check_sizes(model))
-        sizes = total(count_modules(small, context.shape)[0])
-        if goal is None or -TOLERANCE <= goal.deviation(sizes[goal.measure]) <= 0:
+        if goal is None:
+            return small, equivalence
+        assert equivalence.plan is not None
+        if goal.accepts(_size_search(context, model, groups).size_of(small, equivalence.plan)):
             return small, equivalence
     return channel_search(context, model, groups).slim(goal, example, exact, context.check_sizes(model))[:2]
 
@@ -183,6 +189,7 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
     ratios = {f"{key}_ratio": summary["slim"][key] / summary["dense"][key] for key in ("params", "macs")}
     cut = {} if slimmed.cut is None else {"cut": slimmed.cut}
     run.update_summary("kept", {"channels": slimmed.kept, "of": of, **ratios, **cut})
+    _record_latency(context, run, dense, plan)
     run.write_json("layers.json", layers_table(dense, model, context.shape))
     given_back = f", {equivalence.given_back} channels given back" if equivalence.given_back else ""
     carriers = f", {equivalence.carriers} as carriers of constants" if equivalence.carriers else ""
@@ -190,6 +197,28 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
         f"slim: {slimmed.kept} of {of} channels kept{carriers}{given_back}; equivalence check passed: largest "
         f"difference {equivalence.max_abs_diff:.1e} (tolerance {equivalence.tolerance:.0e}); "
         f"{replace(equivalence, drift=largest, drift_mean=mean).describe_drift()}"
+    )
+
+
+def _record_latency(context: RunContext, run: RunDir, dense: nn.Module, plan: Plan) -> None:
+    """Measure what a budget of time asked for."""
+    target = {key: value for key, value in context.recipe.target.given.items() if key.startswith("latency")}
+    if not target:
+        return
+    ((key, value),) = target.items()
+    measured = context.latencies(dense, context.dense_groups(dense)).measure_plan(plan)
+    if measured is None:
+        return
+    run.update_summary("latency", measured)
+    reached = measured["ratio"] / value if key == "latency_ratio" else measured["slim_ms"] / value
+    context.reporter.info(
+        f"slim: {measured['slim_ms']:.3g} ms of {measured['dense_ms']:.3g} ms ({measured['ratio']:.3f}) in "
+        f"{measured['runtime']}, {measured['threads']} threads"
+        + (
+            f"; target.{key}={value:g} is missed by {abs(reached - 1):.0%}"
+            if abs(reached - 1) > LATENCY_TOLERANCE
+            else ""
+        )
     )
 
 
@@ -232,13 +261,21 @@ def gradual_pruning(
             choice, reason = search.selector.select(threshold=recipe.slim.threshold), f"<= {recipe.slim.threshold:g}"
         else:
             goal = budget.at(share, search.size_model.dense)
-            choice = search.select(goal)
-            reason = f"{goal.size(search.size_model.size_without(choice.dead)):,} {goal.measure} without them"
+            choice = _select(context, search, goal)
+            reason = f"{goal.describe(search.size_model.size_without(choice.dead))} without them"
         context.reporter.info(f"train: {choice.pruned} of {of} channels chosen to shrink to zero ({reason})")
         return choice.dead
 
     options = section.model_dump()
     return lambda total_steps: GradualPruning(model, groups, choose, total_steps, **options)
+
+
+def _select(context: RunContext, search: BudgetSearch, goal: Budget) -> Selection:
+    """Select channels for a budget; one of time is measured, unless what is zero already meets it."""
+    choice = search.select(goal)
+    if goal.measure != "latency_ms" or search.are_zero(choice):
+        return choice
+    return context.latencies(search.model, search.groups).select(search, goal)
 
 
 def _goals(context: RunContext, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:
@@ -247,7 +284,7 @@ def _goals(context: RunContext, dense: nn.Module, groups: Sequence[Group]) -> li
     if not recipe.target.given:
         return [None]
     last = absolute_budget(context, dense, groups)
-    full, steps = SizeModel(dense, groups, context.shape).dense, recipe.slim.steps
+    full, steps = _size_search(context, dense, groups).size_model.dense, recipe.slim.steps
     return [last.at(k / steps, full) for k in range(1, steps + 1)]
 
 
@@ -261,7 +298,16 @@ def _size_search(context: RunContext, model: nn.Module, groups: Sequence[Group])
     # Sizes and limits do not depend on scores, only on which groups have some.
     by_gate = context.recipe.slim.importance.name == "gate"
     scores = {group.id: np.zeros(group.channels) for group in groups if group.gates or not by_gate}
-    return BudgetSearch(model, groups, context.shape, scores, **_limits(context.recipe))
+    return BudgetSearch(
+        model, groups, context.shape, scores, **_measure(context, model, groups), **_limits(context.recipe)
+    )
+
+
+def _measure(context: RunContext, model: nn.Module, groups: Sequence[Group]) -> dict[str, Any]:
+    """What the target limits and, for a budget of time, the latencies to predict from."""
+    measure = search_measure(context.recipe.target.given)
+    table = context.latencies(model, groups).table if measure == "latency_ms" else None
+    return {"measure": measure, "latencies": table}
 
 
 def channel_search(
@@ -271,8 +317,7 @@ def channel_search(
     recipe = context.recipe
     importance = bind_options(registry.importances, recipe.slim.importance)
     scores = importance(model, groups, _training_losses(context, batches))
-    measure = target_measure(next(iter(recipe.target.given), "macs"))
-    cost: dict[str, Any] = {"cost_power": recipe.slim.cost_power, "measure": measure}
+    cost: dict[str, Any] = {"cost_power": recipe.slim.cost_power, **_measure(context, model, groups)}
     return BudgetSearch(model, groups, context.shape, scores, **cost, **_limits(recipe))
 
 

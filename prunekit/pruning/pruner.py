@@ -17,10 +17,12 @@ from prunekit.errors import PlanError, PrunekitWarning
 from prunekit.flops import ModelCost, count
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
-from prunekit.pruning.selection.budget import TARGETS, BudgetSearch, target_measure
+from prunekit.pruning.selection.budget import BudgetSearch
 from prunekit.pruning.selection.extract import plan_from_selection
+from prunekit.pruning.selection.latency_model import LatencyTable
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
+from prunekit.pruning.selection.target import TARGETS, search_measure
 from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.pruning.surgery.compose import match_groups
 from prunekit.pruning.surgery.equivalence import EquivalenceReport
@@ -84,7 +86,9 @@ class Pruner:
             of the model and its groups that returns an array of scores for each ``group.id``.
         pruning_ratio: share of the channels to prune, from 0 to 1.
         target: size to reach instead of a ratio, within 2%: ``{"macs_ratio": 0.5}`` keeps half of the multiply-adds;
-            or ``params_ratio``, ``macs`` or ``params``.
+            or ``params_ratio``, ``macs`` or ``params``; with ``latencies`` also ``latency_ratio`` or ``latency_ms``,
+            beside one of the others or alone.
+        latencies: from :func:`prunekit.profile`, for a latency on the machine that measured them.
         ignored_layers: layers whose output channels are all kept: modules, or patterns of names such as ``"stem*"``.
         cost_power: with a target, divides the score of a channel by this power of its share of the parameters or
             multiply-adds that the target limits; 1 ranks by importance per multiply-add.
@@ -116,6 +120,7 @@ class Pruner:
         importance: Importance = "gate",
         pruning_ratio: float | None = None,
         target: Mapping[str, float] | None = None,
+        latencies: LatencyTable | None = None,
         cost_power: float = 0.0,
         ignored_layers: Sequence[Layer] = (),
         per_layer_ratio: Mapping[Layer, float] | None = None,
@@ -139,6 +144,7 @@ class Pruner:
         self._model = model = unwrap(model)
         self._importance = _importance_function(importance, loss)
         self._ratio, self._target = pruning_ratio or 0.0, dict(target or {})
+        self._latencies = latencies
         self._global, self._exact, self._cost_power = global_pruning, exact, cost_power
         self._scope: Scope = "isomorphic" if isomorphic else "global"
         self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
@@ -254,7 +260,8 @@ class Pruner:
             self.example_inputs,
             scores,
             cost_power=self._cost_power,
-            measure=target_measure(next(iter(self._target))),
+            measure=search_measure(self._target),
+            latencies=self._latencies,
             scope=self._scope if self._global else "layer",
             ignored_groups=self._ignored,
             ratios=self._remaining_ratios(share),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -23,74 +23,18 @@ from prunekit.pruning.selection.cost_model import Measure, ModelSize, SizeModel
 from prunekit.pruning.selection.explain import OTHER_IMPORTANCE, describe_unprunable, describe_unscored
 from prunekit.pruning.selection.extract import plan_from_selection
 from prunekit.pruning.selection.importance import gate
+from prunekit.pruning.selection.latency_model import LatencyTable
+from prunekit.pruning.selection.latency_path import removal_path
 from prunekit.pruning.selection.layer_matching import Layer
 from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
+from prunekit.pruning.selection.target import TARGETS, Budget, amount, number, search_measure
 from prunekit.pruning.surgery.equivalence import EquivalenceReport, check_sizes
+from prunekit.pruning.surgery.plan_builder import dead_channels
 from prunekit.pruning.surgery.slim import slim
 from prunekit.utils.compiled import unwrap
 from prunekit.utils.inputs import Example, as_example
 
-TOLERANCE = 0.02  # largest accepted deviation of a slim model's size, relative to the budget
 MAX_ATTEMPTS = 5  # at compensating for what slimming adds
-
-TARGETS = ("params", "macs", "params_ratio", "macs_ratio")
-
-
-def target_measure(name: str) -> Measure:
-    """What one of ``TARGETS`` limits."""
-    return "params" if name.startswith("params") else "macs"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The size to reach: ``goal`` parameters or multiply-adds."""
-
-    measure: Measure
-    goal: int
-
-    @classmethod
-    def from_target(cls, dense: ModelSize, **target: float | None) -> Budget:
-        """Return the budget given by one of ``TARGETS``; ratios refer to the size of the dense model.
-
-        Raises:
-            PlanError: not exactly one of the four is given, or it is not below the size of the dense model.
-        """
-        given = {name: value for name, value in target.items() if value is not None}
-        if len(given) != 1:
-            raise PlanError(
-                "a budget is one of params, macs, params_ratio and macs_ratio; "
-                + (f"{' and '.join(given)} are given" if given else "none is given")
-            )
-        ((name, value),) = given.items()
-        measure = target_measure(name)
-        dense_size, is_ratio = getattr(dense, measure), name.endswith("_ratio")
-        if is_ratio and not 0 < value < 1:
-            raise PlanError(f"{name}={value:g}: must be above 0 and below 1, the size relative to the dense model")
-        if not 0 < value <= dense_size:
-            raise PlanError(f"the budget of {value:,} {measure} is not below the {dense_size:,} of the dense model")
-        return cls(measure, round(value * dense_size) if is_ratio else int(value))
-
-    def size(self, size: ModelSize) -> int:
-        return getattr(size, self.measure)
-
-    def at(self, share: float, dense: ModelSize) -> Budget:
-        """The budget after a share, 0 to 1, of the way from the dense model's size, in equal ratios."""
-        full = self.size(dense)
-        return replace(self, goal=round(full * (self.goal / full) ** share))
-
-    def is_met(self, size: ModelSize) -> bool:
-        return self.size(size) <= self.goal
-
-    def deviation(self, size: int) -> float:
-        """The relative deviation of a size from the goal; negative below it."""
-        return size / self.goal - 1
-
-    def describe_deviation(self, size: int) -> str:
-        side = "below" if size < self.goal else "above"
-        return f"{size:,} {self.measure}, {abs(self.deviation(size)):.1%} {side} the budget of {self.goal:,}"
-
-    def __str__(self) -> str:
-        return f"{self.goal:,} {self.measure}"
 
 
 class BudgetSearch:
@@ -100,6 +44,7 @@ class BudgetSearch:
         example: the shape of one input without the batch, such as (C, H, W), or a batch of inputs.
         scores: for each group its channels' scores; by default the effective gates.
         cost_power: divides each score by this power of the channel's share of ``measure``.
+        latencies: measured ones, for a budget of time.
         limits: keyword arguments of :class:`Selector`.
 
     Attributes:
@@ -115,11 +60,14 @@ class BudgetSearch:
         *,
         cost_power: float = 0.0,
         measure: Measure = "macs",
+        latencies: LatencyTable | None = None,
         **limits: Any,
     ):
         self.model, self.groups, self.example = unwrap(model), list(groups), example
-        self.size_model = SizeModel(self.model, groups, example)
+        self.size_model = SizeModel(self.model, groups, example, latencies)
         scores = gate(model, groups) if scores is None else scores
+        if measure == "latency_ms" and (cost_power or limits.get("scope", "global") != "global"):
+            raise PlanError("channels are ranked by what they save of a latency; drop cost_power and scope")
         if cost_power:
             scores = self.size_model.per_cost(scores, measure, cost_power)
         self.selector = Selector(self.model, groups, scores, **limits)
@@ -130,7 +78,10 @@ class BudgetSearch:
             )
         # The values between which the search decides: ratios at which the count of some layer changes, or counts.
         self._values: list[Any]
-        if self.selector.scope == "layer":
+        self._by_latency = measure == "latency_ms"
+        if self._by_latency:
+            self._values = removal_path(self.selector, self.size_model)
+        elif self.selector.scope == "layer":
             widths = np.unique(self.selector.widths)
             self._values = np.unique(np.concatenate([np.arange(w + 1) / w for w in widths] or [np.zeros(1)])).tolist()
         else:
@@ -140,16 +91,19 @@ class BudgetSearch:
     def budget(self, **target: float | None) -> Budget:
         """Return the budget given by one of ``TARGETS``; raise PlanError, which says what can be met, if it cannot."""
         budget = Budget.from_target(self.size_model.dense, **target)
-        least, selector = budget.size(self.smallest), self.selector
+        selector = self.selector
         if not selector.groups:
             raise PlanError(f"the budget of {budget} cannot be met: {describe_unprunable(self.groups)}")
         if selector.unscored.all():
             raise PlanError(f"the budget of {budget} cannot be met: {describe_unscored(selector)}; {OTHER_IMPORTANCE}")
-        if least > budget.goal:
+        for part in (budget, budget.limit):
+            if part is None or part.size(self.smallest) <= part.goal:
+                continue
+            least, most = part.size(self.smallest), part.size(self.size_model.dense)
             limited = selector.min_channels > 1 or selector.round_to > 1 or selector.ignored.any()
             raise PlanError(
-                f"the budget of {budget} cannot be met; choose one between {least:,} and "
-                f"{budget.size(self.size_model.dense):,} {budget.measure}"
+                f"the budget of {part} cannot be met; choose one between {number(least, part.measure)} and "
+                f"{amount(most, part.measure)}"
                 + (", or relax min_channels, round_to and ignored_layers" if limited else "")
                 + (f"; {describe_unscored(selector)}: {OTHER_IMPORTANCE}" if selector.unscored.any() else "")
             )
@@ -158,8 +112,8 @@ class BudgetSearch:
     def select(self, budget: Budget) -> Selection:
         """Select as many channels, lowest scores first, as it takes to be at or below the budget."""
         selection = self._search(budget)
-        size = budget.size(self.size_model.size_without(selection.dead))
-        if abs(budget.deviation(size)) > TOLERANCE:
+        size = self.size_model.size_without(selection.dead)
+        if abs(budget.deviation(size)) > budget.tolerance:
             selection.add_note(f"the plan has {budget.describe_deviation(size)}: no single channel fits in between")
         return selection
 
@@ -176,41 +130,53 @@ class BudgetSearch:
             the model, its equivalence check (see ``prunekit.slim``), and the notes that the user should see.
         """
         goal, seen = budget.goal, set()
-        best: tuple[tuple[bool, bool, float], int, nn.Module, EquivalenceReport, list[str]] | None = None
+        best: tuple[tuple[bool, bool, float], ModelSize, nn.Module, EquivalenceReport, list[str]] | None = None
         sizes = check_sizes(self.model, example) if sizes is None else sizes
         for _ in range(MAX_ATTEMPTS):
             goal = min(max(goal, budget.size(self.smallest)), budget.size(self.size_model.dense))
-            selection = self._search(Budget(budget.measure, goal))
+            selection = self._search(replace(budget, goal=goal))
             dead = frozenset((name, channel) for name, channels in selection.dead.items() for channel in channels)
             if dead in seen:
                 # One channel is larger than the remaining deviation.
-                goal -= round(TOLERANCE / 2 * budget.goal)
+                goal -= budget.tolerance / 2 * budget.goal
                 continue
             seen.add(dead)
             plan = plan_from_selection(self.model, self.groups, selection)
             model, equivalence = slim(self.model, plan, example, groups=self.groups, exact=exact, sizes=sizes)
-            size = total(count_modules(model, self.example)[0])[budget.measure]
+            assert equivalence.plan is not None
+            size = self.size_of(model, equivalence.plan)
             deviation = budget.deviation(size)
             # Within the tolerance first, then below rather than above.
-            rank = abs(deviation) > TOLERANCE, deviation > 0, abs(deviation)
+            rank = abs(deviation) > budget.tolerance, deviation > 0, abs(deviation)
             if best is None or rank < best[0]:
                 best = rank, size, model, equivalence, selection.warnings
-            if -TOLERANCE <= deviation <= 0:
+            if -budget.tolerance <= deviation <= 0:
                 break
-            goal -= size - budget.goal
+            goal -= deviation * budget.goal
         assert best is not None
         _, size, model, equivalence, notes = best
-        if abs(budget.deviation(size)) > TOLERANCE:
+        if abs(budget.deviation(size)) > budget.tolerance:
             note = f"the slim model has {budget.describe_deviation(size)}: no plan is closer"
             assert equivalence.plan is not None
             equivalence.plan.notes.append(note)
             notes = [*notes, note]
         return model, equivalence, notes
 
+    def are_zero(self, selection: Selection) -> bool:
+        """Whether all selected channels have a score of zero, as after gradual pruning."""
+        scores = zip(self.selector.groups, self.selector.scores, strict=True)
+        return all(not np.any(own[list(selection.dead[group.id])] > 0) for group, own in scores)
+
+    def size_of(self, model: nn.Module, plan: Plan) -> ModelSize:
+        """The size of the slim model of a plan: its parameters and multiply-adds counted, its latency predicted."""
+        counted = total(count_modules(model, self.example)[0])
+        predicted = self.size_model.size_without(dead_channels(self.groups, plan))
+        return ModelSize(counted["params"], counted["macs"], predicted.latency_ms)
+
     def _search(self, budget: Budget) -> Selection:
         # After gradual pruning exactly these are to be pruned. Fewer may meet the budget, but the others emit nothing.
         zeros = self.selector.select(threshold=0.0, searched=True)
-        if -TOLERANCE <= budget.deviation(budget.size(self.size_model.size_without(zeros.dead))) <= 0:
+        if budget.accepts(self.size_model.size_without(zeros.dead)):
             return zeros
         low, high = 0, len(self._values) - 1
         while low < high:
@@ -218,12 +184,14 @@ class BudgetSearch:
             met = budget.is_met(self.size_model.size_without(self._select(middle).dead))
             low, high = (low, middle) if met else (middle + 1, high)
         selection = self._select(low)
-        if budget.deviation(budget.size(self.size_model.size_without(selection.dead))) < -TOLERANCE:
+        if budget.deviation(self.size_model.size_without(selection.dead)) < -budget.tolerance:
             # The last step is large, such as a whole branch of a layer. Smaller ones may fit as well.
             self._restore_channels(budget, selection)
         return selection
 
     def _select(self, index: int) -> Selection:
+        if self._by_latency:
+            return self.selector.select_counts(self._values[index])
         if self.selector.scope == "layer":
             return self.selector.select(pruning_ratio=self._values[index], searched=True)
         return self.selector.select(count=self._values[index], searched=True)
@@ -250,12 +218,15 @@ class BudgetSearch:
 
 
 class BudgetOptions(TypedDict, total=False):
-    """A budget, given by one of the first four, and how to reach it."""
+    """A budget, given by one or two of the first six, and how to reach it."""
 
     params: int | None
     macs: int | None
     params_ratio: float | None
     macs_ratio: float | None
+    latency_ms: float | None
+    latency_ratio: float | None
+    latencies: LatencyTable | None
     scores: Scores | None
     cost_power: float
     scope: Scope
@@ -268,7 +239,7 @@ def _search(
     model: nn.Module, groups: Sequence[Group], example: Example, scores: Scores | None = None, **options: Any
 ) -> tuple[BudgetSearch, Budget]:
     target = {name: options.pop(name, None) for name in TARGETS}
-    measure = target_measure(next((name for name, value in target.items() if value is not None), "macs"))
+    measure = search_measure([name for name, value in target.items() if value is not None])
     search = BudgetSearch(model, groups, example, scores, **{"measure": measure, **options})
     return search, search.budget(**target)
 

@@ -12,33 +12,36 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.errors import PlanError
 from prunekit.flops import count_operations
 from prunekit.operations.multiply_adds import MultiplyAdds
 from prunekit.pruning.graph.axes import conv_groups
 from prunekit.pruning.plan import Group, Product
+from prunekit.pruning.selection.latency_model import LatencyModel, LatencyTable, Terms
 from prunekit.pruning.surgery.axis_lengths import AxisLengths
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.utils.inputs import Example
 
-Measure = Literal["params", "macs"]
+Measure = Literal["params", "macs", "latency_ms"]
 MAX_AXES = 5  # of a parameter
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters, and multiply-adds at the shape asked for (a multiply-add is 1, see ``prunekit.flops``)."""
+    """Parameters, multiply-adds at the shape asked for (a multiply-add is 1, see ``prunekit.flops``), and the predicted
+    latency in milliseconds where there is a table of latencies."""
 
     params: int
     macs: int
+    latency_ms: float = math.nan
 
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
+    def to_json(self) -> dict[str, int | float]:
+        return {key: value for key, value in asdict(self).items() if value == value}
 
 
 class SizeModel:
@@ -46,12 +49,23 @@ class SizeModel:
 
     Args:
         example: the shape of one input without the batch, such as (C, H, W), or a batch of inputs.
+        latencies: measured ones, to predict others from.
 
     Attributes:
         dense: the size of the dense model.
+        latency: the model of latencies, if there is one.
+
+    Raises:
+        PlanError: the latencies are those of another model, or too few.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], example: Sequence[int] | Example):
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        example: Sequence[int] | Example,
+        latencies: LatencyTable | None = None,
+    ):
         self.groups, self._cutter = list(groups), Cutter(model, groups)
         rows = {axis: row for row, axis in enumerate(self._cutter.lengths)}
 
@@ -75,8 +89,29 @@ class SizeModel:
         columns = np.array(table, np.int64).reshape(-1, MAX_AXES + 3).T.copy()
         self._fixed, self._axes = columns[0], columns[1 : MAX_AXES + 1]
         self._shared, self._owner = columns[MAX_AXES + 1 :]
-        self._add_products(count_operations(model, example))
+        counted = count_operations(model, example)
+        self._add_products(counted)
+        self.latency: LatencyModel | None = None
+        if latencies is not None:
+            self._add_latency(latencies, *_kernels(model, counted))
         self.dense = self.size_without({})
+
+    def _add_latency(self, table: LatencyTable, kernels: np.ndarray, kinds: Sequence[Any]) -> None:
+        table.check(self.groups)
+        # Products over one and over two axes of channels, such as those of depthwise convolutions, are of two kinds.
+        kinds = list(zip(kinds, (self._loops < self._lengths.count).sum(0).tolist(), strict=True))
+        none_dead = np.zeros(len(self.groups), np.int64)
+        self._terms = Terms(self._multiplied / self._divided, self._loop_lengths(none_dead), kernels, kinds)
+        measured = [variant for variant in table.variants if variant.ms is not None]
+        rows = [self._terms(self._loop_lengths(self._dead_counts(variant.kept))) for variant in measured]
+        self.latency = LatencyModel(self._terms, np.stack(rows), np.array([variant.ms for variant in measured]))
+
+    def _dead_counts(self, kept: Mapping[str, int]) -> np.ndarray:
+        return np.array([group.channels - kept.get(group.id, group.channels) for group in self.groups], np.int64)
+
+    def _loop_lengths(self, dead: np.ndarray) -> np.ndarray:
+        """The numbers of channels over which each product multiplies, (axes, products)."""
+        return np.append(self._lengths.without(dead), 1)[self._loops]
 
     def _add_products(self, counted: MultiplyAdds) -> None:
         """Find, for each product of tensors, its multiply-adds per entry of the axes that are pruned (a fraction, since
@@ -89,7 +124,8 @@ class SizeModel:
         lengths = {axis: products[0][1].length for axis, products in carried.items()}
         self._lengths = AxisLengths(self.groups, lengths, carried)
         rows: dict[tuple[str, str, int, int], dict[int, int]] = defaultdict(dict)  # of each part, with their lengths
-        for row, ((part, _), length) in enumerate(lengths.items()):
+        numbered = [(axis, row, part, length) for row, ((part, axis), length) in enumerate(lengths.items())]
+        for _, row, part, length in sorted(numbered, key=lambda one: one[:2]):  # outputs first
             rows[part][row] = length
         most = max(map(len, rows.values()), default=0)
         table = []
@@ -118,8 +154,17 @@ class SizeModel:
         lengths, gone = np.append(kept, 1), np.append(gone, False)
         sizes = self._fixed * lengths[self._axes].prod(0) // self._shared
         sizes[gone[self._owner]] = 0
-        loops = np.append(self._lengths.without(counts), 1)[self._loops].prod(0)
-        return ModelSize(int(sizes.sum()), int((self._multiplied * loops // self._divided).sum()))
+        loops = self._loop_lengths(counts)
+        macs = int((self._multiplied * loops.prod(0) // self._divided).sum())
+        latency = math.nan if self.latency is None else self.latency(self._terms(loops))
+        return ModelSize(int(sizes.sum()), macs, latency)
+
+    def complete(self, dead: np.ndarray, groups: Sequence[Group]) -> np.ndarray:
+        """Add the channels that cannot live without the dead ones; both are numbers for each of ``groups``."""
+        numbers = dict(zip((group.id for group in groups), dead.tolist(), strict=True))
+        counts, _, _ = self._cutter.complete_counts(np.array([numbers.get(g.id, 0) for g in self.groups], np.int64))
+        after = dict(zip((group.id for group in self.groups), counts.tolist(), strict=True))
+        return np.array([after[group.id] for group in groups], np.int64)
 
     def per_cost(self, scores: Mapping[str, np.ndarray], measure: Measure, power: float) -> dict[str, np.ndarray]:
         """Divide the scores of channels by a power of the share of the measure that goes with one channel alone.
@@ -148,3 +193,14 @@ class SizeModel:
             cost = max(dense - getattr(self.size_without({name: 1}), measure), 1) / dense
             divided[name] = values / cost**power
         return divided
+
+
+def _kernels(model: nn.Module, counted: MultiplyAdds) -> tuple[np.ndarray, list[tuple[str, int]]]:
+    """For each product the number of positions of its kernel, (products,), and its kind: the operation and that."""
+    sizes, kinds = [], []
+    for (module, operation, _), numbers in counted.products.items():
+        weight = getattr(model.get_submodule(module), "weight", None)
+        size = math.prod(weight.shape[2:]) if "conv" in operation and isinstance(weight, Tensor) else 1
+        sizes += [size] * len(numbers)
+        kinds += [(operation, size)] * len(numbers)
+    return np.array(sizes, float), kinds

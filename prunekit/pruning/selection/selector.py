@@ -183,6 +183,11 @@ class Selector:
             requested = number + preset
         return self._select(wanted, requested, Request(name, value, searched))
 
+    def select_counts(self, counts: np.ndarray) -> Selection:
+        """Select so many channels of each group, (groups,), those with the lowest scores; limits apply as always."""
+        wanted = np.where(self.competes, counts, self.preset)
+        return self._select(wanted, int(wanted.sum()), Request("count", int(wanted.sum()), searched=True))
+
     def _select(self, wanted: np.ndarray, requested: int, request: Request) -> Selection:
         """Apply the limits, add the channels that cannot live without the selected ones, and explain the result."""
         extra = np.zeros(4, int)  # channels kept beyond the request, as _LIMITS
@@ -244,7 +249,18 @@ class Selector:
 
     def _starved_groups(self, dead: Mapping[str, set[int]]) -> list[int]:
         """The groups that must keep one more channel: those of dead layers, and those that read an ignored layer."""
-        gone = np.array([len(dead[group.id]) == group.channels for group in self.groups], bool)
+        return self._starved(np.array([len(dead[group.id]) == group.channels for group in self.groups], bool))
+
+    def widest_limits(self) -> np.ndarray:
+        """The largest number of channels to prune of each group that competes, (groups,), whatever others lose."""
+        least = self._round_up(0 * self.widths, self.min_channels, self.multiples)
+        return np.where(self.competes, self.widths - least, 0)
+
+    def kills_a_layer(self, counts: np.ndarray) -> bool:
+        """Whether a layer is dead without so many channels of each group, (groups,)."""
+        return bool(self._starved(counts >= self.widths))
+
+    def _starved(self, gone: np.ndarray) -> list[int]:
         starved = {index for layer in self.layers if gone[layer].all() for index in layer}
         for index in np.flatnonzero(gone & self.ignored):
             readers = {member.tensor for member in self.groups[index].readers}

@@ -20,6 +20,9 @@ class AxisLengths:
         groups: all groups.
         lengths: of the axes with all channels, by any key.
         carried: for each axis in ``lengths`` the groups whose channels it has, and where.
+
+    Attributes:
+        count: number of axes.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class AxisLengths:
     ):
         self._width = np.array([group.channels for group in groups], np.int64)
         self._length = np.array(list(lengths.values()), np.int64)
+        self.count = len(lengths)
         numbers = {id(group): g for g, group in enumerate(groups)}
         strides, self._shared = [], []
         for row, (axis, length) in enumerate(lengths.items()):

@@ -1,0 +1,227 @@
+"""Measure the latencies of slim models of many shapes, to predict those of others from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunekit.deployment.deploy import deploy, inference_call
+from prunekit.deployment.deployed_model import DeployConfig
+from prunekit.deployment.export.onnx_writer import graph_to_onnx
+from prunekit.deployment.rewrite import rewrite
+from prunekit.deployment.values import as_inputs, eval_copy
+from prunekit.errors import ExportError, PlanError
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group
+from prunekit.pruning.selection.latency_model import LatencyTable, Variant
+from prunekit.pruning.selection.selector import Selector
+from prunekit.pruning.surgery.copies import clone
+from prunekit.pruning.surgery.cutter import Cutter
+from prunekit.utils.compiled import unwrap
+from prunekit.utils.io import encode_json, sha256, write_atomic
+
+RUNTIMES = ("onnxruntime", "openvino", "torch")
+VARIANTS = 60
+TOGETHER = 15  # variants that take turns with the dense model
+ROUNDS, CALLS = 6, 3
+LEAST, SPREAD = 0.1, 0.25  # of the share of channels that a variant keeps: the smallest mean, and the deviation
+Progress = Callable[[float, float], None]
+
+
+class VariantTimer:
+    """Times slim models of one dense model, each as it is deployed, in turns with the dense model.
+
+    Args:
+        model: the dense model; its weights do not matter.
+        groups: its groups.
+        example: a batch of images, (N, C, H, W), of the size to time; N is that of the timed calls.
+        runtime: one of ``RUNTIMES``.
+        threads: of the runtime; by default as many as PyTorch has.
+
+    Raises:
+        ExportError: the runtime is unknown or not installed, or the model cannot be deployed.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], example: Tensor, runtime: str, threads: int | None = None
+    ):
+        if runtime not in RUNTIMES:
+            raise ExportError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+        self.model, self.groups, self.runtime = unwrap(model), list(groups), runtime
+        self.example, self.threads = as_inputs(example)[0], threads or torch.get_num_threads()
+        self.free = [group for group in groups if group.reason is None]
+        with self._threads():
+            _, record = deploy(self.model, self._two_images(), runtime=runtime)
+        if record.fallback_reason:
+            raise ExportError(f"the model cannot be deployed: {record.fallback_reason}")
+        self._config: DeployConfig = record.config
+        self._dense = self._call({})
+        self.dense_ms = 0.0
+
+    def new_table(self) -> LatencyTable:
+        """A table without measurements."""
+        return LatencyTable(
+            runtime=self.runtime,
+            version=_version(self.runtime),
+            device=processor_name(),
+            threads=self.threads,
+            batch=len(self.example),
+            size=list(self.example.shape[1:]),
+        )
+
+    def time(self, kept: Sequence[Mapping[str, int]], progress: Progress = lambda done, of: None) -> list[float]:
+        """Return milliseconds of models that keep so many channels of each group, as fast as the dense model is now.
+
+        The dense model runs in each turn, so that what slows down all of them at a time changes nothing.
+        """
+        ratios: list[float] = []
+        dense: list[float] = []
+        for start in range(0, len(kept), TOGETHER):
+            part = kept[start : start + TOGETHER]
+            calls = [self._dense, *map(self._call, part)]
+            with self._threads():
+                times = _take_turns(calls)
+            ratios += [ms / times[0] for ms in times[1:]]
+            dense.append(times[0])
+            progress(start + len(part), len(kept))
+        self.dense_ms = self.dense_ms or min(dense)
+        return [ratio * self.dense_ms for ratio in ratios]
+
+    def onnx(self, kept: Mapping[str, int]) -> bytes:
+        """The ONNX file of a variant, for inputs of the example's size."""
+        return graph_to_onnx(self._graph(kept), fixed_size=True).SerializeToString()
+
+    def _graph(self, kept: Mapping[str, int]) -> Any:
+        copied = clone(self.model)
+        cutter = Cutter(copied, self.groups)
+        dead = {g.id: set(range(kept.get(g.id, g.channels), g.channels)) for g in self.free}
+        cutter.cut(copied, *cutter.complete(dead))
+        return rewrite(eval_copy(copied), as_inputs(self._two_images()), self._config)
+
+    def _call(self, kept: Mapping[str, int]) -> Callable[[], Any]:
+        with self._threads():
+            call = inference_call(self.runtime, self._graph(kept), self._config, (self.example.contiguous(),))
+        if call is None:
+            raise ExportError(f"{self.runtime} is not installed, or cannot run the model: pip install {self.runtime}")
+        return call
+
+    def _two_images(self) -> Tensor:
+        """Where the batch is to be free, an example of more than one image."""
+        return self.example if len(self.example) > 1 else torch.cat([self.example, self.example])
+
+    def _threads(self) -> Any:
+        return _ThreadScope(self.threads)
+
+
+class _ThreadScope:
+    def __init__(self, threads: int):
+        self.threads = threads
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _take_turns(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """The least milliseconds of each call, which other work on the machine disturbs least."""
+    times: list[list[float]] = [[] for _ in calls]
+    with torch.inference_mode():
+        for _ in range(ROUNDS):
+            for call, own in zip(calls, times, strict=True):
+                call()  # The caches hold the data of the call before.
+                for _ in range(CALLS):
+                    start = time.perf_counter()
+                    call()
+                    own.append(1e3 * (time.perf_counter() - start))
+    return [min(own) for own in times]
+
+
+def random_variants(model: nn.Module, groups: Sequence[Group], count: int, seed: int = 0) -> list[dict[str, int]]:
+    """Return numbers of channels to keep: those of the dense model, then at random, from few to nearly all."""
+    draw = np.random.default_rng(seed)
+    scores = {group.id: draw.random(group.channels) for group in groups if group.reason is None}
+    selector = Selector(unwrap(model), groups, scores)
+    found = []
+    for number in range(count):
+        shares = draw.uniform(LEAST, 1) + draw.normal(0, SPREAD, len(selector.groups))
+        shares = np.clip(shares, 0, 1) if number else np.ones(len(selector.groups))
+        selection = selector.select_counts(np.round((1 - shares) * selector.widths).astype(int))
+        found.append({group.id: group.channels - len(selection.dead[group.id]) for group in selector.groups})
+    return found
+
+
+def profile(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    groups: Sequence[Group] | None = None,
+    runtime: str = "onnxruntime",
+    threads: int | None = None,
+    variants: int = VARIANTS,
+    progress: Progress = lambda done, of: None,
+) -> LatencyTable:
+    """Measure the latencies of slim models of many shapes on this machine, for budgets of time.
+
+    Args:
+        model: the dense model; its weights do not matter.
+        example: a batch of images, (N, C, H, W), of the size to time; N is that of the timed calls.
+        groups: of the model, if already known.
+        runtime: "onnxruntime", "openvino" or "torch"; each model runs as ``deploy`` makes it.
+        threads: of the runtime; by default as many as PyTorch has.
+        variants: number of models; the error of the prediction falls with it.
+        progress: called with the number of models measured, and of all.
+
+    Raises:
+        ExportError: the runtime is unknown or not installed, or the model cannot be deployed.
+        PlanError: nothing of the model can be pruned.
+    """
+    groups = find_groups(model, example) if groups is None else groups
+    if not any(group.reason is None for group in groups):
+        raise PlanError("no group of the model can be pruned, so its latency cannot change; see prunekit groups")
+    timer = VariantTimer(model, groups, example, runtime, threads)
+    table = timer.new_table()
+    kept = random_variants(model, groups, variants)
+    table.variants = [Variant(kept=k, ms=ms) for k, ms in zip(kept, timer.time(kept, progress), strict=True)]
+    return table
+
+
+def cached_table_path(folder: Path, table: LatencyTable, groups: Sequence[Group]) -> Path:
+    """Where the table of a model on this machine is kept: by all that its latencies depend on."""
+    key = {**table.model_dump(exclude={"variants"}), "groups": [group.model_dump() for group in groups]}
+    return folder / f"{sha256(json.dumps(key, sort_keys=True).encode())[:32]}.json"
+
+
+def write_table(path: Path, table: LatencyTable) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, encode_json(table.to_json(), path.name))
+
+
+def processor_name() -> str:
+    """The processor's name and the number of its cores."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _version(runtime: str) -> str:
+    try:
+        return version(runtime)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,122 @@
+"""Latencies for a run's budget of time: measured once on this machine, or read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit.config.schema import Recipe
+from prunekit.deployment.bench.variants import VariantTimer, cached_table_path, random_variants, write_table
+from prunekit.errors import ExportError
+from prunekit.pruning.plan import Group, Plan
+from prunekit.pruning.selection.budget import BudgetSearch
+from prunekit.pruning.selection.latency_model import LatencyTable, Variant
+from prunekit.pruning.selection.selector import Selection
+from prunekit.pruning.selection.target import Budget
+from prunekit.utils import distributed
+from prunekit.utils.copying import copy_module
+from prunekit.utils.io import cache_folder
+from prunekit.utils.progress import Reporter
+
+MAX_CORRECTIONS = 4
+CLOSE = 0.02  # relative deviation of a measured latency from its goal that is not corrected
+
+
+class RunLatencies:
+    """The latencies of models that are cut from a run's dense model.
+
+    Attributes:
+        table: measured, to predict others from.
+        measures: whether other models can be measured, too: not with a table from another machine.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, groups: Sequence[Group], reporter: Reporter):
+        section, self.reporter = recipe.latency, reporter
+        self.groups = list(groups)
+        self._timer: VariantTimer | None = None
+        self.measures = section.table is None
+        if section.table is not None:
+            self.table = LatencyTable.read(Path(section.table))
+            return
+        size = section.size or recipe.data.size
+        example = torch.randn(section.batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+        self._arguments: tuple[Any, ...] = copy_module(model), groups, example, section.runtime, section.threads
+        with distributed.main_process_first():
+            self.table = self._load_or_measure(section.variants)
+
+    def _load_or_measure(self, variants: int) -> LatencyTable:
+        table = self.timer.new_table()
+        path = cached_table_path(cache_folder() / "latency", table, self.groups)
+        if path.is_file():
+            found = LatencyTable.read(path)
+            if len(found.variants) >= variants:
+                self.timer.dense_ms = found.variants[0].ms or 0.0
+                return found
+        kept = random_variants(self._arguments[0], self.groups, variants)
+        progress = self.reporter.progress_bar("measure latencies")
+        try:
+            times = self.timer.time(kept, progress)
+        finally:
+            progress.close()
+        table.variants = [Variant(kept=k, ms=ms) for k, ms in zip(kept, times, strict=True)]
+        write_table(path, table)
+        return table
+
+    @property
+    def timer(self) -> VariantTimer:
+        if self._timer is None:
+            self._timer = VariantTimer(*self._arguments)
+        return self._timer
+
+    def describe(self, search: BudgetSearch) -> str:
+        model, table = search.size_model.latency, self.table
+        assert model is not None
+        return (
+            f"{len(table.variants)} models of {table.runtime} at {'×'.join(map(str, table.size[1:]))}, {table.threads} "
+            f"threads, dense {table.variants[0].ms:.3g} ms; predictions differ from what was measured by "
+            f"{model.error:.1%} (median), rank correlation {model.rank:.3f}"
+        )
+
+    def select(self, search: BudgetSearch, goal: Budget) -> Selection:
+        """Select channels for a goal, measure the result, and correct the goal until the two agree."""
+        choice = search.select(goal)
+        if not self.measures:
+            return choice
+        best, aim = (float("inf"), choice), goal.goal
+        for _ in range(MAX_CORRECTIONS):
+            deviation = self.measure(self._kept(choice)) / goal.goal - 1
+            best = min(best, (abs(deviation), choice), key=lambda pair: pair[0])
+            if best[0] <= CLOSE:
+                break
+            aim /= 1 + deviation
+            smallest, dense = (goal.size(size) for size in (search.smallest, search.size_model.dense))
+            choice = search.select(goal.with_goal(min(max(aim, smallest), dense)))
+        return best[1]
+
+    def measure(self, kept: dict[str, int]) -> float:
+        """Return the milliseconds of a model, on the scale of the table."""
+        return self.timer.time([kept])[0]
+
+    def measure_plan(self, plan: Plan) -> dict[str, Any] | None:
+        """What the summary says of the slim model of a plan; None where nothing can be measured here."""
+        if not self.measures:
+            return None
+        kept = {group.id: len(plan.kept(group)) for group in self.groups if group.reason is None}
+        try:
+            milliseconds = self.measure(kept)
+        except ExportError:
+            return None
+        dense, table = self.timer.dense_ms, self.table
+        return {
+            **{key: getattr(table, key) for key in ("runtime", "version", "device", "threads", "batch", "size")},
+            "dense_ms": round(dense, 4),
+            "slim_ms": round(milliseconds, 4),
+            "ratio": round(milliseconds / dense, 4),
+        }
+
+    def _kept(self, choice: Selection) -> dict[str, int]:
+        return {g.id: g.channels - len(choice.dead[g.id]) for g in self.groups if g.reason is None}
