@@ -333,6 +333,21 @@ def groups(
         show_groups(found, _console())
 
 
+@app.command()
+def profile(
+    source: Annotated[str, Argument(metavar="RECIPE|RUN", help="Recipe or run folder.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, Option(metavar="FILE", help="JSON file for the latencies, for latency.table.")] = None,
+    write_variants: Annotated[
+        Path | None, Option(metavar="DIR", help="Write ONNX files to time on another machine; time nothing here.")
+    ] = None,
+) -> None:
+    """Measure where the time of a network goes, by layer and number of channels, for target.latency_ratio."""
+    from prunekit.commands.profile import profile_recipe
+
+    profile_recipe(source, overrides or [], _console(), out, write_variants)
+
+
 @app.command(name="list")
 def list_() -> None:
     """List the shipped recipes and all names that recipes can use, with their options and origin."""

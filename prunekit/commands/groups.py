@@ -89,7 +89,7 @@ def inspect_groups(source: str, overrides: Sequence[str] = (), model: str | None
     else:
         if model is not None:
             raise RecipeError(f"--model {model}: {source} is not a run folder; a recipe has only the dense model")
-        _check_recipe(source)
+        check_source(source)
         recipe, name = recipes.load(source, overrides), "dense"
         network = build_dense(recipe)
     shape, threshold = input_shape(recipe), recipe.slim.threshold
@@ -99,7 +99,7 @@ def inspect_groups(source: str, overrides: Sequence[str] = (), model: str | None
     return ModelGroups(source, name, shape, cost["params"], cost["macs"], groups, alive if is_run else None, threshold)
 
 
-def _check_recipe(source: str) -> None:
+def check_source(source: str) -> None:
     """Raise RecipeError with a hint if there is no such recipe."""
     path = Path(source).expanduser()
     if os.sep in source and not path.exists() and path.parent.is_dir():

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.variants import VariantTimer, cached_table_path, random_variants, write_table
 from prunekit.errors import ExportError
+from prunekit.pipeline.models import input_shape
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import BudgetSearch
+from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.latency_model import LatencyTable, Variant
 from prunekit.pruning.selection.selector import Selection
 from prunekit.pruning.selection.target import Budget
@@ -21,9 +23,18 @@ from prunekit.utils import distributed
 from prunekit.utils.copying import copy_module
 from prunekit.utils.io import cache_folder
 from prunekit.utils.progress import Reporter
+from prunekit.utils.text import plural
 
 MAX_CORRECTIONS = 4
+MAX_ERROR, MIN_RANK = 0.1, 0.9  # of predictions; worse ones are reported as noisy
 CLOSE = 0.02  # relative deviation of a measured latency from its goal that is not corrected
+
+
+def timed_example(recipe: Recipe) -> Tensor:
+    """The images to time a recipe's network on."""
+    size = recipe.latency.size or recipe.data.size
+    shape = (recipe.latency.batch, input_shape(recipe)[0], size, size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 class RunLatencies:
@@ -41,12 +52,15 @@ class RunLatencies:
         self.measures = section.table is None
         if section.table is not None:
             self.table = LatencyTable.read(Path(section.table))
+            self._report(model)
             return
-        size = section.size or recipe.data.size
-        example = torch.randn(section.batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-        self._arguments: tuple[Any, ...] = copy_module(model), groups, example, section.runtime, section.threads
+        self._arguments: tuple[Any, ...] = (
+            *(copy_module(model), groups, timed_example(recipe)),
+            *(section.runtime, section.threads),
+        )
         with distributed.main_process_first():
             self.table = self._load_or_measure(section.variants)
+        self._report(model)
 
     def _load_or_measure(self, variants: int) -> LatencyTable:
         table = self.timer.new_table()
@@ -57,11 +71,11 @@ class RunLatencies:
                 self.timer.dense_ms = found.variants[0].ms or 0.0
                 return found
         kept = random_variants(self._arguments[0], self.groups, variants)
-        progress = self.reporter.progress_bar("measure latencies")
+        bar = self.reporter.progress_bar("measuring latencies")
         try:
-            times = self.timer.time(kept, progress)
+            times = self.timer.time(kept, lambda share: bar(share, 1.0))
         finally:
-            progress.close()
+            bar.close()
         table.variants = [Variant(kept=k, ms=ms) for k, ms in zip(kept, times, strict=True)]
         write_table(path, table)
         return table
@@ -72,13 +86,18 @@ class RunLatencies:
             self._timer = VariantTimer(*self._arguments)
         return self._timer
 
-    def describe(self, search: BudgetSearch) -> str:
-        model, table = search.size_model.latency, self.table
+    def _report(self, network: nn.Module) -> None:
+        """Say what was measured, and how well others are predicted from it."""
+        table = self.table
+        model = SizeModel(network, self.groups, tuple(table.size), table).latency
         assert model is not None
-        return (
-            f"{len(table.variants)} models of {table.runtime} at {'×'.join(map(str, table.size[1:]))}, {table.threads} "
-            f"threads, dense {table.variants[0].ms:.3g} ms; predictions differ from what was measured by "
-            f"{model.error:.1%} (median), rank correlation {model.rank:.3f}"
+        noisy = model.error > MAX_ERROR or model.rank < MIN_RANK
+        hint = "; the measurements are noisy: repeat them while nothing else runs" if noisy else ""
+        side = "×".join(map(str, table.size[1:]))
+        self.reporter.info(
+            f"latency: {len(table.variants)} models in {table.runtime}, {side}, {plural(table.threads, 'thread')}, "
+            f"dense {table.variants[0].ms:.3g} ms; predictions differ from what was measured by "
+            f"{model.error:.1%} (median), rank correlation {model.rank:.3f}{hint}"
         )
 
     def select(self, search: BudgetSearch, goal: Budget) -> Selection:

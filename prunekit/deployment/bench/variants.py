@@ -32,10 +32,11 @@ from prunekit.utils.io import encode_json, sha256, write_atomic
 
 RUNTIMES = ("onnxruntime", "openvino", "torch")
 VARIANTS = 60
-TOGETHER = 15  # variants that take turns with the dense model
+TOGETHER = 5  # variants at least that take turns with the dense model
+MEMORY = 2e8  # parameters of all models that take turns
 ROUNDS, CALLS = 6, 3
 LEAST, SPREAD = 0.1, 0.25  # of the share of channels that a variant keeps: the smallest mean, and the deviation
-Progress = Callable[[float, float], None]
+Progress = Callable[[float], None]  # called with the share that is done
 
 
 class VariantTimer:
@@ -79,21 +80,25 @@ class VariantTimer:
             size=list(self.example.shape[1:]),
         )
 
-    def time(self, kept: Sequence[Mapping[str, int]], progress: Progress = lambda done, of: None) -> list[float]:
-        """Return milliseconds of models that keep so many channels of each group, as fast as the dense model is now.
+    def time(self, kept: Sequence[Mapping[str, int]], progress: Progress = lambda share: None) -> list[float]:
+        """Return milliseconds of models that keep so many channels of each group.
 
-        The dense model runs in each turn, so that what slows down all of them at a time changes nothing.
+        They take turns with the dense model, and are relative to it, so that a slower machine changes nothing.
         """
         ratios: list[float] = []
         dense: list[float] = []
-        for start in range(0, len(kept), TOGETHER):
-            part = kept[start : start + TOGETHER]
-            calls = [self._dense, *map(self._call, part)]
+        # The more take turns, the less what happens on the machine meanwhile changes their ratios.
+        together = max(TOGETHER, int(MEMORY / sum(p.numel() for p in self.model.parameters())))
+        for start in range(0, len(kept), together):
+            calls = [self._dense]
+            for number, one in enumerate(kept[start : start + together]):
+                calls.append(self._call(one))
+                progress((start + number / 2) / len(kept))
+            share = start / len(kept), (len(calls) - 1) / len(kept)
             with self._threads():
-                times = _take_turns(calls)
+                times = _take_turns(calls, lambda done, s=share: progress(s[0] + s[1] * (1 + done) / 2))
             ratios += [ms / times[0] for ms in times[1:]]
             dense.append(times[0])
-            progress(start + len(part), len(kept))
         self.dense_ms = self.dense_ms or min(dense)
         return [ratio * self.dense_ms for ratio in ratios]
 
@@ -135,11 +140,12 @@ class _ThreadScope:
         torch.set_num_threads(self.before)
 
 
-def _take_turns(calls: Sequence[Callable[[], Any]]) -> list[float]:
+def _take_turns(calls: Sequence[Callable[[], Any]], progress: Callable[[float], None]) -> list[float]:
     """The least milliseconds of each call, which other work on the machine disturbs least."""
     times: list[list[float]] = [[] for _ in calls]
     with torch.inference_mode():
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
+            progress(number / ROUNDS)
             for call, own in zip(calls, times, strict=True):
                 call()  # The caches hold the data of the call before.
                 for _ in range(CALLS):
@@ -171,7 +177,7 @@ def profile(
     runtime: str = "onnxruntime",
     threads: int | None = None,
     variants: int = VARIANTS,
-    progress: Progress = lambda done, of: None,
+    progress: Progress = lambda share: None,
 ) -> LatencyTable:
     """Measure the latencies of slim models of many shapes on this machine, for budgets of time.
 
@@ -182,7 +188,7 @@ def profile(
         runtime: "onnxruntime", "openvino" or "torch"; each model runs as ``deploy`` makes it.
         threads: of the runtime; by default as many as PyTorch has.
         variants: number of models; the error of the prediction falls with it.
-        progress: called with the number of models measured, and of all.
+        progress: called with the share that is done.
 
     Raises:
         ExportError: the runtime is unknown or not installed, or the model cannot be deployed.

@@ -91,6 +91,7 @@ class SizeModel:
         self._shared, self._owner = columns[MAX_AXES + 1 :]
         counted = count_operations(model, example)
         self._add_products(counted)
+        self._product_modules = [name for (name, _, _), numbers in counted.products.items() for _ in numbers]
         self.latency: LatencyModel | None = None
         if latencies is not None:
             self._add_latency(latencies, *_kernels(model, counted))
@@ -158,6 +159,19 @@ class SizeModel:
         macs = int((self._multiplied * loops.prod(0) // self._divided).sum())
         latency = math.nan if self.latency is None else self.latency(self._terms(loops))
         return ModelSize(int(sizes.sum()), macs, latency)
+
+    def layer_latencies(self, kept: Mapping[str, int] | None = None) -> dict[str, float]:
+        """Predicted milliseconds of each module that multiplies, with so many channels of each group; by default all.
+
+        What comes without a product, such as pooling, is part of the modules beside it.
+        """
+        assert self.latency is not None
+        counts, _, _ = self._cutter.complete_counts(self._dead_counts(kept or {}))
+        times = self._terms.of_products(self._terms(self._loop_lengths(counts)) * self.latency.weights)
+        layers: dict[str, float] = {}
+        for name, milliseconds in zip(self._product_modules, times.tolist(), strict=True):
+            layers[name] = layers.get(name, 0.0) + milliseconds
+        return layers
 
     def complete(self, dead: np.ndarray, groups: Sequence[Group]) -> np.ndarray:
         """Add the channels that cannot live without the dead ones; both are numbers for each of ``groups``."""

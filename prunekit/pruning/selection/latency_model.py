@@ -2,10 +2,10 @@
 
 The latency is modelled as a sum over the products of the network (convolutions, linear layers, products of matrices).
 Each takes a constant, a time per channel that it reads, a time per channel that it writes, and a time per multiply-add,
-with the channels that it writes rounded up to vectors. What comes without a product, such as pooling, resampling and concatenation,
-costs by channel and position, too, and goes with the layers beside it. All times are at least zero and are fitted to
-the measured latencies by least squares; those of one kind of layer are drawn towards a common value, since there are
-more of them than measurements.
+with the channels that it writes rounded up to vectors. What comes without a product, such as pooling, resampling and
+concatenation, costs by channel and position, too, and goes with the layers beside it. All times are at least zero and
+are fitted to the measured latencies by least squares; those of one kind of layer are drawn towards a common value,
+since there are more of them than measurements.
 
 That latency is a step function of the channels, and that channels should be chosen by what they save, is from HALP
 (Shen et al., NeurIPS 2022), which takes each layer from a table instead.
@@ -120,6 +120,10 @@ class Terms:
         # Each term's kind: that of its product, and what it counts.
         self.kinds = (np.arange(rows)[:, None] * len(numbers) + kind_of_product).ravel()
         self.dense = self(lengths)
+
+    def of_products(self, terms: np.ndarray) -> np.ndarray:
+        """Return the sums of each product's terms, (products,)."""
+        return terms.reshape(-1, len(self._multiplied)).sum(0)
 
     def __call__(self, lengths: np.ndarray) -> np.ndarray:
         """Return the terms for some numbers of channels, (terms,): of each product 1, channels, multiply-adds."""

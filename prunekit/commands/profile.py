@@ -1,0 +1,107 @@
+"""``prunekit profile``: where the time of a recipe's network goes, and files to time on another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from prunekit.commands.bench import estimate_norm_statistics
+from prunekit.commands.groups import check_source
+from prunekit.commands.results import simple_table
+from prunekit.config import recipe as recipes
+from prunekit.config.schema import Recipe
+from prunekit.deployment.bench.variants import VariantTimer, random_variants, write_table
+from prunekit.errors import RecipeError
+from prunekit.pipeline.latency import RunLatencies, timed_example
+from prunekit.pipeline.models import build_dense, input_shape, read_recipe
+from prunekit.pruning.graph.groups import find_groups
+from prunekit.pruning.plan import Group
+from prunekit.pruning.selection.cost_model import SizeModel
+from prunekit.pruning.selection.latency_model import Variant
+from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.utils.progress import Reporter
+
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of the channels
+LAYERS = 20  # printed
+TABLE = "latencies.json"
+
+
+def profile_recipe(
+    source: str, overrides: Sequence[str], console: Console, out: Path | None = None, write_variants: Path | None = None
+) -> None:
+    """Print the predicted milliseconds of each layer against its channels.
+
+    Args:
+        source: a run folder, a recipe file or the name of a shipped recipe; its section ``latency`` says where the
+            network is timed, or which file to read.
+        overrides: ``key=value`` each, such as ``latency.runtime=openvino``.
+        out: JSON file for the measured latencies, to read with ``latency.table``.
+        write_variants: folder for ONNX files to time elsewhere, and a table to enter their times into; nothing is
+            timed here.
+
+    Raises:
+        RecipeError: there is no such recipe or run, or the folder exists.
+        PrunekitError: the network cannot be deployed or timed, or a table cannot be read.
+    """
+    reporter = Reporter(console)
+    if is_run_folder(Path(source).expanduser()):
+        if overrides:
+            raise RecipeError(f"{source} is a run folder, whose recipe stays; give its recipe to change {overrides[0]}")
+        recipe = read_recipe(RunDir.open(Path(source).expanduser()))
+    else:
+        check_source(source)
+        recipe = recipes.load(source, list(overrides))
+    network = estimate_norm_statistics(build_dense(recipe))
+    groups = find_groups(network, torch.zeros(1, *input_shape(recipe)))
+    if write_variants is not None:
+        _write_variants(recipe, network, groups, write_variants, reporter)
+        return
+    latencies = RunLatencies(recipe, network, groups, reporter)
+    sizes = SizeModel(network, groups, tuple(latencies.table.size), latencies.table)
+    _print_layers(sizes, groups, console)
+    if out is not None:
+        write_table(out, latencies.table)
+        console.print(Text(f"saved to {out}; read it with latency.table={out}"), soft_wrap=True)
+
+
+def _print_layers(sizes: SizeModel, groups: Sequence[Group], console: Console) -> None:
+    columns = []
+    for share in SHARES:
+        kept = {g.id: max(1, round(share * g.channels)) for g in groups if g.reason is None}
+        columns.append(sizes.layer_latencies(kept))
+    table = simple_table(["layer"], [f"ms at {share:.0%}" for share in SHARES])
+    names = sorted(columns[0], key=lambda name: -columns[0][name])
+    for name in names[:LAYERS]:
+        table.add_row(name or "(model)", *(f"{column.get(name, 0.0):.3f}" for column in columns))
+    if rest := names[LAYERS:]:
+        table.add_row(f"{len(rest)} others", *(f"{sum(column[name] for name in rest):.3f}" for column in columns))
+    table.add_row("all", *(f"{sum(column.values()):.3f}" for column in columns))
+    console.print(table)
+
+
+def _write_variants(
+    recipe: Recipe, network: nn.Module, groups: Sequence[Group], folder: Path, reporter: Reporter
+) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} is not empty; give a new folder")
+    timer = VariantTimer(network, groups, timed_example(recipe), recipe.latency.runtime, recipe.latency.threads)
+    table = timer.new_table().model_copy(update={"version": "", "device": ""})
+    table.variants = [Variant(kept=kept) for kept in random_variants(network, groups, recipe.latency.variants)]
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = reporter.progress_bar("writing variants")
+    try:
+        for number, variant in enumerate(table.variants):
+            (folder / f"{number:03}.onnx").write_bytes(timer.onnx(variant.kept))
+            bar((number + 1) / len(table.variants), 1.0)
+    finally:
+        bar.close()
+    write_table(folder / TABLE, table)
+    reporter.info(
+        f"{len(table.variants)} files in {folder}: time each, enter the milliseconds of 000.onnx, 001.onnx, … as "
+        f'"ms" of the variants in {folder / TABLE}, in this order, and run with latency.table={folder / TABLE}'
+    )
