@@ -194,6 +194,7 @@ COMMANDS = {
     "export": (["RUN", "--format", "onnx"], "prunekit.pipeline.export.export_run"),
     "bench": (["RUN"], "prunekit.commands.bench.bench_run"),
     "import": (["csnet", "file", "--out", "DIR"], "prunekit.commands.import_model.import_run"),
+    "profile": (["csnet"], "prunekit.commands.profile.profile_recipe"),
     "groups": (["csnet", "--json"], "prunekit.commands.groups.inspect_groups"),
     "list": ([], "prunekit.commands.list.table"),
     "validate": (["csnet"], "prunekit.config.recipe.load"),

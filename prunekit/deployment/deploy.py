@@ -113,7 +113,7 @@ def _fastest(
     """The time of each candidate, and the fastest one; the first one if fewer than two can be timed."""
     calls: dict[DeployConfig, Callable[[], Any]] = {}
     for config, graph in graphs.items() if len(graphs) > 1 else ():
-        call = inference_call(runtime, graph, config, tuple(value[:1].contiguous() for value in inputs))
+        call = _inference_call(runtime, graph, config, tuple(value[:1].contiguous() for value in inputs))
         if call is not None:
             calls[config] = call
     if len(calls) < 2:
@@ -137,7 +137,7 @@ def time_interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> list[fl
     return [float(np.median(own_times)) for own_times in times]
 
 
-def inference_call(
+def _inference_call(
     runtime: str, graph: InferenceGraph, config: DeployConfig, inputs: tuple[Tensor, ...]
 ) -> Callable[[], Any] | None:
     """A call that runs the graph on an image; None if the runtime is not installed or cannot run the graph."""

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.deployment.deploy import deploy, inference_call
+from prunekit.deployment.deploy import deploy
 from prunekit.deployment.deployed_model import DeployConfig
+from prunekit.deployment.export.onnx import export_onnx, onnx_function
 from prunekit.deployment.export.onnx_writer import graph_to_onnx
-from prunekit.deployment.rewrite import rewrite
+from prunekit.deployment.export.openvino import openvino_function
+from prunekit.deployment.rewrite import build_deployed, rewrite
 from prunekit.deployment.values import as_inputs, eval_copy
 from prunekit.errors import ExportError, PlanError
 from prunekit.pruning.graph.groups import find_groups
@@ -104,7 +106,11 @@ class VariantTimer:
 
     def onnx(self, kept: Mapping[str, int]) -> bytes:
         """The ONNX file of a variant, for inputs of the example's size."""
-        return graph_to_onnx(self._graph(kept), fixed_size=True).SerializeToString()
+        graph = self._graph(kept)
+        try:
+            return graph_to_onnx(graph, fixed_size=True).SerializeToString()
+        except Exception:  # torch.onnx supports more operations, and takes longer.
+            return export_onnx(build_deployed(graph, self._config), self._two_images())
 
     def _graph(self, kept: Mapping[str, int]) -> Any:
         copied = clone(self.model)
@@ -115,10 +121,12 @@ class VariantTimer:
 
     def _call(self, kept: Mapping[str, int]) -> Callable[[], Any]:
         with self._threads():
-            call = inference_call(self.runtime, self._graph(kept), self._config, (self.example.contiguous(),))
-        if call is None:
-            raise ExportError(f"{self.runtime} is not installed, or cannot run the model: pip install {self.runtime}")
-        return call
+            if self.runtime == "torch":
+                module = build_deployed(self._graph(kept), self._config)
+                return lambda: module(self.example)
+            start = onnx_function if self.runtime == "onnxruntime" else openvino_function
+            run, images = start(self.onnx(kept)), self.example.numpy()
+            return lambda: run(images)
 
     def _two_images(self) -> Tensor:
         """Where the batch is to be free, an example of more than one image."""

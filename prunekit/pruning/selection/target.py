@@ -64,7 +64,7 @@ class Budget:
             )
         if is_ratio and not 0 < value < 1:
             raise PlanError(f"{name}={value:g}: must be above 0 and below 1, the size relative to the dense model")
-        if not 0 < value <= dense_size:
+        if not is_ratio and not 0 < value <= dense_size:
             raise PlanError(
                 f"the budget of {amount(value, measure)} is not below the {number(dense_size, measure)} of the dense "
                 "model"

@@ -92,6 +92,9 @@ def test_unusable_arguments_are_refused(measured):
     with pytest.raises(PlanError, match="is negative; a latency needs"):
         BudgetSearch(model, groups, SHAPE, negative, measure="latency_ms", latencies=table)
     search = BudgetSearch(model, groups, SHAPE, drawn(groups), measure="latency_ms", latencies=table)
+    assert search.budget(latency_ratio=0.9).goal == pytest.approx(0.9 * search.size_model.dense.latency_ms) < 0.9
+    with pytest.raises(PlanError, match=r"the budget of 5 ms is not below the [\d.]+ of the dense model"):
+        search.budget(latency_ms=5)
     with pytest.raises(PlanError, match=r"cannot be met; choose one between [\d.]+ and [\d.]+ ms$"):
         search.budget(latency_ms=1e-4)
     with pytest.raises(PlanError, match="latency_ms and latency_ratio are given"):
