@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from prunekit.pruning.graph.attributes import enclosing, running_modules
+from prunekit.pruning.graph.axes import axis_length, conv_groups
 from prunekit.pruning.graph.axis_terms import Cat, Fixed, Leaf, Prod, Term, leaves, resolve
 from prunekit.pruning.graph.recorder import Op, Record, Value
 from prunekit.pruning.graph.rules.base import is_elementwise
@@ -56,9 +58,22 @@ class Trial:
     _numbers: dict[Leaf, int] = field(default_factory=dict)  # of channels that are cut
     _random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def _draw(self, leaf: Leaf) -> int:
+    def blocks(self, group: Group) -> int | None:
+        """The number of blocks of a group's channels that must lose equally many, those of convolutions with groups;
+        None where they are not blocks of the channels."""
+        blocks = 1
+        for member in group.members:
+            number = conv_groups(self.model, member.module)
+            if number > 1:
+                module, name = self.model.get_submodule(member.module), member.tensor.rpartition(".")[2]
+                if member.times > 1 or group.channels != axis_length(module, name, member.axis):
+                    return None
+                blocks = math.lcm(blocks, number)
+        return blocks if group.channels % blocks == 0 and group.channels > blocks else None
+
+    def _draw(self, leaf: Leaf, blocks: int) -> int:
         """A number of channels of a leaf to cut, which differs from those of as many others as possible."""
-        numbers = 1 + self._random.permutation(max(leaf.size // 2, 1))[:MAX_DRAWS]
+        numbers = blocks * (1 + self._random.permutation(max(leaf.size // blocks // 2, 1))[:MAX_DRAWS])
         others = np.array([(other.size, number) for other, number in self._numbers.items()], np.int64).reshape(-1, 2)
         clashes = (~_differ(leaf.size, numbers[:, None], *others.T)).sum(1)
         return int(numbers[clashes.argmin()])
@@ -123,7 +138,10 @@ class Trial:
         return [*stable, *[False] * (len(ops) - len(stable))]
 
     def run(self, groups: Mapping[Leaf, Group], equal: bool = False) -> Fault | None:
-        """Cut the first channels of groups, of all as many with ``equal``, and compare what the model does then."""
+        """Cut the first channels of groups, of all as many with ``equal``, and compare what the model does then.
+
+        Groups with blocks lose the first channels of each.
+        """
         self.count += 1
         try:
             # On the meta device, tensors have no values to change, and those that are cut are replaced.
@@ -133,10 +151,16 @@ class Trial:
             return None  # Such a model cannot be slimmed either, which names the reason.
         # Small groups first, which have less choice.
         for leaf in sorted(groups.keys() - self._numbers.keys(), key=lambda leaf: leaf.size):
-            self._numbers[leaf] = self._draw(leaf)
+            self._numbers[leaf] = self._draw(leaf, self.blocks(groups[leaf]) or 1)
         cut = {leaf: self._numbers[leaf] for leaf in groups}
-        cut = dict.fromkeys(cut, min(cut.values())) if equal else cut
-        dead = {group.id: set(range(cut[leaf])) for leaf, group in groups.items()}
+        blocks = {leaf: self.blocks(group) or 1 for leaf, group in groups.items()}
+        if equal:
+            whole = math.lcm(*blocks.values())
+            cut = dict.fromkeys(cut, max(min(cut.values()) // whole, 1) * whole)
+        dead = {
+            group.id: set(np.arange(leaf.size).reshape(blocks[leaf], -1)[:, : cut[leaf] // blocks[leaf]].flat)
+            for leaf, group in groups.items()
+        }
         slice_model(copied, list(groups.values()), dead)
         error = None
         try:

@@ -13,7 +13,6 @@ from itertools import count
 from torch import nn
 
 from prunekit.pruning.graph.attributes import alike_in_other_modules, enclosing, lengths_kept_by
-from prunekit.pruning.graph.axes import conv_groups
 from prunekit.pruning.graph.axis_terms import Leaf, Prod, Term, leaves, prod, resolve
 from prunekit.pruning.graph.recorder import Op, Record
 from prunekit.pruning.graph.trial import Fault, Trial, leaf_at, length_without, places_of
@@ -45,14 +44,12 @@ class FixedSizes:
         Returns:
             pairs of terms that must be the same. The groups have to be built again where there are any.
         """
+        trial = self._trial
         tried = {
             leaf: group
             for leaf, group in groups.items()
-            if group.reason is None
-            and group.channels > 1
-            and all(conv_groups(self._model, member.module) == 1 for member in group.members)
+            if group.reason is None and group.channels > 1 and trial.blocks(group) is not None
         }
-        trial = self._trial
         trial.ties = []
         followed: dict[Leaf, Group] = {}
         failing: list[tuple[Leaf, Group, Fault]] = []

@@ -92,3 +92,31 @@ class Window(nn.Module):
 def test_attribute_of_the_same_value_stays():
     groups = {group.id: group for group in find_groups(Window(), torch.randint(30, (4, 8)))}
     assert groups["up"].reason is None and [a.name for a in groups["up"].attributes] == ["width"]
+
+
+class GroupedBlock(nn.Module):
+    """A convolution with groups on the channels whose number the code has."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.stem, self.grouped = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.head, self.function, self.channels = nn.Conv2d(16, 5, 1), function, 16
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.head(self.function(self, x + F.relu(self.grouped(x))))
+
+
+@pytest.mark.parametrize(
+    ("function", "attributes", "reason"),
+    [
+        (lambda net, x: x.flatten(2).view(-1, 16, 8, 8), [], "relies on its number of channels: test_try_cut.py"),
+        (lambda net, x: x.flatten(2).view(-1, net.channels, 8, 8), ["channels"], None),
+        (lambda net, x: x, [], None),
+    ],
+)
+def test_channels_of_convolutions_with_groups_are_tried_in_equal_parts(function, attributes, reason):
+    model = GroupedBlock(function)
+    (group,) = [g for g in find_groups(model, torch.randn(2, 3, 8, 8)) if g.id == "stem"]
+    assert (reason or "") in (group.reason or "") and (group.reason is None) == (reason is None)
+    assert [attribute.name for attribute in group.attributes] == attributes
