@@ -96,9 +96,10 @@ class VariantTimer:
             for number, one in enumerate(kept[start : start + together]):
                 calls.append(self._call(one))
                 progress((start + number / 2) / len(kept))
-            share = start / len(kept), (len(calls) - 1) / len(kept)
+            built = (start + (len(calls) - 1) / 2) / len(kept)
+            timed = (len(calls) - 1) / 2 / len(kept)
             with self._threads():
-                times = _take_turns(calls, lambda done, s=share: progress(s[0] + s[1] * (1 + done) / 2))
+                times = _take_turns(calls, progress, built, timed)
             ratios += [ms / times[0] for ms in times[1:]]
             dense.append(times[0])
         self.dense_ms = self.dense_ms or min(dense)
@@ -148,12 +149,13 @@ class _ThreadScope:
         torch.set_num_threads(self.before)
 
 
-def _take_turns(calls: Sequence[Callable[[], Any]], progress: Callable[[float], None]) -> list[float]:
-    """The least milliseconds of each call, which other work on the machine disturbs least."""
+def _take_turns(calls: Sequence[Callable[[], Any]], progress: Progress, done: float, share: float) -> list[float]:
+    """The least milliseconds of each call, which other work on the machine disturbs least; ``share`` of the progress is
+    made in it, beside what is ``done``."""
     times: list[list[float]] = [[] for _ in calls]
     with torch.inference_mode():
         for number in range(ROUNDS):
-            progress(number / ROUNDS)
+            progress(done + share * number / ROUNDS)
             for call, own in zip(calls, times, strict=True):
                 call()  # The caches hold the data of the call before.
                 for _ in range(CALLS):
