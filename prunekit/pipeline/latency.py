@@ -103,8 +103,8 @@ class RunLatencies:
     def select(self, search: BudgetSearch, goal: Budget) -> Selection:
         """Select channels for a goal, measure the result, and correct the goal until the two agree."""
         choice = search.select(goal)
-        if not self.measures:
-            return choice
+        if not self.measures or not distributed.is_main_process():
+            return choice  # The others get the choice of process 0.
         best, aim = (float("inf"), choice), goal.goal
         for _ in range(MAX_CORRECTIONS):
             deviation = self.measure(self._kept(choice)) / goal.goal - 1

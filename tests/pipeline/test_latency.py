@@ -11,8 +11,6 @@ from prunekit.errors import PlanError, RecipeError
 from prunekit.pipeline.runner import run_recipe
 from prunekit.pruning.selection.latency_model import LatencyTable
 
-FACTOR = 1.1  # of what is measured, which predictions from a table that is 10% off do not know
-
 
 class FormulaTimer:
     """As ``VariantTimer``, without a machine."""
