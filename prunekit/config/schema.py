@@ -333,7 +333,7 @@ def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
     conflicts: list[tuple[yaml.Path, str]] = []
     slim, distill = recipe.slim, recipe.finetune.distill
     if not recipe.target.given:
-        add = "add a target, such as target.params_ratio"
+        add = "add target.params, target.macs, target.params_ratio, target.macs_ratio or target.latency_ratio"
         if (name := slim.importance.name) != "gate":
             conflicts.append((("slim", "importance"), f"{name!r} ranks channels but has no threshold; {add}"))
         if slim.cost_power:

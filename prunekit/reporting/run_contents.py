@@ -42,6 +42,12 @@ _SUMMARY = {
     "kept": {"channels": v.COUNT, "of": v.COUNT, "params_ratio": v.NUMBER, "macs_ratio": v.NUMBER, "cut": v.NUMBER},
     "equivalence": {**_EQUIVALENCE, "steps": [_EQUIVALENCE]},
     "drift": {v.ANY_KEY: v.NUMBER},
+    "latency": {
+        **dict.fromkeys(("runtime", "version", "device"), v.STRING),
+        **dict.fromkeys(("threads", "batch"), v.COUNT),
+        **dict.fromkeys(("dense_ms", "slim_ms"), v.DURATION),
+        "ratio": v.NUMBER,
+    },
     "recalibrated": {"batches": v.COUNT, "before": _METRICS, "after": _METRICS},
     "reference": {v.ANY_KEY: _METRICS},
     "export": {"path": v.STRING, "max_abs_diff": v.NUMBER, "latency_ms": {v.ANY_KEY: v.DURATION}},

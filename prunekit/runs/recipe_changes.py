@@ -74,7 +74,7 @@ def first_stage(key: yaml.Path, recipes: list[Recipe]) -> str | None:
         return "finetune"
     if section == "finetune":
         return "slim" if any(recipe.slim.steps > 1 for recipe in recipes) else "finetune"
-    if section in ("slim", "target"):
+    if section in ("slim", "target", "latency"):
         return "train" if any(recipe.train.gradual_pruning.start is not None for recipe in recipes) else "extract"
     if section in ("train", "decay", "baseline", "log"):
         return "train"

@@ -31,6 +31,7 @@ SUMMARY_STAGES = {
     "kept": "slim",
     "equivalence": "slim",
     "drift": "slim",
+    "latency": "slim",
     "recalibrated": "finetune",
     "finetuned": "finetune",
     "reference": "evaluate",
