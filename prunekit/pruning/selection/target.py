@@ -96,10 +96,13 @@ class Budget:
         return own if self.limit is None else max(own, self.limit.deviation(size))
 
     def accepts(self, size: ModelSize) -> bool:
-        """Whether what was chosen for this budget is of that size: predictions of latencies are less exact."""
+        """Whether what was chosen for this budget, and is zero already, is of that size.
+
+        A latency may be lower: it was measured, where this one is predicted, and what is zero costs nothing to remove.
+        """
         deviation = self.deviation(size)
         if self.measure == "latency_ms":
-            return abs(deviation) <= 3 * LATENCY_TOLERANCE
+            return deviation <= 3 * LATENCY_TOLERANCE
         return -TOLERANCE <= deviation <= 0
 
     def with_goal(self, goal: float) -> Budget:
