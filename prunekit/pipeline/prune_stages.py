@@ -45,6 +45,7 @@ from prunekit.pruning.surgery.slim import slim
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.trainer import bind_options, seeded_generator
 from prunekit.utils.copying import copy_module
+from prunekit.utils.text import plural
 
 LOSS_BATCHES = 8  # of training data, for criteria that evaluate the loss
 
@@ -213,7 +214,7 @@ def _record_latency(context: RunContext, run: RunDir, dense: nn.Module, plan: Pl
     reached = measured["ratio"] / value if key == "latency_ratio" else measured["slim_ms"] / value
     context.reporter.info(
         f"slim: {measured['slim_ms']:.3g} ms of {measured['dense_ms']:.3g} ms ({measured['ratio']:.3f}) in "
-        f"{measured['runtime']}, {measured['threads']} threads"
+        f"{measured['runtime']}, {plural(measured['threads'], 'thread')}"
         + (
             f"; target.{key}={value:g} is missed by {abs(reached - 1):.0%}"
             if abs(reached - 1) > LATENCY_TOLERANCE
