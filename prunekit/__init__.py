@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DynamicWeightDecay", "EquivalenceReport", "GOctConv", "Group", "LatencyTable", "ModelCost", "Plan",
     "PrunekitError", "PrunekitWarning", "Pruner", "PruningReport", "__version__", "apply_plan", "count", "deploy",
-    "extract",
-    "find_groups", "fit_budget", "importance", "load", "load_recipe", "load_run", "octavize", "profile", "recalibrate",
+    "extract", "find_groups", "fit_budget", "importance", "load", "load_recipe", "load_run", "octavize", "profile",
+    "recalibrate",
     "register_augmentation", "register_backbone", "register_dataset", "register_decay", "register_importance",
     "register_loss", "register_optimizer", "register_rule", "register_schedule", "register_task", "run_recipe", "save",
     "slim", "slim_optimizer", "slim_to_budget",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -32,6 +31,7 @@ from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_model, newest_model, read_recipe
 from prunekit.pruning.plan import Builder
 from prunekit.runs.run_dir import RunDir
+from prunekit.utils.environment import processor_name
 from prunekit.utils.progress import Reporter, format_duration
 from prunekit.utils.text import plural, suggest
 
@@ -122,7 +122,7 @@ def bench_run(
                 rows.append(_row(model, form, job, timing, costs[model, job.size], products[job.threads]))
         result = {
             "format": FORMAT,
-            "device": _processor_name(),
+            "device": processor_name(),
             "rows": rows,
             "matmul_gflops": {str(n): round(rate, 1) for n, rate in products.items()},
             "ratios": ratios(rows),
@@ -345,11 +345,3 @@ def _parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
 
 def _cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine() or "cpu"

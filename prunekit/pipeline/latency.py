@@ -100,9 +100,8 @@ class RunLatencies:
             f"{model.error:.1%} (median), rank correlation {model.rank:.3f}{hint}"
         )
 
-    def select(self, search: BudgetSearch, goal: Budget) -> Selection:
-        """Select channels for a goal, measure the result, and correct the goal until the two agree."""
-        choice = search.select(goal)
+    def correct(self, search: BudgetSearch, goal: Budget, choice: Selection) -> Selection:
+        """Measure what was chosen for a goal, and choose again for a corrected one until the two agree."""
         if not self.measures or not distributed.is_main_process():
             return choice  # The others get the choice of process 0.
         best, aim = (float("inf"), choice), goal.goal

@@ -276,7 +276,7 @@ def _select(context: RunContext, search: BudgetSearch, goal: Budget) -> Selectio
     choice = search.select(goal)
     if goal.measure != "latency_ms" or search.are_zero(choice):
         return choice
-    return context.latencies(search.model, search.groups).select(search, goal)
+    return context.latencies(search.model, search.groups).correct(search, goal, choice)
 
 
 def _goals(context: RunContext, dense: nn.Module, groups: Sequence[Group]) -> list[Budget | None]:

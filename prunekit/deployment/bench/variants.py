@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from prunekit.pruning.selection.selector import Selector
 from prunekit.pruning.surgery.copies import clone
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.utils.compiled import unwrap
+from prunekit.utils.environment import processor_name
 from prunekit.utils.io import encode_json, sha256, write_atomic
 
 RUNTIMES = ("onnxruntime", "openvino", "torch")
@@ -76,7 +77,7 @@ class VariantTimer:
         return LatencyTable(
             runtime=self.runtime,
             version=_version(self.runtime),
-            device=processor_name(),
+            device=f"{processor_name()}, {os.cpu_count()} cores",
             threads=self.threads,
             batch=len(self.example),
             size=list(self.example.shape[1:]),
@@ -133,20 +134,14 @@ class VariantTimer:
         """Where the batch is to be free, an example of more than one image."""
         return self.example if len(self.example) > 1 else torch.cat([self.example, self.example])
 
-    def _threads(self) -> Any:
-        return _ThreadScope(self.threads)
-
-
-class _ThreadScope:
-    def __init__(self, threads: int):
-        self.threads = threads
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _take_turns(calls: Sequence[Callable[[], Any]], progress: Progress, done: float, share: float) -> list[float]:
@@ -223,17 +218,6 @@ def cached_table_path(folder: Path, table: LatencyTable, groups: Sequence[Group]
 def write_table(path: Path, table: LatencyTable) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, encode_json(table.to_json(), path.name))
-
-
-def processor_name() -> str:
-    """The processor's name and the number of its cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def _version(runtime: str) -> str:

@@ -100,10 +100,10 @@ class Budget:
 
         A latency may be lower: it was measured, where this one is predicted, and what is zero costs nothing to remove.
         """
-        deviation = self.deviation(size)
         if self.measure == "latency_ms":
-            return deviation <= 3 * LATENCY_TOLERANCE
-        return -TOLERANCE <= deviation <= 0
+            own = replace(self, limit=None).deviation(size)
+            return own <= 3 * LATENCY_TOLERANCE and (self.limit is None or self.limit.is_met(size))
+        return -TOLERANCE <= self.deviation(size) <= 0
 
     def with_goal(self, goal: float) -> Budget:
         return replace(self, goal=goal)

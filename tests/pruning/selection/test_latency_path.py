@@ -9,7 +9,9 @@ from prunekit.backbones.resnet import resnet
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.budget import BudgetSearch
+from prunekit.pruning.selection.cost_model import ModelSize
 from prunekit.pruning.selection.latency_path import removal_path
+from prunekit.pruning.selection.target import Budget
 
 SHAPE = (3, 32, 32)
 
@@ -100,3 +102,10 @@ def test_unusable_arguments_are_refused(measured):
         search.budget(latency_ms=1e-4)
     with pytest.raises(PlanError, match="latency_ms and latency_ratio are given"):
         search.budget(latency_ms=1.0, latency_ratio=0.5)
+
+
+def test_a_choice_that_misses_the_second_limit_is_not_accepted():
+    dense = ModelSize(1000, 100, 10.0)
+    budget = Budget.from_target(dense, latency_ratio=0.5, params_ratio=0.2)
+    assert budget.accepts(ModelSize(200, 50, 5.5)) and not budget.accepts(ModelSize(201, 50, 4.0))
+    assert not budget.accepts(ModelSize(100, 50, 6.0))
