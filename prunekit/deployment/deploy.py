@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -113,9 +114,9 @@ def _fastest(
     """The time of each candidate, and the fastest one; the first one if fewer than two can be timed."""
     calls: dict[DeployConfig, Callable[[], Any]] = {}
     for config, graph in graphs.items() if len(graphs) > 1 else ():
-        call = _inference_call(runtime, graph, config, tuple(value[:1].contiguous() for value in inputs))
-        if call is not None:
-            calls[config] = call
+        # The exporters and runtimes raise classes of their own; a runtime may not be installed.
+        with suppress(Exception):
+            calls[config] = _inference_call(runtime, graph, config, tuple(value[:1].contiguous() for value in inputs))
     if len(calls) < 2:
         return [], next(iter(graphs))
     times = dict(zip(calls, time_interleaved(list(calls.values()), ROUNDS), strict=True))
@@ -139,18 +140,18 @@ def time_interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> list[fl
 
 def _inference_call(
     runtime: str, graph: InferenceGraph, config: DeployConfig, inputs: tuple[Tensor, ...]
-) -> Callable[[], Any] | None:
-    """A call that runs the graph on an image; None if the runtime is not installed or cannot run the graph."""
+) -> Callable[[], Any]:
     if runtime in ("torch", "pt2"):
         module = build_deployed(graph, config)
         return lambda: module(*inputs)
-    try:
-        file = graph_to_onnx(graph, fixed_size=True).SerializeToString()
-        run = onnx_function(file) if runtime == "onnxruntime" else openvino_function(file)
-        arrays = [value.numpy() for value in inputs]
-        run(*arrays)
-    except Exception:  # The exporters and runtimes raise classes of their own.
-        return None
+    return file_call(runtime, graph_to_onnx(graph, fixed_size=True).SerializeToString(), inputs)
+
+
+def file_call(runtime: str, file: bytes, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """A call that runs an ONNX file on these inputs, as fast as the runtime can; it has run once."""
+    start = onnx_function if runtime == "onnxruntime" else openvino_function
+    run, arrays = start(file, shapes=[value.shape for value in inputs]), [value.numpy() for value in inputs]
+    run(*arrays)
     return lambda: run(*arrays)
 
 

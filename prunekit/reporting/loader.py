@@ -146,6 +146,7 @@ def _load(path: Path) -> Run:
     none = (*(pd.DataFrame(columns=c) for c in (run_contents.LAYER_COLUMNS, run_contents.COUNTER_COLUMNS)), None)
     layers, counters, layers_size = reader.read_json("layers.json", lambda v, _: run_contents.read_layers(v), none)
     data = recipe.get("data")
+    bench = reader.read_json("bench.json", run_contents.read_bench, pd.DataFrame(), optional=True)
     side: Any = data.get("size") if isinstance(data, dict) else None
     run = Run(
         name=files.path.resolve().name,
@@ -165,7 +166,7 @@ def _load(path: Path) -> Run:
         gallery=reader.read_json("gallery/index.json", lambda *args: _read_gallery(reader, *args), []),
         environment=reader.read_json("environment.json", run_contents.read_environment, {}),
         classes=reader.read_json("classes.json", run_contents.read_classes, [], optional=True),
-        bench=reader.read_json("bench.json", run_contents.read_bench, pd.DataFrame(), optional=True),
+        bench=bench if len(bench) else run_contents.bench_of_budget(summary.get("latency", {})),
         evals=reader.read_json("eval.json", run_contents.read_evals, pd.DataFrame(), optional=True),
         done=done,
     )

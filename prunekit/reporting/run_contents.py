@@ -46,6 +46,7 @@ _SUMMARY = {
         **dict.fromkeys(("runtime", "version", "device"), v.STRING),
         **dict.fromkeys(("threads", "batch"), v.COUNT),
         **dict.fromkeys(("dense_ms", "slim_ms"), v.DURATION),
+        "size": [v.PIXELS],
         "ratio": v.NUMBER,
     },
     "recalibrated": {"batches": v.COUNT, "before": _METRICS, "after": _METRICS},
@@ -293,6 +294,17 @@ def read_bench(value: Any, problems: list[str]) -> pd.DataFrame:
     table["device"] = table["device"].fillna(device if isinstance(device, str) else "unknown")
     table["size"] = [_image_size(size) for size in table["size"]] if "size" in table else None
     return table[["model", "form", "batch", "size", "threads", "device", "median_ms", "p10_ms", "p90_ms", "peak_mb"]]
+
+
+def bench_of_budget(latency: dict[str, Any]) -> pd.DataFrame:
+    """The latencies that a budget of time was measured by, as rows of a benchmark; empty where they are incomplete."""
+    size = latency.get("size", [])
+    form = {"onnxruntime": "ort", "torch": "deployed"}.get(latency.get("runtime", ""), latency.get("runtime"))
+    setting = {**{key: latency.get(key) for key in ("batch", "threads", "device")}, "form": form, "size": size[1:]}
+    found = {model: latency.get(f"{model}_ms") for model in ("dense", "slim")}
+    if None in (*setting.values(), *found.values()):
+        return pd.DataFrame()
+    return read_bench({"rows": [{"model": model, "median_ms": ms, **setting} for model, ms in found.items()]}, [])
 
 
 def _image_size(size: Any) -> str | None:

@@ -132,8 +132,8 @@ def latency(run: Run) -> tuple[str, dict[str, float]]:
 
     From ``bench.json``, the setting (form, batch, size, threads, device) measured for the most models is used; ties are
     resolved by the run's own image size, then the smallest batch and number of threads. Without ``bench.json``, the
-    latency of the exported model in the summary is used. A fine-tuned model that was not measured gets the latency of
-    the slim one, which is the same network with other weights.
+    latencies of a budget of time are used, or that of the exported model in the summary. A fine-tuned model that was
+    not measured gets the latency of the slim one, which is the same network with other weights.
     """
     title, latencies = LATENCY, {}
     if len(run.bench):

@@ -15,6 +15,7 @@ from helpers.fake_run import gates, layer_rows, without_checksum, write_run
 import prunekit
 from prunekit.errors import RunFolderError
 from prunekit.reporting import load_run
+from prunekit.reporting.figures.tradeoff import tradeoff_figures
 from prunekit.runs.run_dir import RunDir
 
 
@@ -59,6 +60,27 @@ def test_curves_gallery_bench_and_evals(whole):
     assert whole.bench["median_ms"].tolist() == [20.0, 12.5, 4.25] and set(whole.bench["size"]) == {"64×64"}
     assert whole.evals["name"].tolist() == ["ECSSD", "ECSSD", "PASCAL-S", "PASCAL-S"]
     assert whole.evals["metrics.max_f"].tolist() == [0.8] * 4
+
+
+def test_latencies_of_a_budget_are_a_benchmark_until_there_is_one(make_run):
+    latency = {"runtime": "onnxruntime", "version": "1.2", "device": "EPYC", "threads": 1, "batch": 1}
+    latency |= {"size": [3, 224, 160], "dense_ms": 30.0, "slim_ms": 15.5, "ratio": 0.5167}
+    path = make_run()
+
+    def change(path, latency):
+        with RunDir.open(path, write=True) as run:
+            run.update_summary("latency", latency)
+
+    change(path, latency)
+    run = load_run(path)
+    assert run.bench[["model", "form", "size", "threads", "device", "median_ms"]].values.tolist() == [
+        ["dense", "ort", "224×160", 1, "EPYC", 30.0],
+        ["slim", "ort", "224×160", 1, "EPYC", 15.5],
+    ]
+    assert any(figure.name == "tradeoff_latency" for figure in tradeoff_figures([run]))
+    change(path, {**latency, "dense_ms": None})
+    assert not len(load_run(path).bench)
+    assert len(load_run(make_run("b", measured_too=True)).bench) > 2
 
 
 def test_gallery_of_classification_has_labels(make_run):

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.deployment.deploy import deploy
+from prunekit.deployment.deploy import deploy, file_call
 from prunekit.deployment.deployed_model import DeployConfig
-from prunekit.deployment.export.onnx import export_onnx, onnx_function
+from prunekit.deployment.export.onnx import export_onnx
 from prunekit.deployment.export.onnx_writer import graph_to_onnx
-from prunekit.deployment.export.openvino import openvino_function
 from prunekit.deployment.rewrite import build_deployed, rewrite
 from prunekit.deployment.values import as_inputs, eval_copy
 from prunekit.errors import ExportError, PlanError
@@ -126,9 +125,7 @@ class VariantTimer:
             if self.runtime == "torch":
                 module = build_deployed(self._graph(kept), self._config)
                 return lambda: module(self.example)
-            start = onnx_function if self.runtime == "onnxruntime" else openvino_function
-            run, images = start(self.onnx(kept)), self.example.numpy()
-            return lambda: run(images)
+            return file_call(self.runtime, self.onnx(kept), (self.example,))
 
     def _two_images(self) -> Tensor:
         """Where the batch is to be free, an example of more than one image."""

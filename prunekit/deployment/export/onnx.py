@@ -94,14 +94,23 @@ def check_onnx(file: bytes, model: nn.Module, inputs: Sequence[Inputs], name: st
     return max_abs_difference(name, onnx_function(file), model, inputs)
 
 
-def onnx_function(file: bytes) -> Callable[..., Any]:
+def onnx_function(file: bytes, shapes: Sequence[Sequence[int]] = ()) -> Callable[..., Any]:
     """The file in ONNX Runtime with as many threads as PyTorch, as a function of its inputs; it returns a list of
-    several outputs."""
+    several outputs.
+
+    With ``shapes``, those of its inputs are always these. ONNX Runtime fuses sums and keeps features in blocked memory
+    only where it knows all of them: 1.6 times faster on CSNet.
+    """
+    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # Errors are raised, too.
     options.intra_op_num_threads = torch.get_num_threads()
+    for value, shape in zip(onnx.load_model_from_string(file).graph.input if shapes else (), shapes, strict=True):
+        for axis, length in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+            if axis.dim_param:
+                options.add_free_dimension_override_by_name(axis.dim_param, length)
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 

@@ -36,10 +36,12 @@ def check_openvino(
     return max_abs_difference(name, openvino_function(xml, weights), model, inputs)
 
 
-def openvino_function(file: bytes, weights: bytes | None = None, precision: str = "f32") -> Callable[..., Any]:
+def openvino_function(
+    file: bytes, weights: bytes | None = None, precision: str = "f32", shapes: Sequence[Sequence[int]] = ()
+) -> Callable[..., Any]:
     """An ONNX file, or the ``.xml`` and ``.bin`` of an IR, computed in "f32" or "bf16" on the CPU.
 
-    As :func:`.onnx.onnx_function`, it returns a list of several outputs.
+    As :func:`.onnx.onnx_function`, it returns a list of several outputs, and may know the ``shapes`` of its inputs.
     """
     openvino = import_openvino()
     core = openvino.Core()
@@ -49,7 +51,10 @@ def openvino_function(file: bytes, weights: bytes | None = None, precision: str 
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    compiled = core.compile_model(core.read_model(*parts), "CPU", options)
+    model = core.read_model(*parts)
+    if shapes:
+        model.reshape({value: list(shape) for value, shape in zip(model.inputs, shapes, strict=True)})
+    compiled = core.compile_model(model, "CPU", options)
 
     def run(*arrays: np.ndarray) -> Any:
         outputs = list(compiled(arrays).values())

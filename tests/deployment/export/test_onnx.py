@@ -1,10 +1,12 @@
+import numpy as np
 import onnx
 import pytest
 import torch
 from helpers.deployed_models import pruned_model
 from torch import nn
 
-from prunekit.deployment.export.onnx import check_onnx, export_onnx
+from prunekit.deployment.export.onnx import check_onnx, export_onnx, onnx_function
+from prunekit.deployment.export.openvino import openvino_function
 from prunekit.errors import ExportError
 
 
@@ -20,6 +22,16 @@ def test_outputs_match_pytorch_at_any_batch_and_size(exported):
     sizes = [(4, 32, 32), (1, 32, 32), (2, 61, 75), (1, 33, 47), (3, 224, 160)]
     inputs = [torch.randn(n, 3, h, w) for n, h, w in sizes]
     assert check_onnx(file, model, inputs) < 1e-4
+
+
+@pytest.mark.parametrize("start", [onnx_function, openvino_function])
+def test_function_for_known_shapes_has_the_same_outputs_and_takes_no_others(exported, start):
+    _, file = exported
+    image = torch.randn(2, 3, 33, 47).numpy()
+    known = start(file, shapes=[image.shape])
+    assert np.abs(known(image) - start(file)(image)).max() < 1e-4
+    with pytest.raises(Exception, match=r"(?i)dimension|shape"):
+        known(image[:1])
 
 
 def test_file_has_dynamic_axes_and_no_source_paths(exported):
