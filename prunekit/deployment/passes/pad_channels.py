@@ -69,7 +69,7 @@ def _padding(graph: InferenceGraph, multiple: int) -> dict[fx.Node, int]:
     padding = {}
     for node in graph.nodes:
         conv = graph.conv(node)
-        if conv is not None and conv.groups == 1:
+        if conv is not None and conv.groups == 1 and not _is_depthwise(conv):
             padding[node] = -conv.out_channels % multiple
     for node in graph.nodes:
         if graph.is_cat(node) and all(part in padding and len(part.users) == 1 for part in node.args[0]):
@@ -85,7 +85,7 @@ def _layouts(graph: InferenceGraph, padding: dict[fx.Node, int]) -> dict[fx.Node
     layouts: dict[fx.Node, _Layout] = {}
     for node in graph.nodes:
         conv = graph.conv(node)
-        if conv is not None and conv.groups == 1:
+        if conv is not None and conv.groups == 1 and not _is_depthwise(conv):
             layouts[node] = _Layout.contiguous(conv.out_channels, padding.get(node, 0))
         elif _keeps_channels(graph, node) and node.args[0] in layouts:
             layouts[node] = layouts[node.args[0]]
@@ -106,11 +106,16 @@ def _layouts(graph: InferenceGraph, padding: dict[fx.Node, int]) -> dict[fx.Node
     return layouts
 
 
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    """Also of a single channel: a convolution between the padded vectors would multiply their lengths."""
+    return is_depthwise(conv) or conv.in_channels == conv.out_channels == 1
+
+
 def _keeps_channels(graph: InferenceGraph, node: fx.Node) -> bool:
     """Whether each output channel depends on its own input channel only, and zero gives zero."""
     conv = graph.conv(node)
     return (
-        (conv is not None and is_depthwise(conv))
+        (conv is not None and _is_depthwise(conv))
         or graph.module_of(node, nn.PReLU) is not None
         or graph.is_function(node, {*POOLS, F.interpolate, F.relu})
     )
@@ -145,7 +150,7 @@ def _pad_weights(graph: InferenceGraph, node: fx.Node, layouts: dict[fx.Node, _L
     if conv is None:
         return
     weight, source = conv.weight, layouts.get(node.args[0])
-    if is_depthwise(conv):
+    if _is_depthwise(conv):
         conv.groups = layout.width
     elif source is not None and source.padded:
         weight = source.scatter(weight, 1)

@@ -40,6 +40,14 @@ def test_channels_are_padded_through_pointwise_layers():
     assert (count, channels) == (3, [8, 8, 2])
 
 
+def test_convolution_of_a_single_channel_stays_depthwise():
+    model = Net(lambda a, b: a, 1, first=1).eval()
+    graph = InferenceGraph(model, torch.randn(1, 3, 15, 17))
+    assert pad_channels(graph, 8) == 7
+    assert graph.module.depthwise.weight.shape == (8, 1, 3, 3)
+    assert relative_difference(model, graph.recompile(), 2, 3, 15, 17) < 1e-6
+
+
 def test_terms_of_a_sum_are_padded_alike():
     assert run_pass(lambda a, b: a + b, 5, second=5) == (6, [8, 8, 8, 2])
 
