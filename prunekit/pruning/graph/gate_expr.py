@@ -12,15 +12,15 @@ expression is the largest of its parts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from torch import nn
 
-from prunekit.pruning.graph.silence import silent_channels
-from prunekit.pruning.plan import Gate, Group
+from prunekit.pruning.graph.silence import Rows, silencing_rows, silent_channels
+from prunekit.pruning.plan import Gate, Group, Span
 
 T = TypeVar("T")
 
@@ -213,3 +213,14 @@ def last_gates(group: Group) -> list[int]:
         return parts[-1] if kind == "serial" else set().union(*parts)
 
     return [] if group.combine is None else sorted(_fold(group.combine, lambda index: {index}, last))
+
+
+def shrinking_rows(model: nn.Module, group: Group) -> Iterator[Rows]:
+    """Yield what shrinks with a channel: the weight and bias of its last norms; without gates, what it is made by."""
+    if group.combine is None:
+        yield from silencing_rows(model, group)
+    for gate in (group.gates[number] for number in last_gates(group)):
+        module = model.get_submodule(gate.norm)
+        for name, parameter in (("weight", module.weight), ("bias", module.bias)):
+            if parameter is not None:
+                yield Rows(f"{gate.norm}.{name}", parameter, Span(axis=0, offset=gate.slice[0]))

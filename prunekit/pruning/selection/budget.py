@@ -186,6 +186,8 @@ class BudgetSearch:
         selection = self._select(low)
         if budget.deviation(self.size_model.size_without(selection.dead)) < -budget.tolerance:
             # The last step is large, such as a whole branch of a layer. Smaller ones may fit as well.
+            if self._by_latency:
+                return self._undo_steps(budget, low)
             self._restore_channels(budget, selection)
         return selection
 
@@ -195,6 +197,16 @@ class BudgetSearch:
         if self.selector.scope == "layer":
             return self.selector.select(pruning_ratio=self._values[index], searched=True)
         return self.selector.select(count=self._values[index], searched=True)
+
+    def _undo_steps(self, budget: Budget, index: int) -> Selection:
+        """Undo single steps of the path, the last ones first, as far as the budget allows."""
+        selection, counts = self._select(index), self._values[index].copy()
+        for before, after in zip(self._values[index - 1 :: -1], self._values[index:0:-1], strict=True):
+            undone = np.where((before != after) & (counts == after), before, counts)
+            tried = self.selector.select_counts(undone)
+            if budget.is_met(self.size_model.size_without(tried.dead)):
+                selection, counts = tried, undone
+        return selection
 
     def _restore_channels(self, budget: Budget, selection: Selection) -> None:
         """Restore channels, highest scores first, as far as the budget allows; in place."""

@@ -102,10 +102,12 @@ class SizeModel:
         # Products over one and over two axes of channels, such as those of depthwise convolutions, are of two kinds.
         kinds = list(zip(kinds, (self._loops < self._lengths.count).sum(0).tolist(), strict=True))
         none_dead = np.zeros(len(self.groups), np.int64)
-        self._terms = Terms(self._multiplied / self._divided, self._loop_lengths(none_dead), kernels, kinds)
+        counted = self._multiplied / self._divided, self._loop_lengths(none_dead), kernels, kinds
         measured = [variant for variant in table.variants if variant.ms is not None]
-        rows = [self._terms(self._loop_lengths(self._dead_counts(variant.kept))) for variant in measured]
-        self.latency = LatencyModel(self._terms, np.stack(rows), np.array([variant.ms for variant in measured]))
+        self.latency = table.fit(
+            lambda vector: Terms(*counted, vector),
+            [self._loop_lengths(self._dead_counts(variant.kept)) for variant in measured],
+        )
 
     def _dead_counts(self, kept: Mapping[str, int]) -> np.ndarray:
         return np.array([group.channels - kept.get(group.id, group.channels) for group in self.groups], np.int64)
@@ -157,7 +159,7 @@ class SizeModel:
         sizes[gone[self._owner]] = 0
         loops = self._loop_lengths(counts)
         macs = int((self._multiplied * loops.prod(0) // self._divided).sum())
-        latency = math.nan if self.latency is None else self.latency(self._terms(loops))
+        latency = math.nan if self.latency is None else self.latency(self.latency.terms(loops))
         return ModelSize(int(sizes.sum()), macs, latency)
 
     def layer_latencies(self, kept: Mapping[str, int] | None = None) -> dict[str, float]:
@@ -167,7 +169,8 @@ class SizeModel:
         """
         assert self.latency is not None
         counts, _, _ = self._cutter.complete_counts(self._dead_counts(kept or {}))
-        times = self._terms.of_products(self._terms(self._loop_lengths(counts)) * self.latency.weights)
+        terms = self.latency.terms
+        times = terms.of_products(terms(self._loop_lengths(counts)) * self.latency.weights)
         layers: dict[str, float] = {}
         for name, milliseconds in zip(self._product_modules, times.tolist(), strict=True):
             layers[name] = layers.get(name, 0.0) + milliseconds

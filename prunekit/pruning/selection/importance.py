@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from prunekit.config.registry import register_importance
 from prunekit.errors import PlanError
-from prunekit.pruning.graph.gate_expr import gate_scores
+from prunekit.pruning.graph.gate_expr import gate_scores, shrinking_rows
 from prunekit.pruning.graph.parameter_slices import ParameterSlices
 from prunekit.pruning.plan import Group
 from prunekit.utils.text import plural
@@ -117,6 +118,74 @@ def taylor(
     if not batches:
         raise PlanError("taylor got no batch from losses; yield the loss of at least one")
     return _normalize(model, slices, groups, scores / batches, normalizer)
+
+
+@register_importance("ablation")
+def ablation(
+    model: nn.Module,
+    groups: Sequence[Group],
+    losses: Losses | None = None,
+    power: float = 2,
+    floor: float = 0.05,
+    batches: int = 4,
+) -> dict[str, np.ndarray]:
+    """The measured change of the loss without a whole group, divided among its channels.
+
+    The k least important of a group's n channels have the share (k ÷ n)^power of it together; they are ranked by their
+    gates, or without gates by the size of their weights. Where whole branches go, sums of first-order changes say
+    little: most of a layer's channels can go at a small loss, all of them often cannot. The model runs in eval mode and
+    is left as it was.
+
+    Args:
+        losses: yields the loss of the model on a few batches.
+        power: at least 1.
+        floor: the least that a group counts, as a share of what the most important one does.
+        batches: how many of the losses are used.
+
+    Raises:
+        PlanError: there are no losses, one is not finite, or an option is out of range.
+    """
+    if losses is None:
+        raise PlanError("ablation needs losses: pass a function that yields the model's loss on each of a few batches")
+    if not power >= 1 or not 0 <= floor <= 1 or batches < 1:
+        raise PlanError(
+            f"ablation: power={power:g}, floor={floor:g}, batches={batches}: must be power >= 1, "
+            "0 <= floor <= 1 and batches >= 1"
+        )
+    free = _prunable(groups)
+    modes = {module: module.training for module in model.modules()}
+
+    def loss() -> float:
+        values = [float(value) for value in islice(losses(model), batches)]
+        if not values or not np.isfinite(values).all():
+            raise PlanError(f"ablation needs finite losses; got {values or 'none'}")
+        return float(np.mean(values))
+
+    changes = {}
+    try:
+        model.eval()
+        with torch.no_grad():
+            whole = loss()
+            for group in free:
+                rows = list(shrinking_rows(model, group))
+                saved = [one.parameter.clone() for one in rows]
+                for one in rows:
+                    one.parameter.index_fill_(one.axis, one.of(np.arange(group.channels)), 0.0)
+                try:
+                    changes[group.id] = loss() - whole
+                finally:
+                    for one, values in zip(rows, saved, strict=True):
+                        one.parameter.copy_(values)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    least = floor * max([0.0, *changes.values()])
+    ranked = {**magnitude(model, groups), **gate(model, groups)}
+    scores = {}
+    for group in free:
+        shares = np.diff(np.linspace(0, 1, group.channels + 1) ** power)
+        scores[group.id] = max(changes[group.id], least) * shares[ranked[group.id].argsort(kind="stable").argsort()]
+    return scores
 
 
 @register_importance("random")

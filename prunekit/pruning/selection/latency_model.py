@@ -2,10 +2,10 @@
 
 The latency is modelled as a sum over the products of the network (convolutions, linear layers, products of matrices).
 Each takes a constant, a time per channel that it reads, a time per channel that it writes, and a time per multiply-add,
-with the channels that it writes rounded up to vectors. What comes without a product, such as pooling, resampling and
-concatenation, costs by channel and position, too, and goes with the layers beside it. All times are at least zero and
-are fitted to the measured latencies by least squares; those of one kind of layer are drawn towards a common value,
-since there are more of them than measurements.
+with the channels rounded up to vectors, whose length is chosen by the error of the predictions. What comes without a
+product, such as pooling, resampling and concatenation, costs by channel and position, too, and goes with the layers
+beside it. All times are at least zero and are fitted to the measured latencies by least squares; those of one kind of
+layer are drawn towards a common value, since there are more of them than measurements.
 
 That latency is a step function of the channels, and that channels should be chosen by what they save, is from HALP
 (Shen et al., NeurIPS 2022), which takes each layer from a table instead.
@@ -14,12 +14,12 @@ That latency is a step function of the channels, and that channels should be cho
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
@@ -28,7 +28,7 @@ from prunekit.pruning.plan import Group
 from prunekit.utils.io import format_problem
 
 FORMAT = 1
-VECTOR = 8  # channels
+VECTORS = (1, 8, 16)  # channels; 1: none
 REGULARIZATION = 1.0
 DENSE_WEIGHT = 3.0  # of the dense model among the measured ones, since ratios refer to it
 FOLDS = 5
@@ -61,6 +61,7 @@ class LatencyTable(BaseModel):
     batch: int = 1
     size: list[int]
     variants: list[Variant] = []
+    _fitted: tuple[bytes, LatencyModel] | None = PrivateAttr(None)
 
     @classmethod
     def read(cls, path: Path) -> LatencyTable:
@@ -86,6 +87,23 @@ class LatencyTable(BaseModel):
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
+    def fit(self, terms: Callable[[int], Terms], lengths: Sequence[np.ndarray]) -> LatencyModel:
+        """Return the model with the vectors that predict best.
+
+        Args:
+            terms: of a network, for a length of the vectors.
+            lengths: the numbers of channels of each variant that was measured.
+        """
+        milliseconds = np.array([variant.ms for variant in self.variants if variant.ms is not None])
+        key = terms(1).dense.tobytes() + np.stack(lengths).tobytes() + milliseconds.tobytes()
+        if self._fitted is None or self._fitted[0] != key:
+            found = []
+            for vector in VECTORS:
+                own = terms(vector)
+                found.append(LatencyModel(own, np.stack([own(variant) for variant in lengths]), milliseconds))
+            self._fitted = key, min(found, key=lambda model: model.error)
+        return self._fitted[1]
+
     def check(self, groups: Sequence[Group]) -> None:
         """Raise PlanError where the table is not one of a model with these groups, or has too few measurements."""
         measured = [variant for variant in self.variants if variant.ms is not None]
@@ -110,10 +128,14 @@ class Terms:
             first, 1 where it has fewer.
         kernels: positions of each product's kernel, (products,).
         kinds: what each product is, such as ("conv2d", 9).
+        vector: number of channels that the machine computes together.
     """
 
-    def __init__(self, multiplied: np.ndarray, lengths: np.ndarray, kernels: np.ndarray, kinds: Sequence[Any]):
-        self._multiplied, self._positions = multiplied, multiplied / kernels
+    def __init__(
+        self, multiplied: np.ndarray, lengths: np.ndarray, kernels: np.ndarray, kinds: Sequence[Any], vector: int = 1
+    ):
+        self._multiplied, self._positions, self.vector = multiplied, multiplied / kernels, vector
+        self._is_axis = lengths > 1  # Axes of one channel may be there to fill the rows.
         numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
         kind_of_product = np.array([numbers[kind] for kind in kinds], int)
         rows = len(lengths) + 2
@@ -128,8 +150,8 @@ class Terms:
     def __call__(self, lengths: np.ndarray) -> np.ndarray:
         """Return the terms for some numbers of channels, (terms,): of each product 1, channels, multiply-adds."""
         alive = lengths.prod(0) > 0
-        vectors = -(-lengths[0] // VECTOR) * VECTOR * lengths[1:].prod(0)
-        rows = [np.ones(len(alive)), *(self._positions * lengths), self._multiplied * vectors]
+        vectors = np.where(self._is_axis, -(-lengths // self.vector) * self.vector, lengths)
+        rows = [np.ones(len(alive)), *(self._positions * vectors), self._multiplied * vectors.prod(0)]
         return (alive * np.stack(rows)).ravel()
 
 
@@ -137,7 +159,7 @@ class LatencyModel:
     """Predicts latencies from terms.
 
     Args:
-        terms: of the products of the model.
+        terms: of the products of the model; how to count the channels.
         variants: the terms of the measured models, (variants, terms); the first is the dense model.
         milliseconds: their latencies, (variants,).
 
@@ -147,7 +169,7 @@ class LatencyModel:
     """
 
     def __init__(self, terms: Terms, variants: np.ndarray, milliseconds: np.ndarray):
-        self._terms = terms
+        self.terms = terms
         self.weights = self._fit(variants, milliseconds)
         left_out = np.zeros(len(variants))
         folds = np.arange(len(variants)) % FOLDS
@@ -164,7 +186,7 @@ class LatencyModel:
         return float(terms @ self.weights)
 
     def _fit(self, variants: np.ndarray, milliseconds: np.ndarray) -> np.ndarray:
-        dense, kinds = self._terms.dense, self._terms.kinds
+        dense, kinds = self.terms.dense, self.terms.kinds
         used = np.flatnonzero(dense)
         _, kind = np.unique(kinds[used], return_inverse=True)
         sums, counts = np.bincount(kind, dense[used]), np.bincount(kind)

@@ -15,9 +15,9 @@ import numpy as np
 
 from prunekit.errors import PlanError
 from prunekit.pruning.selection.cost_model import SizeModel
-from prunekit.pruning.selection.latency_model import VECTOR
 from prunekit.pruning.selection.selector import Selector
 
+MOST_STEPS = 16  # in which a group may lose its channels
 LEAST_SAVED = 1e-6  # of the dense latency, to divide by
 
 
@@ -34,7 +34,8 @@ def removal_path(selector: Selector, size_model: SizeModel) -> list[np.ndarray]:
             raise PlanError(f"a score of {group.id} is negative; a latency needs an importance of at least 0")
     lost = [np.concatenate([[0.0], np.cumsum(scores)]) for scores in selector.sorted_scores]
     dead = selector.preset.copy()
-    least = LEAST_SAVED * size_model.dense.latency_ms
+    assert size_model.latency is not None
+    least, vector = LEAST_SAVED * size_model.dense.latency_ms, size_model.latency.terms.vector
 
     def state(index: int, number: int) -> tuple[float, float] | None:
         """The importance lost and the latency with another number; None where a layer would be dead."""
@@ -55,7 +56,7 @@ def removal_path(selector: Selector, size_model: SizeModel) -> list[np.ndarray]:
         return (after[0] - current[0]) / saved, -saved
 
     def options(index: int) -> Iterator[tuple[tuple[float, float], int, int, int]]:
-        for number in _next_numbers(selector, index, int(dead[index]), int(limits[index])):
+        for number in _next_numbers(selector, index, int(dead[index]), int(limits[index]), vector):
             yield price(index, number), index, number, int(dead[index])
 
     path, current = [dead.copy()], (0.0, 0.0)
@@ -85,13 +86,13 @@ def _named(selector: Selector, dead: np.ndarray) -> dict[str, int]:
     return {group.id: int(number) for group, number in zip(selector.groups, dead, strict=True)}
 
 
-def _next_numbers(selector: Selector, index: int, dead: int, limit: int) -> Iterator[int]:
+def _next_numbers(selector: Selector, index: int, dead: int, limit: int, vector: int) -> Iterator[int]:
     """The numbers of channels that a group may lose next: down to a whole vector, and all that the limit allows."""
     width, multiple = int(selector.widths[index]), int(selector.multiples[index])
     if dead >= limit:
         return
-    # Of narrow layers a quarter at a time; the last vector by halves.
-    step, kept = math.lcm(multiple, VECTOR if width >= 2 * VECTOR else max(width // 4, 1)), width - dead
+    kept, step = width - dead, math.lcm(multiple, vector * max(1, width // (MOST_STEPS * vector)))
+    # The last vector by halves.
     number = min(width - ((kept - 1) // step * step if kept > step else kept // 2 // multiple * multiple), limit)
     yield number
     if number < limit:

@@ -7,7 +7,7 @@ channel with a bias would still emit a constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError
-from prunekit.pruning.graph.gate_expr import last_gates
-from prunekit.pruning.graph.silence import Rows, silencing_rows
-from prunekit.pruning.plan import Group, Span
+from prunekit.pruning.graph.gate_expr import shrinking_rows
+from prunekit.pruning.graph.silence import Rows
+from prunekit.pruning.plan import Group
 from prunekit.utils import distributed
 
 # (the model, k ÷ rounds in round k) → the channels to prune by group, also those of earlier rounds.
@@ -70,7 +70,7 @@ class GradualPruning:
         self._choose, self._start, self._end, self._power, self._rounds = choose, start, end, power, rounds
         self._steps = 0
         self._groups = {group.id: group for group in groups if group.reason is None}
-        self._rows = {group.id: list(_shrinking_rows(model, group)) for group in self._groups.values()}
+        self._rows = {group.id: list(shrinking_rows(model, group)) for group in self._groups.values()}
         by_axis = {_key(rows): rows for own in self._rows.values() for rows in own}
         self._slices = [by_axis[key] for key in sorted(by_axis)]
         lengths = [rows.parameter.shape[rows.axis] for rows in self._slices]
@@ -146,17 +146,6 @@ class GradualPruning:
                 # Weights may be so small that their squares, and so their norm, are zero.
                 factor = torch.where(sizes > part, part / sizes, (part > 0).float()).to(rows.parameter)
                 rows.parameter.mul_(factor.view([-1 if d == rows.axis else 1 for d in range(rows.parameter.dim())]))
-
-
-def _shrinking_rows(model: nn.Module, group: Group) -> Iterator[Rows]:
-    """Yield what shrinks with a channel: the weight and bias of its last norms; without gates, what it is made by."""
-    if group.combine is None:
-        yield from silencing_rows(model, group)
-    for gate in (group.gates[number] for number in last_gates(group)):
-        module = model.get_submodule(gate.norm)
-        for name, parameter in (("weight", module.weight), ("bias", module.bias)):
-            if parameter is not None:
-                yield Rows(f"{gate.norm}.{name}", parameter, Span(axis=0, offset=gate.slice[0]))
 
 
 def _key(rows: Rows) -> str:
