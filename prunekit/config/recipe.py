@@ -15,6 +15,7 @@ from pathlib import Path
 import pydantic
 
 from prunekit.config import messages, schema
+from prunekit.config.conflicts import find_conflicts
 from prunekit.config.resolve import resolve_components
 from prunekit.config.schema import Backbone, Checkpoint, Component, Data, Decay, Export, Recipe, Slim, Training
 from prunekit.config.sources import ConfigTree, load_tree
@@ -51,7 +52,7 @@ def load(source: str | Path, overrides: Sequence[str] = (), *, untrusted: bool =
     _make_paths_absolute(tree)
     recipe = Recipe.model_validate_json(json.dumps(tree.value))
     tree.errors = []
-    for path, message in schema.find_conflicts(recipe):
+    for path, message in find_conflicts(recipe):
         tree.add_error(path, message)
     _raise_errors(tree.errors)
     return recipe

@@ -55,7 +55,8 @@ def _type(node: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "enum" in node:
         return ", ".join(f"`{value}`" for value in node["enum"])
     if node.get("type") == "array":
-        return f"list of {_type(node['items'], definitions)}s"
+        kind, _, values = _type(node["items"], definitions).partition(" ")
+        return f"list of {kind}s {values}".strip()
     bounds = [
         f"{sign} {int(node[key]) if node[key] == int(node[key]) else node[key]}"
         for key, sign in _BOUNDS.items()

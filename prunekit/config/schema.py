@@ -1,6 +1,7 @@
 """The recipe schema: keys, types, ranges, defaults and descriptions.
 
-The fields are in the order in which a resolved recipe is written. :mod:`prunekit.config.messages` words the errors.
+The fields are in the order in which a resolved recipe is written. :mod:`prunekit.config.messages` words the errors, and
+:mod:`prunekit.config.conflicts` compares keys with each other.
 """
 
 from __future__ import annotations
@@ -120,6 +121,26 @@ class Checkpoint(Section):
     """Also keep the checkpoint with the best validation, by the first metric of the task."""
 
 
+class Progressive(Section):
+    """Smaller images in the first epochs of a stage (progressive resizing), since they take less time."""
+
+    sizes: list[Count] = []
+    """Image sizes in increasing order, the last is `data.size`; empty: `data.size` in all epochs."""
+    milestones: list[Ratio] = []
+    """Shares of the epochs after which the next size begins; empty: each size has as many epochs."""
+    batch_sizes: list[Count] = []
+    """Batch size at each size, the last is `batch_size`; empty: `batch_size` at all sizes."""
+    strengths: list[Annotated[float, Field(ge=0, le=1)]] = []
+    """Factor at each size on the option `strength` of the augmentation; empty: 1."""
+    recalibrate: Natural = 50
+    """Batches at `data.size` to recompute the BatchNorm statistics on after the last epoch; 0: off."""
+
+    def first_epochs(self, epochs: int) -> list[int]:
+        """Return the epoch, from 0, at which each size begins in a training of this many epochs."""
+        count = len(self.sizes)
+        return [round(share * epochs) for share in (0, *(self.milestones or [n / count for n in range(1, count)]))]
+
+
 class Training(Section):
     """One training stage."""
 
@@ -147,6 +168,7 @@ class Training(Section):
     """Precision of the forward pass; "bf16" uses autocast."""
     augment: Component = Component(name="none")
     """Data augmentation."""
+    progressive: Progressive = Progressive()
     sync_norms: bool = False
     """Synchronize BatchNorm statistics over all processes (GPUs only)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -326,51 +348,6 @@ class Recipe(Section):
     def dump(self) -> str:
         """Return the recipe as YAML with every default; it loads again to an equal recipe."""
         return yaml.dump(self.model_dump(mode="json"))
-
-
-def find_conflicts(recipe: Recipe) -> list[tuple[yaml.Path, str]]:
-    """Return the keys that are valid alone but conflict with other keys, each with a message that proposes the fix."""
-    conflicts: list[tuple[yaml.Path, str]] = []
-    slim, distill = recipe.slim, recipe.finetune.distill
-    if not recipe.target.given:
-        add = "add target.params, target.macs, target.params_ratio, target.macs_ratio or target.latency_ratio"
-        if (name := slim.importance.name) != "gate":
-            conflicts.append((("slim", "importance"), f"{name!r} ranks channels but has no threshold; {add}"))
-        if slim.cost_power:
-            conflicts.append((("slim", "cost_power"), f"costs are shares of a target's measure; {add}"))
-        if slim.steps > 1:
-            conflicts.append((("slim", "steps"), f"{slim.steps} steps need a target; {add}"))
-        if recipe.train.gradual_pruning.rounds > 1:
-            conflicts.append((("train", "gradual_pruning", "rounds"), f"several rounds need a target; {add}"))
-        if slim.scope != "global":
-            conflicts.append((("slim", "scope"), f"{slim.scope!r} needs a target; {add}"))
-    elif slim.cost_power and slim.scope == "layer":
-        message = "costs compare layers, and slim.scope=layer prunes the same share of each; drop one of the two"
-        conflicts.append((("slim", "cost_power"), message))
-    if latency := next((key for key in recipe.target.given if key.startswith("latency")), None):
-        for key, default in (("cost_power", 0), ("scope", "global"), ("steps", 1)):
-            if getattr(slim, key) != default:
-                message = f"target.{latency} ranks channels by what they save of the latency; drop it"
-                conflicts.append((("slim", key), message))
-    gradual = recipe.train.gradual_pruning
-    if gradual.start is not None:
-        if gradual.start >= gradual.end:
-            message = f"{gradual.end:g} is not above train.gradual_pruning.start ({gradual.start:g}); raise it"
-            conflicts.append((("train", "gradual_pruning", "end"), message))
-        if slim.steps > 1:
-            message = "gradual pruning reaches the target in training; drop it, or use train.gradual_pruning.rounds"
-            conflicts.append((("slim", "steps"), message))
-    if recipe.init_weights == "fresh" and recipe.init is None:
-        conflicts.append((("init_weights",), "'fresh' takes the channel counts of a run; name one with init=RUN"))
-    if distill.weight and distill.teacher == "baseline" and not recipe.baseline:
-        message = "there is no baseline; set baseline=true or finetune.distill.teacher=dense"
-        conflicts.append((("finetune", "distill", "teacher"), message))
-    for stage in ("train", "finetune"):
-        training: Training = getattr(recipe, stage)
-        if training.sync_norms and training.compile:
-            message = f"a compiled model cannot synchronize processes; drop it or {stage}.compile"
-            conflicts.append(((stage, "sync_norms"), message))
-    return conflicts
 
 
 # Keys that name a folder; `backbone.file` is made absolute where it is read.

@@ -4,6 +4,9 @@ All take ``images`` ([B, 3, S, S], levels 0 to 255, uint8 or float), ``targets``
 class labels [B]), ``sizes`` ([B, 2], height and width of the original images in pixels) and a CPU ``generator``; the
 same generator state gives the same result on every device. They return float32 images of the same shape and either
 float32 masks of 0 and 1, transformed with the images, or the labels unchanged.
+
+The option ``strength``, in [0, 1], scales how much an augmentation changes images (not how often it flips them); a
+recipe's ``progressive.strengths`` raise it during a training.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ def crop_flip(
     crop: int = 15,
     hflip: float = 0.25,
     vflip: float = 0.25,
+    strength: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Crop up to ``crop`` original pixels from each side, flip, and resize back: the published augmentation of CSNet.
 
@@ -42,17 +46,19 @@ def crop_flip(
         crop: maximum number of original pixels cropped from a side, drawn per side; at most a third of the image.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
+        strength: factor on the cropped pixels.
 
     Raises:
-        ValueError: ``crop`` is negative, or a probability is outside [0, 1].
+        ValueError: ``crop`` is negative, or a probability or ``strength`` is outside [0, 1].
     """
+    _check_strength(strength)
     if crop < 0 or not 0 <= hflip <= 1 or not 0 <= vflip <= 1:
         raise ValueError(f"crop_flip needs crop >= 0 and hflip, vflip in [0, 1], got {crop}, {hflip}, {vflip}")
     count = len(images)
     # Draw all numbers whatever the options are, so that changing one option does not change the other numbers.
     cuts = torch.randint(0, crop + 1, (count, 2, 2), generator=generator)
     flips = torch.rand(count, 2, generator=generator) < torch.tensor([vflip, hflip])
-    shares = (cuts / sizes.cpu()[:, :, None]).clamp(max=1 / 3)
+    shares = (strength * cuts / sizes.cpu()[:, :, None]).clamp(max=1 / 3)
     before, after = shares.unbind(-1)
     return _crop_and_resize(images, targets, before, after, flips)
 
@@ -68,6 +74,7 @@ def resized_crop(
     aspect: float = 4 / 3,
     hflip: float = 0.5,
     color: float = 0.2,
+    strength: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random resized crop (Szegedy et al., CVPR 2015, section 6), horizontal flip and color jitter.
 
@@ -77,15 +84,18 @@ def resized_crop(
         aspect: maximum aspect ratio of the crop, at least 1; smaller where a side would exceed the image.
         hflip: probability of a horizontal flip.
         color: maximum relative change of brightness, contrast and saturation, in [0, 1].
+        strength: factor on 1 - ``area``, on the logarithm of ``aspect`` and on ``color``.
 
     Raises:
         ValueError: an argument is outside its range.
     """
+    _check_strength(strength)
     if not 0 < area <= 1 or aspect < 1 or not 0 <= hflip <= 1 or not 0 <= color <= 1:
         raise ValueError(
             "resized_crop needs area in (0, 1], aspect >= 1, hflip and color in [0, 1], "
             f"got {area}, {aspect}, {hflip}, {color}"
         )
+    area, aspect, color = area + (1 - area) * (1 - strength), aspect**strength, color * strength
     # Draw all numbers whatever the options are, so that changing one option does not change the other numbers.
     drawn = torch.rand(len(images), 8, generator=generator)
     share = (area + (1 - area) * drawn[:, 0]).sqrt()
@@ -150,6 +160,7 @@ def shift(
     *,
     pixels: int = 4,
     fill: Literal["zero", "edge"] = "zero",
+    strength: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shift each image by up to ``pixels`` along each axis, as He et al. (CVPR 2016, section 4.2) for CIFAR-10.
 
@@ -157,12 +168,15 @@ def shift(
         images, targets, sizes, generator: see the module; ``sizes`` is not used.
         pixels: maximum shift in either direction, drawn per axis.
         fill: pad with ``zero`` (black, background) or repeat the pixels at the ``edge``.
+        strength: factor on ``pixels``, whose product is rounded.
 
     Raises:
-        ValueError: ``pixels`` is negative.
+        ValueError: ``pixels`` is negative, or ``strength`` is outside [0, 1].
     """
+    _check_strength(strength)
     if pixels < 0:
         raise ValueError(f"shift needs pixels >= 0, got {pixels}")
+    pixels = round(strength * pixels)
     moves = torch.randint(-pixels, pixels + 1, (len(images), 2), generator=generator)
     moves = _to_device(moves, images.device)
     masks = [targets.float()] if _are_masks(targets) else []
@@ -176,6 +190,11 @@ def shift(
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     both = wide[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
     return both[:, :3], both[:, 3:] if masks else targets
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength:g} must be from 0 to 1")
 
 
 def _to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:

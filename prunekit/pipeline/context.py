@@ -41,7 +41,7 @@ class RunContext:
         epochs = recipe.train.epochs, recipe.finetune.epochs
         reporter.training_epochs = training_epochs(*epochs, recipe.slim.steps, recipe.baseline)
         self._datasets: dict[str, ImageDataset] = {}
-        self._tensors: dict[str, Tensors] = {}
+        self._tensors: dict[tuple[str, int], Tensors] = {}
         self._dense_groups: list[Group] | None = None
         self._latencies: RunLatencies | None = None
         self._check_sizes: Sequence[tuple[int, ...]] | None = None
@@ -52,16 +52,28 @@ class RunContext:
             self._datasets[split] = _build_dataset(self.recipe, split)
         return self._datasets[split]
 
-    def tensors(self, split: str) -> Tensors:
-        """Return a split as tensors in memory, at the recipe's size."""
-        if split not in self._tensors:
-            data = self.recipe.data
-            with self.reporter.spinner(f"reading data ({split})"):
+    def tensors(self, split: str, size: int | None = None) -> Tensors:
+        """Return a split as tensors in memory, at the recipe's size or another; read once.
+
+        Raises:
+            DataError: they cannot be read, or an image could be read only at the recipe's size.
+        """
+        data = self.recipe.data
+        key = split, size or data.size
+        if key not in self._tensors:
+            # The recipe's size first: it drops unreadable images, so that all sizes have the same rows.
+            count = None if key[1] == data.size else len(self.tensors(split))
+            what = split if count is None else f"{split}, {key[1]}×{key[1]}"
+            with self.reporter.spinner(f"reading data ({what})"):
                 folder, keep = data_folder(data.cache), distributed.is_main_process()
-                self._tensors[split] = cached_tensors(
-                    self.dataset(split), data.size, folder, self.reporter.info, keep=keep
+                found = cached_tensors(self.dataset(split), key[1], folder, self.reporter.info, keep=keep)
+            if count not in (None, len(found)):
+                raise DataError(
+                    f"data: {count} images could be read at {data.size}×{data.size}, and now {len(found)}; restore the "
+                    "images, and continue with --resume"
                 )
-        return self._tensors[split]
+            self._tensors[key] = found
+        return self._tensors[key]
 
     def data_checksums(self) -> dict[str, str]:
         """Return a SHA-256 of the images and targets of each split, in their order; their paths do not matter."""

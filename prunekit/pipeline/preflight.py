@@ -98,9 +98,19 @@ def _check_data_and_output(context: RunContext, model: nn.Module) -> None:
         raise RecipeError(
             f"data set {recipe.data.name}: training and validation have different classes; give both the same"
         )
-    if fault := _output_fault(context, model, recipe.data.size):
-        problem, _, advice = fault.rpartition("; ")
-        raise RecipeError(f"{problem}; {_other_sizes(context, model) or advice}" if problem else fault)
+    sizes = {recipe.data.size: "data.size"}
+    for stage in ("train", "finetune"):
+        for size in getattr(recipe, stage).progressive.sizes:
+            sizes.setdefault(size, f"{stage}.progressive.sizes")
+    faults = []
+    for size, key in sizes.items():
+        if fault := _output_fault(context, model, size):
+            problem, _, advice = fault.rpartition("; ")
+            others = _other_sizes(context, model, size)
+            fix = f"set {key}={others}" if key == "data.size" else f"in {key}, replace {size} by {others}"
+            faults.append(f"{problem}; {fix if others else advice}" if problem else fault)
+    if faults:
+        raise RecipeError("\n".join(faults))
 
 
 def _output_fault(context: RunContext, model: nn.Module, size: int) -> str | None:
@@ -118,17 +128,17 @@ def _output_fault(context: RunContext, model: nn.Module, size: int) -> str | Non
     return fault and f"task {recipe.task} with {backbone}: {fault}"
 
 
-def _other_sizes(context: RunContext, model: nn.Module) -> str | None:
-    """Return the advice to use one of the nearest sizes whose output is right, if there is one."""
-    size, single = context.recipe.data.size, None
+def _other_sizes(context: RunContext, model: nn.Module, size: int) -> str | None:
+    """Return the nearest sizes whose output is right, as text; None if there is none."""
+    single = None
     for step in (2, 4, 8, 16, 32, 64, 224):
         below = size // step * step
         near = [side for side in (below, below + step) if side not in (0, size)] if size % step else []
         fitting = [str(side) for side in near if _output_fault(context, model, side) is None]
         if len(fitting) == 2:
-            return f"set data.size={fitting[0]} or {fitting[1]} (a multiple of {step})"
+            return f"{fitting[0]} or {fitting[1]} (a multiple of {step})"
         single = single or next(iter(fitting), None)
-    return single and f"set data.size={single}"
+    return single
 
 
 def _check_losses(context: RunContext, model: nn.Module) -> None:

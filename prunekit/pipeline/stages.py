@@ -9,15 +9,13 @@ import traceback
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import nn
 
 from prunekit.config.schema import Recipe
-from prunekit.data.datasets import normalize
 from prunekit.data.images import encode_png
 from prunekit.errors import CheckpointError, ExportError, PrunekitError, RunError, TrainingError
 from prunekit.pipeline.context import RunContext
-from prunekit.pipeline.export import Exporter, compared, variants
+from prunekit.pipeline.export import Exporter, variants
 from prunekit.pipeline.models import (
     CLASSES,
     create_initial_model,
@@ -29,13 +27,11 @@ from prunekit.pipeline.models import (
 )
 from prunekit.pipeline.preflight import check_classes
 from prunekit.pipeline.prune_stages import extract_stage, gradual_pruning, slim_stage
-from prunekit.pipeline.training_setup import build_decay, train_model
+from prunekit.pipeline.training_setup import build_decay, recalibrate_norms, train_model
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.sparsity.dynamic_decay import NoDecay
-from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.base import Task
-from prunekit.training.trainer import seeded_generator
 from prunekit.utils.io import is_disk_failure
 from prunekit.utils.text import first_line
 
@@ -65,8 +61,11 @@ def finetune_stage(context: RunContext, run: RunDir) -> None:
     model = load_model(run, "slim", context.recipe)
     groups = find_groups(model, context.example())
     # A checkpoint holds the recalibrated statistics already.
-    if context.recipe.slim.recalibrate and run.latest_checkpoint("finetune") is None:
-        _recalibrate(context, run, model.to(context.device))
+    recipe = context.recipe
+    if recipe.slim.recalibrate and run.latest_checkpoint("finetune") is None:
+        sizes = recipe.finetune.batch_size, recipe.slim.recalibrate
+        recalibrated = recalibrate_norms(context, model.to(context.device), "finetune", *sizes)
+        run.update_summary("recalibrated", recalibrated)
     train_model(context, run, "finetune", model, groups, NoDecay(model, groups))
     save_model(run, "finetuned", model, read_plan(run, "slim"))
     context.measure(run, "finetuned", model)
@@ -173,19 +172,6 @@ def _train_baseline(context: RunContext, run: RunDir) -> None:
     train_model(context, run, "baseline", model, groups, NoDecay(model.to(context.device), groups))
     save_model(run, "baseline", model, plan)
     context.measure(run, "baseline", model)
-
-
-def _recalibrate(context: RunContext, run: RunDir, model: nn.Module) -> None:
-    size = context.recipe.finetune.batch_size
-    train, val = context.tensors("train"), context.tensors("val")
-    order = torch.randperm(len(train), generator=seeded_generator(context.recipe.seed, "recalibrate", 0))
-    batches = order.split(size)[: context.recipe.slim.recalibrate]
-    full = [rows for rows in batches if len(rows) == min(size, len(order))]
-    before = context.task.validate(model, val, 4 * size)
-    count = recalibrate(model, (normalize(train.images[rows].to(context.device)) for rows in full))
-    after = context.task.validate(model, val, 4 * size)
-    run.update_summary("recalibrated", {"batches": count, "before": before, "after": after})
-    context.reporter.info(f"finetune: norms recalibrated on {count} batches: {compared(before, after)}")
 
 
 def _record_classes(context: RunContext, run: RunDir) -> None:

@@ -6,22 +6,27 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunekit.config import registry
 from prunekit.config.schema import FineTuning, Training
+from prunekit.data.datasets import Tensors, normalize
 from prunekit.pipeline.context import RunContext
+from prunekit.pipeline.export import compared
 from prunekit.pipeline.models import load_model
 from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.importance import gate
 from prunekit.pruning.sparsity.dynamic_decay import Decay
 from prunekit.pruning.sparsity.gradual import GradualPruning
+from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
 from prunekit.tasks.losses import total_loss
 from prunekit.training.acceleration import channels_last
 from prunekit.training.distillation import TrainingLoss
+from prunekit.training.phases import Phases
 from prunekit.training.trackers import track
-from prunekit.training.trainer import Trainer, bind_options
+from prunekit.training.trainer import Trainer, bind_options, seeded_generator
 from prunekit.training.training_job import TrainingJob, no_tracker
 from prunekit.utils import distributed
 from prunekit.utils.text import plural
@@ -49,6 +54,11 @@ def train_model(
         gradual: given the number of steps, returns what shrinks channels to zero during training.
     """
     recipe = context.recipe
+
+    def resized(size: int) -> Tensors:
+        with distributed.main_process_first():  # the others read what it has cached
+            return context.tensors("train", size)
+
     section = recipe.train if training in ("train", "baseline") else recipe.finetune
     job = TrainingJob(
         stage=training,
@@ -62,11 +72,39 @@ def train_model(
         reporter=context.reporter,
         device=context.device,
         threshold=recipe.slim.threshold,
+        resized=resized,
         gradual_pruning=gradual,
         tracker=partial(track, recipe, run.path, training) if distributed.is_main_process() else no_tracker,
     )
     Trainer(model.to(context.device), job, groups, decay).fit()
+    progressive = section.progressive
+    if len(progressive.sizes) > 1 and progressive.recalibrate and section.epochs:
+        recalibrate_norms(context, model, training, section.batch_size, progressive.recalibrate)
     model.cpu().eval()
+
+
+def recalibrate_norms(
+    context: RunContext, model: nn.Module, training: str, batch_size: int, count: int
+) -> dict[str, Any]:
+    """Measure the statistics of a model's norms again on training images, and report what that changes.
+
+    Args:
+        model: on the device.
+        training: named in the message.
+        batch_size: images of a batch.
+        count: batches at most.
+
+    Returns:
+        The number of batches, and the validation metrics before and after.
+    """
+    train, val = context.tensors("train"), context.tensors("val")
+    order = torch.randperm(len(train), generator=seeded_generator(context.recipe.seed, "recalibrate", 0))
+    full = [rows for rows in order.split(batch_size)[:count] if len(rows) == min(batch_size, len(order))]
+    before = context.task.validate(model, val, 4 * batch_size)
+    done = recalibrate(model, (normalize(train.images[rows].to(context.device)) for rows in full))
+    after = context.task.validate(model, val, 4 * batch_size)
+    context.reporter.info(f"{training}: norms recalibrated on {done} batches: {compared(before, after)}")
+    return {"batches": done, "before": before, "after": after}
 
 
 def gates_out_of_reach(context: RunContext, model: nn.Module, groups: list[Group]) -> str | None:
@@ -79,15 +117,15 @@ def gates_out_of_reach(context: RunContext, model: nn.Module, groups: list[Group
     if section.optimizer.name not in ("adam", "adamw") or not by_threshold:
         return None
     schedule = bind_options(registry.schedules, section.schedule)
-    batch = section.batch_size * section.accumulate * distributed.world_size()
-    steps = section.epochs * max(1, len(context.tensors("train")) // batch)
+    images, micro_batches = len(context.tensors("train")), section.accumulate * distributed.world_size()
+    shares = list(Phases(section, recipe.data.size, images, micro_batches).shares())
     if (start := section.gradual_pruning.start) is not None:
-        steps = round(start * steps)
+        shares = [share for share in shares if share < start]
     scores = [float(gates.min()) for gates in gate(model, groups).values()]
-    if not steps or not scores:
+    if not shares or not scores:
         return None
-    rate = section.gate_lr or section.lr
-    fall = rate * sum(schedule(step / steps) for step in range(steps))
+    rate, steps = section.gate_lr or section.lr, len(shares)
+    fall = rate * sum(map(schedule, shares))
     if min(scores) - fall <= recipe.slim.threshold:
         return None
     return (

@@ -105,7 +105,10 @@ class _Compiled:
 
     def __init__(self, model: nn.Module, on_cpu: bool, say: Say):
         self.model, self.say = model, say
-        self.forward: Forward | None = torch.compile(model, mode="default" if on_cpu else "reduce-overhead")
+        mode = "default" if on_cpu else "reduce-overhead"
+        # Compiled again for each image size: code for any size, which PyTorch makes at the second one, is slower, and
+        # a training that resumes at that size would compute with other code.
+        self.forward: Forward | None = torch.compile(model, mode=mode, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.forward is None:

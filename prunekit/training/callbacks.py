@@ -46,7 +46,7 @@ class LearningRate(Callback):
         self.factor = 1.0
 
     def on_step_start(self, trainer: Trainer) -> None:
-        self.factor = self.schedule(trainer.global_step / trainer.total_steps)
+        self.factor = self.schedule(trainer.done / trainer.phases.total)
         for group, lr in zip(trainer.optimizer.param_groups, trainer.base_lrs, strict=True):
             group["lr"] = lr * self.factor
 
@@ -58,7 +58,7 @@ class PruneGradually(Callback):
     """Shrinks the chosen channels after each step; the decay ends when the first are chosen."""
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        if trainer.gradual_pruning.step():
+        if trainer.gradual_pruning.step(trainer.phases.parts_of_a_step(trainer.position.epoch)):
             trainer.end_decay()
 
 
@@ -83,7 +83,7 @@ class Checkpointing(Callback):
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         position = trainer.position
         stop = trainer.should_stop()
-        if position.step < trainer.steps_per_epoch and (stop or self._is_due(trainer)):
+        if position.step < trainer.phase.steps and (stop or self._is_due(trainer)):
             trainer.check_finite()  # a checkpoint with bad numbers must not replace a good one
             position.seconds = time.perf_counter() - trainer.epoch_started
             position.save_rng(trainer.generator, trainer.job.device)
@@ -125,7 +125,7 @@ class Progress(Callback):
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         if trainer.is_log_step and math.isfinite(result.loss):
             losses = float(result.loss), float(result.penalty)
-            trainer.job.reporter.log_step(trainer.global_step, *losses, trainer.decay.weight, *trainer.gates.count())
+            trainer.job.reporter.log_step(trainer.done, *losses, trainer.decay.weight, *trainer.gates.count())
 
     def on_epoch_logged(self, trainer: Trainer, row: dict[str, Any]) -> None:
         trainer.job.reporter.log_epoch(row)

@@ -102,7 +102,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     state = {
         "epoch": position.epoch,
         "step": position.step,
-        "steps": trainer.steps_per_epoch,
+        "steps": trainer.phases.at(position.epoch).steps,
         "batches": job.config.accumulate * distributed.world_size(),
         "sums": position.sums.tolist(),
         "seconds": position.seconds,
@@ -132,7 +132,7 @@ def restore_checkpoint(trainer: Trainer, checkpoint: Checkpoint | None) -> Train
     if checkpoint is None:
         return TrainingPosition()
     arrays, state = checkpoint
-    job, steps = trainer.job, trainer.steps_per_epoch
+    job, steps = trainer.job, trainer.phases.at(int(state["epoch"])).steps
     if state.get("steps", steps) != steps:
         raise CheckpointError(
             f"{_name(job)} has {state['steps']} steps an epoch, and the data now give {steps}; restore the missing "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prunekit.config import registry
 from prunekit.config.schema import Component
 from prunekit.data.cache import to_device
+from prunekit.data.datasets import Tensors
 from prunekit.errors import TrainingError
 from prunekit.native.library import load
 from prunekit.pruning.plan import Group
@@ -29,6 +30,7 @@ from prunekit.training.checkpoint import TrainingPosition, restore_checkpoint, s
 from prunekit.training.ema import WeightAverage
 from prunekit.training.gate_history import GateHistory
 from prunekit.training.optimizers import param_groups
+from prunekit.training.phases import Phase, Phases
 from prunekit.training.step import TrainingStep, assert_identical_models, broadcast_model
 from prunekit.training.training_job import TrainingJob, no_tracker
 from prunekit.utils import distributed
@@ -73,15 +75,9 @@ class Trainer:
         self.ema = None if config.ema is None else WeightAverage(model, config.ema)
 
         micro_batches = self.training_step.micro_batches
-        self.batch_size = min(config.batch_size, len(job.train_data) // micro_batches)
-        if not self.batch_size:
-            raise TrainingError(
-                f"{len(job.train_data)} images are too few for the {micro_batches} batches of a step; "
-                "start fewer processes, or lower train.accumulate and finetune.accumulate"
-            )
-        self.epochs, self.steps_per_epoch = config.epochs, len(job.train_data) // (self.batch_size * micro_batches)
-        self.total_steps = max(1, self.epochs * self.steps_per_epoch)
-        self.gradual_pruning = None if job.gradual_pruning is None else job.gradual_pruning(self.total_steps)
+        self.phases = Phases(config, job.train_data.images.shape[-1], len(job.train_data), micro_batches)
+        self.epochs = config.epochs
+        self.gradual_pruning = None if job.gradual_pruning is None else job.gradual_pruning(self.phases.total)
         self.position = restore_checkpoint(self, checkpoint)
         if distributed.world_size() > 1 and config.fast and job.device.type == "cpu":
             with distributed.main_process_first():
@@ -90,32 +86,41 @@ class Trainer:
         if self.ema is not None:
             broadcast_model(self.ema.model)
 
-        self.augment = bind_options(registry.augmentations, config.augment)
         schedule = bind_options(registry.schedules, config.schedule)
         self.callbacks: list[callbacks.Callback] = [callbacks.LearningRate(schedule)]
         if self.gradual_pruning is not None:
             self.callbacks.append(callbacks.PruneGradually())
         self.callbacks += [callbacks.MetricsLogger(), callbacks.Checkpointing(), callbacks.Progress()]
         self.stopped_at: str | None = None
-        self.data = to_device(job.train_data, job.device)
+        self.data: Tensors | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the current epoch."""
+        return self.phases.at(self.position.epoch)
 
     @property
     def global_step(self) -> int:
         """Finished steps of all epochs."""
-        return self.position.epoch * self.steps_per_epoch + self.position.step
+        return self.phases.steps_before(self.position.epoch) + self.position.step
+
+    @property
+    def done(self) -> int:
+        """How far the training is, of ``phases.total``."""
+        return self.phases.done(self.position.epoch, self.position.step)
 
     @property
     def is_log_step(self) -> bool:
         """Whether losses and gates are read after the step that has just finished."""
         step = self.position.step
-        return (step - 1) % LOG_EVERY == 0 or step == self.steps_per_epoch
+        return (step - 1) % LOG_EVERY == 0 or step == self.phase.steps
 
     def fit(self) -> None:
         """Train the model to the last epoch."""
         with self._session():
             for epoch in range(self.position.epoch, self.epochs):
                 self._start_epoch()
-                for _ in range(self.position.step, self.steps_per_epoch):
+                for _ in range(self.position.step, self.phase.steps):
                     self._notify("on_step_start")
                     result = self.training_step(self.forward, self.decay, self._micro_batches())
                     if self.ema is not None:
@@ -156,7 +161,10 @@ class Trainer:
         if not finished:
             job.run.truncate_metrics(job.stage, first)
         losses = [row["loss"] for row in job.run.read_metrics() if row["stage"] == job.stage]
-        job.reporter.start_training(job.stage, self.epochs, self.steps_per_epoch, first, losses, self.position.step)
+        # Counted as ``done``, since epochs may have different numbers of steps.
+        per_epoch, step = self.phases.done(1, 0), self.done - self.phases.done(first, 0)
+        costs = [self.phases.at(epoch).size ** 2 for epoch in range(self.epochs)]
+        job.reporter.start_training(job.stage, self.epochs, per_epoch, first, losses, step, costs)
         # A tracker drops what was logged after ``first``, which must stay when there is nothing to train.
         tracker = no_tracker if finished else job.tracker
         synchronized = job.config.sync_norms and distributed.world_size() > 1
@@ -176,6 +184,7 @@ class Trainer:
     def _start_epoch(self) -> None:
         job, position = self.job, self.position
         self.epoch_started = time.perf_counter() - position.seconds
+        self._start_phase()
         self.generator = seeded_generator(job.seed, job.stage, position.epoch)
         self.order = torch.randperm(len(self.data), generator=self.generator)
         self.order_on_device = self.order.to(self.data.images.device)
@@ -184,6 +193,18 @@ class Trainer:
             position.restore_rng(self.generator, job.device)
         self._notify("on_epoch_start")
         self.model.train()
+
+    def _start_phase(self) -> None:
+        """Load the data of the current size, unless they are there, and set the strength of the augmentation."""
+        job, phase, augment = self.job, self.phase, self.job.config.augment
+        if self.data is None or self.data.images.shape[-1] != phase.size:
+            self.data = None  # first, for the memory of the device
+            full = phase.size == job.train_data.images.shape[-1]
+            self.data = to_device(job.train_data if full else job.resized(phase.size), job.device)
+        if phase.strength is not None:
+            strength = phase.strength * augment.options.get("strength", 1.0)
+            augment = augment.model_copy(update={"options": {**augment.options, "strength": strength}})
+        self.augment = bind_options(registry.augmentations, augment)
 
     def _end_epoch(self) -> dict[str, Any]:
         """Finish an epoch; return its row of ``metrics.jsonl``."""
@@ -201,13 +222,14 @@ class Trainer:
             raise TrainingError(
                 f"every step of epoch {position.epoch + 1} of {job.stage} was skipped; try a lower lr or decay.weight"
             )
-        if skipped := self.steps_per_epoch - round(steps):
+        if skipped := self.phase.steps - round(steps):
             entries["skipped"] = skipped
         alive, of = self.gates.count()
         return {
             "stage": job.stage,
             "epoch": position.epoch + 1,
             "step": self.global_step,
+            **({"size": self.phase.size} if job.config.progressive.sizes else {}),
             "loss": loss / steps,
             "penalty": penalty / steps,
             "lambda": self.decay.weight,
@@ -223,7 +245,7 @@ class Trainer:
         if not distributed.is_main_process():
             return {}
         model = self.model if self.ema is None else self.ema.model
-        return self.job.task.validate(model, self.job.val_data, 4 * self.batch_size)
+        return self.job.task.validate(model, self.job.val_data, 4 * self.phases.last.batch_size)
 
     def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's micro-batches of one step: augmented images and targets.
@@ -235,8 +257,8 @@ class Trainer:
         for index in range(distributed.rank(), count, distributed.world_size()):
             if count > 1:
                 generator = seeded_generator(self.job.seed, self.job.stage, self.position.epoch, step, index)
-            start = (step * count + index) * self.batch_size
-            batch = slice(start, start + self.batch_size)
+            start = (step * count + index) * self.phase.batch_size
+            batch = slice(start, start + self.phase.batch_size)
             rows = self.order_on_device[batch]
             yield self.augment(data.images[rows], data.targets[rows], data.sizes[self.order[batch]], generator)
 

@@ -35,12 +35,13 @@ class TrainingJob:
         config: its section of the recipe.
         task: computes validation metrics.
         loss: of one micro-batch.
-        train_data, val_data: data sets in memory.
+        train_data, val_data: data sets in memory, at ``data.size``.
         seed: of the run.
         run: run folder for metrics and checkpoints.
         reporter: receives progress and messages.
         device: of the model.
         threshold: effective gate at or below which a channel counts as dead.
+        resized: returns the training data at another size; needed for ``progressive.sizes``.
         gradual_pruning: given the number of steps, returns what shrinks channels to zero; None shrinks none.
         tracker: logs metrics elsewhere, see :mod:`prunekit.training.trackers`.
     """
@@ -56,5 +57,6 @@ class TrainingJob:
     reporter: Reporter
     device: torch.device
     threshold: float = 0.0
+    resized: Callable[[int], Tensors] | None = None
     gradual_pruning: Callable[[int], GradualPruning] | None = None
     tracker: Tracker = no_tracker

@@ -212,7 +212,14 @@ class Reporter:
         return view
 
     def start_training(
-        self, stage: str, epochs: int, steps: int, first: int, losses: Sequence[float] = (), step: int = 0
+        self,
+        stage: str,
+        epochs: int,
+        steps: int,
+        first: int,
+        losses: Sequence[float] = (),
+        step: int = 0,
+        costs: Sequence[float] = (),
     ) -> None:
         """Show a training.
 
@@ -223,11 +230,12 @@ class Reporter:
             first: number of epochs already done.
             losses: losses of these epochs.
             step: number of steps already done in the next epoch.
+            costs: relative duration of each epoch, where they differ.
         """
         names = list(self.training_epochs)
         later = names[names.index(stage) + 1 :] if stage in names else []
         later_steps = steps * sum(self.training_epochs[name] for name in later)
-        self._training = _TrainingView(stage, epochs, steps, first * steps + step, later_steps, list(losses))
+        self._training = _TrainingView(stage, epochs, steps, first * steps + step, later_steps, list(losses), costs)
         self._push(self._training)
 
     def log_step(self, done: int, loss: float, penalty: float, weight: float, alive: int, total: int) -> None:
@@ -274,6 +282,7 @@ class _TrainingView:
     done: int
     later_steps: int
     epoch_losses: list[float]
+    costs: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         self.first = self.done
@@ -290,12 +299,21 @@ class _TrainingView:
         self.epoch_losses, self.step_losses = [*self.epoch_losses, line["loss"]], []
         self.line, self.updated = line, time.monotonic()
 
+    def _work(self, done: int) -> float:
+        """Return the cost of this many steps; a step of a training whose epochs cost the same costs 1."""
+        if not self.costs:
+            return done
+        epochs, steps = divmod(done, self.steps)
+        return self.steps * math.fsum(self.costs[:epochs]) + steps * math.fsum(self.costs[epochs : epochs + 1])
+
     def status(self) -> TrainingStatus:
         total, left, run_left = self.epochs * self.steps, None, None
         if self.done > self.first:
-            seconds_per_step = (self.updated - self.started) / (self.done - self.first)
-            left = max(0.0, seconds_per_step * (total - self.done) - (time.monotonic() - self.updated))
-            run_left = left + seconds_per_step * self.later_steps if self.later_steps else None
+            work, whole = self._work(self.done), self._work(total)
+            seconds_per_work = (self.updated - self.started) / (work - self._work(self.first))
+            left = max(0.0, seconds_per_work * (whole - work) - (time.monotonic() - self.updated))
+            later = self.later_steps * whole / max(total, 1)  # as if those cost the same
+            run_left = left + seconds_per_work * later if later else None
         losses = self.step_losses
         if self.epoch_losses:
             losses = [*self.epoch_losses, *([math.fsum(losses) / len(losses)] if losses else [])]

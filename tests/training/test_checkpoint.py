@@ -43,7 +43,7 @@ def make_trainer(run, optimizer=torch.optim.SGD, position=None, gradual=None):
         gradual_pruning=gradual,
         end_decay=lambda: ended.append(run),
         position=position,
-        steps_per_epoch=100,
+        phases=SimpleNamespace(at=lambda epoch: SimpleNamespace(steps=100)),
         global_step=100 * position.epoch + position.step,
     )
 

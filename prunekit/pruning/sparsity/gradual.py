@@ -83,9 +83,13 @@ class GradualPruning:
     def is_finished(self) -> bool:
         return self.round == self._rounds and self._remaining() == 0
 
-    def step(self) -> bool:
-        """Count one more optimizer step and limit the chosen channels; return whether a round has begun."""
-        self._steps += 1
+    def step(self, count: int = 1) -> bool:
+        """Count one more optimizer step and limit the chosen channels; return whether a round has begun.
+
+        Args:
+            count: of ``total_steps`` that this step is, where some advance the training further than others.
+        """
+        self._steps += count
         begins = self.round < self._rounds and self._progress() >= self.round
         if begins:
             self._begin_round()
