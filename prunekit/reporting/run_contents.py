@@ -73,7 +73,7 @@ _PLAN = {
 }
 _EPOCH = {
     "stage": v.STRING,
-    **dict.fromkeys(("epoch", "step", "alive", "of", "skipped"), v.COUNT),
+    **dict.fromkeys(("epoch", "step", "size", "alive", "of", "skipped"), v.COUNT),
     **dict.fromkeys(("loss", "penalty", "lambda", "lr"), v.NUMBER),
     "seconds": v.DURATION,
     "metrics": _METRICS,

@@ -91,6 +91,24 @@ def test_flips_have_the_given_probability():
 
 
 @pytest.mark.parametrize("augment", [crop_flip, resized_crop, shift])
+def test_strength_scales_the_changes(augment):
+    images, masks, sizes = batch(8)
+    still = {} if augment is shift else {"hflip": 0.0}
+    still |= {"vflip": 0.0} if augment is crop_flip else {}
+
+    def change(strength):
+        out, _ = augment(images, masks, sizes, seeded(5), strength=strength, **still)
+        return float((out - images.float()).abs().mean())
+
+    assert change(0.0) < 1e-2 < change(0.3) < change(1.0)
+    whole, plain = augment(images, masks, sizes, seeded(5), strength=1.0), augment(images, masks, sizes, seeded(5))
+    assert torch.equal(whole[0], plain[0]) and torch.equal(whole[1], plain[1])
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"strength=.* must be from 0 to 1"):
+            change(wrong)
+
+
+@pytest.mark.parametrize("augment", [crop_flip, resized_crop, shift])
 def test_same_generator_state_gives_same_result(augment):
     images, masks, sizes = batch(8)
     state = torch.random.get_rng_state()

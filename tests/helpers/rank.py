@@ -8,6 +8,7 @@ Writes the weights of each run in RUNS to FOLDER/NAME-RANK.safetensors.
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,15 +66,15 @@ class Silent:
         self.messages.append(text)
 
 
-def data():
+def data(split, size=SIZE):
     build = registry.datasets.get("salient_shapes")
-    return {split: load_tensors(build(split, size=SIZE, train=IMAGES, val=4), SIZE) for split in ("train", "val")}
+    return load_tensors(build(split, size=SIZE, train=IMAGES, val=4), size)
 
 
 def train(run, epochs, accumulate=1, threshold=1e-3, gradual=False, **changes):
     """Return the trained model and the info messages."""
     torch.manual_seed(0)
-    model, datasets, reporter = Small(), data(), Silent()
+    model, reporter = Small(), Silent()
     groups = find_groups(model, torch.zeros(1, 3, SIZE, SIZE))
 
     def prune(total_steps):
@@ -87,13 +88,14 @@ def train(run, epochs, accumulate=1, threshold=1e-3, gradual=False, **changes):
         config=section,
         task=registry.tasks.get("saliency")(),
         loss=TrainingLoss(registry.tasks.get("saliency")().loss),
-        train_data=datasets["train"],
-        val_data=datasets["val"],
+        train_data=data("train"),
+        val_data=data("val"),
         seed=3,
         run=run,
         reporter=reporter,
         device=torch.device("cpu"),
         threshold=threshold,
+        resized=partial(data, "train"),
         gradual_pruning=prune if gradual else None,
     )
     Trainer(model, job, groups, DynamicWeightDecay(model, groups, 0.1)).fit()
@@ -106,6 +108,7 @@ RUNS = {
     "adam": {"epochs": 1, "batch_size": IMAGES // 2, "optimizer": "adam"},
     "many": {"epochs": 3, "ema": 0.9},
     "gradual": {"epochs": 3, "gradual": True},
+    "progressive": {"epochs": 2, "gradual": True, "progressive": {"sizes": [8, SIZE], "batch_sizes": [6, 4]}},
 }
 
 

@@ -88,6 +88,18 @@ def test_sizes_that_work_are_proposed(check, skip, size, advice):
     check(f"backbone.options.skip={skip}", f"data.size={size // 4 * 4}")
 
 
+def test_progressive_sizes_that_the_backbone_cannot_take_are_reported_at_once(check):
+    sizes = ["train.progressive.sizes=[6, 8, 10, 16]", "train.epochs=4", "finetune.progressive.sizes=[9, 16]"]
+    with pytest.raises(RecipeError) as error:
+        check(*sizes, "finetune.epochs=2")
+    assert [line.rpartition("; ")[2] for line in str(error.value).splitlines()] == [
+        "in train.progressive.sizes, replace 6 by 4 or 8 (a multiple of 4)",
+        "in train.progressive.sizes, replace 10 by 8 or 12 (a multiple of 4)",
+        "in finetune.progressive.sizes, replace 9 by 8 or 12 (a multiple of 4)",
+    ]
+    assert check("train.progressive.sizes=[8, 16]", "train.epochs=4") == ""
+
+
 def test_a_batch_larger_than_the_set_is_reported(check):
     assert "batch_size" not in check() and "batch_size" not in check("finetune.batch_size=4")
     said = check("finetune.batch_size=5")

@@ -5,7 +5,7 @@ import json
 import onnxruntime
 import pytest
 import torch
-from helpers.toy_run import quiet, shorten, toy_recipe, write_photos
+from helpers.toy_run import killed_in, outcome, quiet, shorten, toy_recipe, write_photos
 from rich.console import Console
 
 from prunekit.config.recipe import load
@@ -58,6 +58,34 @@ def test_a_model_with_side_outputs(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "run/exports/finetuned-image.onnx")
     (maps,) = session.run(None, {"image": torch.zeros(1, 20, 24, 3, dtype=torch.uint8).numpy()})
     assert maps.shape == (1, 20, 24)
+
+
+PROGRESSIVE = ["train.progressive.sizes=[6, 8]", "train.epochs=4", "baseline=true", "slim.importance=random"]
+PROGRESSIVE += ["target.params_ratio=0.9", "finetune.progressive.sizes=[4, 8]", "finetune.epochs=2"]
+
+
+def test_progressive_run_and_its_resumption(tmp_path, monkeypatch, capsys):
+    shorten(monkeypatch)
+    recipe = toy_recipe(write_photos(tmp_path / "photos"), *PROGRESSIVE)
+    run_recipe(recipe, tmp_path / "whole", Console(width=300))
+    said = [line for line in capsys.readouterr().out.splitlines() if "norms recalibrated on 2 batches" in line]
+    assert [line.partition(":")[0] for line in said] == ["train", "baseline", "finetune"]
+    whole = outcome(tmp_path / "whole")
+    sizes = [(row["stage"], row["size"]) for row in whole["metrics"]]
+    expected = {"train": (6, 6, 8, 8), "baseline": (6, 6, 8, 8), "finetune": (4, 8)}
+    assert sizes == [(stage, size) for stage, each in expected.items() for size in each]
+    with killed_in(3):
+        run_recipe(recipe, tmp_path / "broken", quiet())
+    run_recipe(recipe, tmp_path / "broken", quiet(), resume=True)
+    assert outcome(tmp_path / "broken") == whole
+
+
+def test_norms_are_not_recalibrated_for_one_size(tmp_path, monkeypatch, capsys):
+    shorten(monkeypatch)
+    overrides = ["train.progressive.sizes=[8]", "finetune.progressive={sizes: [6, 8], recalibrate: 0}"]
+    recipe = toy_recipe(write_photos(tmp_path / "photos"), *overrides, "finetune.epochs=2")
+    run_recipe(recipe, tmp_path / "run", Console(width=300))
+    assert "recalibrated" not in capsys.readouterr().out
 
 
 REACH = ["slim.threshold=0.5", "train.gate_lr=0.04"]

@@ -48,6 +48,11 @@ def data():
     return {split: load_tensors(build(split, size=SIZE, train=20, val=4), SIZE) for split in ("train", "val")}
 
 
+def resized(size):
+    """Return the training data at another size."""
+    return load_tensors(registry.datasets.get("salient_shapes")("train", size=SIZE, train=20, val=4), size)
+
+
 def section(**changes):
     options = {
         "epochs": 3,
@@ -92,6 +97,7 @@ def train(folder, data, *, stop_after=None, resume=False, build=small_csnet, wei
             reporter=reporter,
             device=torch.device("cpu"),
             threshold=1e-3,
+            resized=resized,
         )
         if stop_after is not None:
 
@@ -164,6 +170,59 @@ def test_resume_within_an_epoch_gives_same_weights_and_metrics(tmp_path, data, t
     assert same(whole, resumed)
     assert rows_of(tmp_path) == rows_of(folder)
     assert RunDir.open(tmp_path).read_bytes("gates.npz") == RunDir.open(folder).read_bytes("gates.npz")
+
+
+# 2, 2, 3 and 3 steps, at 8×8 and at 16×16.
+PROGRESSIVE = {
+    "epochs": 4,
+    "ema": 0.9,
+    "progressive": {"sizes": [8, SIZE], "batch_sizes": [9, 6], "strengths": [0, 1]},
+    "checkpoint": {"steps": 1},
+}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The shape of the images of each step, and the strength of their augmentation."""
+    shapes, crop_flip = [], registry.augmentations.get("crop_flip")
+
+    def augment(images, targets, sizes, generator, **options):
+        shapes.append((*images.shape, options["strength"]))
+        return crop_flip(images, targets, sizes, generator, **options)
+
+    monkeypatch.setattr(registry.augmentations, "get", lambda name: augment)
+    return shapes
+
+
+def test_sizes_batches_and_strength_change_with_the_epochs(tmp_path, data, seen):
+    _, rows = train(tmp_path, data, **PROGRESSIVE)
+    assert seen == [(9, 3, 8, 8, 0.0)] * 4 + [(6, 3, SIZE, SIZE, 1.0)] * 6
+    assert [(row["size"], row["step"]) for row in rows] == [(8, 2), (8, 4), (SIZE, 7), (SIZE, 10)]
+    assert checkpoints(tmp_path)[-1] == "train-0010"
+
+
+def test_the_schedule_counts_epochs(tmp_path, data, monkeypatch):
+    shares = []
+    monkeypatch.setattr(registry.schedules, "get", lambda name: lambda share: shares.append(share) or 1.0)
+    train(tmp_path, data, **PROGRESSIVE)
+    assert shares == pytest.approx([0, 1 / 8, 1 / 4, 3 / 8, *(1 / 2 + n / 12 for n in range(6))])
+
+
+def test_strength_of_the_recipe_is_multiplied(tmp_path, data, seen):
+    augment = {"name": "crop_flip", "options": {"crop": 2, "strength": 0.5}}
+    train(tmp_path, data, **{**PROGRESSIVE, "augment": augment, "epochs": 2})
+    assert [shape[-1] for shape in seen] == [0.0] * 2 + [0.5] * 3
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 7])
+def test_resume_across_a_change_of_size_gives_same_weights_and_metrics(tmp_path, data, step):
+    whole, _ = train(tmp_path / "whole", data, build=Tiny, **PROGRESSIVE)
+    with interrupted_after_checkpoint(global_step=step):
+        train(tmp_path / "broken", data, build=Tiny, **PROGRESSIVE)
+    torch.manual_seed(99)
+    resumed, _ = train(tmp_path / "broken", data, build=Tiny, resume=True, **PROGRESSIVE)
+    assert same(whole, resumed)
+    assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "whole")
 
 
 class Viewing(Tiny):

@@ -96,7 +96,7 @@ def test_two_processes_equal_one_that_accumulates_two_batches(pair, tmp_path, na
         assert torch.equal(first[key], second[key]), key
         assert (first[key] - value).abs().max() <= 1e-5, key
         assert not value.is_floating_point() or key == "constant" or not torch.equal(value, before[key]), key
-    if name == "gradual":
+    if name in ("gradual", "progressive"):
         assert first["bn2.weight"].nonzero().flatten().tolist() == [1, 2, 3, 4, 5] and not first["bn2.bias"][0]
     lines = [RunDir.open(folder).read_metrics() for folder in (pair / name, tmp_path / "run")]
     assert len(lines[0]) == rank.RUNS[name]["epochs"]

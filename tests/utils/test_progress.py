@@ -204,6 +204,23 @@ def test_time_left(now):
     reporter.end_training()
 
 
+def test_time_left_where_epochs_take_different_times(now):
+    reporter = Reporter(terminal()[0])
+    reporter.training_epochs = training_epochs(4, 3)
+    reporter.start_training("train", 4, 10, 1, costs=[1, 1, 4, 4])
+    now["now"] += 10
+    reporter.log_step(20, 1.5, 0.0, 5.0, 8, 9)
+    # An epoch of cost 1 took 10 s, and those left cost 8; fine-tuning has 3 of the mean, 2.5.
+    shown = reporter._training.status()
+    assert (shown.seconds_left, shown.run_seconds_left, shown.epoch) == (80, 155, 2)
+    now["now"] += 20
+    reporter.log_step(25, 1.5, 0.0, 5.0, 8, 9)
+    assert reporter._training.status().seconds_left == 60 and reporter._training.status().epoch == 3
+    reporter.log_step(40, 1.5, 0.0, 5.0, 8, 9)
+    assert reporter._training.status().seconds_left == 0
+    reporter.end_training()
+
+
 def test_first_epoch_shows_step_losses(now):
     reporter = Reporter(terminal()[0])
     reporter.start_training("train", 2, 10, 0)

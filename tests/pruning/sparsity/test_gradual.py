@@ -88,6 +88,13 @@ def test_rounds_choose_again_with_growing_shares():
         assert torch.equal(norm.weight == 0, norm.bias == 0)
 
 
+def test_steps_may_count_for_several():
+    _, groups, pruning, _, shares = trained(0, lambda _: {0}, start=0.25, end=0.75)
+    assert [pruning.step(count) for count in (1, 1, 3)] == [False, True, False]
+    assert len(groups) and shares == [1.0] and not pruning.is_finished
+    assert not pruning.step() and pruning.is_finished
+
+
 @pytest.mark.parametrize("after", [1, 3, 5, 7])
 def test_state_continues_the_course(after):
     options = {"start": 0.25, "end": 0.75}

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from helpers.toy_run import quiet, toy_recipe, write_photos
+
+from prunekit.data import cache
+from prunekit.data.datasets import load_tensors
+from prunekit.errors import DataError
+from prunekit.pipeline.context import RunContext
+from prunekit.utils.progress import Reporter
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sizes at which a set was read from its images."""
+    sizes = []
+    monkeypatch.setattr(cache, "load_tensors", lambda pairs, size: sizes.append(size) or load_tensors(pairs, size))
+    return sizes
+
+
+def context(photos, kept):
+    recipe = toy_recipe(photos, f"data.cache={kept}", "data.on_error=skip")
+    return RunContext(recipe, Reporter(quiet()))
+
+
+def test_each_size_is_read_once_and_kept_once(tmp_path, decoded):
+    photos = write_photos(tmp_path / "photos")
+    first = context(photos, tmp_path / "kept")
+    (photos / "dark" / "dark3.png").write_bytes(b"not an image")
+    small = first.tensors("train", 4)
+    # The recipe's size comes first, so that what it drops is missing at every size.
+    assert decoded == [8, 4] and small.images.shape == (len(first.tensors("train")), 3, 4, 4)
+    assert first.tensors("train", 4) is small and first.tensors("train", 8) is first.tensors("train")
+    assert decoded == [8, 4] and len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
+    again = context(photos, tmp_path / "kept")
+    assert torch.equal(again.tensors("train", 4).images, small.images) and decoded == [8, 4]
+    assert torch.equal(again.tensors("train", 4).targets, again.tensors("train").targets)
+
+
+def test_an_image_that_is_damaged_between_two_sizes_is_an_error(tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    found = context(photos, "none")
+    for name in found.tensors("train") and found.dataset("train").names:
+        damaged = photos / name
+    damaged.write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"12 images could be read at 8×8, and now 11; restore the images"):
+        found.tensors("train", 4)
