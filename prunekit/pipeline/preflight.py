@@ -182,11 +182,15 @@ def _report_large_batches(context: RunContext) -> None:
     count = len(context.tensors("train"))
     for stage in ("train", "finetune"):
         section: Training = getattr(context.recipe, stage)
-        if section.epochs and section.batch_size > count:
-            context.reporter.info(
-                f"{stage}.batch_size={section.batch_size} is larger than the {count} training images: an epoch is one "
-                "step; lower it for more steps"
-            )
+        batches = {"batch_size": section.batch_size}
+        if section.progressive.sizes and section.progressive.batch_sizes:
+            batches["progressive.batch_sizes"] = max(section.progressive.batch_sizes)
+        for key, largest in batches.items() if section.epochs else ():
+            if largest > count:
+                context.reporter.info(
+                    f"{stage}.{key}={largest} is larger than the {count} training images: an epoch is one step; lower "
+                    "it for more steps"
+                )
 
 
 def _report_unused_threshold(context: RunContext) -> None:

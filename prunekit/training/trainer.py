@@ -198,6 +198,11 @@ class Trainer:
         """Load the data of the current size, unless they are there, and set the strength of the augmentation."""
         job, phase, augment = self.job, self.phase, self.job.config.augment
         if self.data is None or self.data.images.shape[-1] != phase.size:
+            if job.config.progressive.sizes:
+                where = f"from epoch {self.position.epoch + 1} on"
+                job.reporter.info(
+                    f"{job.stage}: images of {phase.size}×{phase.size} in batches of {phase.batch_size} {where}"
+                )
             self.data = None  # first, for the memory of the device
             full = phase.size == job.train_data.images.shape[-1]
             self.data = to_device(job.train_data if full else job.resized(phase.size), job.device)

@@ -39,8 +39,7 @@ def test_each_size_is_read_once_and_kept_once(tmp_path, decoded):
 def test_an_image_that_is_damaged_between_two_sizes_is_an_error(tmp_path):
     photos = write_photos(tmp_path / "photos")
     found = context(photos, "none")
-    for name in found.tensors("train") and found.dataset("train").names:
-        damaged = photos / name
-    damaged.write_bytes(b"not an image")
+    assert len(found.tensors("train")) == 12
+    (photos / found.dataset("train").names[0]).write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"12 images could be read at 8×8, and now 11; restore the images"):
         found.tensors("train", 4)

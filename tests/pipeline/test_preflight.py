@@ -105,6 +105,8 @@ def test_a_batch_larger_than_the_set_is_reported(check):
     said = check("finetune.batch_size=5")
     assert "finetune.batch_size=5 is larger than the 4 training images: an epoch is one step" in said
     assert "batch_size" not in check("finetune.batch_size=5", "finetune.epochs=0")
+    progressive = "train.progressive={sizes: [8, 16], batch_sizes: [9, 2]}"
+    assert "train.progressive.batch_sizes=9 is larger than the 4 training images" in check(progressive)
 
 
 def test_a_threshold_without_effect_is_reported(check):

@@ -68,7 +68,9 @@ def test_progressive_run_and_its_resumption(tmp_path, monkeypatch, capsys):
     shorten(monkeypatch)
     recipe = toy_recipe(write_photos(tmp_path / "photos"), *PROGRESSIVE)
     run_recipe(recipe, tmp_path / "whole", Console(width=300))
-    said = [line for line in capsys.readouterr().out.splitlines() if "norms recalibrated on 2 batches" in line]
+    out = capsys.readouterr().out.splitlines()
+    assert "train: images of 8×8 in batches of 6 from epoch 3 on" in out
+    said = [line for line in out if "norms recalibrated on 2 batches" in line]
     assert [line.partition(":")[0] for line in said] == ["train", "baseline", "finetune"]
     whole = outcome(tmp_path / "whole")
     sizes = [(row["stage"], row["size"]) for row in whole["metrics"]]
