@@ -82,7 +82,7 @@ class Pruner:
         example_inputs: a batch of real data: a tensor, such as images, (N, C, H, W), or tokens, (N, L); a tuple of the
             model's arguments; or a dict of its keyword arguments. Shapes, MACs and the equivalence check need it.
         importance: scores the channels, and the lowest are pruned: ``"gate"`` (BatchNorm weights), ``"magnitude"``,
-            ``"taylor"`` (needs ``loss``), ``"random"``, a name registered with ``register_importance``, or a function
+            ``"taylor"`` (needs ``loss``), ``"ablation"`` (likewise), ``"random"``, a name registered with ``register_importance``, or a function
             of the model and its groups that returns an array of scores for each ``group.id``.
         pruning_ratio: share of the channels to prune, from 0 to 1.
         target: size to reach instead of a ratio, within 2%: ``{"macs_ratio": 0.5}`` keeps half of the multiply-adds;
@@ -101,7 +101,7 @@ class Pruner:
         round_to: kept channels of each layer are rounded up to a multiple of this.
         min_channels: number of channels to keep in each layer.
         steps: number of calls of ``step()`` in which to reach the ratio or target.
-        loss: for ``"taylor"``: a function of the model that yields its loss on a few batches, or returns one loss.
+        loss: for ``"taylor"`` and ``"ablation"``: a function of the model that yields its loss on a few batches, or returns one loss.
         exact: see :func:`prunekit.slim`.
 
     Attributes:
@@ -334,9 +334,10 @@ def _check_arguments(
 def _importance_function(importance: Importance, loss: Loss | None) -> Callable[[nn.Module, Sequence[Group]], Scores]:
     if isinstance(importance, str):
         function = registry.importances.get(importance)
-        if importance == "taylor" and loss is None:
+        if importance in ("taylor", "ablation") and loss is None:
             raise PlanError(
-                "importance='taylor' needs a loss: pass loss=lambda model: (criterion(model(x), y) for x, y in batches)"
+                f"importance={importance!r} needs a loss: "
+                "pass loss=lambda model: (criterion(model(x), y) for x, y in batches)"
             )
         losses = None if loss is None else _loss_batches(loss)
         return lambda model, groups: function(model, groups, losses)

@@ -11,13 +11,14 @@ from prunekit.pruning.surgery.copies import clone
 from prunekit.pruning.surgery.cutter import Cutter
 
 
-def synthetic_ms(model, shape):
-    """Milliseconds of a model: 0.01 per layer, and multiply-adds with the output channels rounded up to 8."""
+def synthetic_ms(model, shape, vector=4):
+    """Milliseconds of a model: 0.01 per layer, and multiply-adds with the channels rounded up to whole vectors."""
     counts, total = count_modules(model, shape)[0], 0.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and counts[name].macs:
-            width = len(module.weight)
-            total += 0.01 + 1e-7 * counts[name].macs * math.ceil(width / 8) * 8 / width
+            width, read = module.weight.shape[:2]
+            rounded = math.prod(math.ceil(length / vector) * vector for length in (width, read))
+            total += 0.01 + 1e-7 * counts[name].macs * rounded / (width * read)
     return total
 
 
@@ -29,9 +30,9 @@ def cut(model, groups, kept):
     return copied
 
 
-def synthetic_table(model, groups, shape, count=50):
+def synthetic_table(model, groups, shape, count=50, vector=4):
     variants = [
-        Variant(kept=kept, ms=synthetic_ms(cut(model, groups, kept), shape))
+        Variant(kept=kept, ms=synthetic_ms(cut(model, groups, kept), shape, vector))
         for kept in random_variants(model, groups, count)
     ]
     return LatencyTable(runtime="formula", size=list(shape), variants=variants)

@@ -21,7 +21,7 @@ class FormulaTimer:
 
     def __init__(self, model, groups, example, runtime, threads):
         self.model, self.groups, self.shape = model, groups, tuple(example.shape[1:])
-        self.runtime, self.dense_ms = runtime, synthetic_ms(model, self.shape)
+        self.runtime, self.dense_ms = runtime, synthetic_ms(model, self.shape, vector=1)
 
     def new_table(self):
         return LatencyTable(runtime=self.runtime, size=list(self.shape))
@@ -29,7 +29,7 @@ class FormulaTimer:
     def time(self, kept, progress=lambda share: None):
         type(self).measured += len(kept)
         factor = self.slower if len(kept) == 1 else 1.0
-        return [factor * synthetic_ms(cut(self.model, self.groups, one), self.shape) for one in kept]
+        return [factor * synthetic_ms(cut(self.model, self.groups, one), self.shape, vector=1) for one in kept]
 
 
 @pytest.fixture

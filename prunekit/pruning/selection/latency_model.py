@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
@@ -28,7 +28,7 @@ from prunekit.pruning.plan import Group
 from prunekit.utils.io import format_problem
 
 FORMAT = 1
-VECTORS = (1, 8, 16)  # channels; 1: none
+VECTORS = (1, 4, 8, 16)  # channels; 1: none
 REGULARIZATION = 1.0
 DENSE_WEIGHT = 3.0  # of the dense model among the measured ones, since ratios refer to it
 FOLDS = 5
@@ -61,7 +61,7 @@ class LatencyTable(BaseModel):
     batch: int = 1
     size: list[int]
     variants: list[Variant] = []
-    _fitted: tuple[bytes, LatencyModel] | None = PrivateAttr(None)
+    _last_fit: ClassVar[tuple[bytes, LatencyModel] | None] = None
 
     @classmethod
     def read(cls, path: Path) -> LatencyTable:
@@ -96,13 +96,14 @@ class LatencyTable(BaseModel):
         """
         milliseconds = np.array([variant.ms for variant in self.variants if variant.ms is not None])
         key = terms(1).dense.tobytes() + np.stack(lengths).tobytes() + milliseconds.tobytes()
-        if self._fitted is None or self._fitted[0] != key:
+        last = LatencyTable._last_fit  # The same latencies are fitted several times in a run.
+        if last is None or last[0] != key:
             found = []
             for vector in VECTORS:
                 own = terms(vector)
                 found.append(LatencyModel(own, np.stack([own(variant) for variant in lengths]), milliseconds))
-            self._fitted = key, min(found, key=lambda model: model.error)
-        return self._fitted[1]
+            last = LatencyTable._last_fit = key, min(found, key=lambda model: model.error)
+        return last[1]
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raise PlanError where the table is not one of a model with these groups, or has too few measurements."""

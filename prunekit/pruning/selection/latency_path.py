@@ -34,8 +34,8 @@ def removal_path(selector: Selector, size_model: SizeModel) -> list[np.ndarray]:
             raise PlanError(f"a score of {group.id} is negative; a latency needs an importance of at least 0")
     lost = [np.concatenate([[0.0], np.cumsum(scores)]) for scores in selector.sorted_scores]
     dead = selector.preset.copy()
-    assert size_model.latency is not None
-    least, vector = LEAST_SAVED * size_model.dense.latency_ms, size_model.latency.terms.vector
+    least = LEAST_SAVED * size_model.dense.latency_ms
+    vector = 1 if size_model.latency is None else size_model.latency.terms.vector
 
     def state(index: int, number: int) -> tuple[float, float] | None:
         """The importance lost and the latency with another number; None where a layer would be dead."""

@@ -12,7 +12,7 @@ from prunekit.config import registry
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
-from prunekit.pruning.selection.importance import check_finite, gate, magnitude, random, taylor
+from prunekit.pruning.selection.importance import ablation, check_finite, gate, magnitude, random, taylor
 
 
 def settled(name, seed=0):
@@ -205,6 +205,47 @@ def test_options_out_of_range_are_refused(call, message):
     model, groups, _ = settled("row")
     with pytest.raises(PlanError, match=message):
         call(model, groups)
+
+
+def test_ablation_is_the_loss_without_a_whole_group():
+    model, groups, example = settled("resnet_basic")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    scores = ablation(model, groups, square(example), floor=0.5)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.eval()
+    changes = {}
+    for group in groups:
+        if group.reason is None:
+            masked = copy.deepcopy(model)
+            for gate_of in group.gates:
+                norm, (first, last) = masked.get_submodule(gate_of.norm), gate_of.slice
+                norm.weight.data[first:last], norm.bias.data[first:last] = 0, 0
+            changes[group.id] = float((masked(example).square().mean() - model(example).square().mean()).detach())
+    least = 0.5 * max(changes.values())
+    for name, values in scores.items():
+        assert values.sum() == pytest.approx(max(changes[name], least), rel=1e-4)
+        # The k least important channels have (k ÷ n)² of it.
+        order = np.sort(values).cumsum() / values.sum()
+        np.testing.assert_allclose(order, (np.arange(1, len(values) + 1) / len(values)) ** 2, rtol=1e-6)
+        assert values.argsort().tolist() == gate(model, groups)[name].argsort(kind="stable").tolist()
+    assert min(changes.values()) < least < max(changes.values())
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "message"),
+    [
+        (None, {}, "ablation needs losses: pass a function that yields"),
+        (lambda model: [], {}, "needs finite losses; got none"),
+        (lambda model: [torch.tensor(float("nan"))], {}, r"needs finite losses; got \[nan\]"),
+        (lambda model: [], {"power": 0.5}, r"power=0\.5, floor=0\.05, batches=4: must be power >= 1"),
+        (lambda model: [], {"batches": 0}, "batches=0"),
+    ],
+)
+def test_unusable_arguments_of_ablation_are_refused(losses, options, message):
+    model, groups, _ = settled("row")
+    with pytest.raises(PlanError, match=message):
+        ablation(model, groups, losses, **options)
 
 
 def test_non_finite_weights_and_gates_are_refused():

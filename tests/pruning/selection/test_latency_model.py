@@ -36,6 +36,13 @@ def test_latencies_of_other_models_are_predicted(measured):
     assert SizeModel(model, groups, SHAPE).dense.to_json().keys() == {"params", "macs"}
 
 
+@pytest.mark.parametrize("vector", [1, 4, 8])
+def test_length_of_vectors_is_found(measured, vector):
+    model, groups, _ = measured
+    sizes = SizeModel(model, groups, SHAPE, synthetic_table(model, groups, SHAPE, vector=vector))
+    assert sizes.latency.terms.vector == vector and sizes.latency.error < 0.03
+
+
 def test_table_is_the_same_after_a_file(measured, tmp_path):
     file = tmp_path / "table.json"
     file.write_text(json.dumps(measured[2].to_json()))

@@ -84,6 +84,23 @@ def test_whole_branches_are_removed_but_no_layer():
     )
 
 
+def test_last_steps_are_undone_where_the_budget_allows(measured):
+    model, groups, table = measured
+    search = BudgetSearch(model, groups, SHAPE, drawn(groups), measure="latency_ms", latencies=table)
+    for ratio in (0.35, 0.5, 0.65, 0.8):
+        budget = search.budget(latency_ratio=ratio)
+        choice = search.select(budget)
+        dead = {name: len(channels) for name, channels in choice.dead.items()}
+        assert budget.is_met(search.size_model.size_without(dead))
+        met = [step for step in search._values if budget.is_met(search.size_model.size_without(named(search, step)))]
+        # No group has fewer channels than at the first step of the path that meets the budget.
+        assert all(dead[name] <= number for name, number in named(search, met[0]).items())
+
+
+def named(search, step):
+    return {group.id: int(number) for group, number in zip(search.selector.groups, step, strict=True)}
+
+
 def test_unusable_arguments_are_refused(measured):
     model, groups, table = measured
     with pytest.raises(PlanError, match=r"latency_ratio=0\.5 needs a table of latencies"):
