@@ -367,19 +367,27 @@ def _loss_batches(loss: Loss) -> Callable[[nn.Module], Iterable[Tensor]]:
 
 
 def _outer_factors(groups: Sequence[Group]) -> set[str]:
-    """Return the groups, such as heads, of which each channel has some of the channels of another group."""
+    """Return the groups, such as heads, of which each channel has some of the channels of another group.
+
+    Where one layer has the channels of each head side by side and another one the heads of each channel, the group with
+    more channels is the inner one.
+    """
     inner = defaultdict(list)
     for group in groups:
         for member in group.members:
             if member.repeats:
-                inner[member.tensor, member.axis].append(member)
-    return {
-        group.id
-        for group in groups
-        for member in group.members
-        for other in inner[member.tensor, member.axis]
-        if other.stride < member.stride and 0 <= other.offset - member.offset < group.channels * member.stride
-    }
+                inner[member.tensor, member.axis].append((group.id, member))
+    found: set[str] = set()
+    for group in sorted(groups, key=lambda group: group.channels):
+        parts = (
+            name
+            for member in group.members
+            for name, other in inner[member.tensor, member.axis]
+            if other.stride < member.stride and 0 <= other.offset - member.offset < group.channels * member.stride
+        )
+        if any(name not in found for name in parts):
+            found.add(group.id)
+    return found
 
 
 def _as_arrays(scores: Any) -> Scores:

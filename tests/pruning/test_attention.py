@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers.left_out import leave_out
 from helpers.marks import seeds
-from helpers.zoo_attention import ATTENTION, Language, OwnWidth, SharedWidth, Transformer
+from helpers.zoo_attention import ATTENTION, DIVIDED, Language, OwnWidth, SharedWidth, Transformer
 from helpers.zoo_products import PRODUCTS, example_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +18,7 @@ from prunekit.operations.keys import without_fast_path
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.graph.silence import silence
 from prunekit.pruning.selection.cost_model import SizeModel
+from prunekit.pruning.surgery.masked_statistics import mask_statistics
 from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import slim
 
@@ -68,6 +69,20 @@ def test_width_of_heads_follows_the_width_of_the_input():
     assert small.blocks[0].attention.qkv.out_features == 36
 
 
+@pytest.mark.parametrize("name", DIVIDED)
+def test_width_of_all_heads_is_that_of_the_input(name):
+    model = ATTENTION[name]().eval()
+    groups = find_groups(model, IMAGES)
+    # Queries, keys and values, the classes, the positions, and the input.
+    assert {group.channels for group in groups if group.reason} <= {2, 3, 10, 17}
+    heads, channels = [g for g in groups if g.id.startswith("patches")]
+    assert (heads.channels, channels.channels) == (2, 8) and heads.reason is channels.reason is None
+    small, report = prunekit.Pruner(
+        model, IMAGES, importance="magnitude", pruning_ratio=0.3, global_pruning=False
+    ).step()
+    assert report.equivalence.passed and small.patches.out_channels == small.blocks[0].attention.proj.in_features == 12
+
+
 def test_heads_of_keys_are_pruned_with_their_queries():
     model, example = PRODUCTS["grouped_queries"]().eval(), example_of("grouped_queries")
     groups = find_groups(model, example)
@@ -88,6 +103,35 @@ def test_attribute_of_queries_keys_and_values_ties_them(size):
         assert own == {f"blocks.{index}.attention.{layer}.weight" for layer in ("q", "k", "v", "out")}
     small, _ = slim(model, make_plan(model, tied, {tied[0].id: {0, 3}}), IMAGES, groups=find_groups(model, IMAGES))
     assert small.blocks[0].attention.head_dim == size - 2 and small.blocks[1].attention.head_dim == size
+
+
+class SoftmaxOfFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        y = self.first(x)
+        weights = (y.unsqueeze(2) * y.unsqueeze(1)).softmax(-1)  # of each feature with each other one
+        return self.last((weights @ y.unsqueeze(2)).squeeze(2))
+
+
+def test_softmax_over_channels_is_over_those_that_are_left():
+    torch.manual_seed(0)
+    model, x = SoftmaxOfFeatures().eval().double(), torch.randn(6, 8, dtype=torch.float64)
+    groups = find_groups(model, x)
+    (group,) = [group for group in groups if group.reason is None]
+    small, report = slim(model, make_plan(model, groups, {group.id: {1, 5}}), x, groups=groups)
+    kept = torch.ones(12, dtype=torch.bool)
+    kept[[1, 5]] = False
+    with torch.no_grad():
+        y = model.first(x)
+        scores = (y.unsqueeze(2) * y.unsqueeze(1)).masked_fill(~kept, -torch.inf)
+        mixed = (scores.softmax(-1) @ y.unsqueeze(2)).squeeze(2) * kept
+        expected = F.linear(mixed, model.last.weight, model.last.bias)
+        torch.testing.assert_close(small(x), expected)
+        torch.testing.assert_close(mask_statistics(model, groups, {group.id: {1, 5}})(x), expected)
+    assert report.passed and small.first.out_features == 10
 
 
 def test_language_model_of_tokens():

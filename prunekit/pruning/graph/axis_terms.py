@@ -98,6 +98,16 @@ def leaves(term: Term) -> Iterator[Leaf]:
             stack += reversed(term.factors)
 
 
+def parts_of(term: Term) -> Iterator[Term]:
+    """Yield the terms that are side by side in a term."""
+    term = resolve(term)
+    if isinstance(term, Cat):
+        for part in term.parts:
+            yield from parts_of(part)
+    else:
+        yield term
+
+
 def lock(term: Term, reason: str) -> None:
     """Make all channels of a term unprunable; the first reason stays."""
     for leaf in leaves(term):

@@ -14,12 +14,12 @@ from torch import nn
 
 from prunekit.pruning.graph import gate_expr
 from prunekit.pruning.graph.axes import CONVS, NORMS, TRANSPOSED, axis_length, output_axis
-from prunekit.pruning.graph.axis_terms import Leaf, Term, lock, spans, unify
+from prunekit.pruning.graph.axis_terms import Leaf, Term, leaves, lock, spans, unify
 from prunekit.pruning.graph.gate_expr import GateExpr
 from prunekit.pruning.graph.products import products_of
 from prunekit.pruning.graph.propagation import INPUT, LAYERS, consumers, propagate
 from prunekit.pruning.graph.recorder import Op, Record, Value
-from prunekit.pruning.graph.rules.base import AxisGraph, Read
+from prunekit.pruning.graph.rules.base import SOFTMAX, AxisGraph, Read
 from prunekit.pruning.graph.trace import record_call, trace
 from prunekit.pruning.graph.try_cut import FixedSizes
 from prunekit.pruning.graph.zero_states import ZeroStates
@@ -205,12 +205,17 @@ class _GroupBuilder:
 
     def _add_statistics(self) -> None:
         for statistic in self.graph.statistics:
-            op = statistic.op
-            for span in spans(statistic.term):
-                layout = {"axis": statistic.axis, "offset": span.offset, "stride": span.stride, "repeats": span.repeats}
-                self._of(span.leaf).statistics.append(
-                    Statistic(module=op.module, operation=op.name, call=op.number, **layout)
-                )
+            op, own = statistic.op, set(leaves(statistic.term))
+            # The rows of a softmax over the same channels, as of an attention between channels, are left out, too.
+            others = enumerate(op.args[0].axes) if op.name in SOFTMAX else ()
+            rows = [(axis, term) for axis, term in others if axis != statistic.axis]
+            for axis, term in ((statistic.axis, statistic.term), *rows):
+                for span in spans(term):
+                    layout = {"axis": axis, "offset": span.offset, "stride": span.stride, "repeats": span.repeats}
+                    if span.leaf in own:
+                        self._of(span.leaf).statistics.append(
+                            Statistic(module=op.module, operation=op.name, call=op.number, **layout)
+                        )
 
     def _add_products(self) -> None:
         images = self.record.inputs[0].shape[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,20 @@ class Trial:
     def leaves_before(self, fault: Fault) -> list[Leaf]:
         """The leaves that a module has come across when it fails."""
         return _leaves(op for op in self.record.ops[: fault.number + 1] if op.module == fault.op.module)
+
+    def axes_in(self, module: str) -> list[Term]:
+        """The axes that a module and those in it compute with."""
+        axes = (resolve(term) for op in self._calls[module] for v in (*op.inputs, *op.outputs) for term in v.axes)
+        return list({id(term): term for term in axes}.values())
+
+    @cached_property
+    def _calls(self) -> dict[str, list[Op]]:
+        """The operations of each module and those in it."""
+        found: dict[str, list[Op]] = defaultdict(list)
+        for op in self.record.ops:
+            for name in enclosing(op.module):
+                found[name].append(op)
+        return found
 
     def modules_of(self, leaf: Leaf) -> list[str]:
         """The modules that compute with a leaf's channels, and those that they are in."""
@@ -167,18 +182,38 @@ class Trial:
             ops = self.rerun(copied).ops
         except Exception as raised:  # It is the user's code and may raise anything.
             error, ops = raised, getattr(raised, "ops", [])
-        for number, (before, after) in enumerate(zip(self.record.ops, ops, strict=False)):
+        number = -1
+        for number, before, after in _pairs(self.record.ops, ops):
             if self.reads_values and before.name != after.name:
+                number = len(ops) - 1
                 break
             if self.stable[number] and (text := _difference(before, after, cut)) is not None:
                 return Fault(text, before, number, enclosing(before.module))
-        if error is None and (self.reads_values or len(ops) == len(self.record.ops)):
+        if error is None and (self.reads_values or _computing(ops) == _computing(self.record.ops)):
             return None
-        number = min(len(ops), len(self.record.ops) - 1)
+        number = min(number + 1, len(self.record.ops) - 1)
         text = "it runs other operations" if error is None else f"{_line(error)} fails: {first_line(error)}"
         failing = self.record.ops[number]
         modules = running_modules(error, copied) if error is not None else []
         return Fault(text, failing, number, list(dict.fromkeys([*modules, *enclosing(failing.module)])))
+
+
+def _pairs(before: Sequence[Op], after: Sequence[Op]) -> Iterator[tuple[int, Op, Op]]:
+    """Yield the operations of two records side by side, with their number in the first one.
+
+    A tensor with one head is contiguous whatever the order of its axes, so that nothing is recorded.
+    """
+    first, second = 0, 0
+    while first < len(before) and second < len(after):
+        if before[first].name != after[second].name and "contiguous" in (before[first].name, after[second].name):
+            first, second = first + (before[first].name == "contiguous"), second + (after[second].name == "contiguous")
+            continue
+        yield first, before[first], after[second]
+        first, second = first + 1, second + 1
+
+
+def _computing(ops: Sequence[Op]) -> int:
+    return sum(op.name != "contiguous" for op in ops)
 
 
 def _differ(size: Any, number: Any, other: Any, its: Any) -> Any:

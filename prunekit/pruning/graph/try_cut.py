@@ -7,13 +7,13 @@ their line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import count
 
 from torch import nn
 
 from prunekit.pruning.graph.attributes import alike_in_other_modules, enclosing, lengths_kept_by
-from prunekit.pruning.graph.axis_terms import Leaf, Prod, Term, leaves, prod, resolve
+from prunekit.pruning.graph.axis_terms import Fixed, Leaf, Prod, Term, leaves, parts_of, prod, resolve
 from prunekit.pruning.graph.recorder import Op, Record
 from prunekit.pruning.graph.trial import Fault, Trial, leaf_at, length_without, places_of
 from prunekit.pruning.plan import Attribute, Group
@@ -36,6 +36,7 @@ class FixedSizes:
         self._model = model
         self._hopeless: set[tuple] = set()  # faults that nothing helped against
         self._tied: list[Term] = []
+        self._channels: Set[Leaf] = frozenset()  # of all groups
         self._guesses: dict[Leaf, list[Attribute]] = {}
 
     def lock(self, groups: Mapping[Leaf, Group]) -> list[tuple[Term, Term]]:
@@ -50,7 +51,7 @@ class FixedSizes:
             for leaf, group in groups.items()
             if group.reason is None and group.channels > 1 and trial.blocks(group) is not None
         }
-        trial.ties = []
+        trial.ties, self._channels = [], set(groups)
         followed: dict[Leaf, Group] = {}
         failing: list[tuple[Leaf, Group, Fault]] = []
         # First without all groups that an operation fails for, then parts of the others.
@@ -89,14 +90,20 @@ class FixedSizes:
                 followed |= {leaf: group for leaf, group in some.items() if group.attributes}
             elif len(some) == 1:
                 ((leaf, group),) = some.items()
-                # What was tied to a product before is as long as other products, too.
-                terms = [leaf, *(term for term in self._tied if leaf in set(leaves(term)))]
-                products = [pair for op in trial.alike(fault.op) for pair in _products(terms, op)]
+                products = list(self._products(leaf, fault))
                 trial.ties += [(leaf, *pair) for pair in products]
                 failing += [] if products else [(leaf, group, fault)]
             else:
                 items = list(some.items())
                 suspects += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
+
+    def _products(self, leaf: Leaf, fault: Fault) -> Iterator[tuple[Term, Term]]:
+        """Products of as many channels as a leaf, or as an axis with it that the module reads."""
+        elsewhere = not places_of(leaf, fault.op)
+        for op in self._trial.alike(fault.op):
+            # What was tied to a product before, or is one, is as long as other products, too.
+            wholes = [*self._tied, *(self._trial.axes_in(op.module) if elsewhere else ())]
+            yield from _products([leaf, *(t for t in wholes if leaf in set(leaves(t)))], op, self._channels)
 
     def _blamed(self, fault: Fault, groups: Mapping[Leaf, Group]) -> dict[Leaf, Group]:
         """The groups that an operation fails for: those that it has, else those of its module, else all."""
@@ -228,20 +235,33 @@ def _partner(leaf: Leaf, fault: Fault, groups: Mapping[Leaf, Group]) -> Leaf | N
     return None
 
 
-def _products(terms: Sequence[Term], op: Op) -> Iterator[tuple[Term, Term]]:
+def _products(terms: Sequence[Term], op: Op, channels: Set[Leaf]) -> Iterator[tuple[Term, Term]]:
     """Yield products of as many channels as a term, such as heads with the channels of each, whose number code such as
-    ``C // num_heads`` takes from the term."""
+    ``C // num_heads`` takes from the term. Images times windows are none, whatever their number."""
     for value in (*op.inputs, *op.outputs):
-        for term in map(resolve, value.axes):
+        for term in (part for axis in value.axes for part in parts_of(axis)):
             whole = prod(term.factors) if isinstance(term, Prod) else term  # without products in products
             factors = whole.factors if isinstance(whole, Prod) else ()
             for first in range(len(factors) - 1):
                 part = prod(factors[first:])
-                own = set(leaves(part))
-                same = next((t for t in terms if t.size == part.size and not own & set(leaves(t))), None)
-                if same is not None:
+                if any(isinstance(factor, Fixed) for factor in map(resolve, factors[first:])):
+                    continue
+                same = next((term for term in terms if _can_tie(term, part)), None)
+                if same is not None and channels >= set(leaves(part)):
                     yield same, part
                     return
+
+
+def _can_tie(a: Term, b: Term) -> bool:
+    """Whether two terms are equally long, and nothing of one is at another place of the other."""
+    a, b = resolve(a), resolve(b)
+    if a is b or a.size != b.size:
+        return False
+    if isinstance(a, Prod) and isinstance(b, Prod) and len(a.factors) == len(b.factors):
+        pairs = [(x, y) for x, y in zip(a.factors, b.factors, strict=True) if resolve(x) is not resolve(y)]
+    else:
+        pairs = [(a, b)]
+    return bool(pairs) and not any(set(leaves(x)) & set(leaves(y)) or x.size != y.size for x, y in pairs)
 
 
 def _choices(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from prunekit.pruning.graph.axis_terms import Leaf, Span, Term, spans
 from prunekit.pruning.graph.gate_expr import UNGATED, GateExpr, append_gate, parallel, serial
 from prunekit.pruning.graph.recorder import Op, Record, Value
-from prunekit.pruning.graph.rules.base import RULES, is_elementwise
+from prunekit.pruning.graph.rules.base import RULES, SOFTMAX, is_elementwise
 
 NORMS = ("batch_norm", "instance_norm")
 STATISTICAL = ("layer_norm", "group_norm", "rms_norm")
@@ -27,8 +27,6 @@ UNCHANGED = {
 }
 # Of operations that are not elementwise, those that are not zero where their input is.
 SHIFTING = {
-    "softmax",
-    "_softmax",
     "log_softmax",
     "_log_softmax",
     "logsumexp",
@@ -36,7 +34,6 @@ SHIFTING = {
     "argmax",
     "argmin",
     "argsort",
-    "_safe_softmax",
 }
 SHIFTING |= {"fill", "normal", "uniform", "exponential", "bernoulli", "random"}
 
@@ -149,6 +146,11 @@ class ZeroStates:
             over = {1} if op.name == "group_norm" else set(range(len(output.axes) - len(op.args[1]), len(output.axes)))
             # What is pruned does not come out of the reference, whatever goes in; zeros of another axis get the bias.
             return [State() for _ in own] if axis in over else [replace(state, shifted=True) for state in states]
+        if op.name in SOFTMAX:
+            # What is pruned does not come out of the reference; rows of zeros of other channels give equal shares.
+            left_out = {span.leaf for span in self.spans(output.axes[op.args[1]])}
+            pairs = zip(states, own, strict=True)
+            return [State() if s.leaf in left_out else replace(state, shifted=True) for state, s in pairs]
         if number and op.name in ("max", "min", "sort", "topk", "median", "mode", "kthvalue", "cummax", "cummin"):
             return [UNKNOWN] * len(own)  # places
         if op.name == "scaled_dot_product_attention" and axis == len(output.axes) - 2:

@@ -32,7 +32,7 @@ def mask_statistics(model: nn.Module, groups: Sequence[Group], dead: Mapping[str
 
 
 class MaskedStatistics(nn.Module):
-    """A model that leaves entries out of what some of its operations compute; what norms return for them is zero."""
+    """A model that leaves entries out of what some of its operations compute; norms and softmaxes return zero there."""
 
     def __init__(self, model: nn.Module, dead: Dead):
         super().__init__()
@@ -76,7 +76,7 @@ def _masked(name: str, func: Any, args: Any, kwargs: Any, axes: Mapping[int, Seq
         part = part.index_select(axis, index)
     if name == "mean":
         return func(part, *args[1:], **kwargs)
-    if name.endswith(("batch_norm", "instance_norm")):
+    if name.endswith(("batch_norm", "instance_norm", "softmax")):
         result = func(part, *args[1:], **kwargs)
     elif name == "group_norm":
         (index,) = kept.values()

@@ -18,6 +18,7 @@ from prunekit.pruning.graph.recorder import Op, Value
 Rule = Callable[[Op, "AxisGraph"], Sequence[Sequence[Term]] | None]
 RULES: dict[str, Rule] = {}
 CONSTANT = "combined with a tensor that is not a parameter and differs between channels"
+SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 F = TypeVar("F", bound=Rule)
 # Elementwise operations that PyTorch does not mark as such.
 UNMARKED = {

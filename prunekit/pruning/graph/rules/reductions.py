@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prunekit.pruning.graph.axis_terms import Fixed, Term
 from prunekit.pruning.graph.recorder import Op
-from prunekit.pruning.graph.rules.base import AxisGraph, broadcast, register_rule
+from prunekit.pruning.graph.rules.base import SOFTMAX, AxisGraph, broadcast, register_rule
 
 
 @register_rule(
@@ -50,10 +50,14 @@ def reduce(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     "_fft_c2c", "fft_rfft2", "fft_irfft2", "fft_fft2", "fft_ifft2", "fft_rfft", "fft_irfft", "fft_fft", "fft_ifft"
 )
 def along(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
-    """Mix the entries of some axes; nothing of those axes can be pruned."""
+    """Mix the entries of some axes; nothing of those axes can be pruned, except that a softmax is over what is left."""
     value = op.args[0]
     rank = len(value.axes)
     over = _axes(op, rank)
+    if op.name in SOFTMAX:
+        for axis in over:
+            graph.statistic(op, value, axis)
+        return [list(value.axes)]
     graph.lock(op, [value.axes[axis] for axis in over])
     return [
         [Fixed(output.shape[axis]) if axis in over else value.axes[axis] for axis in range(rank)]
