@@ -87,7 +87,7 @@ class Product(Span):
 
 
 class Attribute(_Schema):
-    """A number of a module that is the length of an axis, such as "head_dim"."""
+    """A number of a module that is the length of an axis, such as "head_dim", or "config.hidden_size"."""
 
     module: str
     name: str

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from prunekit.pruning.graph.attributes import owner_of
 from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, axis_length, is_depthwise, output_axis
 from prunekit.pruning.plan import Attribute, Group
 
@@ -41,23 +43,27 @@ def slice_model(
             _slice_module(model.get_submodule(name), cuts, owners)
     _cut_statistics(model, groups, dead, removed)
     for group in groups:
+        changed = set()  # modules may share a configuration
         for attribute in group.attributes if dead.get(group.id) else ():
             if attribute.module not in removed:
                 kept = group.channels - len(channel_index(dead[group.id]))
-                owner = model.get_submodule(attribute.module)
-                _set_attribute(owner, attribute, kept, group.channels)
-                if isinstance(owner, nn.MultiheadAttention):
-                    owner.head_dim = owner.embed_dim // owner.num_heads
+                module = model.get_submodule(attribute.module)
+                owner, key = owner_of(module, attribute.name)
+                if (id(owner), key, attribute.index) not in changed:
+                    _set_attribute(owner, key, attribute, kept, group.channels)
+                    changed.add((id(owner), key, attribute.index))
+                if isinstance(module, nn.MultiheadAttention):
+                    module.head_dim = module.embed_dim // module.num_heads
 
 
-def _set_attribute(module: nn.Module, attribute: Attribute, kept: int, channels: int) -> None:
-    value = getattr(module, attribute.name)
+def _set_attribute(owner: Any, key: str, attribute: Attribute, kept: int, channels: int) -> None:
+    value = getattr(owner, key)
     if attribute.index is None:
-        setattr(module, attribute.name, attribute.after(kept, channels, value))
+        setattr(owner, key, attribute.after(kept, channels, value))
     else:
         parts = list(value)
         parts[attribute.index] = attribute.after(kept, channels, parts[attribute.index])
-        setattr(module, attribute.name, type(value)(parts))
+        setattr(owner, key, type(value)(parts))
 
 
 def _masks(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> dict[Axis, np.ndarray]:

@@ -194,7 +194,7 @@ def _follow(
                 fault = after
                 break
         else:
-            if (other := _as_long(leaf, fault.op)) is not None:
+            if (other := _as_long(trial, leaf, group, fault, groups)) is not None:
                 trial.ties.append((leaf, leaf, other))
             return None
     return None
@@ -218,13 +218,25 @@ def _needed(
     return needed
 
 
-def _as_long(leaf: Leaf, op: Op) -> Leaf | None:
-    """A leaf of the same length that an operation has, whose number code may take from the other's."""
-    for value in (*op.inputs, *op.outputs):
-        for term in map(resolve, value.axes):
-            if isinstance(term, Leaf) and term is not leaf and term.size == leaf.size and term.reason is None:
-                return term
+def _as_long(trial: Trial, leaf: Leaf, group: Group, fault: Fault, groups: Mapping[Leaf, Group]) -> Leaf | None:
+    """A leaf of the same length whose number code may take from the other's: one that the operation has, else one that
+    its module reads, where the model gets further, or to another layer of the kind, when both lose equally many."""
+    op = fault.op
+    elsewhere = [other for other in trial.alike(op) if other is not op]
+    own = _leaves_as_long(leaf, [term for value in (*op.inputs, *op.outputs) for term in value.axes])
+    if own:
+        return own[0]
+    for other in _leaves_as_long(leaf, trial.axes_in(op.module)):
+        if other in groups:
+            both = trial.run({leaf: group, other: groups[other]}, equal=True)
+            if both is None or both.number > fault.number or both.op in elsewhere:
+                return other
     return None
+
+
+def _leaves_as_long(leaf: Leaf, terms: Sequence[Term]) -> list[Leaf]:
+    found = [term for term in map(resolve, terms) if isinstance(term, Leaf) and term is not leaf]
+    return list(dict.fromkeys(term for term in found if term.size == leaf.size and term.reason is None))
 
 
 def _partner(leaf: Leaf, fault: Fault, groups: Mapping[Leaf, Group]) -> Leaf | None:

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import prunekit
 from prunekit.pruning.graph.groups import find_groups
 
 
@@ -120,3 +123,45 @@ def test_channels_of_convolutions_with_groups_are_tried_in_equal_parts(function,
     (group,) = [g for g in find_groups(model, torch.randn(2, 3, 8, 8)) if g.id == "stem"]
     assert (reason or "") in (group.reason or "") and (group.reason is None) == (reason is None)
     assert [attribute.name for attribute in group.attributes] == attributes
+
+
+class Reduced(nn.Module):
+    """Takes the number of channels of its convolution from its input (SegFormer)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.reduce, self.norm = nn.Conv2d(dim, dim, 2, 2), nn.LayerNorm(dim)
+
+    def forward(self, x):
+        b, _, c = x.shape
+        y = self.reduce(x.transpose(1, 2).reshape(b, c, 4, 4)).reshape(b, c, -1).transpose(1, 2)
+        return x + self.norm(y).mean(1, keepdim=True)
+
+
+class Configured(nn.Module):
+    """Computes with numbers of a configuration, as models of transformers do."""
+
+    def __init__(self, dim=12):
+        super().__init__()
+        self.config = SimpleNamespace(widths=[7, dim])
+        self.patches, self.blocks = nn.Conv2d(3, dim, 2, 2), nn.Sequential(Reduced(dim), Reduced(dim))
+        self.head = nn.Linear(dim, 5)
+
+    def forward(self, x):
+        x = self.blocks(self.patches(x).flatten(2).transpose(1, 2))
+        return self.head(x.reshape(len(x), -1, self.config.widths[-1]).mean(1))
+
+
+def test_number_of_the_input_in_several_layers_ties_their_outputs_to_it():
+    torch.manual_seed(0)
+    model, images = Configured().eval(), torch.randn(2, 3, 8, 8)
+    (group,) = [group for group in find_groups(model, images) if group.reason is None]
+    assert {"patches.weight", "blocks.0.reduce.weight", "blocks.1.reduce.weight"} <= {m.tensor for m in group.members}
+
+
+def test_number_in_a_configuration_follows():
+    torch.manual_seed(0)
+    model, images = Configured().eval(), torch.randn(2, 3, 8, 8)
+    small, report = prunekit.Pruner(model, images, importance="magnitude", pruning_ratio=0.25).step()
+    assert report.equivalence.passed and small.patches.out_channels == 9
+    assert small.config.widths == [7, 9] and model.config.widths == [7, 12]
