@@ -40,7 +40,13 @@ from prunekit.pruning.selection.target import LATENCY_TOLERANCE, Budget, search_
 from prunekit.pruning.sparsity.dynamic_decay import NoDecay
 from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.pruning.surgery.compose import compose
-from prunekit.pruning.surgery.equivalence import DEAD, EquivalenceReport, check_equivalence, output_difference
+from prunekit.pruning.surgery.equivalence import (
+    DEAD,
+    EquivalenceReport,
+    check_equivalence,
+    output_difference,
+    outputs_of,
+)
 from prunekit.pruning.surgery.slim import slim
 from prunekit.runs.run_dir import RunDir
 from prunekit.training.trainer import bind_options, seeded_generator
@@ -183,7 +189,7 @@ def _write_slim_model(context: RunContext, run: RunDir, dense: nn.Module, slimme
     context.measure(run, "slim", model)
     steps = {"steps": slimmed.rounds} if len(slimmed.rounds) > 1 else {}
     run.update_summary("equivalence", {**equivalence.to_json(), **steps})
-    largest, mean = output_difference(dense, model, [context.example()])
+    largest, mean = output_difference(*(outputs_of(each, context.example()) for each in (dense, model)))
     run.update_summary("drift", {"max_abs_diff": largest, "mean_abs_diff": mean})
     of = sum(group.channels for group in context.dense_groups(dense) if group.reason is None)
     summary = run.read_json("summary.json")

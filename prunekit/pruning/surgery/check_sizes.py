@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.operations.meta import CONVOLUTIONS, POINTWISE, FastShapes, to_meta
+from prunekit.pruning.surgery.tape import Tape, VariesError
 
 SMALL = {3: (64, 128), 4: (64, 128), 5: (16, 32)}  # sides to begin with, by the dimension of the images
 # How much above it the sizes are: each remainder of a division by 2 to 8 occurs, also after halvings.
@@ -41,25 +42,25 @@ def varied_sizes(model: nn.Module, example: Tensor) -> list[tuple[int, ...]]:
     (N, C, …), and at others; that size is one of them only where it shows something that smaller ones do not."""
     size = tuple(example.shape[2:])
     try:
-        runner, batch = to_meta(model), example[:1].to("meta")
-        found = _behaviors(runner, batch, [size])
+        runs = _Runs(to_meta(model), example[:1].to("meta"))
+        found = runs.behaviors([size])
     except Exception:  # It reads values.
         found = {}
     if not found:
-        runner, batch = model, example[:1]
-        found = _behaviors(runner, batch, [size])
+        runs = _Runs(model, example[:1])
+        found = runs.behaviors([size])
     if not found:
         return []  # The check on the data names the error.
     start = size
     for small in SMALL[example.dim()]:
         fewer = tuple(min(side, small) for side in size)
-        if fewer in found or _behaviors(runner, batch, [fewer]):
+        if fewer in found or runs.behaviors([fewer]):
             start = fewer
             break
     sides = [start, tuple(min(2 * side, full) for side, full in zip(start, size, strict=True))]
     sides += [tuple(side + more for side in start) for more in OFFSETS]
     sides += [tuple(side + 9 * (axis == longer) for axis, side in enumerate(start)) for longer in range(len(start))]
-    return _cover(size, found | _behaviors(runner, batch, [side for side in dict.fromkeys(sides) if side != size]))
+    return _cover(size, found | runs.behaviors([side for side in dict.fromkeys(sides) if side != size]))
 
 
 def _cover(needed: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) -> list[tuple[int, ...]]:
@@ -92,23 +93,54 @@ def _cover(needed: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) 
     return sorted(chosen, key=lambda size: cost[size])
 
 
-@torch.inference_mode()
-def _behaviors(model: nn.Module, batch: Tensor, sizes: list[tuple[int, ...]]) -> dict[tuple[int, ...], Behavior]:
-    """Run a model and return what its operations do at each size that it accepts."""
-    found, recorder = {}, _Recorder()
-    # Each run has its own input, since the model may change it.
-    inputs = {
-        size: batch.clone() if size == batch.shape[2:] else batch.new_zeros((*batch.shape[:2], *size)) for size in sizes
-    }
-    with _called_modules(model, recorder), recorder:
-        for size, image in inputs.items():
-            recorder.start()
+class _Runs:
+    """Runs of a model at several sizes; of the tape of the first one where that says all."""
+
+    def __init__(self, model: nn.Module, batch: Tensor):
+        self.model, self.batch = model, batch
+        self.tape = Tape(model)
+        self.is_complete = False
+
+    def behaviors(self, sizes: list[tuple[int, ...]]) -> dict[tuple[int, ...], Behavior]:
+        """What the operations do at each size that the model accepts."""
+        if self.is_complete:
             try:
-                model(image)
+                return self._played(sizes)
+            except VariesError:
+                self.is_complete = False
+        return self._called(sizes)
+
+    def _image(self, size: tuple[int, ...]) -> Tensor:
+        # Each run has its own, since the model may change it.
+        same = size == self.batch.shape[2:]
+        return self.batch.clone() if same else self.batch.new_zeros((*self.batch.shape[:2], *size))
+
+    @torch.inference_mode()
+    def _played(self, sizes: list[tuple[int, ...]]) -> dict[tuple[int, ...], Behavior]:
+        found, recorder = {}, _Recorder(self.tape)
+        for size in sizes:
+            try:
+                found[size] = self.tape.replay(self._image(size), recorder.call)
+            except VariesError:
+                raise
             except Exception:
                 continue
-            found[size] = recorder.found
-    return found
+        return found
+
+    @torch.inference_mode()
+    def _called(self, sizes: list[tuple[int, ...]]) -> dict[tuple[int, ...], Behavior]:
+        found, recorder = {}, _Recorder(self.tape)
+        with _called_modules(self.model, recorder):
+            for size in sizes:
+                recorder.start(image := self._image(size))
+                try:
+                    with recorder:
+                        self.model(image)
+                except Exception:
+                    continue
+                found[size] = recorder.found
+                self.is_complete = image.is_meta and self.tape.close()
+        return found
 
 
 @contextmanager
@@ -126,24 +158,35 @@ def _called_modules(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 class _Recorder(FastShapes):
-    def start(self) -> None:
+    def __init__(self, tape: Tape):
+        super().__init__()
+        self.tape = tape
+
+    def start(self, image: Tensor) -> None:
         self.modules: list[str] = [""]
         self.calls: Counter[tuple] = Counter()
         self.found: Behavior = {}
+        self.tape.open(image)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = super().__torch_function__(func, types, args, kwargs)
-        site = (self.modules[-1], _line(), getattr(func, "__name__", str(func)))
-        if func in POINTWISE:
-            does: list[tuple[Any, Any]] = []
-        elif (found := self._actions(func, args, kwargs, out, site[2])) is not None:
-            does = found
-        else:
-            return out
-        self.calls[site] += 1
-        self.found[*site, self.calls[site]] = tuple(does)
+        out, does = self.call(func, args, kwargs)
+        key = None
+        if does is not None:
+            site = (self.modules[-1], _line(), getattr(func, "__name__", str(func)))
+            self.calls[site] += 1
+            key = (*site, self.calls[site])
+            self.found[key] = does
+        self.tape.add(key, func, args, kwargs, out)
         return out
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, tuple | None]:
+        """What a call returns and does; the latter is None where it has nothing to do with maps."""
+        out = super().__torch_function__(func, (), args, kwargs)
+        if func in POINTWISE:
+            return out, ()
+        does = self._actions(func, args, kwargs, out, getattr(func, "__name__", str(func)))
+        return out, None if does is None else tuple(does)
 
     def _actions(self, func: Any, args: Any, kwargs: Any, out: Any, name: str) -> list[tuple[Any, Any]] | None:
         """What a call does; None where it has nothing to do with maps."""

@@ -98,12 +98,18 @@ def slim(
         masked, outputs, replaced = attempt.reference, outputs_of(reference, inputs[0]), "its dead gates at zero"
     else:
         compared = compared_inputs(inputs, sizes)
-        _check_runs(reference, first_inputs(compared[0], 1))
         large = values_of_one(compared[0]) > MANY
         noises = noise_batch(None, compared[0], noise or (2 if large else 4))
-        slimmed, masked, outputs, report = _replace_by_means(model, reference, groups, dead, inputs, compared, noises)
+        try:
+            slimmed, masked, outputs, report = _replace_by_means(
+                model, reference, groups, dead, inputs, compared, noises
+            )
+        except Exception:
+            _check_runs(copy_as(model, torch.float64), first_inputs(compared[0], 1))
+            raise
         replaced = "the same inputs replaced by their means"
     if not report.passed:
+        _check_runs(copy_as(model, torch.float64), inputs[0] if exact else first_inputs(compared[0], 1))
         raise PlanError(
             f"the slim model is not equivalent to the dense model with {replaced}: {report.reason}"
             + (_dead_network_hint(copy_as(model, torch.float64), groups, inputs) if report.reason == DEAD else "")
@@ -114,7 +120,8 @@ def slim(
     checked = copy_as(result, torch.float32)
     compared = compared_inputs(inputs, ()) if exact else compared
     first = cast(first_inputs(compared[0], 1), torch.float32)
-    report.float32_diff, _ = output_difference(convert(masked, torch.float32), checked, [first])
+    expected = outputs_of(convert(masked, torch.float32), first)
+    report.float32_diff, _ = output_difference(expected, check_repeatable(checked, first))
     _measure_drift(report, model, slimmed, checked, outputs, inputs[0])
     check_training(model, checked, [first_inputs(compared[0], 2), first_inputs(inputs[0], 2)])
     report.plan.notes = [*plan.notes, *_notes(groups, plan, report)]
