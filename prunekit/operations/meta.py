@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunekit.operations.shapes import concatenated
 from prunekit.utils.copying import copy_module
 
 
@@ -64,18 +65,6 @@ def _pooled(x: Tensor, size: Any) -> Tensor | None:
     return x.new_empty((*x.shape[:2], *sides)) if x.numel() and min(sides) > 0 else None
 
 
-def _concatenated(parts: Any, axis: Any) -> Tensor | None:
-    if not isinstance(parts, tuple | list) or not isinstance(axis, int):
-        return None
-    first, same = parts[0], True
-    axis = axis % max(first.dim(), 1)
-    for part in parts:
-        same &= part.is_meta and part.dtype == first.dtype and part.dim() == first.dim() > 0
-        same &= part.shape[:axis] == first.shape[:axis] and part.shape[axis + 1 :] == first.shape[axis + 1 :]
-    total = sum(part.shape[axis] for part in parts) if same else 0
-    return first.new_empty((*first.shape[:axis], total, *first.shape[axis + 1 :])) if same else None
-
-
 class FastShapes(TorchFunctionMode):
     """Replace operations whose meta shapes PyTorch computes slowly, operation by operation: norms and PReLUs by
     identities, bilinear and bicubic up-sampling by nearest-neighbor, and, without gradients, convolutions, activations,
@@ -95,7 +84,7 @@ class FastShapes(TorchFunctionMode):
     def _fast(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         first = args[0]
         if func is torch.cat:
-            return _concatenated(first, kwargs.get("dim", 0) if len(args) < 2 else args[1])
+            return concatenated(first, kwargs.get("dim", 0) if len(args) < 2 else args[1])
         if func in _BINARY and len(args) == 2 and not kwargs:
             return _broadcast(*args)
         if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():

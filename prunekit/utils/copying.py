@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 Model = TypeVar("Model", bound=nn.Module)
 
-_ATOMS = (int, float, bool, str, type(None))
+_ATOMS = frozenset((int, float, bool, str, type(None)))
+_COLLECTIONS = (OrderedDict, dict, set, list)
 _PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
 
 
@@ -27,19 +28,34 @@ def copy_module(model: Model, memo: dict[int, Any] | None = None) -> Model:
     ``deepcopy`` refuses them.
     """
     memo = {} if memo is None else memo
-    plain = {module: type(module).__new__(type(module)) for module in model.modules() if _is_plain(type(module))}
+    modules = list(model.modules())
+    kinds = {kind for kind in set(map(type, modules)) if _is_plain(kind)}
+    plain = {module: type(module).__new__(type(module)) for module in modules if type(module) in kinds}
     memo |= {id(module): copied for module, copied in plain.items() if id(module) not in memo}
-    for module in model.modules():
+    left: list[tuple[dict[str, Any], str, Any]] = []
+    for module in modules:
+        own = vars(plain[module]) if module in plain else {}
+        own |= vars(module)
         for name, value in vars(module).items():
-            if type(value) in (OrderedDict, dict, set) and not value:
-                memo.setdefault(id(value), type(value)())
-            elif name not in OWN_ATTRIBUTES and not isinstance(value, int | float | str):
+            kind = type(value)
+            if kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, value))):
+                continue
+            if kind in _COLLECTIONS and not value:
+                own[name] = memo.setdefault(id(value), kind())
+                continue
+            if module in plain:
+                left.append((own, name, value))
+            if name not in OWN_ATTRIBUTES:
                 for leaf in tree_leaves(value):
                     if isinstance(leaf, Tensor) and not leaf.is_leaf:
                         memo.setdefault(id(leaf), leaf.detach().clone())
-    for module, copied in reversed(plain.items()):  # what is inside first, as other classes may look into it
-        for name, value in vars(module).items():
-            vars(copied)[name] = value if type(value) in _ATOMS else copy.deepcopy(value, memo)
+    for own, name, value in reversed(left):  # what is inside first, as other classes may look into it
+        if name in ("_parameters", "_buffers", "_modules") and type(value) is dict:
+            own[name] = {
+                key: memo[id(part)] if id(part) in memo else copy.deepcopy(part, memo) for key, part in value.items()
+            }
+        else:
+            own[name] = copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)
 
 

@@ -32,7 +32,7 @@ def propagate(model: nn.Module, record: Record, train_record: Record | None = No
     """
     graph = AxisGraph(model)
     for name, value in record.tensors.items():
-        value.axes = _tensor_axes(model, name, value)
+        value.axes = _tensor_axes(graph, name, value)
     _lock_computed(model, record)
     for value in record.inputs:
         # Channels are the second axis, or the last of tokens.
@@ -135,9 +135,9 @@ def _fits(op: Op, axes: Iterable[Iterable[Term]]) -> bool:
     return shapes == [value.shape for value in op.outputs]
 
 
-def _tensor_axes(model: nn.Module, name: str, value: Value) -> list[Term]:
+def _tensor_axes(graph: AxisGraph, name: str, value: Value) -> list[Term]:
     owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module = graph.modules[owner]
     if key == "weight" and isinstance(module, LAYERS) and len(value.shape) > 1:
         # One channel is a channel, too; positions of the kernel are not.
         return [*map(Leaf, value.shape[:2]), *fixed(value.shape[2:])]

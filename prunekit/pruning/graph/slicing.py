@@ -32,7 +32,8 @@ def slice_model(
         masks: of the entries that are kept, if already known.
         removed: modules that are left as they are.
     """
-    masks = _masks(model, groups, dead) if masks is None else masks
+    modules = dict(model.named_modules())
+    masks = _masks(modules, groups, dead) if masks is None else masks
     by_module: dict[str, dict[str, dict[int, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
     for (tensor, axis), mask in masks.items():
         module, _, name = tensor.rpartition(".")
@@ -40,14 +41,14 @@ def slice_model(
     owners = _owners_of_tensors(model)
     for name, cuts in by_module.items():
         if name not in removed:
-            _slice_module(model.get_submodule(name), cuts, owners)
-    _cut_statistics(model, groups, dead, removed)
+            _slice_module(modules[name], cuts, owners)
+    _cut_statistics(modules, groups, dead, removed)
     for group in groups:
         changed = set()  # modules may share a configuration
         for attribute in group.attributes if dead.get(group.id) else ():
             if attribute.module not in removed:
                 kept = group.channels - len(channel_index(dead[group.id]))
-                module = model.get_submodule(attribute.module)
+                module = modules[attribute.module]
                 owner, key = owner_of(module, attribute.name)
                 if (id(owner), key, attribute.index) not in changed:
                     _set_attribute(owner, key, attribute, kept, group.channels)
@@ -66,13 +67,15 @@ def _set_attribute(owner: Any, key: str, attribute: Attribute, kept: int, channe
         setattr(owner, key, type(value)(parts))
 
 
-def _masks(model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]]) -> dict[Axis, np.ndarray]:
+def _masks(
+    modules: Mapping[str, nn.Module], groups: Sequence[Group], dead: Mapping[str, Iterable[int]]
+) -> dict[Axis, np.ndarray]:
     masks: dict[Axis, np.ndarray] = {}
     for group in groups:
         for member in group.members if dead.get(group.id) else ():
             axis = member.tensor, member.axis
             if axis not in masks:
-                module, name = model.get_submodule(member.module), member.tensor.rpartition(".")[2]
+                module, name = modules[member.module], member.tensor.rpartition(".")[2]
                 masks[axis] = np.ones(axis_length(module, name, member.axis), bool)
             masks[axis][member.entries(channel_index(dead[group.id]))] = False
     return masks
@@ -83,7 +86,7 @@ def channel_index(channels: Iterable[int] | np.ndarray) -> np.ndarray:
 
 
 def _cut_statistics(
-    model: nn.Module, groups: Sequence[Group], dead: Mapping[str, Iterable[int]], removed: Sequence[str]
+    modules: Mapping[str, nn.Module], groups: Sequence[Group], dead: Mapping[str, Iterable[int]], removed: Sequence[str]
 ) -> None:
     """Give norms the length of what they normalize over."""
     gone: dict[tuple[str, int, int], list[np.ndarray]] = defaultdict(list)
@@ -91,14 +94,14 @@ def _cut_statistics(
         for statistic in group.statistics if dead.get(group.id) else ():
             if statistic.module in removed or statistic.call:
                 continue
-            module, channels = model.get_submodule(statistic.module), channel_index(dead[group.id])
+            module, channels = modules[statistic.module], channel_index(dead[group.id])
             if isinstance(module, nn.GroupNorm) and statistic.operation == "group_norm":
                 gone[statistic.module, statistic.axis, 1].append(statistic.entries(channels))
             elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and statistic.operation.endswith("_norm"):
                 gone[statistic.module, statistic.axis, 0].append(statistic.entries(channels))
     axes = Counter((name, kind) for name, _, kind in gone)
     for (name, _, kind), entries in gone.items():
-        module, lost = model.get_submodule(name), len(np.unique(np.concatenate(entries)))
+        module, lost = modules[name], len(np.unique(np.concatenate(entries)))
         if kind:
             module.num_channels -= lost
         elif axes[name, kind] == 1:

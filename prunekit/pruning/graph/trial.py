@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from prunekit.pruning.graph.attributes import enclosing, running_modules
 from prunekit.pruning.graph.axes import axis_length, conv_groups
@@ -64,13 +63,19 @@ class Trial:
         None where they are not blocks of the channels."""
         blocks = 1
         for member in group.members:
-            number = conv_groups(self.model, member.module)
+            number = self._grouped.get(member.module, 1)
             if number > 1:
                 module, name = self.model.get_submodule(member.module), member.tensor.rpartition(".")[2]
                 if member.times > 1 or group.channels != axis_length(module, name, member.axis):
                     return None
                 blocks = math.lcm(blocks, number)
         return blocks if group.channels % blocks == 0 and group.channels > blocks else None
+
+    @cached_property
+    def _grouped(self) -> dict[str, int]:
+        """The number of groups of convolutions that have several."""
+        names = [name for name, module in self.model.named_modules() if getattr(module, "groups", 1) != 1]
+        return {name: conv_groups(self.model, name) for name in names}
 
     def _draw(self, leaf: Leaf, blocks: int) -> int:
         """A number of channels of a leaf to cut, which differs from those of as many others as possible."""
@@ -187,7 +192,7 @@ class Trial:
             if self.reads_values and before.name != after.name:
                 number = len(ops) - 1
                 break
-            if self.stable[number] and (text := _difference(before, after, cut)) is not None:
+            if self.stable[number] and (text := self._difference(number, before, after, cut)) is not None:
                 return Fault(text, before, number, enclosing(before.module))
         if error is None and (self.reads_values or _computing(ops) == _computing(self.record.ops)):
             return None
@@ -196,6 +201,20 @@ class Trial:
         failing = self.record.ops[number]
         modules = running_modules(error, copied) if error is not None else []
         return Fault(text, failing, number, list(dict.fromkeys([*modules, *enclosing(failing.module)])))
+
+    def _difference(self, number: int, before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
+        """What an operation of the model without some channels does that does not follow from the axes."""
+        if before.name != after.name:
+            return f"{after.line} runs {after.name} instead of {before.name}"
+        for old, new in zip(before.outputs, after.outputs, strict=False):
+            expected = tuple(length_without(term, cut) for term in old.axes)
+            if new.shape != expected:
+                return f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
+        return COMPUTES.format(after.name, after.line) if self._expected_numbers[number] != _numbers(after) else None
+
+    @cached_property
+    def _expected_numbers(self) -> list[list[Any]]:
+        return [_numbers(op) for op in self.record.ops]
 
 
 def _pairs(before: Sequence[Op], after: Sequence[Op]) -> Iterator[tuple[int, Op, Op]]:
@@ -222,17 +241,6 @@ def _differ(size: Any, number: Any, other: Any, its: Any) -> Any:
     return (abs(number - its) >= 2) & (abs(number * other - its * size) >= 2 * np.maximum(size, other))
 
 
-def _difference(before: Op, after: Op, cut: Mapping[Leaf, int]) -> str | None:
-    """What an operation of the model without some channels does that does not follow from the axes."""
-    if before.name != after.name:
-        return f"{after.line} runs {after.name} instead of {before.name}"
-    for old, new in zip(before.outputs, after.outputs, strict=False):
-        expected = tuple(length_without(term, cut) for term in old.axes)
-        if new.shape != expected:
-            return f"{after.name} ({after.line}) gives {_sides(new.shape)}, not {_sides(expected)}"
-    return COMPUTES.format(after.name, after.line) if _numbers(before) != _numbers(after) else None
-
-
 def _depends_on_values(op: Op) -> bool:
     """Whether the shape of what an operation returns depends on values, or may."""
     if op.func is None or op.func.namespace != "aten":
@@ -245,9 +253,21 @@ def _numbers(op: Op) -> list[Any]:
     """The numbers that an operation computes with."""
     counts = is_elementwise(op.name, op.func) or op.name.removesuffix("_") in COUNTS
     kinds = int | float if counts else float
-    found: list[Any] = [leaf for leaf in tree_leaves((op.args, op.kwargs)) if isinstance(leaf, kinds)]
+    found: list[Any] = []
+    _add_numbers((op.args, op.kwargs), kinds, found)
     found += [value.numbers for value in op.inputs]
     return [*found, op.arg(FILLS[op.name], "fill_value")] if op.name in FILLS else found
+
+
+def _add_numbers(value: Any, kinds: Any, found: list[Any]) -> None:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        if isinstance(value, kinds):
+            found.append(value)
+        return
+    for part in value:
+        _add_numbers(part, kinds, found)
 
 
 def _leaves(ops: Iterable[Op]) -> list[Leaf]:

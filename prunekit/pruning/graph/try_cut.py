@@ -53,20 +53,20 @@ class FixedSizes:
         }
         trial.ties, self._channels = [], set(groups)
         followed: dict[Leaf, Group] = {}
-        failing: list[tuple[Leaf, Group, Fault]] = []
         # First without all groups that an operation fails for, then parts of the others.
         left = dict(tried)
         while left and not trial.ties and (fault := trial.run(left)) is not None:
             blamed = self._blamed(fault, left)
-            self._single_out(blamed, followed, failing)
+            self._single_out(blamed, followed, groups)
             left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
+            # Layers of one kind have attributes of one name.
+            for leaf in left.keys() & self._guesses.keys():
+                left[leaf].attributes += self._guesses.pop(leaf)
+        followed |= {leaf: group for leaf, group in left.items() if group.attributes}
+        left = {leaf: group for leaf, group in left.items() if not group.attributes}
         for some in self._parts(left) if not trial.ties else ():
             if (fault := trial.run(some)) is not None:
-                self._single_out(self._blamed(fault, some), followed, failing)
-        # Those that fail with what is tied now are tried again.
-        for leaf, group, fault in failing if not trial.ties else ():
-            if self._follow(leaf, group, fault, groups):
-                followed[leaf] = group
+                self._single_out(self._blamed(fault, some), followed, groups)
         while followed and not trial.ties and (fault := trial.run(followed)) is not None:
             # Their attributes cannot follow all of them.
             blamed = {leaf: followed[leaf] for leaf in fault.leaves if leaf in followed} or dict(followed)
@@ -77,10 +77,12 @@ class FixedSizes:
         return [(a, b) for _, a, b in trial.ties]
 
     def _single_out(
-        self, groups: dict[Leaf, Group], followed: dict[Leaf, Group], failing: list[tuple[Leaf, Group, Fault]]
+        self, suspected: dict[Leaf, Group], followed: dict[Leaf, Group], groups: Mapping[Leaf, Group]
     ) -> None:
-        """Find which of some groups fail, with their faults, and which are right with the attributes of their like."""
-        trial, suspects = self._trial, [groups]
+        """Find which of some groups fail, and give them their attributes or a reason; those that are right with
+        attributes are added to ``followed``."""
+        trial, suspects = self._trial, [suspected]
+        failing: list[tuple[Leaf, Group, Fault]] = []
         while suspects and not trial.ties:
             some = suspects.pop()
             for leaf in some.keys() & self._guesses.keys():
@@ -96,6 +98,10 @@ class FixedSizes:
             else:
                 items = list(some.items())
                 suspects += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
+        # Those that fail with what is tied now are tried again.
+        for leaf, group, fault in failing if not trial.ties else ():
+            if self._follow(leaf, group, fault, groups):
+                followed[leaf] = group
 
     def _products(self, leaf: Leaf, fault: Fault) -> Iterator[tuple[Term, Term]]:
         """Products of as many channels as a leaf, or as an axis with it that the module reads."""

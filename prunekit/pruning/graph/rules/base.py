@@ -105,6 +105,9 @@ class AxisGraph:
     on_path: set[Op] = field(default_factory=set)  # the operations that an output depends on
     off_path: set[Op] = field(default_factory=set)  # those of which at most the shape of the result matters
 
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules())
+
     def unify(self, op: Op, a: Term, b: Term) -> None:
         axis_terms.unify(a, b, self.label(op))
 
@@ -121,7 +124,7 @@ class AxisGraph:
 
     def label(self, op: Op) -> str:
         """A layer's name and class, or an operation's name and line."""
-        module = self.model.get_submodule(op.module)
+        module = self.modules[op.module]
         if op.module and type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children()):
             return f"{op.module} ({type(module).__name__})"
         return f"{op.name} ({op.line})"

@@ -58,7 +58,7 @@ def convolution(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
 
 def _is_depthwise(op: Op, graph: AxisGraph, weight: Value, groups: int, transposed: bool) -> bool:
     if weight.name == f"{op.module}.weight" and not transposed:
-        module = graph.model.get_submodule(op.module)
+        module = graph.modules[op.module]
         if isinstance(module, CONVS):
             return is_channelwise(graph.model, op.module)
     return not transposed and groups > 1 and weight.shape[1] == 1 and weight.shape[0] % groups == 0
@@ -72,7 +72,7 @@ def _grouped(op: Op, graph: AxisGraph, value: Value, axis: int, weight: Value, g
         why, outputs = f"a transposed convolution with {groups} groups", Leaf(op.outputs[0].shape[axis])
         lock(weight.axes[0], why)
         lock(weight.axes[1], why)
-    elif not isinstance(graph.model.get_submodule(op.module), CONVS) or weight.name != f"{op.module}.weight":
+    elif not isinstance(graph.modules[op.module], CONVS) or weight.name != f"{op.module}.weight":
         why = "a function with groups"
     if why:
         name = op.module or op.name

@@ -17,7 +17,7 @@ def batch_norm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
 
     These may be channels, too, such as the inputs of a weight that is standardized (Qiao et al., 2019).
     """
-    value, module = op.args[0], graph.model.get_submodule(op.module)
+    value, module = op.args[0], graph.modules[op.module]
     if not any(isinstance(tensor, Value) for tensor in op.args[1:5]) and isinstance(module, NORMS):
         graph.counts.append((f"{op.module}.num_features", value.axes[1]))
     for tensor in op.args[1:5]:
