@@ -19,9 +19,10 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group, Plan
 from prunekit.pruning.selection.budget import BudgetSearch
 from prunekit.pruning.selection.extract import plan_from_selection
+from prunekit.pruning.selection.importance import check_finite
 from prunekit.pruning.selection.latency_model import LatencyTable
 from prunekit.pruning.selection.layer_matching import Layer, match_layers
-from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector
+from prunekit.pruning.selection.selector import Scope, Scores, Selection, Selector, check_limits
 from prunekit.pruning.selection.target import TARGETS, search_measure
 from prunekit.pruning.sparsity.gradual import GradualPruning
 from prunekit.pruning.surgery.compose import match_groups
@@ -155,12 +156,12 @@ class Pruner:
         self._ratios = _ratios_by_group(model, self._groups, per_layer_ratio or {})
         # The number of channels of each group before the first step.
         self._widths = {group.id: group.channels for group in self._groups}
-        ranked = [g for g in self._groups if g.reason is None and (importance != "gate" or g.gates)]
-        zeros = {g.id: np.zeros(g.channels) for g in ranked}
         if not self._target:
-            Selector(model, self._groups, zeros, **self._limits)  # checks the limits
+            check_limits(**self._limits)
+            check_finite(model)
         else:
-            search = self._search(zeros, 1.0)
+            ranked = [g for g in self._groups if g.reason is None and (importance != "gate" or g.gates)]
+            search = self._search({g.id: np.zeros(g.channels) for g in ranked}, 1.0)
             self._dense_size = search.size_model.dense
             self._budget = search.budget(**self._target)
 

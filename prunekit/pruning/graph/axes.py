@@ -25,10 +25,9 @@ def is_channelwise(model: nn.Module, name: str) -> bool:
     """Return whether a module reads each channel alone: a norm, a PReLU or a depthwise convolution."""
     module = model.get_submodule(name)
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or is_depthwise(module):
         return True
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(parent, DepthwiseModules) or is_depthwise(module)
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), DepthwiseModules)
 
 
 def is_depthwise(module: nn.Module) -> bool:

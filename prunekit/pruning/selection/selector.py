@@ -83,9 +83,7 @@ class Selector:
         ignored_groups: Collection[str] = (),
         ratios: Mapping[str, float] | None = None,
     ):
-        for name, value in (("min_channels", min_channels), ("round_to", round_to)):
-            if value < 1:
-                raise PlanError(f"{name}={value}: must be at least 1")
+        check_limits(min_channels, round_to)
         if scope not in get_args(Scope):
             raise PlanError(f"scope={scope!r}: must be 'global', 'isomorphic' or 'layer'")
         check_finite(model)
@@ -272,6 +270,13 @@ class Selector:
         return sorted(starved)
 
 
+def check_limits(min_channels: int, round_to: int) -> None:
+    """Raise PlanError where a limit is out of range."""
+    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+        if value < 1:
+            raise PlanError(f"{name}={value}: must be at least 1")
+
+
 def _zeros_first(model: nn.Module, groups: Sequence[Group], scores: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Give channels whose gates are zero the lowest score: whatever their weights, removing them changes nothing."""
     lowest = min((float(values.min()) for values in scores if values.size), default=0.0)
@@ -306,6 +311,8 @@ def _rounding(group: Group, others: Sequence[Group], round_to: int) -> int:
 
     Heads may be of any number where each has a multiple of channels.
     """
+    if round_to == 1:
+        return 1
     axes = {(m.tensor, m.axis, m.offset): m.stride for m in group.members}
     inner = any(axes.get((m.tensor, m.axis, m.offset), 0) > m.stride for other in others for m in other.members)
     return 1 if inner else round_to // math.gcd(round_to, *axes.values())

@@ -104,10 +104,12 @@ def measure_constants(
     inputs: Sequence[Example],
     runner: nn.Module | None = None,
     source: nn.Module | None = None,
+    ranges: bool = True,
 ) -> Constants:
     """Run a model, in eval mode, and measure what dead channels emit at their readers: the mean and the range.
 
     Args:
+        ranges: whether to measure them; else they are taken to be zero.
         runner: calls the model's modules in its place, such as one that masks statistics.
         source: a copy that is measured in the model's place, such as one in another precision.
     """
@@ -116,7 +118,8 @@ def measure_constants(
     found = [group for group in groups if group.id in indices and not group.zeroed]
     members = [(group.id, member) for group in found for member in group.readers]
     source = source or model
-    measured, outputs = _input_statistics(source, runner or source, {member.module for _, member in members}, inputs)
+    names = {member.module for _, member in members}
+    measured, outputs = _input_statistics(source, runner or source, names, inputs, ranges)
     constants = Constants(indices, defaultdict(list), {name: means for name, (means, _) in measured.items()}, outputs)
     for group, member in members:
         channels, module = constants.dead[group], model.get_submodule(member.module)
@@ -132,7 +135,7 @@ def measure_constants(
 
 
 def _input_statistics(
-    model: nn.Module, runner: nn.Module, names: Collection[str], inputs: Sequence[Example]
+    model: nn.Module, runner: nn.Module, names: Collection[str], inputs: Sequence[Example], ranges: bool
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[Tensor]]:
     """The mean and the width of the range of each entry of the axis of channels (the last of a linear layer, else the
     second) at the inputs of modules, over some batches; and the model's outputs on the first."""
@@ -144,7 +147,8 @@ def _input_statistics(
         own = given.dim() - 1 if isinstance(module, nn.Linear) else 1
         axes = [axis for axis in range(given.dim()) if axis != own]
         number = torch.tensor(given.numel() / given.shape[own])
-        low, high, total = given.amin(axes), given.amax(axes), given.sum(axes)
+        total = given.sum(axes)
+        low, high = (given.amin(axes), given.amax(axes)) if ranges else [torch.zeros_like(total)] * 2
         before = found.get(modules[module], [low, high, torch.zeros_like(total), torch.zeros_like(number)])
         found[modules[module]] = [
             low.minimum(before[0]),

@@ -48,8 +48,11 @@ def copy_as(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def convert(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Change a model, in place, to one in eval mode on the CPU whose tensors of floats have this dtype."""
-    model = model.cpu().eval()
-    model = model.double() if dtype == torch.float64 else model.float()
+    model = model.eval()
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != dtype) for t in tensors):
+        model = model.cpu()
+        model = model.double() if dtype == torch.float64 else model.float()
     for module, name, value in list(_attributes(model)):
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             vars(module)[name] = tree_map_only(Tensor, lambda tensor: _converted(tensor, dtype, copy=False), value)

@@ -56,8 +56,12 @@ class Cutter:
         self._axis_lengths = AxisLengths(groups, self.lengths, self.members)
         # The modules that produce, and those that read, each group's channels.
         producers, readers = set(), set()
+        channelwise: dict[str, bool] = {}
         for g, group in enumerate(groups):
-            made_by = [name for name in group.producers if not is_channelwise(model, name)]
+            for name in group.producers:
+                if name not in channelwise:
+                    channelwise[name] = is_channelwise(model, name)
+            made_by = [name for name in group.producers if not channelwise[name]]
             producers |= {(g, self.module_index[name], 1) for name in made_by}
             readers |= {(g, self.module_index[member.module], 1) for member in group.readers}
         needs = [sparse_matrix(sorted(pairs), (len(groups), len(self.module_index))) for pairs in (producers, readers)]

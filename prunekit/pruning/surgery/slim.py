@@ -150,7 +150,7 @@ def _replace_by_means(
         for silenced in {source, reference}:
             for group in zeroed:
                 silence(silenced, group, channel_index(dead[group.id]))
-    constants = measure_constants(reference, groups, dead, [data], source=source)
+    constants = measure_constants(reference, groups, dead, [data], source=source, ranges=False)
     masked = mask_statistics(mask_responses(reference, groups, dead, constants, removed), groups, dead)
     plan, folding = rebuild(reference, groups, dead, constants)
     report = check_all(masked, reference, compared, [] if noise is None else [noise])
