@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunekit.operations.shapes import concatenated
+from prunekit.operations.shapes import concatenated, fast_result
 from prunekit.utils.copying import copy_module
 
 
@@ -67,8 +67,8 @@ def _pooled(x: Tensor, size: Any) -> Tensor | None:
 
 class FastShapes(TorchFunctionMode):
     """Replace operations whose meta shapes PyTorch computes slowly, operation by operation: norms and PReLUs by
-    identities, bilinear and bicubic up-sampling by nearest-neighbor, and, without gradients, convolutions, activations,
-    sums, products, concatenations, layer norms and adaptive poolings."""
+    identities, bilinear and bicubic up-sampling by nearest-neighbor, and, without gradients, convolutions, linear
+    layers, activations, sums, products, concatenations, layer norms, attentions and adaptive poolings."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,6 +93,8 @@ class FastShapes(TorchFunctionMode):
             return first
         if func is F.layer_norm and tuple(args[1]) == first.shape[first.dim() - len(args[1]) :]:
             return first
+        if func in (F.linear, F.scaled_dot_product_attention):
+            return fast_result(func.__name__, args, kwargs)
         if func is F.adaptive_avg_pool2d and len(args) == 2:
             return _pooled(*args)
         if func in CONVOLUTIONS and len(args) == 7 and not kwargs and (sides := _output_sides(*args)):

@@ -104,6 +104,8 @@ class Pruner:
         steps: number of calls of ``step()`` in which to reach the ratio or target.
         loss: for ``"taylor"`` and ``"ablation"``: a function of the model that yields its loss on a few batches, or returns one loss.
         exact: see :func:`prunekit.slim`.
+        thorough: whether the equivalence check runs at all input sizes at which the model does something of its own,
+            such as a padding of odd maps; else at two of them. Always so with ``exact``.
 
     Attributes:
         model: the current model: the one to prune next. Assign to it to continue from a trained copy.
@@ -132,6 +134,7 @@ class Pruner:
         steps: int = 1,
         loss: Loss | None = None,
         exact: bool = False,
+        thorough: bool = False,
     ):
         _check_arguments(model, pruning_ratio, target, per_layer_ratio, steps)
         example_inputs = as_example(example_inputs)
@@ -145,7 +148,7 @@ class Pruner:
         self._model = model = unwrap(model)
         self._importance = _importance_function(importance, loss)
         self._ratio, self._target = pruning_ratio or 0.0, dict(target or {})
-        self._latencies = latencies
+        self._latencies, self._thorough = latencies, thorough or exact
         self._global, self._exact, self._cost_power = global_pruning, exact, cost_power
         self._scope: Scope = "isomorphic" if isomorphic else "global"
         self._limits: dict[str, Any] = {"min_channels": min_channels, "round_to": round_to}
@@ -230,12 +233,13 @@ class Pruner:
     def _slim_to_ratio(self, scores: Scores, share: float) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         selection = self._select_ratio(scores, share)
         plan = plan_from_selection(self._model, self._groups, selection)
-        slim_model, check = slim(self._model, plan, self.example_inputs, groups=self._groups, exact=self._exact)
+        options: dict[str, Any] = {"exact": self._exact, "thorough": self._thorough}
+        slim_model, check = slim(self._model, plan, self.example_inputs, groups=self._groups, **options)
         return slim_model, check, selection.warnings
 
     def _slim_to_target(self, scores: Scores, share: float) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         budget = self._budget.at(share, self._dense_size)
-        return self._search(scores, share).slim(budget, self.example_inputs, self._exact)
+        return self._search(scores, share).slim(budget, self.example_inputs, self._exact, thorough=self._thorough)
 
     # ``share`` is that of the way to the ratio or target: the step's number ÷ steps.
 

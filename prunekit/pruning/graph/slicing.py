@@ -130,7 +130,8 @@ def slice_tensor(module: nn.Module, name: str, tensor: torch.Tensor, masks: Mapp
     # In the memory layout of the tensor, such as channels last.
     order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
     back = [order.index(axis) for axis in range(tensor.dim())]
-    return torch.cat(parts).permute(order).contiguous().permute(back)
+    whole = parts[0] if blocks == 1 else torch.cat(parts)
+    return whole.permute(order).contiguous().permute(back)
 
 
 def _select(tensor: torch.Tensor, axis: int, mask: np.ndarray) -> torch.Tensor:

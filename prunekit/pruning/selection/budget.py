@@ -118,20 +118,25 @@ class BudgetSearch:
         return selection
 
     def slim(
-        self, budget: Budget, example: Example, exact: bool = False, sizes: Sequence[tuple[int, ...]] | None = None
+        self,
+        budget: Budget,
+        example: Example,
+        exact: bool = False,
+        sizes: Sequence[tuple[int, ...]] | None = None,
+        thorough: bool = True,
     ) -> tuple[nn.Module, EquivalenceReport, list[str]]:
         """Build a slim model that meets the budget within 2%, and is at or below it where possible.
 
         Args:
             budget: the size of the slim model.
-            example, exact, sizes: as for ``prunekit.slim``.
+            example, exact, sizes, thorough: as for ``prunekit.slim``.
 
         Returns:
             the model, its equivalence check (see ``prunekit.slim``), and the notes that the user should see.
         """
         goal, seen = budget.goal, set()
         best: tuple[tuple[bool, bool, float], ModelSize, nn.Module, EquivalenceReport, list[str]] | None = None
-        sizes = check_sizes(self.model, example) if sizes is None else sizes
+        sizes = check_sizes(self.model, example, thorough) if sizes is None else sizes
         for _ in range(MAX_ATTEMPTS):
             goal = min(max(goal, budget.size(self.smallest)), budget.size(self.size_model.dense))
             selection = self._search(replace(budget, goal=goal))

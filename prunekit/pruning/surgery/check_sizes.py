@@ -25,7 +25,8 @@ from prunekit.pruning.surgery.tape import Tape, VariesError
 SMALL = {3: (64, 128), 4: (64, 128), 5: (16, 32)}  # sides to begin with, by the dimension of the images
 # How much above it the sizes are: each remainder of a division by 2 to 8 occurs, also after halvings.
 OFFSETS = (*range(1, 9), 11, 13, 15, 16, 23, 29, 31, 32)
-MAX_SIZES = 6
+FEW_OFFSETS = (1, 8, 16, 32)
+MAX_SIZES, FEW_SIZES = 6, 2
 MAX_VALUES = 4  # an argument with more values than this over all sizes is the size itself
 LARGE = 32  # as is a whole number of this size
 REORDERING = {"permute", "transpose", "reshape", "view", "flatten", "unflatten", "swapaxes", "movedim"}
@@ -37,9 +38,14 @@ Behavior = dict[Call, tuple]  # what each call does: pairs (what, value)
 ABSENT = (("absent", True),)
 
 
-def varied_sizes(model: nn.Module, example: Tensor) -> list[tuple[int, ...]]:
+def varied_sizes(model: nn.Module, example: Tensor, thorough: bool = True) -> list[tuple[int, ...]]:
     """Choose the cheapest sizes of images at which the model does all that it does at the size of the example,
-    (N, C, …), and at others; that size is one of them only where it shows something that smaller ones do not."""
+    (N, C, …), and at others; that size is one of them only where it shows something that smaller ones do not.
+
+    Args:
+        thorough: else the two sizes of them that show most are chosen, and the example's only where smaller ones do not
+            meet all weights of a kernel.
+    """
     size = tuple(example.shape[2:])
     try:
         runs = _Runs(to_meta(model), example[:1].to("meta"))
@@ -58,12 +64,15 @@ def varied_sizes(model: nn.Module, example: Tensor) -> list[tuple[int, ...]]:
             start = fewer
             break
     sides = [start, tuple(min(2 * side, full) for side, full in zip(start, size, strict=True))]
-    sides += [tuple(side + more for side in start) for more in OFFSETS]
-    sides += [tuple(side + 9 * (axis == longer) for axis, side in enumerate(start)) for longer in range(len(start))]
-    return _cover(size, found | runs.behaviors([side for side in dict.fromkeys(sides) if side != size]))
+    sides += [tuple(side + more for side in start) for more in (OFFSETS if thorough else FEW_OFFSETS)]
+    for longer in range(len(start)) if thorough else ():
+        sides.append(tuple(side + 9 * (axis == longer) for axis, side in enumerate(start)))
+    return _cover(size, thorough, found | runs.behaviors([side for side in dict.fromkeys(sides) if side != size]))
 
 
-def _cover(needed: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) -> list[tuple[int, ...]]:
+def _cover(
+    needed: tuple[int, ...], thorough: bool, behaviors: dict[tuple[int, ...], Behavior]
+) -> list[tuple[int, ...]]:
     calls = dict.fromkeys(call for behavior in behaviors.values() for call in behavior)
     # Calls that do the same at all sizes count as one; what is the same everywhere chooses no size.
     rows = {tuple(behavior.get(call, ABSENT) for behavior in behaviors.values()) for call in calls}
@@ -76,11 +85,14 @@ def _cover(needed: tuple[int, ...], behaviors: dict[tuple[int, ...], Behavior]) 
         for own, does in zip(kinds.values(), row, strict=True):
             own |= {(number, what, value) for what, value in does if what in few}
     cost = {size: math.prod(size) + CALL for size in kinds}
-    missing, chosen = set().union(*kinds.values()), []
-    while missing and len(chosen) < MAX_SIZES:
-        chosen.append(max(kinds, key=lambda size: (len(kinds[size] & missing) / cost[size], -cost[size])))
-        missing -= kinds[chosen[-1]]
-    if missing & kinds[needed]:
+    every, chosen = set().union(*kinds.values()), []
+    vital = every if thorough else {kind for kind in kinds[needed] if kind[1] == "kernel"}
+    for wanted, most in ((vital, MAX_SIZES), (every, FEW_SIZES)):
+        missing = wanted - set().union(*(kinds[size] for size in chosen))
+        while missing and len(chosen) < most:
+            chosen.append(max(kinds, key=lambda size: (len(kinds[size] & missing) / cost[size], -cost[size])))
+            missing -= kinds[chosen[-1]]
+    if (vital & kinds[needed]) - set().union(*(kinds[size] for size in chosen)):
         chosen.append(needed)
     for size in sorted(chosen, key=lambda size: -cost[size]):
         others = [kinds[other] for other in chosen if other != size]

@@ -111,12 +111,12 @@ def zero_dead_gates(model: nn.Module, groups: Sequence[Group], dead: Mapping[str
     return copied
 
 
-def check_sizes(model: nn.Module, example: Example) -> Sequence[tuple[int, ...]]:
+def check_sizes(model: nn.Module, example: Example, thorough: bool = True) -> Sequence[tuple[int, ...]]:
     """Return ``varied_sizes`` of a model, none where the example is not one tensor of images."""
     if not isinstance(example, Tensor) or example.dim() not in INTERPOLATION or not example.is_floating_point():
         return ()
     with torch.compiler.set_stance("force_eager"):  # compiled parts would hide their sizes
-        return varied_sizes(model, example)
+        return varied_sizes(model, example, thorough)
 
 
 def check_inputs(

@@ -55,6 +55,7 @@ def slim(
     exact: bool = False,
     noise: int | None = None,
     sizes: Sequence[tuple[int, ...]] | None = None,
+    thorough: bool = True,
 ) -> tuple[nn.Module, EquivalenceReport]:
     """Rebuild a model with only the channels that a plan keeps, and check the result.
 
@@ -72,6 +73,8 @@ def slim(
         noise: number of noise images in the check besides the data, at least 2; by default 16 with
             ``exact``, else 4, or 2 where the model takes large images only.
         sizes: of the images on which both models are compared (``check_sizes``), if already known.
+        thorough: whether these show all that the model does at any size, such as a padding of odd maps; else two sizes
+            of them that show most.
 
     Returns:
         The slim model, in the dense model's precision, device, memory format and mode, and the report of the
@@ -87,7 +90,7 @@ def slim(
     groups = find_groups(model, example) if groups is None else groups
     plan.check(list(groups))
     reference = copy_as(model, torch.float64)
-    sizes = check_sizes(reference, example) if sizes is None else sizes
+    sizes = check_sizes(reference, example, thorough) if sizes is None else sizes
     inputs = check_inputs(reference if exact else None, example, sizes)
     dead = dead_channels(groups, plan)
     if exact:
