@@ -95,6 +95,7 @@ class Tape:
             out, effect = self._known[known]
             outputs = _tensors(out) or ()
             if len(outputs) != len(entry.outputs):
+                self._reads = True
                 raise VariesError
             tensors.update(zip(entry.outputs, outputs, strict=True))
             if entry.key is not None:

@@ -74,6 +74,12 @@ def test_fast_shapes_are_those_of_pytorch():
         (aten.relu.default, (x,)),
         (aten.add.Tensor, (x, x)),
         (aten.mul.Tensor, (x, 2.0)),
+        (aten.mul.Tensor, (x, torch.empty(2, 4, 1, 1, device="meta"))),
+        (aten.add.Tensor, (torch.empty(9, 1, device="meta"), x)),
+        (aten.cat.default, ([x, x[:, :1].contiguous()], 1)),
+        (aten.adaptive_avg_pool2d.default, (x, [1, 3])),
+        (aten.mean.dim, (x, [2, -1])),
+        (aten.mean.dim, (x, [1], True)),
         (aten.linear.default, (x, torch.empty(3, 7, device="meta"))),
         (aten.upsample_bilinear2d.vec, (x, None, False, [2.0, 1.5])),
         (aten.layer_norm.default, (x, [9, 7])),
@@ -95,3 +101,6 @@ def test_errors_are_left_to_pytorch():
     assert fast_result("batch_norm", (x, torch.empty(5, device="meta")), {}) is None
     assert fast_result("add", (x, torch.empty(5, device="meta")), {}) is None
     assert fast_result("layer_norm", (x, [5]), {}) is None
+    assert fast_result("cat", ([x, x[:, :, 1:]], 1), {}) is None
+    assert fast_result("adaptive_avg_pool2d", (x, [3]), {}) is None
+    assert fast_result("mean", (x, [4]), {}) is None

@@ -9,6 +9,7 @@ from helpers.marks import seeds
 from helpers.networks import init_norms, zero_gates
 from torch import nn
 
+import prunekit
 from prunekit.errors import PlanError
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.extract import extract
@@ -203,3 +204,21 @@ def test_sizes_at_which_a_branch_is_taken_or_not_are_chosen(at, there):
 def test_every_weight_of_a_kernel_meets_the_map():
     wide = nn.Sequential(nn.Conv2d(3, 4, 4, 32), nn.Conv2d(4, 4, 7, padding=3, groups=4))
     assert max(side for size in sizes_of(wide, 224) for side in size) >= 4 * 32
+
+
+def test_two_sizes_are_enough_for_a_short_check():
+    network = nn.Sequential(nn.Conv2d(3, 3, 4, 4), *(nn.Conv2d(3, 3, 2, 2) for _ in range(3)))
+    example = torch.zeros(2, 3, 224, 224)
+    assert len(varied_sizes(network, example, thorough=False)) == 2 < len(varied_sizes(network, example))
+    wide = nn.Sequential(nn.Conv2d(3, 4, 4, 32), nn.Conv2d(4, 4, 7, padding=3, groups=4))
+    assert max(side for size in varied_sizes(wide, example, thorough=False) for side in size) >= 4 * 32
+
+
+@pytest.mark.parametrize("name", ["pad", "ceil and crop", "output_size"])
+def test_a_short_check_of_the_pruner_passes(name):
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    example = init_norms(model, 0, 32, beta=0.7)
+    options = {"importance": "magnitude", "pruning_ratio": 0.3}
+    (_, short), (_, long) = (prunekit.Pruner(model, example, thorough=t, **options).step() for t in (False, True))
+    assert len(short.equivalence.inputs) <= 2 <= len(long.equivalence.inputs)

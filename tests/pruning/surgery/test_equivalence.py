@@ -79,6 +79,51 @@ def test_models_that_are_random_in_eval_mode_are_named_so(function):
         slim(function)
 
 
+class Counting(Around):
+    """Keeps a number between calls; a copy has its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls % 2)
+
+
+def test_models_that_keep_state_between_calls_are_refused():
+    torch.manual_seed(0)
+    model = Counting()
+    example = init_norms(model, size=16)
+    with pytest.raises(PlanError, match="random in eval mode: two runs on the same input differ"):
+        prunekit.Pruner(model, example, importance="magnitude", pruning_ratio=0.3).step()
+
+
+class Whitened(Around):
+    """Normalizes with the statistics of each batch, also in eval mode, so that the noise would drown the data."""
+
+    def __init__(self):
+        super().__init__(lambda net, x: net(x))
+        self.net[1] = nn.BatchNorm2d(8, track_running_stats=False)
+
+
+def test_data_is_compared_without_noise_where_norms_measure_the_batch():
+    torch.manual_seed(0)
+    model = Whitened()
+    example = init_norms(model, size=16)
+    model = model.double().eval()
+    data, noise = [example.double()], [1e9 * example.double()]
+    assert check_all(model, model, data, noise).passed
+
+
+def test_images_of_one_size_run_together():
+    sizes = []
+    model = Around(lambda net, x: sizes.append(tuple(x.shape)) or net(x)).double().eval()
+    data = [torch.randn(2, 3, 8, 8).double(), torch.randn(1, 3, 9, 9).double()]
+    assert check_all(model, model, data, [torch.randn(4, 3, 8, 8).double()]).passed
+    assert sorted(sizes) == [(1, 3, 9, 9)] * 2 + [(6, 3, 8, 8)] * 2
+
+
 @dataclass
 class Maps:
     main: Tensor

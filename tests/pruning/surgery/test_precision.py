@@ -1,8 +1,12 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import prunekit
+from prunekit.pruning.surgery import precision
 from prunekit.pruning.surgery.precision import in_float64
 
 ONES = torch.ones(3)
@@ -50,3 +54,26 @@ def test_rounding_of_the_model_does_not_hide_differences():
     pruner = prunekit.Pruner(Rounds().eval(), torch.randn(4, 5, 8), importance="magnitude", pruning_ratio=0.3)
     _, report = pruner.step()
     assert report.equivalence.max_abs_diff < 1e-10
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@given(pairs, pairs, st.tuples(*[st.integers(0, 2)] * 2), pairs, st.sampled_from([1, 2, 4]), st.booleans())
+def test_convolutions_of_small_maps_are_those_of_pytorch(kernel, stride, padding, dilation, groups, bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, shift = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 4, 8, 7), (8, 4 // groups, *kernel), (8,))
+    )
+    options = (weight, shift if bias else None, stride, padding, dilation, groups)
+    torch.testing.assert_close(precision.conv2d(x, *options), F.conv2d(x, *options), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("side", "is_product"), [(4, True), (64, False)])
+def test_only_small_maps_are_multiplied(monkeypatch, side, is_product):
+    called = []
+    monkeypatch.setattr(precision.F, "pad", lambda x, sides, pad=F.pad: called.append(1) or pad(x, sides))
+    with in_float64():
+        nn.Conv2d(3, 4, 3, padding=1)(torch.randn(2, 3, side, side))
+    assert bool(called) is is_product
