@@ -53,20 +53,22 @@ class FixedSizes:
         }
         trial.ties, self._channels = [], set(groups)
         followed: dict[Leaf, Group] = {}
+        failing: list[tuple[Leaf, Group, Fault]] = []
         # First without all groups that an operation fails for, then parts of the others.
         left = dict(tried)
         while left and not trial.ties and (fault := trial.run(left)) is not None:
             blamed = self._blamed(fault, left)
-            self._single_out(blamed, followed, groups)
+            self._single_out(blamed, followed, failing)
             left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
-            # Layers of one kind have attributes of one name.
-            for leaf in left.keys() & self._guesses.keys():
-                left[leaf].attributes += self._guesses.pop(leaf)
-        followed |= {leaf: group for leaf, group in left.items() if group.attributes}
-        left = {leaf: group for leaf, group in left.items() if not group.attributes}
         for some in self._parts(left) if not trial.ties else ():
             if (fault := trial.run(some)) is not None:
-                self._single_out(self._blamed(fault, some), followed, groups)
+                self._single_out(self._blamed(fault, some), followed, failing)
+        # Those that fail with what is tied now are tried again.
+        for leaf, group, fault in failing if not trial.ties else ():
+            # What was found just now in another layer of the kind, first.
+            group.attributes = self._guesses.pop(leaf, [])
+            if (group.attributes and trial.run({leaf: group}) is None) or self._follow(leaf, group, fault, groups):
+                followed[leaf] = group
         while followed and not trial.ties and (fault := trial.run(followed)) is not None:
             # Their attributes cannot follow all of them.
             blamed = {leaf: followed[leaf] for leaf in fault.leaves if leaf in followed} or dict(followed)
@@ -77,12 +79,10 @@ class FixedSizes:
         return [(a, b) for _, a, b in trial.ties]
 
     def _single_out(
-        self, suspected: dict[Leaf, Group], followed: dict[Leaf, Group], groups: Mapping[Leaf, Group]
+        self, groups: dict[Leaf, Group], followed: dict[Leaf, Group], failing: list[tuple[Leaf, Group, Fault]]
     ) -> None:
-        """Find which of some groups fail, and give them their attributes or a reason; those that are right with
-        attributes are added to ``followed``."""
-        trial, suspects = self._trial, [suspected]
-        failing: list[tuple[Leaf, Group, Fault]] = []
+        """Find which of some groups fail, with their faults, and which are right with the attributes of their like."""
+        trial, suspects = self._trial, [groups]
         while suspects and not trial.ties:
             some = suspects.pop()
             for leaf in some.keys() & self._guesses.keys():
@@ -98,10 +98,6 @@ class FixedSizes:
             else:
                 items = list(some.items())
                 suspects += [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])]
-        # Those that fail with what is tied now are tried again.
-        for leaf, group, fault in failing if not trial.ties else ():
-            if self._follow(leaf, group, fault, groups):
-                followed[leaf] = group
 
     def _products(self, leaf: Leaf, fault: Fault) -> Iterator[tuple[Term, Term]]:
         """Products of as many channels as a leaf, or as an axis with it that the module reads."""
@@ -154,7 +150,13 @@ class FixedSizes:
             own = enclosing(other.module)
             if twin is not None and twin is not leaf and len(own) == len(levels):
                 places = [(attribute, own[levels.index(attribute.module)]) for attribute in attributes]
-                self._guesses[twin] = [a.model_copy(update={"module": name}) for a, name in places]
+                if all(self._is_alike(attribute, name) for attribute, name in places):
+                    self._guesses[twin] = [a.model_copy(update={"module": name}) for a, name in places]
+
+    def _is_alike(self, attribute: Attribute, name: str) -> bool:
+        """Whether a module is of the class of an attribute's, and keeps the same there."""
+        owner, other = (self._model.get_submodule(module) for module in (attribute.module, name))
+        return type(owner) is type(other) and vars(owner)[attribute.name] == vars(other).get(attribute.name)
 
 
 def _lock(leaf: Leaf, group: Group, fault: Fault) -> None:

@@ -165,3 +165,43 @@ def test_number_in_a_configuration_follows():
     small, report = prunekit.Pruner(model, images, importance="magnitude", pruning_ratio=0.25).step()
     assert report.equivalence.passed and small.patches.out_channels == 9
     assert small.config.widths == [7, 9] and model.config.widths == [7, 12]
+
+
+class Matrix(nn.Module):
+    """A linear layer that keeps its width, such as GPT-2's."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.width, self.weight = width, nn.Parameter(torch.randn(inputs, width))
+
+    def forward(self, x):
+        return (x.flatten(0, -2) @ self.weight).view(*x.shape[:-1], self.width)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.half, self.first, self.last = 12, Matrix(8, 24), nn.Linear(12, 8)
+
+    def forward(self, x):
+        a, b = self.first(x).split(self.half, -1)
+        return self.last(a * b)
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = Matrix(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+def test_attributes_of_a_layer_are_not_looked_for_in_another_class():
+    groups = find_groups(nn.Sequential(Gated(), Whole(), Gated()), torch.randn(2, 5, 8))
+    found = {group.id: [f"{a.module}.{a.name}" for a in group.attributes] for group in groups if group.attributes}
+    assert found == {
+        "0.first#2": ["0.first.width", "0.half"],
+        "1.first": ["1.first.width"],
+        "2.first": ["2.first.width", "2.half"],
+    }
