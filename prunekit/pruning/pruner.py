@@ -83,8 +83,9 @@ class Pruner:
         example_inputs: a batch of real data: a tensor, such as images, (N, C, H, W), or tokens, (N, L); a tuple of the
             model's arguments; or a dict of its keyword arguments. Shapes, MACs and the equivalence check need it.
         importance: scores the channels, and the lowest are pruned: ``"gate"`` (BatchNorm weights), ``"magnitude"``,
-            ``"taylor"`` (needs ``loss``), ``"ablation"`` (likewise), ``"random"``, a name registered with ``register_importance``, or a function
-            of the model and its groups that returns an array of scores for each ``group.id``.
+            ``"taylor"`` and ``"ablation"`` (which need ``loss``), ``"random"``, a name registered with
+            ``register_importance``, or a function of the model and its groups that returns an array of scores for each
+            ``group.id``.
         pruning_ratio: share of the channels to prune, from 0 to 1.
         target: size to reach instead of a ratio, within 2%: ``{"macs_ratio": 0.5}`` keeps half of the multiply-adds;
             or ``params_ratio``, ``macs`` or ``params``; with ``latencies`` also ``latency_ratio`` or ``latency_ms``,
@@ -102,7 +103,8 @@ class Pruner:
         round_to: kept channels of each layer are rounded up to a multiple of this.
         min_channels: number of channels to keep in each layer.
         steps: number of calls of ``step()`` in which to reach the ratio or target.
-        loss: for ``"taylor"`` and ``"ablation"``: a function of the model that yields its loss on a few batches, or returns one loss.
+        loss: for ``"taylor"`` and ``"ablation"``: a function of the model that yields its loss on a few batches, or
+            returns one loss.
         exact: see :func:`prunekit.slim`.
         thorough: whether the equivalence check runs at all input sizes at which the model does something of its own,
             such as a padding of odd maps; else at two of them. Always so with ``exact``.
