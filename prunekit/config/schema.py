@@ -132,7 +132,7 @@ class Progressive(Section):
     """Batch size at each size, the last is `batch_size`; empty: `batch_size` at all sizes."""
     strengths: list[Annotated[float, Field(ge=0, le=1)]] = []
     """Factor at each size on the option `strength` of the augmentation; empty: 1."""
-    recalibrate: Natural = 50
+    recalibrate: Natural = 0
     """Batches at `data.size` to recompute the BatchNorm statistics on after the last epoch; 0: off."""
 
     def first_epochs(self, epochs: int) -> list[int]:
