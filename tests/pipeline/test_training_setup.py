@@ -60,8 +60,13 @@ def test_a_model_with_side_outputs(tmp_path):
     assert maps.shape == (1, 20, 24)
 
 
-PROGRESSIVE = ["train.progressive.sizes=[6, 8]", "train.epochs=4", "baseline=true", "slim.importance=random"]
-PROGRESSIVE += ["target.params_ratio=0.9", "finetune.progressive.sizes=[4, 8]", "finetune.epochs=2"]
+PROGRESSIVE = [
+    "train.progressive={sizes: [6, 8], recalibrate: 2}",
+    "train.epochs=4",
+    "baseline=true",
+    "slim.importance=random",
+]
+PROGRESSIVE += ["target.params_ratio=0.9", "finetune.progressive={sizes: [4, 8], recalibrate: 2}", "finetune.epochs=2"]
 
 
 def test_progressive_run_and_its_resumption(tmp_path, monkeypatch, capsys):
@@ -84,7 +89,7 @@ def test_progressive_run_and_its_resumption(tmp_path, monkeypatch, capsys):
 
 def test_norms_are_not_recalibrated_for_one_size(tmp_path, monkeypatch, capsys):
     shorten(monkeypatch)
-    overrides = ["train.progressive.sizes=[8]", "finetune.progressive={sizes: [6, 8], recalibrate: 0}"]
+    overrides = ["train.progressive={sizes: [8], recalibrate: 2}", "finetune.progressive.sizes=[6, 8]"]
     recipe = toy_recipe(write_photos(tmp_path / "photos"), *overrides, "finetune.epochs=2")
     run_recipe(recipe, tmp_path / "run", Console(width=300))
     assert "recalibrated" not in capsys.readouterr().out

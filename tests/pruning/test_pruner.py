@@ -240,7 +240,7 @@ def test_the_model_given_is_not_changed(model):
         ({"pruning_ratio": 0.5, "importance": 3}, "importance is int; pass a name such as 'magnitude'"),
         (
             {"pruning_ratio": 0.5, "importance": torch_pruning.importance.MagnitudeImportance()},
-            "is torch-pruning's Magnitude.*; use one of 'gate'",
+            "is torch-pruning's Magnitude.*; use one of 'ablation', 'gate'",
         ),
         ({"pruning_ratio": 0.5, "ignored_layers": [nn.Conv2d(3, 8, 3)]}, "ignored_layers: Conv2d is not a module of"),
         ({"pruning_ratio": 0.5, "ignored_layers": ["head*"]}, r"no module with channels matches 'head\*'"),

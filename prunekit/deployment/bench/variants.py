@@ -37,6 +37,7 @@ VARIANTS = 60
 TOGETHER = 5  # variants at least that take turns with the dense model
 MEMORY = 2e8  # parameters of all models that take turns
 ROUNDS, CALLS = 6, 3
+TURN = 0.01  # seconds at least of a model's calls in a round: the least of a few short ones is noise
 LEAST, SPREAD = 0.1, 0.25  # of the share of channels that a variant keeps: the smallest mean, and the deviation
 Progress = Callable[[float], None]  # called with the share that is done
 
@@ -149,8 +150,9 @@ def _take_turns(calls: Sequence[Callable[[], Any]], progress: Progress, done: fl
         for number in range(ROUNDS):
             progress(done + share * number / ROUNDS)
             for call, own in zip(calls, times, strict=True):
+                start = time.perf_counter()
                 call()  # The caches hold the data of the call before.
-                for _ in range(CALLS):
+                for _ in range(max(CALLS, round(TURN / (time.perf_counter() - start)))):
                     start = time.perf_counter()
                     call()
                     own.append(1e3 * (time.perf_counter() - start))
