@@ -136,7 +136,7 @@ class Pruner:
         steps: int = 1,
         loss: Loss | None = None,
         exact: bool = False,
-        thorough: bool = False,
+        thorough: bool = True,
     ):
         _check_arguments(model, pruning_ratio, target, per_layer_ratio, steps)
         example_inputs = as_example(example_inputs)
