@@ -7,13 +7,16 @@
 Needs `pip install -r benchmarks/requirements-zoo.txt`. Nothing is downloaded: weights are random, norms are settled on
 noise. Each network and tool has its own process, with a time limit. "Pruned" means: asked for 30% of the channels by
 the magnitude of their weights, at least 20% of the parameters are gone, the model runs, and its outputs have the same
-shapes. prunekit's models have also passed their equivalence check. Results are kept in --runs and not repeated.
+shapes. prunekit's models have also passed their equivalence check. torch-pruning is used as its examples use it: with
+the heads of attentions, the layers of detectors that stay, and the attributes of attentions that are set afterwards.
+Results are kept in --runs and not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -36,6 +39,8 @@ LISTS = ("torchvision", "timm", "transformers")
 TOOLS = ("prunekit", "torch-pruning")
 LARGEST = 120_000_000  # parameters
 GONE = 0.2  # share of the parameters
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+PROJECTIONS = "qkv qkv_proj q k v query key value q_proj k_proj v_proj q_lin k_lin v_lin".split()
 
 
 def outputs(model: nn.Module, example: Example) -> list[tuple[int, ...]]:
@@ -50,15 +55,67 @@ def prune(tool: str, model: nn.Module, example: Example, ratio: float) -> nn.Mod
         options = {"importance": "magnitude", "pruning_ratio": ratio, "global_pruning": False}
         slim, _ = prunekit.Pruner(model, example, **options).step()
         return slim
+    return prune_with_torch_pruning(model, example, ratio)
+
+
+def prune_with_torch_pruning(model: nn.Module, example: Example, ratio: float) -> nn.Module:
+    """Prune as torch-pruning's own examples do: with the heads of attentions, what must stay in detectors, and the
+    attributes that are set by hand afterwards."""
     import torch_pruning as tp
 
-    classes = {shape[-1] for shape in outputs(model, example)} | {shape[1] for shape in outputs(model, example)}
+    classes = {shape[axis] for shape in outputs(model, example) if len(shape) > 1 for axis in (1, -1)}
     last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in classes]
-    heads = {m: m.num_heads for m in model.modules() if isinstance(getattr(m, "num_heads", None), int)}
-    importance, options = tp.importance.GroupMagnitudeImportance(), {"global_pruning": False, "ignored_layers": last}
-    pruner = tp.pruner.BasePruner(model, example, importance, pruning_ratio=ratio, num_heads=heads, **options)
+    heads = {}
+    for module in model.modules():
+        if (number := head_count(module)) is not None:
+            heads |= {module: number} if isinstance(module, nn.MultiheadAttention) else {}
+            heads |= {m: number for name, m in module.named_children() if name in PROJECTIONS and hasattr(m, "weight")}
+    is_vit = type(model).__name__ == "VisionTransformer" and hasattr(model, "hidden_dim")
+    pruner = tp.pruner.BasePruner(
+        model,
+        example,
+        tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=ratio,
+        num_heads=heads,
+        global_pruning=False,
+        ignored_layers=[*last, *parts_of_detectors(model)],
+        round_to=model.encoder.layers[0].num_heads if is_vit else None,
+    )
     pruner.step()
+    for module in model.modules():
+        layers = [m for name, m in module.named_children() if name in PROJECTIONS and m in pruner.num_heads]
+        if layers and head_count(module) is not None:
+            set_heads(module, layers[0].out_features, pruner.num_heads[layers[0]])
+    if is_vit:
+        model.hidden_dim = model.conv_proj.out_channels
     return model
+
+
+def head_count(module: nn.Module) -> int | None:
+    found = (getattr(module, name, None) for name in HEADS)
+    return next((number for number in found if isinstance(number, int)), None)
+
+
+def set_heads(module: nn.Module, width: int, number: int) -> None:
+    """Set what code computes the sizes of an attention from, of the width of its first projection."""
+    width //= 3 if any(hasattr(module, name) for name in ("qkv", "qkv_proj")) else 1
+    sizes = dict.fromkeys(HEADS, number)
+    sizes |= {"head_dim": width // number, "attention_head_size": width // number, "all_head_size": width}
+    sizes["attn_dim"] = width
+    for name, size in sizes.items():
+        if isinstance(getattr(module, name, None), int):
+            setattr(module, name, size)
+
+
+def parts_of_detectors(model: nn.Module) -> list[nn.Module]:
+    """What torch-pruning's example for torchvision ignores."""
+    parts = ["corr_block", "update_block", "mask_predictor"]  # of RAFT
+    parts += ["rpn.head.cls_logits", "rpn.head.bbox_pred", "backbone.fpn", "roi_heads"]
+    parts += ["head.classification_head.cls_logits", "head.regression_head.bbox_reg"]
+    parts += ["head.regression_head.bbox_ctrness"]
+    parts += ["head"] if type(model).__name__ == "SSD" else []
+    modules = dict(model.named_modules())
+    return [modules[name] for name in parts if name in modules]
 
 
 def worker(which: str, name: str, tool: str, ratio: float) -> dict[str, Any]:
@@ -106,7 +163,8 @@ def run(which: str, name: str, tool: str, out: Path, args: argparse.Namespace) -
         return
     options = ["--ratio", str(args.ratio), "--limit", str(args.limit)]
     command = [sys.executable, __file__, which, "--worker", name, tool, *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = {**os.environ, "TIMM_FUSED_ATTN": "0" if tool == "torch-pruning" else "1"}  # as its example for timm does
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     result = json.loads(last) if last.startswith("{") else {"status": "failed", "reason": done.stderr[-300:]}
     if done.returncode == -signal.SIGXCPU:
