@@ -338,6 +338,7 @@ def profile(
     source: Annotated[str, Argument(metavar="RECIPE|RUN", help="Recipe or run folder.")],
     overrides: Overrides = None,
     out: Annotated[Path | None, Option(metavar="FILE", help="JSON file for the latencies, for latency.table.")] = None,
+    figure: Annotated[Path | None, Option(metavar="FILE", help="Draw them: a PNG, SVG or PDF.")] = None,
     write_variants: Annotated[
         Path | None, Option(metavar="DIR", help="Write ONNX files to time on another machine; time nothing here.")
     ] = None,
@@ -345,7 +346,7 @@ def profile(
     """Measure where the time of a network goes, by layer and number of channels, for target.latency_ratio."""
     from prunekit.commands.profile import profile_recipe
 
-    profile_recipe(source, overrides or [], _console(), out, write_variants)
+    profile_recipe(source, overrides or [], _console(), out, figure, write_variants)
 
 
 @app.command(name="list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -23,16 +24,24 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.latency_model import Variant
+from prunekit.reporting.figures.latency import latency_figure
+from prunekit.reporting.figures.style import FigureKind, write_figure
 from prunekit.runs.run_dir import RunDir, is_run_folder
 from prunekit.utils.progress import Reporter
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the channels
+STEPS = 32  # of shares in the figure
 LAYERS = 20  # printed
 TABLE = "latencies.json"
 
 
 def profile_recipe(
-    source: str, overrides: Sequence[str], console: Console, out: Path | None = None, write_variants: Path | None = None
+    source: str,
+    overrides: Sequence[str],
+    console: Console,
+    out: Path | None = None,
+    figure: Path | None = None,
+    write_variants: Path | None = None,
 ) -> None:
     """Print the predicted milliseconds of each layer against its channels.
 
@@ -41,14 +50,18 @@ def profile_recipe(
             network is timed, or which file to read.
         overrides: ``key=value`` each, such as ``latency.runtime=openvino``.
         out: JSON file for the measured latencies, to read with ``latency.table``.
+        figure: file to draw the milliseconds in, against the channels: PNG, SVG or PDF.
         write_variants: folder for ONNX files to time elsewhere, and a table to enter their times into; nothing is
             timed here.
 
     Raises:
-        RecipeError: there is no such recipe or run, or the folder exists.
+        RecipeError: there is no such recipe or run, the folder exists, or the figure has another suffix.
         PrunekitError: the network cannot be deployed or timed, or a table cannot be read.
     """
     reporter = Reporter(console)
+    kind = next((kind for kind in get_args(FigureKind) if figure and figure.suffix.lower() == f".{kind}"), None)
+    if figure is not None and kind is None:
+        raise RecipeError(f"--figure {figure} must end in .png, .svg or .pdf")
     if is_run_folder(Path(source).expanduser()):
         if overrides:
             raise RecipeError(f"{source} is a run folder, whose recipe stays; give its recipe to change {overrides[0]}")
@@ -67,13 +80,25 @@ def profile_recipe(
     if out is not None:
         write_table(out, latencies.table)
         console.print(Text(f"saved to {out}; read it with latency.table={out}"), soft_wrap=True)
+    if figure is not None and kind is not None:
+        _draw(sizes, groups, latencies.table.setting, figure, kind)
+        console.print(Text(f"figure: {figure}"), soft_wrap=True)
+
+
+def _layers_at(sizes: SizeModel, groups: Sequence[Group], share: float) -> dict[str, float]:
+    kept = {g.id: max(1, round(share * g.channels)) for g in groups if g.reason is None}
+    return sizes.layer_latencies(kept)
+
+
+def _draw(sizes: SizeModel, groups: Sequence[Group], setting: str, path: Path, kind: FigureKind) -> None:
+    shares = [step / STEPS for step in range(1, STEPS + 1)]
+    columns = [_layers_at(sizes, groups, share) for share in shares]
+    layers = {name: [column.get(name, 0.0) for column in columns] for name in columns[-1]}
+    write_figure(latency_figure(shares, layers, setting), path.with_suffix(""), [kind])
 
 
 def _print_layers(sizes: SizeModel, groups: Sequence[Group], console: Console) -> None:
-    columns = []
-    for share in SHARES:
-        kept = {g.id: max(1, round(share * g.channels)) for g in groups if g.reason is None}
-        columns.append(sizes.layer_latencies(kept))
+    columns = [_layers_at(sizes, groups, share) for share in SHARES]
     table = simple_table(["layer"], [f"ms at {share:.0%}" for share in SHARES])
     names = sorted(columns[0], key=lambda name: -columns[0][name])
     for name in names[:LAYERS]:

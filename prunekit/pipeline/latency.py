@@ -23,7 +23,6 @@ from prunekit.utils import distributed
 from prunekit.utils.copying import copy_module
 from prunekit.utils.io import cache_folder
 from prunekit.utils.progress import Reporter
-from prunekit.utils.text import plural
 
 MAX_CORRECTIONS = 4
 MAX_ERROR, MIN_RANK = 0.1, 0.9  # of predictions; worse ones are reported as noisy
@@ -93,9 +92,8 @@ class RunLatencies:
         assert model is not None
         noisy = model.error > MAX_ERROR or model.rank < MIN_RANK
         hint = "; the measurements are noisy: repeat them while nothing else runs" if noisy else ""
-        side = "×".join(map(str, table.size[1:]))
         self.reporter.info(
-            f"latency: {len(table.variants)} models in {table.runtime}, {side}, {plural(table.threads, 'thread')}, "
+            f"latency: {len(table.variants)} models in {table.setting}, "
             f"dense {table.variants[0].ms:.3g} ms; predictions differ from what was measured by "
             f"{model.error:.1%} (median), rank correlation {model.rank:.3f}{hint}"
         )

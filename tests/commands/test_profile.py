@@ -21,7 +21,9 @@ def test_layers_are_listed_and_the_table_is_written(tmp_path):
     text = printed("digits_resnet", [*SMALL, "latency.variants=12"], out=file)
     assert "ms at 100%" in text and "stage1.0.conv1" in text and "12 models in onnxruntime, 8×8, 1 thread" in text
     assert "saved to" in text and len(json.loads(file.read_text())["variants"]) == 12
-    again = printed("digits_resnet", [*SMALL, f"latency.table={file}"])
+    figure = tmp_path / "layers.svg"
+    again = printed("digits_resnet", [*SMALL, f"latency.table={file}"], figure=figure)
+    assert "onnxruntime, 8×8, 1 thread" in figure.read_text() and f"figure: {figure}" in again
     assert [line for line in again.splitlines() if line.startswith("stage1.0.conv1")] == [
         line for line in text.splitlines() if line.startswith("stage1.0.conv1")
     ]
@@ -41,6 +43,11 @@ def test_variants_are_written_to_be_timed_elsewhere(tmp_path):
     assert "11 models in onnxruntime" in printed("digits_resnet", [*SMALL, f"latency.table={table}"])
     with pytest.raises(RecipeError, match="is not empty"):
         printed("digits_resnet", SMALL, write_variants=tmp_path / "files")
+
+
+def test_figure_of_an_unknown_kind_is_reported_before_anything_is_timed(tmp_path):
+    with pytest.raises(RecipeError, match=r"must end in .png, .svg or .pdf"):
+        printed("digits_resnet", SMALL, figure=tmp_path / "layers.jpeg")
 
 
 def test_mistyped_sources_are_reported(tmp_path):

@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 from prunekit.errors import PlanError
 from prunekit.pruning.plan import Group
 from prunekit.utils.io import format_problem
+from prunekit.utils.text import plural
 
 FORMAT = 1
 VECTORS = (1, 4, 8, 16)  # channels; 1: none
@@ -86,6 +87,12 @@ class LatencyTable(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+    @property
+    def setting(self) -> str:
+        """Where the models were timed, such as "onnxruntime, 224×224, 1 thread"."""
+        batch = f", batch {self.batch}" if self.batch > 1 else ""
+        return f"{self.runtime}, {'×'.join(map(str, self.size[1:]))}, {plural(self.threads, 'thread')}{batch}"
 
     def fit(self, terms: Callable[[int], Terms], lengths: Sequence[np.ndarray]) -> LatencyModel:
         """Return the model with the vectors that predict best.
