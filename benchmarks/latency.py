@@ -3,6 +3,10 @@
     python benchmarks/latency.py runs/l-x2                     # any run folder; nothing is written to it
     python benchmarks/latency.py                               # a CSNet ×2 with random odd splits
     python benchmarks/latency.py --width 10 --size 32 --seconds 0.05 --forms eager,deployed    # a quick check
+    python benchmarks/latency.py --budgets csnet --size 224 --threads 1 --set slim.importance=ablation decay.name=none
+
+With --budgets: recipes pruned to half of the parameters, of the multiply-adds and of the milliseconds in each runtime,
+and the errors of the predicted latencies; a few minutes for each run.
 
 The limit is the time of the arithmetic alone: 2 × paper FLOPs (or 2 × MACs) ÷ the rate of a 1024³ float32 matrix
 product on as many threads, timed in turns with the models. Subnormal weights are set to zero.
@@ -16,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from latency_budgets import compare_budgets
 from rich.console import Console
 from torch import nn
 
@@ -23,6 +28,7 @@ from prunekit.backbones.csnet import csnet
 from prunekit.commands.bench import FORMS, ModelFiles, estimate_norm_statistics
 from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.timing import BenchJob, measure
+from prunekit.deployment.bench.variants import RUNTIMES
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import build_dense, load_model, newest_model, read_recipe
@@ -85,7 +91,17 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--forms", default=",".join(form for form in FORMS if form != "compiled"))
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--budgets", nargs="+", metavar="RECIPE", help="compare budgets of recipes")
+    parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"], choices=list(RUNTIMES))
+    parser.add_argument("--kept", type=float, default=0.5, help="share that the budgets keep")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipes")
+    parser.add_argument("--runs", type=Path, default=Path("runs/latency"), metavar="DIR")
     args = parser.parse_args(arguments)
+    if args.budgets:
+        keys = [*args.set, f"latency.threads={args.threads}", *([f"latency.size={args.size}"] if args.size else [])]
+        bench = ["--threads", str(args.threads), *(["--size", str(args.size)] if args.size else [])]
+        compare_budgets(args.budgets, args.runtimes, args.kept, keys, bench, args.runs)
+        return {}
     recipe, models = load_models(args.run) if args.run else random_slim(args.width, args.size or 224, args.share)
     size = args.size or recipe.data.size
     result = compare(recipe, models, size, args)
