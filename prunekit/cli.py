@@ -196,12 +196,19 @@ def predict(
     images: Annotated[list[Path], Argument(help="Images, or folders of images.")],
     out: Annotated[Path, Option(help="Output folder.")],
     model: Model = None,
+    overlay: Annotated[
+        bool, Option("--overlay", help="Also write STEM-overlay.png: the image tinted by the map.")
+    ] = False,
+    cutout: Annotated[
+        bool, Option("--cutout", help="Also write STEM-cutout.png: the object, the rest transparent.")
+    ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace existing maps or predictions.csv.")] = False,
 ) -> None:
     """Apply a model to images; writes saliency maps or, for classification, predictions.csv."""
     from prunekit.commands.predict import predict as predict_images
 
-    predict_images(run, images, out, model, _console(), overwrite=overwrite)
+    pictures = [name for name, wanted in (("overlay", overlay), ("cutout", cutout)) if wanted]
+    predict_images(run, images, out, model, _console(), overwrite=overwrite, pictures=pictures)
 
 
 @app.command()

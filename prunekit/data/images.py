@@ -146,8 +146,8 @@ def match_orientation(levels: np.ndarray, photo: str | Path) -> np.ndarray:
     return np.array(ImageOps.exif_transpose(picture))
 
 
-def write_map(path: str | Path, levels: np.ndarray) -> None:
-    """Write uint8 [H, W] atomically as a gray image in the format of the suffix.
+def write_image(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 [H, W] (gray), [H, W, 3] (RGB) or [H, W, 4] (RGBA) atomically, in the format of the suffix.
 
     Raises:
         DataError: the file cannot be written, or the suffix is not that of an image format.
@@ -160,7 +160,7 @@ def write_map(path: str | Path, levels: np.ndarray) -> None:
             raise ValueError(f"{path.suffix or 'no suffix'} is not an image format")
         if not path.parent.is_dir():
             raise ValueError(f"the folder {path.parent} does not exist")
-        Image.fromarray(levels).save(buffer, form)
+        Image.fromarray(pixels).save(buffer, form)
         write_atomic(path, buffer.getvalue())
     except WriteError:
         raise

@@ -94,3 +94,25 @@ def test_file_names_that_are_not_utf8(here):
 def test_a_model_that_the_run_does_not_have(here):
     with pytest.raises(RecipeError, match="has no such model, did you mean 'dense'"):
         predict(here / "maps", [here / "photos"], here / "out", model="dence")
+
+
+def test_overlays_and_cutouts_are_written_beside_the_maps(here):
+    names = ["a.png", "a-overlay.png", "a-cutout.png", "b.png", "b-overlay.png", "b-cutout.png"]
+    written = predict(here / "maps", [here / "photos"], here / "out", pictures=["overlay", "cutout"])
+    assert [path.name for path in written] == names
+    image = np.array(Image.open(here / "photos" / "a.png"))
+    levels, tinted, cut = (np.array(Image.open(path)) for path in written[:3])
+    assert levels.shape == (20, 30) and tinted.shape == (20, 30, 3)
+    assert np.array_equal(cut[..., :3], image) and np.array_equal(cut[..., 3], levels)
+    expected = image + (levels[..., None] / 255 * 0.6) * (np.array([213, 94, 0]) - image.astype(float))
+    assert abs(tinted - expected).max() <= 0.5 + 1e-9
+
+
+def test_pictures_are_refused_where_they_cannot_be(here):
+    with pytest.raises(DataError, match=r"--cutout needs a model that predicts maps; .* writes predictions\.csv"):
+        predict(here / "labels", [here / "photos"], here / "out", pictures=["cutout"])
+    shutil.copy(here / "photos" / "a.png", here / "photos" / "b-overlay.png")
+    predict(here / "maps", [here / "photos"], here / "maps of photos")
+    with pytest.raises(DataError, match=r"would both become b-overlay\.png"):
+        predict(here / "maps", [here / "photos"], here / "out", pictures=["overlay"])
+    assert not (here / "out").exists()

@@ -186,11 +186,11 @@ def test_reading_gives_no_warnings(tmp_path):
 
 
 def test_maps_round_trip(tmp_path):
-    images.write_map(tmp_path / "map.png", RAMP)
+    images.write_image(tmp_path / "map.png", RAMP)
     assert np.array_equal(images.read_mask(tmp_path / "map.png"), RAMP)
     for bad in ("map", "map.nothing", "missing/map.png"):
         with pytest.raises(DataError, match="cannot write"):
-            images.write_map(tmp_path / bad, RAMP)
+            images.write_image(tmp_path / bad, RAMP)
 
 
 def test_is_image():

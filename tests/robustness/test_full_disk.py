@@ -311,12 +311,12 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_maps_are_written_atomically(tmp_path):
-    from prunekit.data.images import write_map
+    from prunekit.data.images import write_image
 
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for at in range(3):
         with FailingDisk(tmp_path, at), pytest.raises(WriteError):
-            write_map(tmp_path / "map.png", levels)
+            write_image(tmp_path / "map.png", levels)
         assert list(tmp_path.iterdir()) == []
 
 
