@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -57,13 +58,15 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``F.conv2d``, of small maps as one product of matrices for the whole batch.
+    """``F.conv2d``, of small maps as one product of matrices for the whole batch, and of single channels as a sum.
 
     In float64 PyTorch reads the weights again for each image, and convolves the groups one by one.
     """
     plain = all(isinstance(option, tuple) for option in (stride, padding, dilation))
     if not plain or x.dim() != 4 or x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if len(weight) == x.shape[1] == groups > 1:
+        return _depthwise(x, weight, bias, stride, padding, dilation)
     if len(x) * x.shape[2] * x.shape[3] > FEW * stride[0] * stride[1]:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     patches = F.pad(x, [padding[1]] * 2 + [padding[0]] * 2)
@@ -74,4 +77,25 @@ def conv2d(
     rows = patches.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2, 5, 6).reshape(groups, images * height * width, -1)
     result = rows @ weight.reshape(groups, len(weight) // groups, -1).transpose(1, 2)
     result = result.view(groups, images, height, width, -1).permute(1, 0, 4, 2, 3).reshape(images, -1, height, width)
-    return result if bias is None else result + bias.view(-1, 1, 1)
+    return (result if bias is None else result + bias.view(-1, 1, 1)).contiguous()
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """The sum over the positions of the kernel, with the channels last: several times faster than group by group."""
+    padded = F.pad(x.permute(0, 2, 3, 1), [0, 0, padding[1], padding[1], padding[0], padding[0]]).contiguous()
+    for axis, size in enumerate(weight.shape[2:]):
+        padded = padded.unfold(1 + axis, dilation[axis] * (size - 1) + 1, stride[axis])
+    images, height, width, channels = padded.shape[:4]
+    result = padded.new_zeros(images, height, width, channels)
+    for row, column in product(*map(range, weight.shape[2:])):
+        result.addcmul_(padded[..., row * dilation[0], column * dilation[1]], weight[:, 0, row, column])
+    if bias is not None:
+        result += bias
+    return result.permute(0, 3, 1, 2).contiguous()

@@ -60,14 +60,17 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 @given(pairs, pairs, st.tuples(*[st.integers(0, 2)] * 2), pairs, st.sampled_from([1, 2, 4]), st.booleans())
-def test_convolutions_of_small_maps_are_those_of_pytorch(kernel, stride, padding, dilation, groups, bias):
+def test_convolutions_are_those_of_pytorch(kernel, stride, padding, dilation, groups, bias):
     generator = torch.Generator().manual_seed(0)
-    x, weight, shift = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((2, 4, 8, 7), (8, 4 // groups, *kernel), (8,))
-    )
-    options = (weight, shift if bias else None, stride, padding, dilation, groups)
-    torch.testing.assert_close(precision.conv2d(x, *options), F.conv2d(x, *options), rtol=1e-12, atol=1e-12)
+    for channels in {4, 2 * groups}:  # with as many groups as channels, and else
+        x, weight, shift = (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            for shape in ((2, 4, 8, 7), (channels, 4 // groups, *kernel), (channels,))
+        )
+        options = (weight, shift if bias else None, stride, padding, dilation, groups)
+        result = precision.conv2d(x, *options)
+        torch.testing.assert_close(result, F.conv2d(x, *options), rtol=1e-12, atol=1e-12)
+        assert result.is_contiguous()
 
 
 @pytest.mark.parametrize(("side", "is_product"), [(4, True), (64, False)])
