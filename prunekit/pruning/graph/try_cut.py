@@ -12,7 +12,7 @@ from itertools import count
 
 from torch import nn
 
-from prunekit.pruning.graph.attributes import alike_in_other_modules, enclosing, lengths_kept_by
+from prunekit.pruning.graph.attributes import alike_in_other_modules, enclosing, lengths_kept_by, owner_of
 from prunekit.pruning.graph.axis_terms import Fixed, Leaf, Prod, Term, leaves, parts_of, prod, resolve
 from prunekit.pruning.graph.recorder import Op, Record
 from prunekit.pruning.graph.trial import Fault, Trial, leaf_at, length_without, places_of
@@ -155,8 +155,11 @@ class FixedSizes:
 
     def _is_alike(self, attribute: Attribute, name: str) -> bool:
         """Whether a module is of the class of an attribute's, and keeps the same there."""
-        owner, other = (self._model.get_submodule(module) for module in (attribute.module, name))
-        return type(owner) is type(other) and vars(owner)[attribute.name] == vars(other).get(attribute.name)
+        module, other = (self._model.get_submodule(module) for module in (attribute.module, name))
+        if type(module) is not type(other):
+            return False
+        first, second = (getattr(*owner_of(one, attribute.name), None) for one in (module, other))
+        return first == second
 
 
 def _lock(leaf: Leaf, group: Group, fault: Fault) -> None:

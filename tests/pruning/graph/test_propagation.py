@@ -282,3 +282,25 @@ def test_model_that_differentiates_is_traced():
     assert {group.id for group in groups if group.reason is None} == {"first"}
     small, report = slim(model, make_plan(model, groups, {"first": {0, 7}}), example)
     assert report.passed and small.last.in_features == 10
+
+
+@pytest.mark.parametrize(
+    ("function", "prunable"),
+    [
+        (lambda x: x.unfold(-1, 3, 1).mean(-1), True),  # counts from the end of the input, not of the output
+        (lambda x: x.unfold(-3, 3, 1).mean(-1), False),
+        (lambda x: torch.roll(x, 1), False),  # of all values in a row
+        (lambda x: torch.roll(x, 1, -1), True),
+        (lambda x: torch.msort(x), True),  # along the images
+        (lambda x: torch.sort(x, stable=True, dim=-1)[0], True),
+        (lambda x: torch.sort(x, 1)[0], False),
+        (lambda x: torch.quantile(x, 0.5, -1), True),
+    ],
+)
+def test_axes_that_an_operation_is_along(function, prunable):
+    after = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(3))
+    before = nn.Sequential(nn.Conv2d(3, 8, 1), Apply(function))
+    model = nn.Sequential(before, Apply(lambda x: x if x.dim() == 4 else x[..., None]), after)
+    model(torch.randn(2, 3, 6, 6))
+    groups = {group.id: group.reason for group in find_groups(model, torch.randn(2, 3, 6, 6))}
+    assert (groups["0.0"] is None) is prunable

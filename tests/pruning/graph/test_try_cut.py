@@ -167,6 +167,25 @@ def test_number_in_a_configuration_follows():
     assert small.config.widths == [7, 9] and model.config.widths == [7, 12]
 
 
+class OwnConfig(nn.Module):
+    """Computes with a number of its own configuration."""
+
+    def __init__(self, dim=12):
+        super().__init__()
+        self.config, self.up, self.down = SimpleNamespace(width=dim), nn.Linear(8, dim), nn.Linear(dim, 8)
+
+    def forward(self, x):
+        return self.down(self.up(x).view(len(x), -1, self.config.width).relu())
+
+
+def test_number_in_the_configuration_of_each_layer_follows():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(OwnConfig() for _ in range(3))).eval()
+    small, report = prunekit.Pruner(model, torch.randn(2, 5, 8), importance="magnitude", pruning_ratio=0.5).step()
+    assert report.equivalence.passed and any(block.config.width < 12 for block in small)
+    assert all(block.config.width == block.up.out_features for block in small)
+
+
 class Matrix(nn.Module):
     """A linear layer that keeps its width, such as GPT-2's."""
 

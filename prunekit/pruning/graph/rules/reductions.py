@@ -21,7 +21,7 @@ def reduce(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
         return [broadcast(op, graph, op.inputs, len(op.outputs[0].shape))]
     value = op.args[0]
     rank = len(value.axes)
-    position = 2 if op.name in ("norm", "linalg_vector_norm") else 1
+    position = 2 if op.name in ("norm", "linalg_vector_norm", "quantile") else 1
     given = op.arg(position, "dim")
     given = [given] if isinstance(given, int) and not isinstance(given, bool) else given
     over = {axis % rank for axis in given} if isinstance(given, list | tuple) and given else set(range(rank))
@@ -67,14 +67,7 @@ def along(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
 
 def _axes(op: Op, rank: int) -> set[int]:
     position = 2 if op.name in ("topk", "roll", "renorm", "kthvalue") or op.name.startswith("fft_") else 1
-    default = (-2, -1) if op.name.endswith("fft2") else -1
-    given = op.arg(position, "dims" if op.name in ("roll", "flip") else "dim", default)
-    if op.name == "sort" and isinstance(given, bool):
-        given = op.arg(2, "dim", -1)
-    if isinstance(given, list | tuple) and not given:
-        return set(range(rank))
-    return {axis % rank for axis in ([given] if isinstance(given, int) else given or _default_axes(default))}
-
-
-def _default_axes(default: int | tuple[int, ...]) -> tuple[int, ...]:
-    return default if isinstance(default, tuple) else (default,)
+    default = {"roll": (), "msort": (0,)}.get(op.name, (-2, -1) if op.name.endswith("fft2") else (-1,))
+    given = op.arg(position, "dims" if op.name in ("roll", "flip") else "dim")
+    given = default if given is None else [given] if isinstance(given, int) else given
+    return {axis % rank for axis in given or range(rank)}  # without axes, the tensor is flattened

@@ -161,7 +161,7 @@ def col2im(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
 @register_rule("unfold")
 def windows(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]]:
     axes = list(op.args[0].axes)
-    axis = op.args[1]
+    axis = op.args[1] % len(axes)  # the output has one more
     graph.lock(op, [axes[axis]])
     axes[axis] = Fixed(op.outputs[0].shape[axis])
     return [[*axes, Fixed(op.outputs[0].shape[-1])]]
