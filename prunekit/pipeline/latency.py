@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class RunLatencies:
                 break
             aim /= 1 + deviation
             smallest, dense = (goal.size(size) for size in (search.smallest, search.size_model.dense))
-            choice = search.select(goal.with_goal(min(max(aim, smallest), dense)))
+            choice = search.select(replace(goal, goal=min(max(aim, smallest), dense)))
         return best[1]
 
     def measure(self, kept: dict[str, int]) -> float:

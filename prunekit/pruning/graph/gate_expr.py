@@ -45,11 +45,10 @@ class GateExpr(tuple):
 UNGATED = GateExpr("ungated")
 
 
-def forget() -> None:
+def clear_expressions() -> None:
     """Release the expressions of earlier models."""
     GateExpr._known.clear()
     GateExpr._known[UNGATED] = UNGATED
-    shift.cache_clear()
 
 
 def append_gate(expr: GateExpr, norm: str, offset: int) -> GateExpr:
@@ -86,16 +85,6 @@ def serial(a: GateExpr, b: GateExpr) -> GateExpr:
     if UNGATED in (a, b):
         return b if a == UNGATED else a
     return a if a == b else GateExpr("serial", a, b)
-
-
-@cache
-def shift(expr: GateExpr, offset: int) -> GateExpr:
-    """Return the expression of the channels from ``offset`` on."""
-    if offset == 0 or expr == UNGATED:
-        return expr
-    if expr[0] == "gate":
-        return GateExpr("gate", expr[1], expr[2] + offset)
-    return GateExpr(expr[0], *(shift(part, offset) for part in expr[1:]))
 
 
 def resolve(expr: GateExpr, channels: int) -> tuple[list[Gate], Any]:

@@ -50,7 +50,7 @@ def find_groups(model: nn.Module, example: Example) -> list[Group]:
         PlanError: the model fails on the example.
     """
     model = unwrap(model)
-    gate_expr.forget()
+    gate_expr.clear_expressions()
     found = trace(model, example)
     graph = propagate(found.model, found.record, found.train_record)
     sizes = FixedSizes(found.model, found.record, lambda cut: record_call(cut.eval(), found.example))

@@ -72,7 +72,6 @@ class Record:
     inputs: list[Value]
     outputs: list[Value]
     tensors: dict[str, Value]  # parameters and buffers by name, one name each
-    aliases: dict[str, list[str]]  # further names of a tensor
     calls: Counter[str]  # of modules
     returned: str  # the type of what the model returns
 
@@ -105,7 +104,7 @@ def record(
         error.ops = mode.ops  # type: ignore[attr-defined]
         raise
     outputs = [value for tensor in outputs_of(result) if (value := mode.values.get(id(tensor))) is not None]
-    return Record(mode.ops, inputs, outputs, mode.tensors, mode.aliases, mode.calls, type(result).__name__)
+    return Record(mode.ops, inputs, outputs, mode.tensors, mode.calls, type(result).__name__)
 
 
 class _RecordingMode(TorchDispatchMode, OperationKeys):
@@ -116,20 +115,11 @@ class _RecordingMode(TorchDispatchMode, OperationKeys):
         self.ops: list[Op] = []
         self.values: dict[int, Value] = {}  # by the id of the tensor
         self.tensors: dict[str, Value] = {}
-        self.aliases: dict[str, list[str]] = defaultdict(list)
         self._alive: dict[int, Tensor] = {}  # so that no id is used twice
         self._roots: dict[int, int] = {}  # tensor → the tensor that it is a view of
         self._views: dict[int, list[Tensor]] = defaultdict(list)
-        first: dict[int, str] = {}
-        pairs = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        for name, tensor in pairs:
-            if id(tensor) in first:
-                self.aliases[first[id(tensor)]].append(name)
-            else:
-                first[id(tensor)] = name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if id(tensor) not in self.values:
                 self.tensors[name] = self.add(tensor, Value(tuple(tensor.shape), name))
 
     def add(self, tensor: Tensor, value: Value) -> Value:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,10 +20,6 @@ from prunekit.pruning.graph.rules.base import RULES, SOFTMAX, is_elementwise
 
 NORMS = ("batch_norm", "instance_norm")
 STATISTICAL = ("layer_norm", "group_norm", "rms_norm")
-UNCHANGED = {
-    *("clone", "contiguous", "to", "_to_copy", "type_as", "float", "lift_fresh", "lift", "alias", "detach"),
-    *("dropout", "alpha_dropout", "feature_dropout", "native_dropout", "positive"),
-}
 # Of operations that are not elementwise, those that are not zero where their input is.
 SHIFTING = {
     "log_softmax",
@@ -50,7 +45,7 @@ class State:
 PRODUCTS = ("matmul", "bmm", "mm", "mv", "dot")
 
 UNKNOWN = State(shifted=True)
-MADE = State()
+ZERO = State()
 
 
 class ZeroStates:
@@ -72,7 +67,7 @@ class ZeroStates:
         for op in record.ops:
             for value in op.inputs:
                 if value not in self._states:
-                    self._set(value, MADE if value in parameters else UNKNOWN)
+                    self._set(value, ZERO if value in parameters else UNKNOWN)
             self._apply(op)
 
     def spans(self, term: Term) -> list[Span]:
@@ -97,7 +92,7 @@ class ZeroStates:
                 own = self.spans(term)
                 if not own:
                     states.append([])
-                elif elementwise and op.name.removesuffix("_") not in UNCHANGED:
+                elif elementwise:
                     states.append(self._elementwise(op, output, axis, own))
                 else:
                     states.append(self._carried(op, tensors, number, axis, own))
@@ -125,10 +120,10 @@ class ZeroStates:
 
     def _carried(self, op: Op, tensors: Sequence[Value], number: int, axis: int, own: Sequence[Span]) -> list[State]:
         output = op.outputs[number]
-        if op.name.rstrip("_") == "_mutated" or op.name in ("empty", "arange"):
+        if op.name.rstrip("_") == "_mutated":
             return [UNKNOWN] * len(own)
         if not tensors:
-            return [MADE if op.name in ("zeros", "new_zeros", "zeros_like") else UNKNOWN] * len(own)
+            return [ZERO if op.name in ("zeros", "new_zeros", "zeros_like") else UNKNOWN] * len(own)
         if op.name in NORMS:
             return self._normed(op, axis)
         if op in self._contractions and op.name.startswith(("conv", "linear")):
@@ -187,12 +182,7 @@ class ZeroStates:
             if [span.leaf for value in sides for span in self.spans(value.axes[axis])] == wanted:
                 return joined
             aligned = [self._aligned(value, axis, own) for value in sides]
-            return [
-                State(
-                    parallel(s.gate_expr for s in states), any(s.shifted for s in states), any(s.padded for s in states)
-                )
-                for states in zip(*aligned, strict=True)
-            ]
+            return [_parallel(states) for states in zip(*aligned, strict=True)]
         if op.name == "stack":
             inner = axis - (axis > op.arg(1, "dim", 0) % len(output.axes))
             sides = [self._aligned(value, inner, own) for value in tensors]
@@ -208,11 +198,12 @@ class ZeroStates:
             for other, term in enumerate(value.axes):
                 known = [span.leaf for span in self.spans(term)]
                 start = _offset(op, number, other, self.spans(term))
-                for first in _places(known, wanted) if start is None else [start]:
+                places = [first for first, leaf in enumerate(known) if leaf is wanted[0]]
+                for first in places if start is None else [start]:
                     if known[first : first + len(wanted)] == wanted:
                         candidates.append(self._states[value][other][first : first + len(wanted)])
         if not candidates:
-            return [self._anywhere(tensors, leaf) for leaf in wanted]
+            return [self._state_of_leaf(tensors, leaf) for leaf in wanted]
         if op.name in PRODUCTS:
             # A product over another axis: zero where either side is.
             return [
@@ -221,7 +212,7 @@ class ZeroStates:
             ]
         return candidates[0]  # of the data, not of what the parameters of a layer have of it
 
-    def _anywhere(self, tensors: Sequence[Value], leaf: Leaf) -> State:
+    def _state_of_leaf(self, tensors: Sequence[Value], leaf: Leaf) -> State:
         found = {
             state
             for value in tensors
@@ -263,10 +254,6 @@ def _offset(op: Op, number: int, axis: int, known: Sequence[Span]) -> int | None
     return next((number for number, span in enumerate(known) if span.offset == start), 0)
 
 
-def _places(known: Sequence[Leaf], wanted: Sequence[Leaf]) -> list[int]:
-    return [first for first, leaf in enumerate(known) if leaf is wanted[0]]
-
-
 def _pads(op: Op, axis: int) -> bool:
     """Return whether an operation may fill positions of other axes with a value that is not the channel's."""
     if op.name in ("constant_pad_nd", "pad"):
@@ -286,15 +273,14 @@ def _fills(op: Op) -> bool:
 def _combined(states: Sequence[State | None], zeroing: Sequence[bool], keeps_zero: bool) -> State:
     known = [state for state in states if state is not None]
     padded = any(state.padded for state in known)
-    killers = [state for state, zeroes in zip(states, zeroing, strict=True) if state is not None and zeroes]
-    if killers:
-        expr, shifted = killers[0].gate_expr, killers[0].shifted
-        for other in killers[1:]:
-            if shifted != other.shifted:
-                # The gate of a factor such as sigmoid(bn(x)) does not make the product zero.
-                expr = serial(UNGATED, other.gate_expr) if shifted else serial(expr, UNGATED)
-            else:
+    makes_zero = [state for state, does in zip(states, zeroing, strict=True) if state is not None and does]
+    if makes_zero:
+        expr, shifted = makes_zero[0].gate_expr, makes_zero[0].shifted
+        for other in makes_zero[1:]:
+            if shifted == other.shifted:
                 expr = serial(expr, other.gate_expr)
+            elif shifted:  # The gate of a factor such as sigmoid(bn(x)) does not make the product zero.
+                expr = other.gate_expr
             shifted = shifted and other.shifted
         return State(expr, shifted, padded)
     all_known = len(known) == len(states)
@@ -309,9 +295,11 @@ def _zero_profile(op: Op) -> tuple[tuple[bool, ...], bool]:
     masks = tuple(value.is_mask for value in inputs)
     numbers = iter(range(len(inputs)))
     template = tree_map_only(Value, lambda _: _Slot(next(numbers)), (op.args, op.kwargs))
+    key = op.func, masks, repr(template)
     try:
-        key = repr(template)
-        return _profile(op.func, key, masks, _Template(key, template))
+        if key not in _PROFILES:
+            _PROFILES[key] = _profile(op.func, masks, template)
+        return _PROFILES[key]
     except Exception:  # such as an overload with an output tensor
         return (False,) * len(inputs), False
 
@@ -323,21 +311,10 @@ class _Slot(int):
         return f"<{int(self)}>"
 
 
-class _Template:
-    """Arguments that are compared by their text."""
-
-    def __init__(self, key: str, arguments: Any):
-        self.key, self.arguments = key, arguments
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Template) and self.key == other.key
+_PROFILES: dict[Any, tuple[tuple[bool, ...], bool]] = {}
 
 
-@cache
-def _profile(func: Any, key: str, masks: tuple[bool, ...], template: _Template) -> tuple[tuple[bool, ...], bool]:
+def _profile(func: Any, masks: tuple[bool, ...], template: Any) -> tuple[tuple[bool, ...], bool]:
     generator = torch.Generator().manual_seed(0)
 
     def run(zeros: set[int]) -> bool:
@@ -347,7 +324,7 @@ def _profile(func: Any, key: str, masks: tuple[bool, ...], template: _Template) 
         ]
         for number in zeros:
             tensors[number] = torch.zeros_like(tensors[number])
-        args, kwargs = tree_map_only(_Slot, lambda slot: tensors[slot], template.arguments)
+        args, kwargs = tree_map_only(_Slot, lambda slot: tensors[slot], template)
         with torch.no_grad():
             result = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
         return all(not leaf.isnan().any() and not leaf.any() for leaf in result)

@@ -28,7 +28,6 @@ from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.utils.inputs import Example
 
 Measure = Literal["params", "macs", "latency_ms"]
-MAX_AXES = 5  # of a parameter
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class SizeModel:
         # For each parameter: its size along the axes that are never pruned, the rows of those that are (the row after
         # the last is an axis of length 1), the groups that share its input axis, and its module.
         table = []
+        most = max((parameter.dim() for parameter in model.parameters()), default=0)
         # A tensor of several modules has one name.
         tensors = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, module in model.named_modules():
@@ -81,14 +81,14 @@ class SizeModel:
                 tensor = tensors[id(parameter)]
                 pruned = [axis for axis in range(parameter.dim()) if (tensor, axis) in rows]
                 fixed = math.prod(length for axis, length in enumerate(parameter.shape) if axis not in pruned)
-                axes = [*(rows[tensor, axis] for axis in pruned), *[len(rows)] * (MAX_AXES - len(pruned))]
+                axes = [*(rows[tensor, axis] for axis in pruned), *[len(rows)] * (most - len(pruned))]
                 # The input axis of a convolution with groups is counted over all of its groups.
                 shared = conv_groups(model, name) if key == "weight" and len(pruned) == 2 else 1
                 # A module of which nothing can be pruned is the last one.
                 table.append((fixed, *axes, shared, self._cutter.module_index.get(name, -1)))
-        columns = np.array(table, np.int64).reshape(-1, MAX_AXES + 3).T.copy()
-        self._fixed, self._axes = columns[0], columns[1 : MAX_AXES + 1]
-        self._shared, self._owner = columns[MAX_AXES + 1 :]
+        columns = np.array(table, np.int64).reshape(-1, most + 3).T.copy()
+        self._fixed, self._axes = columns[0], columns[1 : most + 1]
+        self._shared, self._owner = columns[most + 1 :]
         counted = count_operations(model, example)
         self._add_products(counted)
         self._product_modules = [name for (name, _, _), numbers in counted.products.items() for _ in numbers]

@@ -72,7 +72,10 @@ class LatencyTable(BaseModel):
             PlanError: the file cannot be read, or is no table.
         """
         try:
-            table = cls.model_validate(json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            if isinstance(data, dict) and (problem := format_problem(data.get("format", FORMAT), FORMAT)):
+                raise PlanError(f"{path}: {problem}")
+            return cls.model_validate(data)
         except OSError as error:
             raise PlanError(f"{path}: cannot be read ({error.strerror})") from error
         except ValidationError as error:
@@ -81,9 +84,6 @@ class LatencyTable(BaseModel):
             raise PlanError(f"{path}: {place}: {first['msg']}; make it with prunekit profile") from error
         except ValueError as error:
             raise PlanError(f"{path}: is not JSON ({error}); make it with prunekit profile") from error
-        if problem := format_problem(table.format, FORMAT):
-            raise PlanError(f"{path}: {problem}")
-        return table
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -105,9 +105,6 @@ class Budget:
             return own <= 3 * LATENCY_TOLERANCE and (self.limit is None or self.limit.is_met(size))
         return -TOLERANCE <= self.deviation(size) <= 0
 
-    def with_goal(self, goal: float) -> Budget:
-        return replace(self, goal=goal)
-
     def describe(self, size: ModelSize) -> str:
         """The part of a size that this budget limits."""
         return amount(self.size(size), self.measure)

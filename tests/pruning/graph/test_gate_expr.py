@@ -55,8 +55,9 @@ def test_build_and_resolve_expressions():
     both = gate_expr.parallel([a, gate_expr.append_gate(gate_expr.UNGATED, "b", 0)])
     assert both == gate_expr.parallel([both, a])
     assert gate_expr.parallel([a, gate_expr.UNGATED]) == gate_expr.UNGATED
-    assert gate_expr.shift(both, 3) == ("parallel", ("gate", "a", 3), ("gate", "b", 3))
-    gates, tree = gate_expr.resolve(gate_expr.shift(both, 3), 2)
+    later = gate_expr.parallel([gate_expr.append_gate(gate_expr.UNGATED, name, 3) for name in "ab"])
+    assert later == ("parallel", ("gate", "a", 3), ("gate", "b", 3))
+    gates, tree = gate_expr.resolve(later, 2)
     assert [tuple(g.slice) for g in gates] == [(3, 5), (3, 5)] and tree == {"parallel": [0, 1]}
 
 

@@ -56,7 +56,7 @@ def test_tied_parameters_are_one_tensor():
     model[1].weight = model[0].weight
     with torch.inference_mode():
         found = record(model, (torch.randn(2, 4),), tensors_in, lambda name, func: True)
-    assert found.aliases == {"0.weight": ["1.weight"]} and found.ops[0].args[1] is found.ops[1].args[1]
+    assert found.tensors.keys() == {"0.weight", "0.bias", "1.bias"} and found.ops[0].args[1] is found.ops[1].args[1]
 
 
 def test_fast_path_of_attention_is_recorded_as_operations():

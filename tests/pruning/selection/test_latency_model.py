@@ -55,7 +55,7 @@ def test_table_is_the_same_after_a_file(measured, tmp_path):
         (None, "cannot be read"),
         ("{", "is not JSON"),
         ('{"runtime": "x"}', "size: Field required; make it with prunekit profile"),
-        ('{"runtime": "x", "size": [3, 8, 8], "format": 2}', "has format 2"),
+        ('{"runtime": "x", "size": [3, 8, 8], "format": 2, "unit": "s"}', "has format 2"),
         ('{"runtime": "x", "size": [3, 8, 8], "variants": [{"kept": {}, "ms": 0}]}', "variants.0.ms: "),
     ],
 )

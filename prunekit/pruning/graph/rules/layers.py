@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from prunekit.pruning.graph.axes import CONVS, TRANSPOSED, is_channelwise
+from prunekit.pruning.graph.axes import CONVS, is_channelwise
 from prunekit.pruning.graph.axis_terms import Fixed, Leaf, Term, cat, lock, prod
 from prunekit.pruning.graph.recorder import Op, Value
 from prunekit.pruning.graph.rules.base import AxisGraph, register_rule
@@ -30,7 +30,7 @@ def _read(op: Op, graph: AxisGraph, value: Value, value_axis: int, weight: Value
     graph.read(op, weight, axis, value, value_axis)
 
 
-@register_rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution", "cudnn_convolution")
+@register_rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
 @register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def convolution(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
     value, weight, bias = op.args[0], op.args[1], op.arg(2, "bias")
@@ -86,13 +86,12 @@ def _grouped(op: Op, graph: AxisGraph, value: Value, axis: int, weight: Value, g
 
 
 _SPATIAL = re.compile(r"(?:pool|upsample_\w*?|_pad)(\d)d")
-_LAYERS = (*CONVS, *TRANSPOSED)
 
 
 @register_rule(
     *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "_adaptive_avg") for n in (1, 2, 3))
 )
-@register_rule(*(f"max_pool{n}d_with_indices" for n in (1, 2, 3)), "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
+@register_rule(*(f"max_pool{n}d_with_indices" for n in (1, 2, 3)))
 @register_rule(*(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))
 @register_rule(*(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d")))
 @register_rule(*(f"upsample_{kind}" for kind in ("trilinear3d", "bicubic2d")), "_upsample_nearest_exact2d")

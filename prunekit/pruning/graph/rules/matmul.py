@@ -32,10 +32,8 @@ def _batch(op: Op, graph: AxisGraph, *values: Value, inner: int = 2) -> list[Ter
     return broadcast(op, graph, outer, max(len(value.axes) for value in outer))
 
 
-@register_rule("addmm", "baddbmm", "addmv", "addbmm", "addr")
+@register_rule("addmm", "baddbmm")
 def addmm(op: Op, graph: AxisGraph) -> Sequence[Sequence[Term]] | None:
-    if op.name.startswith(("addbmm", "addr", "addmv")):
-        return None
     bias, a, b = op.args[:3]
     contract(op, graph, a, -1, b, -2)
     product = Value(op.outputs[0].shape, axes=[*_batch(op, graph, a, b), a.axes[-2], b.axes[-1]])
