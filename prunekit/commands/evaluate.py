@@ -175,7 +175,8 @@ def _read_results(run: RunDir, out: Path | None, file: Path) -> dict[tuple[str, 
             raise ValueError(problem)
         return {_key(entry): entry for entry in content["sets"]}
     except (CheckpointError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged; remove it and evaluate its sets again") from error
+        problem = "is damaged" if out is not None else "is damaged or does not match state.json"
+        raise CheckpointError(f"{file} {problem}; remove it and evaluate its sets again") from error
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, str]:

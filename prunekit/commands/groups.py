@@ -106,7 +106,9 @@ def check_source(source: str) -> None:
         hint = did_you_mean(path) or "; give a recipe or a run folder"
         raise RecipeError(f"{source}: no such recipe or run folder{hint}")
     if path.is_dir() and path.name not in shipped_recipes() and not (path / "recipe.yaml").is_file():
-        raise RecipeError(f"{source} is neither a recipe nor a run folder; give one that prunekit run has made")
+        raise RecipeError(
+            f"{source} is neither a recipe nor a run folder (it has no recipe.yaml); give one that prunekit run made"
+        )
 
 
 def format_gates(group: Group) -> str:

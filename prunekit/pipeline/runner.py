@@ -280,6 +280,6 @@ def _check_not_half_derived(run: RunDir) -> None:
     earlier = STAGES[: STAGES.index(run.stage)] if run.stage else ()
     if any(not run.is_done(stage) for stage in earlier if stage != "export"):
         raise RunFolderError(
-            f"{run.path} was to begin with the models of another run, and was stopped before they were copied; repeat "
-            "the command that made it, with --overwrite"
+            f"{run.path} was to begin with the models of another run, and was stopped before they were copied, or has "
+            "lost its state.json; repeat the command that made it, with --overwrite"
         )

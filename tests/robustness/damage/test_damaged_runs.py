@@ -129,6 +129,15 @@ def test_required_damaged_file_is_named(run_set, tmp_path, name, reader, damage)
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "reader"),
+    [("recipe.yaml", "gone", "groups"), ("state.json", "swapped", "eval"), ("state.json", "gone", "again")],
+)
+def test_message_names_a_file_that_another_one_depends_on(run_set, tmp_path, name, damage, reader):
+    run = damaged(run_set.whole, run_set.other, name, damage, tmp_path / "toy")
+    assert verdict(name, reader, lambda: READERS[reader](run, run_set), None) == "told"
+
+
 def test_resume_of_damaged_run_is_refused_or_gives_same_result(run_set, tmp_path, capsys):
     wanted, names = outcome(run_set.whole), files_of(run_set.broken)
     kinds = list(DAMAGES)
