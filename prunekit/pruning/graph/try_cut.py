@@ -7,6 +7,7 @@ their line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import count
 
@@ -56,19 +57,27 @@ class FixedSizes:
         failing: list[tuple[Leaf, Group, Fault]] = []
         # First without all groups that an operation fails for, then parts of the others.
         left = dict(tried)
+        twins: dict[
+            Leaf, Group
+        ] = {}  # in the places of failing ones in other layers: what follows those is tried first
         while left and not trial.ties and (fault := trial.run(left)) is not None:
             blamed = self._blamed(fault, left)
+            found = len(failing)
             self._single_out(blamed, followed, failing)
             left = {leaf: group for leaf, group in left.items() if leaf not in blamed}
+            for leaf, _, reached in failing[found:]:
+                for op in trial.alike(reached.op):
+                    twin = leaf_at(op, places_of(leaf, reached.op))
+                    if twin in left and _numbered(op.module) == _numbered(reached.op.module):
+                        twins[twin] = left.pop(twin)
         for some in self._parts(left) if not trial.ties else ():
             if (fault := trial.run(some)) is not None:
                 self._single_out(self._blamed(fault, some), followed, failing)
-        # Those that fail with what is tied now are tried again.
-        for leaf, group, fault in failing if not trial.ties else ():
-            # What was found just now in another layer of the kind, first.
-            group.attributes = self._guesses.pop(leaf, [])
-            if (group.attributes and trial.run({leaf: group}) is None) or self._follow(leaf, group, fault, groups):
-                followed[leaf] = group
+        self._resolve(failing, followed, groups)
+        if twins and not trial.ties:
+            failing = []
+            self._single_out(twins, followed, failing)
+            self._resolve(failing, followed, groups)
         while followed and not trial.ties and (fault := trial.run(followed)) is not None:
             # Their attributes cannot follow all of them.
             blamed = {leaf: followed[leaf] for leaf in fault.leaves if leaf in followed} or dict(followed)
@@ -77,6 +86,17 @@ class FixedSizes:
                 del followed[leaf]
         self._tied += [a for _, a, _ in trial.ties]
         return [(a, b) for _, a, b in trial.ties]
+
+    def _resolve(
+        self, failing: Sequence[tuple[Leaf, Group, Fault]], followed: dict[Leaf, Group], groups: Mapping[Leaf, Group]
+    ) -> None:
+        """Give failing groups their attributes, or a reason. Where something is tied, they are tried again later."""
+        for leaf, group, fault in failing if not self._trial.ties else ():
+            # What was found just now in another layer of the kind, first.
+            group.attributes = self._guesses.pop(leaf, [])
+            works = bool(group.attributes) and self._trial.run({leaf: group}) is None
+            if works or self._follow(leaf, group, fault, groups):
+                followed[leaf] = group
 
     def _single_out(
         self, groups: dict[Leaf, Group], followed: dict[Leaf, Group], failing: list[tuple[Leaf, Group, Fault]]
@@ -160,6 +180,11 @@ class FixedSizes:
             return False
         first, second = (getattr(*owner_of(one, attribute.name), None) for one in (module, other))
         return first == second
+
+
+def _numbered(module: str) -> str:
+    """The name of a module without numbers: that of the same module in all repeated layers."""
+    return re.sub(r"\d+", "#", module)
 
 
 def _lock(leaf: Leaf, group: Group, fault: Fault) -> None:
