@@ -31,7 +31,7 @@ from prunekit.deployment.bench.timing import BenchJob, measure
 from prunekit.deployment.bench.variants import RUNTIMES
 from prunekit.deployment.export.subnormals import without_subnormals
 from prunekit.flops import count_modules, total
-from prunekit.pipeline.models import build_dense, load_model, newest_model, read_recipe
+from prunekit.pipeline.models import build_dense, input_shape, load_model, newest_model, read_recipe
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.surgery.plan_builder import make_plan
 from prunekit.pruning.surgery.slim import slim
@@ -53,7 +53,7 @@ def random_slim(width: int, size: int, share: float, seed: int = 0) -> tuple[Rec
         }
     )
     torch.manual_seed(seed)
-    dense = estimate_norm_statistics(csnet(width=width))
+    dense = estimate_norm_statistics(csnet(width=width), (3, 64, 64))
     generator = torch.Generator().manual_seed(seed)
     groups = find_groups(dense, torch.zeros(1, 3, 64, 64))
     dead = {}
@@ -75,8 +75,10 @@ def load_models(folder: Path) -> tuple[Recipe, dict[str, nn.Module]]:
     """A run's recipe, its dense model (untrained if it has none) and its newest model."""
     run = RunDir.open(folder)
     recipe, name = read_recipe(run), newest_model(run)
-    has_dense = run.has("dense/model.safetensors")
-    dense = load_model(run, "dense", recipe) if has_dense else estimate_norm_statistics(build_dense(recipe))
+    if run.has("dense/model.safetensors"):
+        dense = load_model(run, "dense", recipe)
+    else:
+        dense = estimate_norm_statistics(build_dense(recipe), input_shape(recipe))
     return recipe, {"dense": dense} if name == "dense" else {"dense": dense, "slim": load_model(run, name, recipe)}
 
 

@@ -33,7 +33,7 @@ def prediction_error(name: str, keys: Sequence[str]) -> tuple[str, int, float, f
     """Return the setting, the number of models that were measured, and the median relative error and the rank
     correlation of what is predicted from them for other models."""
     recipe = load(name, list(keys))
-    network = estimate_norm_statistics(build_dense(recipe))
+    network = estimate_norm_statistics(build_dense(recipe), input_shape(recipe))
     groups = find_groups(network, torch.zeros(1, *input_shape(recipe)))
     latencies = RunLatencies(recipe, network, groups, Reporter(Console(stderr=True)))
     table = latencies.table

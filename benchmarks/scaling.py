@@ -66,7 +66,8 @@ def grow(points: Sequence[tuple[int, Builder, int, int]], args: argparse.Namespa
     jobs, macs = [], []
     with tempfile.TemporaryDirectory() as folder:
         for index, (_, builder, size, batch) in enumerate(points):
-            model = estimate_norm_statistics(build(builder.name, builder.options)).requires_grad_(False)
+            model = build(builder.name, builder.options)
+            model = estimate_norm_statistics(model, (3, size, size)).requires_grad_(False)
             macs.append(batch * total(count_modules(model, (3, size, size))[0])["macs"])
             example = torch.randn(2, 3, size, size)
             for form in FORMS:

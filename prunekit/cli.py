@@ -31,8 +31,6 @@ app = typer.Typer(
     "Exit status: 0 success, 2 usage error, 3 failure while running, 130 interrupted.",
 )
 
-_WRITING_COMMANDS = {"run", "report", "eval", "predict", "slim", "finetune", "export", "bench", "import", "cp"}
-
 RecipeName = Annotated[str, Argument(help="Recipe file, or name of a shipped recipe.")]
 RunFolder = Annotated[Path, Argument(help="Run folder.")]
 Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Set recipe keys, e.g. train.epochs=2.")]
@@ -375,11 +373,12 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     trust = "--trust" in arguments
     arguments = [argument for argument in arguments if argument not in ("--debug", "--trust")]
-    # A command that writes files goes on when nobody reads its output.
-    output = ignore_lost_readers() if {*arguments[:1]} & _WRITING_COMMANDS else contextlib.nullcontext()
+    level_name = _pop_log_level(arguments)
+    # A command goes on when nobody reads its output, except the one that only shows something until it is stopped.
+    output = contextlib.nullcontext() if arguments[:1] == ["watch"] else ignore_lost_readers()
     try:
         with output, exit_on_error(debug), launcher.silence_other_ranks():
-            level = _pop_log_level(arguments)
+            level = _level(level_name)
             launcher.exit_other_ranks(*arguments[:1])
             with sigterm_as_interrupt(), terminal_logging(level), trust_modules(trust):
                 app(args=arguments, prog_name="prunekit")
@@ -387,13 +386,17 @@ def main(arguments: list[str] | None = None) -> None:
         flush_or_discard()
 
 
-def _pop_log_level(arguments: list[str]) -> int:
+def _pop_log_level(arguments: list[str]) -> str:
     name = "info"
     for index, argument in reversed(list(enumerate(arguments))):
         option, equals, value = argument.partition("=")
         if option == "--log-level":
             name = value if equals else "".join(arguments[index + 1 : index + 2])
             del arguments[index : index + 1 if equals else index + 2]
+    return name
+
+
+def _level(name: str) -> int:
     if name not in LEVELS:
         raise RecipeError(f"--log-level {name}: unknown level; use one of {', '.join(LEVELS)}")
     return LEVELS[name]

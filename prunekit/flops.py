@@ -24,6 +24,7 @@ from prunekit.layers import GOctConv, layer_of
 from prunekit.operations.multiply_adds import MultiplyAdds, multiply_adds, on_shapes
 from prunekit.utils.copying import copy_module
 from prunekit.utils.inputs import Example, as_example, call, cast, first_inputs, map_tensors
+from prunekit.utils.text import si
 
 PAPER_SIZE = (224, 224)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -86,9 +87,9 @@ class ModelCost:
     uncounted: tuple[str, ...] = ()  # modules that call operations whose MACs are unknown; these count as 0
 
     def __str__(self) -> str:
-        parts = [f"{_si(self.params)} params", f"{_si(self.macs)} MACs"]
+        parts = [f"{si(self.params)} params", f"{si(self.macs)} MACs"]
         if self.paper_flops is not None:
-            parts.append(f"{_si(self.paper_flops)} paper FLOPs")
+            parts.append(f"{si(self.paper_flops)} paper FLOPs")
         if self.uncounted:
             parts.append(
                 f"without some MACs of {len(self.uncounted)} modules, such as {self.uncounted[0] or 'the model'}"
@@ -108,14 +109,6 @@ def count(model: nn.Module, example: Example) -> ModelCost:
     """
     counts, uncounted = count_modules(model, as_example(example))
     return ModelCost(**total(counts), uncounted=tuple(uncounted))
-
-
-def _si(value: int) -> str:
-    """Return a number with three digits and an SI prefix: 11_689_512 → "11.7M"."""
-    for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * limit:
-            return f"{value / limit:.3g}{prefix}"
-    return str(value)
 
 
 def total(counts: dict[str, Count]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import os
 import subprocess
@@ -379,7 +380,19 @@ def test_too_little_memory_for_a_plugin_is_not_an_unknown_name(call, monkeypatch
     assert status == 3 and one_line(said) and "out of memory" in said
 
 
-def test_a_run_goes_on_when_nobody_reads_its_output(monkeypatch, tmp_path):
+@contextlib.contextmanager
+def unread(monkeypatch):
+    """A pipe that nobody reads, in place of stdout and stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        patch.setattr(sys, "stderr", pipe)
+        yield
+
+
+@pytest.mark.parametrize("options", [[], ["--log-level", "info"], ["--debug", "--log-level=warning"]])
+def test_a_run_goes_on_when_nobody_reads_its_output(monkeypatch, tmp_path, options):
     def run_recipe(recipe, out, console, **_):
         for _ in range(3):
             console.print("x" * 9000)
@@ -388,15 +401,24 @@ def test_a_run_goes_on_when_nobody_reads_its_output(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prunekit.pipeline.runner.run_recipe", run_recipe)
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        monkeypatch.setattr(sys, "stderr", pipe)
-        with pytest.raises(SystemExit) as stop:
-            main(["run", "csnet", "--out", "run"])
-        monkeypatch.undo()
+    with unread(monkeypatch), pytest.raises(SystemExit) as stop:
+        main([*options, "run", "csnet", "--out", "run"])
     assert stop.value.code == 0 and (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize("command, goes_on", [("profile", True), ("watch", False)])
+def test_only_watch_stops_when_nobody_reads_its_output(monkeypatch, command, goes_on):
+    done = []
+
+    def talk(*_, **__):
+        for _ in range(3):
+            print("x" * 9000, flush=True)
+        done.append(True)
+
+    monkeypatch.setattr(f"prunekit.commands.{command}.{'profile_recipe' if goes_on else 'watch'}", talk)
+    with unread(monkeypatch), pytest.raises(SystemExit):
+        main(["--log-level", "info", command, "watch"])  # a folder called watch is no command
+    assert bool(done) is goes_on
 
 
 def test_an_error_that_nobody_reads_keeps_its_status(monkeypatch):

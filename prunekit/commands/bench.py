@@ -30,6 +30,7 @@ from prunekit.errors import ExportError, RecipeError
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_model, newest_model, read_recipe
 from prunekit.pruning.plan import Builder
+from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.environment import processor_name
 from prunekit.utils.progress import Reporter, format_duration
@@ -222,12 +223,14 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def estimate_norm_statistics(model: nn.Module) -> nn.Module:
-    """Run an untrained model on noise in training mode, so that its activations stay in range, and set eval mode."""
-    model.train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+def estimate_norm_statistics(model: nn.Module, shape: Sequence[int]) -> nn.Module:
+    """Let the norms of an untrained model measure noise, so that its activations stay in range, and set eval mode.
+
+    Args:
+        model: on the CPU.
+        shape: of an input: channels, height, width. A transformer takes no other.
+    """
+    recalibrate(model, [torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))])
     return model.eval()
 
 
@@ -240,7 +243,7 @@ def _load_models(run: RunDir, recipe: Recipe, names: Sequence[str] | None, repor
             model = load_model(run, name, recipe)
         elif name == "dense":
             reporter.info("dense: this run has no dense model; timing an untrained one, built from its recipe")
-            model = estimate_norm_statistics(build_dense(recipe))
+            model = estimate_norm_statistics(build_dense(recipe), input_shape(recipe))
         else:
             raise RecipeError(f"--model {name}: {run.path} has {', '.join(available)}")
         models[name] = without_subnormals(model).eval().requires_grad_(False)

@@ -25,8 +25,9 @@ from prunekit.pruning.plan import Group
 from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.latency_model import Variant
 from prunekit.reporting.figures.latency import latency_figure
-from prunekit.reporting.figures.style import FigureKind, write_figure
+from prunekit.reporting.figures.style import FigureKind, encode_figure
 from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.utils.io import write_atomic
 from prunekit.utils.progress import Reporter
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the channels
@@ -69,7 +70,7 @@ def profile_recipe(
     else:
         check_source(source)
         recipe = recipes.load(source, list(overrides))
-    network = estimate_norm_statistics(build_dense(recipe))
+    network = estimate_norm_statistics(build_dense(recipe), input_shape(recipe))
     groups = find_groups(network, torch.zeros(1, *input_shape(recipe)))
     if write_variants is not None:
         _write_variants(recipe, network, groups, write_variants, reporter)
@@ -94,7 +95,7 @@ def _draw(sizes: SizeModel, groups: Sequence[Group], setting: str, path: Path, k
     shares = [step / STEPS for step in range(1, STEPS + 1)]
     columns = [_layers_at(sizes, groups, share) for share in shares]
     layers = {name: [column.get(name, 0.0) for column in columns] for name in columns[-1]}
-    write_figure(latency_figure(shares, layers, setting), path.with_suffix(""), [kind])
+    write_atomic(path, encode_figure(latency_figure(shares, layers, setting), kind))
 
 
 def _print_layers(sizes: SizeModel, groups: Sequence[Group], console: Console) -> None:

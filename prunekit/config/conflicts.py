@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -97,5 +96,5 @@ def _progressive_conflicts(training: Training, stage: str, data_size: int) -> It
         yield "strengths", f"{strengths} needs a factor for each of the {count} sizes"
     elif strengths:
         options = registry.augmentations.options(training.augment.name)
-        if "strength" not in options and all(p.kind != inspect.Parameter.VAR_KEYWORD for p in options.values()):
+        if "strength" not in options and not registry.takes_any_option(options):
             yield "strengths", f"augmentation {training.augment.name!r} has no option strength; drop it"

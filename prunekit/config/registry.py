@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -208,8 +208,14 @@ def describe_error(error: BaseException) -> str:
     return text if isinstance(error, PrunekitError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def parameter_names(build: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(build).parameters)
+def takes_any_option(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+def accepted(build: Callable[..., Any], names: Iterable[str]) -> list[str]:
+    """Return those of these names that a builder takes as arguments."""
+    parameters = inspect.signature(build).parameters
+    return [name for name in names if name in parameters or takes_any_option(parameters)]
 
 
 def required_parameters(build: Callable[..., Any]) -> list[str]:

@@ -137,18 +137,14 @@ def _options_model(parameters: dict[str, inspect.Parameter]) -> type[pydantic.Ba
             annotation = annotation | None
         # By alias: options may be called `copy` or `json`, fields of a pydantic model may not.
         fields[f"option_{len(fields)}"] = (annotation, pydantic.Field(default, alias=key))
-    extra = "allow" if _takes_any_option(parameters) else "forbid"
+    extra = "allow" if registry.takes_any_option(parameters) else "forbid"
     config = pydantic.ConfigDict(extra=extra, strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
     return pydantic.create_model("Options", __config__=config, **fields)
 
 
-def _takes_any_option(parameters: dict[str, inspect.Parameter]) -> bool:
-    return any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-
-
 def _check_roots(tree: ConfigTree, name: str, build: Callable[..., Any], section: dict[str, Any]) -> None:
     parameters = dict(inspect.signature(build).parameters)
-    if _takes_any_option(parameters):
+    if registry.takes_any_option(parameters):
         return
     for key in ("root", "val_root", "val_holdout"):
         if key not in parameters and section.get(key) is not None:

@@ -245,7 +245,7 @@ class Target(Section):
 
     @property
     def given(self) -> dict[str, float]:
-        """The key that is set with its value; empty without a target."""
+        """The keys that are set with their values: at most one of size and one of latency; empty without a target."""
         return {key: value for key, value in self.model_dump().items() if value is not None}
 
     @model_validator(mode="after")

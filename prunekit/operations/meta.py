@@ -34,19 +34,6 @@ POINTWISE |= {F.hardswish, F.hardsigmoid, F.softmax, F.dropout, torch.relu, torc
 POINTWISE |= {Tensor.relu, Tensor.sigmoid, Tensor.tanh, Tensor.softmax, *_NORMS}
 
 
-def _output_sides(
-    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
-) -> list[int]:
-    """Sides of a convolution's output; none where PyTorch decides, such as whether the input is an error."""
-    if not (x.is_meta and weight.is_meta and x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * groups):
-        return []
-    if not all(isinstance(option, tuple) for option in (stride, padding, dilation)):
-        return []
-    rows = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    sides = [(side + 2 * pad - far * (kernel - 1) - 1) // step + 1 for side, kernel, step, pad, far in rows]
-    return sides if min(sides) > 0 else []
-
-
 def _broadcast(a: Any, b: Any) -> Tensor | None:
     """The one of two operands that is like their sum; None where neither is, or where PyTorch decides."""
     tensors = isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta
@@ -91,12 +78,10 @@ class FastShapes(TorchFunctionMode):
             return None
         if func in POINTWISE and not isinstance(kwargs.get("dtype"), torch.dtype):
             return first
-        if func is F.layer_norm and tuple(args[1]) == first.shape[first.dim() - len(args[1]) :]:
+        if func is F.layer_norm and len(args) > 1 and tuple(args[1]) == first.shape[first.dim() - len(args[1]) :]:
             return first
-        if func in (F.linear, F.scaled_dot_product_attention):
+        if func in (F.linear, F.scaled_dot_product_attention, *CONVOLUTIONS):
             return fast_result(func.__name__, args, kwargs)
         if func is F.adaptive_avg_pool2d and len(args) == 2:
             return _pooled(*args)
-        if func in CONVOLUTIONS and len(args) == 7 and not kwargs and (sides := _output_sides(*args)):
-            return first.new_empty((len(first), len(args[1]), *sides))
         return None

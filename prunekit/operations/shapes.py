@@ -112,8 +112,8 @@ def _binary_in_place(value: Tensor, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _linear(value: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-    weight = args[1]
-    if weight.dim() != 2 or value.shape[-1] != weight.shape[1]:
+    weight = args[1] if len(args) > 1 else None
+    if weight is None or weight.dim() != 2 or value.shape[-1] != weight.shape[1]:
         return None
     return value.new_empty((*value.shape[:-1], len(weight)))
 
@@ -132,9 +132,11 @@ def _per_axis(option: Any, count: int) -> Any:
 
 
 def _convolution(value: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    if kwargs or len(args) < 2:
+        return None
     defaults: tuple[Any, ...] = (None, (1,), (0,), (1,), 1)
     weight, (_, stride, padding, dilation, groups) = args[1], (*args[2:], *defaults[len(args) - 2 :])
-    if kwargs or value.dim() != weight.dim() or value.shape[1] != weight.shape[1] * groups or len(weight) % groups:
+    if value.dim() != weight.dim() or value.shape[1] != weight.shape[1] * groups or len(weight) % groups:
         return None
     sides = convolved(value.shape[2:], weight.shape[2:], stride, padding, dilation)
     return value.new_empty((len(value), len(weight), *sides)) if sides else None
@@ -150,6 +152,8 @@ def _upsample(value: Tensor, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _attention(value: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    if len(args) < 3:
+        return None
     _, key, last = args[:3]
     same = value.shape[:-2] == key.shape[:-2] == last.shape[:-2] and value.shape[-1] == key.shape[-1]
     if not same or key.shape[-2] != last.shape[-2] or any(isinstance(own, Tensor) for own in kwargs.values()):

@@ -120,8 +120,7 @@ def _build_dataset(recipe: Recipe, split: str) -> ImageDataset:
     builder = registry.datasets.get(data.name)
     settings = {key: getattr(data, key) for key in ("root", "val_root", "val_holdout", "size", "on_error")}
     settings["seed"] = recipe.seed
-    accepted = registry.parameter_names(builder)
-    given = {key: value for key, value in settings.items() if key in accepted and value is not None}
+    given = {key: settings[key] for key in registry.accepted(builder, settings) if settings[key] is not None}
     missing = [key for key in registry.required_parameters(builder) if key in settings and key not in given]
     if missing:
         raise DataError(f"the data set {data.name} needs {' and '.join(f'data.{key}' for key in missing)}")

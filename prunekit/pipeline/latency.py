@@ -58,13 +58,15 @@ class RunLatencies:
             *(copy_module(model), groups, timed_example(recipe)),
             *(section.runtime, section.threads),
         )
+        # The modules do not show what a forward calls itself, and the recipe not what ``init`` changes.
+        self._network = f"{recipe.backbone.model_dump_json()} {model}"
         with distributed.main_process_first():
             self.table = self._load_or_measure(section.variants)
         self._report(model)
 
     def _load_or_measure(self, variants: int) -> LatencyTable:
         table = self.timer.new_table()
-        path = cached_table_path(cache_folder() / "latency", table, self.groups)
+        path = cached_table_path(cache_folder() / "latency", table, self.groups, self._network)
         if path.is_file():
             found = LatencyTable.read(path)
             if len(found.variants) >= variants:

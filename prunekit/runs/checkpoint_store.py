@@ -59,7 +59,7 @@ class CheckpointStore:
     def save(
         self, stage: str, step: int, tensors: Tensors, state: dict[str, Any], keep: int, best: int | None = None
     ) -> None:
-        """Write a checkpoint, then remove all of this stage except the newest ``keep`` and the ``best``.
+        """Write a checkpoint, then remove all of this stage except the newest ``keep`` up to it and the ``best``.
 
         CheckpointError if the write fails or the state is not valid JSON; earlier checkpoints remain then.
         """
@@ -77,8 +77,11 @@ class CheckpointStore:
             "state": json.loads(body),
         }
         write_atomic(json_path, encode_json(record, json_path.name, indent=None))
-        for old in self.steps(stage)[max(keep, 1) :]:
-            if old != best:
+        # Later ones were damaged, or training would have continued from them.
+        steps = self.steps(stage)
+        kept = {*[old for old in steps if old <= step][: max(keep, 1)], best}
+        for old in steps:
+            if old not in kept:
                 self.discard(stage, old)
         for orphan in set(self._steps(stage, "safetensors")) - set(self.steps(stage)):
             self._remove(self._paths(stage, orphan)[0])

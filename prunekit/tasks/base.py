@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunekit.data.datasets import ImageDataset, Tensors, image_tensor, normalize, read_pair, resize
 from prunekit.errors import DataError, RecipeError, TrainingError
+from prunekit.utils.copying import kept_modes
 
 OWN_SIZE_MULTIPLE = 16  # a network with four halvings divides such sides evenly
 # Pixels per forward on a CPU: smaller batches stay in its cache and take about half the time (docs/design/training.md).
@@ -281,15 +282,10 @@ def iterate_batches(
 @contextmanager
 def inference(model: nn.Module) -> Iterator[torch.device]:
     """Set evaluation mode without gradients, yield the model's device, and restore the mode of every module."""
-    modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), None)
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield torch.device("cpu") if parameter is None else parameter.device
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with kept_modes(model), torch.inference_mode():
+        model.eval()
+        yield torch.device("cpu") if parameter is None else parameter.device
 
 
 def own_size(height: int, width: int) -> tuple[int, int]:

@@ -21,6 +21,8 @@ from prunekit.layers.optional import DepthwiseModules
 from prunekit.native.library import NoKernels, load
 from prunekit.native.ops import depthwise, norm_act, usable
 from prunekit.pruning.plan import Group
+from prunekit.utils.copying import kept_modes
+from prunekit.utils.text import first_line
 
 Forward = Callable[[Tensor], Tensor]
 Say = Callable[[str], None]
@@ -85,18 +87,15 @@ def channels_last(
 def _refuses_channels_last(model: nn.Module, images: Tensor, say: Say) -> bool:
     # In evaluation mode: a failing forward in train mode would change statistics and random generators, and a resumed
     # training would change them once more than an uninterrupted one.
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        model(images.contiguous(memory_format=torch.channels_last))
-    except RuntimeError as error:
-        # Other errors are raised again by the training forward.
-        if "view" in str(error):
-            say(f"training without channels-last, which the model refuses ({str(error).splitlines()[0]})")
-            return True
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with kept_modes(model):
+        model.eval()
+        try:
+            model(images.contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            # Other errors are raised again by the training forward.
+            if "view" in str(error):
+                say(f"training without channels-last, which the model refuses ({first_line(error)})")
+                return True
     return False
 
 
@@ -119,8 +118,7 @@ class _Compiled:
         except Exception as error:  # compilers raise many types
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.say(f"train.compile: the model does not compile ({reason[:200]}); training without")
+            self.say(f"train.compile: the model does not compile ({first_line(error)[:200]}); training without")
             self.forward = None
             return self.model(images)
 

@@ -67,6 +67,17 @@ def _is_plain(kind: type) -> bool:
 
 
 @contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Restore on exit which modules train; they may differ, as frozen norms do."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Undo on exit what forward changes in a model: attributes, modes and buffers."""
     saved = [

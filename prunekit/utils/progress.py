@@ -20,6 +20,7 @@ from rich.text import Text
 
 from prunekit.utils.io import os_error_reason
 from prunekit.utils.logging import is_quiet, progress_logger
+from prunekit.utils.text import si
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 SPARKLINE_WIDTH = 12
@@ -53,14 +54,8 @@ def format_duration(seconds: float) -> str:
     return f"{days} d {text}" if days else text
 
 
-def format_count(number: float) -> str:
-    """Return 999, 24.3k or 1.52M."""
-    power = min(len(str(round(abs(number)))) - 1, 9) // 3
-    return f"{number / 1000**power:.3g}{('', 'k', 'M', 'G')[power]}"
-
-
 def _format_penalty(number: float) -> str:
-    return format_count(number) if abs(number) >= 1000 else f"{number:.2g}"
+    return si(number) if abs(number) >= 1000 else f"{number:.2g}"
 
 
 def format_epoch(line: dict[str, Any], epochs: int | None = None) -> str:

@@ -15,6 +15,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def si(number: float) -> str:
+    """Return a number with three digits and an SI prefix: 11_689_512 → "11.7M"."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * limit:  # what rounds to 1000 gets the next prefix
+            return f"{number / limit:.3g}{prefix}"
+    return f"{number:.3g}"
+
+
 def join_names(names: Sequence[str], most: int = 3) -> str:
     """Return "a", "a and b" or "a, b, c and 4 more"."""
     shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]

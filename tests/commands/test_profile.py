@@ -45,9 +45,28 @@ def test_variants_are_written_to_be_timed_elsewhere(tmp_path):
         printed("digits_resnet", SMALL, write_variants=tmp_path / "files")
 
 
+def test_a_network_that_takes_one_size_only(tmp_path):
+    options = {"depth": 1, "width": 8, "heads": 2, "patch": 4, "size": 16, "classes": 4}
+    keys = [
+        f"backbone.options={options}",
+        "data.size=16",
+        f"data.root={tmp_path}",
+        "latency.runtime=torch",
+        "latency.variants=11",
+    ]
+    assert "blocks.0.mlp" in printed("cifar_vit", keys)
+
+
 def test_figure_of_an_unknown_kind_is_reported_before_anything_is_timed(tmp_path):
     with pytest.raises(RecipeError, match=r"must end in .png, .svg or .pdf"):
         printed("digits_resnet", SMALL, figure=tmp_path / "layers.jpeg")
+
+
+def test_the_figure_has_the_name_that_was_asked_for(tmp_path):
+    file = tmp_path / "table.json"
+    printed("digits_resnet", [*SMALL, "latency.variants=12"], out=file)
+    printed("digits_resnet", [*SMALL, f"latency.table={file}"], figure=tmp_path / "layers.v2.PNG")
+    assert [path.name for path in tmp_path.iterdir() if path != file] == ["layers.v2.PNG"]
 
 
 def test_mistyped_sources_are_reported(tmp_path):

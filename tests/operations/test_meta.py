@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -49,6 +50,22 @@ def test_sums_have_the_shape_of_the_real_ones(shape, dtype):
     with torch.no_grad(), FastShapes():
         for output in (a.to("meta") + b.to("meta"), torch.add(a.to("meta"), b.to("meta"))):
             assert output.shape == expected.shape and output.dtype == expected.dtype and output.is_meta
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: F.linear(x, weight=x[0, 0]),
+        lambda x: F.conv2d(x, weight=x[:, :, :2, :2], stride=(2, 2)),
+        lambda x: F.conv2d(x, x[:, :, :2, :2], None, 2),
+        lambda x: F.layer_norm(x, normalized_shape=(4,)),
+        lambda x: F.scaled_dot_product_attention(x, key=x, value=x),
+    ],
+)
+def test_arguments_may_have_names(compute):
+    x = torch.zeros(1, 2, 4, 4)
+    with torch.no_grad(), FastShapes():
+        assert compute(x.to("meta")).shape == compute(x).shape
 
 
 def test_gradients_are_kept():

@@ -2,8 +2,10 @@ import pytest
 import torch
 from helpers.toy_run import quiet, toy_recipe, write_photos
 
+from prunekit.config import registry
 from prunekit.data import cache
 from prunekit.data.datasets import load_tensors
+from prunekit.data.image_folder import image_folder
 from prunekit.errors import DataError
 from prunekit.pipeline.context import RunContext
 from prunekit.utils.progress import Reporter
@@ -20,6 +22,24 @@ def decoded(monkeypatch):
 def context(photos, kept):
     recipe = toy_recipe(photos, f"data.cache={kept}", "data.on_error=skip")
     return RunContext(recipe, Reporter(quiet()))
+
+
+def test_a_data_set_with_any_options_gets_the_keys_of_the_section(tmp_path, monkeypatch):
+    got = {}
+
+    def any_options(split, **options):
+        got.update(options)
+        return image_folder(split, root=options["root"])
+
+    photos = write_photos(tmp_path / "photos")
+    monkeypatch.setattr(registry.datasets, "get", lambda name: any_options)
+    context(photos, "none").dataset("train")
+    assert {key: got[key] for key in ("root", "size", "seed", "on_error")} == {
+        "root": str(photos),
+        "size": 8,
+        "seed": 0,
+        "on_error": "skip",
+    }
 
 
 def test_each_size_is_read_once_and_kept_once(tmp_path, decoded):

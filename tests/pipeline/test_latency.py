@@ -3,14 +3,19 @@
 import json
 
 import pytest
+import torch
 from helpers.latencies import cut, synthetic_ms, synthetic_table
 from helpers.toy_run import quiet, shorten, toy_recipe, write_photos
 from safetensors.torch import load_file
+from torch import nn
 
 import prunekit.pipeline.latency
 from prunekit.errors import PlanError, RecipeError
+from prunekit.pipeline.latency import RunLatencies
 from prunekit.pipeline.runner import run_recipe
+from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.selection.latency_model import LatencyTable
+from prunekit.utils.progress import Reporter
 
 
 class FormulaTimer:
@@ -59,6 +64,17 @@ def test_slim_model_has_the_latency_that_was_asked_for(run):
         assert (FormulaTimer.measured > 40) == (number == 0)
         if number == 0:
             assert summary["drift"]["max_abs_diff"] < 1e-4 and summary["equivalence"]["given_back"] == 0
+
+
+def test_networks_with_the_same_groups_have_their_own_tables(run, tmp_path):
+    def measured(pool):
+        FormulaTimer.measured = 0
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), pool, nn.Conv2d(8, 2, 1)).eval()
+        groups = find_groups(model, torch.zeros(1, 3, 8, 8))
+        RunLatencies(toy_recipe(tmp_path / "photos", "latency.variants=12"), model, groups, Reporter(quiet()))
+        return FormulaTimer.measured
+
+    assert [measured(one) for one in (nn.AvgPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(2))] == [12, 0, 12]
 
 
 def is_gate(name, value):

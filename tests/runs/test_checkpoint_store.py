@@ -63,6 +63,16 @@ def test_damaged_checkpoint_is_skipped_with_warning(run, caplog, name, harm):
     assert "train-0002" in caplog.text or not path.exists()
 
 
+def test_training_that_resumed_before_a_damaged_checkpoint_keeps_its_own(run):
+    for epoch in (1, 5):
+        run.save_checkpoint("train", epoch, {"v": np.full(2, epoch)}, {"epoch": epoch}, keep=2)
+    (run.path / "checkpoints" / "train-0005.safetensors").write_bytes(b"damaged")
+    for epoch in (2, 3):
+        run.save_checkpoint("train", epoch, {"v": np.full(2, epoch)}, {"epoch": epoch}, keep=1)
+        assert run.latest_checkpoint("train") == epoch
+        assert len(list((run.path / "checkpoints").iterdir())) == 2
+
+
 def test_no_checkpoint(run):
     assert run.load_checkpoint("train") is None and run.latest_checkpoint("train") is None
 

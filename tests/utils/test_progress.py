@@ -13,7 +13,6 @@ from prunekit.utils.progress import (
     BLOCKS,
     Reporter,
     TrainingStatus,
-    format_count,
     format_duration,
     format_epoch,
     sparkline,
@@ -84,11 +83,10 @@ def test_sparkline():
     assert sparkline([5, 5]) == "▁▁" and sparkline([]) == "" and sparkline([float("nan"), 1, float("inf"), 2]) == "▁█"
 
 
-def test_format_duration_and_count():
+def test_format_duration():
     assert [format_duration(s) for s in (-1, 0, 59.6, 3599, 3600, 200_000)] == [
         "0:00", "0:00", "1:00", "59:59", "1:00:00", "2 d 7:33:20"
     ]  # fmt: skip
-    assert [format_count(n) for n in (0, 999, 1234, 145_020, 1_516_281_872)] == ["0", "999", "1.23k", "145k", "1.52G"]
 
 
 def test_training_epochs():

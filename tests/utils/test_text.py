@@ -1,10 +1,16 @@
 from pathlib import Path
 
-from prunekit.utils.text import closest_match, did_you_mean, first_line, join_names, plural, suggest
+from prunekit.utils.text import closest_match, did_you_mean, first_line, join_names, plural, si, suggest
 
 
 def test_plural():
     assert [plural(count, "group") for count in (0, 1, 2)] == ["0 groups", "1 group", "2 groups"]
+
+
+def test_si():
+    known = {0: "0", 999: "999", 1234: "1.23k", 145_020: "145k", 1_516_281_872: "1.52G", 1.2e12: "1.2T", -2500: "-2.5k"}
+    known |= {999_499: "999k", 999_950: "1M", 999.7: "1k", 0.25: "0.25"}
+    assert {number: si(number) for number in known} == known
 
 
 def test_join_names():

@@ -38,6 +38,7 @@ TOGETHER = 5  # variants at least that take turns with the dense model
 MEMORY = 2e8  # parameters of all models that take turns
 ROUNDS, CALLS = 6, 3
 TURN = 0.01  # seconds at least of a model's calls in a round: the least of a few short ones is noise
+TIMING = 1  # of the way of timing: raise it with a change that makes the times of kept tables others
 LEAST, SPREAD = 0.1, 0.25  # of the share of channels that a variant keeps: the smallest mean, and the deviation
 Progress = Callable[[float], None]  # called with the share that is done
 
@@ -208,9 +209,13 @@ def profile(
     return table
 
 
-def cached_table_path(folder: Path, table: LatencyTable, groups: Sequence[Group]) -> Path:
-    """Where the table of a model on this machine is kept: by all that its latencies depend on."""
+def cached_table_path(folder: Path, table: LatencyTable, groups: Sequence[Group], network: str) -> Path:
+    """Where the table of a model on this machine is kept: by all that its latencies depend on.
+
+    ``network`` tells apart those of the same groups, such as two that differ in a pooling.
+    """
     key = {**table.model_dump(exclude={"variants"}), "groups": [group.model_dump() for group in groups]}
+    key |= {"network": network, "timing": TIMING}
     return folder / f"{sha256(json.dumps(key, sort_keys=True).encode())[:32]}.json"
 
 

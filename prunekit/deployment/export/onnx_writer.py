@@ -127,7 +127,7 @@ class _Writer:
         resize = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
         if self.fixed_size:
             before, after = self.graph.shapes[node.args[0]][2:], self.graph.shapes[node][2:]
-            factors = np.array([1, 1, after[0] / before[0], after[1] / before[1]], np.float32)
+            factors = np.array([1, 1, *map(_factor, before, after)], np.float32)
             self._add("Resize", [source, "", self._constant(factors)], node, **resize)
             return
         if not isinstance(size, tuple | list):
@@ -174,9 +174,15 @@ class _Writer:
         return name
 
     def _constant(self, value: np.ndarray) -> str:
-        name = "c_" + "_".join(f"{number:g}" for number in value.tolist()) + ("f" if value.dtype == np.float32 else "")
+        name = "c_" + "_".join(f"{number!r}" for number in value.tolist()) + ("f" if value.dtype == np.float32 else "")
         self.initializers[name] = numpy_helper.from_array(value, name)
         return name
+
+
+def _factor(before: int, after: int) -> np.float32:
+    """The factor from a side to another, rounded up, since runtimes round the product down: 31/7 would give 30."""
+    factor = np.float32(after / before)
+    return factor if float(factor) * before >= after else np.nextafter(factor, np.float32(np.inf))
 
 
 _ARITHMETIC = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div"}

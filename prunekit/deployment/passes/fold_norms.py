@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from prunekit.deployment.graph import InferenceGraph
+from prunekit.deployment.graph import InferenceGraph, parse_pooling
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _averages(graph: InferenceGraph, node: fx.Node) -> bool:
     """Whether each output is a weighted mean of inputs, so that a scale and a shift pass through."""
     if graph.is_function(node, [F.interpolate]):
         return node.kwargs.get("mode", "nearest") in ("bilinear", "nearest")
-    return graph.is_function(node, [F.avg_pool2d]) and len(node.args) <= 2 and "padding" not in node.kwargs
+    # Not with a divisor of its own, which scales, or with padding, whose zeros a shift does not reach.
+    return graph.is_function(node, [F.avg_pool2d]) and parse_pooling(node) is not None
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

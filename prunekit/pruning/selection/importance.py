@@ -21,6 +21,7 @@ from prunekit.errors import PlanError
 from prunekit.pruning.graph.gate_expr import gate_scores, shrinking_rows
 from prunekit.pruning.graph.parameter_slices import ParameterSlices
 from prunekit.pruning.plan import Group
+from prunekit.utils.copying import kept_modes
 from prunekit.utils.text import plural
 
 # Yields the loss of the model it is called with on a few batches of data, with gradients.
@@ -96,25 +97,22 @@ def taylor(
     if losses is None:
         raise PlanError("taylor needs losses: pass a function that yields the model's loss on each of a few batches")
     slices = ParameterSlices(model, _prunable(groups), norms)
-    modes = {module: module.training for module in model.modules()}
     required_grad = [parameter.requires_grad for parameter in slices.tensors]
     scores, batches = torch.zeros(slices.total, dtype=torch.float64), 0
-    try:
-        model.eval()
-        for parameter in slices.tensors:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
+    with kept_modes(model), torch.enable_grad():
+        try:
+            model.eval()
+            for parameter in slices.tensors:
+                parameter.requires_grad_(True)
             for batches, loss in enumerate(losses(model), 1):
                 _check_loss(loss, batches)
                 gradients = torch.autograd.grad(loss, slices.tensors, allow_unused=True, materialize_grads=True)
                 by_id = dict(zip(map(id, slices.tensors), gradients, strict=True))
                 sums = slices.sums(lambda weight, g=by_id: (weight.detach() * g[id(weight)]).double().abs())  # type: ignore[misc]
                 scores = scores + _reduce(slices, sums, reduction)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in zip(slices.tensors, required_grad, strict=True):
-            parameter.requires_grad_(flag)
+        finally:
+            for parameter, flag in zip(slices.tensors, required_grad, strict=True):
+                parameter.requires_grad_(flag)
     if not batches:
         raise PlanError("taylor got no batch from losses; yield the loss of at least one")
     return _normalize(model, slices, groups, scores / batches, normalizer)
@@ -153,7 +151,6 @@ def ablation(
             "0 <= floor <= 1 and batches >= 1"
         )
     free = _prunable(groups)
-    modes = {module: module.training for module in model.modules()}
 
     def loss() -> float:
         values = [float(value) for value in islice(losses(model), batches)]
@@ -162,23 +159,19 @@ def ablation(
         return float(np.mean(values))
 
     changes = {}
-    try:
+    with kept_modes(model), torch.no_grad():
         model.eval()
-        with torch.no_grad():
-            whole = loss()
-            for group in free:
-                rows = list(shrinking_rows(model, group))
-                saved = [one.parameter.clone() for one in rows]
-                for one in rows:
-                    one.parameter.index_fill_(one.axis, one.of(np.arange(group.channels)), 0.0)
-                try:
-                    changes[group.id] = loss() - whole
-                finally:
-                    for one, values in zip(rows, saved, strict=True):
-                        one.parameter.copy_(values)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        whole = loss()
+        for group in free:
+            rows = list(shrinking_rows(model, group))
+            saved = [one.parameter.clone() for one in rows]
+            for one in rows:
+                one.parameter.index_fill_(one.axis, one.of(np.arange(group.channels)), 0.0)
+            try:
+                changes[group.id] = loss() - whole
+            finally:
+                for one, values in zip(rows, saved, strict=True):
+                    one.parameter.copy_(values)
     least = floor * max([0.0, *changes.values()])
     ranked = {**magnitude(model, groups), **gate(model, groups)}
     scores = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunekit.errors import PlanError
-from prunekit.utils.copying import OWN_ATTRIBUTES, copy_module
+from prunekit.utils.copying import OWN_ATTRIBUTES, copy_module, kept_modes
 from prunekit.utils.text import first_line
 
 
@@ -65,10 +65,8 @@ def _converted(tensor: Tensor, dtype: torch.dtype, copy: bool = True) -> Tensor:
 
 def drop_caches(model: nn.Module) -> nn.Module:
     """Let modules forget what they keep in eval mode, such as biases by position; they do when they are trained."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    for module, mode in modes.items():
-        module.training = mode
+    with kept_modes(model):
+        model.train()
     return model
 
 

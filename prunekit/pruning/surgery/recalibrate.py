@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import PlanError
+from prunekit.utils.copying import kept_modes
 
 
 @torch.no_grad()
@@ -35,33 +36,31 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     }
     if not norms:
         return 0
-    modes = {module: module.training for module in model.modules()}
     saved = {name: (n.momentum, {k: v.clone() for k, v in n.named_buffers()}) for name, n in norms.items()}
     restore, count = set(norms), 0
-    try:
-        model.eval()
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average
-            norm.train()
-        for count, batch in enumerate(batches, 1):
-            try:
-                model(batch.clone())  # it may change its input
-            except ValueError as error:
-                # PyTorch's, for a norm that sees a single value per channel.
-                raise PlanError(f"recalibrate fails on batch {count} ({error}); use larger batches") from error
-        if not count:
-            raise PlanError("recalibrate got no batch; pass at least one")
-        for name, norm in norms.items():
-            if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
-                raise PlanError(f"the statistics of {name} are not finite; check the batches")
-        # A norm that is not called keeps its statistics.
-        restore = {name for name, norm in norms.items() if norm.num_batches_tracked == 0}
-    finally:
-        for name, norm in norms.items():
-            norm.momentum, buffers = saved[name]
-            for key, value in buffers.items() if name in restore else ():
-                getattr(norm, key).copy_(value)
-        for module, mode in modes.items():
-            module.training = mode
+    with kept_modes(model):
+        try:
+            model.eval()
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average
+                norm.train()
+            for count, batch in enumerate(batches, 1):
+                try:
+                    model(batch.clone())  # it may change its input
+                except ValueError as error:
+                    # PyTorch's, for a norm that sees a single value per channel.
+                    raise PlanError(f"recalibrate fails on batch {count} ({error}); use larger batches") from error
+            if not count:
+                raise PlanError("recalibrate got no batch; pass at least one")
+            for name, norm in norms.items():
+                if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
+                    raise PlanError(f"the statistics of {name} are not finite; check the batches")
+            # A norm that is not called keeps its statistics.
+            restore = {name for name, norm in norms.items() if norm.num_batches_tracked == 0}
+        finally:
+            for name, norm in norms.items():
+                norm.momentum, buffers = saved[name]
+                for key, value in buffers.items() if name in restore else ():
+                    getattr(norm, key).copy_(value)
     return count

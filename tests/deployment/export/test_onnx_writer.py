@@ -3,6 +3,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.deployed_models import pruned_model
 from torch import nn
 
@@ -39,6 +40,28 @@ def test_fixed_size_uses_constant_upsampling_factors():
     assert [d.dim_value for d in file.graph.input[0].type.tensor_type.shape.dim] == [0, 3, 32, 32]
     image = torch.randn(3, 3, 32, 32)
     assert np.abs(compute(file, image) - model(image).detach().numpy()).max() < 1e-4
+
+
+class Resized(nn.Module):
+    """A convolution and several resizings."""
+
+    def __init__(self, *sides):
+        super().__init__()
+        self.conv, self.sides = nn.Conv2d(1, 1, 1), sides
+
+    def forward(self, x):
+        x = self.conv(x)
+        for side in self.sides:
+            x = F.interpolate(x, size=(side, 1), mode="bilinear")
+        return x
+
+
+# 31/7 in float32 is a little less; 1000/999 and 1001/1000 are equal in six digits. Wrong ones give other sizes.
+@pytest.mark.parametrize("sides", [(7, 31), (999, 1000, 1001)])
+def test_fixed_upsampling_factors_are_exact_enough(sides):
+    model, example = Resized(*sides[1:]).eval(), torch.randn(2, 1, sides[0], 1)
+    file = graph_to_onnx(rewrite(model, (example,), DeployConfig()), fixed_size=True)
+    assert np.abs(compute(file, example) - model(example).detach().numpy()).max() < 1e-2
 
 
 @pytest.mark.parametrize(("name", "options"), [("octresnet", {"depth": 8, "width": 8}), ("resnet", {"depth": 8})])

@@ -25,10 +25,14 @@ FOLDABLE = {
     "sum": (lambda a, b: a + b, 4),
     "concatenation": (lambda a, b: torch.cat([a, b], 1), 8),
     "average pooling": (lambda a, b: F.avg_pool2d(a, 2) + F.avg_pool2d(b, 2), 4),
+    "average pooling with a stride": (lambda a, b: F.avg_pool2d(a, 3, 2) + F.avg_pool2d(b, 3, stride=2), 4),
+    "average pooling over the border": (lambda a, b: F.avg_pool2d(a, 3, 3, ceil_mode=True), 4),
     "upsampling": (lambda a, b: F.interpolate(a, size=(32, 32), mode="bilinear"), 4),
 }
 KEPT = {
     "max pooling": (lambda a, b: F.max_pool2d(a, 2), 4),
+    "a sum over windows": (lambda a, b: F.avg_pool2d(a, 2, divisor_override=1), 4),
+    "average pooling with zeros": (lambda a, b: F.avg_pool2d(a, 3, 1, 1), 4),
     "product": (lambda a, b: a * b, 4),
     "a term with another user": (lambda a, b: torch.cat([a + b, a], 1), 8),
 }
