@@ -93,7 +93,11 @@ def compare_budgets(
         dense = None
         for budget, own in budgets(share, runtimes).items():
             given = [*keys, *own, "export.onnx=false", *(["baseline=true"] if dense is None else [])]
-            result = run(name, given, runs / f"{name}-{budget}", [*forms, *bench])
+            try:
+                result = run(name, given, runs / f"{name}-{budget}", [*forms, *bench])
+            except subprocess.CalledProcessError:  # The command has said why.
+                table.append([name, budget, "failed", *[""] * (len(runtimes) + 4)])
+                continue
             metric = next(iter(result["slim"]["metrics"]))
             dense = dense or result["baseline"]["metrics"][metric]
             ms = result["ms"]
