@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -233,11 +234,8 @@ class Exporter:
         return [written]
 
     def _evaluate(self, file: bytes, dataset: ImageDataset, title: str) -> dict[str, float]:
-        bar = self.context.reporter.progress_bar(f"evaluate {title}")
-        try:
+        with closing(self.context.reporter.progress_bar(f"evaluate {title}")) as bar:
             return self.context.task.evaluate(Computed(onnx_function(file)), dataset, self.size, 16, bar).metrics
-        finally:
-            bar.close()
 
     def _form(self, runtime: str, plain: bool) -> nn.Module:
         if plain:
