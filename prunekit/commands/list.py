@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from prunekit.config import registry
 from prunekit.config.sources import shipped_recipes
+from prunekit.utils.environment import package_version
 
 REGISTRIES = (
     *("backbones", "datasets", "tasks", "losses", "decays", "importances"),
@@ -51,11 +51,8 @@ def _rows(builders: registry.Registry) -> Iterator[tuple[str, str, Text]]:
             lines.append(Text(options, style="dim"))
         yield entry.name, f"{entry.origin} {entry.version or ''}".strip(), Text("\n").join(lines)
     for family in builders.families():
-        try:
-            origin = f"{family.prefix} {importlib.metadata.version(family.prefix)}"
-        except importlib.metadata.PackageNotFoundError:
-            origin = "not installed"
-        yield f"{family.prefix}/…", origin, Text(family.summary)
+        version = package_version(family.prefix)
+        yield f"{family.prefix}/…", f"{family.prefix} {version}" if version else "not installed", Text(family.summary)
 
 
 def _options(builders: registry.Registry, entry: registry.Entry) -> str:
