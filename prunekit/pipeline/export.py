@@ -123,7 +123,7 @@ def _check_options(variant: Variant, model: str | None) -> None:
         raise RecipeError(f"--format csnet is the published form, without --{given[0]}; leave that out")
     if variant.int8 and form != "onnx":
         raise RecipeError(
-            f"--int8 needs --format onnx, not {form}: ONNX Runtime quantises, and OpenVINO reads its files"
+            f"--int8 needs --format onnx, not {form}: ONNX Runtime quantizes, and OpenVINO reads its files"
         )
     if variant.int8 and variant.preprocess:
         raise RecipeError("--int8 and --preprocess exclude each other; preprocess the images yourself, or use float32")
@@ -308,7 +308,7 @@ class Exporter:
         self.shapes[variant] = shape
         plan = read_plan(self.run, self.name)
         image = {"type": "uint8", "shape": shape, "values": "RGB, 0 to 255"}
-        tensor = {"type": "float32", "shape": shape, "values": "RGB, normalised as in preprocessing"}
+        tensor = {"type": "float32", "shape": shape, "values": "RGB, normalized as in preprocessing"}
         metadata: dict[str, Any] = {
             "prunekit": __version__,
             "model": self.name,

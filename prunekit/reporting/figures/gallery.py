@@ -180,5 +180,5 @@ def _tile(picture: np.ndarray) -> np.ndarray:
     ratio = TILE / max(image.size)
     size = tuple(max(1, round(side * ratio)) for side in image.size)
     tile = np.asarray(image.resize(size, Image.Resampling.NEAREST if ratio >= 3 else Image.Resampling.BICUBIC))
-    # 52 levels of each colour make the files smaller by a third, without a visible difference at this size.
+    # 52 levels of each color make the files smaller by a third, without a visible difference at this size.
     return ((tile.astype(np.int64) + 2) // 5 * 5).astype(np.uint8)
