@@ -30,7 +30,7 @@ def curve_figures(run: Run) -> Iterator[ReportFigure]:
             "Precision, recall and F",
             "Precision and recall, averaged over the validation set, at each of the 256 thresholds of a map, and the "
             "F-measure (β² = 0.3) of these averages; the larger marker is its maximum.",
-            precision_recall_figure(run, sweeps),
+            precision_recall_figure(sweeps),
         )
     confusion = {
         m: curve for m, curve in curves.items() if curve.get("confusion") and any(map(any, curve["confusion"]))
@@ -42,15 +42,14 @@ def curve_figures(run: Run) -> Iterator[ReportFigure]:
             "confusion",
             "Confusion",
             "Validation images by true class (row) and predicted class (column); the color is the share of the row.",
-            confusion_figure(run, confusion),
+            confusion_figure(confusion),
         )
 
 
-def precision_recall_figure(run: Run, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def precision_recall_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Plot precision against recall, and F against the threshold, a line for each model.
 
     Args:
-        run: the run.
         curves: model → ``precision``, ``recall`` and ``f`` of equal length; index t is the threshold 255 - t.
     """
     with style.figure_style():
@@ -86,11 +85,10 @@ def precision_recall_figure(run: Run, curves: Mapping[str, Mapping[str, Sequence
     return figure
 
 
-def confusion_figure(run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+def confusion_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw a confusion matrix for each model, with counts if there are few classes.
 
     Args:
-        run: the run.
         curves: model → ``classes`` and ``confusion``, [classes, classes]: number of images by true class (row) and
             predicted class (column).
     """
