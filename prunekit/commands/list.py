@@ -11,7 +11,6 @@ from rich.text import Text
 
 from prunekit.config import registry
 from prunekit.config.sources import shipped_recipes
-from prunekit.utils.environment import package_version
 
 REGISTRIES = (
     *("backbones", "datasets", "tasks", "losses", "decays", "importances"),
@@ -45,6 +44,8 @@ def _add_section(out: Table, kind: str, rows: Iterable[tuple[str, str, Text]]) -
 
 
 def _rows(builders: registry.Registry) -> Iterator[tuple[str, str, Text]]:
+    from prunekit.utils.environment import package_version  # imports torch
+
     for entry in builders:
         lines = [Text(entry.summary)] if entry.summary else []
         if options := _options(builders, entry):
