@@ -34,7 +34,7 @@ from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
 from prunekit.utils.environment import processor_name
 from prunekit.utils.progress import Reporter, format_duration
-from prunekit.utils.text import plural, suggest
+from prunekit.utils.text import one_line, plural, suggest
 
 BENCH, FORMAT = "bench.json", 1
 # Form → the runtime that runs it, the model or file it runs, the precision. What is compiled or computes in bf16 is
@@ -187,8 +187,7 @@ class ModelFiles:
                     path.write_bytes(self._export(source))
                 files[form] = runtime, path, precision
             except (ExportError, OSError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                self.reporter.info(f"skipped {self.name} {form}: {reason}")
+                self.reporter.info(f"skipped {self.name} {form}: {one_line(error)}")
         return files
 
     def _pack(self, path: Path, source: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,17 +44,16 @@ def _add_section(out: Table, kind: str, rows: Iterable[tuple[str, str, Text]]) -
 
 
 def _rows(builders: registry.Registry) -> Iterator[tuple[str, str, Text]]:
+    from prunekit.utils.environment import package_version  # imports torch
+
     for entry in builders:
         lines = [Text(entry.summary)] if entry.summary else []
         if options := _options(builders, entry):
             lines.append(Text(options, style="dim"))
         yield entry.name, f"{entry.origin} {entry.version or ''}".strip(), Text("\n").join(lines)
     for family in builders.families():
-        try:
-            origin = f"{family.prefix} {importlib.metadata.version(family.prefix)}"
-        except importlib.metadata.PackageNotFoundError:
-            origin = "not installed"
-        yield f"{family.prefix}/…", origin, Text(family.summary)
+        version = package_version(family.prefix)
+        yield f"{family.prefix}/…", f"{family.prefix} {version}" if version else "not installed", Text(family.summary)
 
 
 def _options(builders: registry.Registry, entry: registry.Entry) -> str:

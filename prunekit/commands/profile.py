@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
@@ -119,13 +120,10 @@ def _write_variants(
     table = timer.new_table().model_copy(update={"version": "", "device": ""})
     table.variants = [Variant(kept=kept) for kept in random_variants(network, groups, recipe.latency.variants)]
     folder.mkdir(parents=True, exist_ok=True)
-    bar = reporter.progress_bar("writing variants")
-    try:
+    with closing(reporter.progress_bar("writing variants")) as bar:
         for number, variant in enumerate(table.variants):
             (folder / f"{number:03}.onnx").write_bytes(timer.onnx(variant.kept))
             bar((number + 1) / len(table.variants), 1.0)
-    finally:
-        bar.close()
     write_table(folder / TABLE, table)
     reporter.info(
         f"{len(table.variants)} files in {folder}: time each, enter the milliseconds of 000.onnx, 001.onnx, … as "

@@ -8,6 +8,7 @@ from typing import Any
 
 from prunekit.config import schema, yaml
 from prunekit.config.yaml import format_path
+from prunekit.utils.text import one_line
 
 BASE = "Recipe that this file extends: a file relative to this one, or the name of a shipped recipe. Not an override."
 _TYPES = {"integer": "integer", "number": "number", "boolean": "boolean", "string": "string", "object": "mapping"}
@@ -27,7 +28,7 @@ def _section(path: yaml.Path, level: int) -> Iterator[str]:
     model = schema.get_section(path)
     properties = model.model_json_schema(by_alias=True)
     title = f"`{format_path(path)}`" if path else "Top level"
-    summary = _one_line(model.__doc__) if path else "Keys outside of any section."
+    summary = one_line(model.__doc__ or "") if path else "Keys outside of any section."
     yield f"{'#' * level} {title}\n\n{summary}\n"
     yield "| Key | Type and allowed values | Default | Description |\n|---|---|---|---|"
     if not path:
@@ -40,7 +41,7 @@ def _section(path: yaml.Path, level: int) -> Iterator[str]:
             continue
         default = "required" if field.is_required() else f"`{_default(field.get_default())}`"
         kind = _type(properties["properties"][key], properties.get("$defs", {}))
-        yield f"| `{format_path((*path, key))}` | {kind} | {default} | {_one_line(field.description)} |"
+        yield f"| `{format_path((*path, key))}` | {kind} | {default} | {one_line(field.description or '')} |"
     yield ""
     for subsection in subsections:
         yield from _section(subsection, level)
@@ -67,10 +68,6 @@ def _type(node: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 def _default(value: Any) -> str:
     return value.name if isinstance(value, schema.Component) else json.dumps(value).strip('"')
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
 
 
 if __name__ == "__main__":

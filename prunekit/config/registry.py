@@ -14,7 +14,7 @@ from typing import Any
 
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, RecipeError
 from prunekit.utils.io import is_out_of_memory
-from prunekit.utils.text import suggest
+from prunekit.utils.text import one_line, suggest
 
 ENTRY_POINT_GROUP = "prunekit.plugins"
 
@@ -204,7 +204,7 @@ def plugin_failures() -> list[PluginError]:
 
 def describe_error(error: BaseException) -> str:
     """Return an error in one line: prunekit's own as they are, others with their type."""
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     return text if isinstance(error, PrunekitError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 

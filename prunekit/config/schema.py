@@ -53,18 +53,7 @@ class Section(BaseModel):
     )
 
 
-class Named(Section):
-    """Base of the sections that name a builder; a recipe may give the name alone."""
-
-    name: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class Component(Named):
+class Component(Section):
     """A registered name with its options."""
 
     name: str
@@ -74,7 +63,7 @@ class Component(Named):
     """Options of the named builder; `prunekit list` shows them with their defaults."""
 
 
-class Backbone(Named):
+class Backbone(Section):
     """The dense model."""
 
     name: str
@@ -85,7 +74,7 @@ class Backbone(Named):
     """Arguments of the backbone."""
 
 
-class Data(Named):
+class Data(Section):
     """Training and validation images."""
 
     name: str
@@ -216,7 +205,7 @@ class FineTuning(Training):
     distill: Distill = Distill()
 
 
-class Decay(Named):
+class Decay(Section):
     """The penalty that drives gates to zero during sparse training."""
 
     name: str = "dynamic"

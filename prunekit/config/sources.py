@@ -11,7 +11,7 @@ from typing import Any
 from prunekit.config import schema, yaml
 from prunekit.config.yaml import format_path, quote
 from prunekit.errors import RecipeError
-from prunekit.utils.text import closest_match, did_you_mean
+from prunekit.utils.text import closest_match, did_you_mean, one_line
 
 
 @dataclass(frozen=True, order=True)
@@ -33,7 +33,7 @@ class RecipeProblem:
 
     def __str__(self) -> str:
         # The message may quote a plugin's multi-line error.
-        return ": ".join(filter(None, (self.location.text, format_path(self.path), _one_line(self.message))))
+        return ": ".join(filter(None, (self.location.text, format_path(self.path), one_line(self.message))))
 
 
 @dataclass
@@ -130,7 +130,7 @@ def find_recipe(source: str | Path) -> Path:
         path = Path(text).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{quote(text)}: not a valid file name ({_one_line(error)}); use another") from None
+        raise RecipeError(f"{quote(text)}: not a valid file name ({one_line(error)}); use another") from None
     if text and exists and not is_folder:
         return path
     if text and is_folder and text.removesuffix(".yaml") not in shipped_recipes():
@@ -169,7 +169,7 @@ def _read_with_bases(path: Path) -> list[ConfigTree]:
         try:
             layer = _read_file(current, len(layers))
         except OSError as error:
-            message = f"{current}: cannot be read ({_one_line(error.strerror or error)}); fix its permissions or path"
+            message = f"{current}: cannot be read ({one_line(error.strerror or error)}); fix its permissions or path"
             if not layers:
                 raise RecipeError(message) from None
             layers[-1].add_error(("base",), message)
@@ -197,7 +197,7 @@ def _find_base(layer: ConfigTree, path: Path, visited: list[Path]) -> Path | Non
             raise RecipeError(f"the bases form a cycle ({cycle}); remove one of them")
         return found
     except (RecipeError, OSError, RuntimeError) as error:
-        layer.add_error(("base",), _one_line(error))
+        layer.add_error(("base",), one_line(error))
         layer.complete = False
         return None
 
@@ -255,7 +255,3 @@ def _paths(value: Any, path: yaml.Path) -> Iterator[yaml.Path]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield from _paths(item, (*path, key))
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from prunekit.utils.text import one_line
+
 Path = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 18
@@ -136,7 +138,7 @@ def _compose(text: str) -> yaml.Node | None:
         return _Loader(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = " ".join(f"{error.problem or error.context}".split())
+        problem = one_line(error.problem or error.context)
         message = f"invalid YAML: {problem}; fix it here or just before, or quote the text"
         if error.context and error.context.startswith("expected a single document"):
             message = "a second document starts here; keep one per file"

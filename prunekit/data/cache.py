@@ -26,7 +26,6 @@ from prunekit.utils.io import TEMP_PREFIX, cache_folder, encode_json, os_error_r
 FORMAT = 2  # increment when the same files would give other tensors
 PARTS = ("images", "targets", "sizes")
 _CONTENTS = ("pair", "image", "target", "mask", "label", "encode_target", "empty_targets")
-_CHUNK = 1 << 22  # bytes read at once for a checksum
 
 
 def data_folder(given: str) -> Path | None:
@@ -141,11 +140,8 @@ def _write(tensors: Tensors, gone: list[int], note: Path, store: Path) -> None:
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_device(tensors: Tensors, device: torch.device, share: float = 0.25) -> Tensors:

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from prunekit.errors import CheckpointError, DataError, WriteError
 from prunekit.utils.io import write_atomic
+from prunekit.utils.text import one_line
 
 # Pillow reads more formats, but some run another program (EPS: Ghostscript), whatever the file is called.
 _FORMATS = (
@@ -140,7 +141,7 @@ def match_orientation(levels: np.ndarray, photo: str | Path) -> np.ndarray:
         with Image.open(photo, formats=_formats()) as picture:
             exif = picture.getexif()
     except Exception as error:
-        raise DataError(f"{photo} cannot be read as an image ({_one_line(error)}); copy it again") from error
+        raise DataError(f"{photo} cannot be read as an image ({one_line(error)}); copy it again") from error
     picture = Image.fromarray(levels)
     picture.getexif()[ExifTags.Base.Orientation] = exif.get(ExifTags.Base.Orientation, 1)
     return np.array(ImageOps.exif_transpose(picture))
@@ -165,7 +166,7 @@ def write_image(path: str | Path, pixels: np.ndarray) -> None:
     except WriteError:
         raise
     except (OSError, ValueError, CheckpointError) as error:
-        raise DataError(f"cannot write {path} ({_one_line(error)}); use another folder or the suffix .png") from error
+        raise DataError(f"cannot write {path} ({one_line(error)}); use another folder or the suffix .png") from error
 
 
 def encode_png(levels: np.ndarray) -> bytes:
@@ -204,7 +205,7 @@ def _data_errors(path: str | Path) -> Iterator[None]:
     except DataError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is too large to decode safely ({_one_line(error)}); make it smaller") from error
+        raise DataError(f"{path} is too large to decode safely ({one_line(error)}); make it smaller") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; check the path") from error
     except PermissionError as error:
@@ -213,12 +214,8 @@ def _data_errors(path: str | Path) -> Iterator[None]:
         raise DataError(f"{path} needs more memory than is available; make it smaller") from error
     except Exception as error:  # Decoders raise almost anything on damaged files.
         raise DataError(
-            f"{path} cannot be read as an image ({_one_line(error)}); copy it again, or remove it with its partner"
+            f"{path} cannot be read as an image ({one_line(error)}); copy it again, or remove it with its partner"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _to_8_bits(picture: Image.Image, path: str | Path) -> np.ndarray:

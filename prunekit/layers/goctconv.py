@@ -1,4 +1,4 @@
-"""gOctConv, the generalised octave convolution (Gao et al., "Highly Efficient Salient Object Detection with 100K
+"""gOctConv, the generalized octave convolution (Gao et al., "Highly Efficient Salient Object Detection with 100K
 Parameters", ECCV 2020, section 3.1), with one ordinary ``Conv2d`` per path between two resolutions.
 
 A multi-scale feature is a list of tensors, one per *branch*; branch ``b`` has 1/2^b of the height and width of branch

@@ -182,9 +182,9 @@ def _pooling(function: Callable[..., Any], options: dict[str, Any]) -> Role:
     k, s, p = square
     plain = all(isinstance(side, int) for side in square) and options.get("dilation", 1) in (1, (1, 1), [1, 1])
     if plain and not options.pop("return_indices", False):
-        centred = k % 2 == 1 and p == k // 2 and not options["ceil_mode"]
-        if centred or (k == s and p == 0):
-            floor = not centred and not options["ceil_mode"]
+        centered = k % 2 == 1 and p == k // 2 and not options["ceil_mode"]
+        if centered or (k == s and p == 0):
+            floor = not centered and not options["ceil_mode"]
             return Role("pool", options={"function": function, **options, "stride": s, "floor": floor})
     return Role(
         "other",

@@ -86,7 +86,7 @@ class RunContext:
         return checksums
 
     def example(self) -> Tensor:
-        """Return a few normalised validation images, (N, 3, S, S), for tracing and equivalence checks."""
+        """Return a few normalized validation images, (N, 3, S, S), for tracing and equivalence checks."""
         return normalize(self.tensors("val").images[:EXAMPLE_IMAGES])
 
     def dense_groups(self, model: nn.Module) -> list[Group]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -122,7 +123,7 @@ def _check_options(variant: Variant, model: str | None) -> None:
         raise RecipeError(f"--format csnet is the published form, without --{given[0]}; leave that out")
     if variant.int8 and form != "onnx":
         raise RecipeError(
-            f"--int8 needs --format onnx, not {form}: ONNX Runtime quantises, and OpenVINO reads its files"
+            f"--int8 needs --format onnx, not {form}: ONNX Runtime quantizes, and OpenVINO reads its files"
         )
     if variant.int8 and variant.preprocess:
         raise RecipeError("--int8 and --preprocess exclude each other; preprocess the images yourself, or use float32")
@@ -233,11 +234,8 @@ class Exporter:
         return [written]
 
     def _evaluate(self, file: bytes, dataset: ImageDataset, title: str) -> dict[str, float]:
-        bar = self.context.reporter.progress_bar(f"evaluate {title}")
-        try:
+        with closing(self.context.reporter.progress_bar(f"evaluate {title}")) as bar:
             return self.context.task.evaluate(Computed(onnx_function(file)), dataset, self.size, 16, bar).metrics
-        finally:
-            bar.close()
 
     def _form(self, runtime: str, plain: bool) -> nn.Module:
         if plain:
@@ -310,7 +308,7 @@ class Exporter:
         self.shapes[variant] = shape
         plan = read_plan(self.run, self.name)
         image = {"type": "uint8", "shape": shape, "values": "RGB, 0 to 255"}
-        tensor = {"type": "float32", "shape": shape, "values": "RGB, normalised as in preprocessing"}
+        tensor = {"type": "float32", "shape": shape, "values": "RGB, normalized as in preprocessing"}
         metadata: dict[str, Any] = {
             "prunekit": __version__,
             "model": self.name,

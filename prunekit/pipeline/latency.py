@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,8 @@ class RunLatencies:
                 self.timer.dense_ms = found.variants[0].ms or 0.0
                 return found
         kept = random_variants(self._arguments[0], self.groups, variants)
-        bar = self.reporter.progress_bar("measuring latencies")
-        try:
+        with closing(self.reporter.progress_bar("measuring latencies")) as bar:
             times = self.timer.time(kept, lambda share: bar(share, 1.0))
-        finally:
-            bar.close()
         table.variants = [Variant(kept=k, ms=ms) for k, ms in zip(kept, times, strict=True)]
         write_table(path, table)
         return table

@@ -26,7 +26,7 @@ from prunekit.config.registry import describe_error
 from prunekit.config.user_module import UserModule, trust_modules
 from prunekit.config.yaml import format_path
 from prunekit.errors import CheckpointError, PluginError, PrunekitError
-from prunekit.pipeline.models import load_model, newest_model
+from prunekit.pipeline.models import load_model, newest_model, shape_difference
 from prunekit.pruning.plan import Builder, Plan
 from prunekit.pruning.provenance import Provenance, get_provenance, set_provenance
 from prunekit.pruning.surgery.slim import apply_plan
@@ -107,7 +107,7 @@ def save(
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     # Builds the model as load will, so that no file is written that cannot be loaded.
     rebuilt = _rebuild(metadata, builder if callable(builder) else _builder_function(described))
-    if difference := _shape_difference(rebuilt, weights):
+    if difference := shape_difference(rebuilt, weights):
         raise CheckpointError(
             f"the builder and the plans of this model do not rebuild it: {difference}; pass the builder and options of "
             "the dense model that was pruned"
@@ -150,7 +150,7 @@ def load(path: str | Path, *, trust: bool = False, builder: Build | None = None)
             _check_harmless(metadata.builder, path)
         builder = _builder_function(metadata.builder)
     model = _rebuild(metadata, builder)
-    if difference := _shape_difference(model, weights):
+    if difference := shape_difference(model, weights):
         raise CheckpointError(f"{path} does not fit the model that its builder makes: {difference}; was it changed?")
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(weights[name].dtype)
@@ -239,19 +239,6 @@ def _rebuild(metadata: _Metadata, builder: Build) -> nn.Module:
             assert example is not None
             apply_plan(model, plan, map_tensors(lambda given: torch.zeros(given.shape, dtype=given.dtype), example))
     return model
-
-
-def _shape_difference(model: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
-    """The first difference between the names and shapes of a model's state and of weights, if any."""
-    state = model.state_dict()
-    for name in [*state, *weights]:
-        if name not in weights:
-            return f"{name} is in the rebuilt model alone"
-        if name not in state:
-            return f"{name} is not in the rebuilt model"
-        if state[name].shape != weights[name].shape:
-            return f"{name} is {tuple(weights[name].shape)}, and {tuple(state[name].shape)} in the rebuilt model"
-    return None
 
 
 def _describe_builder(builder: str | Build, options: Mapping[str, Any] | None) -> Builder:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit import __version__
 from prunekit.backbones import build
@@ -156,19 +157,23 @@ def load_model(run: RunDir, name: str, recipe: Recipe | None = None) -> nn.Modul
     """
     path, weights = f"{run.path}/{name}/model.safetensors", run.read_tensors(f"{name}/model.safetensors")
     model = build_with_plan(recipe or read_recipe(run), read_plan(run, name))
-    expected = model.state_dict()
-    for key in [*expected, *weights]:
-        problem = None
-        if key not in weights:
-            problem = f"{path} lacks {key}"
-        elif key not in expected:
-            problem = f"{path} has {key}, which the model does not"
-        elif (needed := tuple(expected[key].shape)) != weights[key].shape:
-            problem = f"{path}: {key} has shape {weights[key].shape}, the model needs {needed}"
-        if problem:
-            raise CheckpointError(f"{problem}; it belongs to another plan or recipe")
+    if difference := shape_difference(model, weights):
+        raise CheckpointError(f"{path} belongs to another plan or recipe: {difference}; put the right file back")
     model.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in weights.items()})
     return model.eval()
+
+
+def shape_difference(model: nn.Module, weights: Mapping[str, Tensor | np.ndarray]) -> str | None:
+    """The first difference between the names and shapes of a rebuilt model's state and of weights, if any."""
+    state = model.state_dict()
+    for name in [*state, *weights]:
+        if name not in weights:
+            return f"{name} is in the rebuilt model alone"
+        if name not in state:
+            return f"{name} is not in the rebuilt model"
+        if state[name].shape != weights[name].shape:
+            return f"{name} is {tuple(weights[name].shape)}, and {tuple(state[name].shape)} in the rebuilt model"
+    return None
 
 
 def save_model(run: RunDir, name: str, model: nn.Module, plan: Plan | None = None) -> None:

@@ -25,7 +25,7 @@ from prunekit.training.trackers import check_tracker
 from prunekit.training.trainer import bind_options
 from prunekit.utils.copying import copy_module
 from prunekit.utils.io import is_out_of_memory
-from prunekit.utils.text import first_line
+from prunekit.utils.text import first_line, one_line
 
 
 def check_recipe(context: RunContext, *, load_data: bool, load_init: bool = False, rehearsal: bool = False) -> None:
@@ -122,8 +122,7 @@ def _output_fault(context: RunContext, model: nn.Module, size: int) -> str | Non
     except (RuntimeError, ValueError, IndexError) as error:
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())
-        return f"{backbone} cannot take an image of {size}×{size} ({reason}); set another data.size"
+        return f"{backbone} cannot take an image of {size}×{size} ({one_line(error)}); set another data.size"
     fault = context.task.check_output(output, size, context.dataset("train"))
     return fault and f"task {recipe.task} with {backbone}: {fault}"
 

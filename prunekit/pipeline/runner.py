@@ -39,7 +39,7 @@ from prunekit.utils.environment import environment
 from prunekit.utils.io import is_disk_failure, is_out_of_memory, write_error
 from prunekit.utils.logging import record_logs
 from prunekit.utils.progress import Reporter
-from prunekit.utils.text import suggest
+from prunekit.utils.text import one_line, suggest
 
 
 @main_process_command
@@ -191,7 +191,7 @@ def _run_folder(context: RunContext, out: Path, **flags: Any) -> Iterator[RunDir
 
 def _unexpected(run: RunDir, error: Exception) -> str:
     out_of_memory = is_out_of_memory(error)
-    text = " ".join(str(error).split()) or ("out of memory" if out_of_memory else "no message")
+    text = one_line(str(error)) or ("out of memory" if out_of_memory else "no message")
     remedy = "continue with --resume once that is fixed"
     if out_of_memory:
         remedy = "free memory and continue with --resume, or start again with a smaller batch_size or data.size"

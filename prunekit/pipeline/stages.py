@@ -7,6 +7,7 @@ import logging
 import math
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 from torch import nn
@@ -78,11 +79,8 @@ def evaluate_stage(context: RunContext, run: RunDir) -> None:
     models = {name: load_model(run, name, recipe).to(context.device) for name in trained_models(run)}
     curves, errors = {}, []
     for name, model in models.items():
-        counter = context.reporter.progress_bar(f"evaluate {name}")
-        try:
-            result = task.evaluate(model, dataset, recipe.data.size, 4 * recipe.train.batch_size, counter)
-        finally:
-            counter.close()
+        with closing(context.reporter.progress_bar(f"evaluate {name}")) as bar:
+            result = task.evaluate(model, dataset, recipe.data.size, 4 * recipe.train.batch_size, bar)
         for key, value in result.metrics.items():
             if not math.isfinite(value):
                 raise TrainingError(f"evaluate: {key} of the {name} model is {value}; check its outputs")

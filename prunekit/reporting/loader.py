@@ -20,6 +20,7 @@ from prunekit.runs.run_dir import RunDir
 from prunekit.runs.stage_order import STAGES, stage_that_writes, training_position
 from prunekit.runs.state import STATE, SUMMARY
 from prunekit.utils.io import os_error_reason
+from prunekit.utils.text import one_line
 
 __all__ = ["COUNTERS", "MISSING", "MODELS", "GalleryImage", "Run", "load_run"]
 
@@ -237,7 +238,7 @@ class _Reader:
 
 def _one_line(text: object) -> str:
     """Return the text in one line, without control characters, which could change the state of a terminal."""
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", str(text)).split())
+    return one_line(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", str(text)))
 
 
 def _read_gallery(reader: _Reader, value: Any, problems: list[str]) -> list[GalleryImage]:

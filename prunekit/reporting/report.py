@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from rich.console import Console
 
+from prunekit.config.registry import describe_error
 from prunekit.errors import PrunekitError, RunFolderError
 from prunekit.reporting.columns import arrange_table
 from prunekit.reporting.figures import encode_figure, report_figures
@@ -20,7 +21,7 @@ from prunekit.reporting.loader import Run, load_run
 from prunekit.reporting.number_format import file_stem
 from prunekit.reporting.table_writers import write_csv, write_table
 from prunekit.reporting.tables import ReportTable, epochs_table, report_tables, summary_table
-from prunekit.reporting.terminal_report import one_line, print_report
+from prunekit.reporting.terminal_report import print_report
 from prunekit.utils.io import write_atomic
 
 
@@ -81,7 +82,7 @@ def report(
         try:
             text = render_page(runs, figures, published, _links(paths_written, page.parent))
         except Exception as error:
-            errors.append(f"the page {page} could not be created ({one_line(error)})")
+            errors.append(f"the page {page} could not be created ({describe_error(error)})")
             if html is not None:
                 raise PrunekitError(errors[-1]) from error
         else:
@@ -129,7 +130,7 @@ def _write_figures(
                     own = next(resized).figure
                     encoded = {kind: encode_figure(own, kind) for kind in formats}
         except Exception as error:  # matplotlib may raise anything on damaged data.
-            errors.append(f"the figure {figure.stem} could not be drawn ({one_line(error)})")
+            errors.append(f"the figure {figure.stem} could not be drawn ({describe_error(error)})")
             continue
         for kind in formats:
             path = folder / f"{figure.stem}.{kind}"

@@ -62,11 +62,6 @@ def print_report(
         _print(console, line, fold=line.startswith(" "))
 
 
-def one_line(error: BaseException) -> str:
-    """Return type and message of an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-
-
 def _print(console: Console, text: str, fold: bool = False) -> None:
     """Print a line; with ``fold`` it continues on further, indented lines at the width of the terminal."""
     text = printable(text)

@@ -21,9 +21,6 @@ class Callback:
     epoch.
     """
 
-    def on_epoch_start(self, trainer: Trainer) -> None:
-        """Called before the first step of an epoch, or before the step at which an epoch resumes."""
-
     def on_step_start(self, trainer: Trainer) -> None:
         """Called before each step."""
 

@@ -191,7 +191,6 @@ class Trainer:
         position.sums = position.sums.to(job.device)
         if position.step:
             position.restore_rng(self.generator, job.device)
-        self._notify("on_epoch_start")
         self.model.train()
 
     def _start_phase(self) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from prunekit.errors import Interrupted, PluginError, PrunekitError, RecipeError, WriteError
 from prunekit.utils import launcher
 from prunekit.utils.io import is_disk_failure, is_out_of_memory, write_error
+from prunekit.utils.text import one_line
 
 INTERRUPTED = 130
 
@@ -36,7 +37,7 @@ def exit_on_error(debug: bool) -> Iterator[None]:
     except Exception as error:
         if is_disk_failure(error):
             _fail(str(write_error(error, error.filename or "a file")), WriteError.exit_status, debug)
-        text = " ".join(str(error).split()) or "no message"
+        text = one_line(str(error)) or "no message"
         if is_out_of_memory(error):
             fix = "free memory, raise its limit (ulimit -v), or use a smaller batch_size or data.size"
             _fail(f"out of memory ({type(error).__name__}: {text}); {fix}", 3, debug)

@@ -42,7 +42,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: map_tensors(function, part) for name, part in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)([map_tensors(function, part) for part in value])
+        parts = [map_tensors(function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # a named tuple takes each
     return value
 
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from prunekit.utils.io import os_error_reason
 from prunekit.utils.logging import is_quiet, progress_logger
-from prunekit.utils.text import si
+from prunekit.utils.text import one_line, si
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 SPARKLINE_WIDTH = 12
@@ -187,7 +187,7 @@ class Reporter:
             with self.spinner(name):
                 yield
         except BaseException as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             self.debug(f"{name}: {'interrupted' if isinstance(error, KeyboardInterrupt) else f'failed: {reason}'}")
             raise
         if name in self.training_epochs:

@@ -17,6 +17,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from prunekit.utils.text import one_line
+
 # Parsed JSON takes up to 30 times the memory of its text; the largest plans have a few MB.
 MAX_JSON_BYTES = 1 << 26
 _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
@@ -82,4 +84,4 @@ def decode_tensors(data: bytes) -> dict[str, np.ndarray]:
     try:
         return load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from None
+        raise ValueError(one_line(error)[:300]) from None

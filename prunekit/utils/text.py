@@ -34,6 +34,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def one_line(text: object) -> str:
+    """Return a text in one line; an error's message, or its type's name where it has none."""
+    line = " ".join(str(text).split())
+    return line or (type(text).__name__ if isinstance(text, BaseException) else "")
+
+
 def closest_match(word: str, known: Sequence[str]) -> str | None:
     """Return the known word closest to a mistyped one, ignoring case, or None if none is close."""
     by_lower = {name.lower(): name for name in reversed(known)}

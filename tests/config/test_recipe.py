@@ -27,8 +27,8 @@ def test_load_fills_in_defaults_of_schema_and_builders(write):
     assert r.train == SparseTraining(
         epochs=2,
         optimizer=recipe.Component(name="adam", options={"rate": 0.5}),
-        schedule="constant",
-        augment="none",
+        schedule=recipe.Component(name="constant"),
+        augment=recipe.Component(name="none"),
     )
     assert (r.train.batch_size, r.train.lr, r.train.gate_lr, r.train.precision) == (16, 1e-3, None, "float32")
     assert r.train.checkpoint == recipe.Checkpoint(every=1, keep=2)

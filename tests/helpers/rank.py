@@ -105,7 +105,7 @@ def train(run, epochs, accumulate=1, threshold=1e-3, gradual=False, **changes):
 # Run folder → training options: one step with each optimizer, and several epochs.
 RUNS = {
     "sgd": {"epochs": 1, "batch_size": IMAGES // 2},
-    "adam": {"epochs": 1, "batch_size": IMAGES // 2, "optimizer": "adam"},
+    "adam": {"epochs": 1, "batch_size": IMAGES // 2, "optimizer": {"name": "adam"}},
     "many": {"epochs": 3, "ema": 0.9},
     "gradual": {"epochs": 3, "gradual": True},
     "progressive": {"epochs": 2, "gradual": True, "progressive": {"sizes": [8, SIZE], "batch_sizes": [6, 4]}},

@@ -60,7 +60,7 @@ def section(**changes):
         "lr": 1e-3,
         "gate_lr": 1e-2,
         "optimizer": {"name": "adam", "options": {"betas": [0.9, 0.99]}},
-        "schedule": "one_cycle",
+        "schedule": {"name": "one_cycle"},
         "augment": {"name": "crop_flip", "options": {"crop": 2}},
     }
     return Training.model_validate({**options, **changes})

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,16 @@ from prunekit.utils.inputs import (
 )
 
 IMAGES, TOKENS = torch.ones(4, 3, 8, 8), torch.ones(4, 6, dtype=torch.int64)
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    scale: float
+
+
+def test_named_tuples_stay_named_tuples():
+    found = cast((Pair(IMAGES, 2.0),), torch.float64)[0]
+    assert isinstance(found, Pair) and found.image.dtype == torch.float64 and found.scale == 2.0
 
 
 class Returns(nn.Module):

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from prunekit.utils.text import closest_match, did_you_mean, first_line, join_names, plural, si, suggest
+from prunekit.utils.text import closest_match, did_you_mean, first_line, join_names, one_line, plural, si, suggest
 
 
 def test_plural():
@@ -26,6 +26,11 @@ def test_join_names():
 def test_first_line():
     assert first_line(ValueError("\nbad shape\nsee above")) == "bad shape"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_one_line():
+    assert one_line(ValueError("bad\n  shape ")) == "bad shape"
+    assert one_line(KeyError()) == "KeyError" and one_line(" ") == "" and one_line(3) == "3"
 
 
 def test_closest_match():

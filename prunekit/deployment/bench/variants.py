@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from prunekit.pruning.selection.selector import Selector
 from prunekit.pruning.surgery.copies import clone
 from prunekit.pruning.surgery.cutter import Cutter
 from prunekit.utils.compiled import unwrap
-from prunekit.utils.environment import processor_name
+from prunekit.utils.environment import package_version, processor_name
 from prunekit.utils.io import encode_json, sha256, write_atomic
 
 RUNTIMES = ("onnxruntime", "openvino", "torch")
@@ -77,7 +76,7 @@ class VariantTimer:
         """A table without measurements."""
         return LatencyTable(
             runtime=self.runtime,
-            version=_version(self.runtime),
+            version=package_version(self.runtime) or "",
             device=f"{processor_name()}, {os.cpu_count()} cores",
             threads=self.threads,
             batch=len(self.example),
@@ -222,10 +221,3 @@ def cached_table_path(folder: Path, table: LatencyTable, groups: Sequence[Group]
 def write_table(path: Path, table: LatencyTable) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, encode_json(table.to_json(), path.name))
-
-
-def _version(runtime: str) -> str:
-    try:
-        return version(runtime)
-    except PackageNotFoundError:
-        return ""

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from prunekit.utils.text import one_line
+
 MATRIX = 1024  # rows and columns of the matrices of the product
 
 Call = Callable[[], Any]
@@ -34,7 +36,7 @@ def main() -> None:
         try:
             answer = getattr(worker, request.pop("method"))(**request)
         except Exception as error:
-            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            answer = {"error": one_line(f"{type(error).__name__}: {error}")[:300]}
         print(json.dumps(answer), file=answers, flush=True)
 
 

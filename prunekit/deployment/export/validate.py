@@ -12,6 +12,7 @@ from torch import nn
 from prunekit.deployment.values import Inputs, as_inputs, compute, difference, shape_text
 from prunekit.errors import ExportError
 from prunekit.utils.copying import copy_module
+from prunekit.utils.text import one_line
 
 
 def max_abs_difference(name: str, function: Callable[..., Any], model: nn.Module, inputs: Sequence[Inputs]) -> float:
@@ -35,8 +36,7 @@ def max_abs_difference(name: str, function: Callable[..., Any], model: nn.Module
         try:
             given = function(*(value.numpy() for value in as_inputs(batch)))
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ExportError(f"{name} cannot be run on an input of {shape}: {reason}") from error
+            raise ExportError(f"{name} cannot be run on an input of {shape}: {one_line(error)}") from error
         outputs = list(given) if isinstance(given, list | tuple) else [given]
         if len(outputs) != len(expected):
             raise ExportError(f"{name} has {len(outputs)} outputs, the model {len(expected)}")

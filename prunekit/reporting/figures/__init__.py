@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from prunekit.config.registry import describe_error
 from prunekit.reporting.figures.curves import curve_figures
 from prunekit.reporting.figures.gallery import gallery_figures
 from prunekit.reporting.figures.layers import layer_figures
@@ -44,4 +45,4 @@ def _draw(
     except Exception as error:
         if errors is None:
             raise
-        errors.append(" ".join(f"{group} could not be drawn ({type(error).__name__}: {error})".split()))
+        errors.append(f"{group} could not be drawn ({describe_error(error)})")

@@ -14,7 +14,7 @@ from prunekit.reporting.figures import style
 from prunekit.reporting.figures.style import ReportFigure, escape_text, points, shorten, style_axes
 from prunekit.reporting.loader import MODELS, Run
 
-MAX_COUNTED = 12  # classes; with more, counts are shown by colour only
+MAX_COUNTED = 12  # classes; with more, counts are shown by color only
 MAX_NAMED = 30  # classes with names at the axes of a matrix
 
 
@@ -30,7 +30,7 @@ def curve_figures(run: Run) -> Iterator[ReportFigure]:
             "Precision, recall and F",
             "Precision and recall, averaged over the validation set, at each of the 256 thresholds of a map, and the "
             "F-measure (β² = 0.3) of these averages; the larger marker is its maximum.",
-            precision_recall_figure(run, sweeps),
+            precision_recall_figure(sweeps),
         )
     confusion = {
         m: curve for m, curve in curves.items() if curve.get("confusion") and any(map(any, curve["confusion"]))
@@ -41,16 +41,15 @@ def curve_figures(run: Run) -> Iterator[ReportFigure]:
         yield ReportFigure(
             "confusion",
             "Confusion",
-            "Validation images by true class (row) and predicted class (column); the colour is the share of the row.",
-            confusion_figure(run, confusion),
+            "Validation images by true class (row) and predicted class (column); the color is the share of the row.",
+            confusion_figure(confusion),
         )
 
 
-def precision_recall_figure(run: Run, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def precision_recall_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Plot precision against recall, and F against the threshold, a line for each model.
 
     Args:
-        run: the run.
         curves: model → ``precision``, ``recall`` and ``f`` of equal length; index t is the threshold 255 - t.
     """
     with style.figure_style():
@@ -61,16 +60,16 @@ def precision_recall_figure(run: Run, curves: Mapping[str, Mapping[str, Sequence
             precision, recall, f = (np.asarray(curve[key], float) for key in ("precision", "recall", "f"))
             thresholds = np.linspace(255, 0, len(f))
             best = int(f.argmax())
-            # Few markers, at different positions for each model, for print in grey.
+            # Few markers, at different positions for each model, for print in gray.
             line = {
-                "color": look.colour, "linestyle": look.dashes, "linewidth": 1.5, "zorder": 3 + index,
+                "color": look.color, "linestyle": look.dashes, "linewidth": 1.5, "zorder": 3 + index,
                 "marker": look.marker, "markersize": 3.5, "markevery": (10 + 14 * index, 48),
             }  # fmt: skip
             left.plot(recall, precision, label=f"{look.label} (max F {f[best]:.3f})", **line)
             right.plot(thresholds, f, **line)
             for axes, x, y in ((left, recall, precision), (right, thresholds, f)):
                 marker = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.8, "zorder": 8 + index}
-                axes.plot(x[best], y[best], look.marker, color=look.colour, **marker)
+                axes.plot(x[best], y[best], look.marker, color=look.color, **marker)
         left.set_xlabel("recall (0 to 1)")
         left.set_ylabel("precision (0 to 1)")
         left.set_xlim(-0.02, 1.02)
@@ -86,11 +85,10 @@ def precision_recall_figure(run: Run, curves: Mapping[str, Mapping[str, Sequence
     return figure
 
 
-def confusion_figure(run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+def confusion_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw a confusion matrix for each model, with counts if there are few classes.
 
     Args:
-        run: the run.
         curves: model → ``classes`` and ``confusion``, [classes, classes]: number of images by true class (row) and
             predicted class (column).
     """
@@ -108,9 +106,9 @@ def confusion_figure(run: Run, curves: Mapping[str, Mapping[str, Any]]) -> Figur
             axes.set_title(f"{style.MODEL_STYLES[model].label}, {matrix.trace():,} of {matrix.sum():,} correct")
             _label_classes(axes, [str(name) for name in curve.get("classes") or range(len(matrix))])
             for row, column in np.argwhere(matrix > 0) if count <= MAX_COUNTED else ():
-                colour = "white" if shares[row, column] > 55 else "black"
+                color = "white" if shares[row, column] > 55 else "black"
                 text = f"{matrix[row, column]}"
-                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=points(7))
+                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=points(7))
         panels[0].set_ylabel("true class")
         bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
         bar.set_label("share of the row (%)")

@@ -41,7 +41,7 @@ def gallery_figures(run: Run) -> Iterator[ReportFigure]:
             "gallery",
             "Gallery",
             f"{len(fixed)} validation images at equal distances, the same for every run on these data. {legend}",
-            draw(run, fixed),
+            draw(fixed),
         )
     if extremes:
         measure = "MAE" if has_maps else "probability of the true class"
@@ -49,7 +49,7 @@ def gallery_figures(run: Run) -> Iterator[ReportFigure]:
             "gallery_extremes",
             "Best and worst cases",
             f"The validation images with the best and the worst results of the last model by {measure}. {legend}",
-            draw(run, extremes, show_kind=True),
+            draw(extremes, show_kind=True),
         )
 
 
@@ -82,7 +82,7 @@ class _Sheet:
         return figure, axes, 6.5 * figure.get_figwidth() * DPI / width
 
 
-def maps_figure(run: Run, images: Sequence[GalleryImage], show_kind: bool = False) -> Figure:
+def maps_figure(images: Sequence[GalleryImage], show_kind: bool = False) -> Figure:
     """Draw a row for each image: the image, the ground truth, and the map of each model with its error.
 
     With ``show_kind``, the name includes whether it is one of the best or the worst.
@@ -114,7 +114,7 @@ def maps_figure(run: Run, images: Sequence[GalleryImage], show_kind: bool = Fals
     return figure
 
 
-def classes_figure(run: Run, images: Sequence[GalleryImage], show_kind: bool = False) -> Figure:
+def classes_figure(images: Sequence[GalleryImage], show_kind: bool = False) -> Figure:
     """Draw the images with the true class and each model's prediction and probability below; as :func:`maps_figure`."""
     models = [model for model in MODELS if any(model in image.labels for image in images)]
     texts = [_prediction_texts(image, models, show_kind) for image in images]
@@ -180,5 +180,5 @@ def _tile(picture: np.ndarray) -> np.ndarray:
     ratio = TILE / max(image.size)
     size = tuple(max(1, round(side * ratio)) for side in image.size)
     tile = np.asarray(image.resize(size, Image.Resampling.NEAREST if ratio >= 3 else Image.Resampling.BICUBIC))
-    # 52 levels of each colour make the files smaller by a third, without a visible difference at this size.
+    # 52 levels of each color make the files smaller by a third, without a visible difference at this size.
     return ((tile.astype(np.int64) + 2) // 5 * 5).astype(np.uint8)

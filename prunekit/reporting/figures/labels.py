@@ -75,8 +75,8 @@ def _find_free_box(
         for angle in np.deg2rad(ANGLES):
             direction = np.array([np.cos(angle), np.sin(angle)])
             # The side of the text that faces the point is at the radius.
-            centre = origin + direction * radius * scale + np.round(direction, 1) * size / 2
-            box = np.concatenate([centre - size / 2, centre + size / 2])
+            center = origin + direction * radius * scale + np.round(direction, 1) * size / 2
+            box = np.concatenate([center - size / 2, center + size / 2])
             inside = box[0] >= bounds.x0 and box[1] >= bounds.y0 and box[2] <= bounds.x1 and box[3] <= bounds.y1
             if inside and not ((box[:2] < boxes[:, 2:]) & (boxes[:, :2] < box[2:])).all(axis=1).any():
                 return radius, box

@@ -26,10 +26,10 @@ def latency_figure(shares: Sequence[float], layers: Mapping[str, Sequence[float]
     with style.figure_style():
         figure = style.new_figure(11, 4.2)
         whole, single = figure.subplots(1, 2)
-        whole.plot(shares, total, color=style.COLOURS[0], label="network")
+        whole.plot(shares, total, color=style.COLORS[0], label="network")
         whole.plot([0, 1], [0, total[-1]], color=style.DENSE, linestyle=":", label="in proportion to the channels")
         for index, name in enumerate(slowest):
-            look = {"color": style.COLOURS[index], "linestyle": style.DASHES[index]}
+            look = {"color": style.COLORS[index], "linestyle": style.DASHES[index]}
             label = style.escape_text(style.shorten_dotted(name or "(model)", 32))
             single.plot(shares, layers[name], label=label, **look)
         whole.set_title("all layers")

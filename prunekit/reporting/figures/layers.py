@@ -50,28 +50,28 @@ def channels_figure(run: Run) -> Figure:
             axes = lower = figure.add_subplot()
         outline = {"facecolor": "white", "edgecolor": "0.25", "linewidth": 0.9}
         axes.bar(np.arange(len(kept)), dense.sum(axis=1), width=0.86, label="dense", **outline)
-        _stacked_bars(axes, kept, labelled=True)
+        _stacked_bars(axes, kept, labeled=True)
         axes.set_ylabel("channels")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         # As in the terminal and in the summary: each channel once, and only those that could be removed.
         after, before = (run.summary.get("kept", {}).get(key) for key in ("channels", "of"))
         if before and after is not None:
             axes.set_title(f"{after:,} of {before:,} prunable channels kept ({after / before:.1%})")
-        style.style_layers_axis(axes, kept.index, labelled=not branched)
+        style.style_layers_axis(axes, kept.index, labeled=not branched)
         if branched:
             _draw_splits(lower, kept, dense)
-            style.style_layers_axis(lower, kept.index, labelled=True)
+            style.style_layers_axis(lower, kept.index, labeled=True)
         columns = min(2 if style.is_narrow(figure) else 4, len(kept.columns) + 1)
         figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
-def _stacked_bars(axes: Axes, heights: pd.DataFrame, labelled: bool) -> None:
+def _stacked_bars(axes: Axes, heights: pd.DataFrame, labeled: bool) -> None:
     bottom = np.zeros(len(heights))
     for index, branch in enumerate(heights.columns):
         label = f"branch {branch}" + (" (finest)" if index == 0 else "") if len(heights.columns) > 1 else "slim"
         values = heights[branch].to_numpy()
-        bars = {"bottom": bottom, "label": label if labelled else None, **style.bar_style(index)}
+        bars = {"bottom": bottom, "label": label if labeled else None, **style.bar_style(index)}
         axes.bar(np.arange(len(heights)), values, width=0.7, **bars)
         bottom += values
 
@@ -80,7 +80,7 @@ def _draw_splits(axes: Axes, kept: pd.DataFrame, dense: pd.DataFrame) -> None:
     """Draw the share of each branch in layers with several branches, and the split of the dense model."""
     is_split = (dense > 0).sum(axis=1).to_numpy() > 1
     shares = _shares(kept).mul(is_split, axis=0)
-    _stacked_bars(axes, shares, labelled=False)
+    _stacked_bars(axes, shares, labeled=False)
     for bound in _shares(dense).cumsum(axis=1).to_numpy().T[:-1]:
         x = np.flatnonzero(is_split & (bound < 1 - 1e-9))
         axes.hlines(bound[x], x - 0.45, x + 0.45, color="black", linewidth=1.6)
@@ -93,7 +93,7 @@ def _draw_splits(axes: Axes, kept: pd.DataFrame, dense: pd.DataFrame) -> None:
     size = min(points(7), (axes.figure.get_figwidth() - 1.2) / len(kept) * 72 * 0.42)
     for x in np.flatnonzero(is_split):
         text = f"{100 * shares.iloc[x, 0]:.0f}"
-        axes.text(x, 1.04, text, fontsize=size, ha="center", va="bottom", color=style.COLOURS[0])
+        axes.text(x, 1.04, text, fontsize=size, ha="center", va="bottom", color=style.COLORS[0])
 
 
 def _shares(counts: pd.DataFrame) -> pd.DataFrame:
@@ -123,7 +123,7 @@ def params_macs_figure(run: Run) -> Figure:
             axes.set_ylabel(title)
             style.format_counts(axes.yaxis)
             axes.set_ylim(bottom=0)
-            style.style_layers_axis(axes, layers, labelled=axes is panels[1])
+            style.style_layers_axis(axes, layers, labeled=axes is panels[1])
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 

@@ -22,7 +22,7 @@ def gate_history(run: Run) -> dict[str, np.ndarray]:
 def group_by_stage(names: Sequence[str], limit: int = 8) -> dict[str, list[str]]:
     """Group dotted names by their first part, in order, ignoring a prefix that all of them share.
 
-    If there are more than ``limit`` groups, neighbours are merged.
+    If there are more than ``limit`` groups, neighbors are merged.
     """
     common = common_parts(names)
     groups: dict[str, list[str]] = {}

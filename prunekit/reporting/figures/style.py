@@ -1,7 +1,7 @@
-"""Common style of all figures: colours, sizes, axes, and byte-identical files.
+"""Common style of all figures: colors, sizes, axes, and byte-identical files.
 
-Colours are those of Okabe and Ito (2008), which are distinct for colour-blind readers; hatches, dashes and markers are
-distinct in grey print.
+Colors are those of Okabe and Ito (2008), which are distinct for color-blind readers; hatches, dashes and markers are
+distinct in gray print.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from PIL import Image
 from prunekit.reporting.number_format import file_stem
 from prunekit.utils.io import write_atomic
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 HATCHES = ("", "///", "\\\\\\", "xx", "--", "++", "..")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DENSE, SLIM = "#B0B0B0", COLOURS[0]
+DENSE, SLIM = "#B0B0B0", COLORS[0]
 DPI = 150
 FONT_SIZE = 9.0  # points
 NARROW = 5.0  # inches; one column of a paper is narrower
@@ -77,16 +77,16 @@ def figure_size(size: FigureSize) -> Iterator[None]:
 
 class ModelStyle(NamedTuple):
     label: str
-    colour: str
+    color: str
     dashes: Any
     marker: str
 
 
 MODEL_STYLES = {
-    "baseline": ModelStyle("baseline", COLOURS[3], ":", "D"),
+    "baseline": ModelStyle("baseline", COLORS[3], ":", "D"),
     "dense": ModelStyle("dense", "#595959", (0, (7, 1.5)), "s"),
-    "slim": ModelStyle("slim", COLOURS[1], "--", "v"),
-    "finetuned": ModelStyle("fine-tuned", COLOURS[0], "-", "o"),
+    "slim": ModelStyle("slim", COLORS[1], "--", "v"),
+    "finetuned": ModelStyle("fine-tuned", COLORS[0], "-", "o"),
 }
 
 
@@ -136,11 +136,11 @@ def encode_figure(figure: Figure, kind: FigureKind) -> bytes:
         figure.savefig(buffer, format=kind, dpi=(0.75 if kind == "svg" else 1) * figure.dpi, metadata=metadata)
     if kind != "png" or any(axes.images for axes in figure.axes):
         return buffer.getvalue()
-    # Lines and bars have few colours: with a palette the file is a quarter as large, without a visible difference.
+    # Lines and bars have few colors: with a palette the file is a quarter as large, without a visible difference.
     compressed = io.BytesIO()
     with Image.open(buffer) as image:
         reduced = image.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        # The quantizer averages white with other light colours.
+        # The quantizer averages white with other light colors.
         reduced.putpalette([255 if level >= 250 else level for level in reduced.getpalette() or []])
         reduced.save(compressed, format="png", optimize=True, dpi=(figure.dpi, figure.dpi))
     return compressed.getvalue()
@@ -203,9 +203,9 @@ def pixel_figure(width: int, height: int, dpi: float) -> Figure:
 
 
 def bar_style(index: int) -> dict[str, Any]:
-    """Return the colour and the hatch of the index-th kind of bars."""
-    colours = {"color": COLOURS[index % len(COLOURS)], "hatch": HATCHES[index % len(HATCHES)]}
-    return {**colours, "edgecolor": "white", "linewidth": 0}
+    """Return the color and the hatch of the index-th kind of bars."""
+    colors = {"color": COLORS[index % len(COLORS)], "hatch": HATCHES[index % len(HATCHES)]}
+    return {**colors, "edgecolor": "white", "linewidth": 0}
 
 
 def format_counts(axis: Axis) -> None:
@@ -224,19 +224,19 @@ def layers_width(layers: int) -> float:
     return max(6.5, 1.6 + 0.21 * layers)
 
 
-def style_layers_axis(axes: Axes, names: Sequence[str], labelled: bool) -> None:
+def style_layers_axis(axes: Axes, names: Sequence[str], labeled: bool) -> None:
     """Put layers on the x axis, in network order, with every other stage shaded."""
     inches = (axes.figure.get_figwidth() - 1.2) / max(len(names), 1)
-    # Rotated names need the height of their letters; if there is no room, only every n-th layer is labelled.
+    # Rotated names need the height of their letters; if there is no room, only every n-th layer is labeled.
     size = min(points(8), max(points(5), inches * 72 * 0.75))
     step = max(1, math.ceil(size * 1.3 / (inches * 72)))
     prefix = "".join(f"{part}." for part in names[0].split(".")[: common_parts(names)])
     labels = [escape_text(shorten_dotted(name.removeprefix(prefix), 28)) for name in names]
     axes.set_xticks(range(0, len(names), step), labels[::step], rotation=90, fontsize=size)
-    axes.tick_params(axis="x", length=0 if step == 1 else 3, labelbottom=labelled)
+    axes.tick_params(axis="x", length=0 if step == 1 else 3, labelbottom=labeled)
     margin = max(0.0, (4 - len(names)) / 2)  # A bar as wide as the figure is not recognizable as one.
     axes.set_xlim(-0.7 - margin, len(names) - 0.3 + margin)
-    if labelled:
+    if labeled:
         within = f" (in {escape_text(shorten(prefix.rstrip('.'), 40))})" if prefix else ""
         axes.set_xlabel(f"layer, from the input to the output{within}{every_nth(step, 'named')}")
     position = 0

@@ -150,14 +150,14 @@ def tradeoff_figure(models: Sequence[Point], metric: str, cost: str, note: str, 
             axes.axhline(trivial, color="0.35", linestyle=":", linewidth=1.2, zorder=1)
         for index, name in enumerate(names):
             own = [point for point in models if point.run == name]
-            colour = style.COLOURS[index % 6]
+            color = style.COLORS[index % 6]
             pruned = [(point.cost, point.quality) for point in own if point.model != "baseline"]
             for tail, head in pairwise(pruned):
                 arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "shrinkA": 4, "shrinkB": 4, "linewidth": 0.9}
-                axes.add_patch(FancyArrowPatch(tail, head, color=colour, alpha=0.8, zorder=1.5, **arrow))
+                axes.add_patch(FancyArrowPatch(tail, head, color=color, alpha=0.8, zorder=1.5, **arrow))
             for point in own:
                 axes.plot(
-                    point.cost, point.quality, style.MODEL_STYLES[point.model].marker, color=colour, markersize=6,
+                    point.cost, point.quality, style.MODEL_STYLES[point.model].marker, color=color, markersize=6,
                     markeredgecolor="white", markeredgewidth=0.6, zorder=3,
                 )  # fmt: skip
         steps = _draw_front(axes, [costs[i] for i in front], [qualities[i] for i in front])
@@ -249,7 +249,7 @@ def totals_figure(runs: Sequence[Run]) -> Figure:
             for index, model in enumerate(models):
                 values = {i: v for i, run in enumerate(runs) if (v := run.model(model).get(quantity)) is not None}
                 positions = [i - 0.4 + (index + 0.5) * width for i in values]
-                look = style.bar_style(index) | {"color": style.MODEL_STYLES[model].colour}
+                look = style.bar_style(index) | {"color": style.MODEL_STYLES[model].color}
                 label = style.MODEL_STYLES[model].label if axes is panels[0] else None
                 bars = axes.bar(positions, list(values.values()), width=width * 0.94, label=label, **look)
                 if len(runs) <= 30:

@@ -16,13 +16,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from prunekit.reporting.columns import metric
 from prunekit.reporting.figures import style
 from prunekit.reporting.figures.run_data import gate_cut, gate_history, group_by_stage
-from prunekit.reporting.figures.style import COLOURS, DASHES, ReportFigure, escape_text, points, shorten, style_axes
+from prunekit.reporting.figures.style import COLORS, DASHES, ReportFigure, escape_text, points, shorten, style_axes
 from prunekit.reporting.loader import Run
 
 STAGE_TITLES = {"train": "sparse training", "finetune": "fine-tuning", "baseline": "baseline"}
 MAX_LINES = 48  # in one panel; more cannot be distinguished
 MAX_VECTOR_POINTS = 1000  # in one panel; beyond it, a rasterized SVG is smaller
-ALIVE, DEAD = COLOURS[0], COLOURS[1]
+ALIVE, DEAD = COLORS[0], COLORS[1]
 
 
 def training_figures(run: Run) -> Iterator[ReportFigure]:
@@ -47,12 +47,12 @@ def training_figures(run: Run) -> Iterator[ReportFigure]:
         "of all. Values below the axis are drawn at its lower end.",
         gates_figure(run, history),
     )
-    colours = f"Blue is above the {cut.name}, orange below; paler" if cut.value else "Paler"
+    colors = f"Blue is above the {cut.name}, orange below; paler" if cut.value else "Paler"
     yield ReportFigure(
         "gates_map",
         "All gates during training",
         "All effective gates, a row each, by stage of the network and within a stage by the last value. "
-        f"{colours} is closer to zero.",
+        f"{colors} is closer to zero.",
         gates_map(run, history),
     )
     if cut.value is not None:
@@ -149,7 +149,7 @@ def _plot_epochs(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str], ti
             continue
         empty = False
         axes.plot(
-            epochs, values, color=COLOURS[index % len(COLOURS)],
+            epochs, values, color=COLORS[index % len(COLORS)],
             linestyle=DASHES[index % len(DASHES)], linewidth=1.3, markersize=3, label=label,
             marker=None if len(epochs) > 30 else style.MARKERS[index % len(style.MARKERS)],
         )  # fmt: skip
@@ -247,15 +247,13 @@ def _plot_gates(axes: Axes, values: np.ndarray, threshold: float | None) -> None
     drawn = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), MAX_LINES)).astype(int))]
     lines = values[shown][:, drawn]
     is_alive = lines[-1] > threshold if threshold is not None else np.ones(len(drawn), bool)
-    colours = [ALIVE if alive else DEAD for alive in is_alive]
+    colors = [ALIVE if alive else DEAD for alive in is_alive]
     if len(values) == 1:
-        axes.scatter(np.ones(len(drawn)), lines[0], s=10, marker="_", linewidths=0.8, color=colours)
+        axes.scatter(np.ones(len(drawn)), lines[0], s=10, marker="_", linewidths=0.8, color=colors)
     else:
         points = np.stack([np.broadcast_to(epochs[:, None], lines.shape), lines], axis=-1).transpose(1, 0, 2)
         rasterized = lines.size > MAX_VECTOR_POINTS
-        axes.add_collection(
-            LineCollection(points, colors=colours, linewidths=0.6, rasterized=rasterized), autolim=False
-        )
+        axes.add_collection(LineCollection(points, colors=colors, linewidths=0.6, rasterized=rasterized), autolim=False)
     axes.plot(epochs, np.median(values, axis=1)[shown], color="black", linewidth=1.5)
     if threshold is not None:
         axes.axhline(threshold, color="black", linewidth=0.9, linestyle="--")
@@ -265,7 +263,7 @@ def _plot_gates(axes: Axes, values: np.ndarray, threshold: float | None) -> None
 
 
 def gates_map(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
-    """Draw each gate as a row of colours over the epochs; arguments as for :func:`gates_figure`."""
+    """Draw each gate as a row of colors over the epochs; arguments as for :func:`gates_figure`."""
     stages = {stage: values.T for stage, values in _stack_by_stage(history).items()}
     rows = np.concatenate([values[np.argsort(-values[:, -1], kind="stable")] for values in stages.values()])
     threshold = gate_cut(run).value
@@ -276,7 +274,7 @@ def gates_map(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
         image = axes.imshow(
             _downsample(np.log10(np.clip(rows, 10**low, 10**high)), 700, 400), aspect="auto", interpolation="nearest",
             extent=(0.5, rows.shape[1] + 0.5, len(rows), 0), vmin=low, vmax=high,
-            cmap=_gate_colours((np.log10(threshold) - low) / (high - low) if threshold else 0.0),
+            cmap=_gate_colors((np.log10(threshold) - low) / (high - low) if threshold else 0.0),
         )  # fmt: skip
         bounds = np.cumsum([0, *map(len, stages.values())])
         for bound in bounds[1:-1]:
@@ -291,16 +289,16 @@ def gates_map(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def _gate_colours(threshold: float) -> LinearSegmentedColormap:
+def _gate_colors(threshold: float) -> LinearSegmentedColormap:
     """Return white to orange up to the threshold (0 to 1 on the scale), blue to navy above: darker is more."""
     threshold = float(np.clip(threshold, 0, 1))
     stops = [(0.0, "#FFFFFF"), (threshold, "#E9A93A"), (threshold, "#5AA5DC"), (1.0, "#06264D")]
-    colours = stops if 0 < threshold < 1 else [stops[2][1], stops[3][1]]
-    return LinearSegmentedColormap.from_list("gates", colours, N=512)
+    colors = stops if 0 < threshold < 1 else [stops[2][1], stops[3][1]]
+    return LinearSegmentedColormap.from_list("gates", colors, N=512)
 
 
 def _downsample(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Average neighbours down to the number of visible pixels."""
+    """Average neighbors down to the number of visible pixels."""
     for axis, limit in ((0, rows), (1, columns)):
         if values.shape[axis] > limit:
             starts = np.unique(np.linspace(0, values.shape[axis], limit, endpoint=False).astype(int))
@@ -329,9 +327,9 @@ def alive_figure(run: Run, history: Mapping[str, np.ndarray]) -> Figure:
     with style.figure_style():
         figure = style.new_figure(7.5, 3.9)
         axes = figure.add_subplot()
-        for index, (stage, values) in enumerate(_stack_by_stage(history, limit=len(COLOURS)).items()):
+        for index, (stage, values) in enumerate(_stack_by_stage(history, limit=len(COLORS)).items()):
             axes.plot(
-                np.arange(1, len(values) + 1), 100 * (values > threshold).mean(axis=1), color=COLOURS[index],
+                np.arange(1, len(values) + 1), 100 * (values > threshold).mean(axis=1), color=COLORS[index],
                 linestyle=DASHES[index], linewidth=1.5, marker=style.MARKERS[index], markersize=4,
                 markevery=max(1, len(values) // 12),
                 label=f"{escape_text(shorten(stage, 28))} ({values.shape[1]:,} gates)",

@@ -1,4 +1,4 @@
-"""Embed figures in the page: as inline SVG whose greys follow the light or dark theme, or as PNG in a data URI."""
+"""Embed figures in the page: as inline SVG whose grays follow the light or dark theme, or as PNG in a data URI."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _ATTRIBUTES = {
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _COORDINATES = {"d", "points", "x", "y", "width", "height"}
 _DECIMALS = re.compile(r"(?<=\d\.\d{2})\d+")
-_GREY = re.compile(r"(fill|stroke): #([0-9a-f]{2})\2\2\b", re.IGNORECASE)
-# The darkest colour of the palette needs a lighter one in the dark theme.
+_GRAY = re.compile(r"(fill|stroke): #([0-9a-f]{2})\2\2\b", re.IGNORECASE)
+# The darkest color of the palette needs a lighter one in the dark theme.
 _BLUE = re.compile(r"(fill|stroke): #0072b2\b", re.IGNORECASE)
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
@@ -101,7 +101,7 @@ def _write_element(element: ElementTree.Element, parts: list[str], prefix: str, 
     parts.append(f"<{tag}")
     for key, value in element.attrib.items():
         name = _local_name(key)
-        if name == "fill" and "style" not in element.attrib:  # hatches; the theme's colours need a style
+        if name == "fill" and "style" not in element.attrib:  # hatches; the theme's colors need a style
             name, value = "style", f"{name}: {value}"
         if name not in _ATTRIBUTES:
             continue
@@ -113,7 +113,7 @@ def _write_element(element: ElementTree.Element, parts: list[str], prefix: str, 
             elif not value.startswith("data:image/png;base64,"):
                 continue
         elif name == "style":
-            value = _GREY.sub(lambda match: _theme_colour(match, in_text), value)
+            value = _GRAY.sub(lambda match: _theme_color(match, in_text), value)
             value = _BLUE.sub(r"\1: var(--figure-blue)", value)
         elif name in _COORDINATES:
             value = _DECIMALS.sub("", value)
@@ -129,8 +129,8 @@ def _write_element(element: ElementTree.Element, parts: list[str], prefix: str, 
     parts.append(f"</{tag}>")
 
 
-def _theme_colour(match: re.Match[str], in_text: bool) -> str:
-    """Let ink, grid and background follow the theme; other greys are visible on both, white text is on a colour."""
+def _theme_color(match: re.Match[str], in_text: bool) -> str:
+    """Let ink, grid and background follow the theme; other grays are visible on both, white text is on a color."""
     prop, level = match[1], int(match[2], 16)
     if level < 0x60:
         return f"{prop}: var(--figure-ink)"

@@ -18,7 +18,7 @@ def confusion(classes, seed=0, part="dense"):
 
 
 def test_precision_recall_lines_match_data(run):
-    figure = precision_recall_figure(run, run.curves)
+    figure = precision_recall_figure(run.curves)
     left, right = figure.axes
     whole = [[line for line in axes.lines if len(line.get_xdata()) == 256] for axes in (left, right)]
     for part, pr, f in zip(("dense", "slim", "finetuned"), *whole, strict=True):
@@ -36,14 +36,14 @@ def test_precision_recall_lines_match_data(run):
 
 
 def test_models_differ_in_marker_and_colour(run):
-    lines = [line for line in precision_recall_figure(run, run.curves).axes[0].lines if len(line.get_xdata()) == 256]
+    lines = [line for line in precision_recall_figure(run.curves).axes[0].lines if len(line.get_xdata()) == 256]
     assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 3
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 12, 13, 40, 200])
 def test_confusion_matrix_is_readable_for_any_number_of_classes(run, classes):
     held = {**confusion(classes), **confusion(classes, 1, "finetuned")}
-    figure = confusion_figure(run, held)
+    figure = confusion_figure(held)
     assert_readable(figure)
     assert_labelled(figure)
     for axes, one in zip(figure.axes, held.values(), strict=False):
@@ -59,7 +59,7 @@ def test_confusion_matrix_is_readable_for_any_number_of_classes(run, classes):
 def test_class_without_images_has_empty_row(run):
     held = confusion(3)
     held["dense"]["confusion"][1] = [0, 0, 0]
-    assert (confusion_figure(run, held).axes[0].images[0].get_array()[1] == 0).all()
+    assert (confusion_figure(held).axes[0].images[0].get_array()[1] == 0).all()
 
 
 def test_finetuned_model_replaces_slim_in_confusion(run):

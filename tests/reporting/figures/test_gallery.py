@@ -45,7 +45,7 @@ def sheet(figure):
 
 def test_pictures_are_at_their_positions(run, tmp_path):
     examples = [example(tmp_path, index, (20, 20)) for index in range(3)]
-    figure = maps_figure(run, examples)
+    figure = maps_figure(examples)
     pixels = sheet(figure)
     high, wide = pixels.shape[0] // 3, pixels.shape[1] // len(KINDS)
     for row in range(3):
@@ -92,7 +92,7 @@ def test_fixed_images_are_subsampled_evenly(run, tmp_path):
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (7, 300), (300, 7), (TILE, TILE)])
 def test_pictures_of_any_shape(run, tmp_path, size):
-    figure = maps_figure(run, [example(tmp_path, 0, size)])
+    figure = maps_figure([example(tmp_path, 0, size)])
     assert_readable(figure)
     assert (sheet(figure)[:, -2:] == 255).all()
 
@@ -101,14 +101,14 @@ def test_missing_and_damaged_pictures_are_marked(run, tmp_path):
     one = example(tmp_path, 0)
     one.files["slim"].write_bytes(b"not a picture")
     one.files["finetuned"].unlink()
-    texts = [text for text, _ in boxes(maps_figure(run, [one]))]
+    texts = [text for text, _ in boxes(maps_figure([one]))]
     assert texts.count("missing") == 2 and sum(text.startswith("MAE") for text in texts) == 1
 
 
 def test_map_of_another_size_has_no_error(run, tmp_path):
     one = example(tmp_path, 0)
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(one.files["dense"])
-    assert sum(text.startswith("MAE") for text, _ in boxes(maps_figure(run, [one]))) == 2
+    assert sum(text.startswith("MAE") for text, _ in boxes(maps_figure([one]))) == 2
 
 
 def test_wrong_classes_are_marked(run, tmp_path):
@@ -117,7 +117,7 @@ def test_wrong_classes_are_marked(run, tmp_path):
         labelled_example(tmp_path, 1, dense="dog"),
         labelled_example(tmp_path, 2, "$x_$"),
     ]
-    figure = classes_figure(run, examples)
+    figure = classes_figure(examples)
     texts = [text for text, _ in boxes(figure)]
     assert "dense cat 0.75" in texts and "✗ dense dog 0.75" in texts
     assert_readable(figure)
@@ -134,7 +134,7 @@ def test_extremes_of_classification(run, tmp_path):
     ]
     for one in long:
         one.labels.update({"slim": one.labels["dense"], "finetuned": one.labels["dense"]})
-    assert_readable(classes_figure(run, long, show_kind=True))
+    assert_readable(classes_figure(long, show_kind=True))
 
 
 def test_no_gallery_without_pictures(run):
