@@ -144,11 +144,11 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def to_device(tensors: Tensors, device: torch.device, share: float = 0.25) -> Tensors:
-    """Move the set to a GPU if it needs at most ``share`` of the free memory; ``sizes`` stay on the CPU."""
+def to_device(tensors: Tensors, device: torch.device) -> Tensors:
+    """Move the set to a GPU if it needs at most a quarter of the free memory; ``sizes`` stay on the CPU."""
     if device.type != "cuda":
         return tensors
     needed = tensors.images.nbytes + tensors.targets.nbytes
-    if needed > share * torch.cuda.mem_get_info(device)[0]:
+    if needed > 0.25 * torch.cuda.mem_get_info(device)[0]:
         return tensors
     return Tensors(tensors.images.to(device), tensors.targets.to(device), tensors.sizes)

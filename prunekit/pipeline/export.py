@@ -179,18 +179,16 @@ class Exporter:
             reference = add_preprocessing(self.network, self.context.task, self.size)
         if variant.form == "pt2":
             files = {path: export_pt2(model, example, partial(self._metadata, variant))}
-            inputs = self._usable(reference, inputs, variant)
-            difference = check_pt2(files[path], reference, inputs, path)
+            check = partial(check_pt2, files[path])
         elif variant.form == "onnx":
             files = {path: self.onnx(variant)}
-            inputs = self._usable(reference, inputs, variant)
-            difference = check_onnx(files[path], reference, inputs, path)
+            check = partial(check_onnx, files[path])
         else:
             file = self.onnx(variant)
             xml, weights = export_openvino(file, self._metadata(variant, self.shapes[variant]))
-            inputs = self._usable(reference, inputs, variant)
             files = {path: xml, path.removesuffix(".xml") + ".bin": weights}
-            difference = check_openvino(xml, weights, reference, inputs, path)
+            check = partial(check_openvino, xml, weights)
+        difference = check(reference, self._usable(reference, inputs, variant), path)
         written = [self.run.write_bytes(name, data) for name, data in files.items()]
         if is_newest and variant == Variant(variant.form):
             record = self.records[_RUNTIMES[variant.form]]

@@ -158,7 +158,7 @@ def _kernel_forwards(model: nn.Module, groups: Sequence[Group]) -> dict[nn.Modul
     paths = {m for holder in modules.values() if isinstance(holder, DepthwiseModules) for m in holder.values()}
     for module in modules.values():
         if type(module) is nn.Conv2d and (module in paths or module.groups > 1) and _is_depthwise(module):
-            forwards[module] = _Depthwise(module).forward
+            forwards[module] = functools.partial(_depthwise_forward, module)
     return forwards
 
 
@@ -225,14 +225,10 @@ class _NormAct:
         return x if x is last else nn.PReLU.forward(self.act, x)
 
 
-@dataclass
-class _Depthwise:
-    conv: nn.Conv2d
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.conv.training or not usable(x) or x.dtype != self.conv.weight.dtype:
-            return nn.Conv2d.forward(self.conv, x)
-        return depthwise(x, self.conv.weight)
+def _depthwise_forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    if not conv.training or not usable(x) or x.dtype != conv.weight.dtype:
+        return nn.Conv2d.forward(conv, x)
+    return depthwise(x, conv.weight)
 
 
 # Parameters of glibc's mallopt, and their defaults.
