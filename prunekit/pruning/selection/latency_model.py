@@ -1,6 +1,6 @@
 """Latency of a slim model on one machine, predicted from the measured latencies of other slim models.
 
-The latency is modelled as a sum over the products of the network (convolutions, linear layers, products of matrices).
+The latency is modeled as a sum over the products of the network (convolutions, linear layers, products of matrices).
 Each takes a constant, a time per channel that it reads, a time per channel that it writes, and a time per multiply-add,
 with the channels rounded up to vectors, whose length is chosen by the error of the predictions. What comes without a
 product, such as pooling, resampling and concatenation, costs by channel and position, too, and goes with the layers
