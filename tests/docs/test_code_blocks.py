@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.docs_pages import PAGES, ROOT, blocks, commands, start_names
+from helpers.small_run import BY_THRESHOLD
 from helpers.toy_run import quiet, shorten, toy_recipe, write_photos
 from typer.main import get_command
 
@@ -19,6 +20,10 @@ from prunekit.pipeline.runner import run_recipe
 
 # Commands that read a run folder and take about a second; they are executed on a small run.
 CHEAP = {"list", "groups", "report", "watch", "predict", "validate", "cp"}
+SMALL = [
+    *("backbone.options.width=8", "data.size=32", "data.options={train: 16, val: 4}", "train.epochs=1"),
+    *(*BY_THRESHOLD, "decay.name=none", "finetune.epochs=0", "export.onnx=false"),
+]
 WITH_OVERRIDES = {"run", "groups", "validate", "slim", "finetune", "export"}
 LANGUAGES = {"python", "sh", "console", "yaml", "ini", "text"}
 
@@ -117,8 +122,8 @@ def workplace(tmp_path_factory):
     photos = write_photos(folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
-        for name in ("csnet", "other"):
-            run_recipe(toy_recipe(photos, "train.epochs=1"), folder / "runs" / name, quiet())
+        run_recipe(load("csnet", SMALL), folder / "runs" / "csnet", quiet())
+        run_recipe(toy_recipe(photos, "train.epochs=1"), folder / "runs" / "other", quiet())
     (folder / "photos").symlink_to(photos / "dark")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     return folder
