@@ -96,6 +96,7 @@ def _draw(sizes: SizeModel, groups: Sequence[Group], setting: str, path: Path, k
     shares = [step / STEPS for step in range(1, STEPS + 1)]
     columns = [_layers_at(sizes, groups, share) for share in shares]
     layers = {name: [column.get(name, 0.0) for column in columns] for name in columns[-1]}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, encode_figure(latency_figure(shares, layers, setting), kind))
 
 

@@ -21,7 +21,7 @@ def test_layers_are_listed_and_the_table_is_written(tmp_path):
     text = printed("digits_resnet", [*SMALL, "latency.variants=12"], out=file)
     assert "ms at 100%" in text and "stage1.0.conv1" in text and "12 models in onnxruntime, 8×8, 1 thread" in text
     assert "saved to" in text and len(json.loads(file.read_text())["variants"]) == 12
-    figure = tmp_path / "layers.svg"
+    figure = tmp_path / "new" / "layers.svg"
     again = printed("digits_resnet", [*SMALL, f"latency.table={file}"], figure=figure)
     assert "onnxruntime, 8×8, 1 thread" in figure.read_text() and f"figure: {figure}" in again
     assert [line for line in again.splitlines() if line.startswith("stage1.0.conv1")] == [

@@ -57,9 +57,8 @@ class FixedSizes:
         failing: list[tuple[Leaf, Group, Fault]] = []
         # First without all groups that an operation fails for, then parts of the others.
         left = dict(tried)
-        twins: dict[
-            Leaf, Group
-        ] = {}  # in the places of failing ones in other layers: what follows those is tried first
+        # Those in the places of failing ones in repeated layers: what follows the first is tried in all at once.
+        twins: dict[Leaf, Group] = {}
         while left and not trial.ties and (fault := trial.run(left)) is not None:
             blamed = self._blamed(fault, left)
             found = len(failing)
