@@ -78,6 +78,7 @@ class RunSnapshot:
         seconds_per_epoch = math.fsum(recent) / len(recent)
         left = max(0.0, seconds_per_epoch * (epochs - done) - (self.age or 0.0)) if running else None
         names = list(self.epochs)
+        metrics = dict.fromkeys(name for line in lines for name in line["metrics"])
         later = sum(self.epochs[name] for name in names[names.index(stage) + 1 :]) if stage in names else 0
         return TrainingStatus(
             stage=stage,
@@ -88,7 +89,7 @@ class RunSnapshot:
             run_seconds_left=left + seconds_per_epoch * later if left is not None and later else None,
             losses=[line["loss"] for line in lines],
             line=lines[-1],
-            histories={name: [line["metrics"].get(name, math.nan) for line in lines] for name in lines[-1]["metrics"]},
+            histories={name: [line["metrics"][name] for line in lines if name in line["metrics"]] for name in metrics},
         )
 
     def _status_parts(self) -> list[str]:

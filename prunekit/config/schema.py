@@ -167,6 +167,8 @@ class Training(Section):
     compile: bool = False
     """Compile the model with `torch.compile` instead."""
     checkpoint: Checkpoint = Checkpoint()
+    validate_every: Count = 1
+    """Epochs between two validations; the last epoch is always validated."""
 
 
 class GradualPruning(Section):

@@ -15,7 +15,10 @@ from prunekit.runs.stage_order import STAGES
 from prunekit.utils.text import join_names
 
 # They change no result.
-_ALWAYS = {("train", "on_nonfinite"), ("finetune", "on_nonfinite"), ("data", "cache")}
+_ALWAYS = {
+    *((stage, key) for stage in ("train", "finetune") for key in ("on_nonfinite", "validate_every")),
+    ("data", "cache"),
+}
 _DATA_PATHS = {("data", "root"), ("data", "val_root")}
 _MAX_DIFF_LINES = 12
 _OTHERWISE = ", or --overwrite, or another --out DIR"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ from prunekit.runs.written_files import remove_written, temporary_files
 from prunekit.utils.io import TEMP_PREFIX, is_disk_failure, make_folder, os_error_reason, write_error
 from prunekit.utils.lock import FolderLock, process_alive
 from prunekit.utils.symlinks import check_no_external_links
-from prunekit.utils.text import did_you_mean
+from prunekit.utils.text import closest_match, did_you_mean
+from prunekit.weights import is_shipped, locate, shipped_models
 
 __all__ = ["FORMAT", "RunDir", "is_run_folder"]
 
@@ -95,11 +97,20 @@ class RunDir(ArtifactStore):
     def open(cls, path: str | Path, *, write: bool = False) -> Self:
         """Open a run folder for reading; with ``write`` also lock it, so that files can be added.
 
-        RunFolderError if it is no run folder, has another format or is in use; CheckpointError if its state is damaged.
+        Args:
+            path: the folder, or the name of a model that comes with prunekit. To write, such a model is first copied
+                to ``runs/NAME``, unless that run exists.
+            write: lock the folder.
+
+        Raises:
+            RunFolderError: it is no run folder, has another format or is in use.
+            CheckpointError: its state is damaged.
         """
-        path = Path(path)
+        path = locate(path)
+        if write and is_shipped(path):
+            path = _own_copy(path)
         if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):
-            hint = "" if path.exists() else did_you_mean(path)
+            hint = "" if path.exists() else did_you_mean(path) or _similar_name(path)
             raise RunFolderError(
                 f"{path} is not a run folder (no {RECIPE} in it){hint}; give one that prunekit run has made"
             )
@@ -360,6 +371,24 @@ def _process() -> dict[str, Any]:
 def is_run_folder(path: Path) -> bool:
     """Return whether prunekit made this folder; a recipe alone does not tell."""
     return (path / RECIPE).is_file() and ((path / STATE).is_file() or (path / SUMMARY).is_file())
+
+
+def _own_copy(shipped: Path) -> Path:
+    """Return the user's copy of a shipped model, which is made where there is none."""
+    path = Path("runs") / shipped.name
+    if not path.exists():
+        partial = path.with_name(f"{TEMP_PREFIX}{path.name}")
+        try:
+            shutil.copytree(shipped, partial, dirs_exist_ok=True)
+            partial.rename(path)
+        except OSError as error:
+            raise write_error(error, path, "copy a model to") from error
+    return path
+
+
+def _similar_name(path: Path) -> str:
+    match = closest_match(str(path), list(shipped_models()))
+    return f"; did you mean {match}?" if match else ""
 
 
 def check_usable(path: Path, *, resume: bool, overwrite: bool) -> None:

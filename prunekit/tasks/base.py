@@ -6,6 +6,8 @@ normalized with ImageNet's mean and standard deviation.
 
 from __future__ import annotations
 
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -169,10 +171,11 @@ class Task(ABC):
         """
         metrics, size = self.make_metrics(quick=True), tuple(tensors.images.shape[-2:])
         with inference(model) as device:
+            batch_size = min(batch_size, _largest_batch(device, size))
             for images, targets in zip(
                 tensors.images.split(batch_size), tensors.targets.split(batch_size), strict=True
             ):
-                logits = main_output(model(normalize(images.to(device)))).float()
+                logits = _forward(model, normalize(images.to(device)))
                 if not torch.isfinite(logits).all():
                     return {}
                 for scores, target in zip(self.activation(logits).cpu(), targets.cpu(), strict=True):
@@ -221,7 +224,7 @@ class Task(ABC):
             inputs = [resize(image_tensor(image), own_size(*image.shape[:2])) for image in images]
         else:
             planes = torch.cat([resize(image_tensor(image), (size, size)) for image in images])
-            inputs = planes.split(max(1, _CPU_PIXELS // size**2) if device.type == "cpu" else len(planes))
+            inputs = planes.split(min(len(planes), _largest_batch(device, (size, size))))
         scores: list[Tensor] = []
         for batch in inputs:
             logits = _forward(model, normalize(batch.to(device)))
@@ -291,6 +294,11 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
 def own_size(height: int, width: int) -> tuple[int, int]:
     """Return height and width rounded up to multiples of 16: the model's input for an image at its own size."""
     return tuple(-(-side // OWN_SIZE_MULTIPLE) * OWN_SIZE_MULTIPLE for side in (height, width))
+
+
+def _largest_batch(device: torch.device, size: tuple[int, ...]) -> int:
+    """Return how many images of a size go through a model at once."""
+    return max(1, _CPU_PIXELS // math.prod(size)) if device.type == "cpu" else sys.maxsize
 
 
 def _forward(model: nn.Module, batch: Tensor) -> Tensor:

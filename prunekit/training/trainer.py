@@ -245,8 +245,10 @@ class Trainer:
         }
 
     def _validate(self) -> dict[str, float]:
-        """Validation metrics of the model that the training would end with now; only in the main process."""
-        if not distributed.is_main_process():
+        """Validation metrics of the model that the training would end with now, in the main process and where due."""
+        epoch = self.position.epoch + 1
+        is_due = epoch % self.job.config.validate_every == 0 or epoch == self.epochs
+        if not (is_due and distributed.is_main_process()):
             return {}
         model = self.model if self.ema is None else self.ema.model
         return self.job.task.validate(model, self.job.val_data, 4 * self.phases.last.batch_size)

@@ -415,3 +415,8 @@ def test_sparse_training_lowers_gates_below_the_threshold(tmp_path, data):
     # A gate below the threshold may rise above it an epoch later.
     assert min(line["alive"] for line in lines[-10:]) < lines[0]["alive"]
     assert lines[-1]["penalty"] < 0.1 * lines[0]["penalty"]
+
+
+def test_validation_every_few_epochs_and_after_the_last(tmp_path, data):
+    _, rows = train(tmp_path, data, build=Tiny, epochs=5, validate_every=2)
+    assert [row["epoch"] for row in rows if row["metrics"]] == [2, 4, 5]

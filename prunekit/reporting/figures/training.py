@@ -148,8 +148,10 @@ def _plot_epochs(axes: Axes, table: pd.DataFrame, columns: Mapping[str, str], ti
         if not values.notna().any():
             continue
         empty = False
+        # Epochs without validation leave no gap between those with one.
+        shown = values.notna() if column.startswith("metrics.") else slice(None)
         axes.plot(
-            epochs, values, color=COLORS[index % len(COLORS)],
+            epochs[shown], values[shown], color=COLORS[index % len(COLORS)],
             linestyle=DASHES[index % len(DASHES)], linewidth=1.3, markersize=3, label=label,
             marker=None if len(epochs) > 30 else style.MARKERS[index % len(style.MARKERS)],
         )  # fmt: skip
