@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, Argument(help="Recipe file, or name of a shipped recipe.")]
-RunFolder = Annotated[Path, Argument(help="Run folder.")]
+RunFolder = Annotated[Path, Argument(help="Run folder, or name of a shipped model.")]
 Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Set recipe keys, e.g. train.epochs=2.")]
 OverwriteRun = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
 ResultsFolder = Annotated[
@@ -323,7 +323,7 @@ def import_(
 
 @app.command()
 def groups(
-    source: Annotated[str, Argument(metavar="RECIPE|RUN", help="Recipe or run folder.")],
+    source: Annotated[str, Argument(metavar="RECIPE|RUN", help="Recipe, run folder or shipped model.")],
     overrides: Overrides = None,
     model: Model = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON: each group with its tensors and gates.")] = False,
@@ -340,7 +340,7 @@ def groups(
 
 @app.command()
 def profile(
-    source: Annotated[str, Argument(metavar="RECIPE|RUN", help="Recipe or run folder.")],
+    source: Annotated[str, Argument(metavar="RECIPE|RUN", help="Recipe, run folder or shipped model.")],
     overrides: Overrides = None,
     out: Annotated[Path | None, Option(metavar="FILE", help="JSON file for the latencies, for latency.table.")] = None,
     figure: Annotated[Path | None, Option(metavar="FILE", help="Draw them: a PNG, SVG or PDF.")] = None,
@@ -356,7 +356,7 @@ def profile(
 
 @app.command(name="list")
 def list_() -> None:
-    """List the shipped recipes and all names that recipes can use, with their options and origin."""
+    """List the shipped recipes and models, and all names that recipes can use, with their options and origin."""
     from prunekit.commands.list import table
     from prunekit.config import registry
 

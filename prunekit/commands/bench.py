@@ -135,7 +135,7 @@ def bench_run(
         if out is None:
             _update_summary(run, rows, recipe.data.size)
     _print(result, networks, console)
-    console.print(Text(f"saved to {(out or folder) / BENCH}"), soft_wrap=True)
+    console.print(Text(f"saved to {(out or run.path) / BENCH}"), soft_wrap=True)
     if stopped:
         raise KeyboardInterrupt
     return result

@@ -28,6 +28,7 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
 from prunekit.reporting.number_format import short_number
 from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.weights import locate
 from prunekit.utils.text import did_you_mean
 
 OPERATORS = {"serial": " → ", "parallel": " | "}
@@ -78,7 +79,7 @@ def inspect_groups(source: str, overrides: Sequence[str] = (), model: str | None
         RecipeError: there is no such recipe, run or model.
         PlanError: the model fails on an input of the recipe's size.
     """
-    folder = Path(source).expanduser()
+    folder = locate(Path(source).expanduser())
     is_run = is_run_folder(folder)
     if is_run:
         recipe = derived_recipe(folder, list(overrides)) if overrides else None

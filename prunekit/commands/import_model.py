@@ -83,5 +83,6 @@ def derived_recipe(folder: Path, overrides: list[str]) -> Recipe:
     """
     from prunekit.config.recipe import load
 
-    RunDir.open(folder).read_text(RECIPE)  # Verifies its checksum.
-    return load(folder / RECIPE, overrides, untrusted=True)
+    run = RunDir.open(folder)
+    run.read_text(RECIPE)  # Verifies its checksum.
+    return load(run.path / RECIPE, overrides, untrusted=True)

@@ -1,4 +1,4 @@
-"""The table of shipped recipes and of all names that recipes can use: the command ``list``."""
+"""The table of shipped recipes and models and of all names that recipes can use: the command ``list``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from prunekit.config import registry
 from prunekit.config.sources import shipped_recipes
+from prunekit.weights import card_summary, shipped_models
 
 REGISTRIES = (
     *("backbones", "datasets", "tasks", "losses", "decays", "importances"),
@@ -25,6 +26,8 @@ def table() -> Table:
         out.add_column(title, overflow="fold")
     recipes = ((name, "prunekit", Text(recipe_summary(path))) for name, path in shipped_recipes().items())
     _add_section(out, "recipe", recipes)
+    models = ((name, "prunekit", Text(card_summary(folder))) for name, folder in shipped_models().items())
+    _add_section(out, "model", models)
     for name in REGISTRIES:
         builders: registry.Registry = getattr(registry, name)
         _add_section(out, builders.kind, _rows(builders))

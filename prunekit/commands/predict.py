@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def predict(
     rows: list[dict[str, object]] = []
     errors: list[str] = []
     start = time.perf_counter()
-    with closing(reporter.progress_bar("predict")) as progress:
+    with closing(reporter.progress_bar("predict")) as progress, ThreadPoolExecutor() as pool:
+        writing: list[Future[None]] = []  # the last image's files: encoding takes about as long as the model
         for done, source in enumerate(sources, start=1):
             try:
                 image = read_image(source)
@@ -91,13 +93,19 @@ def predict(
             else:
                 result = task.render(task.predict(network, image, recipe.data.size), classes)
                 if isinstance(result, np.ndarray):
+                    for file in writing:
+                        file.result()
                     made = [result, *(PICTURES[name](image, result) for name in pictures)]
-                    for path, pixels in zip(targets[source], made, strict=True):
-                        write_image(path, pixels)
-                        written.append(path)
+                    writing = [
+                        pool.submit(write_image, path, pixels)
+                        for path, pixels in zip(targets[source], made, strict=True)
+                    ]
+                    written += targets[source]
                 else:
                     rows.append({"file": str(source), **result})
             progress(done, len(sources))
+        for file in writing:
+            file.result()
     done = len(sources) - len(errors)
     speed = f"{done / (time.perf_counter() - start):.3g} images/s"
     if rows:

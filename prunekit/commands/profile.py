@@ -28,6 +28,7 @@ from prunekit.pruning.selection.latency_model import Variant
 from prunekit.reporting.figures.latency import latency_figure
 from prunekit.reporting.figures.style import FigureKind, encode_figure
 from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.weights import locate
 from prunekit.utils.io import write_atomic
 from prunekit.utils.progress import Reporter
 
@@ -64,10 +65,11 @@ def profile_recipe(
     kind = next((kind for kind in get_args(FigureKind) if figure and figure.suffix.lower() == f".{kind}"), None)
     if figure is not None and kind is None:
         raise RecipeError(f"--figure {figure} must end in .png, .svg or .pdf")
-    if is_run_folder(Path(source).expanduser()):
+    folder = locate(Path(source).expanduser())
+    if is_run_folder(folder):
         if overrides:
             raise RecipeError(f"{source} is a run folder, whose recipe stays; give its recipe to change {overrides[0]}")
-        recipe = read_recipe(RunDir.open(Path(source).expanduser()))
+        recipe = read_recipe(RunDir.open(folder))
     else:
         check_source(source)
         recipe = recipes.load(source, list(overrides))

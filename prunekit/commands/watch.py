@@ -22,13 +22,14 @@ from rich.live import Live
 from rich.text import Text
 
 from prunekit.config.yaml import parse
-from prunekit.errors import CheckpointError, PrunekitError
+from prunekit.errors import CheckpointError, PrunekitError, RunFolderError
 from prunekit.runs.artifacts import METRICS, RECIPE
 from prunekit.runs.run_dir import RunDir
 from prunekit.runs.stage_order import STAGES, training_position
 from prunekit.runs.state import STATE
 from prunekit.utils.progress import TrainingStatus, format_duration, training_epochs, wrap_parts
 from prunekit.utils.text import plural
+from prunekit.weights import is_shipped
 
 RECENT_EPOCHS = 5  # the time left is estimated from the mean of these
 DRAWING_SHARE = 1 / 5  # of the time at most: drawing takes the processor from the training
@@ -134,6 +135,8 @@ def read_snapshot(path: str | Path) -> RunSnapshot:
         CheckpointError: ``state.json`` is damaged.
     """
     run = RunDir.open(path)
+    if is_shipped(run.path):
+        raise RunFolderError(f"{path} comes with prunekit and is complete; show it with: prunekit report {path}")
     state = _parse_json(_read_bytes(run.path / STATE))
     status, stage = run.status, state.get("stage")
     lines, damaged = _parse_metrics(_read_bytes(run.path / METRICS))

@@ -31,6 +31,7 @@ from prunekit.pruning.plan import Builder, Plan
 from prunekit.pruning.provenance import Provenance, get_provenance, set_provenance
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.run_dir import RunDir
+from prunekit.weights import locate, shipped_models, similar_name
 from prunekit.utils.compiled import unwrap
 from prunekit.utils.inputs import Example, as_example, from_spec, map_tensors, tensors_of, to_spec
 from prunekit.utils.io import format_problem, os_error_reason, write_atomic
@@ -117,10 +118,10 @@ def save(
 
 
 def load(path: str | Path, *, trust: bool = False, builder: Build | None = None) -> nn.Module:
-    """Load a model that ``save`` wrote, or the newest model of a run folder.
+    """Load a model that ``save`` wrote, the newest model of a run folder, or one that comes with prunekit.
 
     Args:
-        path: the file, or a run folder.
+        path: the file, a run folder, or the name of a model that comes with prunekit, such as "csnet-94k".
         trust: run the code that the file or the run folder names to build its model. Without it, only backbones that
             are registered with prunekit are built, and nothing is downloaded.
         builder: builds the dense model instead; called with the options in the file.
@@ -132,7 +133,7 @@ def load(path: str | Path, *, trust: bool = False, builder: Build | None = None)
         CheckpointError: the file is missing, damaged, or does not fit the model that its builder makes.
         PluginError: the builder is code that is not trusted, is not there, or fails.
     """
-    path = Path(path).expanduser()
+    path = locate(Path(path).expanduser())
     if path.is_dir():
         if builder is not None:
             raise CheckpointError(f"{path} is a run folder, whose recipe names the builder; leave builder out")
@@ -185,7 +186,10 @@ def _read(path: Path) -> tuple[_Metadata, dict[str, Tensor]]:
             text = (file.metadata() or {}).get(METADATA_KEY)
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there; give a file that prunekit.save wrote, or a run folder") from None
+        raise CheckpointError(
+            f"{path} is not there{similar_name(path)}; give a file that prunekit.save wrote, a run folder, or one of "
+            f"{', '.join(shipped_models())}"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {os_error_reason(error)}") from error
     except SafetensorError as error:

@@ -23,6 +23,7 @@ from prunekit.reporting.table_writers import write_csv, write_table
 from prunekit.reporting.tables import ReportTable, epochs_table, report_tables, summary_table
 from prunekit.reporting.terminal_report import print_report
 from prunekit.utils.io import write_atomic
+from prunekit.weights import is_shipped
 
 
 def report(
@@ -71,7 +72,8 @@ def report(
         raise PrunekitError(f"--formats {wrong[0]}: choose from png, svg, pdf")
     paths_written: list[Path] = []
     errors: list[str] = []
-    folder = Path(out) if out is not None else runs[0].path / "report" if len(runs) == 1 else Path("report")
+    has_own_folder = len(runs) == 1 and not is_shipped(runs[0].path)
+    folder = Path(out) if out is not None else runs[0].path / "report" if has_own_folder else Path("report")
     if runs or out is not None or html is not None:
         tables = report_tables(runs, published)
         latex_columns = tables[0].latex_columns if columns is None else None

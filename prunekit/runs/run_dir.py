@@ -28,8 +28,8 @@ from prunekit.runs.written_files import remove_written, temporary_files
 from prunekit.utils.io import TEMP_PREFIX, is_disk_failure, make_folder, os_error_reason, write_error
 from prunekit.utils.lock import FolderLock, process_alive
 from prunekit.utils.symlinks import check_no_external_links
-from prunekit.utils.text import closest_match, did_you_mean
-from prunekit.weights import is_shipped, locate, shipped_models
+from prunekit.utils.text import did_you_mean
+from prunekit.weights import is_shipped, locate, similar_name
 
 __all__ = ["FORMAT", "RunDir", "is_run_folder"]
 
@@ -110,7 +110,7 @@ class RunDir(ArtifactStore):
         if write and is_shipped(path):
             path = _own_copy(path)
         if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):
-            hint = "" if path.exists() else did_you_mean(path) or _similar_name(path)
+            hint = "" if path.exists() else did_you_mean(path) or similar_name(path)
             raise RunFolderError(
                 f"{path} is not a run folder (no {RECIPE} in it){hint}; give one that prunekit run has made"
             )
@@ -383,12 +383,8 @@ def _own_copy(shipped: Path) -> Path:
             partial.rename(path)
         except OSError as error:
             raise write_error(error, path, "copy a model to") from error
+        logger.info("%s: copied to %s", shipped.name, path)
     return path
-
-
-def _similar_name(path: Path) -> str:
-    match = closest_match(str(path), list(shipped_models()))
-    return f"; did you mean {match}?" if match else ""
 
 
 def check_usable(path: Path, *, resume: bool, overwrite: bool) -> None:
