@@ -210,6 +210,20 @@ def predict(
 
 
 @app.command()
+def demo(
+    run: RunFolder,
+    model: Model = None,
+    port: Annotated[int, Option(min=0, max=65535, help="Port of the page; 0 for a free one.")] = 7860,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 admits other machines.")] = "127.0.0.1",
+    no_browser: Annotated[bool, Option("--no-browser", help="Do not open a browser.")] = False,
+) -> None:
+    """Open a page that applies the dense and the slim model to your pictures, side by side."""
+    from prunekit.commands.demo import demo as show_demo
+
+    show_demo(run, _console(), model=model, host=host, port=port, browser=not no_browser)
+
+
+@app.command()
 def slim(
     run: RunFolder,
     overrides: Overrides = None,

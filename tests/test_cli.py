@@ -192,6 +192,7 @@ COMMANDS = {
     "watch": (["RUN"], "prunekit.commands.watch.watch"),
     "eval": (["RUN", "--data", "a=b"], "prunekit.commands.evaluate.evaluate"),
     "predict": (["RUN", "photos", "--out", "maps"], "prunekit.commands.predict.predict"),
+    "demo": (["RUN"], "prunekit.commands.demo.demo"),
     "export": (["RUN", "--format", "onnx"], "prunekit.pipeline.export.export_run"),
     "bench": (["RUN"], "prunekit.commands.bench.bench_run"),
     "import": (["csnet", "file", "--out", "DIR"], "prunekit.commands.import_model.import_run"),

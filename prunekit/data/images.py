@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from prunekit.errors import CheckpointError, DataError, WriteError
 from prunekit.utils.io import write_atomic
@@ -61,13 +61,17 @@ def read_image(path: str | Path) -> np.ndarray:
         DataError: the file is missing, empty, truncated, too large to decode safely, or not an image.
     """
     with _data_errors(path):
-        picture = _open(path)
-        if picture.mode in _MORE_THAN_8_BITS:
-            return np.repeat(_to_8_bits(picture, path)[..., None], 3, axis=-1)
-        if picture.has_transparency_data:
-            picture = _to_rgba(picture)
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-        return np.array(picture.convert("RGB"))
+        return _to_rgb(_open(path), path)
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """Read a photograph from the bytes of its file; as :func:`read_image`, with ``name`` for the file in messages."""
+    with _data_errors(name):
+        try:
+            return _to_rgb(_open(name, data), name)
+        except UnidentifiedImageError as error:
+            # Pillow's message names the object that holds the bytes.
+            raise DataError(f"{name} is not an image that can be read; use another format, such as PNG") from error
 
 
 def read_mask(path: str | Path) -> np.ndarray:
@@ -126,6 +130,15 @@ def _mask_in_alpha(picture: Image.Image, path: str | Path) -> np.ndarray | None:
     return None
 
 
+def _to_rgb(picture: Image.Image, path: str | Path) -> np.ndarray:
+    if picture.mode in _MORE_THAN_8_BITS:
+        return np.repeat(_to_8_bits(picture, path)[..., None], 3, axis=-1)
+    if picture.has_transparency_data:
+        picture = _to_rgba(picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+    return np.array(picture.convert("RGB"))
+
+
 def _to_rgba(picture: Image.Image) -> Image.Image:
     # Pillow converts premultiplied gray to gray with alpha only.
     return (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
@@ -177,18 +190,22 @@ def encode_png(levels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _open(path: str | Path) -> Image.Image:
-    path = Path(path)
-    size = path.stat().st_size
+def _open(path: str | Path, data: bytes | None = None) -> Image.Image:
+    """Decode a file, or its bytes where they are known; the path is for messages then."""
+    size = Path(path).stat().st_size if data is None else len(data)
     if size == 0:
         raise DataError(f"{path} is empty (0 bytes); copy it again, or remove it with its partner")
     if size > MAX_FILE_BYTES:
         raise DataError(f"{path} is too large to decode safely ({size:,} bytes); make it smaller")
-    with Image.open(path, formats=_formats()) as picture:
+    with Image.open(path if data is None else io.BytesIO(data), formats=_formats()) as picture:
         if 0 in picture.size:
             raise DataError(f"{path} has no pixels; remove it with its partner")
-        if picture.format in ("JPEG", "MPO") and path.read_bytes().count(b"\xff\xda") > MAX_JPEG_SCANS:
-            raise DataError(f"{path} has more than {MAX_JPEG_SCANS} scans, too many to decode safely; save it again")
+        if picture.format in ("JPEG", "MPO"):
+            scans = (Path(path).read_bytes() if data is None else data).count(b"\xff\xda")
+            if scans > MAX_JPEG_SCANS:
+                raise DataError(
+                    f"{path} has more than {MAX_JPEG_SCANS} scans, too many to decode safely; save it again"
+                )
         picture.load()
         return ImageOps.exif_transpose(picture)
 

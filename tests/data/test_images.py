@@ -169,6 +169,22 @@ def test_damaged_file_raises_one_line_with_its_name(tmp_path, kind, read):
     assert "broken one.jpg" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "gif"])
+def test_bytes_are_decoded_as_their_file_is(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(RGB).save(tmp_path / f"p.{suffix}", **({} if suffix == "gif" else {"exif": exif}))
+    decoded = images.decode_image((tmp_path / f"p.{suffix}").read_bytes(), "it")
+    assert np.array_equal(decoded, images.read_image(tmp_path / f"p.{suffix}"))
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "text"])
+def test_damaged_bytes_raise_one_line_with_the_given_name(tmp_path, kind):
+    with pytest.raises(DataError, match=r"^the upload (is empty|is not an image|cannot be read as an image)") as caught:
+        images.decode_image(damaged(tmp_path, kind).read_bytes(), "the upload")
+    assert "BytesIO" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("limit", [30, 10])
 def test_decompression_bomb_limit(tmp_path, monkeypatch, limit):
     Image.fromarray(RGB).save(tmp_path / "b.png")

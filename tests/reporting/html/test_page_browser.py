@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from base64 import b64decode
 
 import pytest
+from helpers.browser import chromium
 from helpers.fake_run import write_run
 from helpers.hostile_run import hostile_run
 
@@ -19,15 +18,9 @@ from prunekit.reporting.loader import load_run
 
 pytest.importorskip("selenium", reason="the page's tests need selenium: pip install -e '.[dev]'")
 
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--force-color-profile=srgb",
-)  # fmt: skip
 PAGES = ("one", "several", "half", "hostile")
 TELEPHONE, DESK = (390, 844), (1440, 900)
 
@@ -63,28 +56,10 @@ return [...found.values()];
 """
 
 
-def browser_missing() -> str | None:
-    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    if not missing:
-        return None
-    return f"no {' and no '.join(missing)}: apt-get install -y --no-install-recommends chromium chromium-driver"
-
-
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    missing = browser_missing()
-    if missing and os.environ.get("PRUNEKIT_NEED_BROWSER"):
-        pytest.fail(missing)
-    if missing:
-        pytest.skip(missing)
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield chrome
-    chrome.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as chrome:
+        yield chrome
 
 
 @pytest.fixture(scope="module")
