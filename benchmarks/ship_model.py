@@ -35,13 +35,14 @@ model = prunekit.load("{name}")     # images [N, 3, H, W], normalized as ImageNe
 |---|---|---|---|---|---|
 {rows}
 
-The protocol is that of the paper (Gao et al., ECCV 2020): inputs of {size}×{size}, maps compared at the size of the mask.
+The protocol is that of the paper (Gao et al., ECCV 2020): inputs of {size}×{size}, maps compared at the
+size of the mask.
 
 - **Cost**: {params:,} parameters, {macs} multiply-adds at {size}×{size}.
 - **Training**: `prunekit run {recipe}`, {epochs} epochs in {hours:.1f} hours on {device}; commit {commit}, seed {seed}.
 - **Data**: DUTS-TR; {held_out} of its pairs were held out to choose the settings on.
-- **Limits**: objects that stand out from the background of a photograph. Several small objects, transparent ones, and pictures of documents or screens
-  give poor maps. There is no identity, class or depth in a map.
+- **Limits**: objects that stand out from the background of a photograph. Several small objects, transparent ones, and
+  pictures of documents or screens give poor maps. There is no identity, class or depth in a map.
 - **Terms**: {terms}
 """
 

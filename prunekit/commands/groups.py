@@ -28,8 +28,8 @@ from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
 from prunekit.reporting.number_format import short_number
 from prunekit.runs.run_dir import RunDir, is_run_folder
-from prunekit.weights import locate
 from prunekit.utils.text import did_you_mean
+from prunekit.weights import locate
 
 OPERATORS = {"serial": " → ", "parallel": " | "}
 MAX_DEPTH = 4  # of nested sums and products

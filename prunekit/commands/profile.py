@@ -28,9 +28,9 @@ from prunekit.pruning.selection.latency_model import Variant
 from prunekit.reporting.figures.latency import latency_figure
 from prunekit.reporting.figures.style import FigureKind, encode_figure
 from prunekit.runs.run_dir import RunDir, is_run_folder
-from prunekit.weights import locate
 from prunekit.utils.io import write_atomic
 from prunekit.utils.progress import Reporter
+from prunekit.weights import locate
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the channels
 STEPS = 32  # of shares in the figure

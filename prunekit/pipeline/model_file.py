@@ -31,11 +31,11 @@ from prunekit.pruning.plan import Builder, Plan
 from prunekit.pruning.provenance import Provenance, get_provenance, set_provenance
 from prunekit.pruning.surgery.slim import apply_plan
 from prunekit.runs.run_dir import RunDir
-from prunekit.weights import locate, shipped_models, similar_name
 from prunekit.utils.compiled import unwrap
 from prunekit.utils.inputs import Example, as_example, from_spec, map_tensors, tensors_of, to_spec
 from prunekit.utils.io import format_problem, os_error_reason, write_atomic
 from prunekit.utils.safe_decode import decode_json
+from prunekit.weights import locate, shipped_models, similar_name
 
 FORMAT = 1
 METADATA_KEY = "prunekit"
