@@ -35,7 +35,7 @@ from prunekit.utils.compiled import unwrap
 from prunekit.utils.inputs import Example, as_example, from_spec, map_tensors, tensors_of, to_spec
 from prunekit.utils.io import format_problem, os_error_reason, write_atomic
 from prunekit.utils.safe_decode import decode_json
-from prunekit.weights import locate, shipped_models, similar_name
+from prunekit.weights import locate, similar_name
 
 FORMAT = 1
 METADATA_KEY = "prunekit"
@@ -187,8 +187,8 @@ def _read(path: Path) -> tuple[_Metadata, dict[str, Tensor]]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} is not there{similar_name(path)}; give a file that prunekit.save wrote, a run folder, or one of "
-            f"{', '.join(shipped_models())}"
+            f"{path} is not there{similar_name(path)}; give a file that prunekit.save wrote, a run folder, or a model "
+            "that prunekit list shows"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {os_error_reason(error)}") from error
