@@ -1,10 +1,13 @@
-"""What importing prunekit costs: the command line answers at once, so these modules must not import torch."""
+"""What importing prunekit costs (the command line answers at once, so these modules must not import torch), and packages."""
 
+import configparser
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 WITHOUT_TORCH = [
     "prunekit",
     "prunekit.cli",
@@ -33,3 +36,11 @@ def test_module_does_not_import_torch(module):
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_package_is_in_the_wheel():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split()) - {"prunekit.recipes"}  # from another folder
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "prunekit").rglob("__init__.py")}
+    assert listed == found

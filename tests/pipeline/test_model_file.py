@@ -282,7 +282,10 @@ def test_damaged_metadata_is_reported(tmp_path, change, message):
 
 
 def test_other_files_are_reported(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is not there; give a file that prunekit.save wrote, a run folder, or a model that prunekit list shows"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"is not there; give a file that prunekit.save wrote, a run folder, or a model that prunekit list shows",
+    ):
         prunekit.load(tmp_path / "missing")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=r"weights.pt is damaged or was not written by prunekit.save"):
