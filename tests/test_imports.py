@@ -1,4 +1,4 @@
-"""What importing prunekit costs (the command line answers at once, so these modules must not import torch), and packages."""
+"""Packages, and what importing prunekit costs: these modules must not import torch, so that the command line is fast."""
 
 import configparser
 import subprocess
