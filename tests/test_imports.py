@@ -1,4 +1,4 @@
-"""Packages, and what importing prunekit costs: these modules must not import torch, so that the command line is fast."""
+"""Packages, and what importing prunekit costs: these modules must not import torch, since commands answer at once."""
 
 import configparser
 import subprocess
