@@ -79,8 +79,7 @@ def ship(folder: Path, name: str) -> Path:
 
 
 def _without_paths(recipe: schema.Recipe) -> schema.Recipe:
-    changes = {key: None for key in ("root", "val_root") if getattr(recipe.data, key)}
-    data = recipe.data.model_copy(update={**changes, "cache": "auto"})
+    data = recipe.data.model_copy(update={"root": None, "val_root": None, "cache": "auto"})
     return recipe.model_copy(update={"data": data})
 
 
