@@ -30,6 +30,7 @@ from prunekit.config.schema import Recipe
 from prunekit.deployment.bench.timing import BenchJob, measure
 from prunekit.deployment.bench.variants import RUNTIMES
 from prunekit.deployment.export.subnormals import without_subnormals
+from prunekit.deployment.values import UNTRAINED_TOLERANCE, tolerance
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import build_dense, input_shape, load_model, newest_model, read_recipe
 from prunekit.pruning.graph.groups import find_groups
@@ -90,7 +91,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--size", type=int, default=None)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--forms", default=",".join(form for form in FORMS if form != "compiled"))
+    forms = [form for form in FORMS if form != "compiled"]
+    parser.add_argument("--forms", default=",".join([*forms, "openvino_plain"]))
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--budgets", nargs="+", metavar="RECIPE", help="compare budgets of recipes")
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> dict:
 def compare(recipe: Recipe, models: dict[str, nn.Module], size: int, args: argparse.Namespace) -> dict:
     reporter = Reporter(Console(stderr=True))
     jobs = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tolerance(UNTRAINED_TOLERANCE):
         for name, model in models.items():
             clean = without_subnormals(model).eval().requires_grad_(False)
             files = ModelFiles(name, clean, recipe, Path(folder), reporter).make(args.forms.split(","))

@@ -301,8 +301,8 @@ def bench(
         str | None,
         Option(
             metavar="FORM,...",
-            help="eager, deployed, compiled, ort_plain, ort, openvino_plain, openvino (default: all of these); "
-            "deployed_bf16, openvino_bf16, ort_int8, openvino_int8.",
+            help="eager, deployed, compiled, ort_plain, ort, openvino (default: all of these); "
+            "openvino_plain, deployed_bf16, openvino_bf16, ort_int8, openvino_int8.",
         ),
     ] = None,
     model: Annotated[

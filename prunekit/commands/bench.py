@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from prunekit.deployment.export.onnx import export_onnx
 from prunekit.deployment.export.openvino import import_openvino
 from prunekit.deployment.export.quantize import quantize_onnx
 from prunekit.deployment.export.subnormals import without_subnormals
+from prunekit.deployment.values import UNTRAINED_TOLERANCE, tolerance
 from prunekit.errors import ExportError, RecipeError
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_model, newest_model, read_recipe
@@ -45,14 +46,14 @@ _FORMS = {
     "compiled": ("compiled", "pt2", "float32"),
     "ort_plain": ("onnxruntime", "plain", "float32"),
     "ort": ("onnxruntime", "onnxruntime", "float32"),
-    "openvino_plain": ("openvino", "plain", "float32"),
     "openvino": ("openvino", "openvino", "float32"),
+    "openvino_plain": ("openvino", "plain", "float32"),
     "deployed_bf16": ("torch", "pt2", "bf16"),
     "openvino_bf16": ("openvino", "openvino", "bf16"),
     "ort_int8": ("onnxruntime", "int8", "float32"),
     "openvino_int8": ("openvino", "int8", "float32"),
 }
-FORMS = tuple(_FORMS)[:7]  # the default
+FORMS = tuple(_FORMS)[:6]  # the default
 _SHAPE_KEYS = ("batch", "size", "threads")
 
 
@@ -100,7 +101,9 @@ def bench_run(
             if not console.is_interactive:
                 reporter.info(f"preparing {model}")
             with reporter.spinner(f"preparing {model}"):
-                files = ModelFiles(model, network, recipe, Path(scratch), reporter).make(chosen_forms)
+                trained = run.has(f"{model}/model.safetensors")
+                with nullcontext() if trained else tolerance(UNTRAINED_TOLERANCE):
+                    files = ModelFiles(model, network, recipe, Path(scratch), reporter).make(chosen_forms)
             jobs += [
                 (model, form, BenchJob(f"{model} {form}", runtime, path, batch, size, n, precision))
                 for form, (runtime, path, precision) in files.items()

@@ -16,6 +16,7 @@ from prunekit.utils.copying import copy_module
 from prunekit.utils.text import first_line
 
 _TOLERANCE = ContextVar("tolerance", default=1e-4)  # Runtimes add in another order.
+UNTRAINED_TOLERANCE = 1e-2  # An untrained network may amplify rounding errors.
 Inputs = Tensor | Sequence[Tensor]
 
 

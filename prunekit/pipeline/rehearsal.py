@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from prunekit.deployment.values import tolerance
+from prunekit.deployment.values import UNTRAINED_TOLERANCE, tolerance
 from prunekit.errors import PlanError, PrunekitError, RecipeError
 from prunekit.pipeline.context import RunContext
 from prunekit.pipeline.export import Exporter, variants
@@ -34,7 +34,6 @@ from prunekit.utils.progress import Reporter
 from prunekit.utils.text import first_line, join_names
 
 IMAGES = 2
-UNTRAINED_TOLERANCE = 1e-2  # of exports; an untrained network may amplify rounding errors
 
 
 def rehearse(context: RunContext, model: nn.Module, *, prune: bool = True) -> None:

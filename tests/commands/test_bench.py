@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers.small_run import small_run
@@ -80,3 +81,8 @@ def test_with_out_nothing_is_written_into_the_run_folder(folder, tmp_path):
     bench_run(folder, Console(), threads="1", forms="eager", seconds=0.01, out=tmp_path)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 2
+
+
+def test_untrained_dense_model_is_timed_at_every_size(tmp_path):
+    found = bench_run(Path("csnet-94k"), Console(), sizes="96", forms="ort", models="dense", seconds=0.01, out=tmp_path)
+    assert [(row["model"], row["size"]) for row in found["rows"]] == [("dense", 96)]
