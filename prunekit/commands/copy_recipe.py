@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from prunekit.config import yaml
-from prunekit.config.sources import find_recipe, shipped_recipes
+from prunekit.config.overrides import find_recipe, shipped_recipes
 from prunekit.errors import RecipeError
 from prunekit.utils.io import write_atomic
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from prunekit.commands.import_model import derived_recipe
 from prunekit.config import recipe as recipes
-from prunekit.config.sources import shipped_recipes
+from prunekit.config.overrides import shipped_recipes
 from prunekit.errors import RecipeError
 from prunekit.flops import count_modules, total
 from prunekit.pipeline.models import build_dense, choose_model, input_shape, load_model, read_recipe

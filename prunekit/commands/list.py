@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunekit.config import registry
-from prunekit.config.sources import shipped_recipes
+from prunekit.config.overrides import shipped_recipes
 from prunekit.weights import card_summary, shipped_models
 
 REGISTRIES = (

@@ -16,9 +16,9 @@ import pydantic
 
 from prunekit.config import messages, schema
 from prunekit.config.conflicts import find_conflicts
+from prunekit.config.overrides import ConfigTree, load_tree
 from prunekit.config.resolve import resolve_components
 from prunekit.config.schema import Backbone, Checkpoint, Component, Data, Decay, Export, Recipe, Slim, Training
-from prunekit.config.sources import ConfigTree, load_tree
 from prunekit.config.yaml import format_path, quote
 from prunekit.errors import RecipeError
 

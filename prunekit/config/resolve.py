@@ -12,7 +12,7 @@ import pydantic
 
 from prunekit.config import registry, schema, yaml
 from prunekit.config.messages import describe_unknown_option, describe_value, group_by_path
-from prunekit.config.sources import ConfigTree
+from prunekit.config.overrides import ConfigTree
 from prunekit.config.user_module import UserModule
 from prunekit.config.yaml import format_path
 from prunekit.errors import PrunekitError, RecipeError

@@ -6,7 +6,7 @@ from helpers.recipe_standins import GOOD, registered, ship, write
 
 from prunekit.commands.copy_recipe import copy_recipe
 from prunekit.config import recipe
-from prunekit.config.sources import shipped_recipes
+from prunekit.config.overrides import shipped_recipes
 from prunekit.errors import RecipeError
 
 

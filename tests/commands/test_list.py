@@ -6,7 +6,7 @@ from rich.console import Console
 from prunekit.cli import main
 from prunekit.commands.list import REGISTRIES, recipe_summary, table
 from prunekit.config import registry
-from prunekit.config.sources import shipped_recipes
+from prunekit.config.overrides import shipped_recipes
 
 
 def shown():

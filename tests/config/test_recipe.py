@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.config import recipe, registry, yaml
+from prunekit.config.overrides import find_recipe
 from prunekit.config.schema import SparseTraining
-from prunekit.config.sources import find_recipe
 from prunekit.errors import RecipeError
 
 # Loaded recipes

@@ -8,8 +8,8 @@ import pytest
 
 from prunekit.backbones import build
 from prunekit.config import registry, user_module
+from prunekit.config.overrides import shipped_recipes
 from prunekit.config.recipe import load
-from prunekit.config.sources import shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for folder in ("recipes", "examples") for path in (ROOT / folder).rglob("*.yaml"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prunekit.config import recipe, registry, sources
+from prunekit.config import overrides, recipe, registry
 from prunekit.errors import RecipeError
 
 GOOD = """\
@@ -104,7 +104,7 @@ def ship(tmp_path, monkeypatch):
     """ship(**texts): replace the shipped recipes."""
     package = tmp_path / "package"
     package.mkdir()
-    monkeypatch.setattr(sources.importlib.resources, "files", lambda name: {"prunekit.recipes": package}[name])
+    monkeypatch.setattr(overrides.importlib.resources, "files", lambda name: {"prunekit.recipes": package}[name])
 
     def ship(**texts):
         for name, text in texts.items():

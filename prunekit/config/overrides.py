@@ -1,4 +1,4 @@
-"""Find a recipe, its bases and overrides, and merge them while keeping the location of every value."""
+"""Find a recipe and its bases, parse overrides, and merge them while keeping the location of every value."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.recipe_standins import GOOD, load_error, load_errors, registered, ship, write
 
-from prunekit.config import recipe, sources, yaml
+from prunekit.config import overrides, recipe, yaml
 from prunekit.errors import RecipeError
 
 # Overrides
@@ -167,8 +167,8 @@ def test_a_missing_base_does_not_hide_other_errors(write, ship):
 
 def test_shipped_recipes_are_found_by_name_and_can_be_bases(write, ship):
     package = ship(csnet=GOOD, other="base: csnet.yaml\nseed: 5\n")
-    assert list(sources.shipped_recipes()) == ["csnet", "other"]
-    assert sources.find_recipe("csnet") == sources.find_recipe("csnet.yaml") == package / "csnet.yaml"
+    assert list(overrides.shipped_recipes()) == ["csnet", "other"]
+    assert overrides.find_recipe("csnet") == overrides.find_recipe("csnet.yaml") == package / "csnet.yaml"
     assert recipe.load("other").seed == 5
     assert recipe.load(write("base: other\nname: mine\n")).seed == 5
 
@@ -176,27 +176,27 @@ def test_shipped_recipes_are_found_by_name_and_can_be_bases(write, ship):
 def test_files_take_precedence_over_shipped_recipes_and_those_over_folders(write, ship):
     package = ship(csnet=GOOD)
     Path("csnet").mkdir()
-    assert sources.find_recipe("csnet") == package / "csnet.yaml"
-    assert sources.find_recipe(write(GOOD, "csnet.yaml")) == Path("csnet.yaml")
+    assert overrides.find_recipe("csnet") == package / "csnet.yaml"
+    assert overrides.find_recipe(write(GOOD, "csnet.yaml")) == Path("csnet.yaml")
 
 
 def test_a_missing_recipe(write, ship):
     ship(csnet=GOOD, other=GOOD)
     for name in ("csnt", "csnt.yaml", Path("recipes/csnt.yaml")):
         with pytest.raises(RecipeError, match=r"no such file.*did you mean 'csnet'\? shipped recipes: csnet, other$"):
-            sources.find_recipe(name)
+            overrides.find_recipe(name)
     for name in ("", "x" * 5000, "a\0b", "~nobody-of-this-name/x"):
         with pytest.raises(RecipeError):
-            sources.find_recipe(name)
+            overrides.find_recipe(name)
 
 
 def test_a_folder_is_not_a_recipe(write):
     Path("runs").mkdir()
     with pytest.raises(RecipeError, match="runs: is a folder, not a recipe"):
-        sources.find_recipe("runs")
+        overrides.find_recipe("runs")
     write(GOOD, "runs/recipe.yaml")
     with pytest.raises(RecipeError, match=r"did you mean runs/recipe\.yaml\?"):
-        sources.find_recipe("runs")
+        overrides.find_recipe("runs")
 
 
 def test_an_unreadable_file(write, monkeypatch):
@@ -210,6 +210,6 @@ def test_an_unreadable_file(write, monkeypatch):
 
 def test_a_new_target_replaces_the_old_one(write):
     recipe = write(GOOD + "target: {params_ratio: 0.5}\n")
-    assert sources.load_tree(recipe, ["target.macs=1M"]).get(("target",)) == {"macs": "1M"}
-    assert sources.load_tree(recipe, ["target.params_ratio=0.2"]).get(("target",)) == {"params_ratio": 0.2}
-    assert sources.load_tree(recipe, ["target.macs=null"]).get(("target",)) == {"params_ratio": 0.5, "macs": None}
+    assert overrides.load_tree(recipe, ["target.macs=1M"]).get(("target",)) == {"macs": "1M"}
+    assert overrides.load_tree(recipe, ["target.params_ratio=0.2"]).get(("target",)) == {"params_ratio": 0.2}
+    assert overrides.load_tree(recipe, ["target.macs=null"]).get(("target",)) == {"params_ratio": 0.5, "macs": None}
