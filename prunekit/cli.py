@@ -69,6 +69,10 @@ def run(
         str | None,
         Option("--from", metavar="STAGE", help="Repeat this stage and all later ones (implies --resume)."),
     ] = None,
+    until: Annotated[
+        str | None,
+        Option(metavar="STAGE", help="Stop before this stage, or before gradual_pruning; --resume continues."),
+    ] = None,
 ) -> None:
     """Run a recipe: train, extract, slim, fine-tune, evaluate, export and report."""
     from prunekit.config.recipe import load
@@ -79,7 +83,8 @@ def run(
     out = out or Path("runs") / loaded.name
     resume = resume or start_from is not None
     with suggest_resume("run", recipe, *(overrides or []), "--out", out, "--resume"):
-        run_recipe(loaded, out, _console(quiet=is_quiet()), resume=resume, overwrite=overwrite, start_from=start_from)
+        console = _console(quiet=is_quiet())
+        run_recipe(loaded, out, console, resume=resume, overwrite=overwrite, start_from=start_from, until=until)
 
 
 @app.command()

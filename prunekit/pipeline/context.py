@@ -30,7 +30,12 @@ EXAMPLE_IMAGES = 8
 
 
 class RunContext:
-    """What the stages of a run share; ``shape`` is that of an input: channels, height, width."""
+    """What the stages of a run share.
+
+    Attributes:
+        shape: of an input: channels, height, width.
+        stop_before_pruning: whether the training stops where gradual pruning would begin.
+    """
 
     def __init__(self, recipe: Recipe, reporter: Reporter):
         self.recipe = recipe
@@ -38,6 +43,7 @@ class RunContext:
         self.task: Task = registry.tasks.get(recipe.task)()
         self.device: torch.device = PartialState().device
         self.shape = input_shape(recipe)
+        self.stop_before_pruning = False
         epochs = recipe.train.epochs, recipe.finetune.epochs
         reporter.training_epochs = training_epochs(*epochs, recipe.slim.steps, recipe.baseline)
         self._datasets: dict[str, ImageDataset] = {}

@@ -16,6 +16,7 @@ from prunekit.errors import (
     ExportError,
     Interrupted,
     PrunekitError,
+    ReachedPruning,
     RecipeError,
     RunError,
     RunFolderError,
@@ -33,7 +34,7 @@ from prunekit.pipeline.rehearsal import rehearse
 from prunekit.pipeline.stages import STAGE_FUNCTIONS
 from prunekit.pipeline.workers import main_process_command, stage_trains
 from prunekit.runs.run_dir import DATA, RunDir, check_usable, is_run_folder
-from prunekit.runs.stage_order import STAGES
+from prunekit.runs.stage_order import GRADUAL_PRUNING, STAGES
 from prunekit.utils import distributed
 from prunekit.utils.environment import environment
 from prunekit.utils.io import is_disk_failure, is_out_of_memory, write_error
@@ -51,6 +52,7 @@ def run_recipe(
     resume: bool = False,
     overwrite: bool = False,
     start_from: str | None = None,
+    until: str | None = None,
 ) -> Path:
     """Run all stages of a recipe, or those that a run folder still lacks; return the folder.
 
@@ -61,6 +63,8 @@ def run_recipe(
         resume: continue the run in the folder.
         overwrite: replace it.
         start_from: with ``resume``, repeat this stage and the later ones.
+        until: stop before this stage, or where "gradual_pruning" begins within the training; the run can be resumed,
+            also with other values of the keys that only later stages read.
 
     Raises:
         PrunekitError: the run failed; the folder shows how far it came.
@@ -72,7 +76,9 @@ def run_recipe(
         _check_different(Path(recipe.init).expanduser(), out)
     check_usable(out, resume=resume, overwrite=overwrite)
     pending = _pending_stages(out, resume, start_from)
+    stages = _stages_until(recipe, until)
     context = RunContext(recipe, Reporter(console))
+    context.stop_before_pruning = until == GRADUAL_PRUNING
     # Before the folder is made, so that a wrong recipe or a damaged image leaves no folder.
     check_recipe(
         context,
@@ -84,7 +90,12 @@ def run_recipe(
         _check_not_half_derived(run)
         if start_from is not None:
             run.restart_from(start_from)
-        failed_export = _run_stages(context, run, STAGES)
+        try:
+            failed_export = _run_stages(context, run, stages)
+        except ReachedPruning:
+            return out
+        if until is not None:
+            return out
     return _report(out, console, failed_export)
 
 
@@ -237,6 +248,22 @@ def _pending_stages(out: Path, resume: bool, start_from: str | None) -> tuple[st
     done = RunDir.open(out).done
     first = STAGES.index(start_from) if start_from else len(STAGES)
     return tuple(stage for index, stage in enumerate(STAGES) if index >= first or stage not in done)
+
+
+def _stages_until(recipe: Recipe, until: str | None) -> tuple[str, ...]:
+    """The stages to run; RecipeError if there is nothing by the name ``until``."""
+    if until is None:
+        return STAGES
+    if until == GRADUAL_PRUNING:
+        if not recipe.train.gradual_pruning.start:
+            raise RecipeError(f"--until {until}: needs train.gradual_pruning.start above 0")
+        if distributed.world_size() > 1:
+            raise RecipeError(f"--until {until}: needs a single process")
+        return STAGES[:1]
+    names = (*STAGES[1:], GRADUAL_PRUNING)
+    if until not in names:
+        raise RecipeError(f"--until {until}: no such stage{suggest(until, names, otherwise='')} ({', '.join(names)})")
+    return STAGES[: STAGES.index(until)]
 
 
 def _copy(source: RunDir, target: RunDir, name: str, to: str | None = None) -> None:

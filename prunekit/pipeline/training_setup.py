@@ -74,6 +74,7 @@ def train_model(
         threshold=recipe.slim.threshold,
         resized=resized,
         gradual_pruning=gradual,
+        stop_before_pruning=context.stop_before_pruning,
         tracker=partial(track, recipe, run.path, training) if distributed.is_main_process() else no_tracker,
     )
     Trainer(model.to(context.device), job, groups, decay).fit()

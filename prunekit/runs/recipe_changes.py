@@ -11,7 +11,7 @@ from prunekit.config import yaml
 from prunekit.config.schema import PATHS, Recipe, real_path
 from prunekit.config.yaml import format_path
 from prunekit.runs.artifacts import RECIPE
-from prunekit.runs.stage_order import STAGES
+from prunekit.runs.stage_order import GRADUAL_PRUNING, STAGES
 from prunekit.utils.text import join_names
 
 # They change no result.
@@ -37,7 +37,7 @@ def refuse_change(
         old: recipe of the run.
         new: recipe to resume with.
         folder: the run folder.
-        is_started: whether results of a stage are kept.
+        is_started: whether results of a stage, or of "gradual_pruning", are kept.
         is_same_data: whether the images and targets are the same; None if unknown.
     """
     if old == new:
@@ -62,7 +62,7 @@ def refuse_change(
     problem += f": {keys} cannot change now; use the old value"
     problem += "" if len(started) == 1 else "s"
     if None not in started.values():
-        first = min(started.values(), key=STAGES.index)
+        first = min((STAGES[0] if s == GRADUAL_PRUNING else s for s in started.values()), key=STAGES.index)
         if first != STAGES[0]:
             problem += f", or --from {first} to repeat that stage and the later ones"
         if ("train", "epochs") in started and recipes[1].train.epochs > recipes[0].train.epochs:
@@ -71,14 +71,22 @@ def refuse_change(
 
 
 def first_stage(key: yaml.Path, recipes: list[Recipe]) -> str | None:
-    """Return the first stage whose result depends on a key in one of the recipes; None: what the run starts from."""
+    """Return the first stage whose result depends on a key in one of the recipes; None: what the run starts from.
+
+    "gradual_pruning" is the part of the training that begins with the choice of channels.
+    """
     section = key[0]
+    gradual = any(recipe.train.gradual_pruning.start is not None for recipe in recipes)
     if key == ("slim", "recalibrate"):
         return "finetune"
     if section == "finetune":
         return "slim" if any(recipe.slim.steps > 1 for recipe in recipes) else "finetune"
     if section in ("slim", "target", "latency"):
-        return "train" if any(recipe.train.gradual_pruning.start is not None for recipe in recipes) else "extract"
+        # The metrics of each epoch count the gates above the threshold.
+        in_training = "train" if key == ("slim", "threshold") else GRADUAL_PRUNING
+        return in_training if gradual else "extract"
+    if key[:2] == ("train", "gradual_pruning") and key[2:] != ("start",) and gradual:
+        return GRADUAL_PRUNING
     if section in ("train", "decay", "baseline", "log"):
         return "train"
     return section if section in STAGES else None

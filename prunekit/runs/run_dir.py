@@ -22,7 +22,7 @@ from prunekit.runs import state as states
 from prunekit.runs.artifacts import RECIPE, ArtifactStore
 from prunekit.runs.checkpoint_store import Tensors
 from prunekit.runs.recipe_changes import refuse_change
-from prunekit.runs.stage_order import STAGES, SUMMARY_STAGES, stage_index, training_position
+from prunekit.runs.stage_order import GRADUAL_PRUNING, STAGES, SUMMARY_STAGES, stage_index, training_position
 from prunekit.runs.state import FORMAT, STATE, SUMMARY
 from prunekit.runs.written_files import remove_written, temporary_files
 from prunekit.utils.io import TEMP_PREFIX, is_disk_failure, make_folder, os_error_reason, write_error
@@ -158,9 +158,10 @@ class RunDir(ArtifactStore):
         self._resolve_replacements()
         written = self.read_text(RECIPE)
         kept = STAGES[: stage_index(repeat_from)] if repeat_from else STAGES
+        is_kept = {**dict.fromkeys(kept, True), GRADUAL_PRUNING: STAGES[0] in kept}
         data = (lambda: checksums() == self.read_json(DATA)) if checksums is not None and self.has(DATA) else None
         if problem := refuse_change(
-            written, recipe_text, self.path, lambda s: s in kept and self._has_results(s), is_same_data=data
+            written, recipe_text, self.path, lambda s: is_kept.get(s, False) and self._has_results(s), is_same_data=data
         ):
             raise RunFolderError(problem)
         if repeat_from:
@@ -271,6 +272,10 @@ class RunDir(ArtifactStore):
         return STAGES[stage_index(stage)] in self._state["done"]
 
     def _has_results(self, stage: str) -> bool:
+        if stage == GRADUAL_PRUNING:
+            checkpoint = self.load_checkpoint("train")
+            pruning = checkpoint and checkpoint[1].get("gradual_pruning")
+            return self.is_done("train") or bool(pruning and pruning["round"])
         trainings = self.checkpoints().stages()
         return (
             stage == STAGES[0]

@@ -7,6 +7,7 @@ import re
 from prunekit.errors import RunFolderError
 
 STAGES = ("train", "extract", "slim", "finetune", "evaluate", "export", "report")
+GRADUAL_PRUNING = "gradual_pruning"  # the part of the stage train that depends on the target
 # File or folder of a run → the stage that writes it.
 FILE_STAGES = {
     "metrics.jsonl": "train",

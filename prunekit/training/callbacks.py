@@ -52,11 +52,18 @@ class LearningRate(Callback):
 
 
 class PruneGradually(Callback):
-    """Shrinks the chosen channels after each step; the decay ends when the first are chosen."""
+    """Shrinks the chosen channels after each step; the decay ends when the first are chosen.
+
+    With ``stop_before_pruning``, the training stops before the step after which they would be.
+    """
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        if trainer.gradual_pruning.step(trainer.phases.parts_of_a_step(trainer.position.epoch)):
+        pruning, phases, position = trainer.gradual_pruning, trainer.phases, trainer.position
+        if pruning.step(phases.parts_of_a_step(position.epoch)):
             trainer.end_decay()
+        if trainer.job.stop_before_pruning:
+            next_epoch = position.epoch + (position.step == trainer.phase.steps)
+            trainer.reached_pruning = pruning.round > 0 or pruning.begins_with(phases.parts_of_a_step(next_epoch))
 
 
 class MetricsLogger(Callback):

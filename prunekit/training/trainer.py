@@ -20,7 +20,7 @@ from prunekit.config import registry
 from prunekit.config.schema import Component
 from prunekit.data.cache import to_device
 from prunekit.data.datasets import Tensors
-from prunekit.errors import TrainingError
+from prunekit.errors import ReachedPruning, TrainingError
 from prunekit.native.library import load
 from prunekit.pruning.plan import Group
 from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
@@ -55,6 +55,7 @@ class Trainer:
         position: finished epochs and steps, and the sums of the current epoch.
         callbacks: in the order in which their hooks are called.
         stopped_at: set by a callback to stop the training; where it stopped.
+        reached_pruning: set by a callback to stop because of ``job.stop_before_pruning``.
 
     Raises:
         TrainingError: a loss, penalty or gradient is not finite, or another process of the run has ended.
@@ -92,6 +93,7 @@ class Trainer:
             self.callbacks.append(callbacks.PruneGradually())
         self.callbacks += [callbacks.MetricsLogger(), callbacks.Checkpointing(), callbacks.Progress()]
         self.stopped_at: str | None = None
+        self.reached_pruning = False
         self.data: Tensors | None = None
 
     @property
@@ -146,8 +148,8 @@ class Trainer:
         self.training_step.check(self.position.epoch, self.position.step - 1)
 
     def should_stop(self) -> bool:
-        """Whether Ctrl-C or SIGTERM asks to stop; the same in all processes. Call once per step and epoch."""
-        return self.training_step.should_stop(self.interrupts.requested)
+        """Whether Ctrl-C, SIGTERM or the job asks to stop; the same in all processes. Call once per step and epoch."""
+        return self.training_step.should_stop(self.interrupts.requested or self.reached_pruning)
 
     def end_decay(self) -> None:
         """Train without a penalty from now on."""
@@ -275,7 +277,7 @@ class Trainer:
     def _stop_if_requested(self) -> None:
         if self.stopped_at is not None:
             self.job.reporter.info(f"{self.job.stage}: stopped after {self.stopped_at}; checkpoint saved")
-            raise KeyboardInterrupt
+            raise ReachedPruning if self.reached_pruning else KeyboardInterrupt
 
 
 def seeded_generator(seed: int, stage: str, epoch: int, *within: int) -> torch.Generator:

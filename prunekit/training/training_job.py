@@ -43,6 +43,7 @@ class TrainingJob:
         threshold: effective gate at or below which a channel counts as dead.
         resized: returns the training data at another size; needed for ``progressive.sizes``.
         gradual_pruning: given the number of steps, returns what shrinks channels to zero; None shrinks none.
+        stop_before_pruning: stop with a checkpoint before the first channels are chosen.
         tracker: logs metrics elsewhere, see :mod:`prunekit.training.trackers`.
     """
 
@@ -59,4 +60,5 @@ class TrainingJob:
     threshold: float = 0.0
     resized: Callable[[int], Tensors] | None = None
     gradual_pruning: Callable[[int], GradualPruning] | None = None
+    stop_before_pruning: bool = False
     tracker: Tracker = no_tracker

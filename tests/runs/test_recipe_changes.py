@@ -9,7 +9,7 @@ from prunekit.config.schema import Recipe, all_keys, get_section
 from prunekit.errors import RunFolderError
 from prunekit.runs.recipe_changes import first_stage
 from prunekit.runs.run_dir import RunDir
-from prunekit.runs.stage_order import STAGES
+from prunekit.runs.stage_order import GRADUAL_PRUNING, STAGES
 
 
 def started(path, done, *overrides):
@@ -100,9 +100,12 @@ def test_first_stage_depends_on_other_keys():
     assert first_stage(("finetune", "lr"), [plain, stepped]) == "slim"
     assert first_stage(("slim", "min_channels"), [plain, plain]) == "extract"
     assert first_stage(("target", "params_ratio"), [plain, target]) == "extract"
-    # Channels are chosen during training.
-    assert first_stage(("slim", "min_channels"), [plain, gradual]) == "train"
-    assert first_stage(("target", "params_ratio"), [gradual, gradual]) == "train"
+    # Channels are chosen during training; each epoch counts the gates above the threshold.
+    assert first_stage(("slim", "min_channels"), [plain, gradual]) == "gradual_pruning"
+    assert first_stage(("target", "params_ratio"), [gradual, gradual]) == "gradual_pruning"
+    assert first_stage(("train", "gradual_pruning", "end"), [gradual, gradual]) == "gradual_pruning"
+    assert first_stage(("train", "gradual_pruning", "start"), [gradual, gradual]) == "train"
+    assert first_stage(("slim", "threshold"), [gradual, gradual]) == "train"
 
 
 def test_every_section_has_a_stage_or_is_what_a_run_starts_from():
@@ -111,7 +114,7 @@ def test_every_section_has_a_stage_or_is_what_a_run_starts_from():
     assert {section for section, stage in found.items() if stage is None} == {
         *("name", "seed", "init", "init_weights", "backbone", "task", "data")
     }
-    assert set(found) == set(Recipe.model_fields) and set(filter(None, found.values())) <= set(STAGES)
+    assert set(found) == set(Recipe.model_fields) and set(filter(None, found.values())) <= {*STAGES, GRADUAL_PRUNING}
 
 
 def test_a_relative_path_of_an_older_version_is_the_same_folder(tmp_path, monkeypatch):

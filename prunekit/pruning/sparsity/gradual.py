@@ -83,14 +83,18 @@ class GradualPruning:
     def is_finished(self) -> bool:
         return self.round == self._rounds and self._remaining() == 0
 
+    def begins_with(self, count: int = 1) -> bool:
+        """Return whether a round begins with so many optimizer steps more."""
+        return self.round < self._rounds and self._progress(count) >= self.round
+
     def step(self, count: int = 1) -> bool:
         """Count one more optimizer step and limit the chosen channels; return whether a round has begun.
 
         Args:
             count: of ``total_steps`` that this step is, where some advance the training further than others.
         """
+        begins = self.begins_with(count)
         self._steps += count
-        begins = self.round < self._rounds and self._progress() >= self.round
         if begins:
             self._begin_round()
         if self.round and self._slices:
@@ -113,9 +117,9 @@ class GradualPruning:
             entries = self._offsets[key] + torch.tensor(own["entries"])
             self._limits[entries] = torch.tensor(own["limits"], dtype=self._limits.dtype)
 
-    def _progress(self) -> float:
-        """Rounds that are over."""
-        share = self._steps / self.total_steps
+    def _progress(self, more: int = 0) -> float:
+        """Rounds that are over, after so many steps more."""
+        share = (self._steps + more) / self.total_steps
         # Rounded, since 0.75 · 4 steps are 3.
         return round((share - self._start) / (self._end - self._start) * self._rounds, 9)
 
