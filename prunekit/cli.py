@@ -88,6 +88,32 @@ def run(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeName,
+    settings: Annotated[
+        list[str],
+        Argument(metavar="KEY=VALUE,...", help="Values to combine, e.g. target.params_ratio=0.5,0.35 seed=0,1."),
+    ],
+    out: Annotated[Path | None, Option(help="Folder of the sweep; default: runs/RECIPE-sweep.")] = None,
+    trials: Annotated[
+        int | None, Option(metavar="N", help="Draw this many combinations at random; default: all.")
+    ] = None,
+    seed: Annotated[int, Option(help="Seed of --trials.")] = 0,
+    jobs: Annotated[int | None, Option(min=1, help="Runs at the same time; default: the number of cores.")] = None,
+    threads: Annotated[int, Option(min=1, help="Threads of each run.")] = 1,
+    resume: Annotated[bool, Option("--resume", help="Continue a sweep, also with more values.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only print the runs.")] = False,
+) -> None:
+    """Run a recipe once for each combination of values, share what they have in common, and report all runs."""
+    from prunekit.commands.sweep import run_sweep
+
+    out = out or Path("runs") / f"{Path(recipe).stem}-sweep"
+    options = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "resume": resume, "dry_run": dry_run}
+    with suggest_resume("sweep", recipe, *settings, "--out", out, "--resume"):
+        run_sweep(recipe, settings, out, _console(), **options)
+
+
+@app.command()
 def validate(
     recipe: RecipeName,
     overrides: Overrides = None,

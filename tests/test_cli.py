@@ -186,6 +186,7 @@ def test_interrupted(call, monkeypatch):
 # Each command with its shortest arguments, and the function that does its work.
 COMMANDS = {
     "run": (["csnet"], "prunekit.pipeline.runner.run_recipe"),
+    "sweep": (["csnet", "seed=0,1"], "prunekit.commands.sweep.run_sweep"),
     "slim": (["RUN"], "prunekit.pipeline.runner.slim_run"),
     "finetune": (["RUN"], "prunekit.pipeline.runner.finetune_run"),
     "report": (["RUN"], "prunekit.reporting.report"),
@@ -239,6 +240,7 @@ def test_exit_statuses_cover_every_command():
     [
         ("run", ["csnet", "name=two words"], "run csnet 'name=two words' --out 'runs/two words' --resume"),
         ("run", ["csnet", "--out", "x", "--from", "slim"], "run csnet --out x --resume"),
+        ("sweep", ["csnet", "seed=0,1"], "sweep csnet seed=0,1 --out runs/csnet-sweep --resume"),
         ("slim", ["RUN", "slim.threshold=1"], "slim RUN slim.threshold=1 --out RUN-slim --overwrite"),
         ("finetune", ["RUN", "--out", "x"], "run x/recipe.yaml --out x --resume"),
     ],

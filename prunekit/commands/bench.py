@@ -33,7 +33,7 @@ from prunekit.pipeline.models import MODELS, build_dense, input_shape, load_mode
 from prunekit.pruning.plan import Builder
 from prunekit.pruning.surgery.recalibrate import recalibrate
 from prunekit.runs.run_dir import RunDir
-from prunekit.utils.environment import processor_name
+from prunekit.utils.environment import available_cores, processor_name
 from prunekit.utils.progress import Reporter, format_duration
 from prunekit.utils.text import one_line, plural, suggest
 
@@ -86,7 +86,7 @@ def bench_run(
     """
     reporter = Reporter(console)
     batch_sizes = _parse_numbers("--batch", batches)
-    thread_counts = _parse_numbers("--threads", threads or str(_cpu_count()))
+    thread_counts = _parse_numbers("--threads", threads or str(available_cores()))
     chosen_forms = _parse_names("--forms", forms, tuple(_FORMS)) if forms else list(FORMS)
     chosen_models = _parse_names("--model", models, MODELS) if models else None
     if not 0 < seconds < math.inf:
@@ -346,7 +346,3 @@ def _parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
         if name not in known:
             raise RecipeError(f"{option} {name}: unknown{suggest(name, known)} choose from {', '.join(known)}")
     return list(dict.fromkeys(names))
-
-
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

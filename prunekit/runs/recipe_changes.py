@@ -92,6 +92,20 @@ def first_stage(key: yaml.Path, recipes: list[Recipe]) -> str | None:
     return section if section in STAGES else None
 
 
+def dependencies(recipe: Recipe, stop: str) -> dict[str, Any]:
+    """Return the keys, with values, on which the results of a run depend that stops before this stage.
+
+    Two runs with the same ones may continue as one another.
+    """
+    order = {None: 0, STAGES[0]: 1, GRADUAL_PRUNING: 2} | {stage: 2 + n for n, stage in enumerate(STAGES[1:], 1)}
+    leaves = _leaves(recipe.model_dump(mode="json"))
+    return {
+        format_path(key): value
+        for key, value in leaves
+        if key not in _ALWAYS and order[first_stage(key, [recipe])] < order[stop]
+    }
+
+
 def _changed_keys(recipes: list[Recipe]) -> list[yaml.Path]:
     old, new = (dict(_leaves(recipe.model_dump())) for recipe in recipes)
     return [

@@ -17,6 +17,7 @@ from prunekit.cli import app, main
 from prunekit.config import registry
 from prunekit.config.recipe import load
 from prunekit.pipeline.runner import run_recipe
+from prunekit.sweep.space import combine, parse_settings
 
 # Commands that read a run folder and take about a second; they are executed on a small run.
 CHEAP = {"list", "groups", "report", "watch", "predict", "validate", "cp"}
@@ -101,6 +102,10 @@ def check_prunekit(words: list[str]) -> None:
     command = get_command(app).commands[words[0]]
     context = command.make_context(words[0], list(words[1:]))
     overrides = context.params.get("overrides")
+    if words[0] == "sweep":
+        axes, fixed = parse_settings(context.params["settings"])
+        for trial in combine(axes):
+            load(context.params["recipe"], [*fixed, *(f"{a.key}={v}" for a, v in zip(axes, trial.values, strict=True))])
     if words[0] in WITH_OVERRIDES:
         named = context.params.get("recipe") or context.params.get("source") or "runs/"
         recipe = named if "/" not in named and "." not in named else ROOT / named

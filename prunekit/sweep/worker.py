@@ -1,0 +1,134 @@
+"""One run of a sweep: in a process of its own, continued where an earlier one was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunekit.errors import PrunekitError, RunFolderError
+from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.sweep.tasks import Task
+from prunekit.utils.io import TEMP_PREFIX, make_folder, write_atomic
+
+LOGS = "logs"
+_DONE = ".done"  # beside the folder of a shared run
+_POLL_SECONDS = 0.2
+_LOCK_SECONDS = 60.0  # an orphaned process needs to save its checkpoint
+_STOP_SECONDS = 60.0
+_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+_LIBC = ctypes.CDLL(None)  # loaded before a fork
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "complete", "failed" or "interrupted"; with what it printed last if it failed."""
+
+    status: str
+    message: str = ""
+
+
+def is_done(sweep: Path, task: Task) -> bool:
+    """Return whether a run has ended where it was to end."""
+    folder = sweep / task.folder
+    if task.until is not None:
+        return folder.with_name(folder.name + _DONE).is_file()
+    with contextlib.suppress(PrunekitError):
+        return RunDir.open(folder).status == "complete"
+    return False
+
+
+def run_task(sweep: Path, recipe: str, task: Task, threads: int, stop: threading.Event | None = None) -> Outcome:
+    """Run ``prunekit run`` on one task until it ends or ``stop`` is set; a run that is there already continues.
+
+    Args:
+        sweep: folder of the sweep.
+        recipe: as on the command line.
+        task: its parent, if any, is done.
+        threads: of the process.
+        stop: set from another thread; the run saves a checkpoint and ends.
+    """
+    stop = stop or threading.Event()
+    folder = sweep / task.folder
+    if is_done(sweep, task):
+        return Outcome("complete")
+    if task.parent is not None and not is_run_folder(folder):
+        _copy_run(sweep / task.parent, folder)
+    _wait_until_unlocked(folder)
+    until = [] if task.until is None else ["--until", task.until]
+    command = ["run", recipe, *task.overrides, "--out", str(folder), "--resume", *until]
+    log = sweep / LOGS / f"{task.folder.replace('/', '-')}.log"
+    make_folder(log.parent)
+    status = _run(command, log, threads, stop)
+    if status == 0:
+        if task.until is not None:
+            write_atomic(folder.with_name(folder.name + _DONE), b"")
+        return Outcome("complete")
+    return Outcome("interrupted") if stop.is_set() else Outcome("failed", _last_line(log) or f"exit status {status}")
+
+
+def _copy_run(source: Path, folder: Path) -> None:
+    """Copy a run, without what is about the original alone; a kill leaves no half copy."""
+    partial = folder.with_name(f"{TEMP_PREFIX}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(folder.parent)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("lock", "run.log", f"{TEMP_PREFIX}*"))
+    partial.rename(folder)
+
+
+def _wait_until_unlocked(folder: Path) -> None:
+    """Wait for a process of an earlier sweep that is still saving."""
+    end = time.monotonic() + _LOCK_SECONDS
+    while is_run_folder(folder):
+        try:
+            RunDir.open(folder, write=True).close()
+            return
+        except RunFolderError:
+            if time.monotonic() > end:
+                return  # the run itself reports it
+            time.sleep(_POLL_SECONDS)
+        except PrunekitError:
+            return
+
+
+def _run(command: Sequence[str], log: Path, threads: int, stop: threading.Event) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prunekit.cli", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which then stops its runs
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        asked: float | None = None
+        while process.poll() is None:
+            if stop.wait(_POLL_SECONDS) and asked is None:
+                asked = time.monotonic()
+                process.terminate()
+            elif asked is not None:
+                if time.monotonic() - asked > _STOP_SECONDS:
+                    process.kill()
+                time.sleep(_POLL_SECONDS)
+        return process.returncode
+
+
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when the sweep is killed."""
+    _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line.removeprefix("prunekit: ") for line in reversed(lines) if line.strip()), "")
