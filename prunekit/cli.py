@@ -99,6 +99,7 @@ def sweep(
         int | None, Option(metavar="N", help="Draw this many combinations at random; default: all.")
     ] = None,
     seed: Annotated[int, Option(help="Seed of --trials.")] = 0,
+    engine: Annotated[str, Option(help="local: processes on this machine; ray: a Ray cluster.")] = "local",
     jobs: Annotated[int | None, Option(min=1, help="Runs at the same time; default: the number of cores.")] = None,
     threads: Annotated[int, Option(min=1, help="Threads of each run.")] = 1,
     resume: Annotated[bool, Option("--resume", help="Continue a sweep, also with more values.")] = False,
@@ -108,7 +109,15 @@ def sweep(
     from prunekit.commands.sweep import run_sweep
 
     out = out or Path("runs") / f"{Path(recipe).stem}-sweep"
-    options = {"trials": trials, "seed": seed, "jobs": jobs, "threads": threads, "resume": resume, "dry_run": dry_run}
+    options = {
+        "trials": trials,
+        "seed": seed,
+        "engine": engine,
+        "jobs": jobs,
+        "threads": threads,
+        "resume": resume,
+        "dry_run": dry_run,
+    }
     with suggest_resume("sweep", recipe, *settings, "--out", out, "--resume"):
         run_sweep(recipe, settings, out, _console(), **options)
 

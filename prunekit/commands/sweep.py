@@ -22,7 +22,7 @@ from prunekit.errors import Interrupted, PrunekitError, RecipeError, RunError, R
 from prunekit.reporting import report
 from prunekit.runs.run_dir import RunDir, is_run_folder
 from prunekit.runs.stage_order import STAGES
-from prunekit.sweep.engines import run_locally
+from prunekit.sweep.engines import ENGINES
 from prunekit.sweep.results import COSTS, importance_table, means_table, on_front, trials_table
 from prunekit.sweep.space import Axis, Trial, combine, parse_settings, short_titles
 from prunekit.sweep.tasks import Task, plan_tasks
@@ -36,6 +36,7 @@ from prunekit.utils.text import plural, si
 
 SWEEP, FORMAT = "sweep.json", 1
 _REFRESH_SECONDS = 2.0
+_MANY = 1000
 
 
 def run_sweep(
@@ -46,6 +47,7 @@ def run_sweep(
     *,
     trials: int | None = None,
     seed: int = 0,
+    engine: str = "local",
     jobs: int | None = None,
     threads: int = 1,
     resume: bool = False,
@@ -61,7 +63,8 @@ def run_sweep(
         console: for progress and results.
         trials: number of combinations, drawn at random; None for all.
         seed: of that draw.
-        jobs: runs at the same time; None: as many as there are cores.
+        engine: a key of ``ENGINES``.
+        jobs: runs at the same time at most; None: as many as there are cores.
         threads: of each run.
         resume: continue the sweep in the folder. It may have more values than before.
         dry_run: only print what would run.
@@ -72,7 +75,10 @@ def run_sweep(
         RunError: some trials failed; the others are complete.
         Interrupted: the runs have saved checkpoints.
     """
-    jobs = jobs or available_cores()
+    if engine not in ENGINES:
+        raise RecipeError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
+    # Ray knows how many fit, on machines that may come and go.
+    jobs = jobs or (available_cores() if engine == "local" else _MANY)
     axes, fixed = parse_settings(settings)
     chosen = combine(axes, trials, seed)
     overrides = [
@@ -97,7 +103,7 @@ def run_sweep(
         )
         try:
             with monitor:
-                run_locally(out, recipe, tasks, jobs, threads, monitor)
+                ENGINES[engine](out, recipe, tasks, jobs, threads, monitor)
         except KeyboardInterrupt as stop:
             raise Interrupted from stop
         table = _report(out, axes, chosen, console)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from prunekit.errors import PrunekitError
 from prunekit.sweep.tasks import Task
 from prunekit.sweep.worker import Outcome, is_done, run_task
+from prunekit.utils.text import first_line
 
 _TICK_SECONDS = 0.5
+_RAY_RETRIES, _RAY_STOP_SECONDS = 3, 60.0
 
 
 class Monitor(Protocol):
@@ -52,11 +56,66 @@ def run_locally(sweep: Path, recipe: str, tasks: Sequence[Task], jobs: int, thre
             raise
 
 
-def _run(sweep: Path, recipe: str, task: Task, threads: int, stop: threading.Event) -> Outcome:
+def _run(
+    sweep: Path, recipe: str, task: Task, threads: int, stop: threading.Event | None, cwd: str | None = None
+) -> Outcome:
     try:
-        return run_task(sweep, recipe, task, threads, stop)
+        return run_task(sweep, recipe, task, threads, stop, cwd)
     except Exception as error:  # such as a full disk; the other runs go on
         return Outcome("failed", f"{type(error).__name__}: {error}")
+
+
+def run_on_ray(sweep: Path, recipe: str, tasks: Sequence[Task], jobs: int, threads: int, monitor: Monitor) -> None:
+    """Process tasks on the Ray cluster that ``RAY_ADDRESS`` names or that runs here, else on one of this machine.
+
+    All its machines need the folder of the sweep, the data and prunekit under the same paths. A task whose worker dies
+    is repeated, and its run continues from the newest checkpoint.
+
+    Args:
+        As for :func:`run_locally`; each task reserves ``threads`` cores.
+
+    Raises:
+        PrunekitError: Ray is not installed.
+        KeyboardInterrupt: after the runs have been asked to end.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise PrunekitError('Ray is not installed; add it with: pip install "prunekit[ray]"') from error
+    sweep, cwd = sweep.resolve(), str(Path.cwd())
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True
+    )
+    remote = ray.remote(num_cpus=threads, max_retries=_RAY_RETRIES)(_run)
+    running: list[Any] = []
+
+    def submit(task: Task) -> Any:
+        running.append(remote.remote(sweep, recipe, task, threads, None, cwd))
+        return running[-1]
+
+    def done(handles: Sequence[Any]) -> dict[Any, Outcome]:
+        ended, _ = ray.wait(list(handles), num_returns=1, timeout=_TICK_SECONDS)
+        return {handle: _ray_outcome(ray, handle) for handle in ended}
+
+    try:
+        process_tasks(sweep, tasks, jobs, submit, done, monitor)
+    except BaseException:
+        for handle in running:
+            ray.cancel(handle, force=False)
+        ray.wait(running, num_returns=len(running), timeout=_RAY_STOP_SECONDS)
+        raise
+    finally:
+        ray.shutdown()
+
+
+def _ray_outcome(ray: Any, handle: Any) -> Outcome:
+    try:
+        return ray.get(handle)
+    except ray.exceptions.RayError as error:  # its worker died too often
+        return Outcome("failed", first_line(error))
+
+
+ENGINES = {"local": run_locally, "ray": run_on_ray}
 
 
 def _done(futures: Sequence[Future[Outcome]]) -> dict[Future[Outcome], Outcome]:

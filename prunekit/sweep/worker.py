@@ -47,7 +47,9 @@ def is_done(sweep: Path, task: Task) -> bool:
     return False
 
 
-def run_task(sweep: Path, recipe: str, task: Task, threads: int, stop: threading.Event | None = None) -> Outcome:
+def run_task(
+    sweep: Path, recipe: str, task: Task, threads: int, stop: threading.Event | None = None, cwd: str | None = None
+) -> Outcome:
     """Run ``prunekit run`` on one task until it ends or ``stop`` is set; a run that is there already continues.
 
     Args:
@@ -56,6 +58,7 @@ def run_task(sweep: Path, recipe: str, task: Task, threads: int, stop: threading
         task: its parent, if any, is done.
         threads: of the process.
         stop: set from another thread; the run saves a checkpoint and ends.
+        cwd: the folder to which paths in the recipe and its overrides are relative; None: the current one.
     """
     stop = stop or threading.Event()
     folder = sweep / task.folder
@@ -68,7 +71,7 @@ def run_task(sweep: Path, recipe: str, task: Task, threads: int, stop: threading
     command = ["run", recipe, *task.overrides, "--out", str(folder), "--resume", *until]
     log = sweep / LOGS / f"{task.folder.replace('/', '-')}.log"
     make_folder(log.parent)
-    status = _run(command, log, threads, stop)
+    status = _run(command, log, threads, stop, cwd)
     if status == 0:
         if task.until is not None:
             write_atomic(folder.with_name(folder.name + _DONE), b"")
@@ -100,7 +103,7 @@ def _wait_until_unlocked(folder: Path) -> None:
             return
 
 
-def _run(command: Sequence[str], log: Path, threads: int, stop: threading.Event) -> int:
+def _run(command: Sequence[str], log: Path, threads: int, stop: threading.Event, cwd: str | None) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -109,19 +112,28 @@ def _run(command: Sequence[str], log: Path, threads: int, stop: threading.Event)
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
+            cwd=cwd,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which then stops its runs
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
-        asked: float | None = None
-        while process.poll() is None:
-            if stop.wait(_POLL_SECONDS) and asked is None:
-                asked = time.monotonic()
-                process.terminate()
-            elif asked is not None:
-                if time.monotonic() - asked > _STOP_SECONDS:
-                    process.kill()
-                time.sleep(_POLL_SECONDS)
+        try:
+            while process.poll() is None:
+                if stop.wait(_POLL_SECONDS):
+                    break
+        finally:
+            _stop(process)
         return process.returncode
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Let a run save a checkpoint and end; kill one that does not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _end_with_parent() -> None:
