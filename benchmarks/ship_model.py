@@ -39,7 +39,7 @@ The protocol is that of the paper (Gao et al., ECCV 2020): inputs of {size}×{si
 size of the mask.
 
 - **Cost**: {params:,} parameters, {macs} multiply-adds at {size}×{size}.
-- **Training**: `prunekit run {recipe}`, {epochs} epochs in {hours:.1f} hours on {device}; commit {commit}, seed {seed}.
+- **Training**: `prunekit run {recipe}`{init}, {epochs} epochs in {hours:.1f} hours on {device}; commit {commit}, seed {seed}.
 - **Data**: DUTS-TR; {held_out} of its pairs were held out to choose the settings on.
 - **Limits**: objects that stand out from the background of a photograph. Several small objects, transparent ones, and
   pictures of documents or screens give poor maps. There is no identity, class or depth in a map.
@@ -80,7 +80,8 @@ def ship(folder: Path, name: str) -> Path:
 
 def _without_paths(recipe: schema.Recipe) -> schema.Recipe:
     data = recipe.data.model_copy(update={"root": None, "val_root": None, "cache": "auto"})
-    return recipe.model_copy(update={"data": data})
+    latency = recipe.latency.model_copy(update={"table": None})
+    return recipe.model_copy(update={"data": data, "latency": latency, "init": None})
 
 
 def _card(
@@ -99,6 +100,7 @@ def _card(
         rows="\n".join(rows),
         size=recipe.data.size,
         recipe=recipe.name,
+        init="" if recipe.init is None else f" from {Path(recipe.init).name}",
         epochs=recipe.train.epochs,
         hours=sum(summary["seconds"].values()) / 3600,
         device="one CPU core" if environment["device"] == "cpu" else environment["device"],
