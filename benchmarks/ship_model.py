@@ -39,7 +39,8 @@ The protocol is that of the paper (Gao et al., ECCV 2020): inputs of {size}×{si
 size of the mask.
 
 - **Cost**: {params:,} parameters, {macs} multiply-adds at {size}×{size}.
-- **Training**: `prunekit run {recipe}`{init}, {epochs} epochs in {hours:.1f} hours on {device}; commit {commit}, seed {seed}.
+- **Training**: `prunekit run {recipe}`{init}, {epochs} epochs in {hours:.1f} hours on {device};
+  commit {commit}, seed {seed}.
 - **Data**: DUTS-TR; {held_out} of its pairs were held out to choose the settings on.
 - **Limits**: objects that stand out from the background of a photograph. Several small objects, transparent ones, and
   pictures of documents or screens give poor maps. There is no identity, class or depth in a map.
