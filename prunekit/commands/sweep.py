@@ -212,9 +212,8 @@ class _Monitor:
         if outcome.status == "failed":
             self.failed[task.folder] = outcome.message
         if self.live is None:
-            took = (
-                format_duration(time.monotonic() - self.begun[task.folder]) if task.folder in self.begun else "before"
-            )
+            begun = self.begun.get(task.folder)
+            took = "not started" if begun is None else format_duration(time.monotonic() - begun)
             done = sum(status not in ("waiting", "running") for status in self.status.values())
             self._say(f"{task.folder}: {outcome.status} ({took}); {done} of {len(self.status)} runs have ended")
 

@@ -58,12 +58,9 @@ class PruneGradually(Callback):
     """
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        pruning, phases, position = trainer.gradual_pruning, trainer.phases, trainer.position
-        if pruning.step(phases.parts_of_a_step(position.epoch)):
+        if trainer.gradual_pruning.step(trainer.phases.parts_of_a_step(trainer.position.epoch)):
             trainer.end_decay()
-        if trainer.job.stop_before_pruning:
-            next_epoch = position.epoch + (position.step == trainer.phase.steps)
-            trainer.reached_pruning = pruning.round > 0 or pruning.begins_with(phases.parts_of_a_step(next_epoch))
+        trainer.reached_pruning = trainer.job.stop_before_pruning and trainer.prunes_next
 
 
 class MetricsLogger(Callback):

@@ -112,6 +112,15 @@ class Trainer:
         return self.phases.done(self.position.epoch, self.position.step)
 
     @property
+    def prunes_next(self) -> bool:
+        """Whether the next step is followed by the choice of channels, or an earlier one was."""
+        pruning, position = self.gradual_pruning, self.position
+        if pruning is None:
+            return False
+        epoch = position.epoch + (position.step == self.phase.steps)
+        return pruning.round > 0 or pruning.begins_with(self.phases.parts_of_a_step(epoch))
+
+    @property
     def is_log_step(self) -> bool:
         """Whether losses and gates are read after the step that has just finished."""
         step = self.position.step
@@ -119,6 +128,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train the model to the last epoch."""
+        if self.job.stop_before_pruning and self.prunes_next:
+            raise ReachedPruning
         with self._session():
             for epoch in range(self.position.epoch, self.epochs):
                 self._start_epoch()

@@ -36,6 +36,10 @@ def test_target_may_change_until_gradual_pruning_begins(tmp_path, start):
     run_recipe(recipe(begins, ends, "target.params_ratio=0.5"), whole, quiet())
     run_recipe(recipe(begins, "target.params_ratio=0.3"), parts, quiet(), until="gradual_pruning")
     stopped = RunDir.open(parts)
+    steps = stopped.latest_checkpoint("train")
+    # It is there already.
+    run_recipe(recipe(begins, "target.params_ratio=0.4"), parts, quiet(), resume=True, until="gradual_pruning")
+    assert stopped.latest_checkpoint("train") == steps
     assert stopped.status == "interrupted" and not stopped.done
     assert stopped.load_checkpoint("train")[1]["gradual_pruning"]["round"] == 0
     run_recipe(recipe(begins, ends, "target.params_ratio=0.5"), parts, quiet(), resume=True)
