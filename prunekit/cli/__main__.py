@@ -1,0 +1,5 @@
+"""``python -m prunekit.cli``, for torchrun."""
+
+from prunekit.cli import main
+
+main()
