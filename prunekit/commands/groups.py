@@ -27,7 +27,8 @@ from prunekit.pruning.graph.gate_expr import gate_scores
 from prunekit.pruning.graph.groups import find_groups
 from prunekit.pruning.plan import Group
 from prunekit.reporting.number_format import short_number
-from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.runs.folders import is_run_folder
+from prunekit.runs.run_dir import RunDir
 from prunekit.utils.text import did_you_mean
 from prunekit.weights import locate
 

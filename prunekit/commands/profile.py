@@ -27,7 +27,8 @@ from prunekit.pruning.selection.cost_model import SizeModel
 from prunekit.pruning.selection.latency_model import Variant
 from prunekit.reporting.figures.latency import latency_figure
 from prunekit.reporting.figures.style import FigureKind, encode_figure
-from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.runs.folders import is_run_folder
+from prunekit.runs.run_dir import RunDir
 from prunekit.utils.io import write_atomic
 from prunekit.utils.progress import Reporter
 from prunekit.weights import locate

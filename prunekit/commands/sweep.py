@@ -20,7 +20,8 @@ from prunekit.config.recipe import load
 from prunekit.config.schema import Recipe
 from prunekit.errors import Interrupted, PrunekitError, RecipeError, RunError, RunFolderError
 from prunekit.reporting import report
-from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.runs.folders import is_run_folder
+from prunekit.runs.run_dir import RunDir
 from prunekit.runs.stage_order import STAGES
 from prunekit.sweep.engines import ENGINES
 from prunekit.sweep.results import COSTS, importance_table, means_table, on_front, trials_table

@@ -33,7 +33,8 @@ from prunekit.pipeline.preflight import check_classes, check_recipe
 from prunekit.pipeline.rehearsal import rehearse
 from prunekit.pipeline.stages import STAGE_FUNCTIONS
 from prunekit.pipeline.workers import main_process_command, stage_trains
-from prunekit.runs.run_dir import DATA, RunDir, check_usable, is_run_folder
+from prunekit.runs.folders import check_usable, is_run_folder
+from prunekit.runs.run_dir import DATA, RunDir
 from prunekit.runs.stage_order import GRADUAL_PRUNING, STAGES
 from prunekit.utils import distributed
 from prunekit.utils.environment import environment

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,22 +20,19 @@ from prunekit.errors import CheckpointError, RunError, RunFolderError, WriteErro
 from prunekit.runs import state as states
 from prunekit.runs.artifacts import RECIPE, ArtifactStore
 from prunekit.runs.checkpoint_store import Tensors
+from prunekit.runs.folders import check_usable, copy_run, is_run_folder, make_usable
 from prunekit.runs.recipe_changes import refuse_change
 from prunekit.runs.stage_order import GRADUAL_PRUNING, STAGES, SUMMARY_STAGES, stage_index, training_position
 from prunekit.runs.state import FORMAT, STATE, SUMMARY
 from prunekit.runs.written_files import remove_written, temporary_files
-from prunekit.utils.io import TEMP_PREFIX, is_disk_failure, make_folder, os_error_reason, write_error
+from prunekit.utils.io import is_disk_failure, os_error_reason, write_error
 from prunekit.utils.lock import FolderLock, process_alive
 from prunekit.utils.symlinks import check_no_external_links
 from prunekit.utils.text import did_you_mean
 from prunekit.weights import is_shipped, locate, similar_name
 
-__all__ = ["FORMAT", "RunDir", "is_run_folder"]
-
 DATA = "data.json"  # split → checksum of its images and targets
 SKIPPED_STEPS = "skipped_steps"  # in the summary: training → number of steps
-# What a killed start can leave; recipe.yaml is written last, so without it nothing of value is there.
-_START_FILES = {"lock", STATE, "environment.json", SUMMARY}
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +69,7 @@ class RunDir(ArtifactStore):
         """
         path = Path(path)
         check_usable(path, resume=resume, overwrite=overwrite)
-        _make_usable(path)
+        make_usable(path)
         if not overwrite:
             # Overwriting removes links without following them.
             check_no_external_links(path)
@@ -108,7 +104,10 @@ class RunDir(ArtifactStore):
         """
         path = locate(path)
         if write and is_shipped(path):
-            path = _own_copy(path)
+            shipped, path = path, Path("runs") / path.name
+            if not path.exists():
+                copy_run(shipped, path)
+                logger.info("%s: copied to %s", shipped.name, path)
         if not ((path / RECIPE).is_file() or (path / SUMMARY).is_file()):
             hint = "" if path.exists() else did_you_mean(path) or similar_name(path)
             raise RunFolderError(
@@ -371,52 +370,3 @@ class RunDir(ArtifactStore):
 
 def _process() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
-def is_run_folder(path: Path) -> bool:
-    """Return whether prunekit made this folder; a recipe alone does not tell."""
-    return (path / RECIPE).is_file() and ((path / STATE).is_file() or (path / SUMMARY).is_file())
-
-
-def _own_copy(shipped: Path) -> Path:
-    """Return the user's copy of a shipped model, which is made where there is none."""
-    path = Path("runs") / shipped.name
-    if not path.exists():
-        partial = path.with_name(f"{TEMP_PREFIX}{path.name}")
-        try:
-            shutil.copytree(shipped, partial, dirs_exist_ok=True)
-            partial.rename(path)
-        except OSError as error:
-            raise write_error(error, path, "copy a model to") from error
-        logger.info("%s: copied to %s", shipped.name, path)
-    return path
-
-
-def check_usable(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise RunFolderError where a folder, which need not exist yet, cannot become or be that of a run."""
-    if resume and overwrite:
-        raise RunFolderError("--resume and --overwrite exclude each other; give one of them")
-    if path.exists():
-        _make_usable(path)
-
-
-def _make_usable(path: Path) -> None:
-    """Create the folder where it is missing; raise RunFolderError where it holds something other than a run."""
-    try:
-        make_folder(path)
-        is_foreign = not is_run_folder(path) and any(
-            e.name not in _START_FILES and not e.name.startswith(TEMP_PREFIX) for e in path.iterdir()
-        )
-    except OSError as error:
-        if is_disk_failure(error):
-            raise write_error(error, path, "use") from error
-        raise RunFolderError(
-            f"cannot use {path} as a run folder: {os_error_reason(error)}; choose another --out DIR"
-        ) from error
-    if is_foreign and not (path / RECIPE).exists() and (path / STATE).is_file() and (path / SUMMARY).is_file():
-        raise RunFolderError(
-            f"{path / RECIPE} is missing, and the run cannot continue without it; put a copy of it back, or "
-            "choose another --out DIR"
-        )
-    if is_foreign:
-        raise RunFolderError(f"{path} holds files but no run, so nothing is written there; choose another --out DIR")

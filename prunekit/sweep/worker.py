@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunekit.errors import PrunekitError, RunFolderError
-from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.runs.folders import copy_run, is_run_folder
+from prunekit.runs.run_dir import RunDir
 from prunekit.sweep.tasks import Task
-from prunekit.utils.io import TEMP_PREFIX, make_folder, write_atomic
+from prunekit.utils.io import make_folder, write_atomic
 
 LOGS = "logs"
 _DONE = ".done"  # beside the folder of a shared run
@@ -65,7 +65,7 @@ def run_task(
     if is_done(sweep, task):
         return Outcome("complete")
     if task.parent is not None and not is_run_folder(folder):
-        _copy_run(sweep / task.parent, folder)
+        copy_run(sweep / task.parent, folder)
     _wait_until_unlocked(folder)
     until = [] if task.until is None else ["--until", task.until]
     command = ["run", recipe, *task.overrides, "--out", str(folder), "--resume", *until]
@@ -77,15 +77,6 @@ def run_task(
             write_atomic(folder.with_name(folder.name + _DONE), b"")
         return Outcome("complete")
     return Outcome("interrupted") if stop.is_set() else Outcome("failed", _last_line(log) or f"exit status {status}")
-
-
-def _copy_run(source: Path, folder: Path) -> None:
-    """Copy a run, without what is about the original alone; a kill leaves no half copy."""
-    partial = folder.with_name(f"{TEMP_PREFIX}{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(folder.parent)
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("lock", "run.log", f"{TEMP_PREFIX}*"))
-    partial.rename(folder)
 
 
 def _wait_until_unlocked(folder: Path) -> None:

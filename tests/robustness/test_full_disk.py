@@ -36,7 +36,8 @@ from prunekit.pipeline import runner
 from prunekit.pipeline.export import export_run
 from prunekit.pipeline.runner import run_recipe
 from prunekit.reporting import load_run, report
-from prunekit.runs.run_dir import RunDir, is_run_folder
+from prunekit.runs.folders import is_run_folder
+from prunekit.runs.run_dir import RunDir
 from prunekit.utils.io import TEMP_PREFIX
 
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
