@@ -240,7 +240,13 @@ def test_exit_statuses_cover_every_command():
     [
         ("run", ["csnet", "name=two words"], "run csnet 'name=two words' --out 'runs/two words' --resume"),
         ("run", ["csnet", "--out", "x", "--from", "slim"], "run csnet --out x --resume"),
+        ("run", ["csnet", "--out", "x", "--until", "slim"], "run csnet --out x --until slim --resume"),
         ("sweep", ["csnet", "seed=0,1"], "sweep csnet seed=0,1 --out runs/csnet-sweep --resume"),
+        (
+            "sweep",
+            ["csnet", "seed=0,1", "--trials", "2", "--engine", "ray", "--out", "x"],
+            "sweep csnet seed=0,1 --trials 2 --engine ray --out x --resume",
+        ),
         ("slim", ["RUN", "slim.threshold=1"], "slim RUN slim.threshold=1 --out RUN-slim --overwrite"),
         ("finetune", ["RUN", "--out", "x"], "run x/recipe.yaml --out x --resume"),
     ],

@@ -1,6 +1,6 @@
 """The command line. Commands import torch themselves, so that ``--help`` is fast.
 
-Imports everything.
+Importing it registers all commands. Imports everything.
 """
 
 from prunekit.cli import make_runs, use_runs

@@ -37,7 +37,8 @@ def run(
 
     out = out or Path("runs") / loaded.name
     resume = resume or start_from is not None
-    with suggest_resume("run", recipe, *(overrides or []), "--out", out, "--resume"):
+    stop = [] if until is None else ["--until", until]
+    with suggest_resume("run", recipe, *(overrides or []), "--out", out, *stop, "--resume"):
         console = make_console(quiet=is_quiet())
         run_recipe(loaded, out, console, resume=resume, overwrite=overwrite, start_from=start_from, until=until)
 
@@ -64,17 +65,11 @@ def sweep(
     from prunekit.commands.sweep import run_sweep
 
     out = out or Path("runs") / f"{Path(recipe).stem}-sweep"
-    options = {
-        "trials": trials,
-        "seed": seed,
-        "engine": engine,
-        "jobs": jobs,
-        "threads": threads,
-        "resume": resume,
-        "dry_run": dry_run,
-    }
-    with suggest_resume("sweep", recipe, *settings, "--out", out, "--resume"):
-        run_sweep(recipe, settings, out, make_console(), **options)
+    chosen = {"trials": trials, "seed": seed, "engine": engine, "jobs": jobs, "threads": threads}
+    defaults = {"trials": None, "seed": 0, "engine": "local", "jobs": None, "threads": 1}
+    given = [text for key, value in chosen.items() if value != defaults[key] for text in (f"--{key}", value)]
+    with suggest_resume("sweep", recipe, *settings, *given, "--out", out, "--resume"):
+        run_sweep(recipe, settings, out, make_console(), **chosen, resume=resume, dry_run=dry_run)
 
 
 @app.command()

@@ -27,9 +27,9 @@ from prunekit.sweep.engines import ENGINES
 from prunekit.sweep.results import COSTS, importance_table, means_table, on_front, trials_table
 from prunekit.sweep.space import Axis, Trial, combine, parse_settings, short_titles
 from prunekit.sweep.tasks import Task, plan_tasks
-from prunekit.sweep.worker import LOGS, Outcome
+from prunekit.sweep.worker import Outcome, log_path
 from prunekit.utils.environment import available_cores
-from prunekit.utils.io import encode_json, make_folder, write_atomic
+from prunekit.utils.io import TEMP_PREFIX, encode_json, make_folder, os_error_reason, write_atomic
 from prunekit.utils.lock import FolderLock
 from prunekit.utils.progress import format_duration
 from prunekit.utils.safe_decode import decode_json
@@ -90,18 +90,24 @@ def run_sweep(
     if dry_run:
         _print_plan(tasks, console)
         return pd.DataFrame()
-    _check_folder(out, resume)
-    make_folder(out)
-    lock = FolderLock(out)
-    lock.acquire()
+    plan = {
+        "format": FORMAT,
+        "recipe": recipe,
+        "settings": list(fixed),
+        "axes": {axis.key: list(axis.values) for axis in axes},
+        "trials": trials,
+        "seed": seed,
+    }
+    lock = _lock_folder(out, resume)
     try:
-        _write_plan(out, recipe, axes, fixed, tasks)
-        monitor = _Monitor(out, axes, chosen, tasks, recipes, console)
+        _write_plan(out, plan, tasks)
+        several = f"{plural(jobs, 'run')} at a time" if engine == "local" else "as many at a time as the cluster can"
         console.print(
             f"{plural(len(chosen), 'trial')}, {plural(len(tasks) - len(chosen), 'shared run')}; "
-            f"{plural(jobs, 'run')} at a time, {plural(threads, 'thread')} each",
+            f"{several}, {plural(threads, 'thread')} each",
             highlight=False,
         )
+        monitor = _Monitor(out, axes, chosen, tasks, recipes, console)
         try:
             with monitor:
                 ENGINES[engine](out, recipe, tasks, jobs, threads, monitor)
@@ -110,9 +116,10 @@ def run_sweep(
         table = _report(out, axes, chosen, console)
     finally:
         lock.release()
-    if monitor.failed:
-        lines = [f"{name}: {message} (see {out / LOGS / name}.log)" for name, message in monitor.failed.items()]
-        raise RunError("\n".join([f"{plural(len(lines), 'run')} failed; --resume repeats them", *lines]))
+    if failed := {task.folder: text for task, text in monitor.failed if task.until is None}:
+        logs = {task.folder: log_path(out, task) for task, _ in monitor.failed}
+        lines = [f"{folder}: {text} (see {logs[folder]})" for folder, text in failed.items()]
+        raise RunError("\n".join([f"{plural(len(lines), 'trial')} failed; --resume repeats them", *lines]))
     return table
 
 
@@ -129,37 +136,44 @@ def _load_all(recipe: str, overrides: Sequence[Sequence[str]]) -> list[Recipe]:
     return recipes
 
 
-def _check_folder(out: Path, resume: bool) -> None:
-    if (out / SWEEP).is_file():
-        if not resume:
-            raise RunFolderError(f"{out} already holds a sweep; continue it with --resume, or choose another --out DIR")
-    elif out.is_dir() and any(entry.name != "lock" for entry in out.iterdir()):
-        raise RunFolderError(f"{out} holds files but no sweep, so nothing is written there; choose another --out DIR")
+def _lock_folder(out: Path, resume: bool) -> FolderLock:
+    """Make the folder of the sweep and lock it; RunFolderError if it holds something else."""
+    try:
+        if (out / SWEEP).is_file():
+            if not resume:
+                raise RunFolderError(
+                    f"{out} already holds a sweep; continue it with --resume, or choose another --out DIR"
+                )
+        elif out.exists() and any(e.name != "lock" and not e.name.startswith(TEMP_PREFIX) for e in out.iterdir()):
+            raise RunFolderError(
+                f"{out} holds files but no sweep, so nothing is written there; choose another --out DIR"
+            )
+        make_folder(out)
+    except OSError as error:
+        raise RunFolderError(f"cannot use {out}: {os_error_reason(error)}; choose another --out DIR") from error
+    lock = FolderLock(out)
+    lock.acquire()
+    return lock
 
 
-def _write_plan(out: Path, recipe: str, axes: Sequence[Axis], fixed: Sequence[str], tasks: Sequence[Task]) -> None:
-    """Write ``sweep.json``; RunFolderError if the sweep that is there has another recipe, keys or fixed settings."""
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "recipe": recipe,
-        "settings": list(fixed),
-        "axes": {axis.key: list(axis.values) for axis in axes},
-        "runs": [task.to_json() for task in tasks],
-    }
+def _write_plan(out: Path, plan: dict[str, Any], tasks: Sequence[Task]) -> None:
+    """Write ``sweep.json``; RunFolderError if the sweep that is there has another plan, except for more values."""
     if (out / SWEEP).is_file():
         try:
             old = decode_json((out / SWEEP).read_bytes())
-            same = all(old[key] == content[key] for key in ("format", "recipe", "settings"))
-            same = same and list(old["axes"]) == list(content["axes"])
-        except (ValueError, KeyError, TypeError) as error:
+            is_same = all(old[key] == plan[key] for key in ("format", "recipe", "settings", "trials", "seed"))
+            old_axes, axes = old["axes"], plan["axes"]
+            is_same = is_same and list(old_axes) == list(axes) and all(set(old_axes[k]) <= set(axes[k]) for k in axes)
+            known = shlex.join([*old["settings"], *(f"{key}={','.join(values)}" for key, values in old_axes.items())])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{out / SWEEP} is damaged; choose another --out DIR") from error
-        if not same:
-            known = shlex.join([*old["settings"], *(f"{key}={','.join(v)}" for key, v in old["axes"].items())])
+        if not is_same:
+            draw = "" if old["trials"] is None else f" --trials {old['trials']} --seed {old['seed']}"
             raise RunFolderError(
-                f"{out} is the sweep of {old['recipe']} {known}; repeat these keys, with the same or more values, "
-                "or choose another --out DIR"
+                f"{out} is the sweep of {old['recipe']} {known}{draw}; repeat that, where these lists of values may "
+                "be longer, or choose another --out DIR"
             )
-    write_atomic(out / SWEEP, encode_json(content, SWEEP))
+    write_atomic(out / SWEEP, encode_json({**plan, "runs": [task.to_json() for task in tasks]}, SWEEP))
 
 
 def _print_plan(tasks: Sequence[Task], console: Console) -> None:
@@ -188,7 +202,7 @@ class _Monitor:
         self.epochs = {task.folder: recipes[task.trials[0]].train.epochs for task in tasks}
         self.status = {task.folder: "waiting" for task in tasks}
         self.begun: dict[str, float] = {}
-        self.failed: dict[str, str] = {}
+        self.failed: list[tuple[Task, str]] = []
         self.live: Live | None = None
         self._drawn = 0.0
 
@@ -211,7 +225,7 @@ class _Monitor:
     def ended(self, task: Task, outcome: Outcome) -> None:
         self.status[task.folder] = outcome.status
         if outcome.status == "failed":
-            self.failed[task.folder] = outcome.message
+            self.failed.append((task, outcome.message))
         if self.live is None:
             begun = self.begun.get(task.folder)
             took = "not started" if begun is None else format_duration(time.monotonic() - begun)
@@ -266,7 +280,8 @@ def _report(out: Path, axes: Sequence[Axis], trials: Sequence[Trial], console: C
         if len(titles) > 1 and table[metric].nunique() > 1:
             shares = importance_table(table, titles, metric)
             console.print(_rendered(shares, ["key", "best value"], ["share of variance"]))
-    console.print(Text(f"saved to {out / 'trials.csv'} and {out / 'report'}"), soft_wrap=True)
+    files = [out / "trials.csv", *([] if metric is None else [out / "report"])]
+    console.print(Text(f"saved to {' and '.join(map(str, files))}"), soft_wrap=True)
     return table
 
 

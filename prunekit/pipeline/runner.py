@@ -76,8 +76,10 @@ def run_recipe(
     if overwrite and recipe.init is not None:
         _check_different(Path(recipe.init).expanduser(), out)
     check_usable(out, resume=resume, overwrite=overwrite)
-    pending = _pending_stages(out, resume, start_from)
     stages = _stages_until(recipe, until)
+    pending = _pending_stages(out, resume, start_from)
+    if start_from in STAGES and start_from not in stages:
+        raise RecipeError(f"--from {start_from} --until {until}: nothing lies between them; stop before a later stage")
     context = RunContext(recipe, Reporter(console))
     context.stop_before_pruning = until == GRADUAL_PRUNING
     # Before the folder is made, so that a wrong recipe or a damaged image leaves no folder.
@@ -96,6 +98,8 @@ def run_recipe(
         except ReachedPruning:
             return out
         if until is not None:
+            if failed_export is not None:
+                raise failed_export
             return out
     return _report(out, console, failed_export)
 

@@ -82,9 +82,7 @@ def first_stage(key: yaml.Path, recipes: list[Recipe]) -> str | None:
     if section == "finetune":
         return "slim" if any(recipe.slim.steps > 1 for recipe in recipes) else "finetune"
     if section in ("slim", "target", "latency"):
-        # The metrics of each epoch count the gates above the threshold.
-        in_training = "train" if key == ("slim", "threshold") else GRADUAL_PRUNING
-        return in_training if gradual else "extract"
+        return GRADUAL_PRUNING if gradual else "extract"
     if key[:2] == ("train", "gradual_pruning") and key[2:] != ("start",) and gradual:
         return GRADUAL_PRUNING
     if section in ("train", "decay", "baseline", "log"):
@@ -98,12 +96,13 @@ def dependencies(recipe: Recipe, stop: str) -> dict[str, Any]:
     Two runs with the same ones may continue as one another.
     """
     order = {None: 0, STAGES[0]: 1, GRADUAL_PRUNING: 2} | {stage: 2 + n for n, stage in enumerate(STAGES[1:], 1)}
-    leaves = _leaves(recipe.model_dump(mode="json"))
-    return {
-        format_path(key): value
-        for key, value in leaves
-        if key not in _ALWAYS and order[first_stage(key, [recipe])] < order[stop]
-    }
+    found = {}
+    for key, value in _leaves(recipe.model_dump(mode="json")):
+        # The metrics of each epoch count the gates above the threshold.
+        stage = STAGES[0] if key == ("slim", "threshold") else first_stage(key, [recipe])
+        if key != ("data", "cache") and order[stage] < order[stop]:
+            found[format_path(key)] = value
+    return found
 
 
 def _changed_keys(recipes: list[Recipe]) -> list[yaml.Path]:

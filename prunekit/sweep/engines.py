@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prunekit.errors import PrunekitError
+from prunekit.runs.folders import is_run_folder
 from prunekit.sweep.tasks import Task
 from prunekit.sweep.worker import Outcome, is_done, run_task
 from prunekit.utils.text import first_line
@@ -25,7 +26,7 @@ class Monitor(Protocol):
         """A task is about to be processed."""
 
     def ended(self, task: Task, outcome: Outcome) -> None:
-        """A task has ended, in this sweep or an earlier one; or cannot start, since its parent failed."""
+        """A task has ended, in this sweep or an earlier one."""
 
     def tick(self) -> None:
         """Called at least twice a second while tasks are processed."""
@@ -131,7 +132,7 @@ def process_tasks(
     done: Callable[[Sequence[Any]], Mapping[Any, Outcome]],
     monitor: Monitor,
 ) -> None:
-    """Submit each task after its parent; the tasks of a failed parent fail with it.
+    """Submit each task after its parent; where that failed, its tasks start anew.
 
     Args:
         sweep: folder of the sweep.
@@ -141,27 +142,30 @@ def process_tasks(
         done: waits a moment for these handles and returns the outcome of those that have ended.
         monitor: is called in this thread.
     """
-    outcomes: dict[str, Outcome] = {}
-    waiting, running = list(tasks), {}
+    waiting, running = needed(sweep, tasks), {}
+    unfinished = {task.folder for task in waiting}
     while waiting or running:
         for task in list(waiting):
-            parent = outcomes.get(task.parent) if task.parent is not None else Outcome("complete")
             if is_done(sweep, task):
-                outcome = Outcome("complete")
-            elif parent is not None and parent.status != "complete":
-                outcome = parent
-            elif parent is not None and len(running) < jobs:
+                waiting.remove(task)
+                unfinished.discard(task.folder)
+                monitor.ended(task, Outcome("complete"))
+            elif task.parent not in unfinished and len(running) < jobs:
                 waiting.remove(task)
                 monitor.started(task)
                 running[submit(task)] = task
-                continue
-            else:
-                continue
-            waiting.remove(task)
-            outcomes[task.folder] = outcome
-            monitor.ended(task, outcome)
         for handle, outcome in done(list(running)).items() if running else ():
             task = running.pop(handle)
-            outcomes[task.folder] = outcome
+            unfinished.discard(task.folder)
             monitor.ended(task, outcome)
         monitor.tick()
+
+
+def needed(sweep: Path, tasks: Sequence[Task]) -> list[Task]:
+    """Return the tasks without the shared runs that no trial has to continue any more."""
+    kept: list[Task] = []
+    for task in reversed(tasks):
+        begins = {other.parent for other in kept if not is_run_folder(sweep / other.folder)}
+        if task.until is None or task.folder in begins:
+            kept.insert(0, task)
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 import re
@@ -12,6 +13,8 @@ from prunekit.errors import RecipeError
 
 _PAIRS = {"[": "]", "{": "}", "(": ")"}
 _MAX_NAME = 100
+# Of the table of trials, beside axes and metrics.
+RESULT_COLUMNS = ("trial", "status", "model", "params", "macs", "latency ms", "seconds")
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,17 @@ def combine(axes: Sequence[Axis], trials: int | None = None, seed: int = 0) -> l
         combinations = sorted(random.Random(seed).sample(combinations, trials), key=combinations.index)
     titles = short_titles(axes)
     names = [",".join(map("=".join, zip(titles, values, strict=True))) for values in combinations]
-    names = [re.sub(r"[^A-Za-z0-9.,=_-]+", "-", name)[:_MAX_NAME] for name in names]
-    if len(set(names)) < len(names):
-        names = [f"{index:03d}-{name}" for index, name in enumerate(names)]
-    return [Trial(name, values) for name, values in zip(names, combinations, strict=True)]
+    return [Trial(_file_name(name), values) for name, values in zip(names, combinations, strict=True)]
+
+
+def _file_name(name: str) -> str:
+    """Return a name for a folder; one that had to be changed ends with a digest, since others may be changed alike."""
+    file_name = re.sub(r"[^A-Za-z0-9.,=_-]+", "-", name)[:_MAX_NAME]
+    return file_name if file_name == name else f"{file_name}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def short_titles(axes: Sequence[Axis]) -> list[str]:
-    """Return the last part of each key, or the whole key where two end alike."""
+    """Return the last part of each key; the whole key where two end alike, or a column of the results has that name."""
     short = [axis.key.rpartition(".")[2] for axis in axes]
-    return [axis.key if short.count(name) > 1 else name for axis, name in zip(axes, short, strict=True)]
+    unclear = {*RESULT_COLUMNS, *(name for name in short if short.count(name) > 1)}
+    return [axis.key if name in unclear else name for axis, name in zip(axes, short, strict=True)]

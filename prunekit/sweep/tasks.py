@@ -6,7 +6,6 @@ stage and the later ones read. Trials that differ in such keys alone therefore b
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from prunekit.config.schema import Recipe
 from prunekit.runs.recipe_changes import dependencies
 from prunekit.runs.stage_order import GRADUAL_PRUNING
+from prunekit.utils.io import sha256
 
 # Where a shared run may stop. Fine-tuning is the last stage that takes long.
 _STOPS = (GRADUAL_PRUNING, "extract", "finetune", "evaluate")
@@ -30,6 +30,7 @@ class Task:
         until: the stage before which it stops; None for a trial.
         parent: folder of the run that it continues a copy of; None: it starts anew.
         trials: numbers of the trials that need it.
+        digest: of its recipe.
     """
 
     folder: str
@@ -37,9 +38,10 @@ class Task:
     until: str | None
     parent: str | None
     trials: tuple[int, ...]
+    digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("folder", "overrides", "until", "parent", "trials")}
+        return {key: getattr(self, key) for key in ("folder", "overrides", "until", "parent")}
 
 
 def plan_tasks(names: Sequence[str], recipes: Sequence[Recipe], overrides: Sequence[Sequence[str]]) -> list[Task]:
@@ -62,8 +64,11 @@ def plan_tasks(names: Sequence[str], recipes: Sequence[Recipe], overrides: Seque
     for trials, (stop, digest) in sorted(shared.items(), key=lambda item: (-len(item[0]), item[0])):
         folder = f"shared/{digest[:12]}"
         tasks.append(Task(folder, tuple(overrides[trials[0]]), stop, _parent(tasks, trials), trials))
-    alone = [Task(name, tuple(overrides[i]), None, _parent(tasks, (i,)), (i,)) for i, name in enumerate(names)]
-    return tasks + alone
+    trial_tasks = [
+        Task(name, tuple(overrides[i]), None, _parent(tasks, (i,)), (i,), sha256(recipes[i].dump().encode()))
+        for i, name in enumerate(names)
+    ]
+    return tasks + trial_tasks
 
 
 def _parent(tasks: Sequence[Task], trials: Sequence[int]) -> str | None:
@@ -74,4 +79,4 @@ def _parent(tasks: Sequence[Task], trials: Sequence[int]) -> str | None:
 
 def _digest(recipe: Recipe, stop: str) -> str:
     known = json.dumps([stop, dependencies(recipe, stop)], sort_keys=True)
-    return hashlib.sha256(known.encode()).hexdigest()
+    return sha256(known.encode())

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunekit.errors import PrunekitError, RunFolderError
+from prunekit.runs.artifacts import RECIPE
 from prunekit.runs.folders import copy_run, is_run_folder
 from prunekit.runs.run_dir import RunDir
+from prunekit.runs.stage_order import STAGES
 from prunekit.sweep.tasks import Task
-from prunekit.utils.io import make_folder, write_atomic
+from prunekit.utils.io import make_folder, sha256, write_atomic
 
 LOGS = "logs"
-_DONE = ".done"  # beside the folder of a shared run
+_PREFIX = "prunekit: "  # of an error
 _POLL_SECONDS = 0.2
 _LOCK_SECONDS = 60.0  # an orphaned process needs to save its checkpoint
 _STOP_SECONDS = 60.0
@@ -41,10 +43,17 @@ def is_done(sweep: Path, task: Task) -> bool:
     """Return whether a run has ended where it was to end."""
     folder = sweep / task.folder
     if task.until is not None:
-        return folder.with_name(folder.name + _DONE).is_file()
+        return _done_mark(folder).is_file()
     with contextlib.suppress(PrunekitError):
-        return RunDir.open(folder).status == "complete"
+        run = RunDir.open(folder)
+        # A run of another recipe is not repeated, but reported by prunekit run.
+        return run.done == list(STAGES) and sha256(run.read_bytes(RECIPE)) == task.digest
     return False
+
+
+def log_path(sweep: Path, task: Task) -> Path:
+    """Return the file with what a run prints."""
+    return sweep / LOGS / f"{task.folder.replace('/', '-')}.log"
 
 
 def run_task(
@@ -55,7 +64,7 @@ def run_task(
     Args:
         sweep: folder of the sweep.
         recipe: as on the command line.
-        task: its parent, if any, is done.
+        task: it starts anew where its parent, if any, has failed.
         threads: of the process.
         stop: set from another thread; the run saves a checkpoint and ends.
         cwd: the folder to which paths in the recipe and its overrides are relative; None: the current one.
@@ -64,19 +73,22 @@ def run_task(
     folder = sweep / task.folder
     if is_done(sweep, task):
         return Outcome("complete")
-    if task.parent is not None and not is_run_folder(folder):
+    if task.parent is not None and not is_run_folder(folder) and _done_mark(sweep / task.parent).is_file():
         copy_run(sweep / task.parent, folder)
     _wait_until_unlocked(folder)
     until = [] if task.until is None else ["--until", task.until]
     command = ["run", recipe, *task.overrides, "--out", str(folder), "--resume", *until]
-    log = sweep / LOGS / f"{task.folder.replace('/', '-')}.log"
+    log = log_path(sweep, task)
     make_folder(log.parent)
+    printed = log.stat().st_size if log.exists() else 0
     status = _run(command, log, threads, stop, cwd)
     if status == 0:
         if task.until is not None:
-            write_atomic(folder.with_name(folder.name + _DONE), b"")
+            write_atomic(_done_mark(folder), b"")
         return Outcome("complete")
-    return Outcome("interrupted") if stop.is_set() else Outcome("failed", _last_line(log) or f"exit status {status}")
+    return (
+        Outcome("interrupted") if stop.is_set() else Outcome("failed", _error(log, printed) or f"exit status {status}")
+    )
 
 
 def _wait_until_unlocked(folder: Path) -> None:
@@ -132,6 +144,12 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return next((line.removeprefix("prunekit: ") for line in reversed(lines) if line.strip()), "")
+def _done_mark(folder: Path) -> Path:
+    """Return the file beside the folder of a shared run that says that it has reached its stop."""
+    return folder.with_name(f"{folder.name}.done")
+
+
+def _error(log: Path, start: int) -> str:
+    """Return the error that was printed after ``start``."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    return next((line.removeprefix(_PREFIX) for line in lines if line.startswith(_PREFIX)), "")

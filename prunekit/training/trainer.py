@@ -129,6 +129,8 @@ class Trainer:
     def fit(self) -> None:
         """Train the model to the last epoch."""
         if self.job.stop_before_pruning and self.prunes_next:
+            state = "has begun" if self.gradual_pruning.round else "begins next"
+            self.job.reporter.info(f"{self.job.stage}: gradual pruning {state}")
             raise ReachedPruning
         with self._session():
             for epoch in range(self.position.epoch, self.epochs):

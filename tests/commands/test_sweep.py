@@ -40,7 +40,7 @@ def test_trials_equal_single_runs_and_share_the_training_before_pruning(tmp_path
     with pytest.raises(RunError) as error:
         swept(tmp_path / "sweep", f"{RATIOS},1e-6", console=Console(file=text, width=80))
     lines = str(error.value).splitlines()
-    assert lines[0] == "1 run failed; --resume repeats them"
+    assert lines[0] == "1 trial failed; --resume repeats them"
     assert lines[1].startswith("params_ratio=1e-6: the budget of 0 params cannot be met;") and lines[1].endswith(
         "1e-6.log)"
     )
@@ -76,7 +76,9 @@ def test_interrupted_sweep_continues(tmp_path, monkeypatch):
     assert table["status"].tolist() == ["complete"] * 2
     with pytest.raises(RunFolderError, match=r"sweep already holds a sweep; continue it with --resume"):
         swept(tmp_path / "sweep", RATIOS)
-    with pytest.raises(RunFolderError, match=r"sweep is the sweep of digits_resnet .* target\.params_ratio=0\.5,0\.3;"):
+    with pytest.raises(
+        RunFolderError, match=r"sweep is the sweep of digits_resnet .* target\.params_ratio=0\.5,0\.3; repeat that"
+    ):
         swept(tmp_path / "sweep", "seed=0,1", resume=True)
 
 
@@ -106,6 +108,12 @@ def test_nothing_is_written_if_a_trial_is_wrong(tmp_path):
     with pytest.raises(RunFolderError, match=r"photos holds files but no sweep, so nothing is written there"):
         swept(tmp_path / "photos", RATIOS)
     assert [path.name for path in tmp_path.rglob("*")] == ["photos", "a.jpg"]
+
+
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=r"cannot use .*file: .*; choose another --out DIR"):
+        swept(tmp_path / "file", RATIOS)
 
 
 def test_damaged_plan(tmp_path):

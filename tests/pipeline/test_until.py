@@ -73,3 +73,8 @@ def test_invalid(tmp_path, until, overrides, message):
     with pytest.raises(RecipeError, match=message):
         run_recipe(recipe(*overrides), tmp_path / "run", quiet(), until=until)
     assert not (tmp_path / "run").exists()
+
+
+def test_from_must_lie_before_until(tmp_path):
+    with pytest.raises(RecipeError, match=r"--from extract --until gradual_pruning: nothing lies between them"):
+        run_recipe(recipe(), tmp_path / "run", quiet(), resume=True, start_from="extract", until="gradual_pruning")

@@ -100,12 +100,11 @@ def test_first_stage_depends_on_other_keys():
     assert first_stage(("finetune", "lr"), [plain, stepped]) == "slim"
     assert first_stage(("slim", "min_channels"), [plain, plain]) == "extract"
     assert first_stage(("target", "params_ratio"), [plain, target]) == "extract"
-    # Channels are chosen during training; each epoch counts the gates above the threshold.
+    # Channels are chosen during training.
     assert first_stage(("slim", "min_channels"), [plain, gradual]) == "gradual_pruning"
     assert first_stage(("target", "params_ratio"), [gradual, gradual]) == "gradual_pruning"
     assert first_stage(("train", "gradual_pruning", "end"), [gradual, gradual]) == "gradual_pruning"
     assert first_stage(("train", "gradual_pruning", "start"), [gradual, gradual]) == "train"
-    assert first_stage(("slim", "threshold"), [gradual, gradual]) == "train"
 
 
 def test_every_section_has_a_stage_or_is_what_a_run_starts_from():

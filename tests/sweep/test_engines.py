@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from prunekit.errors import PrunekitError
+from prunekit.runs.run_dir import RunDir
 from prunekit.sweep import engines
 from prunekit.sweep.engines import process_tasks, run_on_ray
 from prunekit.sweep.tasks import Task
@@ -42,8 +43,8 @@ class Record:
         pass
 
 
-def task(folder, parent=None):
-    return Task(folder, (), None, parent, (0,))
+def task(folder, parent=None, until=None):
+    return Task(folder, (), until, parent, (0,))
 
 
 def processed(monkeypatch, tmp_path, tasks, jobs, **options):
@@ -53,7 +54,7 @@ def processed(monkeypatch, tmp_path, tasks, jobs, **options):
     return record
 
 
-TREE = [task("shared"), task("a", "shared"), task("b", "shared"), task("c")]
+TREE = [task("shared", until="extract"), task("a", "shared"), task("b", "shared"), task("c")]
 
 
 def test_a_task_starts_after_its_parent(monkeypatch, tmp_path):
@@ -64,14 +65,21 @@ def test_a_task_starts_after_its_parent(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_tasks_of_a_failed_parent_fail_and_the_others_go_on(monkeypatch, tmp_path, jobs):
+def test_trials_of_a_failed_shared_run_start_on_their_own(monkeypatch, tmp_path, jobs):
     record = processed(monkeypatch, tmp_path, TREE, jobs, failing=["shared"])
     ended = [event for event in record.events if event[0] != "started"]
-    assert sorted(ended) == [("complete", "c"), ("failed", "a"), ("failed", "b"), ("failed", "shared")]
-    assert ("started", "a") not in record.events and record.most <= jobs
+    assert sorted(ended) == [("complete", "a"), ("complete", "b"), ("complete", "c"), ("failed", "shared")]
+    assert record.events.index(("failed", "shared")) < record.events.index(("started", "a")) and record.most <= jobs
 
 
-def test_done_tasks_are_not_repeated_even_without_their_parent(monkeypatch, tmp_path):
+def test_a_shared_run_that_no_trial_needs_is_not_repeated(monkeypatch, tmp_path):
+    assert processed(monkeypatch, tmp_path, TREE, 1).events[0] == ("started", "shared")
+    for name in ("a", "b"):
+        RunDir.start(tmp_path / name, "name: test\n", {}).close()
+    assert processed(monkeypatch, tmp_path, TREE, 1).events[0] == ("started", "a")
+
+
+def test_done_tasks_are_not_repeated(monkeypatch, tmp_path):
     record = processed(monkeypatch, tmp_path, TREE, 1, done=["a", "c"])
     assert [folder for status, folder in record.events if status == "started"] == ["shared", "b"]
     assert ("complete", "a") in record.events and ("complete", "c") in record.events

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from prunekit.errors import RecipeError
@@ -57,6 +59,9 @@ def test_random_combinations_are_distinct_and_reproducible():
 
 def test_names_are_file_names_and_distinct():
     names = [trial.name for trial in combine([Axis("init", ("runs/a b", "runs/a:b"))])]
-    assert names == ["000-init=runs-a-b", "001-init=runs-a-b"]
+    assert len(set(names)) == 2 and all(re.fullmatch("init=runs-a-b-[0-9a-f]{8}", name) for name in names)
+    # More values leave the names of the others as they are.
+    assert [trial.name for trial in combine([Axis("init", ("runs/a!b", "runs/a b", "runs/a:b"))])][1:] == names
     axes = [Axis("train.lr", ("1", "2")), Axis("finetune.lr", ("1", "2")), Axis("seed", ("0", "1"))]
     assert short_titles(axes) == ["train.lr", "finetune.lr", "seed"]
+    assert short_titles([Axis("target.params", ("1", "2"))]) == ["target.params"]  # params is a result

@@ -55,7 +55,8 @@ def test_shared_runs_continue_each_other():
 def test_nothing_is_shared_by_different_trainings():
     assert shape(planned("train.lr=1e-3,2e-3")) == [(None, (0,), None), (None, (1,), None)]
     # The threshold is part of each epoch's metrics.
-    assert len(planned("slim.threshold=1e-3,1e-2")) == 2
+    assert len(planned("slim.threshold=1e-3,1e-2")) == len(planned("slim.threshold=1e-3,1e-2", AT_ONCE)) == 2
+    assert len(planned("train.on_nonfinite=stop,skip")) == 2
 
 
 SETTINGS = [

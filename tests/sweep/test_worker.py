@@ -41,11 +41,11 @@ def test_shared_run_is_marked_when_it_has_reached_its_stop(monkeypatch, tmp_path
     assert run(tmp_path, SHARED) == Outcome("complete")
 
 
-def test_failure_is_the_last_line_that_was_printed(monkeypatch, tmp_path):
+def test_failure_is_the_error_of_this_attempt(monkeypatch, tmp_path):
     program(monkeypatch, tmp_path, "echo prunekit: the loss is not finite; echo; exit 3")
     assert run(tmp_path, TRIAL) == Outcome("failed", "the loss is not finite")
-    program(monkeypatch, tmp_path, "kill -9 $$")
-    assert run(tmp_path, Task("other", (), None, None, (0,))) == Outcome("failed", "exit status -9")
+    program(monkeypatch, tmp_path, "echo train 1/2; kill -9 $$")
+    assert run(tmp_path, TRIAL) == Outcome("failed", "exit status -9")
 
 
 @pytest.mark.parametrize("ignores", [False, True], ids=["saves a checkpoint", "does not end"])
@@ -71,6 +71,9 @@ def test_a_run_continues_a_copy_of_its_parent(monkeypatch, tmp_path):
         (parent.path / "run.log").write_text("of the parent")
     program(monkeypatch, tmp_path, "exit 3")
     child = Task("trial", (), None, "shared/abc", (0,))
+    run(tmp_path, child)
+    assert not (tmp_path / "sweep/trial").exists()  # the parent has not reached its stop
+    (tmp_path / "sweep/shared/abc.done").touch()
     (tmp_path / "sweep/.tmp-trial").mkdir()  # of an earlier, killed copy
     run(tmp_path, child)
     copied = RunDir.open(tmp_path / "sweep/trial")
