@@ -77,9 +77,9 @@ def run_recipe(
         _check_different(Path(recipe.init).expanduser(), out)
     check_usable(out, resume=resume, overwrite=overwrite)
     stages = _stages_until(recipe, until)
-    pending = _pending_stages(out, resume, start_from)
     if start_from in STAGES and start_from not in stages:
         raise RecipeError(f"--from {start_from} --until {until}: nothing lies between them; stop before a later stage")
+    pending = _pending_stages(out, resume, start_from)
     context = RunContext(recipe, Reporter(console))
     context.stop_before_pruning = until == GRADUAL_PRUNING
     # Before the folder is made, so that a wrong recipe or a damaged image leaves no folder.
