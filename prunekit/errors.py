@@ -64,9 +64,5 @@ class Interrupted(KeyboardInterrupt):
     """A run was interrupted after it had started; it can be resumed."""
 
 
-class ReachedPruning(KeyboardInterrupt):
-    """A training stopped before gradual pruning, as requested, and has saved a checkpoint."""
-
-
 class PrunekitWarning(UserWarning):
     """Something was done differently than requested: nothing to prune, a tie, a count that could not be rounded."""

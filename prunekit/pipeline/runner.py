@@ -16,7 +16,6 @@ from prunekit.errors import (
     ExportError,
     Interrupted,
     PrunekitError,
-    ReachedPruning,
     RecipeError,
     RunError,
     RunFolderError,
@@ -36,6 +35,7 @@ from prunekit.pipeline.workers import main_process_command, stage_trains
 from prunekit.runs.folders import check_usable, is_run_folder
 from prunekit.runs.run_dir import DATA, RunDir
 from prunekit.runs.stage_order import GRADUAL_PRUNING, STAGES
+from prunekit.training.trainer import ReachedPruning
 from prunekit.utils import distributed
 from prunekit.utils.environment import environment
 from prunekit.utils.io import is_disk_failure, is_out_of_memory, write_error

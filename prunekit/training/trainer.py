@@ -20,7 +20,7 @@ from prunekit.config import registry
 from prunekit.config.schema import Component
 from prunekit.data.cache import to_device
 from prunekit.data.datasets import Tensors
-from prunekit.errors import ReachedPruning, TrainingError
+from prunekit.errors import TrainingError
 from prunekit.native.library import load
 from prunekit.pruning.plan import Group
 from prunekit.pruning.sparsity.dynamic_decay import Decay, NoDecay
@@ -39,6 +39,10 @@ from prunekit.utils.signals import defer_interrupts
 # Smaller weights are set to zero after each epoch: decay would take them to subnormal numbers, which are slow on CPUs.
 TINY = 1e-30
 LOG_EVERY = 10  # steps; reading the loss and the gates waits for the device
+
+
+class ReachedPruning(KeyboardInterrupt):
+    """A training stopped before gradual pruning, as requested, and has saved a checkpoint."""
 
 
 class Trainer:
