@@ -65,7 +65,9 @@ def ship(folder: Path, name: str) -> Path:
         for row in run.read_metrics():
             if row["stage"] == "train":
                 shipped.append_metrics(row)
-        kept = {key: summary[key] for key in ("dense", "kept", "equivalence", "drift", "seconds") if key in summary}
+        # With ``init``, the dense model is the one that the run began with, not the one of the recipe.
+        of_dense = ("dense", "kept") if recipe.init is None else ()
+        kept = {key: summary[key] for key in (*of_dense, "equivalence", "drift", "seconds") if key in summary}
         for key, value in {"slim": summary[part], **kept}.items():
             shipped.update_summary(key, value)
         for stage in ("train", "extract", "slim"):
