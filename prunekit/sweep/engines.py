@@ -20,7 +20,7 @@ _RAY_RETRIES, _RAY_STOP_SECONDS = 3, 60.0
 
 
 class Monitor(Protocol):
-    """What is told of the progress of a sweep."""
+    """Receives the progress of a sweep."""
 
     def started(self, task: Task) -> None:
         """A task is about to be processed."""
