@@ -172,6 +172,7 @@ ALLOWED = {
     "deployment/export/pt2.py": {"torch.export.load"},  # of what was just written
     "deployment/bench/timing.py": {"subprocess.Popen"},
     "native/library.py": {"ctypes.CDLL", "subprocess.run"},  # our own sources
+    "sweep/worker.py": {"ctypes.CDLL", "subprocess.Popen"},  # the C library; prunekit with the user's own arguments
     "training/acceleration.py": {"ctypes.CDLL"},  # torch's own library
     "utils/environment.py": {"subprocess.run"},
     "backbones/external.py": {"importlib.import_module"},  # timm and torchvision
