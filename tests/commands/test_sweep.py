@@ -8,7 +8,7 @@ import time
 
 import pytest
 from helpers.marks import slow
-from helpers.small_run import skip_export
+from helpers.small_run import skip_export, skip_figures
 from helpers.toy_run import outcome, quiet
 from rich.console import Console
 
@@ -30,11 +30,24 @@ FIXED = [
 RATIOS = "target.params_ratio=0.5,0.3"
 
 
+@pytest.fixture
+def without_figures(monkeypatch, tmp_path_factory):
+    """Let trials skip their reports, and the sweep its figures; they take longest."""
+    skip_figures(monkeypatch)
+    program = tmp_path_factory.mktemp("bin") / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom prunekit import cli, reporting\n"
+        "reporting.report = lambda *_: None\ncli.main(sys.argv[3:])\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
 def swept(out, *settings, console=None, **options):
     return run_sweep("digits_resnet", [*settings, *FIXED], out, console or quiet(), jobs=1, **options)
 
 
-def test_trials_equal_single_runs_and_share_the_training_before_pruning(tmp_path, monkeypatch):
+def test_trials_equal_single_runs_and_share_the_training_before_pruning(tmp_path, monkeypatch, without_figures):
     text = io.StringIO()
     # The smallest network has more parameters than this.
     with pytest.raises(RunError) as error:
@@ -62,7 +75,7 @@ def test_trials_equal_single_runs_and_share_the_training_before_pruning(tmp_path
     assert outcome(tmp_path / "sweep" / ratio) == outcome(tmp_path / "single")
 
 
-def test_interrupted_sweep_continues(tmp_path, monkeypatch):
+def test_interrupted_sweep_continues(tmp_path, monkeypatch, without_figures):
     def interrupt(self):
         if (tmp_path / "sweep/params_ratio=0.5/checkpoints").exists():
             raise KeyboardInterrupt

@@ -29,8 +29,8 @@ TESTS = Path(__file__).parents[1]
 SOAK = int(os.environ.get("PRUNEKIT_SOAK", "0"))
 # The report takes longest.
 WITHOUT_FIGURES = """
-from prunekit import cli, pipeline
-pipeline.report = lambda *_: None
+from prunekit import cli, reporting
+reporting.report = lambda *_: None
 cli.main()
 """
 TOY = [
