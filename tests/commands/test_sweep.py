@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-from helpers.marks import slow
 from helpers.small_run import skip_export, skip_figures
 from helpers.toy_run import outcome, quiet
 from rich.console import Console
@@ -95,7 +94,7 @@ def test_interrupted_sweep_continues(tmp_path, monkeypatch, without_figures):
         swept(tmp_path / "sweep", "seed=0,1", resume=True)
 
 
-@slow
+@pytest.mark.slow
 def test_killed_sweep_continues_to_the_same_results(tmp_path):
     command = ["sweep", "digits_resnet", RATIOS, "seed=0,1", *FIXED, "--jobs", "2", "--out"]
     arguments = [sys.executable, "-m", "prunekit.cli", *command]
