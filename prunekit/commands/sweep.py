@@ -116,9 +116,10 @@ def run_sweep(
         table = _report(out, axes, chosen, console)
     finally:
         lock.release()
-    if failed := {task.folder: text for task, text in monitor.failed if task.until is None}:
-        logs = {task.folder: log_path(out, task) for task, _ in monitor.failed}
-        lines = [f"{folder}: {text} (see {logs[folder]})" for folder, text in failed.items()]
+    # A shared run that failed is no loss: its trials have started on their own.
+    failed = [(task, text) for task, text in monitor.failed if task.until is None]
+    if failed:
+        lines = [f"{task.folder}: {text} (see {log_path(out, task)})" for task, text in failed]
         raise RunError("\n".join([f"{plural(len(lines), 'trial')} failed; --resume repeats them", *lines]))
     return table
 

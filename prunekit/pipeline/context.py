@@ -37,13 +37,13 @@ class RunContext:
         stop_before_pruning: whether the training stops where gradual pruning would begin.
     """
 
-    def __init__(self, recipe: Recipe, reporter: Reporter):
+    def __init__(self, recipe: Recipe, reporter: Reporter, *, stop_before_pruning: bool = False):
         self.recipe = recipe
         self.reporter = reporter
         self.task: Task = registry.tasks.get(recipe.task)()
         self.device: torch.device = PartialState().device
         self.shape = input_shape(recipe)
-        self.stop_before_pruning = False
+        self.stop_before_pruning = stop_before_pruning
         epochs = recipe.train.epochs, recipe.finetune.epochs
         reporter.training_epochs = training_epochs(*epochs, recipe.slim.steps, recipe.baseline)
         self._datasets: dict[str, ImageDataset] = {}

@@ -80,8 +80,7 @@ def run_recipe(
     if start_from in STAGES and start_from not in stages:
         raise RecipeError(f"--from {start_from} --until {until}: nothing lies between them; stop before a later stage")
     pending = _pending_stages(out, resume, start_from)
-    context = RunContext(recipe, Reporter(console))
-    context.stop_before_pruning = until == GRADUAL_PRUNING
+    context = RunContext(recipe, Reporter(console), stop_before_pruning=until == GRADUAL_PRUNING)
     # Before the folder is made, so that a wrong recipe or a damaged image leaves no folder.
     check_recipe(
         context,

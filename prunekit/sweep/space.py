@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 import re
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prunekit.errors import RecipeError
+from prunekit.utils.io import sha256
 
 _PAIRS = {"[": "]", "{": "}", "(": ")"}
 _MAX_NAME = 100
@@ -109,7 +109,7 @@ def combine(axes: Sequence[Axis], trials: int | None = None, seed: int = 0) -> l
 def _file_name(name: str) -> str:
     """Return a name for a folder; one that had to be changed ends with a digest, since others may be changed alike."""
     file_name = re.sub(r"[^A-Za-z0-9.,=_-]+", "-", name)[:_MAX_NAME]
-    return file_name if file_name == name else f"{file_name}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return file_name if file_name == name else f"{file_name}-{sha256(name.encode())[:8]}"
 
 
 def short_titles(axes: Sequence[Axis]) -> list[str]:

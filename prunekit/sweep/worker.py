@@ -33,7 +33,7 @@ _LIBC = ctypes.CDLL(None)  # loaded before a fork
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "complete", "failed" or "interrupted"; with what it printed last if it failed."""
+    """How a run ended: "complete", "failed" or "interrupted"; with its error if it failed."""
 
     status: str
     message: str = ""
